@@ -1,0 +1,58 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both create .venv and install what they need; both can be repeated.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+SOURCES := slrnet data_prep ray_jobs tests $(wildcard benchmarks)
+
+.PHONY: help demo test test-fast lint format bench dist clean
+
+help: ## list the targets
+	@sed -n -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
+
+$(STAMP): requirements.txt constraints.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed; slrnet needs Python 3.11 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("slrnet needs Python 3.11 or newer, and $(PYTHON) is " \
+	    + sys.version.split()[0] + "; name a newer one: make PYTHON=python3.11 ...")'
+	@echo "installing slrnet and its dependencies into .venv (several GB with PyTorch; some minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' > .venv/install.log 2>&1 \
+	    & pip=$$!; trap "kill $$pip 2>/dev/null || true" INT TERM; \
+	    tail --pid=$$pip -n +1 -f .venv/install.log 2>/dev/null \
+	    | sed -u -n -E 's/^(Collecting [A-Za-z0-9._-]+).*/  \1/p; s/^(Building|Preparing|Installing collected packages).*/  \1/p'; \
+	    wait $$pip || { echo "the installation failed; its last lines (all of it: .venv/install.log):" >&2; tail -n 25 .venv/install.log >&2; exit 1; }
+	@touch $@
+
+demo: $(STAMP) ## train on the embedded data set through a local Ray cluster, from shards to scores
+	@$(BIN)/python ray_jobs/demo.py
+
+test: $(STAMP) ## all tests
+	@$(BIN)/python -m pytest
+
+test-fast: $(STAMP) ## the tests that start neither Ray nor servers
+	@$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP) ## style, formatting, types
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/mypy --strict slrnet
+
+format: $(STAMP) ## mend style and formatting
+	@$(BIN)/ruff check --fix $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+bench: $(STAMP) ## every figure that the project claims, measured here
+	@for script in benchmarks/[a-z]*.py; do \
+	    test -e "$$script" || { echo "benchmarks/ holds no scripts" >&2; exit 1; }; \
+	    echo "== $$script"; $(BIN)/python "$$script"; done
+
+dist: $(STAMP) ## wheel and source archive in dist/
+	@$(BIN)/python -m build --outdir dist .
+
+clean: ## remove .venv and all caches
+	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

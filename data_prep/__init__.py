@@ -1,0 +1,1 @@
+"""Preparation of data sets: each script turns a public layout into tar shards with a manifest."""

@@ -1,0 +1,505 @@
+"""Writing and checking of shards: what all scripts of this folder share.
+
+Tar headers carry no time, user or permission of the machine, and a sample's place follows from its key and the seed
+alone, so the same input gives the same bytes whatever the number of processes. A folder appears as a whole, under its
+final name, or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, ShardEntry, ShardSet, load_dataset, save_dataset
+
+__all__ = [
+    "Damage",
+    "Sample",
+    "add_arguments",
+    "check_output",
+    "map_parallel",
+    "report_problems",
+    "run_command",
+    "verify",
+    "write_dataset",
+]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MAX_LISTED = 10
+"""Problems spelled out in one message; the rest is counted."""
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One image to write: what the manifest says about it, and where its bytes come from."""
+
+    key: str
+    """Name, unique within the split; letters, digits, `_`, `-` and the like, without dots and slashes."""
+    split: str
+    """Split it belongs to."""
+    width: int
+    """Width of the image, pixels."""
+    height: int
+    """Height of the image, pixels."""
+    classes: tuple[int, ...]
+    """Foreground ids 1..K-1 that are present, ascending: the image labels."""
+    subsets: tuple[str, ...] = ()
+    """Named subsets it belongs to."""
+    source: Any = None
+    """Whatever `encode` needs to find its files; picklable."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is wrong with one shard."""
+
+    shard: str
+    """File name."""
+    reason: str
+    """What was found."""
+    keys: tuple[str, ...] = ()
+    """Samples that are damaged; empty when the whole file is meant."""
+
+    def __str__(self) -> str:
+        """One line for people."""
+        return f"{self.shard}: {self.reason}" + (f": {_listed(self.keys, ', ')}" if self.keys else "")
+
+
+Encode = Callable[[Sample], tuple[bytes, bytes | None]]
+"""From a sample to the bytes of its JPEG and of its indexed PNG mask (None where there is none); picklable."""
+
+
+def write_dataset(
+    out: str | os.PathLike[str],
+    samples: Sequence[Sample],
+    encode: Encode,
+    *,
+    name: str,
+    classes: Sequence[str],
+    palette: npt.NDArray[np.uint8],
+    made_by: str,
+    samples_per_shard: int = 128,
+    shards: int | None = None,
+    seed: int = 0,
+    processes: int = 1,
+) -> DatasetInfo:
+    """Writes samples as tar shards with manifest and description; the folder appears when all is written.
+
+    Args:
+        out: Folder to make; it must not exist or be empty.
+        samples: What to write, in any order.
+        encode: Gives the bytes of one sample; runs in worker processes when `processes` > 1.
+        name: Short name of the data set.
+        classes: Names of all K classes, background first.
+        palette: (256, 3) uint8 RGB by id.
+        made_by: The command that makes the data set, without `--out`; errors name it as the way to repair.
+        samples_per_shard: Samples that a shard holds at most, when `shards` is not given.
+        shards: Number of shards of every split.
+        seed: Seed of the order in which samples are dealt to shards.
+        processes: Worker processes; the output is the same for any number.
+
+    Raises:
+        DataError: the output folder is not empty, a key is unfit or occurs twice, a class id is outside the classes,
+            or a split has fewer samples than shards. Nothing is left behind, then or upon any other failure.
+    """
+    target = check_output(out)
+    _check_samples(samples, len(classes))
+    plan = _deal(samples, samples_per_shard=samples_per_shard, shards=shards, seed=seed)
+    with _appears_whole(target) as folder:
+        tasks = [_WriteTask(folder / shard, tuple(members), encode) for shard, members in plan]
+        weights = [len(task.samples) for task in tasks]
+        parts = map_parallel(_write_shard, tasks, weights=weights, processes=processes, label="writing")
+        columns = {column: [value for part in parts for value in part[column]] for column in SCHEMA.names}
+        return save_dataset(folder, columns, name=name, classes=classes, palette=palette, made_by=made_by)
+
+
+def verify(folder: str | os.PathLike[str], *, processes: int = 1) -> list[Damage]:
+    """Re-reads all shards and compares them with the manifest, byte for byte.
+
+    Args:
+        folder: A folder that `write_dataset` made.
+        processes: Worker processes.
+
+    Returns:
+        What is damaged, missing or does not belong there; empty when all is well.
+
+    Raises:
+        DataError: the manifest or the description itself cannot be used.
+    """
+    dataset = load_dataset(folder)
+    tasks = [_verify_task(dataset, split, entry) for split in dataset.splits for entry in dataset.split(split).shards]
+    weights = [len(task.keys) for task in tasks]
+    found = map_parallel(_verify_shard, tasks, weights=weights, processes=processes, label="verifying")
+    strangers = sorted({path.name for path in dataset.folder.glob("*.tar")} - {task.path.name for task in tasks})
+    damages = [damage for part in found for damage in part]
+    return damages + [Damage(name, "is not in the manifest") for name in strangers]
+
+
+def check_output(out: str | os.PathLike[str]) -> Path:
+    """Absolute path of an output folder that may be written.
+
+    Raises:
+        DataError: it is a file, or a folder with something in it.
+    """
+    path = Path(out).resolve()
+    if path.is_dir() and any(path.iterdir()):
+        raise DataError(
+            f"the output folder {path} is not empty; give another --out, "
+            f"or remove it first: rm -r {shlex.quote(str(path))}"
+        )
+    if path.exists() and not path.is_dir():
+        raise DataError(f"the output folder {path} is a file; give another --out")
+    return path
+
+
+def map_parallel(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    *,
+    processes: int,
+    label: str,
+    weights: Sequence[int] | None = None,
+) -> list[Result]:
+    """Applies a function to all items, with a progress bar; results come in the order of the items.
+
+    Args:
+        function: A function that can be pickled.
+        items: What to apply it to.
+        processes: Worker processes; 1 works in this process.
+        label: Word before the progress bar.
+        weights: By how much each item moves the bar; 1 without.
+
+    Raises:
+        DataError: `processes` is smaller than 1.
+    """
+    if processes < 1:
+        raise DataError(f"--processes is {processes}; it must be at least 1")
+    steps = list(weights) if weights is not None else [1] * len(items)
+    results = []
+    # closing: upon any failure the workers have ended before the caller goes on to clean up.
+    with (
+        tqdm(total=sum(steps), desc=label, unit="sample", disable=None) as bar,
+        closing(_apply(function, items, processes)) as stream,
+    ):
+        for step, result in zip(steps, stream, strict=True):
+            results.append(result)
+            bar.update(step)
+    return results
+
+
+def report_problems(problems: Sequence[str], what: str) -> None:
+    """Raises one error for all problems found in the input; does nothing when there are none.
+
+    Raises:
+        DataError: there are problems; the first ten are spelled out, the rest is counted.
+    """
+    if problems:
+        raise DataError(f"{len(problems)} problem(s) in {what}:\n  " + _listed(problems, "\n  "))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that all scripts share."""
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make; must not exist or be empty")
+    parser.add_argument(
+        "--verify", type=Path, metavar="DIR", help="instead of writing: compare the shards of DIR with its manifest"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)"
+    )
+    parser.add_argument(
+        "--samples-per-shard", type=int, default=128, metavar="N", help="most samples in a shard (default: %(default)s)"
+    )
+    parser.add_argument("--shards", type=int, metavar="N", help="instead: number of shards of every split")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of everything random (default: %(default)s)"
+    )
+
+
+def run_command(parser: argparse.ArgumentParser, make: Callable[[argparse.Namespace], DatasetInfo]) -> int:
+    """Parses the command line, verifies or makes a data set, and prints what came of it.
+
+    Args:
+        parser: Knows the options of `add_arguments` and the script's own.
+        make: Makes the data set from the parsed options.
+
+    Returns:
+        Exit status: 0, 1 when `--verify` found damage, 2 for input that was refused, 130 after Ctrl-C.
+    """
+    args = parser.parse_args()
+    if (args.out is None) == (args.verify is None):
+        parser.error("give either --out DIR to make a data set or --verify DIR to check one")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if args.verify is not None:
+            return _print_verification(args.verify, processes=args.processes)
+        info = make(args)
+    except (DataError, OSError) as error:  # OSError: no space, no permission; its text names the path
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    counts = ", ".join(f"{count} {split}" for split, count in info.counts.items())
+    print(f"wrote {args.out}: {counts} samples, {info.num_classes} classes, fingerprint {info.fingerprint[:12]}")
+    return 0
+
+
+# Writing.
+
+
+@dataclass(frozen=True)
+class _WriteTask:
+    path: Path
+    samples: tuple[Sample, ...]
+    encode: Encode
+
+
+def _check_samples(samples: Sequence[Sample], num_classes: int) -> None:
+    if not samples:
+        raise DataError("there is no sample to write; check the list files and --classes")
+    problems = []
+    seen: set[tuple[str, str]] = set()
+    for sample in samples:
+        reason = _unfit_key(sample.key)
+        if reason:
+            problems.append(reason)
+        if (sample.split, sample.key) in seen:
+            problems.append(f"key {sample.key!r} occurs twice in split {sample.split!r}; remove one of the two")
+        seen.add((sample.split, sample.key))
+        if any(not 1 <= label < num_classes for label in sample.classes):
+            problems.append(f"key {sample.key!r} has classes {sample.classes}; allowed are 1 to {num_classes - 1}")
+    report_problems(problems, "the samples")
+
+
+def _unfit_key(key: str) -> str | None:
+    """Why a key cannot name the members of a tar, or None."""
+    if "." in key:
+        return (
+            f"key {key!r} has a dot; readers of WebDataset shards cut keys at the first dot: "
+            "rename the image and its partner files without dots"
+        )
+    if not re.fullmatch(r"[^\s/\\\x00-\x1f]+", key):
+        return f"key {key!r} is empty or has a space, slash or control character; rename the files"
+    if len(key.encode()) > 90:
+        return f"key {key!r} is longer than 90 bytes, more than a tar header holds; rename the files"
+    return None
+
+
+def _deal(
+    samples: Sequence[Sample], *, samples_per_shard: int, shards: int | None, seed: int
+) -> Iterator[tuple[str, list[Sample]]]:
+    """Yields shard names and their samples: sorted by key, shuffled by the seed, cut into nearly equal runs."""
+    if samples_per_shard < 1 or (shards is not None and shards < 1):
+        raise DataError(f"--samples-per-shard {samples_per_shard} and --shards {shards} must be at least 1")
+    plan = []
+    for split in sorted({sample.split for sample in samples}):
+        members = sorted((sample for sample in samples if sample.split == split), key=lambda sample: sample.key)
+        random.Random(f"{seed} {split}").shuffle(members)
+        count = shards if shards is not None else -(-len(members) // samples_per_shard)
+        if count > len(members):
+            raise DataError(
+                f"split {split!r} has {len(members)} samples, fewer than the {count} shards asked for; "
+                f"use --shards {len(members)} or fewer, or --samples-per-shard"
+            )
+        ends = [len(members) * (index + 1) // count for index in range(count)]
+        for index, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            plan.append((f"{split}-{index:06d}.tar", members[start:end]))
+    yield from plan
+
+
+@contextmanager
+def _appears_whole(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its name at the end, or is removed upon any failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        os.replace(folder, target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_shard(task: _WriteTask) -> dict[str, list[Any]]:
+    """Writes one tar; returns its rows of the manifest as columns."""
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    with task.path.open("wb") as file:
+        for sample in task.samples:
+            image, mask = task.encode(sample)
+            files = _files(sample, image, mask)
+            data = _tar_members(files)
+            row = {
+                "key": sample.key,
+                "split": sample.split,
+                "subsets": sorted(sample.subsets),
+                "shard": task.path.name,
+                "offset": file.tell(),
+                "width": sample.width,
+                "height": sample.height,
+                "classes": list(sample.classes),
+                "has_mask": mask is not None,
+                "bytes": len(data),
+                "sha256": hashlib.sha256(b"".join(files.values())).hexdigest(),
+            }
+            file.write(data)
+            for name, value in row.items():
+                columns[name].append(value)
+        file.write(_tar_end(file.tell()))
+    return columns
+
+
+def _files(sample: Sample, image: bytes, mask: bytes | None) -> dict[str, bytes]:
+    """The sample's files by name, in the order of the tar."""
+    record = {
+        "key": sample.key,
+        "classes": list(sample.classes),
+        "subsets": sorted(sample.subsets),
+        "width": sample.width,
+        "height": sample.height,
+    }
+    masks = {} if mask is None else {f"{sample.key}.png": mask}
+    return {f"{sample.key}.jpg": image, **masks, f"{sample.key}.json": json.dumps(record).encode()}
+
+
+def _tar_members(files: dict[str, bytes]) -> bytes:
+    """Headers and padded contents in ustar format; nothing in them depends on the machine, the user or the time."""
+    parts = []
+    for name, data in files.items():
+        header = tarfile.TarInfo(name)
+        header.size, header.mode, header.mtime = len(data), 0o644, 0
+        parts += [header.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % BLOCK)]
+    return b"".join(parts)
+
+
+def _tar_end(size: int) -> bytes:
+    """What follows the last member of a tar of `size` bytes: two empty blocks, filled up to a whole record."""
+    return bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)
+
+
+# Verifying.
+
+
+@dataclass(frozen=True)
+class _VerifyTask:
+    path: Path
+    keys: tuple[str, ...]
+    digests: tuple[str, ...]
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+
+
+def _verify_task(dataset: ShardSet, split: str, entry: ShardEntry) -> _VerifyTask:
+    rows = dataset.split(split).table.slice(entry.first, entry.num_samples)
+    keys, digests = tuple(rows["key"].to_pylist()), tuple(rows["sha256"].to_pylist())
+    return _VerifyTask(entry.path, keys, digests, entry.offsets, entry.sizes)
+
+
+def _verify_shard(task: _VerifyTask) -> list[Damage]:
+    name = task.path.name
+    try:
+        data = task.path.read_bytes()
+    except FileNotFoundError:
+        return [Damage(name, f"is missing, with {len(task.keys)} sample(s)", task.keys)]
+    except OSError as error:
+        return [Damage(name, f"cannot be read ({error.strerror}), with {len(task.keys)} sample(s)", task.keys)]
+    bad = tuple(
+        key
+        for key, digest, offset, size in zip(task.keys, task.digests, task.offsets, task.sizes, strict=True)
+        if not _is_intact(data[offset : offset + size], key, digest)
+    )
+    damages = [Damage(name, f"{len(bad)} damaged sample(s)", bad)] if bad else []
+    end = int(task.offsets[-1] + task.sizes[-1])
+    if not bad and data[end:] != _tar_end(end):
+        damages.append(Damage(name, f"has {len(data) - end} bytes after its last sample that are not the end of a tar"))
+    return damages
+
+
+def _is_intact(data: bytes, key: str, digest: str) -> bool:
+    """Whether the bytes of one sample are what was written: contents by digest, headers and padding by writing anew."""
+    files = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            for member in archive:
+                content = archive.extractfile(member)
+                files[member.name] = content.read() if content else b""
+    except (tarfile.TarError, OSError, ValueError, EOFError):
+        return False
+    if any(name.partition(".")[0] != key for name in files):
+        return False
+    return hashlib.sha256(b"".join(files.values())).hexdigest() == digest and _tar_members(files) == data
+
+
+def _print_verification(folder: Path, *, processes: int) -> int:
+    damages = verify(folder, processes=processes)
+    dataset = load_dataset(folder)
+    if not damages:
+        print(f"{folder}: all {sum(dataset.info.counts.values())} samples are intact")
+        return 0
+    print(f"{folder}: {len(damages)} shard(s) are damaged:", file=sys.stderr)
+    for damage in damages:
+        print(f"  {damage}", file=sys.stderr)
+    print(f"repair with: {dataset.repair_command}", file=sys.stderr)
+    return 1
+
+
+# Processes, messages.
+
+
+def _apply(function: Callable[[Item], Result], items: Sequence[Item], processes: int) -> Generator[Result, None, None]:
+    if processes == 1 or len(items) < 2:
+        yield from map(function, items)
+        return
+    # spawn: arrow has threads, and a forked child of a threaded process may hang.
+    context = multiprocessing.get_context("spawn")
+    chunk = max(1, min(32, len(items) // (4 * processes)))
+    workers = ProcessPoolExecutor(min(processes, len(items)), mp_context=context, initializer=_ignore_interrupts)
+    try:
+        yield from workers.map(function, items, chunksize=chunk)
+    except BrokenProcessPool:
+        raise DataError("a worker process died, perhaps for want of memory; try fewer --processes") from None
+    finally:
+        workers.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C reaches the whole process group; the parent alone answers it, by ending the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _listed(texts: Sequence[str], separator: str) -> str:
+    """The first texts, and how many more there are."""
+    more = len(texts) - MAX_LISTED
+    return separator.join([*texts[:MAX_LISTED], *([f"... and {more} more"] if more > 0 else [])])

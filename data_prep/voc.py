@@ -1,0 +1,531 @@
+"""PASCAL VOC 2012, with or without SBD's masks, as tar shards.
+
+    python data_prep/voc.py --root VOCdevkit/VOC2012 --out DIR [--sbd DIR] [--classes cat,dog] [--subset NAME=LISTFILE]
+
+Reads any folder in VOC's layout: JPEGImages/KEY.jpg, SegmentationClass/KEY.png, Annotations/KEY.xml,
+ImageSets/Segmentation/{train,val}.txt. A file labels.txt in it, one name a line with `background` first, replaces VOC's
+21 classes. What is made:
+
+- Split `val` is val.txt. Split `train` is train_aug.txt where there is one, else train.txt, joined by SBD's images that
+  are not in val.txt where SBD is found. Images of train.txt make up the subset `voc_train` of `train`.
+- A mask is the official one, else SegmentationClassAug's, else that of SBD's .mat file. It serves for measuring.
+- Image labels come from the XML annotation where there is one, else from the classes in the mask; nothing else of the
+  masks reaches them.
+- With `--classes`, images that show none of the chosen classes are left out, the chosen ones get ids 1..n in the order
+  of VOC's ids, and pixels of other classes become void (255): neither background nor anything else is known there.
+
+JPEG files are copied as they are, masks too unless their ids change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import shlex
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+if not __package__:  # run as a script: the folder above holds both packages
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_prep.shard_writer import (
+    Sample,
+    add_arguments,
+    check_output,
+    map_parallel,
+    report_problems,
+    run_command,
+    write_dataset,
+)
+from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, VOC_CLASSES, voc_palette
+from slrnet.data.manifest import DataError, DatasetInfo
+
+__all__ = ["VocFolder", "VocItem", "convert", "read_list", "train_aug_keys"]
+
+OFFICIAL_SUBSET = "voc_train"
+FULL_TRAIN, FULL_VAL, FULL_TRAIN_AUG = 1_464, 1_449, 10_582
+"""Images in VOC 2012's train and val lists, and in what is known as train_aug."""
+
+
+def convert(
+    root: str | Path,
+    out: str | Path,
+    *,
+    name: str = "voc2012",
+    sbd: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    subsets: Mapping[str, Path] | None = None,
+    made_by: str | None = None,
+    samples_per_shard: int = 128,
+    shards: int | None = None,
+    seed: int = 0,
+    processes: int = 1,
+) -> DatasetInfo:
+    """Makes shards of a folder in VOC's layout.
+
+    Args:
+        root: The folder, usually VOCdevkit/VOC2012.
+        out: Folder to make; it must not exist or be empty.
+        name: Short name of the data set.
+        sbd: Folder with SBD's masks: PNGs (itself or in its SegmentationClassAug) or the SBD release (cls/*.mat).
+        classes: Names of the foreground classes to keep; None for all.
+        subsets: List files of named subsets.
+        made_by: The command that makes the data set, without `--out`.
+        samples_per_shard: Samples that a shard holds at most, when `shards` is not given.
+        shards: Number of shards of every split.
+        seed: Seed of the order in which samples are dealt to shards.
+        processes: Worker processes; the output is the same for any number.
+
+    Raises:
+        DataError: something about the folder, its files or the options is refused; nothing is written then.
+    """
+    check_output(out)
+    folder = VocFolder.find(root, sbd=sbd, classes=classes)
+    items = _items(folder, subsets or {})
+    scanned = map_parallel(folder.scan, items, processes=processes, label="reading")
+    report_problems([result for result in scanned if isinstance(result, str)], str(folder.root))
+    samples = [result for result in scanned if isinstance(result, Sample)]
+    kept = [sample for sample in samples if sample.classes] if classes else samples
+    if len(kept) < len(samples):
+        print(f"left out {len(samples) - len(kept)} images that show none of the chosen classes", flush=True)
+    return write_dataset(
+        out,
+        kept,
+        folder.encode,
+        name=name,
+        classes=folder.class_names,
+        palette=folder.palette,
+        made_by=made_by or shlex.join(["python", "data_prep/voc.py", "--root", str(folder.root)]),
+        samples_per_shard=samples_per_shard,
+        shards=shards,
+        seed=seed,
+        processes=processes,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocItem:
+    """One image of a list file."""
+
+    key: str
+    split: str
+    subsets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocFolder:
+    """A folder in VOC's layout, and which of its classes are wanted under which ids."""
+
+    root: Path
+    """Absolute path."""
+    names: tuple[str, ...]
+    """All classes of the folder, background first; the place is the id in its masks."""
+    chosen: tuple[int, ...]
+    """Ids of the foreground classes that are kept, ascending; their new ids are 1, 2, ..."""
+    png_folders: tuple[Path, ...]
+    """Folders with indexed masks, the preferred one first."""
+    mat_folder: Path | None
+    """Folder with SBD's .mat files."""
+
+    @classmethod
+    def find(cls, root: str | Path, *, sbd: str | Path | None, classes: Sequence[str] | None) -> VocFolder:
+        """Looks what a folder holds.
+
+        Raises:
+            DataError: it is not in VOC's layout, `sbd` holds no masks, or a name in `classes` is not among its classes.
+        """
+        root = Path(root).absolute()
+        for part in ("JPEGImages", "ImageSets/Segmentation"):
+            if not (root / part).is_dir():
+                raise DataError(
+                    f"{root} has no folder {part}; --root is the folder VOC2012 within VOCdevkit "
+                    "(--download fetches it where there is a network)"
+                )
+        pngs, mat_folder = _sbd_folders(root, None if sbd is None else Path(sbd).absolute())
+        names = _class_names(root)
+        return cls(
+            root=root,
+            names=names,
+            chosen=_chosen(names, classes),
+            png_folders=(root / "SegmentationClass", *pngs),
+            mat_folder=mat_folder,
+        )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the K classes that are kept, background first."""
+        return (BACKGROUND, *(self.names[label] for label in self.chosen))
+
+    @property
+    def palette(self) -> npt.NDArray[np.uint8]:
+        """(256, 3) uint8: every class keeps the colour that it has in VOC's masks."""
+        colours = voc_palette()
+        colours[1 : len(self.chosen) + 1] = colours[list(self.chosen)]
+        return colours
+
+    @property
+    def lookup(self) -> npt.NDArray[np.uint8]:
+        """(256,) uint8: new id of each id in the folder's masks; void for classes that are not kept."""
+        table = np.full(256, IGNORE_INDEX, dtype=np.uint8)
+        table[[0, *self.chosen]] = np.arange(len(self.chosen) + 1)
+        return table
+
+    def list_file(self, name: str) -> Path:
+        """Path of a list of images."""
+        return self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
+
+    def scan(self, item: VocItem) -> Sample | str:
+        """Reads and checks all files of one image.
+
+        Returns:
+            The sample to write, or what is wrong with its files.
+        """
+        try:
+            width, height = _read_image(self._image_path(item.key))
+            path, mask = self._read_mask(item.key)
+            if mask.shape != (height, width):
+                raise DataError(
+                    f"{path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image {self._image_path(item.key).name} "
+                    f"{width}x{height}; take both from the same release"
+                )
+            present = np.unique(mask)
+            self._check_ids(path, present)
+            labels = self._xml_labels(item.key)
+        except DataError as error:
+            return str(error)
+        found = present.tolist() if labels is None else labels
+        classes = tuple(self.chosen.index(label) + 1 for label in self.chosen if label in found)
+        return Sample(key=item.key, split=item.split, width=width, height=height, classes=classes, subsets=item.subsets)
+
+    def encode(self, sample: Sample) -> tuple[bytes, bytes]:
+        """Bytes of one sample's JPEG, copied, and of its indexed PNG mask, copied unless ids change."""
+        image = self._image_path(sample.key).read_bytes()
+        path = self._mask_path(sample.key)
+        if path.suffix == ".png" and len(self.chosen) == len(self.names) - 1:
+            return image, path.read_bytes()
+        _, mask = self._read_mask(sample.key)
+        return image, _encode_mask(self.lookup[mask], self.palette)
+
+    def _image_path(self, key: str) -> Path:
+        return self.root / "JPEGImages" / f"{key}.jpg"
+
+    def _mask_path(self, key: str) -> Path:
+        candidates = [folder / f"{key}.png" for folder in self.png_folders]
+        if self.mat_folder is not None:
+            candidates.append(self.mat_folder / f"{key}.mat")
+        for path in candidates:
+            if path.is_file():
+                return path
+        places = " nor ".join(str(path) for path in candidates)
+        raise DataError(f"no mask of {key!r}: neither {places}; give SBD's masks with --sbd, or drop it from the list")
+
+    def _read_mask(self, key: str) -> tuple[Path, npt.NDArray[np.uint8]]:
+        path = self._mask_path(key)
+        return path, _read_mat(path) if path.suffix == ".mat" else _read_png(path)
+
+    def _check_ids(self, path: Path, present: npt.NDArray[np.uint8]) -> None:
+        unknown = [int(label) for label in present if label >= len(self.names) and label != IGNORE_INDEX]
+        if unknown:
+            raise DataError(
+                f"{path} has ids {unknown}; allowed are 0 to {len(self.names) - 1} and {IGNORE_INDEX} (void); "
+                "correct the mask, or name all classes in labels.txt of the folder"
+            )
+
+    def _xml_labels(self, key: str) -> list[int] | None:
+        """Ids of the classes that the XML annotation names; None where there is none."""
+        path = self.root / "Annotations" / f"{key}.xml"
+        if not path.is_file():
+            return None
+        try:
+            objects = ElementTree.parse(path).getroot().findall("object")
+        except ElementTree.ParseError as error:
+            raise DataError(f"{path} is not readable XML: {error}; fetch it again or remove it") from None
+        found = {(entry.findtext("name") or "").strip() for entry in objects}
+        if unknown := sorted(found - set(self.names[1:])):
+            raise DataError(
+                f"{path} names the classes {unknown}, not among {', '.join(self.names[1:])}; correct or remove it"
+            )
+        return sorted(self.names.index(name) for name in found)
+
+
+def read_list(path: str | Path) -> list[str]:
+    """Keys in a list file, one a line; a path such as /JPEGImages/KEY.jpg stands for its KEY, later columns of paths
+    are passed over.
+
+    Raises:
+        DataError: the file is missing or empty, or a line holds something else.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise DataError(f"cannot read the list file {path}: {reason}; it holds one image id a line") from None
+    keys = []
+    for number, line in enumerate(lines, start=1):
+        first, *others = line.split() or [""]
+        if any("/" not in other for other in others):
+            raise DataError(f"{path}, line {number}: {line!r} has more than an image id; keep one id a line")
+        if first:
+            keys.append(Path(first).stem if "/" in first else first)
+    if not keys:
+        raise DataError(f"the list file {path} is empty; it holds one image id a line")
+    return list(dict.fromkeys(keys))
+
+
+def train_aug_keys(train: Sequence[str], val: Sequence[str], sbd: Sequence[str]) -> list[str]:
+    """The augmented training list: VOC's train and all of SBD but VOC's val, sorted.
+
+    Raises:
+        DataError: the lists are VOC's full ones and the result does not have the 10,582 images that it must have.
+    """
+    keys = sorted((set(train) | set(sbd)) - set(val))
+    if (len(set(train)), len(set(val))) == (FULL_TRAIN, FULL_VAL) and len(keys) != FULL_TRAIN_AUG:
+        raise DataError(
+            f"VOC's train list and {len(set(sbd))} SBD images without VOC's val list make {len(keys)} images, not the "
+            f"{FULL_TRAIN_AUG} of train_aug; SBD is incomplete or of another kind: fetch all of it, or say which "
+            "images to take in ImageSets/Segmentation/train_aug.txt"
+        )
+    return keys
+
+
+# Finding things.
+
+
+def _items(folder: VocFolder, subsets: Mapping[str, Path]) -> list[VocItem]:
+    """All images of both splits with their subsets."""
+    val = read_list(folder.list_file("val"))
+    official = read_list(folder.list_file("train"))
+    train = _train_keys(folder, official, val)
+    if both := sorted(set(train) & set(val)):
+        raise DataError(
+            f"{len(both)} image(s) are both in the training list and in val.txt, such as {both[:3]}; "
+            f"training on validation images makes the score worthless: remove them from train_aug.txt or train.txt"
+        )
+    members = {OFFICIAL_SUBSET: set(official) & set(train)}
+    for name, path in subsets.items():
+        members[name] = _subset(name, path, known={*train, *val})
+    items = [VocItem(key=key, split="train") for key in train] + [VocItem(key=key, split="val") for key in val]
+    return [replace(item, subsets=tuple(name for name, keys in members.items() if item.key in keys)) for item in items]
+
+
+def _train_keys(folder: VocFolder, official: list[str], val: list[str]) -> list[str]:
+    aug = folder.list_file("train_aug")
+    if aug.is_file():
+        keys, how = read_list(aug), "train_aug.txt"
+    elif sbd := _sbd_keys(folder):
+        keys, how = train_aug_keys(official, val, sbd), f"train.txt and {len(sbd)} SBD images without val.txt"
+    else:
+        keys, how = official, "train.txt alone"
+        how += "; SBD's masks (--sbd DIR) would add to it" if folder.names == VOC_CLASSES else ""
+    print(f"train: {len(keys)} images ({how}); val: {len(val)} images", flush=True)
+    return keys
+
+
+def _sbd_keys(folder: VocFolder) -> list[str]:
+    """Ids of the images that SBD has masks of; its own lists count where there are any."""
+    if folder.mat_folder is not None:
+        lists = [folder.mat_folder.parent / name for name in ("train.txt", "val.txt")]
+        if all(path.is_file() for path in lists):
+            return sorted({key for path in lists for key in read_list(path)})
+        return sorted(path.stem for path in folder.mat_folder.glob("*.mat"))
+    return sorted({path.name[:-4] for pngs in folder.png_folders[1:] for path in pngs.glob("*.png")})
+
+
+def _sbd_folders(root: Path, sbd: Path | None) -> tuple[tuple[Path, ...], Path | None]:
+    """Folders with SegmentationClassAug PNGs, and the one with .mat files."""
+    own = root / "SegmentationClassAug"
+    pngs = (own,) if own.is_dir() else ()
+    if sbd is None:
+        return pngs, None
+    for folder in (sbd / "dataset" / "cls", sbd / "benchmark_RELEASE" / "dataset" / "cls", sbd / "cls", sbd):
+        if next(folder.glob("*.mat"), None):
+            return pngs, folder
+    for folder in (sbd / "SegmentationClassAug", sbd):
+        if next(folder.glob("*.png"), None):
+            return (*pngs, folder), None
+    raise DataError(
+        f"--sbd {sbd} holds no masks of SBD; it must hold the PNGs of SegmentationClassAug (itself or in a folder of "
+        "that name) or the SBD release (dataset/cls/*.mat)"
+    )
+
+
+def _class_names(root: Path) -> tuple[str, ...]:
+    path = root / "labels.txt"
+    if not path.is_file():
+        return VOC_CLASSES
+    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if len(set(names)) < len(names) or not 2 <= len(names) <= IGNORE_INDEX or names[0] != BACKGROUND:
+        raise DataError(
+            f"{path} has {len(names)} names {list(names[:3])}...; it must have 2 to {IGNORE_INDEX} different names, "
+            f"one a line, {BACKGROUND!r} first"
+        )
+    return names
+
+
+def _chosen(names: tuple[str, ...], classes: Sequence[str] | None) -> tuple[int, ...]:
+    if classes is None:
+        return tuple(range(1, len(names)))
+    if unknown := [name for name in classes if name not in names[1:]]:
+        raise DataError(f"--classes has {unknown}; the classes of this folder are {', '.join(names[1:])}")
+    if not classes:
+        raise DataError(f"--classes is empty; choose from {', '.join(names[1:])}")
+    return tuple(sorted({names.index(name) for name in classes}))
+
+
+def _subset(name: str, path: Path, *, known: set[str]) -> set[str]:
+    keys = set(read_list(path))
+    if strangers := sorted(keys - known):
+        raise DataError(
+            f"--subset {name}={path} lists {len(strangers)} image(s) that are in neither split, such as "
+            f"{strangers[:3]}; remove them from the list"
+        )
+    return keys
+
+
+# Reading and writing of files.
+
+
+def _read_image(path: Path) -> tuple[int, int]:
+    """Width and height of a JPEG that was read to its end."""
+    try:
+        with Image.open(path) as image:
+            if image.format != "JPEG":
+                raise DataError(f"{path} is a {image.format} file; convert it to JPEG")
+            image.load()
+            return image.size
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; fetch it, or drop its id from the list file") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read: {error}; fetch it again") from None
+
+
+def _read_png(path: Path) -> npt.NDArray[np.uint8]:
+    """Ids of an indexed (or grey) mask: (H, W) uint8."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L"):
+                raise DataError(
+                    f"{path} is a {image.mode} image; masks must be indexed (mode P) or grey (L) with class ids as "
+                    "values: take the original PNGs, not ones converted to colours"
+                )
+            return np.asarray(image, dtype=np.uint8)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read: {error}; fetch it again") from None
+
+
+def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
+    """Ids of one of SBD's class masks, GTcls.Segmentation: (H, W) uint8."""
+    from scipy.io import loadmat  # the .mat reader alone needs scipy
+
+    try:
+        content = loadmat(path, squeeze_me=True, struct_as_record=False, variable_names=["GTcls"])
+        ids = np.asarray(content["GTcls"].Segmentation)
+    except Exception as error:  # scipy documents none; damaged files raise a dozen kinds
+        raise DataError(
+            f"{path} cannot be read as one of SBD's class masks (struct GTcls with Segmentation): "
+            f"{type(error).__name__} {error}; fetch it again"
+        ) from None
+    if ids.ndim != 2 or ids.min() < 0 or ids.max() > IGNORE_INDEX:
+        raise DataError(f"{path} holds an array of shape {ids.shape} that is no mask with ids 0 to 255; fetch it again")
+    return ids.astype(np.uint8)
+
+
+def _encode_mask(ids: npt.NDArray[np.uint8], palette: npt.NDArray[np.uint8]) -> bytes:
+    image = Image.fromarray(ids)
+    image.putpalette(palette.tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+# Command line.
+
+
+def main() -> int:
+    """Command line; see `--help`."""
+    parser = argparse.ArgumentParser(description="PASCAL VOC 2012 (with SBD) as tar shards with a manifest.")
+    parser.add_argument("--root", type=Path, metavar="DIR", help="folder in VOC's layout, VOCdevkit/VOC2012")
+    parser.add_argument("--sbd", type=Path, metavar="DIR", help="SBD's masks: SegmentationClassAug PNGs or cls/*.mat")
+    parser.add_argument("--classes", metavar="A,B", help="keep these classes only; ids become 1, 2, ...")
+    parser.add_argument(
+        "--subset", action="append", default=[], metavar="NAME=FILE", help="mark the images of a list file; repeatable"
+    )
+    parser.add_argument("--name", default="voc2012", help="name of the data set (default: %(default)s)")
+    parser.add_argument("--download", action="store_true", help="fetch VOC 2012 into --root first (2 GB)")
+    add_arguments(parser)
+    return run_command(parser, _make)
+
+
+def _make(args: argparse.Namespace) -> DatasetInfo:
+    if args.root is None:
+        raise DataError("--root is missing; give the folder VOCdevkit/VOC2012")
+    check_output(args.out)
+    if args.download:
+        _download(args.root)
+    return convert(
+        args.root,
+        args.out,
+        name=args.name,
+        sbd=args.sbd,
+        classes=None if args.classes is None else [name.strip() for name in args.classes.split(",") if name.strip()],
+        subsets=_parse_subsets(args.subset),
+        made_by=_command(args),
+        samples_per_shard=args.samples_per_shard,
+        shards=args.shards,
+        seed=args.seed,
+        processes=args.processes,
+    )
+
+
+def _parse_subsets(texts: Sequence[str]) -> dict[str, Path]:
+    subsets: dict[str, Path] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise DataError(f"--subset {text!r} is not NAME=LISTFILE")
+        if name == OFFICIAL_SUBSET or name in subsets:
+            raise DataError(f"--subset {name} is taken ({OFFICIAL_SUBSET} is VOC's own train list); use another name")
+        subsets[name] = Path(path)
+    return subsets
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command without what changes no byte of the shards (--processes) and without --out."""
+    words = ["python", "data_prep/voc.py", "--root", str(args.root.absolute()), "--name", args.name]
+    words += [] if args.sbd is None else ["--sbd", str(args.sbd.absolute())]
+    words += [] if args.classes is None else ["--classes", args.classes]
+    for name, path in _parse_subsets(args.subset).items():
+        words += ["--subset", f"{name}={path.absolute()}"]
+    words += ["--samples-per-shard", str(args.samples_per_shard)] if args.shards is None else []
+    words += [] if args.shards is None else ["--shards", str(args.shards)]
+    return shlex.join([*words, "--seed", str(args.seed)])
+
+
+def _download(root: Path) -> None:
+    """Fetches VOC 2012 into `root` unless it is there."""
+    root = root.absolute()
+    if (root / "JPEGImages").is_dir():
+        print(f"{root} is there already; nothing to download", flush=True)
+        return
+    if root.parts[-2:] != ("VOCdevkit", "VOC2012"):
+        raise DataError(f"--download makes a folder VOCdevkit/VOC2012; --root {root} must end in that")
+    from torchvision.datasets import VOCSegmentation  # an import of seconds that nothing else here needs
+
+    try:
+        VOCSegmentation(str(root.parents[1]), year="2012", image_set="train", download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"could not download VOC 2012 to {root}: {error}; fetch VOCtrainval_11-May-2012.tar by hand and unpack it "
+            f"in {root.parents[1]}"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Trains one run: `ray job submit --working-dir . -- python ray_jobs/train.py --recipe NAME --data DIR`.
+
+Without --recipe and --data it trains the embedded demo, building its shards first if they are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from slrnet.config import Config, apply_overrides, load_config  # noqa: E402
+from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--recipe", help=f"named configuration: {', '.join(RECIPES)}")
+    start.add_argument("--config", type=Path, help="configuration file, such as the config.json of another run")
+    parser.add_argument("--data", help="folder with shards from data_prep/ (default: the embedded demo data)")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting")
+    parser.add_argument("--num-workers", type=int, help="training processes (default: one per GPU, else 1); 0: no Ray")
+    parser.add_argument("--cpus-per-worker", type=int, help="CPU cores each (default: an equal share)")
+    parser.add_argument("--max-failures", type=int, default=0, help="restarts of failed workers (default: 0)")
+    name = parser.add_mutually_exclusive_group()
+    name.add_argument("--name", help="unique name of the run (default: recipe and time)")
+    name.add_argument("--resume", metavar="NAME", help="continue the run of that name from its last checkpoint")
+    parser.add_argument(
+        "--storage",
+        type=Path,
+        default=Path(os.environ.get("SLRNET_STORAGE", "~/slrnet_runs")),
+        help="folder for runs, seen by all nodes (default: $SLRNET_STORAGE, else ~/slrnet_runs)",
+    )
+    parser.add_argument(
+        "--tracking-uri", help="MLflow server (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)"
+    )
+    return parser.parse_args(arguments)
+
+
+def build_config(options: argparse.Namespace, storage: Path) -> Config:
+    from slrnet.training.ray_loop import resume_config
+
+    if options.resume and not (options.recipe or options.config):
+        config = resume_config(storage, options.resume)
+    else:
+        config = load_config(options.config) if options.config else get_recipe(options.recipe or "demo")
+    data = options.data or config.data.path or demo_data(storage)
+    config = apply_overrides(config, [f"data.path={Path(data).expanduser().resolve()}", *options.set])
+    return apply_overrides(config, [f"tracking.uri={options.tracking_uri}"] if options.tracking_uri else [])
+
+
+def demo_data(storage: Path) -> str:
+    from data_prep.demo import build_demo
+
+    print(
+        "No --data given: training on the embedded, synthetic demo data. Real data: "
+        "ray_jobs/train.py --recipe voc_wsss --data SHARDS, with shards from data_prep/voc.py.",
+        flush=True,
+    )
+    folder = storage / "demo_data"
+    if not folder.exists():
+        build_demo(folder)
+    return str(folder)
+
+
+def main() -> int:
+    options = parse_arguments()
+    storage = options.storage.expanduser().resolve()
+    from slrnet.training.ray_loop import LaunchOptions, TrainingError, launch
+    from slrnet.training.summary import quality_table
+
+    try:
+        config = build_config(options, storage)
+        run = LaunchOptions(
+            name=options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
+            storage=storage,
+            resume=bool(options.resume),
+            num_workers=options.num_workers,
+            cpus_per_worker=options.cpus_per_worker,
+            max_failures=options.max_failures,
+        )
+        result = launch(config, run)
+    except (ValueError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingError) else 2
+    print(f"\nbest checkpoint, epoch {result.state.epoch}: {result.best}")
+    print(quality_table(result.state.metrics, result.state.classes))
+    print(f"curves and pictures: {result.run.how_to_open()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From the masks of all views to pseudo labels (paper Sec. 3.2), without gradient."""

@@ -1,0 +1,119 @@
+"""Multi-view mask calibration (paper Sec. 3.2, Eq. 3) and the thresholds that make pseudo labels.
+
+The un-warped logits of all views are averaged, made probabilities, refined by appearance and thresholded. Classes that
+the image labels rule out never appear, and only channels that can appear are refined. The released code averages
+probabilities instead of logits; `fusion="probs"` does that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slrnet.calibration.refine import DILATIONS, refine
+from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.models.decoder import resize
+
+__all__ = ["Calibrated", "calibrate", "threshold"]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """Fused masks of a batch. N images, M channels (`classes` says which class each is), K classes."""
+
+    classes: Tensor
+    """(N, M) int64 class of each channel: the background, the image's classes, and -1 for channels without one."""
+    raw: Tensor
+    """(N, M, h, w) fused probabilities before refinement, at the refinement's resolution."""
+    refined: Tensor
+    """(N, M, h, w) fused probabilities after refinement."""
+
+
+def calibrate(
+    logits: Sequence[Tensor],
+    images: Tensor,
+    image_labels: Tensor,
+    *,
+    max_classes: int,
+    fusion: Literal["logits", "probs"] = "logits",
+    num_iters: int = 10,
+    dilations: tuple[int, ...] = DILATIONS,
+) -> Calibrated:
+    """Fuses the views' masks and refines them (Eq. 3). No gradient flows.
+
+    Args:
+        logits: per view (N, K, h, w), un-warped to one size, background first.
+        images: (N, 3, H, W) float in [0, 1] at the resolution at which the masks are refined.
+        image_labels: (N, K - 1) multi-hot; classes that are 0 are left out.
+        max_classes: largest number of classes that one image of the batch has, known without asking the device.
+        fusion: average `logits` (paper) or `probs` (released code).
+        num_iters: iterations of the refinement.
+        dilations: of the refinement.
+    """
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        views = [view.detach().float() for view in logits]
+        if fusion == "logits":
+            probs = (sum(views[1:], views[0]) / len(views)).softmax(dim=1)
+        else:
+            probs = torch.stack([view.softmax(dim=1) for view in views]).mean(dim=0)
+        classes = present_classes(image_labels, max_classes=max_classes)
+        raw = resize(_take_channels(probs, classes), images.shape[-2:])
+        return Calibrated(classes, raw, refine(images, raw, num_iters=num_iters, dilations=dilations))
+
+
+def threshold(probs: Tensor, *, confidence_threshold: float, background_threshold: float, floor: float) -> Tensor:
+    """Keeps the pixels that exactly one class claims.
+
+    A class claims a pixel where its probability is strictly above max(share * its maximum over the image, floor).
+
+    Args:
+        probs: (N, K, H, W) probabilities, background first; a class that cannot occur is 0 everywhere.
+        confidence_threshold: gamma, the share for the foreground classes, in [0, 1].
+        background_threshold: the share for the background, in [0, 1].
+        floor: absolute probability, in [0, 1].
+
+    Returns:
+        (N, H, W) int64 class ids, 255 where no class or several classes claim the pixel.
+
+    Raises:
+        ValueError: a threshold outside [0, 1].
+    """
+    for name, value in (
+        ("confidence_threshold", confidence_threshold),
+        ("background_threshold", background_threshold),
+        ("floor", floor),
+    ):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value}; allowed are numbers from 0 to 1")
+    share = probs.new_full((probs.shape[1], 1, 1), confidence_threshold)
+    share[0] = background_threshold
+    limit = (probs.amax(dim=(2, 3), keepdim=True) * share).clamp_min(floor)
+    claimed = probs > limit  # (N, K, H, W)
+    label = claimed.to(torch.uint8).argmax(dim=1)
+    return torch.where(claimed.sum(dim=1) == 1, label, IGNORE_INDEX)
+
+
+def present_classes(image_labels: Tensor, *, max_classes: int) -> Tensor:
+    """Class ids of the background and of each image's classes: (N, 1 + max_classes) int64, -1 where there are fewer."""
+    labels = image_labels.bool()
+    ids = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    ranked = torch.where(labels, ids, labels.shape[1] + 1).sort(dim=1).values[:, :max_classes]
+    ranked = torch.where(ranked <= labels.shape[1], ranked, -1)
+    return torch.cat([ranked.new_zeros(len(ranked), 1), ranked], dim=1)
+
+
+def to_class_ids(channel_labels: Tensor, classes: Tensor) -> Tensor:
+    """Translates labels that count channels, (N, H, W) with 255 for void, into class ids by (N, M) `classes`."""
+    table = classes.clamp_min(0)
+    void = channel_labels == IGNORE_INDEX
+    index = torch.where(void, 0, channel_labels).flatten(1)
+    return torch.where(void, IGNORE_INDEX, table.gather(1, index).view_as(channel_labels))
+
+
+def _take_channels(probs: Tensor, classes: Tensor) -> Tensor:
+    index = classes.clamp_min(0)[:, :, None, None].expand(-1, -1, *probs.shape[-2:])
+    return probs.gather(1, index) * (classes >= 0)[:, :, None, None]

@@ -1,0 +1,432 @@
+"""Every setting of a run, as frozen pydantic models.
+
+A run is a `Config`. Recipes (`slrnet.recipes`) build complete ones; the command line changes single fields with
+`section.field=value`. Unknown keys, wrong types and values out of range raise `ConfigError` with a message that names
+what came, what is allowed and, for a misspelt key, the nearest one. A field that nothing reads is a defect: a test
+walks all of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+__all__ = [
+    "CalibrationConfig",
+    "Config",
+    "ConfigError",
+    "CvlrConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "ViewsConfig",
+    "WeightsConfig",
+    "apply_overrides",
+    "config_from_dict",
+    "load_config",
+]
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type, out of range, or at odds with another one."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class DataConfig(_Section):
+    """Which shards are read and how an image is cropped on the CPU."""
+
+    path: str = ""
+    """Folder with the shards, `manifest.parquet` and `dataset.json`. Empty: the embedded demo data set."""
+    train_split: str = "train"
+    """Split of the manifest to train on."""
+    val_split: str = "val"
+    """Split of the manifest to validate on."""
+    crop_size: PositiveInt = 321
+    """Side of the square training crop, pixels. See `Config` for what fits the encoder's stride."""
+    crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
+    """Smallest and largest share of the image's area that a crop covers."""
+    flip: Fraction = 0.5
+    """Probability that a training crop is mirrored before the views are made."""
+    shuffle_buffer: PositiveInt = 1000
+    """Samples held by each reader to shuffle within; 1 keeps the order of the (permuted) shards."""
+    workers: NonNegativeInt = 2
+    """Reader processes per training worker; 0 reads in the training process."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a damaged or missing shard does: stop the run, or be skipped, counted and reported."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        low, high = self.crop_scale
+        if not low <= high <= 1.0:
+            raise ValueError(
+                f"crop_scale is {self.crop_scale}; allowed are two shares with 0 < smallest <= largest <= 1"
+            )
+        return self
+
+
+class ViewsConfig(_Section):
+    """The views of an image that go through the encoder together (paper Sec. 4.6, Table 7)."""
+
+    scales: tuple[PositiveFloat, ...] = (1.0, 0.5)
+    """Scale of each view relative to the crop; the number of entries is the number of views."""
+    flip: bool = True
+    """Each view is mirrored by its own coin; off: no view is."""
+    own_colour: bool = True
+    """Each view draws its own colour distortion; off: all views of an image share one."""
+    brightness: Fraction = 0.3
+    """Largest change of brightness, as a factor in [1 - b, 1 + b]."""
+    contrast: Fraction = 0.3
+    """Largest change of contrast, as a factor in [1 - c, 1 + c]."""
+    saturation: Fraction = 0.3
+    """Largest change of saturation, as a factor in [1 - s, 1 + s]."""
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    """Largest shift of hue, in turns of the colour circle."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not 1 <= len(self.scales) <= 8:
+            raise ValueError(f"scales has {len(self.scales)} entries; allowed are 1 to 8 views")
+        return self
+
+
+class CvlrConfig(_Section):
+    """The cross-view low-rank module (paper Sec. 3.3, Algorithm 1)."""
+
+    enabled: bool = True
+    """Off: the decoder sees the encoder's features as they are (Table 8, "w/o CVLR")."""
+    form: Literal["paper", "released"] = "paper"
+    """Algorithm 1 as printed, or the arithmetic of the published checkpoints."""
+    dim: PositiveInt = 256
+    """d, the dimension of the dictionary's atoms."""
+    num_iters: PositiveInt = 1
+    """T, the number of alternating updates."""
+    temperature: PositiveFloat = 1.0
+    """tau of the codes' softmax."""
+    implementation: Literal["auto", "reference", "recompute"] = "auto"
+    """How the factorisation and its gradient are computed; the numbers are the same."""
+
+
+class ModelConfig(_Section):
+    """Encoder, decoder and heads."""
+
+    encoder: str = "wide_resnet38"
+    """`wide_resnet38`, `resnet50`, `resnet101`, `efficientnet_lite0`, or `timm:NAME` for a timm backbone."""
+    encoder_weights: str = "auto"
+    """`auto` (the encoder's usual ImageNet weights), `none` (random), or the path of a weights file."""
+    output_stride: Literal[8, 16, 32] = 8
+    """Pixels of the image per pixel of the deepest features."""
+    frozen_stages: NonNegativeInt = 1
+    """Encoder stages, from the image on, whose weights do not train."""
+    freeze_batch_norm: bool = True
+    """Encoder batch norms keep their ImageNet statistics and affine parameters."""
+    decoder_dim: PositiveInt = 256
+    """Channels of the ASPP output, the fused features and the decoder."""
+    skip_dim: PositiveInt = 48
+    """Channels of the shallow features after the skip projection."""
+    aspp_dilations: tuple[PositiveInt, PositiveInt, PositiveInt] = (12, 24, 36)
+    """Dilations of the three 3x3 branches of the ASPP, in pixels of the deepest features."""
+    gate_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3
+    """Share of shallow features that the stochastic gate mixes in."""
+    focal_power: NonNegativeFloat = 3.0
+    """p of the focal mask penalty (1 - m)^p log(c + m) in the class scores."""
+    focal_floor: PositiveFloat = 0.01
+    """c of the focal mask penalty."""
+
+
+class CalibrationConfig(_Section):
+    """From the masks of all views to pseudo labels (paper Sec. 3.2, Eq. 3)."""
+
+    fusion: Literal["logits", "probs"] = "logits"
+    """Average the un-warped logits and then apply softmax (Eq. 3), or average probabilities (released code)."""
+    refine_iters: NonNegativeInt = 10
+    """Iterations of the pixel-adaptive refinement; 0 turns it off."""
+    refine_dilations: tuple[PositiveInt, ...] = (1, 2, 4, 8, 12, 24)
+    """Dilations of the refinement's 3x3 neighbourhoods, in pixels of the refined mask."""
+    refine_stride: PositiveInt = 4
+    """Pixels of the crop per pixel of the refined mask."""
+    confidence_threshold: Fraction = 0.6
+    """gamma: share of a foreground class's maximum over the image that a pixel must exceed."""
+    background_threshold: Fraction = 0.7
+    """The same for the background."""
+    floor: Fraction = 0.2
+    """Probability that a pixel of any class must exceed, whatever the class's maximum."""
+
+
+class LossConfig(_Section):
+    """Which quantities the consistency terms compare (paper Eq. 4 and 9)."""
+
+    mask_consistency: Literal["logits", "probs"] = "logits"
+    """Eq. 4 on the output logits (paper) or on probabilities (released code)."""
+    code_consistency: Literal["all", "maximum"] = "all"
+    """Eq. 9 on the codes as they are (paper) or with all but each pixel's maximum set to 0 (released code)."""
+
+
+class WeightsConfig(_Section):
+    """Weights of the loss parts."""
+
+    segmentation: NonNegativeFloat = 1.0
+    """lambda_seg, from the end of pretraining on; 0 before."""
+    classification: NonNegativeFloat = 1.0
+    """lambda_cls."""
+    consistency: NonNegativeFloat = 4.0
+    """lambda_reg, of both Eq. 4 and Eq. 9."""
+    auxiliary: NonNegativeFloat = 0.4
+    """Weight of the auxiliary head's segmentation and classification losses within theirs."""
+
+
+class OptimConfig(_Section):
+    """SGD with Nesterov momentum, four parameter groups, constant then cosine."""
+
+    lr: PositiveFloat = 5e-4
+    """Learning rate of pretrained weights at a global batch of `reference_batch_size`."""
+    reference_batch_size: PositiveInt = 16
+    """Global batch for which `lr` holds; the rate used is lr * train.batch_size / reference_batch_size."""
+    new_lr_factor: PositiveFloat = 10.0
+    """Rate of newly added weights relative to pretrained ones."""
+    bias_lr_factor: PositiveFloat = 2.0
+    """Rate of biases relative to weights."""
+    momentum: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
+    """Nesterov momentum."""
+    weight_decay: NonNegativeFloat = 5e-4
+    """L2 penalty on weights; biases have none."""
+
+
+class TrainConfig(_Section):
+    """Length, batch, precision and randomness of the training."""
+
+    epochs: PositiveInt = 20
+    """Passes over the training split."""
+    pretrain_epochs: NonNegativeInt = 5
+    """First epochs without segmentation loss, at a constant learning rate."""
+    batch_size: PositiveInt = 16
+    """Global batch: images per optimiser step over all workers and accumulation steps."""
+    accumulation: PositiveInt = 1
+    """Backward passes per optimiser step; divides the memory that a batch takes."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 autocast on GPUs that have it (`auto`), never (`fp32`), or always (`bf16`)."""
+    seed: NonNegativeInt = 0
+    """Seed of weights, order, crops, colours, dropout and gates."""
+    log_every: PositiveInt = 10
+    """Optimiser steps between logged losses."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.pretrain_epochs >= self.epochs:
+            raise ValueError(
+                f"pretrain_epochs is {self.pretrain_epochs} of {self.epochs} epochs; it must be smaller than epochs, "
+                "else no epoch has a segmentation loss"
+            )
+        return self
+
+
+class EvaluationConfig(_Section):
+    """What is measured after an epoch, and on how many images."""
+
+    every: PositiveInt = 1
+    """Epochs between measurements; the last epoch is always measured."""
+    pseudo_mask_images: NonNegativeInt = 200
+    """Training images of the fixed, seeded subset on which pseudo masks are measured; 0 turns it off."""
+    panel_images: NonNegativeInt = 8
+    """Images of that subset that are drawn side by side (image, raw, refined, pseudo label, truth); 0 for none."""
+    gating: Literal["none", "scores", "image_labels"] = "none"
+    """Classes that validation may predict: all, those with high class scores, or the true ones (stamped on the result)."""
+    gating_threshold: Fraction = 0.3
+    """Smallest sigmoid(class score) that `gating = "scores"` keeps."""
+    gating_top: PositiveInt = 6
+    """Most classes that `gating = "scores"` keeps."""
+    background_power: PositiveFloat = 1.0
+    """Exponent on the background's probability before the arg max; the released code uses 3 for WSSS."""
+
+
+class TrackingConfig(_Section):
+    """Where curves and pictures go."""
+
+    uri: str = ""
+    """MLflow tracking URI. Empty: MLFLOW_TRACKING_URI, else a SQLite file in the storage folder."""
+    experiment: str = "slrnet"
+    """MLflow experiment."""
+
+
+class Config(_Section):
+    """A complete run.
+
+    The crop must fit the encoder's stride: `crop_size` is a multiple of `output_stride` or one more than a multiple
+    (so that align-corners resizing meets pixel centres).
+    """
+
+    recipe: str = "custom"
+    """Name of the recipe that the run started from; for the record."""
+    setting: Literal["wsss"] = "wsss"
+    """Which labels are granted: `wsss` trains on image labels only."""
+    data: DataConfig = DataConfig()
+    views: ViewsConfig = ViewsConfig()
+    model: ModelConfig = ModelConfig()
+    cvlr: CvlrConfig = CvlrConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    losses: LossConfig = LossConfig()
+    weights: WeightsConfig = WeightsConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        size, stride = self.data.crop_size, self.model.output_stride
+        if size % stride not in (0, 1):
+            low = size // stride * stride
+            raise ValueError(
+                f"data.crop_size {size} does not fit model.output_stride {stride}; "
+                f"use {low}, {low + 1}, {low + stride} or {low + stride + 1}"
+            )
+        smallest = min(self.views.scales) * size
+        if smallest < 2 * stride:
+            raise ValueError(
+                f"the smallest view has {smallest:.0f} pixels a side, under two cells of output_stride {stride}; "
+                f"enlarge data.crop_size ({size}) or the smallest of views.scales {self.views.scales}"
+            )
+        if self.train.batch_size % self.train.accumulation:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is not divisible by train.accumulation "
+                f"{self.train.accumulation}; the batch is the global one, split over accumulation steps and workers"
+            )
+        return self
+
+    def to_json(self) -> str:
+        """The whole configuration as JSON text that `load_config` reads back."""
+        return self.model_dump_json(indent=2) + "\n"
+
+    def flat(self) -> dict[str, Any]:
+        """All fields as {"section.field": value}, for logging."""
+        return dict(_flatten(self.model_dump(mode="json")))
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """Builds a `Config` from nested plain values.
+
+    Raises:
+        ConfigError: a key is unknown (the nearest one is named) or a value is of the wrong type or range.
+    """
+    _refuse_unknown(values, Config, "")
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+
+
+def load_config(path: str | Path) -> Config:
+    """Reads a `Config` from a JSON file that `Config.to_json` wrote.
+
+    Raises:
+        ConfigError: the file is missing, is no JSON object, or does not hold a valid configuration.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the config file {path}: {error.strerror}; give the path of a config.json"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}; a run writes its config as config.json") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; a config file holds one JSON object")
+    return config_from_dict(values)
+
+
+def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
+    """Returns `config` with fields replaced by `section.field=value` texts.
+
+    Values are JSON where they parse as JSON (`0.5`, `true`, `[1.0, 0.5]`), else plain text; `1.0,0.5` is a list too.
+
+    Raises:
+        ConfigError: a text has no `=`, a key is unknown, or a value is of the wrong type or range.
+    """
+    values = config.model_dump(mode="json")
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text!r} has no '='; write section.field=value, for instance optim.lr=0.001")
+        section, field = _locate(values, key.strip())
+        section[field] = _parse_value(raw.strip(), section[field])
+    return config_from_dict(values)
+
+
+def _locate(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    *parents, field = key.split(".")
+    section: Any = values
+    for name in parents:
+        section = section.get(name) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or field not in section or isinstance(section[field], dict):
+        known = list(dict(_flatten(values)))
+        raise ConfigError(f"unknown config key {key!r}; {_nearest(key, known)}")
+    return section, field
+
+
+def _parse_value(raw: str, current: Any) -> Any:
+    if isinstance(current, str):
+        return raw
+    try:
+        value = json.loads(raw)
+    except ValueError:
+        value = {"True": True, "False": False}.get(raw, raw)
+    if isinstance(current, list) and isinstance(value, (str, int, float)):
+        parts = raw.split(",")
+        value = [_parse_value(part.strip(), None) for part in parts if part.strip()]
+    return value
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _refuse_unknown(values: Mapping[str, Any], model: type[BaseModel], prefix: str) -> None:
+    for key, value in values.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            known = [prefix + name for name in model.model_fields]
+            raise ConfigError(f"unknown config key {prefix + str(key)!r}; {_nearest(prefix + str(key), known)}")
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel) and isinstance(value, Mapping):
+            _refuse_unknown(value, section, f"{prefix}{key}.")
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    if not close:
+        leaf = key.rsplit(".", 1)[-1]
+        close = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    hint = f"the nearest one is {close[0]!r}" if close else f"known are {', '.join(sorted(known))}"
+    return hint
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if part != "tuple")
+        message = item["msg"].removeprefix("Value error, ")
+        got = "" if item["type"] == "value_error" else f", got {item['input']!r}"
+        lines.append(f"{where or 'config'}: {message}{got}")
+    return "; ".join(lines)

@@ -1,0 +1,98 @@
+"""What the loaders hand over: a batch of training crops, and a whole image for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from slrnet.data.catalog import IGNORE_INDEX
+
+__all__ = ["Batch", "EvalSample", "TrainSample", "collate"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSample:
+    """One training crop.
+
+    Attributes:
+        key: name of the image.
+        image: (3, S, S) uint8 RGB.
+        image_labels: (K-1,) float32 of 0 and 1; entry c is class c + 1.
+        pixel_labels: (S, S) uint8 class ids, 255 where void; None where no mask is granted.
+    """
+
+    key: str
+    image: Tensor
+    image_labels: Tensor
+    pixel_labels: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """N training crops of side S with their labels.
+
+    Attributes:
+        images: (N, 3, S, S) uint8 RGB.
+        image_labels: (N, K-1) float32 of 0 and 1; column c is class c + 1.
+        keys: N names.
+        has_pixel_labels: (N,) bool, which images come with a granted mask.
+        pixel_labels: (N, S, S) uint8 class ids, 255 where void and all over an image without a granted mask; None where
+            no image has one, as with image labels only.
+    """
+
+    images: Tensor
+    image_labels: Tensor
+    keys: tuple[str, ...]
+    has_pixel_labels: Tensor
+    pixel_labels: Tensor | None = None
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The batch with all tensors on `device`; `non_blocking` copies from pinned memory without waiting."""
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self._tensors().items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory."""
+        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})  # type: ignore[arg-type]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True, slots=True)
+class EvalSample:
+    """One whole image at its own size.
+
+    Attributes:
+        key: name of the image.
+        image: (3, H, W) uint8 RGB.
+        pixel_labels: (H, W) uint8 class ids, 255 where void; None where the image has no mask or none was asked for.
+        image_labels: (K-1,) float32 of 0 and 1; entry c is class c + 1.
+    """
+
+    key: str
+    image: Tensor
+    pixel_labels: Tensor | None
+    image_labels: Tensor
+
+
+def collate(samples: Sequence[TrainSample]) -> Batch:
+    """Puts N crops of one size into a batch."""
+    granted = [sample.pixel_labels is not None for sample in samples]
+    return Batch(
+        images=torch.stack([sample.image for sample in samples]),
+        image_labels=torch.stack([sample.image_labels for sample in samples]),
+        keys=tuple(sample.key for sample in samples),
+        has_pixel_labels=torch.tensor(granted, dtype=torch.bool),
+        pixel_labels=torch.stack([_mask(sample) for sample in samples]) if any(granted) else None,
+    )
+
+
+def _mask(sample: TrainSample) -> Tensor:
+    if sample.pixel_labels is not None:
+        return sample.pixel_labels
+    return torch.full(sample.image.shape[-2:], IGNORE_INDEX, dtype=torch.uint8)

@@ -1,0 +1,57 @@
+"""Class names and colours that data sets share: PASCAL VOC's classes, VOC's palette, and the void id."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["BACKGROUND", "IGNORE_INDEX", "VOC_CLASSES", "voc_palette"]
+
+IGNORE_INDEX = 255
+"""Id of void pixels: undecided, or not labelled. Never a class."""
+
+BACKGROUND = "background"
+"""Name of class 0 in every data set."""
+
+VOC_CLASSES: tuple[str, ...] = (
+    BACKGROUND,
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+)
+"""The 21 classes of PASCAL VOC, background first; the place in the tuple is the id in VOC's masks."""
+
+
+def voc_palette() -> npt.NDArray[np.uint8]:
+    """Colours of PASCAL VOC's masks.
+
+    The bits of an id, lowest three first, are dealt to red, green and blue from the highest bit of the colour down, so
+    that neighbouring ids get distant colours: 0 is black, 1 is (128, 0, 0), void (255) is (224, 224, 192).
+
+    Returns:
+        (256, 3) uint8, RGB by id.
+    """
+    ids = np.arange(256)
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    for channel in range(3):
+        for digit in range(8):
+            bit = (ids >> (3 * digit + channel)) & 1
+            palette[:, channel] |= (bit << (7 - digit)).astype(np.uint8)
+    return palette

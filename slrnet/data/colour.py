@@ -1,0 +1,137 @@
+"""Colour jitter of a whole batch on its device (paper Sec. 4.6: colour distortion of the views).
+
+Brightness, contrast, saturation and hue are changed by factors of their own for every image, in this fixed order. The
+arithmetic of each step is torchvision's functional one (`adjust_brightness`, ...); the released code runs it image by
+image on the CPU, in a random order. Hue goes without HSV images: the largest and the smallest channel of a pixel stay
+what they are, so only the hexagon's angle is worked out, shifted, and turned back into the channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["ColourParams", "apply_colour", "draw_colour"]
+
+_GREY_WEIGHTS = (0.2989, 0.587, 0.114)
+
+
+@dataclass(frozen=True, slots=True)
+class ColourParams:
+    """The drawn distortion of N images; a field is None where that distortion is off.
+
+    Attributes:
+        brightness: (N,) float32 factors, 1 changes nothing.
+        contrast: (N,) float32 factors, 1 changes nothing.
+        saturation: (N,) float32 factors, 1 changes nothing.
+        hue: (N,) float32 shifts in turns of the colour circle, 0 changes nothing.
+    """
+
+    brightness: Tensor | None
+    contrast: Tensor | None
+    saturation: Tensor | None
+    hue: Tensor | None
+
+
+def draw_colour(
+    n: int,
+    *,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+    generator: torch.Generator,
+) -> ColourParams:
+    """Draws the distortion of `n` images.
+
+    Args:
+        n: number of images.
+        brightness: largest change b, 0 to 1; factors are uniform in [1 - b, 1 + b].
+        contrast: largest change, as for brightness.
+        saturation: largest change, as for brightness.
+        hue: largest shift h, 0 to 0.5 turns; shifts are uniform in [-h, h].
+        generator: on the CPU; the same state gives the same distortion on any device.
+
+    Raises:
+        ValueError: a strength is outside its range.
+    """
+    for name, value, largest in (
+        ("brightness", brightness, 1.0),
+        ("contrast", contrast, 1.0),
+        ("saturation", saturation, 1.0),
+        ("hue", hue, 0.5),
+    ):
+        if not 0.0 <= value <= largest:
+            raise ValueError(f"{name} is {value}; allowed are strengths from 0 (off) to {largest}")
+    # All four rows are drawn whatever is switched on, so that one strength does not move the others' draws.
+    uniform = torch.rand(4, n, generator=generator) * 2.0 - 1.0
+    return ColourParams(
+        brightness=1.0 + brightness * uniform[0] if brightness else None,
+        contrast=1.0 + contrast * uniform[1] if contrast else None,
+        saturation=1.0 + saturation * uniform[2] if saturation else None,
+        hue=hue * uniform[3] if hue else None,
+    )
+
+
+def apply_colour(images: Tensor, params: ColourParams) -> Tensor:
+    """Distorts `images`; the input is left as it is.
+
+    Args:
+        images: (N, 3, H, W) float RGB in [0, 1], on any device.
+        params: the distortion of N images, from `draw_colour`.
+
+    Returns:
+        (N, 3, H, W) of the same dtype in [0, 1]; `images` itself where everything is off.
+    """
+    if params.brightness is not None:
+        images = (images * _per_image(params.brightness, images)).clamp_(0.0, 1.0)
+    if params.contrast is not None:
+        mean = _grey(images).mean(dim=(-2, -1), keepdim=True)
+        images = _blend(images, mean, params.contrast)
+    if params.saturation is not None:
+        images = _blend(images, _grey(images), params.saturation)
+    if params.hue is not None:
+        images = _shift_hue(images, params.hue)
+    return images
+
+
+def _per_image(values: Tensor, images: Tensor) -> Tensor:
+    return values.to(device=images.device, dtype=images.dtype, non_blocking=True).view(-1, 1, 1, 1)
+
+
+def _grey(images: Tensor) -> Tensor:
+    red, green, blue = _GREY_WEIGHTS
+    grey = images[:, 0:1] * red
+    return grey.add_(images[:, 1:2], alpha=green).add_(images[:, 2:3], alpha=blue)
+
+
+def _blend(images: Tensor, other: Tensor, factors: Tensor) -> Tensor:
+    """Clamped factor * images + (1 - factor) * other, as other + factor * (images - other)."""
+    return torch.lerp(other, images, _per_image(factors, images)).clamp_(0.0, 1.0)
+
+
+def _shift_hue(images: Tensor, shifts: Tensor) -> Tensor:
+    """Turns the hue by `shifts` turns; saturation and value, so a pixel's largest and smallest channel, stay."""
+    red, green, blue = images.unbind(1)
+    smallest = torch.minimum(torch.minimum(red, green), blue)
+    largest = torch.maximum(torch.maximum(red, green), blue)
+    chroma = largest - smallest
+    # The angle on the colour hexagon, in sixths of a turn. Where two channels are largest both formulas agree; a grey
+    # pixel has chroma 0, and any finite angle serves it.
+    angle = torch.where(
+        red == largest,
+        green - blue,
+        torch.where(green == largest, (blue - red).add_(chroma, alpha=2.0), (red - green).add_(chroma, alpha=4.0)),
+    )
+    angle.div_(chroma.clamp_min(torch.finfo(images.dtype).tiny))
+    angle.add_(6.0 * _per_image(shifts, images)[:, 0])
+    angle.sub_(torch.div(angle, 6.0).floor_(), alpha=6.0)
+    out = torch.empty_like(images)
+    # A channel's share of the chroma follows from the angle's distance to red (0), green (2) or blue (4).
+    torch.sub(angle, 3.0, out=out[:, 0]).abs_().sub_(1.0)
+    torch.sub(angle, 2.0, out=out[:, 1]).abs_().neg_().add_(2.0)
+    torch.sub(angle, 4.0, out=out[:, 2]).abs_().neg_().add_(2.0)
+    out.clamp_(0.0, 1.0).mul_(chroma.unsqueeze(1)).add_(smallest.unsqueeze(1))
+    return out.clamp_(0.0, 1.0)

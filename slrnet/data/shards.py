@@ -1,0 +1,567 @@
+"""The loaders: batches of crops for training, whole images for evaluation, from tar shards in reader processes.
+
+Who takes which samples is planned by `slrnet.data.epoch_plan`; single samples are read by `slrnet.data.samples`.
+WebDataset supplies the pipeline between the two: its stages, the shuffle buffer and the batching. Its own shard order
+repeats every epoch, so the plan replaces it.
+
+Reader processes come from a fork server: they start without the training process's threads and CUDA context, live as
+long as the loader, and are told the epoch through shared memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import webdataset as wds
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from slrnet.data.batch import Batch, EvalSample, TrainSample, collate
+from slrnet.data.epoch_plan import ShardRange, choose_subset, plan_epoch, reader_batches
+from slrnet.data.manifest import DataError, ShardSet, SplitView
+from slrnet.data.samples import OnError, SampleIndex, ShardFiles, SkippedSample, index_split
+from slrnet.data.transforms import crop_image, crop_mask, draw_crop
+
+__all__ = [
+    "EvalLoader",
+    "OnError",
+    "SkippedSample",
+    "TrainLoader",
+    "choose_subset",
+]
+
+Payload = TypeVar("Payload", bound=Batch | EvalSample)
+
+_logger = logging.getLogger(__name__)
+
+_RECENT = 32
+"""Good samples that a reader keeps as stand-ins for damaged ones."""
+
+_PRELOAD = ["torch", "torchvision", "webdataset", "pyarrow", "slrnet.data.shards"]
+"""What the fork server imports once, so that readers start with it."""
+
+
+class TrainLoader:
+    """Batches of random crops of a split, for one rank.
+
+    The batches of an epoch are a pure function of (seed, epoch, rank, world_size, workers) and the data; a sample's
+    crop is one of (seed, epoch, sample) alone. Masks stay unread unless `pixel_labels_granted` allows them.
+
+    Args:
+        shard_set: the data set.
+        split: name of the split.
+        batch_size: of this rank, per step.
+        crop_size: side of the crops, pixels.
+        crop_scale: smallest and largest share of the image's area that a crop covers.
+        flip: probability that a crop is mirrored.
+        seed: of the run.
+        rank: of this process among `world_size`.
+        world_size: number of processes that train together, each with a loader of the same arguments.
+        workers: reader processes of this rank; 0 reads in this process.
+        shuffle_buffer: samples that each reader shuffles within, filled before the first batch; 1 keeps the order.
+        on_error: "stop" raises at the first damaged sample, "skip" puts an earlier sample of the same reader in its
+            place (the next one at the very beginning) and lists it in `skipped`.
+        pixel_labels_granted: (num_samples,) bool, whose masks training may see; None: nobody's, and no mask is read.
+        pin_memory: batches come in page-locked memory (needs an accelerator).
+
+    Raises:
+        ValueError: an argument is out of range, the split has fewer shards than readers or less than one global batch.
+        DataError: there is no such split.
+    """
+
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        *,
+        split: str,
+        batch_size: int,
+        crop_size: int,
+        crop_scale: tuple[float, float],
+        flip: float,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        shuffle_buffer: int = 1000,
+        on_error: OnError = "stop",
+        pixel_labels_granted: npt.NDArray[np.bool_] | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        _check_readers(rank=rank, world_size=world_size, workers=workers, on_error=on_error)
+        _check_at_least_one(batch_size=batch_size, crop_size=crop_size, shuffle_buffer=shuffle_buffer)
+        view = shard_set.split(split)
+        _check_granted(view, pixel_labels_granted)
+        readers = max(1, workers)
+        _check_shards(view, world_size=world_size, readers=readers, workers=workers)
+        self.num_samples = view.num_samples
+        self.global_batch = batch_size * world_size
+        self.steps_per_epoch = self.num_samples // self.global_batch
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"split {split!r} has {self.num_samples} samples, fewer than the global batch of {self.global_batch} "
+                f"({batch_size} on each of {world_size} ranks); use a global batch of {self.num_samples} or less"
+            )
+        self._batch_size = batch_size
+        reader = _TrainReader(
+            index=index_split(shard_set, view, on_error=on_error),
+            steps=self.steps_per_epoch,
+            batch_size=batch_size,
+            rank=rank,
+            readers=readers,
+            crop=_CropSettings(crop_size, crop_scale, flip),
+            seed=seed,
+            shuffle_buffer=shuffle_buffer,
+            granted=pixel_labels_granted,
+        )
+        self._pool: _ReaderPool[Batch] = _ReaderPool(reader, workers=workers, pin_memory=pin_memory)
+
+    @property
+    def left_over(self) -> int:
+        """Samples of the split, 0 to global_batch - 1, that an epoch leaves out; other ones every epoch."""
+        return self.num_samples - self.steps_per_epoch * self.global_batch
+
+    @property
+    def skipped(self) -> tuple[SkippedSample, ...]:
+        """Samples of the current (or last) epoch that this rank could not read so far."""
+        return tuple(self._pool.skipped)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yields the batches of steps start_step, ..., steps_per_epoch - 1; one epoch at a time.
+
+        Starting late gives the same batches as skipping the first ones (but stand-ins for damaged samples may differ),
+        without reading what went into them.
+
+        Raises:
+            ValueError: `start_step` is negative or above `steps_per_epoch`.
+            DataError: a sample is damaged or missing and `on_error` is "stop", a reader finds no readable sample, or
+                the number of samples read is not the planned one.
+        """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step is {start_step}; an epoch has the steps 0 to {self.steps_per_epoch}")
+        return self._batches(epoch, start_step)
+
+    def close(self) -> None:
+        """Ends the reader processes; the next epoch starts new ones."""
+        self._pool.close()
+
+    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        steps = self.steps_per_epoch - start_step
+        count = 0
+        for batch in self._pool.deliver(epoch, start_step):
+            count += 1
+            yield batch
+        if count != steps or self._pool.samples != steps * self._batch_size:
+            raise DataError(
+                f"epoch {epoch} gave this rank {count} batches of {self._pool.samples} samples in all, planned were "
+                f"{steps} batches of {steps * self._batch_size}; {self._pool.reader.index.advice}"
+            )
+
+
+class EvalLoader:
+    """Whole images of a split, each exactly once over all ranks, in the manifest's order; contiguous by rank.
+
+    With `pixel_labels` all files of a sample are read and compared with the manifest's sha256.
+
+    Args:
+        shard_set: the data set.
+        split: name of the split.
+        indices: samples within the split, for instance from `choose_subset`; None for all.
+        pixel_labels: read the masks, where there are any.
+        rank: of this process among `world_size`.
+        world_size: number of processes that evaluate together.
+        workers: reader processes of this rank; 0 reads in this process.
+        on_error: "stop" raises at the first damaged sample, "skip" leaves it out and lists it in `skipped`.
+
+    Raises:
+        ValueError: an argument is out of range.
+        DataError: there is no such split.
+    """
+
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        *,
+        split: str,
+        indices: Sequence[int] | None = None,
+        pixel_labels: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        on_error: OnError = "stop",
+    ) -> None:
+        _check_readers(rank=rank, world_size=world_size, workers=workers, on_error=on_error)
+        view = shard_set.split(split)
+        wanted = np.arange(view.num_samples) if indices is None else np.asarray(indices, dtype=np.int64)
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= view.num_samples):
+            raise ValueError(
+                f"indices run from {wanted.min()} to {wanted.max()}; split {split!r} has the samples 0 to "
+                f"{view.num_samples - 1}"
+            )
+        self.total = len(wanted)
+        mine = wanted[self.total * rank // world_size : self.total * (rank + 1) // world_size]
+        self.num_samples = len(mine)
+        index = index_split(shard_set, view, on_error=on_error, checksums=pixel_labels)
+        reader = _EvalReader(index=index, indices=mine, readers=max(1, workers), pixel_labels=pixel_labels)
+        self._pool: _ReaderPool[EvalSample] = _ReaderPool(reader, workers=workers, pin_memory=False)
+
+    @property
+    def skipped(self) -> tuple[SkippedSample, ...]:
+        """Samples of the current (or last) pass that this rank could not read so far."""
+        return tuple(self._pool.skipped)
+
+    def __len__(self) -> int:
+        """Samples of this rank."""
+        return self.num_samples
+
+    def __iter__(self) -> Iterator[EvalSample]:
+        """Yields this rank's samples; one pass at a time.
+
+        Raises:
+            DataError: a sample is damaged or missing and `on_error` is "stop", or not all samples came.
+        """
+        count = 0
+        for sample in self._pool.deliver(0, 0):
+            count += 1
+            yield sample
+        if count + len(self._pool.skipped) != self.num_samples:
+            raise DataError(
+                f"{count} samples came and {len(self._pool.skipped)} were skipped, planned were {self.num_samples}; "
+                f"{self._pool.reader.index.advice}"
+            )
+
+    def close(self) -> None:
+        """Ends the reader processes; the next pass starts new ones."""
+        self._pool.close()
+
+
+# Reader processes.
+
+
+@dataclass(frozen=True)
+class _Delivery(Generic[Payload]):
+    """What a reader sends: a payload, or (None) what happened since the last one."""
+
+    payload: Payload | None
+    samples: int = 0
+    skipped: tuple[SkippedSample, ...] = ()
+    failure: str | None = None
+
+    def pin_memory(self) -> _Delivery[Payload]:
+        if not isinstance(self.payload, Batch):
+            return self
+        return _Delivery(self.payload.pin_memory(), self.samples, self.skipped)  # type: ignore[arg-type]
+
+
+class _Reader(Protocol[Payload]):
+    @property
+    def index(self) -> SampleIndex: ...
+
+    def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[_Delivery[Payload]]: ...
+
+
+class _ReaderDataset(IterableDataset[_Delivery[Payload]]):
+    """Runs a reader; an expected error travels as a message, as torch wraps what it raises itself into tracebacks."""
+
+    def __init__(self, reader: _Reader[Payload], control: Tensor) -> None:
+        self.reader = reader
+        self.control = control
+
+    def __iter__(self) -> Iterator[_Delivery[Payload]]:
+        worker = get_worker_info()
+        epoch, start_step = self.control.tolist()
+        try:
+            yield from self.reader.deliver(worker.id if worker else 0, epoch, start_step)
+        except DataError as error:
+            yield _Delivery(None, failure=str(error))
+
+
+class _ReaderPool(Generic[Payload]):
+    """The readers of a loader, in this process or in others that stay, and what they report."""
+
+    def __init__(self, reader: _Reader[Payload], *, workers: int, pin_memory: bool) -> None:
+        self.reader = reader
+        self.skipped: list[SkippedSample] = []
+        self.samples = 0
+        self._workers = workers
+        self._pin_memory = pin_memory
+        self._control = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._dataset = _ReaderDataset(reader, self._control)
+        self._loader: DataLoader[_Delivery[Payload]] | None = None
+        self._named: set[str] = set()
+
+    def deliver(self, epoch: int, start_step: int) -> Iterator[Payload]:
+        """Yields what the readers send in turn; counts samples and skipped ones."""
+        self.skipped, self.samples = [], 0
+        self._control.copy_(torch.tensor([epoch, start_step]))
+        if self._loader is None:
+            self._loader = self._start()
+        for delivery in self._loader:
+            self._note(delivery)
+            if delivery.failure is not None:
+                raise DataError(delivery.failure)
+            if delivery.payload is not None:
+                yield delivery.payload
+
+    def close(self) -> None:
+        self._loader = None
+
+    def _start(self) -> DataLoader[_Delivery[Payload]]:
+        context = None
+        if self._workers:
+            method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+            context = multiprocessing.get_context(method)
+            context.set_forkserver_preload(_PRELOAD)
+        return DataLoader(
+            self._dataset,
+            batch_size=None,
+            num_workers=self._workers,
+            multiprocessing_context=context,
+            persistent_workers=self._workers > 0,
+            pin_memory=self._pin_memory,
+            # Its own generator: torch would else draw its workers' base seed from the global one.
+            generator=torch.Generator(),
+        )
+
+    def _note(self, delivery: _Delivery[Payload]) -> None:
+        self.samples += delivery.samples
+        for skipped in delivery.skipped:
+            self.skipped.append(skipped)
+            if skipped.shard not in self._named:
+                self._named.add(skipped.shard)
+                _logger.warning(
+                    "shard %s: sample %r is skipped: %s; further ones of this shard are counted in silence; %s",
+                    skipped.shard,
+                    skipped.key,
+                    skipped.reason,
+                    self.reader.index.advice,
+                )
+
+
+@dataclass(frozen=True)
+class _CropSettings:
+    size: int
+    scale: tuple[float, float]
+    flip: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainReader:
+    """Makes the batches of a rank's readers. Picklable; holds nothing that changes."""
+
+    index: SampleIndex
+    steps: int
+    batch_size: int
+    rank: int
+    readers: int
+    crop: _CropSettings
+    seed: int
+    shuffle_buffer: int
+    granted: npt.NDArray[np.bool_] | None
+
+    def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[_Delivery[Batch]]:
+        # torch asks its workers in turn, from worker 0 on: that one has to make step start_step.
+        reader = (worker + start_step) % self.readers
+        ranges = self._ranges(reader, epoch)
+        done = reader_batches(start_step, reader=reader, readers=self.readers) * self.batch_size
+        counts: Counter[int] = Counter()
+        skipped: list[SkippedSample] = []
+        pipeline = wds.DataPipeline(
+            partial(self._read, ranges, self._emitted_first(done, ranges, reader, epoch)),
+            self._shuffle(reader, epoch),
+            partial(self._count, counts=counts),
+            partial(_drop_first, count=done),
+            partial(self._crops, epoch=epoch, skipped=skipped),
+            wds.batched(self.batch_size, collation_fn=collate, partial=True),
+        )
+        for batch in pipeline:
+            yield _Delivery(batch, samples=len(batch.keys), skipped=tuple(skipped))
+            skipped.clear()
+        self._check_counts(ranges, counts)
+        yield _Delivery(None, skipped=tuple(skipped))
+
+    def _ranges(self, reader: int, epoch: int) -> list[ShardRange]:
+        """The pieces of shards that a reader of this rank takes in an epoch: whole batches, after its forerunners'."""
+        before = sum(reader_batches(self.steps, reader=other, readers=self.readers) for other in range(reader))
+        batches = reader_batches(self.steps, reader=reader, readers=self.readers)
+        first = (self.rank * self.steps + before) * self.batch_size
+        plan = plan_epoch(np.diff(self.index.firsts), seed=self.seed, epoch=epoch)
+        return plan.ranges(first, first + batches * self.batch_size)
+
+    def _shuffle(self, reader: int, epoch: int) -> Callable[[Iterator[Any]], Iterator[Any]]:
+        rng = random.Random(f"shuffle {self.seed} {epoch} {self.rank} {reader}")
+        shuffle: Callable[[Iterator[Any]], Iterator[Any]]
+        shuffle = wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)
+        return shuffle
+
+    def _emitted_first(self, count: int, ranges: list[ShardRange], reader: int, epoch: int) -> frozenset[int]:
+        """Samples among the first `count` that leave the shuffle buffer, found by running it on indices."""
+        if not count:
+            return frozenset()
+        return frozenset(islice(self._shuffle(reader, epoch)(self.index.samples(ranges)), count))
+
+    def _read(self, ranges: list[ShardRange], unread: frozenset[int]) -> Iterator[_Item]:
+        """One item per planned sample, come what may: damage does not shift the order of the others."""
+        with ShardFiles(self.index) as files:
+            for sample in self.index.samples(ranges):
+                if sample in unread:
+                    yield _Item(sample)
+                    continue
+                try:
+                    yield _Item(sample, files.read(sample, masks=self._may_see_mask(sample)))
+                except DataError as error:
+                    yield _Item(sample, damage=self.index.damage(sample, error))
+
+    def _may_see_mask(self, sample: int) -> bool:
+        return self.granted is not None and bool(self.granted[sample] and self.index.has_masks[sample])
+
+    def _count(self, items: Iterator[_Item], counts: Counter[int]) -> Iterator[_Item]:
+        for item in items:
+            counts[self.index.shard_of(item.sample)] += 1
+            yield item
+
+    def _check_counts(self, ranges: list[ShardRange], counts: Counter[int]) -> None:
+        for part in ranges:
+            planned, came = part.stop - part.start, counts[part.shard]
+            if came != planned:
+                raise DataError(
+                    f"shard {self.index.shards[part.shard]}: {came} samples came, planned were {planned}; "
+                    f"{self.index.advice}"
+                )
+
+    def _crops(self, items: Iterator[_Item], epoch: int, skipped: list[SkippedSample]) -> Iterator[TrainSample]:
+        """Decodes and crops; a damaged sample's place is taken by a recent good one, cropped anew."""
+        recent: deque[_Item] = deque(maxlen=_RECENT)
+        waiting: list[int] = []
+        for item in items:
+            made = self._crop_or_note(item, f"crop {self.seed} {epoch} {item.sample}", skipped)
+            if made is not None:
+                recent.append(item)
+                yield made
+            else:
+                waiting.append(item.sample)
+            while recent and waiting:
+                yield self._stand_in(recent, f"stand-in {self.seed} {epoch} {waiting.pop(0)}")
+        if waiting:
+            raise DataError(
+                f"none of the {len(waiting)} samples of a reader (shards {_listed(skipped)}) can be read; "
+                f"{self.index.advice}"
+            )
+
+    def _crop_or_note(self, item: _Item, seed: str, skipped: list[SkippedSample]) -> TrainSample | None:
+        damage = item.damage
+        if damage is None:
+            try:
+                return self._crop(item, random.Random(seed))
+            except DataError as error:
+                damage = self.index.damage(item.sample, error)
+        skipped.append(damage)
+        return None
+
+    def _stand_in(self, recent: Sequence[_Item], seed: str) -> TrainSample:
+        rng = random.Random(seed)
+        return self._crop(rng.choice(recent), rng)
+
+    def _crop(self, item: _Item, rng: random.Random) -> TrainSample:
+        assert item.files is not None
+        image = self.index.decode(item.sample, item.files)
+        crop = draw_crop(image.shape[-2], image.shape[-1], scale=self.crop.scale, flip=self.crop.flip, rng=rng)
+        mask = self.index.decode_mask(item.files, image)
+        return TrainSample(
+            key=self.index.key(item.sample),
+            image=crop_image(image, crop, size=self.crop.size),
+            image_labels=self.index.image_labels(item.sample),
+            pixel_labels=None if mask is None else crop_mask(mask, crop, size=self.crop.size),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EvalReader:
+    """Reads whole images; with W readers each takes every W-th sample, so that taking turns keeps the order."""
+
+    index: SampleIndex
+    indices: npt.NDArray[np.int64]
+    readers: int
+    pixel_labels: bool
+
+    def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[_Delivery[EvalSample]]:
+        with ShardFiles(self.index) as files:
+            for sample in self.indices[worker :: self.readers].tolist():
+                try:
+                    yield _Delivery(self._load(sample, files), samples=1)
+                except DataError as error:
+                    yield _Delivery(None, skipped=(self.index.damage(sample, error),))
+
+    def _load(self, sample: int, files: ShardFiles) -> EvalSample:
+        found = files.read(sample, masks=self.pixel_labels)
+        image = self.index.decode(sample, found)
+        return EvalSample(
+            key=self.index.key(sample),
+            image=image,
+            pixel_labels=self.index.decode_mask(found, image),
+            image_labels=self.index.image_labels(sample),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    """A planned sample on its way: its files, or what is wrong with it."""
+
+    sample: int
+    files: dict[str, bytes] | None = None
+    damage: SkippedSample | None = None
+
+
+def _drop_first(items: Iterator[_Item], count: int) -> Iterator[_Item]:
+    return islice(items, count, None)
+
+
+def _listed(skipped: Iterable[SkippedSample], most: int = 5) -> str:
+    names = sorted({sample.shard for sample in skipped})
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _check_readers(*, rank: int, world_size: int, workers: int, on_error: str) -> None:
+    _check_at_least_one(world_size=world_size)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}; with world_size {world_size} allowed are 0 to {world_size - 1}")
+    if workers < 0:
+        raise ValueError(f"workers is {workers}; allowed are 0 (read in this process) and more")
+    if on_error not in ("stop", "skip"):
+        raise ValueError(f"on_error is {on_error!r}; allowed are 'stop' and 'skip'")
+
+
+def _check_at_least_one(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+
+
+def _check_granted(view: SplitView, granted: npt.NDArray[np.bool_] | None) -> None:
+    if granted is not None and (granted.shape != (view.num_samples,) or granted.dtype != np.bool_):
+        raise ValueError(
+            f"pixel_labels_granted is {granted.dtype} of shape {granted.shape}; "
+            f"split {view.name!r} needs bool of shape ({view.num_samples},)"
+        )
+
+
+def _check_shards(view: SplitView, *, world_size: int, readers: int, workers: int) -> None:
+    there, needed = len(view.shards), world_size * readers
+    if there >= needed:
+        return
+    fewer = f"use at most {there // world_size} workers per rank, or " if there >= world_size and workers > 1 else ""
+    per_shard = max(1, view.num_samples // needed)
+    raise ValueError(
+        f"split {view.name!r} has {there} shards, fewer than its {needed} readers ({world_size} ranks x {readers}); "
+        f"{fewer}make the data set anew with at least {needed} shards: --samples-per-shard {per_shard}"
+    )

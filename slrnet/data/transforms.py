@@ -1,0 +1,145 @@
+"""From the bytes of a JPEG to a training crop, on the CPU (paper Sec. 4.1: random crops of a fixed size).
+
+Only the geometry is done here, on uint8: decoding, a random resized crop and a mirror image. Colour is changed in
+batch on the device (`slrnet.data.colour`), where hue costs a tenth of what it costs per image. The crop is drawn as by
+torchvision's RandomResizedCrop, from a generator that is passed in, so a sample's crop depends on that alone.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from slrnet.data.manifest import DataError
+
+__all__ = ["ASPECT_RATIOS", "Crop", "crop_image", "crop_mask", "decode_image", "decode_mask", "draw_crop"]
+
+ASPECT_RATIOS = (3.0 / 4.0, 4.0 / 3.0)
+"""Narrowest and widest width / height of a crop before it is resized to a square."""
+
+_ATTEMPTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """A box of an image, in pixels, and whether what it holds is mirrored left to right."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    mirrored: bool
+
+
+def draw_crop(height: int, width: int, *, scale: tuple[float, float], flip: float, rng: random.Random) -> Crop:
+    """Draws a crop of an image of `height` x `width` pixels.
+
+    The area is uniform, the aspect ratio log-uniform in `ASPECT_RATIOS`; a box that does not fit is drawn again. After
+    ten misses it is the central box of the largest fitting size.
+
+    Args:
+        height: of the image, pixels.
+        width: of the image, pixels.
+        scale: smallest and largest share of the image's area, 0 to 1.
+        flip: probability of mirroring, 0 to 1.
+        rng: the only source of randomness.
+    """
+    mirrored = rng.random() < flip
+    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
+    for _ in range(_ATTEMPTS):
+        area = height * width * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(low, high))
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top, left = rng.randint(0, height - box_height), rng.randint(0, width - box_width)
+            return Crop(top, left, box_height, box_width, mirrored)
+    narrowest, widest = ASPECT_RATIOS
+    box_width = min(width, max(1, round(height * widest)))
+    box_height = min(height, max(1, round(width / narrowest)))
+    return Crop((height - box_height) // 2, (width - box_width) // 2, box_height, box_width, mirrored)
+
+
+def crop_image(image: Tensor, crop: Crop, *, size: int) -> Tensor:
+    """Cuts the box out and resizes it, bilinear with antialiasing.
+
+    Args:
+        image: (3, H, W) uint8.
+        crop: within the image.
+        size: side of the result, pixels.
+
+    Returns:
+        (3, size, size) uint8.
+    """
+    out: Tensor = tv.resized_crop(image, crop.top, crop.left, crop.height, crop.width, [size, size], antialias=True)
+    return out.flip(-1) if crop.mirrored else out
+
+
+def crop_mask(mask: Tensor, crop: Crop, *, size: int) -> Tensor:
+    """Does to a mask what `crop_image` does to its image; ids are never mixed.
+
+    Args:
+        mask: (H, W) uint8 class ids, 255 where void.
+        crop: within the mask.
+        size: side of the result, pixels.
+
+    Returns:
+        (size, size) uint8; each pixel has the id of the mask's pixel nearest to its centre.
+    """
+    box = (crop.top, crop.left, crop.height, crop.width)
+    out: Tensor = tv.resized_crop(mask.unsqueeze(0), *box, [size, size], interpolation=InterpolationMode.NEAREST_EXACT)
+    out = out.squeeze(0)
+    return out.flip(-1) if crop.mirrored else out
+
+
+def decode_image(data: bytes) -> Tensor:
+    """Decodes a JPEG; grey and CMYK ones become RGB. Exif orientation is ignored, as masks are drawn on stored pixels.
+
+    Returns:
+        (3, H, W) uint8 RGB.
+
+    Raises:
+        DataError: the bytes are no complete JPEG.
+    """
+    if not data:
+        raise DataError("the image is empty")
+    try:
+        # The copy is needed: torch wants memory that may be written.
+        image: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise DataError(f"the image cannot be decoded as JPEG: {_last_words(error)}") from None
+    return image
+
+
+def decode_mask(data: bytes) -> Tensor:
+    """Decodes an indexed (or grey) PNG mask to its ids; the palette is not applied.
+
+    Returns:
+        (H, W) uint8 class ids, 255 where void.
+
+    Raises:
+        DataError: the bytes are no PNG, or one whose pixels are not single ids.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as mask:
+            if mask.mode not in ("P", "L"):
+                raise DataError(f"the mask has mode {mask.mode}; allowed are indexed (P) and grey (L) PNGs")
+            return torch.from_numpy(np.array(mask, dtype=np.uint8))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"the mask cannot be decoded as PNG: {error}") from None
+
+
+def _last_words(error: RuntimeError) -> str:
+    """The reason at the end of torchvision's message, without the source file it begins with."""
+    lines = str(error).splitlines() or [""]
+    return re.sub(r"^\w+, \S+:\d+, ", "", lines[0])

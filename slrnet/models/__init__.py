@@ -1,0 +1,1 @@
+"""Encoders, decoder, heads and the cross-view low-rank module."""

@@ -1,0 +1,152 @@
+"""The decoder: ASPP, skip fusion, global cue injection, stochastic gate, mask head.
+
+Paper Sec. 4 ("Implementation Details"); the parts follow Chen et al. 2018 (ASPP, skip fusion) and Araslanov and Roth
+2020 (global cue injection, stochastic gate). As in the released code the batch norms of the ASPP keep their initial
+statistics (mean 0, variance 1), so that they act as an affine map, and the background's logit is the constant 1.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["ASPP", "GlobalCueInjection", "MaskHead", "SkipFusion", "StochasticGate", "conv_norm_relu", "resize"]
+
+BATCH_NORM_MOMENTUM = 0.05
+
+
+def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Resizes (N, C, h, w) to (N, C, *size), bilinear with aligned corners, as everywhere in this method."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def conv_norm_relu(inputs: int, outputs: int, kernel: int, *, dilation: int = 1) -> nn.Sequential:
+    """A size-keeping convolution without bias, batch norm and ReLU."""
+    padding = dilation * (kernel // 2)
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False),
+        nn.BatchNorm2d(outputs, momentum=BATCH_NORM_MOMENTUM),
+        nn.ReLU(),
+    )
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling with batch norms whose statistics stay frozen.
+
+    Args:
+        inputs: channels of the deepest encoder features.
+        dim: channels of each branch and of the output.
+        dilations: of the three 3x3 branches.
+        dropout: probability on the output.
+    """
+
+    def __init__(self, inputs: int, *, dim: int, dilations: tuple[int, int, int], dropout: float = 0.5) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([conv_norm_relu(inputs, dim, 1)])
+        self.branches.extend(conv_norm_relu(inputs, dim, 3, dilation=rate) for rate in dilations)
+        self.pooled = conv_norm_relu(inputs, dim, 1)
+        self.project = conv_norm_relu(5 * dim, dim, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, inputs, h, w) to (N, dim, h, w)."""
+        maps = [branch(features) for branch in self.branches]
+        cue = self.pooled(F.adaptive_avg_pool2d(features, 1)).expand_as(maps[0])
+        return self.dropout(self.project(torch.cat([*maps, cue], dim=1)))  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> Self:
+        """Keeps the batch norms' statistics at mean 0, variance 1; their affine parameters train."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+class SkipFusion(nn.Module):
+    """Joins the ASPP output with shallow features at the shallow features' resolution.
+
+    Args:
+        dim: channels of the ASPP output and of the result.
+        skip_channels: channels of the shallow encoder features.
+        skip_dim: channels to which those are projected first.
+    """
+
+    def __init__(self, dim: int, *, skip_channels: int, skip_dim: int) -> None:
+        super().__init__()
+        self.project = conv_norm_relu(skip_channels, skip_dim, 1)
+        self.fuse = conv_norm_relu(dim + skip_dim, dim, 3)
+
+    def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
+        """(N, dim, h, w) and (N, skip_channels, H, W) to (N, dim, H, W)."""
+        return self.fuse(torch.cat([resize(deep, skip.shape[-2:]), self.project(skip)], dim=1))  # type: ignore[no-any-return]
+
+
+class GlobalCueInjection(nn.Module):
+    """Modulates shallow features by a global description of the deep ones (adaptive instance normalisation).
+
+    Args:
+        skip_channels: channels of the shallow features.
+        dim: channels of the deep features and of the result.
+    """
+
+    def __init__(self, skip_channels: int, *, dim: int) -> None:
+        super().__init__()
+        self.describe = conv_norm_relu(dim, 2 * dim, 1)
+        self.shallow = nn.Sequential(
+            nn.Conv2d(skip_channels, dim, 1, bias=False),
+            nn.BatchNorm2d(dim, momentum=BATCH_NORM_MOMENTUM, affine=False),
+        )
+        self.project = conv_norm_relu(dim, dim, 1)
+
+    def forward(self, skip: Tensor, deep: Tensor) -> Tensor:
+        """(N, skip_channels, H, W) and (N, dim, h, w) to (N, dim, H, W)."""
+        cue = self.describe(deep).amax(dim=(2, 3))[..., None, None]  # (N, 2 dim, 1, 1)
+        scale, shift = cue.chunk(2, dim=1)
+        return self.project(F.relu(self.shallow(skip) * (scale + 1) + shift))  # type: ignore[no-any-return]
+
+
+class StochasticGate(nn.Module):
+    """Mixes deep and shallow features: at random per element in training, by their expectation otherwise.
+
+    Args:
+        rate: share of the shallow features, in [0, 1).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, deep: Tensor, shallow: Tensor) -> Tensor:
+        """Two (N, dim, H, W) to one; the expectation is (1 - rate) deep + rate shallow."""
+        if not self.training or self.rate == 0:
+            return torch.lerp(deep, shallow, self.rate)
+        keep = torch.empty_like(deep).bernoulli_(1 - self.rate)
+        centred = (deep - self.rate * shallow) / (1 - self.rate)  # so that the mean over gates is `deep`
+        return torch.lerp(shallow, centred, keep)
+
+
+class MaskHead(nn.Module):
+    """Two 3x3 convolutions and a classifier for the foreground; the background's logit is the constant 1.
+
+    Args:
+        dim: channels of the features.
+        num_classes: K with the background.
+    """
+
+    def __init__(self, dim: int, *, num_classes: int) -> None:
+        super().__init__()
+        self.convs = nn.Sequential(
+            conv_norm_relu(dim, dim, 3), nn.Dropout(0.5), conv_norm_relu(dim, dim, 3), nn.Dropout(0.1)
+        )
+        self.classify = nn.Conv2d(dim, num_classes - 1, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, dim, H, W) features to (N, K, H, W) logits, background first."""
+        foreground = self.classify(self.convs(features)).float()
+        return torch.cat([torch.ones_like(foreground[:, :1]), foreground], dim=1)

@@ -1,0 +1,81 @@
+"""Batch norms whose statistics and affine parameters do not change.
+
+The released code runs its fixed batch norms as ordinary ones in evaluation mode. Those keep their whole input for the
+backward pass, although its gradient is only the output's times one factor per channel, and on CPUs their backward pass
+is several times as slow as that product. The one here keeps the factors alone; outputs are the same to the bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["FrozenBatchNorm2d", "freeze_batch_norms"]
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """A batch norm that always uses its stored statistics and trains no parameter.
+
+    Parameters and buffers have the names of `nn.BatchNorm2d`, so state dicts of either fit the other.
+    """
+
+    def __init__(self, norm: nn.BatchNorm2d) -> None:
+        """Takes over the tensors of a batch norm, and the dropout and activation that timm's batch norms carry.
+
+        Args:
+            norm: an affine batch norm with running statistics; its parameters lose their gradient.
+        """
+        super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum, device="meta")
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.drop = norm.drop if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        self.act = norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        self.requires_grad_(False)
+        self.train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises (N, C, H, W) with the stored statistics; same shape and dtype."""
+        normalised: Tensor = _FixedAffine.apply(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+        )
+        return self.act(self.drop(normalised))  # type: ignore[no-any-return]
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode; dropout and activation follow `mode`."""
+        super().train(mode)
+        self.training = False
+        return self
+
+
+def freeze_batch_norms(root: nn.Module) -> None:
+    """Replaces the batch norms within a module by frozen ones, and fixes those of other kinds as they are.
+
+    Args:
+        root: module that holds batch norms; changed in place.
+    """
+    for name, module in list(root.named_modules()):
+        is_known = type(module) in (nn.BatchNorm2d, BatchNormAct2d)
+        if isinstance(module, nn.BatchNorm2d) and is_known and module.affine and module.track_running_stats:
+            root.set_submodule(name, FrozenBatchNorm2d(module))
+        elif isinstance(module, _BatchNorm):
+            module.eval().requires_grad_(False)
+
+
+class _FixedAffine(torch.autograd.Function):
+    """Batch norm in evaluation mode whose only gradient is that of its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward((weight * torch.rsqrt(var + eps)).view(1, -1, 1, 1))
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (factor,) = ctx.saved_tensors
+        return gradients[0] * factor.to(gradients[0].dtype), None, None, None, None, None

@@ -1,0 +1,53 @@
+"""The auxiliary head and the pooled class scores.
+
+The auxiliary head gives the first codes of CVLR and is supervised itself (paper Sec. 3.3, "Latent Space
+Regularization"). Its background logit is 1 minus the largest foreground logit, as in the released code; the paper does
+not state it. Class scores are normalised global weighted pooling with the focal mask penalty (Araslanov and Roth 2020).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slrnet.models.decoder import conv_norm_relu
+
+__all__ = ["AuxiliaryHead", "class_scores"]
+
+
+class AuxiliaryHead(nn.Module):
+    """Two convolutions that predict masks from the features that go into CVLR.
+
+    Args:
+        dim: channels of the features.
+        num_classes: K with the background.
+    """
+
+    def __init__(self, dim: int, *, num_classes: int) -> None:
+        super().__init__()
+        self.conv = conv_norm_relu(dim, dim, 3)
+        self.dropout = nn.Dropout(0.5)
+        self.classify = nn.Conv2d(dim, num_classes - 1, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, dim, h, w) features to (N, K, h, w) logits, background first."""
+        foreground = self.classify(self.dropout(self.conv(features))).float()
+        return torch.cat([1 - foreground.amax(dim=1, keepdim=True), foreground], dim=1)
+
+
+def class_scores(logits: Tensor, probs: Tensor, *, focal_power: float = 3.0, focal_floor: float = 0.01) -> Tensor:
+    """Pools masks into class scores: sum(logit prob) / (1 + sum prob) + (1 - m)^p log(c + m), m the mean probability.
+
+    Args:
+        logits: (N, K, H, W), background at channel 0.
+        probs: (N, K, H, W), softmax of the logits over K.
+        focal_power: p >= 0.
+        focal_floor: c > 0.
+
+    Returns:
+        (N, K - 1) scores of the foreground classes, for a sigmoid.
+    """
+    logits, probs = logits[:, 1:].flatten(2).float(), probs[:, 1:].flatten(2).float()
+    pooled = (logits * probs).sum(dim=2) / (1 + probs.sum(dim=2))
+    mean = probs.mean(dim=2)
+    return pooled + torch.pow(1 - mean, focal_power) * torch.log(focal_floor + mean)

@@ -1,0 +1,152 @@
+"""SLRNet: one network for any number of views (paper Fig. 2, left).
+
+Encoder, ASPP and skip fusion run on each view; CVLR factorises the features of all views together; the gated decoder
+predicts the masks of each view. The network returns outputs; it knows no labels and computes no losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from slrnet.config import CvlrConfig, ModelConfig
+from slrnet.models.cvlr import CrossViewLowRank
+from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate
+from slrnet.models.encoders import Encoder, build_encoder
+from slrnet.models.heads import AuxiliaryHead, class_scores
+
+__all__ = ["Outputs", "SLRNet", "build_model"]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the network says of each view; lists have one entry per view. N images, K classes with the background."""
+
+    logits: list[Tensor]
+    """(N, K, h, w) mask logits, background first."""
+    class_scores: list[Tensor]
+    """(N, K - 1) pooled scores of the foreground classes, for a sigmoid."""
+    auxiliary_logits: list[Tensor]
+    """(N, K, h, w) mask logits of the auxiliary head; empty without CVLR."""
+    auxiliary_class_scores: list[Tensor]
+    """(N, K - 1); empty without CVLR."""
+    codes: list[Tensor]
+    """(N, k, h, w) codes of CVLR; empty without CVLR."""
+
+
+class SLRNet(nn.Module):
+    """The network.
+
+    Args:
+        encoder: gives deep and shallow features (see `slrnet.models.encoders`).
+        num_classes: K with the background.
+        cvlr: the low-rank module, or None to leave the features as they are.
+        decoder_dim: channels of ASPP output, fused features and decoder.
+        skip_dim: channels of the projected shallow features.
+        aspp_dilations: of the three 3x3 branches.
+        gate_rate: share of shallow features in the stochastic gate.
+        focal_power: p of the class scores' focal mask penalty.
+        focal_floor: c of it.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        num_classes: int,
+        cvlr: CrossViewLowRank | None,
+        decoder_dim: int = 256,
+        skip_dim: int = 48,
+        aspp_dilations: tuple[int, int, int] = (12, 24, 36),
+        gate_rate: float = 0.3,
+        focal_power: float = 3.0,
+        focal_floor: float = 0.01,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.focal_power = focal_power
+        self.focal_floor = focal_floor
+        self.encoder = encoder
+        self.aspp = ASPP(encoder.out_channels, dim=decoder_dim, dilations=aspp_dilations)
+        self.fusion = SkipFusion(decoder_dim, skip_channels=encoder.skip_channels, skip_dim=skip_dim)
+        self.auxiliary_head = AuxiliaryHead(decoder_dim, num_classes=num_classes) if cvlr is not None else None
+        self.cvlr = cvlr
+        self.cue_injection = GlobalCueInjection(encoder.skip_channels, dim=decoder_dim)
+        self.gate = StochasticGate(gate_rate)
+        self.mask_head = MaskHead(decoder_dim, num_classes=num_classes)
+        for part in (self.aspp, self.fusion, self.auxiliary_head, self.cue_injection, self.mask_head):
+            if part is not None:
+                _initialise(part)
+
+    def forward(self, views: Sequence[Tensor]) -> Outputs:
+        """Predicts masks and class scores.
+
+        Args:
+            views: per view (N, 3, H_v, W_v) images, normalised for the encoder (`encoder.mean`, `encoder.std`).
+        """
+        features, skips = [], []
+        for view in views:
+            encoded = self.encoder(view)
+            features.append(self.fusion(self.aspp(encoded.deep), encoded.skip))
+            skips.append(encoded.skip)
+        auxiliary: list[Tensor] = []
+        codes: list[Tensor] = []
+        if self.cvlr is not None and self.auxiliary_head is not None:
+            auxiliary = [self.auxiliary_head(view) for view in features]
+            low_rank = self.cvlr(features, auxiliary)
+            features, codes = low_rank.features, low_rank.codes
+        logits = [self._decode(deep, skip) for deep, skip in zip(features, skips, strict=True)]
+        return Outputs(logits, self._score(logits), auxiliary, self._score(auxiliary), codes)
+
+    def _decode(self, features: Tensor, skip: Tensor) -> Tensor:
+        return self.mask_head(self.gate(features, self.cue_injection(skip, features)))  # type: ignore[no-any-return]
+
+    def _score(self, logits: list[Tensor]) -> list[Tensor]:
+        return [
+            class_scores(view, view.softmax(dim=1), focal_power=self.focal_power, focal_floor=self.focal_floor)
+            for view in logits
+        ]
+
+
+def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int) -> SLRNet:
+    """Builds the network that a configuration describes, with the encoder's weights loaded.
+
+    Raises:
+        ValueError: unknown encoder, or a weights file that is missing or does not fit.
+    """
+    encoder = build_encoder(
+        model.encoder,
+        weights=model.encoder_weights,
+        output_stride=model.output_stride,
+        frozen_stages=model.frozen_stages,
+        freeze_batch_norm=model.freeze_batch_norm,
+    )
+    low_rank = CrossViewLowRank(
+        model.decoder_dim,
+        dim=cvlr.dim,
+        num_iters=cvlr.num_iters,
+        temperature=cvlr.temperature,
+        form=cvlr.form,
+        implementation=cvlr.implementation,
+    )
+    return SLRNet(
+        encoder,
+        num_classes=num_classes,
+        cvlr=low_rank if cvlr.enabled else None,
+        decoder_dim=model.decoder_dim,
+        skip_dim=model.skip_dim,
+        aspp_dilations=model.aspp_dilations,
+        gate_rate=model.gate_rate,
+        focal_power=model.focal_power,
+        focal_floor=model.focal_floor,
+    )
+
+
+def _initialise(part: nn.Module) -> None:
+    for module in part.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,203 @@
+"""WideResNet-38 (model A1 of Wu, Shen and van den Hengel, arXiv:1611.10080), dilated for dense prediction.
+
+The encoder of the paper (Sec. 4.2) and of the methods it compares with. Blocks are pre-activated: batch norm, ReLU,
+convolution. Parameter names are those of the published ImageNet file `ilsvrc-cls_rna-a1_cls1000_ep-0001.pth`
+(`conv1a`, `b2` ... `b7`, `bn7`), so that it loads by name.
+
+Departures from the released code: output strides 16 and 32 beside 8; all stages are returned instead of a dictionary of
+chosen layers. Values are the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["BottleneckBlock", "PlainBlock", "WideResNet38"]
+
+
+class _StageSpec(NamedTuple):
+    name: str  # of the stage's first block; the following ones are name_1, name_2, ...
+    num_blocks: int
+    mid_channels: int
+    out_channels: int
+    natural_stride: int  # of the image classifier, before strides beyond the output stride become dilation
+    dropout: float | None  # of a bottleneck block; None for plain blocks
+
+
+_STAGES = (
+    _StageSpec("b2", 3, 128, 128, 2, None),
+    _StageSpec("b3", 3, 256, 256, 2, None),
+    _StageSpec("b4", 6, 512, 512, 2, None),
+    _StageSpec("b5", 3, 512, 1024, 2, None),
+    _StageSpec("b6", 1, 512, 2048, 2, 0.3),
+    _StageSpec("b7", 1, 1024, 4096, 1, 0.5),
+)
+
+
+class WideResNet38(nn.Module):
+    """WideResNet-38 without its classifier.
+
+    Stages, from the image on: 1 is `conv1a` and `b2*`, 2 is `b3*`, 3 is `b4*`, 4 is `b5*`, 5 is `b6`, 6 is `b7` and
+    `bn7`. Strides beyond `output_stride` become dilations.
+
+    Attributes:
+        stages: for each stage, the names of its direct children in the order of use.
+        channels: channels of each stage's features.
+        strides: pixels of the image per pixel of each stage's features.
+    """
+
+    def __init__(self, *, output_stride: int = 8) -> None:
+        """Builds the network with PyTorch's default initialisation.
+
+        Args:
+            output_stride: pixels of the image per pixel of the last features; 8, 16 or 32.
+
+        Raises:
+            ValueError: the output stride is another one.
+        """
+        super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride is {output_stride}; WideResNet-38 can have 8, 16 or 32")
+        self.conv1a = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        stages: list[tuple[str, ...]] = []
+        strides: list[int] = []
+        in_channels, stride, dilation = 64, 1, 1
+        for spec in _STAGES:
+            first_dilation = dilation
+            block_stride = spec.natural_stride if stride * spec.natural_stride <= output_stride else 1
+            stride *= block_stride
+            dilation *= spec.natural_stride // block_stride
+            names = tuple(f"{spec.name}_{i}" if i else spec.name for i in range(spec.num_blocks))
+            for name in names:
+                is_first = name == spec.name
+                block = _make_block(
+                    spec,
+                    in_channels,
+                    stride=block_stride if is_first else 1,
+                    first_dilation=first_dilation if is_first else dilation,
+                    dilation=dilation,
+                )
+                self.add_module(name, block)
+                in_channels = spec.out_channels
+            stages.append(names)
+            strides.append(stride)
+        self.bn7 = nn.BatchNorm2d(in_channels)
+        stages[0] = ("conv1a", *stages[0])
+        stages[-1] = (*stages[-1], "bn7")
+        self.stages = tuple(stages)
+        self.strides = tuple(strides)
+        self.channels = tuple(spec.out_channels for spec in _STAGES)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Computes the features of every stage.
+
+        Args:
+            images: (N, 3, H, W) float, normalised.
+
+        Returns:
+            One tensor per stage, (N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])). The last one is
+            batch-normalised and rectified; the others are the plain sums that leave the residual blocks.
+        """
+        features: list[Tensor] = []
+        x = images
+        for names in self.stages:
+            for name in names:
+                x = self.get_submodule(name)(x)
+            features.append(x)
+        features[-1] = F.relu(x)
+        return features
+
+
+class PlainBlock(nn.Module):
+    """Pre-activated residual block of two 3x3 convolutions."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        mid_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        first_dilation: int = 1,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__()
+        self.bn_branch2a = nn.BatchNorm2d(in_channels)
+        self.conv_branch2a = _conv3x3(in_channels, mid_channels, stride=stride, dilation=first_dilation)
+        self.bn_branch2b1 = nn.BatchNorm2d(mid_channels)
+        self.conv_branch2b1 = _conv3x3(mid_channels, out_channels, dilation=dilation)
+        self.conv_branch1: nn.Conv2d | None = None
+        if in_channels != out_channels or stride != 1:
+            self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        activated = F.relu(self.bn_branch2a(x))
+        # A block that changes the shape projects the activated input, one that keeps it adds the input itself.
+        shortcut = x if self.conv_branch1 is None else self.conv_branch1(activated)
+        branch = self.conv_branch2a(activated)
+        branch = self.conv_branch2b1(F.relu(self.bn_branch2b1(branch)))
+        return shortcut + branch  # type: ignore[no-any-return]
+
+
+class BottleneckBlock(nn.Module):
+    """Pre-activated residual block of 1x1, 3x3 and 1x1 convolutions with dropout of whole channels between them."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        mid_channels: int,
+        out_channels: int,
+        dropout: float,
+        stride: int = 1,
+        dilation: int = 1,
+    ) -> None:
+        super().__init__()
+        wide_channels = 2 * mid_channels
+        self.bn_branch2a = nn.BatchNorm2d(in_channels)
+        self.conv_branch2a = nn.Conv2d(in_channels, mid_channels, 1, stride, bias=False)
+        self.bn_branch2b1 = nn.BatchNorm2d(mid_channels)
+        self.dropout_2b1 = nn.Dropout2d(dropout)
+        self.conv_branch2b1 = _conv3x3(mid_channels, wide_channels, dilation=dilation)
+        self.bn_branch2b2 = nn.BatchNorm2d(wide_channels)
+        self.dropout_2b2 = nn.Dropout2d(dropout)
+        self.conv_branch2b2 = nn.Conv2d(wide_channels, out_channels, 1, bias=False)
+        self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        activated = F.relu(self.bn_branch2a(x))
+        branch = self.conv_branch2a(activated)
+        branch = self.conv_branch2b1(self.dropout_2b1(F.relu(self.bn_branch2b1(branch))))
+        branch = self.conv_branch2b2(self.dropout_2b2(F.relu(self.bn_branch2b2(branch))))
+        return self.conv_branch1(activated) + branch  # type: ignore[no-any-return]
+
+
+def _make_block(
+    spec: _StageSpec, in_channels: int, *, stride: int, first_dilation: int, dilation: int
+) -> PlainBlock | BottleneckBlock:
+    if spec.dropout is None:
+        return PlainBlock(
+            in_channels,
+            mid_channels=spec.mid_channels,
+            out_channels=spec.out_channels,
+            stride=stride,
+            first_dilation=first_dilation,
+            dilation=dilation,
+        )
+    return BottleneckBlock(
+        in_channels,
+        mid_channels=spec.mid_channels,
+        out_channels=spec.out_channels,
+        dropout=spec.dropout,
+        stride=stride,
+        dilation=dilation,
+    )
+
+
+def _conv3x3(in_channels: int, out_channels: int, *, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=False)

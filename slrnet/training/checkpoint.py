@@ -1,0 +1,220 @@
+"""Checkpoints: directories that appear whole or not at all, and load without running code.
+
+A checkpoint holds `model.safetensors` (weights), `trainer.pt` (the optimiser's state; tensors and plain values, read
+with `weights_only=True`), `state.json` (schema version, progress, scores, classes, checksums) and `config.json`. It is
+written beside its place and renamed into it. A run keeps its last and its best one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slrnet.config import Config, load_config
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "TrainState",
+    "check_classes",
+    "find_checkpoint",
+    "load_checkpoint",
+    "prune_checkpoints",
+    "require_free_space",
+    "save_checkpoint",
+]
+
+SCHEMA_VERSION = 1
+WEIGHTS, TRAINER, STATE, CONFIG = "model.safetensors", "trainer.pt", "state.json", "config.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or does not fit what is asked of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a training stands."""
+
+    epoch: int
+    """Finished epochs."""
+    step: int
+    """Finished optimiser steps."""
+    classes: tuple[str, ...]
+    """Names of the K classes, background first."""
+    data_fingerprint: str
+    """Fingerprint of the data set that was trained on."""
+    world_size: int
+    """Processes that trained together."""
+    best_score: float | None = None
+    """Highest validation mIoU so far, in [0, 1]; None before the first measurement."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Figures measured at this point, by their names in MLflow."""
+    run_id: str = ""
+    """MLflow run that the training reports to."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory."""
+
+    path: Path
+    config: Config
+    state: TrainState
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path, *, config: Config, state: TrainState, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]
+) -> Path:
+    """Writes a checkpoint into `folder` as `checkpoint-EPOCH`, atomically; returns its path."""
+    target = folder / f"checkpoint-{state.epoch:04d}"
+    incoming = folder / f".{target.name}.incoming-{os.getpid()}"
+    shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir(parents=True)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, incoming / WEIGHTS)
+        torch.save(dict(optimizer), incoming / TRAINER)
+        (incoming / CONFIG).write_text(config.to_json(), encoding="utf-8")
+        sums = {name: _sha256(incoming / name) for name in (WEIGHTS, TRAINER, CONFIG)}
+        record = {"schema_version": SCHEMA_VERSION, **asdict(state), "sha256": sums}
+        (incoming / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(target, ignore_errors=True)
+        incoming.rename(target)
+    except BaseException:
+        shutil.rmtree(incoming, ignore_errors=True)
+        raise
+    return target
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint; nothing in it can run code.
+
+    Args:
+        path: a checkpoint directory, or a run's folder: then its best checkpoint is read.
+
+    Raises:
+        CheckpointError: it is missing, of another version, or a file in it is damaged.
+    """
+    path = _resolve(Path(path))
+    state = _read_state(path)
+    try:
+        tensors = load_file(path / WEIGHTS)
+        optimizer = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; take another checkpoint of the run") from None
+    return Checkpoint(path, load_config(path / CONFIG), state, tensors, optimizer)
+
+
+def find_checkpoint(folder: Path, *, which: str = "last") -> Path | None:
+    """The last or the best whole checkpoint in `folder`; damaged ones are passed over.
+
+    Args:
+        folder: a run's `checkpoints` folder.
+        which: `last` or `best` (highest validation mIoU; the later one of equals).
+    """
+    found: list[tuple[float, int, Path]] = []
+    for path in sorted(folder.glob("checkpoint-*")):
+        try:
+            state = _read_state(path)
+        except CheckpointError:
+            continue
+        score = _score(state) if which == "best" else 0.0
+        found.append((score, state.epoch, path))
+    return max(found)[2] if found else None
+
+
+def prune_checkpoints(folder: Path) -> None:
+    """Removes all but the last and the best checkpoint, and what interrupted writes left behind."""
+    keep = {find_checkpoint(folder, which="last"), find_checkpoint(folder, which="best")}
+    if keep == {None}:
+        return
+    for path in folder.glob("checkpoint-*"):
+        if path not in keep:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".checkpoint-*.incoming-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_classes(state: TrainState, classes: tuple[str, ...], *, data: str) -> None:
+    """Refuses a checkpoint whose classes are not those of the data.
+
+    Raises:
+        CheckpointError: naming the first difference.
+    """
+    if state.classes == classes:
+        return
+    ours, theirs = ", ".join(state.classes), ", ".join(classes)
+    raise CheckpointError(
+        f"the checkpoint knows {len(state.classes)} classes ({ours}), the data in {data} has {len(classes)} ({theirs}); "
+        "use the data set that the checkpoint was trained on, or one prepared with the same --classes"
+    )
+
+
+def require_free_space(folder: Path, needed: int) -> None:
+    """Refuses to start where a checkpoint would not fit.
+
+    Args:
+        folder: where checkpoints go; created if missing.
+        needed: bytes of three checkpoints: the last, the best, and the one being written.
+
+    Raises:
+        CheckpointError: there is less free space.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointError(
+            f"{folder} has {free / 2**20:.0f} MiB free, checkpoints of this run need {needed / 2**20:.0f} MiB; "
+            "free some space or give another folder with --storage"
+        )
+
+
+def _resolve(path: Path) -> Path:
+    if (path / STATE).is_file():
+        return path
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    best = find_checkpoint(folder, which="best")
+    if best is None:
+        raise CheckpointError(
+            f"{path} holds no checkpoint; give a directory with {STATE}, or the folder of a run that has finished an epoch"
+        )
+    return best
+
+
+def _read_state(path: Path) -> TrainState:
+    try:
+        record = json.loads((path / STATE).read_text(encoding="utf-8"))
+        version, sums = record.pop("schema_version"), record.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path / STATE} cannot be read: {error}; take another checkpoint of the run") from None
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(f"{path} has schema version {version}, this slrnet reads {SCHEMA_VERSION}")
+    for name, expected in sums.items():
+        if Path(name).name != name or not (path / name).is_file() or _sha256(path / name) != expected:
+            raise CheckpointError(f"{path / name} is damaged or missing; take another checkpoint of the run")
+    try:
+        return TrainState(**{**record, "classes": tuple(record["classes"])})
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / STATE} lacks or has foreign fields: {error}") from None
+
+
+def _score(state: TrainState) -> float:
+    score = state.metrics.get("val/miou_ss")
+    return -1.0 if score is None or score != score else score
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,62 @@
+"""What a training process knows of the others: its rank, its device, and sums over all ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slrnet.training.metrics import ConfusionMatrix
+
+__all__ = ["Ranks", "current_ranks", "merge_over_ranks", "sum_over_ranks", "tune_process"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among those that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes checkpoints, curves and progress."""
+        return self.rank == 0
+
+
+def current_ranks(device: torch.device) -> Ranks:
+    """The process group's view, or a single process where there is none."""
+    if dist.is_available() and dist.is_initialized():
+        return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    return Ranks(device=device)
+
+
+def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
+    """Adds a tensor over all ranks; every rank gets the sum. All ranks must call it in the same order."""
+    if ranks.world_size == 1:
+        return values
+    total = values.to(ranks.device, copy=True)
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+def merge_over_ranks(matrix: ConfusionMatrix, ranks: Ranks) -> ConfusionMatrix:
+    """A confusion matrix with the counts of all ranks (one all-reduce of int64)."""
+    merged = ConfusionMatrix(matrix.num_classes)
+    merged.counts = sum_over_ranks(matrix.counts, ranks)
+    return merged
+
+
+def tune_process(threads: int | None) -> None:
+    """Sets what a CPU process needs to be fast: its share of the cores, and no time lost on denormal numbers.
+
+    Args:
+        threads: threads for operators; None keeps what the environment says.
+    """
+    if threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, threads))
+    torch.set_flush_denormal(True)

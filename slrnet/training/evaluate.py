@@ -1,0 +1,219 @@
+"""Measures masks: validation (single scale) and the pseudo masks of training images.
+
+Every figure names its protocol. `ss` is one view at scale 1, no flip, no CRF; gating by class scores or by true image
+labels is off unless asked for, and is part of the protocol's name when on. Pseudo masks are gated by image labels, as
+in the paper's Table 1: they are the refined, fused masks of all configured views, without flip and colour distortion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slrnet.calibration.pseudo_labels import to_class_ids
+from slrnet.config import Config, EvaluationConfig
+from slrnet.data.batch import EvalSample
+from slrnet.data.views import View, apply_view
+from slrnet.models.decoder import resize
+from slrnet.models.slrnet import SLRNet
+from slrnet.training.distributed import Ranks, merge_over_ranks
+from slrnet.training.metrics import ConfusionMatrix
+from slrnet.training.step import Normalise, align, calibrate_views, make_pseudo_labels
+from slrnet.training.tracking import metric_key
+
+__all__ = [
+    "PseudoMask",
+    "Quality",
+    "evaluate_masks",
+    "gate",
+    "measure_pseudo_masks",
+    "predict_single_scale",
+    "protocol_name",
+    "quality_metrics",
+]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A confusion matrix and the protocol that filled it."""
+
+    matrix: ConfusionMatrix
+    protocol: str
+    images: int
+
+
+@dataclass(frozen=True)
+class PseudoMask:
+    """The masks of one training image at its own size (H, W), as int64 class ids, 255 where undecided."""
+
+    sample: EvalSample
+    raw: Tensor
+    refined: Tensor
+    pseudo_labels: Tensor
+
+
+def protocol_name(config: EvaluationConfig) -> str:
+    """Name of the single-scale protocol: `ss`, with what deviates from plain arg max appended."""
+    name = "ss"
+    if config.gating != "none":
+        name += f"+gated_by_{config.gating}"
+    if config.background_power != 1:
+        name += f"+background_power_{config.background_power:g}"
+    return name
+
+
+def evaluate_masks(
+    model: SLRNet, samples: Iterable[EvalSample], *, config: Config, normalise: Normalise, ranks: Ranks
+) -> Quality:
+    """Compares predicted masks with true ones, over all ranks.
+
+    Args:
+        model: in evaluation mode.
+        samples: this rank's share of the images; those without a mask are passed over.
+        config: of the run.
+        normalise: of the encoder.
+        ranks: every rank must call this.
+    """
+    matrix = ConfusionMatrix(model.num_classes)
+    images = 0
+    for sample in samples:
+        if sample.pixel_labels is None:
+            continue
+        probs, scores = predict_single_scale(model, sample.image.to(ranks.device), normalise, config)
+        probs = gate(probs, scores, sample.image_labels.to(ranks.device), config.evaluation)
+        matrix.update(probs.argmax(dim=1)[0].cpu(), sample.pixel_labels)
+        images += 1
+    return Quality(merge_over_ranks(matrix, ranks), protocol_name(config.evaluation), images)
+
+
+@torch.no_grad()
+def predict_single_scale(model: SLRNet, image: Tensor, normalise: Normalise, config: Config) -> tuple[Tensor, Tensor]:
+    """Predicts one image with one view.
+
+    Args:
+        model: in evaluation mode.
+        image: (3, H, W) uint8.
+        normalise: of the encoder.
+        config: of the run; the crop's size modulo the stride says which sizes the network is used to.
+
+    Returns:
+        (1, K, H, W) probabilities and (1, K - 1) class scores before the sigmoid.
+    """
+    inputs = normalise(_fit(image, config))
+    outputs = model([_as_model(inputs)])
+    return resize(outputs.logits[0].float().softmax(dim=1), image.shape[-2:]), outputs.class_scores[0]
+
+
+def gate(probs: Tensor, class_scores: Tensor, image_labels: Tensor, config: EvaluationConfig) -> Tensor:
+    """Removes classes and weighs the background, as the protocol says.
+
+    Args:
+        probs: (1, K, H, W).
+        class_scores: (1, K - 1) before the sigmoid.
+        image_labels: (K - 1,) the true ones; used only where the protocol says so.
+        config: gating and background power.
+    """
+    if config.background_power != 1:
+        probs = torch.cat([probs[:, :1] ** config.background_power, probs[:, 1:]], dim=1)
+    if config.gating == "none":
+        return probs
+    if config.gating == "image_labels":
+        keep = image_labels[None] > 0
+    else:
+        limit = class_scores.topk(min(config.gating_top, class_scores.shape[1]), dim=1).values[:, -1:]
+        keep = (class_scores >= limit) & (class_scores.sigmoid() > config.gating_threshold)
+    return torch.cat([probs[:, :1], probs[:, 1:] * keep[:, :, None, None]], dim=1)
+
+
+@torch.no_grad()
+def measure_pseudo_masks(
+    model: SLRNet,
+    samples: Iterable[EvalSample],
+    *,
+    config: Config,
+    normalise: Normalise,
+    ranks: Ranks,
+    show: Callable[[PseudoMask], None],
+) -> tuple[Quality, Quality]:
+    """Measures the pseudo masks of training images against their true masks, over all ranks.
+
+    Args:
+        model: in evaluation mode.
+        samples: this rank's share of the fixed subset.
+        config: of the run.
+        normalise: of the encoder.
+        ranks: every rank must call this.
+        show: called with each image's masks, for pictures.
+
+    Returns:
+        Quality of the refined masks (the most probable class of every pixel), and of the pseudo labels (undecided
+        pixels are 255: their share is 1 - coverage).
+    """
+    dense, kept = ConfusionMatrix(model.num_classes), ConfusionMatrix(model.num_classes)
+    images = 0
+    for sample in samples:
+        masks = _pseudo_mask(model, sample, config=config, normalise=normalise, ranks=ranks)
+        show(masks)
+        if sample.pixel_labels is not None:
+            dense.update(masks.refined, sample.pixel_labels)
+            kept.update(masks.pseudo_labels, sample.pixel_labels)
+            images += 1
+    protocol = f"fused {len(config.views.scales)} views, refined, gated by image labels"
+    return (
+        Quality(merge_over_ranks(dense, ranks), protocol, images),
+        Quality(merge_over_ranks(kept, ranks), protocol + ", thresholded", images),
+    )
+
+
+def quality_metrics(prefix: str, quality: Quality, classes: tuple[str, ...]) -> dict[str, float]:
+    """Named figures of a confusion matrix: PREFIX/miou, mfdr, mfnr and iou/CLASS, fdr/CLASS, fnr/CLASS, as shares in [0, 1].
+
+    Classes that occur nowhere are left out.
+    """
+    matrix = quality.matrix
+    values = {
+        f"{prefix}/miou": matrix.miou(),
+        f"{prefix}/mfdr": matrix.mfdr(),
+        f"{prefix}/mfnr": matrix.mfnr(),
+    }
+    for kind, shares in (("iou", matrix.iou()), ("fdr", matrix.fdr()), ("fnr", matrix.fnr())):
+        values |= {metric_key(prefix, kind, name): float(share) for name, share in zip(classes, shares, strict=True)}
+    return _finite(values)
+
+
+def _pseudo_mask(
+    model: SLRNet, sample: EvalSample, *, config: Config, normalise: Normalise, ranks: Ranks
+) -> PseudoMask:
+    images = _fit(sample.image.to(ranks.device), config)
+    views = [View(scale=scale, flip=None) for scale in config.views.scales]
+    inputs = [_as_model(normalise(apply_view(images, view, stride=normalise.output_stride))) for view in views]
+    logits = align(model(inputs), views).logits
+    labels = sample.image_labels[None]
+    calibrated = calibrate_views(
+        logits, images, labels.to(ranks.device), config.calibration, max_classes=int(labels.sum())
+    )
+    size = (sample.image.shape[-2], sample.image.shape[-1])
+    raw, refined = (
+        to_class_ids(resize(probs, size).argmax(dim=1), calibrated.classes)[0].cpu()
+        for probs in (calibrated.raw, calibrated.refined)
+    )
+    return PseudoMask(sample, raw, refined, make_pseudo_labels(calibrated, config.calibration, size=size)[0].cpu())
+
+
+def _fit(image: Tensor, config: Config) -> Tensor:
+    """(3, H, W) uint8 to (1, 3, H', W') in [0, 1], the sides having the crop's remainder by the output stride."""
+    stride = config.model.output_stride
+    rest = config.data.crop_size % stride
+    size = [max(1, round((side - rest) / stride)) * stride + rest for side in image.shape[-2:]]
+    return resize(image[None].float() / 255, (size[0], size[1]))
+
+
+def _as_model(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if value == value}

@@ -1,0 +1,59 @@
+"""SGD with Nesterov momentum, its four parameter groups and the learning rate schedule.
+
+Groups as in the released code: pretrained weights, pretrained biases, new weights, new biases, with rates 1, 2, 10, 20
+and no decay of biases. The rate is constant while pretraining and then follows half a cosine to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from slrnet.config import OptimConfig
+
+__all__ = ["build_optimizer", "parameter_groups", "rate_factor", "set_rate"]
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig, *, batch_size: int) -> list[dict[str, Any]]:
+    """Sorts the trainable parameters of an `SLRNet` into four groups with their rates.
+
+    Args:
+        model: its pretrained part is the submodule `encoder`; parameters that do not train are left out.
+        config: rates hold for a global batch of `config.reference_batch_size`.
+        batch_size: the global batch, to which all rates are proportional.
+    """
+    base = config.lr * batch_size / config.reference_batch_size
+    factors = {(False, False): 1.0, (False, True): config.bias_lr_factor}
+    factors |= {(True, bias): factors[False, bias] * config.new_lr_factor for bias in (False, True)}
+    members: dict[tuple[bool, bool], list[nn.Parameter]] = {kind: [] for kind in factors}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[not name.startswith("encoder."), name.endswith("bias")].append(parameter)
+    return [
+        {"params": members[kind], "lr": base * factor, "weight_decay": 0.0 if kind[1] else config.weight_decay}
+        for kind, factor in factors.items()
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, *, batch_size: int) -> torch.optim.SGD:
+    """SGD over `parameter_groups`; each group keeps its full rate as `base_lr`."""
+    groups = parameter_groups(model, config, batch_size=batch_size)
+    for group in groups:
+        group["base_lr"] = group["lr"]
+    return torch.optim.SGD([group for group in groups if group["params"]], momentum=config.momentum, nesterov=True)
+
+
+def rate_factor(step: int, *, pretrain_steps: int, total_steps: int) -> float:
+    """Share of the full rate at a step: 1 while pretraining, then half a cosine that reaches 0 after the last step."""
+    if step < pretrain_steps:
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - pretrain_steps) / (total_steps - pretrain_steps)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Sets each group's rate to `factor` times its full one."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor

@@ -1,0 +1,199 @@
+"""Pictures of one image's way from mask to pseudo label, side by side, for MLflow's page and for the demo.
+
+Masks are drawn over the photograph: classes in their colours with an outline, the background dimmed, void pixels
+striped. So undecided never looks like a class, whatever the palette.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from slrnet.data.catalog import IGNORE_INDEX
+
+__all__ = ["draw_overlay", "draw_panel"]
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+Mask: TypeAlias = npt.NDArray[Any]
+Colour: TypeAlias = tuple[int, int, int]
+
+_PAGE: Colour = (255, 255, 255)
+_INK: Colour = (34, 34, 34)
+_FAINT: Colour = (190, 190, 190)
+_VOID_LIGHT: Colour = (250, 250, 250)
+_VOID_DARK: Colour = (150, 150, 150)
+
+_MIN_TILE = 240
+_GAP = 10
+_FONT_SIZE = 15
+_LINE = 24
+_SWATCH = 14
+
+_CLASS_OPACITY = 0.62
+_BACKGROUND_DIM = 0.55
+_STRIPE = 8
+
+
+def draw_panel(
+    image: Pixels,
+    raw_mask: Mask,
+    refined_mask: Mask,
+    pseudo_labels: Mask,
+    ground_truth: Mask | None,
+    *,
+    palette: Pixels,
+    class_names: Sequence[str],
+    title: str = "",
+) -> Image.Image:
+    """Draws image, raw mask, refined mask, pseudo label and ground truth in a row, with captions and a legend.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        raw_mask: (H, W) class ids of the fused masks before refinement; 255 is void here and below.
+        refined_mask: (H, W) class ids after refinement.
+        pseudo_labels: (H, W) class ids after the thresholds.
+        ground_truth: (H, W) class ids, or None where there are none: then the row has four pictures.
+        palette: (C, 3) uint8 colours by class id, C >= the number of classes.
+        class_names: Names by class id, background first.
+        title: Line above the row, for instance the image's key; empty for none.
+
+    Returns:
+        RGB picture; small images are enlarged by a whole factor so that details can be seen.
+
+    Raises:
+        ValueError: a mask's size differs from the image's, or it holds an id without a name or colour.
+    """
+    masks = {"raw mask": raw_mask, "refined mask": refined_mask, "pseudo label": pseudo_labels}
+    if ground_truth is not None:
+        masks["ground truth"] = ground_truth
+    for name, mask in masks.items():
+        _check(mask, image, min(len(class_names), len(palette)), name)
+    factor = -(-_MIN_TILE // image.shape[1])
+    tiles = {"image": _enlarge(image, factor)}
+    for name, mask in masks.items():
+        tiles[name] = np.asarray(draw_overlay(_enlarge(image, factor), _enlarge_mask(mask, factor), palette))
+    occurring = sorted(set(np.unique(np.stack(list(masks.values()))).tolist()))
+    return _compose(tiles, _legend_entries(occurring, palette, class_names), title)
+
+
+def draw_overlay(image: Pixels, mask: Mask, palette: Pixels) -> Image.Image:
+    """Draws a mask over its image.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) class ids; 0 is the background (dimmed), 255 is void (striped).
+        palette: (C, 3) uint8 colours by class id.
+
+    Returns:
+        RGB picture of the image's size.
+
+    Raises:
+        ValueError: the mask's size differs from the image's, or it holds an id without a colour.
+    """
+    _check(mask, image, len(palette), "mask")
+    ids = np.where(mask == IGNORE_INDEX, 0, mask).astype(np.intp)
+    photo = image.astype(np.float32)
+    # The background in grey and darkened, so that every colour that is seen is a class.
+    grey = photo @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
+    out = np.repeat(grey[..., None] * _BACKGROUND_DIM, 3, axis=2)
+    # Colour over grey keeps the photograph's texture without shifting the class's hue.
+    colours = palette[ids].astype(np.float32)
+    shaded = _CLASS_OPACITY * colours + (1.0 - _CLASS_OPACITY) * grey[..., None]
+    out = np.where((ids > 0)[..., None], shaded, out)
+    out = np.where((mask == IGNORE_INDEX)[..., None], 0.5 * _stripes(mask.shape) + 0.5 * out, out)
+    edge = _outline(ids)
+    out[edge] = 0.35 * out[edge] + 0.65 * 255.0
+    return Image.fromarray(np.clip(np.rint(out), 0, 255).astype(np.uint8))
+
+
+def _check(mask: Mask, image: Pixels, num_known: int, name: str) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image has shape {image.shape} and type {image.dtype}; it must be (H, W, 3) uint8")
+    if mask.shape != image.shape[:2]:
+        raise ValueError(f"{name} has shape {mask.shape}, its image {image.shape[:2]}; resize the mask (nearest) first")
+    foreign = [i for i in np.unique(mask).tolist() if i != IGNORE_INDEX and not 0 <= i < num_known]
+    if foreign:
+        raise ValueError(f"{name} holds the ids {foreign}; known are 0 to {num_known - 1}, and {IGNORE_INDEX} for void")
+
+
+def _enlarge(image: Pixels, factor: int) -> Pixels:
+    height, width = image.shape[:2]
+    size = (width * factor, height * factor)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) if factor > 1 else image
+
+
+def _enlarge_mask(mask: Mask, factor: int) -> Mask:
+    return np.repeat(np.repeat(mask, factor, axis=0), factor, axis=1)
+
+
+def _stripes(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    rows, columns = np.indices(shape)
+    light = ((rows + columns) // (_STRIPE // 2)) % 2 == 0
+    return np.where(light[..., None], _VOID_LIGHT, _VOID_DARK).astype(np.float32)
+
+
+def _outline(ids: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+    """(H, W): foreground pixels that touch another class."""
+    edge = np.zeros(ids.shape, dtype=bool)
+    for axis in (0, 1):
+        change = np.diff(ids, axis=axis) != 0
+        before, after = [(0, 0), (0, 0)], [(0, 0), (0, 0)]
+        before[axis], after[axis] = (0, 1), (1, 0)
+        edge |= np.pad(change, before) | np.pad(change, after)
+    return edge & (ids > 0)
+
+
+def _legend_entries(
+    occurring: Sequence[int], palette: Pixels, class_names: Sequence[str]
+) -> list[tuple[str, Image.Image]]:
+    entries = []
+    for index in occurring:
+        swatch = np.zeros((_SWATCH, _SWATCH, 3), dtype=np.uint8)
+        if index == IGNORE_INDEX:
+            swatch[:] = _stripes(swatch.shape[:2])
+        else:
+            # The background is drawn as dimmed grey, whatever its colour in the palette.
+            swatch[:] = palette[index] if index else 70
+        name = "void" if index == IGNORE_INDEX else class_names[index]
+        entries.append((name, Image.fromarray(swatch)))
+    return entries
+
+
+def _compose(tiles: dict[str, Pixels], legend: list[tuple[str, Image.Image]], title: str) -> Image.Image:
+    font = ImageFont.load_default(_FONT_SIZE)
+    height, width = next(iter(tiles.values())).shape[:2]
+    total_width = _GAP + len(tiles) * (width + _GAP)
+    positions = _legend_positions([font.getlength(name) for name, _ in legend], total_width)
+    top = _GAP + (_LINE if title else 0)
+    legend_top = top + _LINE + height + _GAP
+    total_height = legend_top + (positions[-1][1] + 1) * _LINE + _GAP // 2
+    page = Image.new("RGB", (total_width, total_height), _PAGE)
+    draw = ImageDraw.Draw(page)
+    if title:
+        draw.text((_GAP, top - _LINE + 2), title, fill=_INK, font=ImageFont.load_default(_FONT_SIZE + 2))
+    for place, (caption, tile) in enumerate(tiles.items()):
+        left = _GAP + place * (width + _GAP)
+        draw.text((left + width / 2, top + _LINE / 2), caption, fill=_INK, font=font, anchor="mm")
+        page.paste(Image.fromarray(tile), (left, top + _LINE))
+    for (name, swatch), (left, line) in zip(legend, positions, strict=True):
+        y = legend_top + line * _LINE
+        draw.rectangle((left - 1, y + 4, left + _SWATCH, y + 5 + _SWATCH), outline=_FAINT)
+        page.paste(swatch, (left, y + 5))
+        draw.text((left + _SWATCH + 6, y + 5 + _SWATCH / 2), name, fill=_INK, font=font, anchor="lm")
+    return page
+
+
+def _legend_positions(widths: Sequence[float], total_width: int) -> list[tuple[int, int]]:
+    """(left, line) of each entry, with a new line where the page ends."""
+    positions, left, line = [], _GAP, 0
+    for width in widths:
+        needed = _SWATCH + 6 + round(width) + 2 * _GAP
+        if left > _GAP and left + needed > total_width:
+            left, line = _GAP, line + 1
+        positions.append((left, line))
+        left += needed
+    return positions

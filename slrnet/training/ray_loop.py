@@ -1,0 +1,312 @@
+"""Starts trainings on a Ray cluster, or in this process: the one module that imports Ray.
+
+`launch` runs on the driver. It refuses everything that can be refused before work is lost (settings, data, weights,
+storage, tracking server, resources), creates the MLflow run, and then lets Ray Train start one process per worker.
+Checkpoints are written by rank 0 into the run's folder, which every node must see under the same path.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slrnet.config import Config, config_from_dict
+from slrnet.data.manifest import ShardSet, load_dataset
+from slrnet.models.encoders import resolve_weights
+from slrnet.models.slrnet import build_model
+from slrnet.training.checkpoint import CheckpointError, TrainState, find_checkpoint, load_checkpoint, require_free_space
+from slrnet.training.distributed import Ranks, current_ranks, tune_process
+from slrnet.training.tracking import NullTracker, RunHandle, Tracker, create_run, environment_tags, resolve_uri
+from slrnet.training.trainer import Trainer, batch_per_rank
+
+__all__ = ["ClusterError", "LaunchOptions", "RunResult", "TrainingError", "launch", "resume_config"]
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+class ClusterError(ValueError):
+    """The cluster has less than was asked for."""
+
+
+class TrainingError(RuntimeError):
+    """The training failed; the message is the cause, without the layers around it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchOptions:
+    """Where and on what a run goes; the run itself is a `Config`."""
+
+    name: str
+    """Unique name of the run; its folder is storage/name."""
+    storage: Path
+    """Absolute folder for runs, visible to all nodes."""
+    resume: bool = False
+    """Continue the run of that name from its last checkpoint."""
+    num_workers: int | None = None
+    """Training processes; 0 trains in this process without Ray; None: one per GPU of the cluster, else 1."""
+    cpus_per_worker: int | None = None
+    """CPU cores per worker; None: an equal share of the cluster's."""
+    max_failures: int = 0
+    """Times that a failed worker group is started again from the last checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    folder: Path
+    last: Path
+    best: Path
+    state: TrainState
+    run: RunHandle
+
+
+def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None] = print) -> RunResult:
+    """Trains a run to its end.
+
+    Args:
+        config: of the run, `data.path` set.
+        options: name, storage, workers.
+        say: receives lines for people.
+
+    Raises:
+        ValueError: a setting, the data, the weights, the storage, the tracking store or the cluster does not allow the
+            run; nothing has been started.
+        TrainingError: a worker failed.
+    """
+    shards = load_dataset(config.data.path)
+    config = _absolute(config, shards)
+    folder = options.storage / options.name
+    last = _check_folder(folder, resume=options.resume)
+    workers, cpus, gpu = _plan_workers(options)
+    _check_run(config, shards, max(1, workers))
+    require_free_space(folder, 3 * _checkpoint_bytes(config, shards))
+    handle = _create_run(config, options, shards, workers=max(1, workers))
+    say(
+        f"run {options.name}: {shards.info.name}, {shards.split(config.data.train_split).num_samples} training images, "
+        f"{workers or 1} worker(s) x {cpus} CPU(s){' + 1 GPU' if gpu else ''}, folder {folder}"
+    )
+    say(f"curves and pictures: {handle.how_to_open()}")
+    if last is not None:
+        say(f"resuming after {load_checkpoint(last).state.epoch} epochs from {last}")
+    driver = Tracker(handle)
+    try:
+        _run(
+            _WorkerArguments(config, folder, handle), workers=workers, cpus=cpus, gpu=gpu, failures=options.max_failures
+        )
+    except KeyboardInterrupt:
+        driver.finish("KILLED", "interrupted")
+        raise
+    except Exception as error:
+        cause = _cause(error)
+        driver.finish("FAILED", str(cause))
+        raise TrainingError(f"{type(cause).__name__}: {cause}") from error
+    return _conclude(folder, handle, driver)
+
+
+def resume_config(storage: Path, name: str) -> Config:
+    """The configuration with which a run was started, from its last checkpoint.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+    """
+    last = find_checkpoint(storage / name / "checkpoints")
+    if last is None:
+        raise CheckpointError(_nothing_to_resume(storage / name))
+    return load_checkpoint(last).config
+
+
+@dataclass(frozen=True)
+class _WorkerArguments:
+    config: Config
+    folder: Path
+    handle: RunHandle
+
+
+def _run(arguments: _WorkerArguments, *, workers: int, cpus: int, gpu: bool, failures: int) -> None:
+    if workers == 0:
+        tune_process(None)
+        _train(arguments, ranks=Ranks(device=_own_device()), report=lambda metrics: None)
+        return
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    TorchTrainer(
+        _worker,
+        train_loop_config={
+            "config": arguments.config.model_dump(mode="json"),
+            "folder": str(arguments.folder),
+            "handle": arguments.handle,
+            "cpus": cpus,
+        },
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus}),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        # A new name each time: Ray would take a second start in the same folder for a continuation of the first.
+        run_config=RunConfig(
+            name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            storage_path=str(arguments.folder / "ray"),
+            failure_config=FailureConfig(max_failures=failures),
+        ),
+    ).fit()
+
+
+def _worker(values: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    tune_process(values["cpus"])
+    arguments = _WorkerArguments(config_from_dict(values["config"]), Path(values["folder"]), values["handle"])
+    device = get_device()
+    assert isinstance(device, torch.device)
+    _train(arguments, ranks=current_ranks(device), report=lambda metrics: ray.train.report(dict(metrics)))
+
+
+def _train(arguments: _WorkerArguments, *, ranks: Ranks, report: Callable[[Mapping[str, float]], None]) -> None:
+    shards = load_dataset(arguments.config.data.path)
+    tracker = Tracker(arguments.handle) if ranks.is_main else NullTracker()
+    trainer = Trainer(
+        arguments.config,
+        shards,
+        ranks=ranks,
+        folder=arguments.folder,
+        tracker=tracker,
+        run_id=arguments.handle.run_id,
+    )
+    trainer.resume()
+    trainer.fit(report=report)
+    tracker.flush()
+
+
+def _conclude(folder: Path, handle: RunHandle, driver: Tracker) -> RunResult:
+    checkpoints = folder / "checkpoints"
+    last, best = find_checkpoint(checkpoints), find_checkpoint(checkpoints, which="best")
+    if last is None or best is None:
+        raise TrainingError(
+            f"the training ended without a checkpoint in {checkpoints}; is the folder shared by all nodes?"
+        )
+    driver.log_artifacts(best, "checkpoint")
+    driver.finish()
+    return RunResult(folder=folder, last=last, best=best, state=load_checkpoint(best).state, run=handle)
+
+
+def _absolute(config: Config, shards: ShardSet) -> Config:
+    """Ray's workers run in folders of their own, so paths are made absolute here."""
+    weights = resolve_weights(config.model.encoder, config.model.encoder_weights)
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"path": str(shards.folder)}),
+            "model": config.model.model_copy(update={"encoder_weights": weights}),
+        }
+    )
+
+
+def _check_folder(folder: Path, *, resume: bool) -> Path | None:
+    last = find_checkpoint(folder / "checkpoints")
+    if resume and last is None:
+        raise CheckpointError(_nothing_to_resume(folder))
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(
+            f"run folder {folder} exists; continue that run with --resume {folder.name}, or choose another --name"
+        )
+    return last
+
+
+def _nothing_to_resume(folder: Path) -> str:
+    others = sorted(path.parent.name for path in folder.parent.glob("*/checkpoints"))
+    known = f"runs with checkpoints there: {', '.join(others)}" if others else "no run there has one"
+    return f"run {folder.name!r} has no checkpoint in {folder.parent} to resume from; {known}; start it with --name"
+
+
+def _check_run(config: Config, shards: ShardSet, world_size: int) -> None:
+    """Everything about data and batch that a worker would stumble over."""
+    batch_per_rank(config, world_size)
+    train = shards.split(config.data.train_split)
+    shards.split(config.data.val_split)
+    readers = world_size * max(1, config.data.workers)
+    if len(train.shards) < readers:
+        raise ClusterError(
+            f"split {config.data.train_split!r} has {len(train.shards)} shards for {readers} readers ({world_size} "
+            f"workers x {max(1, config.data.workers)}); at least {readers} shards are needed: prepare the data with a "
+            "smaller --samples-per-shard, or lower --num-workers or data.workers"
+        )
+
+
+def _checkpoint_bytes(config: Config, shards: ShardSet) -> int:
+    with torch.device("meta"):
+        random = config.model.model_copy(update={"encoder_weights": "none"})
+        model = build_model(random, config.cvlr, num_classes=shards.info.num_classes)
+    values = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    momentum = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
+    return values + momentum
+
+
+def _create_run(config: Config, options: LaunchOptions, shards: ShardSet, *, workers: int) -> RunHandle:
+    tags = environment_tags() | {
+        "slrnet.data": shards.info.name,
+        "slrnet.data_fingerprint": shards.info.fingerprint,
+        "slrnet.world_size": str(workers),
+        "slrnet.global_batch": str(config.train.batch_size),
+        "slrnet.setting": config.setting,
+        "slrnet.recipe": config.recipe,
+        "slrnet.folder": str(options.storage / options.name),
+    }
+    return create_run(
+        resolve_uri(config.tracking.uri, options.storage),
+        config.tracking.experiment,
+        options.name,
+        params=config.flat(),
+        tags=tags,
+        resume=options.resume,
+        config_json=config.to_json(),
+    )
+
+
+def _plan_workers(options: LaunchOptions) -> tuple[int, int, bool]:
+    """Workers, CPU cores per worker, and whether each has a GPU; asks the cluster what it has."""
+    if options.num_workers == 0:
+        return 0, os.cpu_count() or 1, False
+    import ray
+
+    if not ray.is_initialized():
+        paths = [str(PROJECT_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        ray.init(
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}},
+            log_to_driver=True,
+            logging_level="warning",
+        )
+    have = ray.cluster_resources()
+    cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
+    workers = options.num_workers or max(1, gpus)
+    use_gpu = gpus > 0
+    if use_gpu and workers > gpus:
+        raise ClusterError(
+            f"{workers} workers with a GPU each were asked for, the cluster has {gpus} GPUs and {cpus} CPUs; "
+            f"lower --num-workers to {gpus} or add nodes"
+        )
+    per_worker = options.cpus_per_worker or max(1, cpus // workers)
+    if workers * per_worker > cpus:
+        raise ClusterError(
+            f"{workers} workers with {per_worker} CPUs each were asked for, the cluster has {cpus} CPUs and {gpus} GPUs; "
+            "lower --num-workers or --cpus-per-worker, or add nodes"
+        )
+    return workers, per_worker, use_gpu
+
+
+def _own_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first error in a worker, without the layers that Ray wraps around it."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        return _cause(failures[min(failures)])
+    inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None)
+    return _cause(inner) if isinstance(inner, BaseException) and inner is not error else error

@@ -1,0 +1,417 @@
+"""The training loop: the same on one process and on many, with Ray or without.
+
+A `Trainer` owns the model, the optimiser and the loaders of one rank. Randomness is a pure function of (seed, step,
+rank), so that a resumed training continues to the bit. Losses are checked for finite values over all ranks before the
+optimiser steps. Curves, pictures and checkpoints are written by rank 0.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from slrnet.config import Config
+from slrnet.data.batch import Batch
+from slrnet.data.manifest import ShardSet
+from slrnet.data.shards import EvalLoader, TrainLoader, choose_subset
+from slrnet.models.slrnet import SLRNet, build_model
+from slrnet.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    TrainState,
+    check_classes,
+    find_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from slrnet.training.distributed import Ranks, sum_over_ranks
+from slrnet.training.evaluate import PseudoMask, evaluate_masks, measure_pseudo_masks, quality_metrics
+from slrnet.training.optim import build_optimizer, rate_factor, set_rate
+from slrnet.training.panels import draw_panel
+from slrnet.training.progress import Progress
+from slrnet.training.step import Normalise, step_generator, step_losses
+from slrnet.training.tracking import Tracker, metric_key
+
+__all__ = ["NonFiniteLossError", "Trainer", "batch_per_rank"]
+
+
+class NonFiniteLossError(ArithmeticError):
+    """A loss became infinite or NaN."""
+
+
+@dataclass
+class _Tally:
+    """What an epoch adds up between two logged points, and over its whole length."""
+
+    parts: dict[str, float]
+    steps: int = 0
+
+
+class Trainer:
+    """Trains one run on one rank.
+
+    Args:
+        config: of the run.
+        shards: the data set.
+        ranks: this process among all.
+        folder: of the run; checkpoints go to `checkpoints`, pictures to `panels`.
+        tracker: receives curves and pictures; a `NullTracker` on ranks other than 0.
+        run_id: MLflow run, for the checkpoint's record.
+    """
+
+    def __init__(
+        self, config: Config, shards: ShardSet, *, ranks: Ranks, folder: Path, tracker: Tracker, run_id: str = ""
+    ) -> None:
+        self.config = config
+        self.shards = shards
+        self.ranks = ranks
+        self.folder = folder
+        self.tracker = tracker
+        torch.manual_seed(config.train.seed)
+        self.model = build_model(config.model, config.cvlr, num_classes=shards.info.num_classes)
+        self.model.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        encoder = self.model.encoder
+        self.normalise = Normalise(encoder.mean, encoder.std, encoder.output_stride)
+        self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
+        self.loader = _train_loader(config, shards, ranks)
+        self.state = TrainState(
+            epoch=0,
+            step=0,
+            classes=shards.info.classes,
+            data_fingerprint=shards.info.fingerprint,
+            world_size=ranks.world_size,
+            run_id=run_id,
+        )
+        self.wrapped = _distribute(self.model, ranks)
+
+    def resume(self) -> bool:
+        """Continues from the run's last whole checkpoint, if it has one.
+
+        Raises:
+            CheckpointError: it is of other classes, other data, or another world size.
+        """
+        path = find_checkpoint(self.folder / "checkpoints")
+        if path is None:
+            return False
+        checkpoint = load_checkpoint(path)
+        _check_resumable(checkpoint, self.state, self.shards)
+        self.model.load_state_dict(checkpoint.model)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.state = replace(checkpoint.state, run_id=self.state.run_id or checkpoint.state.run_id)
+        return True
+
+    def fit(self, *, report: Callable[[Mapping[str, float]], None]) -> TrainState:
+        """Trains to the last epoch.
+
+        Args:
+            report: called on every rank after each epoch, with the epoch's figures.
+
+        Returns:
+            The final state.
+
+        Raises:
+            NonFiniteLossError: naming step, rank and loss parts.
+            DataError: a shard is damaged and `data.on_error` is "stop".
+        """
+        total = self.config.train.epochs * self.loader.steps_per_epoch
+        progress = Progress(total, done=self.state.step, show=self.ranks.is_main)
+        try:
+            for epoch in range(self.state.epoch, self.config.train.epochs):
+                metrics = self._train_epoch(epoch, progress)
+                if (epoch + 1) % self.config.evaluation.every == 0 or epoch + 1 == self.config.train.epochs:
+                    metrics |= self._measure(epoch, progress)
+                self._finish_epoch(epoch, metrics, progress)
+                report(metrics)
+        finally:
+            progress.close()
+            self.loader.close()
+        return self.state
+
+    def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
+        self.wrapped.train()
+        tally = _Tally(defaultdict(float))
+        waited, started = 0.0, time.perf_counter()
+        batches = self.loader.epoch(epoch)
+        images = self.config.train.batch_size
+        for step in range(epoch * self.loader.steps_per_epoch, (epoch + 1) * self.loader.steps_per_epoch):
+            begun = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - begun
+            factor = self._set_rate(step)
+            parts = self._step(batch, step, pretraining=epoch < self.config.train.pretrain_epochs)
+            for name, value in parts.items():
+                tally.parts[name] += value
+            tally.steps += 1
+            progress.advance(images, loss=parts["loss"])
+            if progress.steps == 1:
+                progress.note(_first_step_line(time.perf_counter() - begun, self.ranks))
+            if (step + 1) % self.config.train.log_every == 0:
+                self._log_step(parts, step + 1, factor)
+        self._check_epoch_end(batches, epoch, progress)
+        seconds = time.perf_counter() - started
+        means = {_loss_key(name, "epoch_"): value / tally.steps for name, value in tally.parts.items()}
+        return means | {
+            "perf/images_per_second": images * tally.steps / seconds,
+            "perf/data_wait_fraction": waited / seconds,
+            "perf/skipped_samples": float(len(self.loader.skipped)),
+        }
+
+    def _step(self, batch: Batch, step: int, *, pretraining: bool) -> dict[str, float]:
+        """One optimiser step; returns the loss and its parts, averaged over accumulation steps and ranks."""
+        count = self.config.train.accumulation
+        self.optimizer.zero_grad(set_to_none=True)
+        totals: dict[str, Tensor] = {}
+        for index, part in enumerate(_split(batch, count)):
+            generator = step_generator(self.config.train.seed, step, self.ranks.rank, index)
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout and gates
+            with self._no_sync(index + 1 < count):
+                losses = self._losses(part, generator, pretraining=pretraining)
+                (losses["loss"] / count).backward()  # type: ignore[no-untyped-call]
+            for name, value in losses.items():
+                totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.detach() / count
+        values = self._agree(totals, step)
+        self.optimizer.step()
+        return values
+
+    def _losses(self, batch: Batch, generator: torch.Generator, *, pretraining: bool) -> dict[str, Tensor]:
+        moved = batch.to(self.ranks.device, non_blocking=True)
+        with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=self._autocast()):
+            result = step_losses(
+                self.wrapped,
+                moved.images,
+                moved.image_labels,
+                config=self.config,
+                normalise=self.normalise,
+                generator=generator,
+                max_classes=int(batch.image_labels.sum(dim=1).max()),
+                pretraining=pretraining,
+            )
+        return {"loss": result.total, **result.parts}
+
+    def _agree(self, totals: dict[str, Tensor], step: int) -> dict[str, float]:
+        """Averages loss parts over the ranks in one all-reduce, and stops all of them if any is not finite."""
+        own = torch.stack(list(totals.values())).double()
+        bad = (~own.isfinite()).any().double() * (self.ranks.rank + 1)
+        flags = torch.zeros(self.ranks.world_size, dtype=torch.float64, device=own.device)
+        flags[self.ranks.rank] = bad
+        shared = sum_over_ranks(torch.cat([own.nan_to_num(0.0, 0.0, 0.0), flags]), self.ranks).tolist()
+        wrong = [rank for rank, flag in enumerate(shared[len(own) :]) if flag]
+        if wrong:
+            listed = ", ".join(f"{name} {float(value):g}" for name, value in totals.items())
+            raise NonFiniteLossError(
+                f"step {step}: the loss is not finite on rank {wrong[0]} (rank {self.ranks.rank} has {listed}); "
+                "no weight was changed by this step. Lower optim.lr, or train with train.precision=fp32"
+            )
+        return {name: value / self.ranks.world_size for name, value in zip(totals, shared, strict=False)}
+
+    def _measure(self, epoch: int, progress: Progress) -> dict[str, float]:
+        """Pseudo-mask quality and validation after an epoch; every rank takes part."""
+        self.model.eval()
+        config, classes = self.config, self.shards.info.classes
+        metrics: dict[str, float] = {}
+        common: dict[str, Any] = {"config": config, "normalise": self.normalise, "ranks": self.ranks}
+        if config.evaluation.pseudo_mask_images:
+            progress.note(f"epoch {epoch + 1}: measuring pseudo masks")
+            samples, shown = self._pseudo_mask_samples()
+            dense, kept = measure_pseudo_masks(
+                self.model, samples, show=lambda masks: self._draw(masks, shown, epoch), **common
+            )
+            metrics |= quality_metrics("pseudo_mask", dense, classes)
+            metrics |= {"pseudo_mask/coverage": kept.matrix.coverage(), "pseudo_mask/kept_fdr": kept.matrix.mfdr()}
+        progress.note(f"epoch {epoch + 1}: validating")
+        quality = evaluate_masks(self.model, self._loader(config.data.val_split), **common)
+        values = quality_metrics("val", quality, classes)
+        metrics |= {name: value for name, value in values.items() if name != "val/miou"}
+        metrics[metric_key("val", f"miou_{quality.protocol}")] = values.get("val/miou", math.nan)
+        return metrics
+
+    def _finish_epoch(self, epoch: int, metrics: dict[str, float], progress: Progress) -> None:
+        score = next((value for name, value in metrics.items() if name.startswith("val/miou_")), None)
+        best = max((value for value in (self.state.best_score, score) if value is not None), default=None)
+        self.state = replace(
+            self.state,
+            epoch=epoch + 1,
+            step=(epoch + 1) * self.loader.steps_per_epoch,
+            best_score=best,
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+        )
+        if self.ranks.is_main:
+            checkpoints = self.folder / "checkpoints"
+            save_checkpoint(
+                checkpoints,
+                config=self.config,
+                state=self.state,
+                model=self.model.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+            )
+            prune_checkpoints(checkpoints)
+        self.tracker.log_metrics(metrics, self.state.step)
+        self.tracker.log_metrics({"epoch": float(epoch + 1)}, self.state.step)
+        progress.note(_epoch_line(epoch + 1, self.config.train.epochs, metrics))
+
+    def _pseudo_mask_samples(self) -> tuple[EvalLoader, frozenset[str]]:
+        """This rank's share of the fixed subset of training images, and the keys that are drawn."""
+        split = self.shards.split(self.config.data.train_split)
+        evaluation = self.config.evaluation
+        chosen = choose_subset(split, evaluation.pseudo_mask_images, seed=self.config.train.seed, among=split.has_masks)
+        shown = frozenset(split.key(index) for index in chosen[: evaluation.panel_images])
+        return self._loader(self.config.data.train_split, indices=chosen), shown
+
+    def _loader(self, split: str, indices: tuple[int, ...] | None = None) -> EvalLoader:
+        return EvalLoader(
+            self.shards,
+            split=split,
+            indices=indices,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            on_error=self.config.data.on_error,
+        )
+
+    def _draw(self, masks: PseudoMask, shown: frozenset[str], epoch: int) -> None:
+        if masks.sample.key not in shown:
+            return
+        panel = draw_panel(
+            masks.sample.image.permute(1, 2, 0).numpy(),
+            raw_mask=masks.raw.numpy(),
+            refined_mask=masks.refined.numpy(),
+            pseudo_labels=masks.pseudo_labels.numpy(),
+            ground_truth=None if masks.sample.pixel_labels is None else masks.sample.pixel_labels.numpy(),
+            palette=self.shards.info.palette_array(),
+            class_names=self.shards.info.classes,
+            title=masks.sample.key,
+        )
+        folder = self.folder / "panels"
+        folder.mkdir(parents=True, exist_ok=True)
+        panel.save(folder / f"{masks.sample.key}-epoch-{epoch + 1:03d}.png")
+        self.tracker.log_image(f"panels/{masks.sample.key}", panel, epoch + 1)
+
+    def _log_step(self, parts: Mapping[str, float], step: int, factor: float) -> None:
+        values = {_loss_key(name, ""): value for name, value in parts.items()}
+        rate = self.optimizer.param_groups[0]["base_lr"] * factor
+        self.tracker.log_metrics(values | {"train/learning_rate": rate}, step)
+
+    def _set_rate(self, step: int) -> float:
+        steps = self.loader.steps_per_epoch
+        factor = rate_factor(
+            step,
+            pretrain_steps=self.config.train.pretrain_epochs * steps,
+            total_steps=self.config.train.epochs * steps,
+        )
+        set_rate(self.optimizer, factor)
+        return factor
+
+    def _check_epoch_end(self, batches: Iterator[Batch], epoch: int, progress: Progress) -> None:
+        """Lets the loader compare what it read with its plan, and reports what was skipped."""
+        if next(batches, None) is not None:
+            raise AssertionError("the loader gave more batches than it planned")
+        for skipped in self.loader.skipped[:5]:
+            progress.note(f"epoch {epoch + 1}: skipped {skipped.key} of {skipped.shard}: {skipped.reason}")
+
+    def _no_sync(self, wanted: bool) -> Any:
+        wrapped = self.wrapped
+        return wrapped.no_sync() if wanted and isinstance(wrapped, DistributedDataParallel) else nullcontext()
+
+    def _autocast(self) -> bool:
+        precision = self.config.train.precision
+        capable = self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return precision == "bf16" or (precision == "auto" and capable)
+
+
+def batch_per_rank(config: Config, world_size: int) -> int:
+    """Images per rank and optimiser step.
+
+    Raises:
+        ValueError: the global batch cannot be divided by ranks and accumulation steps.
+    """
+    batch, accumulation = config.train.batch_size, config.train.accumulation
+    if batch % (world_size * accumulation):
+        low = max(1, batch // (world_size * accumulation)) * world_size * accumulation
+        raise ValueError(
+            f"train.batch_size {batch} cannot be divided by {world_size} workers times {accumulation} accumulation "
+            f"steps; use {low} or {low + world_size * accumulation}"
+        )
+    return batch // world_size
+
+
+def _train_loader(config: Config, shards: ShardSet, ranks: Ranks) -> TrainLoader:
+    return TrainLoader(
+        shards,
+        split=config.data.train_split,
+        batch_size=batch_per_rank(config, ranks.world_size),
+        crop_size=config.data.crop_size,
+        crop_scale=config.data.crop_scale,
+        flip=config.data.flip,
+        seed=config.train.seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        workers=config.data.workers,
+        shuffle_buffer=config.data.shuffle_buffer,
+        on_error=config.data.on_error,
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+
+def _distribute(model: SLRNet, ranks: Ranks) -> torch.nn.Module:
+    if ranks.world_size == 1:
+        return model
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    # While pretraining, every parameter still takes part: classification reaches all of them.
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def _split(batch: Batch, count: int) -> Iterator[Batch]:
+    size = len(batch.keys) // count
+    for start in range(0, len(batch.keys), size):
+        part = slice(start, start + size)
+        yield Batch(
+            images=batch.images[part],
+            image_labels=batch.image_labels[part],
+            keys=batch.keys[part],
+            has_pixel_labels=batch.has_pixel_labels[part],
+            pixel_labels=None if batch.pixel_labels is None else batch.pixel_labels[part],
+        )
+
+
+def _check_resumable(checkpoint: Checkpoint, state: TrainState, shards: ShardSet) -> None:
+    check_classes(checkpoint.state, state.classes, data=str(shards.folder))
+    if checkpoint.state.data_fingerprint != state.data_fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained on other data (fingerprint {checkpoint.state.data_fingerprint[:12]}) than "
+            f"lies in {shards.folder} ({state.data_fingerprint[:12]}); resume with the same shards, or start a new run"
+        )
+
+
+def _loss_key(name: str, prefix: str) -> str:
+    return f"train/{prefix}loss" if name == "loss" else f"train/{prefix}loss_{name}"
+
+
+def _first_step_line(seconds: float, ranks: Ranks) -> str:
+    if ranks.device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated(ranks.device) / 2**30:.2f} GiB of GPU memory at most"
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of memory at most"
+    return f"first step: {seconds:.2f} s, {memory}, on {ranks.device}"
+
+
+def _epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
+    shown = [f"loss {metrics['train/epoch_loss']:.3f}", f"{metrics['perf/images_per_second']:.2f} images/s"]
+    shown.append(f"waiting for data {100 * metrics['perf/data_wait_fraction']:.1f} %")
+    for name in ("pseudo_mask/miou", "pseudo_mask/coverage", "val/mfdr", "val/mfnr"):
+        if name in metrics:
+            shown.append(f"{name} {100 * metrics[name]:.1f} %")
+    shown += [f"{name} {100 * value:.1f} %" for name, value in metrics.items() if name.startswith("val/miou_")]
+    return f"epoch {epoch}/{epochs}: " + ", ".join(shown)

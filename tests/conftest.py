@@ -1,0 +1,39 @@
+"""What all tests share: a clean environment, the marker scheme, and the photographs that some of them need.
+
+Tests are fast unless marked `slow`: whatever starts Ray, a server or a whole training run is slow, runs after the fast
+ones, and is left out by `make test-fast`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+VOC6 = ROOT.parent / "shared" / "data" / "voc6" / "VOCdevkit" / "VOC2012"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The sort is stable, so the order within the fast and within the slow tests stays.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_environment() -> Iterator[None]:
+    """Keeps tests away from the tracking server and the Ray cluster that the person running them may have."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "RAY_ADDRESS"):
+            patch.delenv(name, raising=False)
+        patch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        yield
+
+
+@pytest.fixture(scope="session")
+def voc6() -> Path:
+    """The folder (VOC 2012 layout) of six classes' photographs; skips where it does not lie beside the project."""
+    if not VOC6.is_dir():
+        pytest.skip("needs the photographs in ../shared/data/voc6, which are not part of the project")
+    return VOC6

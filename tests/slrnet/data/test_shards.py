@@ -1,0 +1,530 @@
+"""The epoch plan, and the loaders on tiny shards: exactly once, repeatable, unharmed by damage, blind to masks."""
+
+from __future__ import annotations
+
+import io
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_prep.shard_writer import Sample, verify, write_dataset
+from slrnet.data import shards as shards_module
+from slrnet.data.batch import Batch
+from slrnet.data.catalog import voc_palette
+from slrnet.data.epoch_plan import choose_subset, plan_epoch, reader_batches
+from slrnet.data.manifest import DataError, ShardSet, load_dataset
+from slrnet.data.shards import EvalLoader, TrainLoader
+
+NUM_TRAIN, NUM_SHARDS, NUM_VAL = 23, 5, 7
+COUNTS = (4, 5, 4, 5, 5)
+
+
+def _classes(number: int) -> tuple[int, ...]:
+    return tuple(c for c in (1, 2, 3) if number % (c + 1) == 0)
+
+
+def _encode(sample: Sample) -> tuple[bytes, bytes | None]:
+    """Noise whose grey level tells the samples apart; every third sample has no mask, the others their number."""
+    rng = np.random.default_rng(sample.source)
+    pixels = rng.integers(0, 256, (sample.height, sample.width, 3), dtype=np.uint8)
+    image, mask = io.BytesIO(), io.BytesIO()
+    Image.fromarray(pixels).save(image, "JPEG", quality=90)
+    Image.fromarray(np.full((sample.height, sample.width), sample.source % 4, dtype=np.uint8)).save(mask, "PNG")
+    return image.getvalue(), None if sample.source % 3 == 0 else mask.getvalue()
+
+
+def _encode_masks_of_noise(sample: Sample) -> tuple[bytes, bytes | None]:
+    image, mask = _encode(sample)
+    return image, None if mask is None else np.random.default_rng(99).bytes(700 + sample.source)
+
+
+def _write(folder: Path, encode: Callable[[Sample], tuple[bytes, bytes | None]]) -> ShardSet:
+    def samples(split: str, n: int) -> list[Sample]:
+        return [
+            Sample(key=f"{split}_{i}", split=split, width=20 + i % 3, height=16 + i % 2, classes=_classes(i), source=i)
+            for i in range(n)
+        ]
+
+    write_dataset(
+        folder,
+        samples("train", NUM_TRAIN) + samples("val", NUM_VAL),
+        encode,
+        name="tiny",
+        classes=("background", "a", "b", "c"),
+        palette=voc_palette(),
+        made_by="python data_prep/tiny.py --root here",
+        shards=NUM_SHARDS,
+    )
+    return load_dataset(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return _write(tmp_path_factory.mktemp("tiny") / "shards", _encode)
+
+
+@pytest.fixture
+def copy(data: ShardSet, tmp_path: Path) -> ShardSet:
+    """The same data set in a folder that a test may damage."""
+    shutil.copytree(data.folder, tmp_path / "copy")
+    return load_dataset(tmp_path / "copy")
+
+
+def _loader(data: ShardSet, **changes: Any) -> TrainLoader:
+    settings: dict[str, Any] = {
+        "split": "train", "batch_size": 2, "crop_size": 8, "crop_scale": (0.5, 1.0), "flip": 0.5, "seed": 3,
+        "shuffle_buffer": 4,
+    }  # fmt: skip
+    return TrainLoader(data, **{**settings, **changes})
+
+
+def _keys(batches: Iterator[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
+
+
+def _equal(one: list[Batch], two: list[Batch]) -> bool:
+    return [batch.keys for batch in one] == [batch.keys for batch in two] and all(
+        torch.equal(a.images, b.images) and torch.equal(a.image_labels, b.image_labels)
+        for a, b in zip(one, two, strict=True)
+    )
+
+
+# The plan.
+
+
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    batch=st.integers(1, 4),
+    world=st.integers(1, 4),
+    readers=st.integers(1, 3),
+    epoch=st.integers(0, 5),
+)
+@settings(max_examples=100, deadline=None)
+def test_ranges_deal_out_each_sample_once(counts: list[int], batch: int, world: int, readers: int, epoch: int) -> None:
+    plan = plan_epoch(counts, seed=1, epoch=epoch)
+    sequence = [(shard, i) for shard in plan.order.tolist() for i in range(counts[shard])]
+    assert sorted(sequence) == [(shard, i) for shard, n in enumerate(counts) for i in range(n)]
+    steps = sum(counts) // (batch * world)
+    position, dealt = 0, []
+    for _ in range(world):
+        batches = [reader_batches(steps, reader=reader, readers=readers) for reader in range(readers)]
+        assert sum(batches) == steps
+        assert max(batches) - min(batches) <= 1
+        for n in batches:
+            for part in plan.ranges(position, position + n * batch):
+                assert part.start < part.stop
+                dealt += [(part.shard, i) for i in range(part.start, part.stop)]
+            position += n * batch
+    assert dealt == sequence[: steps * batch * world]
+
+
+def test_the_plan_is_a_function_of_seed_and_epoch() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return plan_epoch([3] * 20, seed=seed, epoch=epoch).order.tolist()
+
+    assert order(1, 2) == order(1, 2)
+    assert len({tuple(order(*of)) for of in ((1, 2), (2, 1), (1, 3), (2, 2))}) == 4
+
+
+def test_a_hundred_thousand_shards() -> None:
+    counts = np.random.default_rng(0).integers(1, 2000, 100_000)
+    plan = plan_epoch(counts, seed=0, epoch=0)
+    total = int(counts.sum())
+    assert plan.starts[-1] == total
+    parts = plan.ranges(total // 3, total // 3 + 5000)
+    assert sum(part.stop - part.start for part in parts) == 5000
+    whole = plan.ranges(0, total)
+    assert [part.shard for part in whole] == plan.order.tolist()
+    assert all(part.start == 0 and part.stop == counts[part.shard] for part in whole)
+
+
+def test_subsets_are_fixed_and_sorted(data: ShardSet) -> None:
+    split = data.split("train")
+    chosen = choose_subset(split, 6, seed=1, among=split.has_masks)
+    assert chosen == choose_subset(split, 6, seed=1, among=split.has_masks)
+    assert chosen != choose_subset(split, 6, seed=2, among=split.has_masks)
+    assert list(chosen) == sorted(set(chosen))
+    assert len(chosen) == 6
+    assert split.has_masks[list(chosen)].all()
+    assert choose_subset(split, 1000, seed=0) == tuple(range(NUM_TRAIN))
+
+
+# Training.
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (2, 2), (4, 1)])
+def test_ranks_share_the_same_samples_whatever_their_number(data: ShardSet, world_size: int, batch_size: int) -> None:
+    keys = []
+    for rank in range(world_size):
+        loader = _loader(data, world_size=world_size, rank=rank, batch_size=batch_size)
+        batches = list(loader.epoch(1))
+        assert len(batches) == loader.steps_per_epoch == NUM_TRAIN // 4
+        assert all(batch.images.shape == (batch_size, 3, 8, 8) for batch in batches)
+        keys += _keys(iter(batches))
+    assert len(keys) == len(set(keys)) == 20
+    assert loader.left_over == 3
+    plan = plan_epoch([shard.num_samples for shard in data.split("train").shards], seed=3, epoch=1)
+    split = data.split("train")
+    sequence = [split.shards[s].first + i for s in plan.order for i in range(split.shards[s].num_samples)]
+    assert set(keys) == {split.key(i) for i in sequence[:20]}
+
+
+def test_an_epoch_repeats_and_epochs_differ(data: ShardSet) -> None:
+    loader = _loader(data)
+    first, second = list(loader.epoch(0)), list(loader.epoch(1))
+    assert _equal(first, list(_loader(data).epoch(0)))
+    assert _keys(iter(first)) != _keys(iter(second))
+    left_out = {frozenset(_keys(loader.epoch(epoch))) for epoch in range(4)}
+    assert len(left_out) > 1, "other samples are left over in other epochs"
+    assert _keys(_loader(data, seed=4).epoch(0)) != _keys(iter(first))
+
+
+def test_crops_follow_from_seed_epoch_and_sample_alone(data: ShardSet) -> None:
+    def crops(**changes: Any) -> dict[str, torch.Tensor]:
+        batches = list(_loader(data, **changes).epoch(2))
+        return {key: image for batch in batches for key, image in zip(batch.keys, batch.images, strict=True)}
+
+    one, other = crops(), crops(batch_size=5, shuffle_buffer=1)
+    both = one.keys() & other.keys()
+    assert len(both) > 15
+    assert all(torch.equal(one[key], other[key]) for key in both)
+    reseeded = crops(seed=4)
+    assert not any(torch.equal(one[key], reseeded[key]) for key in one.keys() & reseeded.keys())
+
+
+def test_a_buffer_of_one_keeps_the_order_and_a_larger_one_shuffles(data: ShardSet) -> None:
+    split = data.split("train")
+    plan = plan_epoch([shard.num_samples for shard in split.shards], seed=3, epoch=0)
+    planned = [split.key(split.shards[s].first + i) for s in plan.order for i in range(split.shards[s].num_samples)]
+    assert _keys(_loader(data, shuffle_buffer=1).epoch(0)) == planned[:22]
+    shuffled = _keys(_loader(data, shuffle_buffer=100).epoch(0))
+    assert sorted(shuffled) == sorted(planned[:22])
+    assert shuffled != planned[:22]
+
+
+def test_image_labels_are_those_of_the_manifest(data: ShardSet) -> None:
+    for batch in _loader(data).epoch(0):
+        assert batch.image_labels.dtype == torch.float32
+        for key, labels in zip(batch.keys, batch.image_labels, strict=True):
+            present = _classes(int(key.removeprefix("train_")))
+            assert labels.tolist() == [float(c in present) for c in (1, 2, 3)]
+
+
+def test_starting_late_equals_skipping_the_first_batches(data: ShardSet) -> None:
+    whole = list(_loader(data).epoch(3))
+    for start in (0, 1, 6, 11):
+        assert _equal(list(_loader(data).epoch(3, start)), whole[start:])
+    with pytest.raises(ValueError, match="start_step is 12; an epoch has the steps 0 to 11"):
+        _loader(data).epoch(0, 12)
+
+
+def test_reader_processes(data: ShardSet) -> None:
+    """Two reader processes: nothing twice, repeatable also by new ones, and a late start keeps the order."""
+    loader = _loader(data, workers=2)
+    whole, again, other = list(loader.epoch(0)), list(loader.epoch(0)), list(loader.epoch(1))
+    assert len(whole) == 11
+    assert len(set(_keys(iter(whole)))) == 22
+    assert _equal(whole, again)
+    assert not _equal(whole, other)
+    next(loader.epoch(0))
+    assert _equal(list(loader.epoch(1)), other), "an epoch that was given up leaves no trace"
+    loader.close()
+    assert _equal(list(loader.epoch(0, 4)), whole[4:]), "worker 0 has to make an even step"
+    assert _equal(list(loader.epoch(0, 3)), whole[3:]), "worker 0 has to make an odd step"
+    loader.close()
+
+
+def test_the_global_generators_are_left_alone(data: ShardSet) -> None:
+    before = torch.get_rng_state()
+    list(_loader(data).epoch(0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_a_grant_masks_change_nothing(data: ShardSet, tmp_path: Path) -> None:
+    """The masks are bytes of noise here, of other lengths than the real ones: nobody looks at them."""
+    noise = _write(tmp_path / "noise", _encode_masks_of_noise)
+    assert noise.info.fingerprint != data.info.fingerprint
+    batches = list(_loader(data).epoch(0))
+    assert _equal(batches, list(_loader(noise).epoch(0)))
+    assert all(batch.pixel_labels is None and not batch.has_pixel_labels.any() for batch in batches)
+    with pytest.raises(DataError, match="the mask cannot be decoded as PNG"):
+        list(_loader(noise, pixel_labels_granted=np.ones(NUM_TRAIN, dtype=np.bool_)).epoch(0))
+
+
+def test_granted_masks_come_with_their_images_and_no_others(data: ShardSet) -> None:
+    split = data.split("train")
+    granted = np.array([int(split.key(i).removeprefix("train_")) % 2 == 0 for i in range(NUM_TRAIN)])
+    seen = 0
+    for batch in _loader(data, pixel_labels_granted=granted).epoch(0):
+        for i, key in enumerate(batch.keys):
+            number = int(key.removeprefix("train_"))
+            expected = number % 2 == 0 and number % 3 != 0
+            assert bool(batch.has_pixel_labels[i]) is expected
+            if batch.pixel_labels is not None:
+                assert batch.pixel_labels[i].unique().tolist() == [number % 4 if expected else 255]
+            seen += expected
+    assert seen > 4
+    assert _equal(list(_loader(data, pixel_labels_granted=granted).epoch(0)), list(_loader(data).epoch(0)))
+
+
+# Users' mistakes.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 3, "workers": 2}, r"5 shards, fewer than its 6 readers \(3 ranks x 2\); use at most 1 worker"),
+        ({"world_size": 6}, r"fewer than its 6 readers \(6 ranks x 1\); make the data set anew with at least 6 shards: "
+                            "--samples-per-shard 3"),
+        ({"batch_size": 24}, r"has 23 samples, fewer than the global batch of 24 \(24 on each of 1 ranks\); use"),
+        ({"split": "test"}, "no split 'test'; it has: train, val"),
+        ({"rank": 2, "world_size": 2}, "rank is 2; with world_size 2 allowed are 0 to 1"),
+        ({"workers": -1}, "workers is -1"),
+        ({"on_error": "ignore"}, "on_error is 'ignore'; allowed are 'stop' and 'skip'"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer is 0; it must be at least 1"),
+        ({"pixel_labels_granted": np.ones(3, dtype=np.bool_)}, r"needs bool of shape \(23,\)"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_refused(data: ShardSet, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _loader(data, **changes)
+
+
+# Damage.
+
+
+def _damage_header(data: ShardSet, shard: int, sample: int) -> str:
+    entry = data.split("train").shards[shard]
+    with entry.path.open("r+b") as file:
+        file.seek(int(entry.offsets[sample]) + 3)
+        file.write(b"\xff\x00\xff")
+    return data.split("train").key(entry.first + sample)
+
+
+def _damage_image(data: ShardSet, shard: int, sample: int) -> str:
+    entry = data.split("train").shards[shard]
+    with entry.path.open("r+b") as file:
+        file.seek(int(entry.offsets[sample]) + 512)
+        file.write(bytes(40))
+    return data.split("train").key(entry.first + sample)
+
+
+def _truncate(data: ShardSet, shard: int) -> list[str]:
+    """Cuts a shard within the third sample's last file; returns the keys that are lost."""
+    split = data.split("train")
+    entry = split.shards[shard]
+    with entry.path.open("r+b") as file:
+        file.truncate(int(entry.offsets[2] + entry.sizes[2]) - 600)
+    return [split.key(i) for i in range(entry.first + 2, entry.first + entry.num_samples)]
+
+
+def _stopped(loader: TrainLoader) -> str:
+    """The error within three epochs: a single one may leave the damaged sample out."""
+    with pytest.raises(DataError) as caught:
+        list(chain.from_iterable(loader.epoch(epoch) for epoch in range(3)))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (_damage_header, "no tar header is where the manifest says"),
+        (_damage_image, "the image cannot be decoded as JPEG: Not a JPEG file"),
+        (lambda data, shard, sample: data.split("train").shards[shard].path.unlink(), "the shard is missing"),
+        (lambda data, shard, sample: _truncate(data, shard), "the shard is cut off: it has"),
+    ],
+)
+def test_damage_stops_the_run(copy: ShardSet, damage: Callable[[ShardSet, int, int], object], reason: str) -> None:
+    damage(copy, 2, 1)
+    message = _stopped(_loader(copy))
+    assert f"shard {copy.folder / 'train-000002.tar'}: sample 'train_" in message
+    assert reason in message
+    assert f"`python data_prep/tiny.py --verify {copy.folder}`" in message
+    assert f"`rm -r {copy.folder} && python data_prep/tiny.py --root here --out {copy.folder}`" in message
+    assert {found.shard for found in verify(copy.folder)} == {"train-000002.tar"}, "and that command finds it"
+
+
+def test_skipped_samples_are_counted_named_and_replaced(copy: ShardSet, caplog: pytest.LogCaptureFixture) -> None:
+    lost = {_damage_header(copy, 0, 1), _damage_image(copy, 1, 0), *_truncate(copy, 3)}
+    lost |= {key for key in map(str, copy.split("train").keys) if "000004" in _shard_of(copy, key)}
+    copy.split("train").shards[4].path.unlink()
+    with caplog.at_level(logging.WARNING, logger=shards_module.__name__):
+        loader = _loader(copy, on_error="skip", batch_size=1)
+        for epoch in range(2):
+            batches = list(loader.epoch(epoch))
+            assert len(batches) == loader.steps_per_epoch == NUM_TRAIN
+            keys = Counter(_keys(iter(batches)))
+            assert {skipped.key for skipped in loader.skipped} == lost
+            assert keys.keys() == {f"train_{i}" for i in range(NUM_TRAIN)} - lost, "every good sample still comes"
+    reasons = {skipped.shard: skipped.reason for skipped in loader.skipped}
+    assert reasons["train-000004.tar"] == "the shard is missing"
+    assert "cut off" in reasons["train-000003.tar"]
+    assert "decoded" in reasons["train-000001.tar"]
+    assert "header" in reasons["train-000000.tar"]
+    assert len(caplog.records) == 4, "one line per shard, however many samples and epochs"
+    assert _equal(list(loader.epoch(1)), batches), "stand-ins are repeatable too"
+
+
+def _shard_of(data: ShardSet, key: str) -> str:
+    split = data.split("train")
+    index = [split.key(i) for i in range(split.num_samples)].index(key)
+    return next(s.name for s in split.shards if s.first <= index < s.first + s.num_samples)
+
+
+def test_a_stand_in_is_cropped_anew(copy: ShardSet) -> None:
+    for shard in range(1, 5):
+        copy.split("train").shards[shard].path.unlink()
+    batches = list(_loader(copy, on_error="skip", batch_size=23).epoch(0))
+    assert len(set(batches[0].keys)) == COUNTS[0]
+    assert len(batches[0].images.flatten(1).unique(dim=0)) > 18, "not the same crops over again"
+
+
+def test_nothing_readable_is_an_error_even_when_skipping(copy: ShardSet) -> None:
+    for path in copy.folder.glob("train-*.tar"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"none of the 22 samples of a reader \(shards train-000000.tar, .*--verify"):
+        list(_loader(copy, on_error="skip").epoch(0))
+
+
+def test_damage_reaches_the_training_process_as_a_plain_message(copy: ShardSet) -> None:
+    copy.split("train").shards[2].path.unlink()
+    message = _stopped(_loader(copy, workers=2))
+    assert message.startswith("shard ")
+    assert "Traceback" not in message
+
+
+def test_a_swapped_shard_is_noticed(copy: ShardSet) -> None:
+    """A shard in the place of another one of the same layout."""
+    entries = copy.split("train").shards
+    shutil.copy(entries[1].path, entries[3].path)
+    assert "its place in the tar holds 'train_" in _stopped(_loader(copy)) or "no tar header" in _stopped(_loader(copy))
+
+
+def test_a_sample_lost_within_the_pipeline_is_noticed(data: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lossy(*_: object, **__: object) -> Callable[[Iterator[Any]], Iterator[Any]]:
+        return lambda items: (item for i, item in enumerate(items) if i != 7)
+
+    monkeypatch.setattr(shards_module.wds, "shuffle", lossy)
+    with pytest.raises(DataError, match=r"shard train-00000\d.tar: \d samples came, planned were \d"):
+        list(_loader(data).epoch(0))
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_each_sample_once_in_order(data: ShardSet, world_size: int) -> None:
+    keys, sizes = [], []
+    for rank in range(world_size):
+        loader = EvalLoader(data, split="train", rank=rank, world_size=world_size)
+        samples = list(loader)
+        assert len(samples) == len(loader)
+        keys += [sample.key for sample in samples]
+        sizes.append(len(samples))
+    assert keys == [data.split("train").key(i) for i in range(NUM_TRAIN)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_evaluation_in_reader_processes(copy: ShardSet) -> None:
+    """Two ranks of two reader processes each; a damaged sample is left out and reported to its rank."""
+    split = copy.split("val")
+    with split.shards[0].path.open("r+b") as file:
+        file.write(bytes(512))
+    keys, skipped = [], []
+    for rank in range(2):
+        loader = EvalLoader(copy, split="val", rank=rank, world_size=2, workers=2, on_error="skip")
+        keys += [sample.key for sample in loader]
+        skipped += [(rank, sample.key) for sample in loader.skipped]
+        loader.close()
+    assert keys == [split.key(i) for i in range(1, NUM_VAL)]
+    assert skipped == [(0, split.key(0))]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("readers", [2, 3])
+def test_readers_in_turns_keep_the_order(data: ShardSet, world_size: int, readers: int) -> None:
+    """What the processes of all ranks would send, collected here in torch's order."""
+    keys = []
+    for rank in range(world_size):
+        reader = EvalLoader(data, split="train", rank=rank, world_size=world_size, workers=readers)._pool.reader
+        turns = zip_longest(*(reader.deliver(worker, 0, 0) for worker in range(readers)))
+        keys += [delivery.payload.key for turn in turns for delivery in turn if delivery and delivery.payload]
+    assert keys == [data.split("train").key(i) for i in range(NUM_TRAIN)]
+
+
+@pytest.mark.parametrize(("world_size", "readers"), [(1, 2), (1, 5), (2, 2), (5, 1)])
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_readers_of_all_ranks_take_disjoint_samples(data: ShardSet, world_size: int, readers: int, start: int) -> None:
+    """And each rank makes the steps from `start` on, in turns beginning with the first reader process."""
+    keys = []
+    for rank in range(world_size):
+        loader = _loader(data, rank=rank, world_size=world_size, workers=readers)
+        turns = {
+            begin: [
+                delivery.payload
+                for turn in zip_longest(*(loader._pool.reader.deliver(w, 0, begin) for w in range(readers)))
+                for delivery in turn
+                if delivery and delivery.payload
+            ]
+            for begin in (0, min(start, loader.steps_per_epoch))
+        }
+        assert len(turns[0]) == loader.steps_per_epoch
+        assert _equal(turns[min(start, loader.steps_per_epoch)], turns[0][start:])
+        keys += _keys(iter(turns[0]))
+    assert len(keys) == len(set(keys)) == NUM_TRAIN // (2 * world_size) * 2 * world_size
+
+
+def test_evaluation_samples_are_whole(data: ShardSet) -> None:
+    for sample in EvalLoader(data, split="train"):
+        number = int(sample.key.removeprefix("train_"))
+        assert sample.image.shape == (3, 16 + number % 2, 20 + number % 3)
+        assert sample.image.dtype == torch.uint8
+        assert sample.image_labels.tolist() == [float(c in _classes(number)) for c in (1, 2, 3)]
+        if number % 3 == 0:
+            assert sample.pixel_labels is None
+        else:
+            assert sample.pixel_labels is not None
+            assert sample.pixel_labels.shape == sample.image.shape[-2:]
+            assert sample.pixel_labels.unique().tolist() == [number % 4]
+    assert all(sample.pixel_labels is None for sample in EvalLoader(data, split="val", pixel_labels=False))
+
+
+def test_evaluation_of_chosen_samples(data: ShardSet) -> None:
+    split = data.split("train")
+    chosen = choose_subset(split, 9, seed=0)
+    keys = []
+    for rank in range(2):
+        loader = EvalLoader(data, split="train", indices=chosen, rank=rank, world_size=2)
+        assert loader.total == 9
+        keys += [sample.key for sample in loader]
+    assert keys == [split.key(i) for i in chosen]
+    assert list(EvalLoader(data, split="train", indices=[])) == []
+    with pytest.raises(ValueError, match="indices run from 1 to 23; split 'train' has the samples 0 to 22"):
+        EvalLoader(data, split="train", indices=[1, 23])
+
+
+def test_evaluation_compares_the_checksum(copy: ShardSet) -> None:
+    """A changed byte that no decoder minds."""
+    entry = copy.split("val").shards[1]
+    with entry.path.open("r+b") as file:
+        end = int(entry.offsets[0] + entry.sizes[0])
+        file.seek(end - 512)  # the JSON file's only block
+        file.write(b" ")
+    with pytest.raises(
+        DataError, match=r"shard .*val-000001.tar: sample 'val_\d': its files have the sha256 .*--verify"
+    ):
+        list(EvalLoader(copy, split="val"))
+    loader = EvalLoader(copy, split="val", on_error="skip")
+    assert len(list(loader)) == NUM_VAL - 1
+    assert [skipped.shard for skipped in loader.skipped] == ["val-000001.tar"]

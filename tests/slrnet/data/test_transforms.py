@@ -1,0 +1,135 @@
+"""Decoding of all kinds of JPEG, the distribution of crops, and images against their masks."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from slrnet.data.manifest import DataError
+from slrnet.data.transforms import (
+    ASPECT_RATIOS,
+    Crop,
+    crop_image,
+    crop_mask,
+    decode_image,
+    decode_mask,
+    draw_crop,
+)
+
+
+def _picture(width: int = 40, height: int = 24) -> Image.Image:
+    """Red grows to the right, green downwards."""
+    y, x = np.mgrid[0:height, 0:width]
+    return Image.fromarray(np.stack([x * 255 // width, y * 255 // height, 0 * x + 60], axis=-1).astype(np.uint8))
+
+
+def _bytes(image: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+    return file.getvalue()
+
+
+def _pil(data: bytes) -> Tensor:
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_every_jpeg_becomes_rgb(mode: str) -> None:
+    data = _bytes(_picture().convert(mode), "JPEG")
+    image = decode_image(data)
+    assert image.shape == (3, 24, 40)
+    assert image.dtype == torch.uint8
+    torch.testing.assert_close(image.int(), _pil(data).int(), atol=2, rtol=0.0)
+
+
+@pytest.mark.parametrize("data", [b"", b"no picture", _bytes(_picture(), "JPEG")[:-100], _bytes(_picture(), "PNG")])
+def test_what_is_no_complete_jpeg_is_refused(data: bytes) -> None:
+    with pytest.raises(DataError, match="the image (is empty|cannot be decoded as JPEG: [A-Z])") as caught:
+        decode_image(data)
+    assert "/" not in str(caught.value), "no source files of libraries in messages"
+
+
+def test_masks_give_ids_not_colours() -> None:
+    ids = np.array([[0, 1, 255], [7, 1, 0]], dtype=np.uint8)
+    indexed = Image.fromarray(ids, "P")
+    indexed.putpalette([200, 100, 50] * 256)
+    for image in (indexed, Image.fromarray(ids, "L")):
+        assert torch.equal(decode_mask(_bytes(image, "PNG")), torch.from_numpy(ids))
+
+
+def test_masks_of_another_kind_are_refused() -> None:
+    with pytest.raises(DataError, match=r"mode RGB; allowed are indexed \(P\)"):
+        decode_mask(_bytes(_picture(), "PNG"))
+    with pytest.raises(DataError, match="cannot be decoded as PNG"):
+        decode_mask(b"garbage")
+    with pytest.raises(DataError, match="cannot be decoded as PNG"):
+        decode_mask(_bytes(Image.fromarray(np.zeros((90, 90), dtype=np.uint8)), "PNG")[:60])
+
+
+def test_crops_cover_the_wanted_share_of_the_image() -> None:
+    rng = random.Random(0)
+    crops = [draw_crop(300, 400, scale=(0.3, 0.6), flip=0.25, rng=rng) for _ in range(2000)]
+    shares = [crop.height * crop.width / (300 * 400) for crop in crops]
+    assert 0.295 < min(shares) < 0.31
+    assert 0.59 < max(shares) < 0.605
+    assert abs(np.mean(shares) - 0.45) < 0.01, "the area is uniform"
+    ratios = [math.log(crop.width / crop.height) for crop in crops]
+    assert math.log(ASPECT_RATIOS[0]) - 0.02 < min(ratios) < -0.25
+    assert 0.25 < max(ratios) < math.log(ASPECT_RATIOS[1]) + 0.02
+    assert abs(np.mean(ratios)) < 0.02, "the ratio is log-uniform around 1"
+    assert all(0 <= crop.top <= 300 - crop.height and 0 <= crop.left <= 400 - crop.width for crop in crops)
+    assert min(crop.top for crop in crops) == 0
+    assert abs(np.mean([crop.mirrored for crop in crops]) - 0.25) < 0.04
+
+
+def test_a_crop_follows_from_its_generator() -> None:
+    draws = [draw_crop(30, 40, scale=(0.2, 1.0), flip=0.5, rng=random.Random(seed)) for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [(100, 1000, (0, 433, 100, 133)), (1000, 100, (433, 0, 133, 100)), (30, 40, (0, 0, 30, 40)), (1, 1, (0, 0, 1, 1))],
+)
+def test_where_no_box_fits_the_central_one_is_taken(height: int, width: int, box: tuple[int, int, int, int]) -> None:
+    class Whole(random.Random):
+        """Asks for the whole area at the widest ratio but one that never fits these images."""
+
+        def uniform(self, a: float, b: float) -> float:
+            return 1.5 if a > 0 else a
+
+    crop = draw_crop(height, width, scale=(1.0, 1.0), flip=0.0, rng=Whole(0))
+    assert (crop.top, crop.left, crop.height, crop.width) == box
+
+
+def test_cropping_without_resizing_copies_the_box() -> None:
+    image = torch.arange(3 * 6 * 8, dtype=torch.uint8).view(3, 6, 8)
+    crop = Crop(top=1, left=2, height=4, width=4, mirrored=False)
+    assert torch.equal(crop_image(image, crop, size=4), image[:, 1:5, 2:6])
+    assert torch.equal(crop_mask(image[0], crop, size=4), image[0, 1:5, 2:6])
+    mirrored = Crop(1, 2, 4, 4, mirrored=True)
+    assert torch.equal(crop_image(image, mirrored, size=4), image[:, 1:5, 2:6].flip(-1))
+    assert torch.equal(crop_mask(image[0], mirrored, size=4), image[0, 1:5, 2:6].flip(-1))
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_mask_and_image_stay_aligned(mirrored: bool) -> None:
+    """A picture of two flat halves and its mask: away from the edge, each pixel keeps the id of its colour."""
+    image = torch.zeros(3, 50, 61, dtype=torch.uint8)
+    image[:, :, 20:] = 200
+    mask = torch.zeros(50, 61, dtype=torch.uint8)
+    mask[:, 20:] = 5
+    crop = Crop(3, 4, 40, 50, mirrored)
+    pixels, ids = crop_image(image, crop, size=33)[0], crop_mask(mask, crop, size=33)
+    assert sorted(ids.unique().tolist()) == [0, 5], "ids are never mixed"
+    sure = (pixels == 0) | (pixels == 200)
+    assert sure.float().mean() > 0.9
+    assert torch.equal(ids[sure] == 5, pixels[sure] == 200)
+    assert bool(ids[0, 0] == 5) is mirrored

@@ -1,0 +1,483 @@
+"""The rules that hold the project together, checked on its own files, each rule also on a planted violation."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+CODE = ("slrnet", "ray_jobs", "data_prep", "benchmarks")
+LAYERS = {
+    "config": 0,
+    "models": 1,
+    "calibration": 1,
+    "losses": 1,
+    "data": 1,
+    "kernels": 1,
+    "recipes": 1,
+    "training": 2,
+    "inference": 3,
+}
+# Which files may import a module (and everything below it); all other code may not.
+SEAMS = {
+    "mlflow": {"slrnet/training/tracking.py"},
+    "ray.train": {"slrnet/training/ray_loop.py"},
+    "pynvml": {"slrnet/training/gpu_monitor.py"},
+}
+WITHOUT_RAY = ("models", "calibration", "losses", "data", "kernels", "config.py", "recipes.py")
+# Modules whose package has another name.
+PACKAGES = {"PIL": "pillow", "pynvml": "nvidia-ml-py", "pydensecrf": "pydensecrf2"}
+TEXTS = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".sh", ".json"}
+Rule = Callable[[Path], list[str]]
+
+
+def sources(root: Path, *folders: str) -> Iterator[tuple[str, Path]]:
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*.py")):
+            yield path.relative_to(root).as_posix(), path
+
+
+def texts(root: Path) -> Iterator[tuple[str, str]]:
+    """Every text of the project by its path: what lies in the root, and the project's folders."""
+    folders = [root / name for name in (*CODE, "tests", "deploy", "docs", ".ci")]
+    paths = [*root.iterdir(), *(path for folder in folders if folder.is_dir() for path in folder.rglob("*"))]
+    for path in sorted(paths):
+        if path.is_file() and (path.suffix in TEXTS or path.name in {"Makefile", "run", ".gitignore", ".rayignore"}):
+            yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, also inside functions and by `import_module("...")`."""
+    names: set[str] = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            # A relative import stays within its package, which is named by its dots.
+            module = "." * node.level + (node.module or "")
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in (
+            "import_module",
+            "__import__",
+        ):
+            names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
+    return names
+
+
+def imports(names: Iterable[str], module: str) -> bool:
+    return any(name == module or name.startswith(module + ".") for name in names)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def lines_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def one_seam_for_each_framework(root: Path) -> list[str]:
+    found = []
+    for name, path in sources(root, *CODE):
+        names = imported(path)
+        found += [
+            f"{name} imports {seam}" for seam, allowed in SEAMS.items() if imports(names, seam) - (name in allowed) > 0
+        ]
+        inner = name.removeprefix("slrnet/").split("/")[0]
+        if name.startswith("slrnet/") and inner in WITHOUT_RAY and imports(names, "ray"):
+            found.append(f"{name} imports ray")
+    return found
+
+
+def dependencies_point_one_way(root: Path) -> list[str]:
+    found = []
+    for name, path in sources(root, "slrnet", "data_prep"):
+        names = imported(path)
+        parts = name.removesuffix(".py").split("/")
+        layer = LAYERS.get(parts[1], 0) if parts[0] == "slrnet" else LAYERS["data"]
+        found += [f"{name} imports {above}" for above in ("ray_jobs", "tests", "benchmarks") if imports(names, above)]
+        if parts[0] == "slrnet" and imports(names, "data_prep"):
+            found.append(f"{name} imports data_prep")
+        if name == "slrnet/__init__.py":
+            continue  # it offers names of all layers, on demand
+        higher = [package for package, height in LAYERS.items() if height > layer]
+        found += [f"{name} imports slrnet.{package}" for package in higher if imports(names, f"slrnet.{package}")]
+        found += [f"{name} imports relatively: {relative}" for relative in sorted(names) if relative.startswith(".")]
+    return found
+
+
+def functions_are_short(root: Path) -> list[str]:
+    sizes = [
+        (lines_of(node), f"{name}:{node.name}") for name, path in sources(root, "slrnet") for node in functions(path)
+    ]
+    found = [f"{where} has {size} lines, over 80" for size, where in sizes if size > 80]
+    found += [f"{where} has {size} lines, over 40" for size, where in sizes if size > 40 and where.endswith(":forward")]
+    lengths = sorted(size for size, _ in sizes)
+    if lengths and statistics.median(lengths) > 15:
+        found.append(f"the median function has {statistics.median(lengths)} lines, over 15")
+    if lengths and lengths[int(0.9 * (len(lengths) - 1))] > 40:
+        found.append(f"the 90th percentile of functions has {lengths[int(0.9 * (len(lengths) - 1))]} lines, over 40")
+    return found
+
+
+def job_scripts_are_thin(root: Path) -> list[str]:
+    counts = {name: len(path.read_text().splitlines()) for name, path in sources(root, "ray_jobs")}
+    # The demo's driver tells a story on the terminal; the others turn arguments into a config and make one call.
+    return [
+        f"{name} has {n} lines, 100 or more" for name, n in counts.items() if n >= 100 and name != "ray_jobs/demo.py"
+    ]
+
+
+def public_names_are_documented(root: Path) -> list[str]:
+    found = []
+    for name, path in sources(root, "slrnet"):
+        tree = tree_of(path)
+        if not ast.get_docstring(tree):
+            found.append(f"{name} has no docstring")
+        public = _all_of(tree)
+        if public is None:
+            if path.name != "__init__.py":
+                found.append(f"{name} has no __all__")
+            continue
+        documented, defined = _documented(tree)
+        found += [f"{name}: __all__ names {item}, which it lacks" for item in public if item not in defined]
+        found += [f"{name}: {item} has no docstring" for item in public if item in defined - documented]
+    return found
+
+
+def _all_of(tree: ast.Module) -> list[str] | None:
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    return None
+
+
+def _documented(tree: ast.Module) -> tuple[set[str], set[str]]:
+    documented, defined = set[str](), set[str]()
+    for node, following in zip(tree.body, [*tree.body[1:], None], strict=True):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+            documented |= {node.name} if ast.get_docstring(node) else set()
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            target = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+            defined.add(target)
+            text = following.value if isinstance(following, ast.Expr) else None
+            documented |= {target} if isinstance(text, ast.Constant) and isinstance(text.value, str) else set()
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            # Documented where it is defined.
+            names = {alias.asname or alias.name for alias in node.names}
+            defined, documented = defined | names, documented | names
+    documented.add("__version__")
+    return documented, defined
+
+
+def no_machine_paths(root: Path) -> list[str]:
+    places = "|".join(["work", "root", "tmp", "Users", "home/(?!ray/)[a-z]"])
+    here = "|".join(re.escape(f"{place}/") for place in {str(root.parent), str(Path.home())} - {"/"})
+    # Not after a letter, a dot or a bracket: those are parts of relative paths, addresses and patterns.
+    pattern = re.compile(rf"(?<![\w.~/*{{}}<>-])(?:/(?:{places})/|{here})")
+    return [
+        f"{name}:{number} holds a path of one machine: {line.strip()[:80]}"
+        for name, text in texts(root)
+        for number, line in enumerate(text.splitlines(), 1)
+        if pattern.search(line)
+    ]
+
+
+def nothing_is_left_for_later(root: Path) -> list[str]:
+    pattern = re.compile(
+        r"\b(" + "|".join(["TO" + "DO", "FIX" + "ME", "X" + "XX", "not implemented " + "yet"]) + r")\b"
+    )
+    return [
+        f"{name}:{number} is unfinished: {line.strip()[:80]}"
+        for name, text in texts(root)
+        for number, line in enumerate(text.splitlines(), 1)
+        if pattern.search(line)
+    ]
+
+
+def every_test_can_fail(root: Path) -> list[str]:
+    found = []
+    for name, path in sources(root, "tests"):
+        bodies = [(node, ast.unparse(ast.Module(node.body, []))) for node in functions(path)]
+        expects = re.compile(r"\bassert|raises|warns|fail\(|gradcheck")
+        # A test may leave the expectation to a helper of its file, and that one to another.
+        for _ in range(2):
+            helpers = {node.name for node, body in bodies if expects.search(body) and not node.name.startswith("test")}
+            expects = re.compile("|".join([r"\bassert|raises|warns|fail\(|gradcheck", *(rf"\b{h}\(" for h in helpers)]))
+        found += [
+            f"{name}:{node.lineno} {node.name} expects nothing"
+            for node, body in bodies
+            if node.name.startswith("test") and not expects.search(body)
+        ]
+    return found
+
+
+def imports_are_declared(root: Path) -> list[str]:
+    """Third-party modules that the code imports belong to a package of requirements.txt or of the extra `crf`."""
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    declared = {canonicalize_name(r.name) for r in requirements(root)}
+    declared |= {canonicalize_name(Requirement(text).name) for text in project["optional-dependencies"]["crf"]}
+    found = []
+    for name, path in sources(root, *CODE):
+        for module in sorted(
+            {dotted.split(".")[0] for dotted in imported(path)} - sys.stdlib_module_names - {*CODE, ""}
+        ):
+            if canonicalize_name(PACKAGES.get(module, module)) not in declared:
+                found.append(f"{name} imports {module}, which requirements.txt does not name")
+    return found
+
+
+def requirements(root: Path) -> list[Requirement]:
+    lines = (root / "requirements.txt").read_text().splitlines()
+    return [Requirement(line) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def constraints(root: Path) -> dict[str, str]:
+    lines = (root / "constraints.txt").read_text().splitlines()
+    pairs = (line.split("==") for line in lines if line.strip() and not line.startswith("#"))
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def pinned_versions_fit(root: Path) -> list[str]:
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = [Requirement(text) for extra in project["optional-dependencies"].values() for text in extra]
+    pinned, found = constraints(root), []
+    for requirement in [*requirements(root), *extras]:
+        version = pinned.get(canonicalize_name(requirement.name))
+        if version is None:
+            found.append(f"constraints.txt has no version of {requirement.name}")
+        elif version not in requirement.specifier:
+            found.append(f"constraints.txt has {requirement.name} {version}, outside {requirement.specifier}")
+        if not any(bound.operator in (">=", "==") for bound in requirement.specifier):
+            found.append(f"{requirement.name} has no lower bound")
+    return found
+
+
+RULES: list[Rule] = [
+    one_seam_for_each_framework,
+    dependencies_point_one_way,
+    functions_are_short,
+    job_scripts_are_thin,
+    public_names_are_documented,
+    no_machine_paths,
+    nothing_is_left_for_later,
+    every_test_can_fail,
+    imports_are_declared,
+    pinned_versions_fit,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_project_keeps_the_rule(rule: Rule) -> None:
+    assert rule(ROOT) == []
+
+
+DOC = '"""Doc."""\n'
+MACHINE_PATH = "/".join(["", "work", "data"])
+LONG = "def f():\n" + "    x = 1\n" * 80
+PLANTED: list[tuple[Rule, str, str, str]] = [
+    (one_seam_for_each_framework, "slrnet/training/trainer.py", "import mlflow", "imports mlflow"),
+    (
+        one_seam_for_each_framework,
+        "slrnet/training/x.py",
+        "def f():\n    from mlflow import MlflowClient",
+        "imports mlflow",
+    ),
+    (one_seam_for_each_framework, "slrnet/training/x.py", "import_module('mlflow.entities')", "imports mlflow"),
+    (one_seam_for_each_framework, "ray_jobs/train.py", "from ray import train", "imports ray.train"),
+    (one_seam_for_each_framework, "ray_jobs/train.py", "import ray.train.torch", "imports ray.train"),
+    (one_seam_for_each_framework, "slrnet/models/x.py", "import ray", "imports ray"),
+    (one_seam_for_each_framework, "slrnet/config.py", "from ray.util import state", "imports ray"),
+    (one_seam_for_each_framework, "slrnet/training/trainer.py", "import pynvml", "imports pynvml"),
+    (dependencies_point_one_way, "slrnet/config.py", "from slrnet.models import x", "imports slrnet.models"),
+    (dependencies_point_one_way, "slrnet/losses/a.py", "from slrnet import training", "imports slrnet.training"),
+    (dependencies_point_one_way, "slrnet/training/a.py", "import slrnet.inference.b", "imports slrnet.inference"),
+    (dependencies_point_one_way, "slrnet/data/a.py", "from data_prep.voc import x", "imports data_prep"),
+    (dependencies_point_one_way, "data_prep/a.py", "from slrnet.training import x", "imports slrnet.training"),
+    (dependencies_point_one_way, "slrnet/inference/a.py", "import ray_jobs.train", "imports ray_jobs"),
+    (dependencies_point_one_way, "slrnet/models/a.py", "from . import b", "imports relatively"),
+    (functions_are_short, "slrnet/models/a.py", LONG, "has 81 lines, over 80"),
+    (functions_are_short, "slrnet/models/a.py", "def forward():\n" + "    x = 1\n" * 40, "has 41 lines, over 40"),
+    (functions_are_short, "slrnet/models/a.py", "def f():\n" + "    x = 1\n" * 15, "median function has 16"),
+    (
+        functions_are_short,
+        "slrnet/models/a.py",
+        "def f():\n" + "    x = 1\n" * 40,
+        "90th percentile of functions has 41",
+    ),
+    (job_scripts_are_thin, "ray_jobs/train.py", "x = 1\n" * 100, "has 100 lines"),
+    (public_names_are_documented, "slrnet/a.py", "__all__ = []", "has no docstring"),
+    (public_names_are_documented, "slrnet/a.py", DOC, "has no __all__"),
+    (public_names_are_documented, "slrnet/a.py", DOC + "__all__ = ['f']\ndef f(): ...", "f has no docstring"),
+    (public_names_are_documented, "slrnet/a.py", DOC + "__all__ = ['A']\nA = 1\nB = 2", "A has no docstring"),
+    (public_names_are_documented, "slrnet/a.py", DOC + "__all__ = ['g']", "names g, which it lacks"),
+    (no_machine_paths, "slrnet/a.py", f"x = '{MACHINE_PATH}/x'", "slrnet/a.py:1 holds a path"),
+    (no_machine_paths, "README.md", f"see {MACHINE_PATH}/x", "README.md:1 holds a path"),
+    (nothing_is_left_for_later, "slrnet/a.py", "# TO" + "DO: the rest", "is unfinished"),
+    (every_test_can_fail, "tests/test_a.py", "def test_f():\n    f(1)", "test_f expects nothing"),
+    (imports_are_declared, "slrnet/a.py", "import pandas", "imports pandas"),
+    (imports_are_declared, "data_prep/a.py", "import no_such_module", "imports no_such_module"),
+    (pinned_versions_fit, "requirements.txt", "torch>=2.9\nrich>=13", "no version of rich"),
+    (pinned_versions_fit, "requirements.txt", "torch>=99", "outside >=99"),
+    (pinned_versions_fit, "requirements.txt", "torch<99", "torch has no lower bound"),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "file", "text", "expected"), PLANTED, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_a_planted_violation_is_found(rule: Rule, file: str, text: str, expected: str, tmp_path: Path) -> None:
+    plant(tmp_path, {file: text})
+    found = rule(tmp_path)
+    assert any(expected in violation for violation in found), found
+    assert all(violation.startswith((file, "the ", "constraints", "torch")) for violation in found)
+
+
+def test_what_is_allowed_is_not_found(tmp_path: Path) -> None:
+    good = DOC + "import mlflow\n\n__all__ = ['LIMIT', 'f']\nLIMIT = 1\n" + DOC + "def f():\n    " + DOC
+    plant(
+        tmp_path,
+        {
+            "slrnet/training/tracking.py": good,
+            "slrnet/training/ray_loop.py": DOC + "__all__ = []\nimport ray.train\nfrom slrnet.models import slrnet",
+            "slrnet/training/trainer.py": DOC + "__all__ = []\nfrom slrnet.training.ray_loop import x\nimport torch",
+            "slrnet/__init__.py": DOC + "def load():\n    from slrnet.inference import predictor",
+            "ray_jobs/demo.py": "x = 1\n" * 300,
+            "ray_jobs/train.py": "import ray\nimport slrnet.training",
+            "tests/test_a.py": "def test_f():\n    refuses(1)\n\ndef refuses(x):\n    with raises(E):\n        f(x)",
+            "README.md": "see docs/work/x, https://example.org/tmp/x and <folder>/root/x",
+        },
+    )
+    assert [violation for rule in RULES for violation in rule(tmp_path)] == []
+
+
+def plant(root: Path, files: dict[str, str]) -> None:
+    for name in ("pyproject.toml", "requirements.txt", "constraints.txt"):
+        (root / name).write_text((ROOT / name).read_text())
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def test_importing_the_package_is_light() -> None:
+    heavy = ("torch", "ray", "mlflow", "torchvision", "timm", "numpy", "pydantic")
+    script = f"import sys, slrnet; print([name for name in {heavy!r} if name in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_dependencies_have_one_source() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    assert set(project["project"]["dynamic"]) == {"version", "dependencies"}
+    assert project["project"]["requires-python"] == ">=3.11"
+    names = {canonicalize_name(requirement.name) for requirement in requirements(ROOT)}
+    # The shell of that name makes every `import torch` warn.
+    assert "nvidia-ml-py" in names
+    assert "pynvml" not in names | set(constraints(ROOT))
+    assert {"default", "train", "tune"} == next(r.extras for r in requirements(ROOT) if r.name == "ray")
+
+
+class TestClusterFile:
+    @pytest.fixture
+    def cluster(self) -> dict[str, object]:
+        loaded: dict[str, object] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+        return loaded
+
+    @pytest.fixture
+    def schema(self) -> dict[str, object]:
+        # Found without importing Ray, which takes seconds.
+        spec = find_spec("ray")
+        assert spec is not None
+        assert spec.origin is not None
+        loaded: dict[str, object] = json.loads((Path(spec.origin).parent / "autoscaler/ray-schema.json").read_text())
+        return loaded
+
+    def test_fits_rays_schema(self, cluster: dict[str, object], schema: dict[str, object]) -> None:
+        jsonschema.validate(cluster, schema)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**cluster, "max_workers": "four"}, schema)
+
+    def test_images_have_the_tested_ray_and_python(self, cluster: dict[str, object]) -> None:
+        docker = cluster["docker"]
+        assert isinstance(docker, dict)
+        expected = f"rayproject/ray:{constraints(ROOT)['ray']}-py311-"
+        assert docker["head_image"] == expected + "cpu"
+        assert re.fullmatch(re.escape(expected) + r"cu12\d", docker["worker_image"])
+
+    def test_token_authentication_is_on(self, cluster: dict[str, object]) -> None:
+        docker, mounts = cluster["docker"], cluster["file_mounts"]
+        assert isinstance(docker, dict)
+        assert isinstance(mounts, dict)
+        assert "-e RAY_AUTH_MODE=token" in docker["run_options"]
+        assert mounts["/home/ray/.ray/auth_token"] == "~/.ray/auth_token"
+
+    def test_the_head_is_bought_and_the_workers_are_spot(self, cluster: dict[str, object]) -> None:
+        types = cluster["available_node_types"]
+        assert isinstance(types, dict)
+        assert "InstanceMarketOptions" not in types["head"]["node_config"]
+        assert types["gpu_worker"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+        assert cluster["head_node_type"] == "head"
+
+    def test_values_to_set_are_marked(self) -> None:
+        lines = (ROOT / "cluster.yaml").read_text().splitlines()
+        unset = [line for line in lines if "ami-SET" in line or line.strip().startswith("region:")]
+        assert len(unset) == 3
+        assert all("# SET: " in line for line in unset)
+
+
+class TestMakefile:
+    def test_help_lists_every_target(self) -> None:
+        done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        listed = {line.split()[1] for line in done.stdout.splitlines() if line.strip().startswith("make ")}
+        phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert phony is not None
+        assert listed == set(phony.group(1).split())
+        assert {"demo", "test", "test-fast", "lint", "format", "bench", "clean"} <= listed
+
+    def test_an_old_python_is_refused_by_name(self, tmp_path: Path) -> None:
+        for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml"):
+            (tmp_path / name).write_text((ROOT / name).read_text())
+        old = tmp_path / "python3.9"
+        shim = "import sys; sys.version_info = (3, 9, 2); sys.version = '3.9.2 (old)'; exec(sys.argv[2])"
+        old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{shim}" "$@"\n')
+        old.chmod(0o755)
+        done = subprocess.run(
+            ["make", "test", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode != 0
+        assert f"slrnet needs Python 3.11 or newer, and {old} is 3.9.2" in done.stderr
+        assert not (tmp_path / ".venv").exists()
+
+    def test_continuous_integration_runs_lint_and_all_tests_and_cleans_up(self) -> None:
+        script = (ROOT / ".ci" / "run").read_text()
+        assert os.access(ROOT / ".ci" / "run", os.X_OK)
+        assert "set -euo pipefail" in script
+        assert "trap 'rm -rf .venv' EXIT" in script
+        assert script.splitlines()[-2:] == ["make lint", "make test"]
