@@ -480,18 +480,37 @@ def _apply(function: Callable[[Item], Result], items: Sequence[Item], processes:
     # spawn: arrow has threads, and a forked child of a threaded process may hang.
     context = multiprocessing.get_context("spawn")
     chunk = max(1, min(32, len(items) // (4 * processes)))
-    workers = ProcessPoolExecutor(min(processes, len(items)), mp_context=context, initializer=_ignore_interrupts)
+    workers = ProcessPoolExecutor(min(processes, len(items)), mp_context=context, initializer=_end_when_told)
+    others = set(multiprocessing.active_children())
     try:
-        yield from workers.map(function, items, chunksize=chunk)
+        with _interrupts_held():
+            results = workers.map(function, items, chunksize=chunk)
+        yield from results
     except BrokenProcessPool:
         raise DataError("a worker process died, perhaps for want of memory; try fewer --processes") from None
+    except BaseException:  # what is under way is of no use any more
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         workers.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole process group; the parent alone answers it, by ending the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Holds Ctrl-C back while worker processes start; they inherit that for good.
+
+    Ctrl-C reaches the whole process group; the parent alone answers it, by ending the workers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_when_told() -> None:
+    """A worker has no use for the parent's answer to SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

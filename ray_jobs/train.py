@@ -37,9 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         default=Path(os.environ.get("SLRNET_STORAGE", "~/slrnet_runs")),
         help="folder for runs, seen by all nodes (default: $SLRNET_STORAGE, else ~/slrnet_runs)",
     )
-    parser.add_argument(
-        "--tracking-uri", help="MLflow server (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)"
-    )
+    parser.add_argument("--tracking-uri", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
     return parser.parse_args(arguments)
 
 

@@ -35,11 +35,12 @@ __all__ = [
     "load_config",
 ]
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+# Numbers are strict: "3", 3.0 and true are no integers, and "0.5" and true are no floats.
+Fraction = Annotated[float, Field(strict=True, ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
+NonNegativeFloat = Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(strict=True, gt=0.0, allow_inf_nan=False)]
 
 
 class ConfigError(ValueError):
@@ -97,7 +98,7 @@ class ViewsConfig(_Section):
     """Largest change of contrast, as a factor in [1 - c, 1 + c]."""
     saturation: Fraction = 0.3
     """Largest change of saturation, as a factor in [1 - s, 1 + s]."""
-    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    hue: Annotated[float, Field(strict=True, ge=0.0, le=0.5)] = 0.1
     """Largest shift of hue, in turns of the colour circle."""
 
     @model_validator(mode="after")
@@ -143,7 +144,7 @@ class ModelConfig(_Section):
     """Channels of the shallow features after the skip projection."""
     aspp_dilations: tuple[PositiveInt, PositiveInt, PositiveInt] = (12, 24, 36)
     """Dilations of the three 3x3 branches of the ASPP, in pixels of the deepest features."""
-    gate_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3
+    gate_rate: Annotated[float, Field(strict=True, ge=0.0, lt=1.0)] = 0.3
     """Share of shallow features that the stochastic gate mixes in."""
     focal_power: NonNegativeFloat = 3.0
     """p of the focal mask penalty (1 - m)^p log(c + m) in the class scores."""
@@ -158,7 +159,7 @@ class CalibrationConfig(_Section):
     """Average the un-warped logits and then apply softmax (Eq. 3), or average probabilities (released code)."""
     refine_iters: NonNegativeInt = 10
     """Iterations of the pixel-adaptive refinement; 0 turns it off."""
-    refine_dilations: tuple[PositiveInt, ...] = (1, 2, 4, 8, 12, 24)
+    refine_dilations: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8, 12, 24)
     """Dilations of the refinement's 3x3 neighbourhoods, in pixels of the refined mask."""
     refine_stride: PositiveInt = 4
     """Pixels of the crop per pixel of the refined mask."""
@@ -203,7 +204,7 @@ class OptimConfig(_Section):
     """Rate of newly added weights relative to pretrained ones."""
     bias_lr_factor: PositiveFloat = 2.0
     """Rate of biases relative to weights."""
-    momentum: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9
+    momentum: Annotated[float, Field(strict=True, gt=0.0, lt=1.0)] = 0.9
     """Nesterov momentum."""
     weight_decay: NonNegativeFloat = 5e-4
     """L2 penalty on weights; biases have none."""
@@ -222,7 +223,7 @@ class TrainConfig(_Section):
     """Backward passes per optimiser step; divides the memory that a batch takes."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 autocast on GPUs that have it (`auto`), never (`fp32`), or always (`bf16`)."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Seed of weights, order, crops, colours, dropout and gates."""
     log_every: PositiveInt = 10
     """Optimiser steps between logged losses."""
@@ -246,8 +247,11 @@ class EvaluationConfig(_Section):
     """Training images of the fixed, seeded subset on which pseudo masks are measured; 0 turns it off."""
     panel_images: NonNegativeInt = 8
     """Images of that subset that are drawn side by side (image, raw, refined, pseudo label, truth); 0 for none."""
+    scale: PositiveFloat = 1.0
+    """Scale at which whole images enter the network when masks are measured; 1 is their own size. Crops that shrink
+    their images (crop_size below the image's side) call for the same scale here."""
     gating: Literal["none", "scores", "image_labels"] = "none"
-    """Classes that validation may predict: all, those with high class scores, or the true ones (stamped on the result)."""
+    """Classes that validation may predict: all, those with high class scores, or the true ones (the result says so)."""
     gating_threshold: Fraction = 0.3
     """Smallest sigmoid(class score) that `gating = "scores"` keeps."""
     gating_top: PositiveInt = 6
@@ -292,7 +296,7 @@ class Config(_Section):
     def _check(self) -> Self:
         size, stride = self.data.crop_size, self.model.output_stride
         if size % stride not in (0, 1):
-            low = size // stride * stride
+            low = max(1, size // stride) * stride
             raise ValueError(
                 f"data.crop_size {size} does not fit model.output_stride {stride}; "
                 f"use {low}, {low + 1}, {low + stride} or {low + stride + 1}"
@@ -375,9 +379,11 @@ def _locate(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     section: Any = values
     for name in parents:
         section = section.get(name) if isinstance(section, dict) else None
-    if not isinstance(section, dict) or field not in section or isinstance(section[field], dict):
-        known = list(dict(_flatten(values)))
-        raise ConfigError(f"unknown config key {key!r}; {_nearest(key, known)}")
+    if not isinstance(section, dict) or field not in section:
+        raise ConfigError(f"unknown config key {key!r}; {_nearest(key, list(dict(_flatten(values))))}")
+    if isinstance(section[field], dict):
+        fields = ", ".join(f"{key}.{name}" for name in section[field])
+        raise ConfigError(f"{key!r} is a section; set one of its fields: {fields}")
     return section, field
 
 
@@ -414,19 +420,21 @@ def _refuse_unknown(values: Mapping[str, Any], model: type[BaseModel], prefix: s
 
 
 def _nearest(key: str, known: list[str]) -> str:
+    leaf = key.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    if not close:
-        leaf = key.rsplit(".", 1)[-1]
-        close = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
-    hint = f"the nearest one is {close[0]!r}" if close else f"known are {', '.join(sorted(known))}"
-    return hint
+    close = close or [name for name in known if leaf and leaf in name.rsplit(".", 1)[-1]]
+    return f"the nearest one is {close[0]!r}" if close else f"known are {', '.join(sorted(known))}"
 
 
 def _explain(error: ValidationError) -> str:
+    items = error.errors()
     lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if part != "tuple")
-        message = item["msg"].removeprefix("Value error, ")
+    for item in items:
+        loc = item["loc"]
+        if item["type"] == "too_short" and any(other["loc"][:-1] == loc for other in items):
+            continue  # pydantic counts the valid entries; the invalid ones have messages of their own
+        where = ".".join(str(part) for part in loc)
+        message = "an entry is missing here" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
         got = "" if item["type"] == "value_error" else f", got {item['input']!r}"
         lines.append(f"{where or 'config'}: {message}{got}")
     return "; ".join(lines)

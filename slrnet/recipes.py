@@ -45,15 +45,16 @@ def voc_wsss_lite() -> Config:
         model=ModelConfig(
             encoder="efficientnet_lite0",
             output_stride=16,
-            frozen_stages=1,
+            frozen_stages=2,
             decoder_dim=128,
-            aspp_dilations=(2, 4, 6),
+            aspp_dilations=(3, 6, 9),
         ),
         cvlr=CvlrConfig(dim=128),
         calibration=CalibrationConfig(refine_stride=2),
         losses=LossConfig(mask_consistency="probs"),
         optim=OptimConfig(lr=1e-3),
         train=TrainConfig(epochs=14, pretrain_epochs=3, batch_size=8),
+        evaluation=EvaluationConfig(scale=0.75, pseudo_mask_images=100),
     )
 
 

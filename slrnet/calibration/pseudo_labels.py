@@ -53,6 +53,9 @@ def calibrate(
         fusion: average `logits` (paper) or `probs` (released code).
         num_iters: iterations of the refinement.
         dilations: of the refinement.
+
+    Raises:
+        ValueError: an image has more than `max_classes` classes (seen on the CPU only), or the shapes do not fit.
     """
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         views = [view.detach().float() for view in logits]
@@ -100,6 +103,11 @@ def threshold(probs: Tensor, *, confidence_threshold: float, background_threshol
 def present_classes(image_labels: Tensor, *, max_classes: int) -> Tensor:
     """Class ids of the background and of each image's classes: (N, 1 + max_classes) int64, -1 where there are fewer."""
     labels = image_labels.bool()
+    if labels.device.type == "cpu" and int(labels.sum(dim=1).max()) > max_classes:
+        raise ValueError(
+            f"an image has {int(labels.sum(dim=1).max())} classes and max_classes is {max_classes}; "
+            "pass the largest number of classes of an image in the batch"
+        )
     ids = torch.arange(1, labels.shape[1] + 1, device=labels.device)
     ranked = torch.where(labels, ids, labels.shape[1] + 1).sort(dim=1).values[:, :max_classes]
     ranked = torch.where(ranked <= labels.shape[1], ranked, -1)

@@ -63,17 +63,25 @@ def affinities(images: Tensor, *, dilations: tuple[int, ...] = DILATIONS) -> Ten
         (N, 8 len(dilations), H, W), summing to 1 over the neighbours. The standard deviation is taken per colour over
         all samples of all neighbourhoods, each with its centre, with Bessel's correction.
     """
-    count = 9 * len(dilations)
-    total = images * len(dilations)  # the centre belongs to each neighbourhood
-    squares = images.square() * len(dilations)
-    shifted = list(_neighbours(images, dilations))
-    for neighbour in shifted:
-        total = total + neighbour
-        squares = torch.addcmul(squares, neighbour, neighbour)
+    scale = (-1 / (1e-8 + CONTRAST_SHARE * _local_std(images, dilations))) / images.shape[1]
+    distances = [((neighbour - images).abs_() * scale).sum(dim=1) for neighbour in _neighbours(images, dilations)]
+    return torch.stack(distances, dim=1).softmax(dim=1)
+
+
+def _local_std(images: Tensor, dilations: tuple[int, ...]) -> Tensor:
+    """Standard deviation (N, 3, H, W) over a pixel's neighbourhoods, in one pass over differences from the pixel itself.
+
+    Moments of the colours themselves cancel where an image is nearly flat. Moments of the differences do not: the pixel
+    is one sample in nine, so that the squared mean is at most 8/9 of the mean square.
+    """
+    total, squares = torch.zeros_like(images), torch.zeros_like(images)
+    for neighbour in _neighbours(images, dilations):
+        difference = neighbour - images
+        total += difference
+        squares.addcmul_(difference, difference)
+    count = 9 * len(dilations)  # the pixel belongs to each neighbourhood, with difference 0
     variance = (squares - total.square() / count) / (count - 1)
-    scale = (-1 / (1e-8 + CONTRAST_SHARE * variance.clamp_min(0).sqrt())) / images.shape[1]
-    logits = torch.stack([((neighbour - images).abs() * scale).sum(dim=1) for neighbour in shifted], dim=1)
-    return logits.softmax(dim=1)
+    return variance.clamp_min(0).sqrt()
 
 
 def _weighted_neighbours(maps: Tensor, weights: Tensor, dilations: tuple[int, ...]) -> Tensor:

@@ -423,8 +423,9 @@ def _remedy(path: Path, info: DatasetInfo) -> str:
 
 def _array(table: pa.Table, name: str) -> pa.Array:
     """A column as one array, whatever chunks it lies in."""
-    column = table[name].combine_chunks()
-    return pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+    column = table[name]
+    # A single chunk is used as it is: no copy, however often a caller asks.
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
 
 
 def _numpy(table: pa.Table, name: str) -> npt.NDArray[Any]:

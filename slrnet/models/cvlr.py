@@ -25,6 +25,8 @@ MASS_FLOOR = 1e-6
 NORM_FLOOR = 1e-6
 """An atom is not divided by a norm below this when it is normalised."""
 
+Form = Literal["paper", "released"]
+FORMS: tuple[Form, ...] = ("paper", "released")
 Implementation = Literal["auto", "reference", "recompute"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "reference", "recompute")
 
@@ -60,14 +62,15 @@ def factorize(
         the zero vector (mass and norm are kept above 1e-6, see `MASS_FLOOR`).
 
     Raises:
-        ValueError: shapes that do not fit, codes that are no distribution, num_iters < 1, temperature <= 0, or an
-            unknown implementation.
+        ValueError: shapes or dtypes that do not fit, codes that are no distribution, num_iters < 1, temperature <= 0,
+            or an unknown implementation.
     """
     _check_arguments(features, codes, num_iters, temperature, implementation)
-    if implementation == "reference":
-        return _factorize_reference(features, codes, num_iters, temperature)
-    dictionary, last_codes, reconstruction = _Recompute.apply(features, codes, num_iters, temperature)
-    return Factorization(dictionary, last_codes, reconstruction)
+    with torch.autocast(features.device.type, enabled=False):
+        if implementation == "reference":
+            return _factorize_reference(features, codes, num_iters, temperature)
+        dictionary, last_codes, reconstruction = _Recompute.apply(features, codes, num_iters, temperature)
+        return Factorization(dictionary, last_codes, reconstruction)
 
 
 def _factorize_reference(features: Tensor, codes: Tensor, num_iters: int, temperature: float) -> Factorization:
@@ -170,6 +173,9 @@ class CrossViewLowRank(nn.Module):
         temperature: tau > 0.
         form: `paper`, or `released` for the arithmetic of the published checkpoints.
         implementation: see `factorize`; the released form has one implementation only.
+
+    Raises:
+        ValueError: an unknown form or implementation, num_iters < 1, or temperature <= 0.
     """
 
     def __init__(
@@ -179,10 +185,13 @@ class CrossViewLowRank(nn.Module):
         dim: int = 256,
         num_iters: int = 1,
         temperature: float = 1.0,
-        form: Literal["paper", "released"] = "paper",
+        form: Form = "paper",
         implementation: Implementation = "auto",
     ) -> None:
         super().__init__()
+        if form not in FORMS:
+            raise ValueError(f"form is {form!r}; allowed are {', '.join(FORMS)}")
+        _check_settings(num_iters, temperature, implementation)
         self.project_in = nn.Linear(channels, dim)
         self.project_out = nn.Linear(dim, channels)
         self.num_iters = num_iters
@@ -265,20 +274,29 @@ def _check_arguments(features: Tensor, codes: Tensor, num_iters: int, temperatur
             f"features {tuple(features.shape)} and codes {tuple(codes.shape)} differ in N or P; "
             "make the codes from the same images and positions"
         )
+    if features.dtype != codes.dtype:
+        raise ValueError(f"features are {features.dtype} and codes {codes.dtype}; convert one to the other's dtype")
+    _check_settings(num_iters, temperature, implementation)
+    if codes.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_distribution(codes.detach())
+
+
+def _check_settings(num_iters: int, temperature: float, implementation: str) -> None:
     if num_iters < 1:
         raise ValueError(f"num_iters is {num_iters}; allowed are whole numbers from 1 (turn CVLR off to skip it)")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; allowed are numbers above 0 (the paper uses 1)")
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation is {implementation!r}; allowed are {', '.join(IMPLEMENTATIONS)}")
-    if codes.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_distribution(codes.detach())
 
 
 def _check_distribution(codes: Tensor) -> None:
-    """On the CPU only: reading the answer from a GPU would stall every step."""
+    """On the CPU only: reading the answer from a GPU would stall every step.
+
+    NaN passes: it comes from a diverged network, which the trainer reports for all ranks by the loss.
+    """
     error = float((codes.sum(dim=1) - 1).abs().amax()) if codes.numel() else 0.0
-    if not error <= 0.02 or float(codes.amin()) < 0:
+    if error > 0.02 or (codes.numel() and float(codes.amin()) < 0):
         raise ValueError(
             f"codes do not sum to 1 over dimension 1 (off by {error:.3g}) or are negative; pass softmax(logits, dim=1)"
         )

@@ -52,6 +52,7 @@ class ASPP(nn.Module):
         self.pooled = conv_norm_relu(inputs, dim, 1)
         self.project = conv_norm_relu(5 * dim, dim, 1)
         self.dropout = nn.Dropout(dropout)
+        self.train()
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, inputs, h, w) to (N, dim, h, w)."""
@@ -112,7 +113,10 @@ class GlobalCueInjection(nn.Module):
 
 
 class StochasticGate(nn.Module):
-    """Mixes deep and shallow features: at random per element in training, by their expectation otherwise.
+    """Mixes deep and shallow features: at random per element in training, in fixed shares otherwise.
+
+    In training an element is either the shallow one or the deep one less its part of the shallow one, so that the mean
+    over the gates is the deep feature, as in the released code.
 
     Args:
         rate: share of the shallow features, in [0, 1).
@@ -123,11 +127,13 @@ class StochasticGate(nn.Module):
         self.rate = rate
 
     def forward(self, deep: Tensor, shallow: Tensor) -> Tensor:
-        """Two (N, dim, H, W) to one; the expectation is (1 - rate) deep + rate shallow."""
+        """Two (N, dim, H, W) to one; outside training (1 - rate) deep + rate shallow."""
+        dtype = torch.promote_types(deep.dtype, shallow.dtype)  # under autocast CVLR gives float32, convolutions do not
+        deep, shallow = deep.to(dtype), shallow.to(dtype)
         if not self.training or self.rate == 0:
             return torch.lerp(deep, shallow, self.rate)
         keep = torch.empty_like(deep).bernoulli_(1 - self.rate)
-        centred = (deep - self.rate * shallow) / (1 - self.rate)  # so that the mean over gates is `deep`
+        centred = (deep - self.rate * shallow) / (1 - self.rate)
         return torch.lerp(shallow, centred, keep)
 
 

@@ -50,4 +50,6 @@ def class_scores(logits: Tensor, probs: Tensor, *, focal_power: float = 3.0, foc
     logits, probs = logits[:, 1:].flatten(2).float(), probs[:, 1:].flatten(2).float()
     pooled = (logits * probs).sum(dim=2) / (1 + probs.sum(dim=2))
     mean = probs.mean(dim=2)
-    return pooled + torch.pow(1 - mean, focal_power) * torch.log(focal_floor + mean)
+    # A class that fills the image may round to a mean of 1 or more, where powers below 1 have no finite gradient.
+    rest = (1 - mean).clamp_min(torch.finfo(mean.dtype).eps)
+    return pooled + torch.pow(rest, focal_power) * torch.log(focal_floor + mean)

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slrnet.config import Config, load_config
+from slrnet.models.slrnet import SLRNet, build_model
 
 __all__ = [
     "Checkpoint",
@@ -31,11 +34,14 @@ __all__ = [
     "load_checkpoint",
     "prune_checkpoints",
     "require_free_space",
+    "restore_model",
     "save_checkpoint",
 ]
 
 SCHEMA_VERSION = 1
 WEIGHTS, TRAINER, STATE, CONFIG = "model.safetensors", "trainer.pt", "state.json", "config.json"
+
+_log = logging.getLogger(__name__)
 
 
 class CheckpointError(ValueError):
@@ -89,7 +95,7 @@ def save_checkpoint(
         (incoming / CONFIG).write_text(config.to_json(), encoding="utf-8")
         sums = {name: _sha256(incoming / name) for name in (WEIGHTS, TRAINER, CONFIG)}
         record = {"schema_version": SCHEMA_VERSION, **asdict(state), "sha256": sums}
-        (incoming / STATE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (incoming / STATE).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         incoming.rename(target)
     except BaseException:
@@ -117,29 +123,37 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, load_config(path / CONFIG), state, tensors, optimizer)
 
 
-def find_checkpoint(folder: Path, *, which: str = "last") -> Path | None:
-    """The last or the best whole checkpoint in `folder`; damaged ones are passed over.
+def find_checkpoint(folder: Path, *, which: Literal["last", "best"] = "last") -> Path | None:
+    """The last or the best whole checkpoint in `folder`; damaged ones are passed over, with a warning that names them.
 
     Args:
         folder: a run's `checkpoints` folder.
         which: `last` or `best` (highest validation mIoU; the later one of equals).
     """
-    found: list[tuple[float, int, Path]] = []
-    for path in sorted(folder.glob("checkpoint-*")):
-        try:
-            state = _read_state(path)
-        except CheckpointError:
-            continue
-        score = _score(state) if which == "best" else 0.0
-        found.append((score, state.epoch, path))
-    return max(found)[2] if found else None
+    return _choose(_whole_checkpoints(folder), which)
+
+
+def restore_model(checkpoint: Checkpoint) -> SLRNet:
+    """The network of a checkpoint with its weights, in training mode on the CPU.
+
+    Raises:
+        CheckpointError: the weights are not those of the configured network.
+    """
+    plain = checkpoint.config.model.model_copy(update={"encoder_weights": "none"})
+    model = build_model(plain, checkpoint.config.cvlr, num_classes=len(checkpoint.state.classes))
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit its own configuration: {error}") from None
+    return model
 
 
 def prune_checkpoints(folder: Path) -> None:
     """Removes all but the last and the best checkpoint, and what interrupted writes left behind."""
-    keep = {find_checkpoint(folder, which="last"), find_checkpoint(folder, which="best")}
-    if keep == {None}:
+    whole = _whole_checkpoints(folder)
+    if not whole:
         return
+    keep = {_choose(whole, "last"), _choose(whole, "best")}
     for path in folder.glob("checkpoint-*"):
         if path not in keep:
             shutil.rmtree(path, ignore_errors=True)
@@ -151,14 +165,14 @@ def check_classes(state: TrainState, classes: tuple[str, ...], *, data: str) -> 
     """Refuses a checkpoint whose classes are not those of the data.
 
     Raises:
-        CheckpointError: naming the first difference.
+        CheckpointError: naming both lists.
     """
     if state.classes == classes:
         return
     ours, theirs = ", ".join(state.classes), ", ".join(classes)
     raise CheckpointError(
-        f"the checkpoint knows {len(state.classes)} classes ({ours}), the data in {data} has {len(classes)} ({theirs}); "
-        "use the data set that the checkpoint was trained on, or one prepared with the same --classes"
+        f"the checkpoint knows {len(state.classes)} classes ({ours}), the data in {data} has {len(classes)} "
+        f"({theirs}); use the data set that the checkpoint was trained on, or one prepared with the same --classes"
     )
 
 
@@ -170,10 +184,15 @@ def require_free_space(folder: Path, needed: int) -> None:
         needed: bytes of three checkpoints: the last, the best, and the one being written.
 
     Raises:
-        CheckpointError: there is less free space.
+        CheckpointError: there is less free space, or the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise CheckpointError(
+            f"the folder {folder} cannot be made: {error.strerror or error}; give another one with --storage"
+        ) from None
     if free < needed:
         raise CheckpointError(
             f"{folder} has {free / 2**20:.0f} MiB free, checkpoints of this run need {needed / 2**20:.0f} MiB; "
@@ -188,21 +207,43 @@ def _resolve(path: Path) -> Path:
     best = find_checkpoint(folder, which="best")
     if best is None:
         raise CheckpointError(
-            f"{path} holds no checkpoint; give a directory with {STATE}, or the folder of a run that has finished an epoch"
+            f"{path} holds no checkpoint; give a directory with {STATE}, or the folder of a run that has finished an "
+            "epoch"
         )
     return best
 
 
+def _whole_checkpoints(folder: Path) -> list[tuple[Path, TrainState]]:
+    whole = []
+    for path in sorted(folder.glob("checkpoint-*")):
+        try:
+            whole.append((path, _read_state(path)))
+        except CheckpointError as error:
+            _log.warning("passing over a checkpoint: %s", error)
+    return whole
+
+
+def _choose(whole: list[tuple[Path, TrainState]], which: Literal["last", "best"]) -> Path | None:
+    ranked = [(_score(state) if which == "best" else 0.0, state.epoch, path) for path, state in whole]
+    return max(ranked)[2] if ranked else None
+
+
 def _read_state(path: Path) -> TrainState:
+    """Reads `state.json` and compares the other files with its checksums."""
     try:
         record = json.loads((path / STATE).read_text(encoding="utf-8"))
-        version, sums = record.pop("schema_version"), record.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / STATE} cannot be read: {error}; take another checkpoint of the run") from None
+    version = record.pop("schema_version", None) if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
-        raise CheckpointError(f"{path} has schema version {version}, this slrnet reads {SCHEMA_VERSION}")
+        raise CheckpointError(
+            f"{path} has schema version {version}, this slrnet reads {SCHEMA_VERSION}; use the slrnet that wrote it"
+        )
+    sums = record.pop("sha256", None)
+    if not isinstance(sums, dict) or set(sums) != {WEIGHTS, TRAINER, CONFIG}:
+        raise CheckpointError(f"{path / STATE} lacks the checksums of the other files; take another checkpoint")
     for name, expected in sums.items():
-        if Path(name).name != name or not (path / name).is_file() or _sha256(path / name) != expected:
+        if not (path / name).is_file() or _sha256(path / name) != expected:
             raise CheckpointError(f"{path / name} is damaged or missing; take another checkpoint of the run")
     try:
         return TrainState(**{**record, "classes": tuple(record["classes"])})
@@ -211,8 +252,9 @@ def _read_state(path: Path) -> TrainState:
 
 
 def _score(state: TrainState) -> float:
-    score = state.metrics.get("val/miou_ss")
-    return -1.0 if score is None or score != score else score
+    """The validation mIoU under whatever protocol the run measures; -1 where the epoch was not measured."""
+    scores = [value for name, value in state.metrics.items() if name.startswith("val/miou_")]
+    return next((value for value in scores if math.isfinite(value)), -1.0)
 
 
 def _sha256(path: Path) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from slrnet.training.metrics import ConfusionMatrix
 
-__all__ = ["Ranks", "current_ranks", "merge_over_ranks", "sum_over_ranks", "tune_process"]
+__all__ = ["Ranks", "current_ranks", "merge_over_ranks", "share_buffers", "sum_over_ranks", "tune_process"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Ranks:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -49,6 +49,16 @@ def merge_over_ranks(matrix: ConfusionMatrix, ranks: Ranks) -> ConfusionMatrix:
     merged = ConfusionMatrix(matrix.num_classes)
     merged.counts = sum_over_ranks(matrix.counts, ranks)
     return merged
+
+
+def share_buffers(model: nn.Module, ranks: Ranks) -> None:
+    """Gives every rank rank 0's buffers: the batch norms' statistics, which differ by each rank's last batch.
+
+    All ranks then measure the very model that rank 0 saves.
+    """
+    if ranks.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def tune_process(threads: int | None) -> None:

@@ -19,7 +19,7 @@ from slrnet.data.batch import EvalSample
 from slrnet.data.views import View, apply_view
 from slrnet.models.decoder import resize
 from slrnet.models.slrnet import SLRNet
-from slrnet.training.distributed import Ranks, merge_over_ranks
+from slrnet.training.distributed import Ranks, merge_over_ranks, sum_over_ranks
 from slrnet.training.metrics import ConfusionMatrix
 from slrnet.training.step import Normalise, align, calibrate_views, make_pseudo_labels
 from slrnet.training.tracking import metric_key
@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Quality:
-    """A confusion matrix and the protocol that filled it."""
+    """A confusion matrix, the protocol that filled it, and how many images it is of, all ranks together."""
 
     matrix: ConfusionMatrix
     protocol: str
@@ -86,7 +86,7 @@ def evaluate_masks(
         probs = gate(probs, scores, sample.image_labels.to(ranks.device), config.evaluation)
         matrix.update(probs.argmax(dim=1)[0].cpu(), sample.pixel_labels)
         images += 1
-    return Quality(merge_over_ranks(matrix, ranks), protocol_name(config.evaluation), images)
+    return _merged(matrix, protocol_name(config.evaluation), images, ranks)
 
 
 @torch.no_grad()
@@ -162,16 +162,13 @@ def measure_pseudo_masks(
             kept.update(masks.pseudo_labels, sample.pixel_labels)
             images += 1
     protocol = f"fused {len(config.views.scales)} views, refined, gated by image labels"
-    return (
-        Quality(merge_over_ranks(dense, ranks), protocol, images),
-        Quality(merge_over_ranks(kept, ranks), protocol + ", thresholded", images),
-    )
+    return _merged(dense, protocol, images, ranks), _merged(kept, f"{protocol}, thresholded", images, ranks)
 
 
 def quality_metrics(prefix: str, quality: Quality, classes: tuple[str, ...]) -> dict[str, float]:
-    """Named figures of a confusion matrix: PREFIX/miou, mfdr, mfnr and iou/CLASS, fdr/CLASS, fnr/CLASS, as shares in [0, 1].
+    """Named figures of a confusion matrix: PREFIX/miou, mfdr, mfnr and iou/CLASS, fdr/CLASS, fnr/CLASS.
 
-    Classes that occur nowhere are left out.
+    All are shares in [0, 1]. Classes that occur nowhere are left out.
     """
     matrix = quality.matrix
     values = {
@@ -182,6 +179,11 @@ def quality_metrics(prefix: str, quality: Quality, classes: tuple[str, ...]) -> 
     for kind, shares in (("iou", matrix.iou()), ("fdr", matrix.fdr()), ("fnr", matrix.fnr())):
         values |= {metric_key(prefix, kind, name): float(share) for name, share in zip(classes, shares, strict=True)}
     return _finite(values)
+
+
+def _merged(matrix: ConfusionMatrix, protocol: str, images: int, ranks: Ranks) -> Quality:
+    total = int(sum_over_ranks(torch.tensor(images), ranks))
+    return Quality(merge_over_ranks(matrix, ranks), protocol, total)
 
 
 def _pseudo_mask(
@@ -204,10 +206,11 @@ def _pseudo_mask(
 
 
 def _fit(image: Tensor, config: Config) -> Tensor:
-    """(3, H, W) uint8 to (1, 3, H', W') in [0, 1], the sides having the crop's remainder by the output stride."""
+    """(3, H, W) uint8 to (1, 3, H', W') in [0, 1], scaled; its sides have the crop's remainder by the stride."""
     stride = config.model.output_stride
     rest = config.data.crop_size % stride
-    size = [max(1, round((side - rest) / stride)) * stride + rest for side in image.shape[-2:]]
+    scale = config.evaluation.scale
+    size = [max(1, round((side * scale - rest) / stride)) * stride + rest for side in image.shape[-2:]]
     return resize(image[None].float() / 255, (size[0], size[1]))
 
 

@@ -50,7 +50,16 @@ class ConfusionMatrix:
         self.counts += torch.bincount(index, minlength=self.counts.numel()).view_as(self.counts)
 
     def merge(self, other: ConfusionMatrix) -> None:
-        """Adds the counts of another matrix of the same classes."""
+        """Adds the counts of another matrix of the same classes.
+
+        Raises:
+            ValueError: the numbers of classes differ.
+        """
+        if other.num_classes != self.num_classes:
+            raise ValueError(
+                f"cannot add a confusion matrix of {other.num_classes} classes to one of {self.num_classes}; "
+                "merge matrices of one data set"
+            )
         self.counts += other.counts
 
     def iou(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Never, TextIO
 
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ class Progress:
         self.steps = 0
         self._busy = 0.0
         self._last_step = self._last_line = time.perf_counter()
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Never] | None = None
         if show and self.stream.isatty():
             self._bar = tqdm(total=total, initial=done, unit="step", file=self.stream, dynamic_ncols=True)
 

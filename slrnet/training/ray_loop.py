@@ -7,6 +7,8 @@ Checkpoints are written by rank 0 into the run's folder, which every node must s
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -18,14 +20,33 @@ import torch
 
 from slrnet.config import Config, config_from_dict
 from slrnet.data.manifest import ShardSet, load_dataset
+from slrnet.data.shards import EvalLoader
 from slrnet.models.encoders import resolve_weights
 from slrnet.models.slrnet import build_model
-from slrnet.training.checkpoint import CheckpointError, TrainState, find_checkpoint, load_checkpoint, require_free_space
+from slrnet.training.checkpoint import (
+    CheckpointError,
+    TrainState,
+    check_classes,
+    find_checkpoint,
+    load_checkpoint,
+    require_free_space,
+    restore_model,
+)
 from slrnet.training.distributed import Ranks, current_ranks, tune_process
+from slrnet.training.evaluate import evaluate_masks, quality_metrics
+from slrnet.training.step import Normalise
 from slrnet.training.tracking import NullTracker, RunHandle, Tracker, create_run, environment_tags, resolve_uri
 from slrnet.training.trainer import Trainer, batch_per_rank
 
-__all__ = ["ClusterError", "LaunchOptions", "RunResult", "TrainingError", "launch", "resume_config"]
+__all__ = [
+    "ClusterError",
+    "LaunchOptions",
+    "RunResult",
+    "TrainingError",
+    "launch",
+    "launch_evaluation",
+    "resume_config",
+]
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,9 +118,8 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
         say(f"resuming after {load_checkpoint(last).state.epoch} epochs from {last}")
     driver = Tracker(handle)
     try:
-        _run(
-            _WorkerArguments(config, folder, handle), workers=workers, cpus=cpus, gpu=gpu, failures=options.max_failures
-        )
+        values = {"config": config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
+        _run(_train, values, folder=folder, workers=workers, cpus=cpus, gpu=gpu, failures=options.max_failures)
     except KeyboardInterrupt:
         driver.finish("KILLED", "interrupted")
         raise
@@ -122,66 +142,138 @@ def resume_config(storage: Path, name: str) -> Config:
     return load_checkpoint(last).config
 
 
-@dataclass(frozen=True)
-class _WorkerArguments:
-    config: Config
-    folder: Path
-    handle: RunHandle
+def launch_evaluation(
+    checkpoint: Path, shards: ShardSet, *, split: str, config: Config, options: LaunchOptions
+) -> dict[str, Any]:
+    """Measures a checkpoint on a split.
+
+    Args:
+        checkpoint: a checkpoint directory, or a run's folder for its best one.
+        shards: the data set; its classes must be the checkpoint's.
+        split: of the data set.
+        config: the checkpoint's, with the protocol to use in `evaluation`.
+        options: workers; name and storage give the folder of the result.
+
+    Returns:
+        The content of `evaluation.json`, which is written into that folder: protocol, figures, images, checkpoint,
+        data fingerprint and commit.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of other classes, there is no such split, or the cluster has less than
+            was asked for.
+        TrainingError: a worker failed.
+    """
+    found = load_checkpoint(checkpoint)
+    check_classes(found.state, shards.info.classes, data=str(shards.folder))
+    shards.split(split)
+    workers, cpus, gpu = _plan_workers(options)
+    folder = options.storage / options.name
+    values = {
+        "config": config.model_dump(mode="json"),
+        "checkpoint": str(found.path.resolve()),
+        "data": str(shards.folder),
+        "split": split,
+        "result": str(folder / "evaluation.json"),
+    }
+    try:
+        _run(_evaluate, values, folder=folder, workers=workers, cpus=cpus, gpu=gpu, failures=0)
+    except Exception as error:
+        cause = _cause(error)
+        raise TrainingError(f"{type(cause).__name__}: {cause}") from error
+    result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    return result
 
 
-def _run(arguments: _WorkerArguments, *, workers: int, cpus: int, gpu: bool, failures: int) -> None:
+# What runs on the workers: functions of plain values, this process's ranks and a place to report to.
+
+Report = Callable[[Mapping[str, float]], None]
+Job = Callable[[dict[str, Any], Ranks, Report], None]
+
+
+def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
+    config = config_from_dict(values["config"])
+    handle: RunHandle = values["handle"]
+    tracker = Tracker(handle) if ranks.is_main else NullTracker()
+    trainer = Trainer(
+        config,
+        load_dataset(config.data.path),
+        ranks=ranks,
+        folder=Path(values["folder"]),
+        tracker=tracker,
+        run_id=handle.run_id,
+    )
+    trainer.resume()
+    trainer.fit(report=report)
+    tracker.flush()
+
+
+def _evaluate(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
+    config = config_from_dict(values["config"])
+    checkpoint = load_checkpoint(values["checkpoint"])
+    shards = load_dataset(values["data"])
+    model = restore_model(checkpoint).to(ranks.device).eval()
+    encoder = model.encoder
+    loader = EvalLoader(
+        shards, split=values["split"], rank=ranks.rank, world_size=ranks.world_size, on_error=config.data.on_error
+    )
+    normalise = Normalise(encoder.mean, encoder.std, encoder.output_stride)
+    quality = evaluate_masks(model, loader, config=config, normalise=normalise, ranks=ranks)
+    metrics = quality_metrics("val", quality, shards.info.classes)
+    report(metrics)
+    if ranks.is_main:
+        record = {
+            "protocol": quality.protocol,
+            "scale": config.evaluation.scale,
+            "split": values["split"],
+            "images": quality.images,
+            "metrics": metrics,
+            "classes": shards.info.classes,
+            "checkpoint": values["checkpoint"],
+            "epoch": checkpoint.state.epoch,
+            "data_fingerprint": shards.info.fingerprint,
+            "environment": environment_tags(),
+        }
+        path = Path(values["result"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        incoming = path.with_name(f".{path.name}.incoming")
+        incoming.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        incoming.replace(path)
+
+
+def _run(job: Job, values: dict[str, Any], *, folder: Path, workers: int, cpus: int, gpu: bool, failures: int) -> None:
+    """Runs a job in this process (no workers) or in Ray Train's workers."""
     if workers == 0:
         tune_process(None)
-        _train(arguments, ranks=Ranks(device=_own_device()), report=lambda metrics: None)
+        job(values, Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")), lambda metrics: None)
         return
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every line of a worker twice
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     TorchTrainer(
-        _worker,
-        train_loop_config={
-            "config": arguments.config.model_dump(mode="json"),
-            "folder": str(arguments.folder),
-            "handle": arguments.handle,
-            "cpus": cpus,
-        },
+        _on_worker,
+        train_loop_config={"job": job, "values": values, "cpus": cpus},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus}),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         # A new name each time: Ray would take a second start in the same folder for a continuation of the first.
         run_config=RunConfig(
             name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=str(arguments.folder / "ray"),
+            storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=failures),
         ),
     ).fit()
 
 
-def _worker(values: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
+def _on_worker(arguments: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device
 
-    tune_process(values["cpus"])
-    arguments = _WorkerArguments(config_from_dict(values["config"]), Path(values["folder"]), values["handle"])
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    tune_process(arguments["cpus"])
     device = get_device()
     assert isinstance(device, torch.device)
-    _train(arguments, ranks=current_ranks(device), report=lambda metrics: ray.train.report(dict(metrics)))
-
-
-def _train(arguments: _WorkerArguments, *, ranks: Ranks, report: Callable[[Mapping[str, float]], None]) -> None:
-    shards = load_dataset(arguments.config.data.path)
-    tracker = Tracker(arguments.handle) if ranks.is_main else NullTracker()
-    trainer = Trainer(
-        arguments.config,
-        shards,
-        ranks=ranks,
-        folder=arguments.folder,
-        tracker=tracker,
-        run_id=arguments.handle.run_id,
-    )
-    trainer.resume()
-    trainer.fit(report=report)
-    tracker.flush()
+    ranks = current_ranks(device)
+    arguments["job"](arguments["values"], ranks, lambda metrics: ray.train.report(dict(metrics)))
 
 
 def _conclude(folder: Path, handle: RunHandle, driver: Tracker) -> RunResult:
@@ -242,8 +334,8 @@ def _checkpoint_bytes(config: Config, shards: ShardSet) -> int:
     with torch.device("meta"):
         random = config.model.model_copy(update={"encoder_weights": "none"})
         model = build_model(random, config.cvlr, num_classes=shards.info.num_classes)
-    values = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    momentum = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
+    values: int = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    momentum: int = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
     return values + momentum
 
 
@@ -293,14 +385,10 @@ def _plan_workers(options: LaunchOptions) -> tuple[int, int, bool]:
     per_worker = options.cpus_per_worker or max(1, cpus // workers)
     if workers * per_worker > cpus:
         raise ClusterError(
-            f"{workers} workers with {per_worker} CPUs each were asked for, the cluster has {cpus} CPUs and {gpus} GPUs; "
-            "lower --num-workers or --cpus-per-worker, or add nodes"
+            f"{workers} workers with {per_worker} CPUs each were asked for, the cluster has {cpus} CPUs and {gpus} "
+            "GPUs; lower --num-workers or --cpus-per-worker, or add nodes"
         )
     return workers, per_worker, use_gpu
-
-
-def _own_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -8,6 +8,7 @@ optimiser steps. Curves, pictures and checkpoints are written by rank 0.
 from __future__ import annotations
 
 import math
+import os
 import resource
 import sys
 import time
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from slrnet.config import Config
 from slrnet.data.batch import Batch
 from slrnet.data.manifest import ShardSet
-from slrnet.data.shards import EvalLoader, TrainLoader, choose_subset
+from slrnet.data.shards import EvalLoader, SkippedSample, TrainLoader, choose_subset
 from slrnet.models.slrnet import SLRNet, build_model
 from slrnet.training.checkpoint import (
     Checkpoint,
@@ -37,7 +39,7 @@ from slrnet.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from slrnet.training.distributed import Ranks, sum_over_ranks
+from slrnet.training.distributed import Ranks, share_buffers, sum_over_ranks
 from slrnet.training.evaluate import PseudoMask, evaluate_masks, measure_pseudo_masks, quality_metrics
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
 from slrnet.training.panels import draw_panel
@@ -54,10 +56,12 @@ class NonFiniteLossError(ArithmeticError):
 
 @dataclass
 class _Tally:
-    """What an epoch adds up between two logged points, and over its whole length."""
+    """What the steps of an epoch add up to."""
 
     parts: dict[str, float]
     steps: int = 0
+    waited: float = 0.0
+    """Seconds spent waiting for batches."""
 
 
 class Trainer:
@@ -100,17 +104,23 @@ class Trainer:
     def resume(self) -> bool:
         """Continues from the run's last whole checkpoint, if it has one.
 
+        Rates, momentum and decay are those of this trainer's configuration. The number of ranks may be another one;
+        the training then goes on correctly, but not to the bit as it would have.
+
         Raises:
-            CheckpointError: it is of other classes, other data, or another world size.
+            CheckpointError: it is of other classes, other data, or another network.
         """
         path = find_checkpoint(self.folder / "checkpoints")
         if path is None:
             return False
         checkpoint = load_checkpoint(path)
         _check_resumable(checkpoint, self.state, self.shards)
-        self.model.load_state_dict(checkpoint.model)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        self.state = replace(checkpoint.state, run_id=self.state.run_id or checkpoint.state.run_id)
+        _restore(self.model, self.optimizer, checkpoint)
+        self.state = replace(
+            checkpoint.state,
+            run_id=self.state.run_id or checkpoint.state.run_id,
+            world_size=self.ranks.world_size,
+        )
         return True
 
     def fit(self, *, report: Callable[[Mapping[str, float]], None]) -> TrainState:
@@ -143,13 +153,13 @@ class Trainer:
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
         self.wrapped.train()
         tally = _Tally(defaultdict(float))
-        waited, started = 0.0, time.perf_counter()
+        started = time.perf_counter()
         batches = self.loader.epoch(epoch)
         images = self.config.train.batch_size
         for step in range(epoch * self.loader.steps_per_epoch, (epoch + 1) * self.loader.steps_per_epoch):
             begun = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - begun
+            tally.waited += time.perf_counter() - begun
             factor = self._set_rate(step)
             parts = self._step(batch, step, pretraining=epoch < self.config.train.pretrain_epochs)
             for name, value in parts.items():
@@ -161,12 +171,17 @@ class Trainer:
             if (step + 1) % self.config.train.log_every == 0:
                 self._log_step(parts, step + 1, factor)
         self._check_epoch_end(batches, epoch, progress)
-        seconds = time.perf_counter() - started
+        return self._summarise(tally, seconds=time.perf_counter() - started)
+
+    def _summarise(self, tally: _Tally, *, seconds: float) -> dict[str, float]:
+        """An epoch's mean losses, which are those of all ranks already, and its speed over all ranks."""
+        own = torch.tensor([tally.waited, seconds, len(self.loader.skipped)], dtype=torch.float64)
+        waited, total, skipped = sum_over_ranks(own, self.ranks).tolist()
         means = {_loss_key(name, "epoch_"): value / tally.steps for name, value in tally.parts.items()}
         return means | {
-            "perf/images_per_second": images * tally.steps / seconds,
-            "perf/data_wait_fraction": waited / seconds,
-            "perf/skipped_samples": float(len(self.loader.skipped)),
+            "perf/images_per_second": self.config.train.batch_size * tally.steps * self.ranks.world_size / total,
+            "perf/data_wait_fraction": waited / total,
+            "perf/skipped_samples": skipped,
         }
 
     def _step(self, batch: Batch, step: int, *, pretraining: bool) -> dict[str, float]:
@@ -179,7 +194,7 @@ class Trainer:
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout and gates
             with self._no_sync(index + 1 < count):
                 losses = self._losses(part, generator, pretraining=pretraining)
-                (losses["loss"] / count).backward()  # type: ignore[no-untyped-call]
+                (losses["loss"] / count).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.detach() / count
         values = self._agree(totals, step)
@@ -220,27 +235,38 @@ class Trainer:
     def _measure(self, epoch: int, progress: Progress) -> dict[str, float]:
         """Pseudo-mask quality and validation after an epoch; every rank takes part."""
         self.model.eval()
-        config, classes = self.config, self.shards.info.classes
-        metrics: dict[str, float] = {}
-        common: dict[str, Any] = {"config": config, "normalise": self.normalise, "ranks": self.ranks}
-        if config.evaluation.pseudo_mask_images:
-            progress.note(f"epoch {epoch + 1}: measuring pseudo masks")
-            samples, shown = self._pseudo_mask_samples()
-            dense, kept = measure_pseudo_masks(
-                self.model, samples, show=lambda masks: self._draw(masks, shown, epoch), **common
-            )
-            metrics |= quality_metrics("pseudo_mask", dense, classes)
-            metrics |= {"pseudo_mask/coverage": kept.matrix.coverage(), "pseudo_mask/kept_fdr": kept.matrix.mfdr()}
+        share_buffers(self.model, self.ranks)
+        common: dict[str, Any] = {"config": self.config, "normalise": self.normalise, "ranks": self.ranks}
+        metrics = self._measure_pseudo_masks(epoch, progress, common)
         progress.note(f"epoch {epoch + 1}: validating")
-        quality = evaluate_masks(self.model, self._loader(config.data.val_split), **common)
-        values = quality_metrics("val", quality, classes)
+        samples = self._loader(self.config.data.val_split)
+        quality = evaluate_masks(self.model, samples, **common)
+        self._note_skipped(samples.skipped, epoch, progress)
+        values = quality_metrics("val", quality, self.shards.info.classes)
         metrics |= {name: value for name, value in values.items() if name != "val/miou"}
         metrics[metric_key("val", f"miou_{quality.protocol}")] = values.get("val/miou", math.nan)
+        metrics["val/images"] = quality.images
         return metrics
 
+    def _measure_pseudo_masks(self, epoch: int, progress: Progress, common: dict[str, Any]) -> dict[str, float]:
+        samples, shown = self._pseudo_mask_samples()
+        if not samples.total:
+            return {}
+        progress.note(f"epoch {epoch + 1}: measuring pseudo masks")
+        dense, kept = measure_pseudo_masks(
+            self.model, samples, show=lambda masks: self._draw(masks, shown, epoch), **common
+        )
+        self._note_skipped(samples.skipped, epoch, progress)
+        self._log_panels(shown, epoch)
+        return quality_metrics("pseudo_mask", dense, self.shards.info.classes) | {
+            "pseudo_mask/coverage": kept.matrix.coverage(),
+            "pseudo_mask/kept_fdr": kept.matrix.mfdr(),
+            "pseudo_mask/images": dense.images,
+        }
+
     def _finish_epoch(self, epoch: int, metrics: dict[str, float], progress: Progress) -> None:
-        score = next((value for name, value in metrics.items() if name.startswith("val/miou_")), None)
-        best = max((value for value in (self.state.best_score, score) if value is not None), default=None)
+        scores = [value for name, value in metrics.items() if name.startswith("val/miou_") and math.isfinite(value)]
+        best = max([*scores, *([] if self.state.best_score is None else [self.state.best_score])], default=None)
         self.state = replace(
             self.state,
             epoch=epoch + 1,
@@ -262,12 +288,12 @@ class Trainer:
         self.tracker.log_metrics({"epoch": float(epoch + 1)}, self.state.step)
         progress.note(_epoch_line(epoch + 1, self.config.train.epochs, metrics))
 
-    def _pseudo_mask_samples(self) -> tuple[EvalLoader, frozenset[str]]:
+    def _pseudo_mask_samples(self) -> tuple[EvalLoader, tuple[str, ...]]:
         """This rank's share of the fixed subset of training images, and the keys that are drawn."""
         split = self.shards.split(self.config.data.train_split)
         evaluation = self.config.evaluation
         chosen = choose_subset(split, evaluation.pseudo_mask_images, seed=self.config.train.seed, among=split.has_masks)
-        shown = frozenset(split.key(index) for index in chosen[: evaluation.panel_images])
+        shown = tuple(split.key(index) for index in chosen[: evaluation.panel_images])
         return self._loader(self.config.data.train_split, indices=chosen), shown
 
     def _loader(self, split: str, indices: tuple[int, ...] | None = None) -> EvalLoader:
@@ -280,7 +306,8 @@ class Trainer:
             on_error=self.config.data.on_error,
         )
 
-    def _draw(self, masks: PseudoMask, shown: frozenset[str], epoch: int) -> None:
+    def _draw(self, masks: PseudoMask, shown: tuple[str, ...], epoch: int) -> None:
+        """Draws an image into the run's folder, on whichever rank has it."""
         if masks.sample.key not in shown:
             return
         panel = draw_panel(
@@ -293,10 +320,22 @@ class Trainer:
             class_names=self.shards.info.classes,
             title=masks.sample.key,
         )
-        folder = self.folder / "panels"
-        folder.mkdir(parents=True, exist_ok=True)
-        panel.save(folder / f"{masks.sample.key}-epoch-{epoch + 1:03d}.png")
-        self.tracker.log_image(f"panels/{masks.sample.key}", panel, epoch + 1)
+        path = self._panel_path(masks.sample.key, epoch)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        incoming = path.with_name(f".{path.name}.incoming")
+        panel.save(incoming, format="PNG")
+        os.replace(incoming, path)
+
+    def _log_panels(self, shown: tuple[str, ...], epoch: int) -> None:
+        """Hands the pictures of all ranks to the tracker; measuring has ended everywhere, so that they all exist."""
+        for key in shown if self.ranks.is_main else ():
+            path = self._panel_path(key, epoch)
+            if path.is_file():  # not so where the sample is damaged and skipped
+                with Image.open(path) as panel:
+                    self.tracker.log_image(f"panels/{key}", panel.copy(), epoch + 1)
+
+    def _panel_path(self, key: str, epoch: int) -> Path:
+        return self.folder / "panels" / f"{key}-epoch-{epoch + 1:03d}.png"
 
     def _log_step(self, parts: Mapping[str, float], step: int, factor: float) -> None:
         values = {_loss_key(name, ""): value for name, value in parts.items()}
@@ -317,8 +356,13 @@ class Trainer:
         """Lets the loader compare what it read with its plan, and reports what was skipped."""
         if next(batches, None) is not None:
             raise AssertionError("the loader gave more batches than it planned")
-        for skipped in self.loader.skipped[:5]:
-            progress.note(f"epoch {epoch + 1}: skipped {skipped.key} of {skipped.shard}: {skipped.reason}")
+        self._note_skipped(self.loader.skipped, epoch, progress)
+
+    def _note_skipped(self, skipped: tuple[SkippedSample, ...], epoch: int, progress: Progress) -> None:
+        for sample in skipped[:5]:
+            progress.note(f"epoch {epoch + 1}: skipped {sample.key} of {sample.shard}: {sample.reason}")
+        if len(skipped) > 5:
+            progress.note(f"epoch {epoch + 1}: skipped {len(skipped) - 5} more")
 
     def _no_sync(self, wanted: bool) -> Any:
         wrapped = self.wrapped
@@ -392,6 +436,22 @@ def _check_resumable(checkpoint: Checkpoint, state: TrainState, shards: ShardSet
             f"{checkpoint.path} was trained on other data (fingerprint {checkpoint.state.data_fingerprint[:12]}) than "
             f"lies in {shards.folder} ({state.data_fingerprint[:12]}); resume with the same shards, or start a new run"
         )
+
+
+def _restore(model: SLRNet, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Loads weights and momentum; rates and decay stay as the configuration says, which a resumed run may change."""
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    try:
+        model.load_state_dict(checkpoint.model)
+        optimizer.load_state_dict(checkpoint.optimizer)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit the network that the settings describe ({reason}); resume without --set "
+            "of model.* and cvlr.* fields, or start a new run"
+        ) from None
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
 
 
 def _loss_key(name: str, prefix: str) -> str:

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import random
 import signal
 import subprocess
@@ -297,6 +298,15 @@ def test_interruption_leaves_nothing_behind(tmp_path: Path, sent: signal.Signals
         assert process.wait(timeout=30) == 130
         assert process.stderr.read().endswith("interrupted; nothing was written\n")
     assert list((tmp_path / "shards").iterdir()) == []
+
+
+def _die(number: int) -> int:
+    os._exit(number)
+
+
+def test_worker_that_dies_is_an_error_and_no_hang() -> None:
+    with pytest.raises(DataError, match="a worker process died, perhaps for want of memory; try fewer --processes"):
+        map_parallel(_die, [1, 2, 3], processes=2, label="dying")
 
 
 # Verifying.

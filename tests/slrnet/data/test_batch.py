@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from slrnet.data.batch import TrainSample, collate
@@ -43,3 +44,16 @@ def test_all_tensors_move() -> None:
         assert value.device.type == "meta"
     assert batch.keys == ("a",)
     assert collate([_sample("a", None)]).to("meta").pixel_labels is None
+
+
+def test_all_tensors_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinning itself needs an accelerator; adding 1 stands in for it."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.int() + 1)
+    batch = collate([_sample("a", 4)])
+    pinned = batch.pin_memory()
+    assert pinned.keys == batch.keys
+    assert int(pinned.images[0, 0, 0, 0]) == 2
+    assert pinned.image_labels.tolist() == [[2, 1]]
+    assert pinned.has_pixel_labels.tolist() == [2]
+    assert pinned.pixel_labels is not None
+    assert pinned.pixel_labels.unique().tolist() == [5]

@@ -1,0 +1,160 @@
+"""The whole way on this machine: a private Ray cluster, a submitted job, scores, a picture. `make demo` runs it.
+
+The cluster listens on loopback only, with token authentication and a token of its own, and is stopped at the end, also
+after Ctrl-C. Other Ray clusters on the machine are left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = ROOT / "runs"
+START_LIMIT = 90.0
+"""Seconds that the cluster may take to answer."""
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, interrupt)
+    started = time.monotonic()
+    name = f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
+    command = ["python", "ray_jobs/train.py", "--name", name, "--storage", str(RUNS), *sys.argv[1:]]
+    try:
+        with local_cluster() as (address, environment):
+            job = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *command]
+            print("$ " + " ".join(job), flush=True)
+            code = run(job, environment)
+    except KeyboardInterrupt:
+        print("\nstopped; the cluster is down", file=sys.stderr)
+        return 130
+    if code:
+        print(f"error: the job failed (exit code {code}); its messages are above", file=sys.stderr)
+        return 1
+    conclude(name)
+    print(f"done in {time.monotonic() - started:.0f} s")
+    return 0
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def local_cluster() -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray head on loopback with its own token; yields the job server's address and the environment to talk to it."""
+    folder = Path(tempfile.mkdtemp(prefix="slrnet-ray-"))
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32), encoding="utf-8")
+    port, dashboard, client = free_ports(3)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+    for inherited in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
+        environment.pop(inherited, None)
+    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+    command += [f"--temp-dir={folder / 'ray'}", "--include-log-monitor=true"]
+    print("starting a local Ray cluster with token authentication", flush=True)
+    with (folder / "head.log").open("w") as log:
+        head = subprocess.Popen(
+            command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            wait_for(f"http://127.0.0.1:{dashboard}", token, head, folder / "head.log")
+            yield f"http://127.0.0.1:{dashboard}", environment
+        finally:
+            stop(head)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def run(command: list[str], environment: dict[str, str]) -> int:
+    """Runs a command in the project's root, its output passed on; ends it with this process."""
+    process = subprocess.Popen(command, env=environment, cwd=ROOT)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait(timeout=20)
+        raise
+
+
+def wait_for(address: str, token: Path, head: subprocess.Popen[bytes], log: Path) -> None:
+    request = urllib.request.Request(
+        f"{address}/api/version", headers={"Authorization": f"Bearer {token.read_text(encoding='utf-8')}"}
+    )
+    deadline = time.monotonic() + START_LIMIT
+    while time.monotonic() < deadline and head.poll() is None:
+        try:
+            with urllib.request.urlopen(request, timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise SystemExit(f"error: Ray did not start; its last words:\n{log.read_text(encoding='utf-8')[-3000:]}")
+
+
+def stop(head: subprocess.Popen[bytes]) -> None:
+    """Ends all processes of the head's session: Ray gives its workers process groups of their own."""
+    members = [process for process in psutil.process_iter() if session_of(process.pid) == head.pid]
+    if head.poll() is None:
+        head.terminate()  # the head ends its children in order
+        psutil.wait_procs(members, timeout=20)
+    for process in members:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(members, timeout=10)
+
+
+def session_of(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return -1
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [sock.getsockname()[1] for sock in sockets]
+    for sock in sockets:
+        sock.close()
+    return ports
+
+
+def conclude(name: str) -> None:
+    """Copies the first panel of the last epoch to a plain place and says where everything is."""
+    panels = sorted((RUNS / name / "panels").glob("*.png"), key=lambda path: (path.stem.rsplit("-", 1)[1], path.stem))
+    if panels:
+        last = panels[-1].stem.rsplit("-", 1)[1]
+        first = next(path for path in panels if path.stem.endswith(last))
+        overlay = RUNS / name / "overlay.png"
+        shutil.copyfile(first, overlay)
+        print(f"picture (image, raw, refined, pseudo label, truth): {overlay}")
+    print(
+        "MLflow page: .venv/bin/mlflow server --host 127.0.0.1 --port 5000 "
+        f"--backend-store-uri sqlite:///{RUNS / 'mlflow.db'}  and open http://127.0.0.1:5000"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

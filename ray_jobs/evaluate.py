@@ -1,0 +1,67 @@
+"""Measures a checkpoint: `python ray_jobs/evaluate.py --checkpoint RUN --data DIR --split val --protocol ss`.
+
+`ss` is one view without flip and CRF. Gating by class scores or by the true image labels, and the power of the
+background's probability, are off unless asked for; they become part of the protocol's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from slrnet.config import apply_overrides  # noqa: E402
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or a run's folder for its best one")
+    parser.add_argument("--data", help="folder with shards (default: what the checkpoint was trained on)")
+    parser.add_argument("--split", default="val", help="split to measure (default: val)")
+    parser.add_argument("--protocol", choices=["ss"], default="ss", help="ss: single scale, no CRF")
+    parser.add_argument("--gating", choices=["none", "scores", "image_labels"], help="classes that may be predicted")
+    parser.add_argument("--set", action="append", default=[], metavar="evaluation.FIELD=VALUE", help="other settings")
+    parser.add_argument("--num-workers", type=int, default=0, help="Ray workers; 0 (default): in this process")
+    parser.add_argument("--cpus-per-worker", type=int, help="CPU cores each (default: an equal share)")
+    parser.add_argument("--out", type=Path, help="folder for evaluation.json (default: beside the checkpoint)")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = parse_arguments()
+    from slrnet.data.manifest import load_dataset
+    from slrnet.training.checkpoint import load_checkpoint
+    from slrnet.training.ray_loop import LaunchOptions, TrainingError, launch_evaluation
+    from slrnet.training.summary import quality_table
+
+    try:
+        checkpoint = load_checkpoint(options.checkpoint.expanduser())
+        changes = [f"evaluation.gating={options.gating}"] if options.gating else []
+        config = apply_overrides(checkpoint.config, [*changes, *options.set])
+        out = (options.out or checkpoint.path.parent.parent / "evaluations").expanduser().resolve()
+        run = LaunchOptions(
+            name=f"{checkpoint.path.name}-{options.split}-{time.strftime('%Y%m%d-%H%M%S')}",
+            storage=out,
+            num_workers=options.num_workers,
+            cpus_per_worker=options.cpus_per_worker,
+        )
+        shards = load_dataset(options.data or config.data.path)
+        result = launch_evaluation(checkpoint.path, shards, split=options.split, config=config, options=run)
+    except (ValueError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingError) else 2
+    print(quality_table(result["metrics"], tuple(result["classes"])))
+    print(
+        f"protocol {result['protocol']} at scale {result['scale']:g}, {result['images']} images of split "
+        f"{result['split']}, checkpoint {result['checkpoint']} (epoch {result['epoch']}); "
+        f"written to {out / run.name / 'evaluation.json'}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""Thresholds by hand, classes that may not appear, and Eq. 3 as written against the released average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from slrnet.calibration.pseudo_labels import calibrate, present_classes, threshold, to_class_ids
+from slrnet.calibration.refine import refine
+from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.models.decoder import resize
+
+VOID = IGNORE_INDEX
+
+
+def labels_of(*rows: list[float], **options: float) -> list[int]:
+    """Labels of one image whose masks are single rows of pixels."""
+    settings = {"confidence_threshold": 0.6, "background_threshold": 0.7, "floor": 0.2} | options
+    return threshold(torch.tensor([[list(row)] for row in rows]).unsqueeze(0), **settings)[0, 0].tolist()  # type: ignore[no-any-return]
+
+
+def threshold_in_loops(probs: Tensor, gamma: float, background: float, floor: float) -> Tensor:
+    n_images, n_classes, height, width = probs.shape
+    labels = torch.full((n_images, height, width), VOID)
+    for n in range(n_images):
+        limits = [
+            max(probs[n, k].max().item() * (gamma if k else background), floor) for k in range(n_classes)
+        ]
+        for y in range(height):
+            for x in range(width):
+                claims = [k for k in range(n_classes) if probs[n, k, y, x].item() > limits[k]]
+                if len(claims) == 1:
+                    labels[n, y, x] = claims[0]
+    return labels
+
+
+class TestThreshold:
+    def test_share_of_the_maximum(self) -> None:
+        """Foreground 0.5 of 0.8 at most: the limit is 0.4, and 0.40 itself is not above it."""
+        row = [0.8, 0.375, 0.4, 0.41]
+        assert labels_of([0.0] * 4, row, confidence_threshold=0.5) == [1, VOID, VOID, 1]
+
+    def test_is_strict(self) -> None:
+        assert labels_of([0.5, 0.25, 0.0], [0.0, 0.0, 0.0], background_threshold=0.5, floor=0.0) == [0, VOID, VOID]
+        assert labels_of([0.0, 0.0], [0.25, 0.2501], floor=0.25) == [VOID, 1]
+        assert labels_of([0.5, 0.5], [0.0, 0.0], background_threshold=1.0) == [VOID, VOID]
+
+    def test_the_floor_silences_weak_classes(self) -> None:
+        assert labels_of([0.0, 0.0], [0.19, 0.1]) == [VOID, VOID]
+        assert labels_of([0.0, 0.0], [0.19, 0.1], floor=0.1) == [1, VOID]
+
+    def test_the_background_has_its_own_share(self) -> None:
+        """Limits 0.7 and 0.6 for maxima of 1: 0.65 is enough for the foreground only."""
+        assert labels_of([1.0, 0.65, 0.0, 0.0], [0.0, 0.0, 1.0, 0.65]) == [0, VOID, 1, 1]
+
+    def test_several_claims_are_void(self) -> None:
+        assert labels_of([0.5, 0.1], [0.45, 0.45], [0.1, 0.45]) == [VOID, VOID]
+
+    def test_each_image_has_its_own_maximum(self) -> None:
+        probs = torch.tensor([0.9, 0.3, 0.3, 0.3]).view(2, 1, 1, 2)
+        probs = torch.cat([torch.zeros_like(probs), probs], dim=1)
+        assert threshold(
+            probs, confidence_threshold=0.6, background_threshold=0.7, floor=0.2
+        ).flatten().tolist() == [1, VOID, 1, 1]
+
+    @given(
+        k=st.integers(1, 5),
+        gamma=st.floats(0, 1),
+        background=st.floats(0, 1),
+        floor=st.floats(0, 1),
+        seed=st.integers(0, 100),
+    )
+    @settings(max_examples=40, deadline=None)
+    def test_equals_loops(self, k: int, gamma: float, background: float, floor: float, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        probs = (2 * torch.randn(2, k, 3, 4, generator=generator, dtype=torch.float64)).softmax(dim=1)
+        out = threshold(probs, confidence_threshold=gamma, background_threshold=background, floor=floor)
+        assert out.dtype == torch.int64
+        assert torch.equal(out, threshold_in_loops(probs, gamma, background, floor))
+
+    @pytest.mark.parametrize("name", ["confidence_threshold", "background_threshold", "floor"])
+    @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+    def test_mistakes_are_named(self, name: str, value: float) -> None:
+        with pytest.raises(ValueError, match=f"{name} is {value}"):
+            labels_of([0.5], [0.5], **{name: value})
+
+
+class TestPresentClasses:
+    def test_by_hand(self) -> None:
+        image_labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]])
+        expected = [[0, 2, 4, -1], [0, -1, -1, -1], [0, 1, 2, 3]]
+        assert present_classes(image_labels, max_classes=3).tolist() == expected
+
+    def test_images_without_classes(self) -> None:
+        assert present_classes(torch.zeros(2, 4), max_classes=0).tolist() == [[0], [0]]
+
+    def test_dropping_a_class_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="has 3 classes and max_classes is 2"):
+            present_classes(torch.tensor([[1, 1, 1], [1, 0, 0]]), max_classes=2)
+
+
+def test_channels_become_class_ids() -> None:
+    classes = torch.tensor([[0, 2, 4], [0, 3, -1]])
+    labels = torch.tensor([[[0, 1], [2, VOID]], [[1, 1], [0, VOID]]])
+    assert to_class_ids(labels, classes).tolist() == [[[0, 2], [4, VOID]], [[3, 3], [0, VOID]]]
+
+
+def random_logits(*shape: int, seed: int = 0) -> Tensor:
+    return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class TestCalibrate:
+    images = torch.rand(3, 3, 7, 9, generator=torch.Generator().manual_seed(5))
+    image_labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
+    views = (random_logits(3, 5, 4, 5), random_logits(3, 5, 4, 5, seed=1), random_logits(3, 5, 4, 5, seed=2))
+
+    def run(self, **options: Any) -> Any:
+        return calibrate(self.views, self.images, self.image_labels, max_classes=2, **options)
+
+    @pytest.mark.parametrize("fusion", ["logits", "probs"])
+    def test_equals_the_fusion_of_all_classes(self, fusion: Any) -> None:
+        """Leaving classes out saves work and changes nothing for those that stay: softmax runs over all K."""
+        fused = self.run(fusion=fusion, num_iters=2)
+        if fusion == "logits":
+            probs = torch.softmax((self.views[0] + self.views[1] + self.views[2]) / 3, dim=1)
+        else:
+            probs = (self.views[0].softmax(1) + self.views[1].softmax(1) + self.views[2].softmax(1)) / 3
+        raw = resize(probs, (7, 9))
+        refined = refine(self.images, raw, num_iters=2)
+        assert fused.classes.tolist() == [[0, 2, 4], [0, -1, -1], [0, 1, -1]]
+        for n, row in enumerate(fused.classes.tolist()):
+            for channel, k in enumerate(row):
+                expected_raw = raw[n, k] if k >= 0 else torch.zeros(7, 9)
+                expected = refined[n, k] if k >= 0 else torch.zeros(7, 9)
+                assert torch.allclose(fused.raw[n, channel], expected_raw, atol=1e-6)
+                assert torch.allclose(fused.refined[n, channel], expected, atol=1e-6)
+
+    def test_fusions_differ_where_views_disagree(self) -> None:
+        """Logits 0 against (4, -4): the mean logit 2 against -2 gives 0.982, the mean probability 0.750."""
+        views = [torch.zeros(1, 2, 1, 1), torch.tensor([4.0, -4.0]).view(1, 2, 1, 1)]
+        values = {}
+        for fusion in ("logits", "probs"):
+            out = calibrate(
+                views,
+                torch.zeros(1, 3, 1, 1),
+                torch.ones(1, 1),
+                max_classes=1,
+                fusion=fusion,  # type: ignore[arg-type]
+            )
+            values[fusion] = float(out.raw[0, 0])
+        assert values["logits"] == pytest.approx(0.98201379, abs=1e-6)
+        assert values["probs"] == pytest.approx(0.5 * (0.5 + 0.99966465), abs=1e-6)
+
+    def test_absent_classes_never_appear(self) -> None:
+        fused = self.run()
+        for gamma in (0.0, 0.5, 0.9):
+            channels = threshold(fused.refined, confidence_threshold=gamma, background_threshold=gamma, floor=0.0)
+            labels = to_class_ids(channels, fused.classes)
+            for n, row in enumerate(self.image_labels):
+                allowed = {0, VOID} | {k + 1 for k in range(4) if row[k]}
+                assert set(labels[n].flatten().tolist()) <= allowed
+
+    def test_images_without_classes(self) -> None:
+        out = calibrate(self.views, self.images, torch.zeros(3, 4), max_classes=0, num_iters=1)
+        assert out.raw.shape == (3, 1, 7, 9)
+        labels = threshold(out.refined, confidence_threshold=0.6, background_threshold=0.7, floor=0.0)
+        assert set(to_class_ids(labels, out.classes).flatten().tolist()) == {0, VOID}
+
+    def test_one_view_and_no_refinement(self) -> None:
+        out = calibrate(self.views[:1], self.images, self.image_labels, max_classes=2, num_iters=0)
+        assert torch.equal(out.raw, out.refined)
+        assert torch.allclose(out.raw[0, 1], resize(self.views[0].softmax(1), (7, 9))[0, 2], atol=1e-6)
+
+    def test_no_gradient_and_float32_under_autocast(self) -> None:
+        views = [view.clone().requires_grad_() for view in self.views]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = calibrate(views, self.images, self.image_labels, max_classes=2, num_iters=2)
+        assert not out.refined.requires_grad
+        assert out.refined.dtype == torch.float32
+        assert torch.equal(out.refined, self.run(num_iters=2).refined)
+
+    def test_settings_of_the_refinement_are_used(self) -> None:
+        assert not torch.equal(self.run(num_iters=1).refined, self.run(num_iters=2).refined)
+        assert not torch.equal(self.run(dilations=(1,)).refined, self.run(dilations=(2,)).refined)

@@ -1,0 +1,203 @@
+"""A tiny data set, a tiny configuration and what the tests of the training layer run them with."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from torch import Tensor, nn
+
+from data_prep.shard_writer import Sample, write_dataset
+from slrnet.config import (
+    CalibrationConfig,
+    Config,
+    CvlrConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from slrnet.data.catalog import voc_palette
+from slrnet.data.manifest import ShardSet, load_dataset
+from slrnet.training.distributed import Ranks
+from slrnet.training.tracking import NullTracker
+from slrnet.training.trainer import Trainer
+
+Mask: TypeAlias = npt.NDArray[np.uint8]
+MaskBytes: TypeAlias = Callable[[Sample, bytes], bytes]
+
+CLASSES = ("background", "ant", "bee", "cat")
+COLOURS = np.array([[90, 90, 90], [230, 40, 40], [40, 220, 60], [50, 60, 235]], dtype=np.uint8)
+NUM_TRAIN, NUM_VAL, NUM_SHARDS = 9, 5, 4
+
+
+def _scene(sample: Sample) -> tuple[npt.NDArray[np.uint8], Mask]:
+    """Rectangles in the colours of their classes on noise, and their mask with a void line around it all."""
+    rng = np.random.default_rng(sample.source)
+    mask: Mask = np.zeros((sample.height, sample.width), dtype=np.uint8)
+    for place, label in enumerate(sample.classes):
+        left = 4 + place * (sample.width // len(sample.classes))
+        top = int(rng.integers(4, sample.height // 2))
+        mask[top : top + sample.height // 3, left : left + sample.width // 4] = label
+    image = COLOURS[mask].astype(np.int64) + rng.integers(-20, 21, (*mask.shape, 3))
+    mask[[0, -1]] = 255
+    return image.clip(0, 255).astype(np.uint8), mask
+
+
+def _png(mask: Mask) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(mask).save(file, "PNG")
+    return file.getvalue()
+
+
+def _samples(split: str, number: int, first: int) -> list[Sample]:
+    choices = [(1,), (2, 3), (1, 2), (3,), (1, 3), (2,)]
+    return [
+        Sample(
+            key=f"{split}_{i}",
+            split=split,
+            width=64 + 8 * (i % 3),
+            height=64 - 7 * (i % 2),
+            classes=choices[i % len(choices)],
+            source=first + i,
+        )
+        for i in range(number)
+    ]
+
+
+WriteTiny: TypeAlias = Callable[..., ShardSet]
+
+
+@pytest.fixture(scope="session")
+def write_tiny() -> WriteTiny:
+    """Writes the tiny data set; `mask_bytes` may replace the PNG of a sample by other bytes."""
+
+    def write(
+        folder: Path,
+        *,
+        mask_bytes: MaskBytes = lambda sample, png: png,
+        num_train: int = NUM_TRAIN,
+        num_val: int = NUM_VAL,
+        shards: int = NUM_SHARDS,
+        classes: tuple[str, ...] = CLASSES,
+    ) -> ShardSet:
+        def encode(sample: Sample) -> tuple[bytes, bytes]:
+            image, mask = _scene(sample)
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "JPEG", quality=95)
+            return file.getvalue(), mask_bytes(sample, _png(mask))
+
+        write_dataset(
+            folder,
+            _samples("train", num_train, 0) + _samples("val", num_val, 1000),
+            encode,
+            name="tiny",
+            classes=classes,
+            palette=voc_palette(),
+            made_by="python data_prep/tiny.py",
+            shards=shards,
+        )
+        return load_dataset(folder)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_data(write_tiny: WriteTiny, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """9 training and 5 validation images of about 64 pixels a side, 3 classes, 4 shards each; not to be changed."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "shards")
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_data: ShardSet) -> Config:
+    """Two epochs of two steps, the first one pretraining, with a thin decoder; both kinds of masks are measured."""
+    return Config(
+        recipe="tiny",
+        data=DataConfig(path=str(tiny_data.folder), crop_size=64, workers=0),
+        # timm's own test model: 0.1 million weights, seven times as fast as EfficientNet-Lite0.
+        model=ModelConfig(
+            encoder="timm:test_efficientnet",
+            encoder_weights="none",
+            output_stride=16,
+            decoder_dim=8,
+            skip_dim=4,
+            aspp_dilations=(1, 2, 3),
+        ),
+        cvlr=CvlrConfig(dim=8),
+        # Thresholds that leave each class some pixels even without training, so that there is a segmentation loss.
+        calibration=CalibrationConfig(
+            refine_iters=2, refine_dilations=(1, 2), confidence_threshold=0.9, background_threshold=0.9, floor=0.0
+        ),
+        optim=OptimConfig(lr=0.01),
+        train=TrainConfig(epochs=2, pretrain_epochs=1, batch_size=4, log_every=1),
+        evaluation=EvaluationConfig(pseudo_mask_images=3, panel_images=2),
+    )
+
+
+class RecordingTracker(NullTracker):
+    """Keeps what a run logs, instead of sending it anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.pictures: list[tuple[str, int, tuple[int, int]]] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Keeps the points."""
+        super().log_metrics(metrics, step)
+        self.points.append((step, dict(metrics)))
+
+    def log_image(self, key: str, image: Any, step: int) -> None:
+        """Keeps name, step and size."""
+        super().log_image(key, image, step)
+        self.pictures.append((key, step, image.size))
+
+    def curve(self, key: str) -> list[tuple[int, float]]:
+        """The points of one curve."""
+        return [(step, values[key]) for step, values in self.points if key in values]
+
+
+@pytest.fixture
+def tracker() -> RecordingTracker:
+    """Records what is logged."""
+    return RecordingTracker()
+
+
+StartTrainer: TypeAlias = Callable[..., Trainer]
+
+
+@pytest.fixture
+def start_trainer(tiny_data: ShardSet, tmp_path: Path) -> StartTrainer:
+    """Makes trainers; without `folder` each has its own."""
+    made: list[Trainer] = []
+
+    def start(
+        config: Config, *, shards: ShardSet = tiny_data, folder: Path | None = None, tracker: Any = None
+    ) -> Trainer:
+        folder = folder or tmp_path / f"run-{len(made)}"
+        made.append(Trainer(config, shards, ranks=Ranks(), folder=folder, tracker=tracker or NullTracker()))
+        return made[-1]
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def digest() -> Callable[[nn.Module | Mapping[str, Tensor]], str]:
+    """sha256 over names and bytes of all tensors: equal only where weights are equal to the bit."""
+
+    def compute(weights: nn.Module | Mapping[str, Tensor]) -> str:
+        tensors = weights.state_dict() if isinstance(weights, nn.Module) else weights
+        total = hashlib.sha256()
+        for name, tensor in sorted(tensors.items()):
+            total.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return total.hexdigest()
+
+    return compute

@@ -1,0 +1,175 @@
+"""SLRNet on a tiny backbone: any views, what depends on what, precision, and the road from the configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import slrnet.models.slrnet as module_under_test
+from slrnet.config import CvlrConfig, ModelConfig
+from slrnet.models.cvlr import CrossViewLowRank
+from slrnet.models.encoders import Encoder
+from slrnet.models.heads import class_scores
+from slrnet.models.slrnet import SLRNet, build_model
+
+K = 4
+
+
+class TinyBackbone(nn.Module):
+    """Two convolutions: features at strides 2 and 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shallow = nn.Conv2d(3, 5, 3, stride=2, padding=1)
+        self.deep = nn.Conv2d(5, 6, 3, stride=2, padding=1)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        shallow = self.shallow(images).relu()
+        return [shallow, self.deep(shallow).relu()]
+
+
+def tiny_encoder() -> Encoder:
+    return Encoder(TinyBackbone(), stages=[["shallow"], ["deep"]], channels=[5, 6], strides=[2, 4])
+
+
+def tiny_model(*, cvlr: bool = True, seed: int = 0, **options: Any) -> SLRNet:
+    torch.manual_seed(seed)
+    return SLRNet(
+        tiny_encoder(),
+        num_classes=K,
+        cvlr=CrossViewLowRank(8, dim=6, **options) if cvlr else None,
+        decoder_dim=8,
+        skip_dim=3,
+        aspp_dilations=(1, 2, 3),
+    )
+
+
+def images(*sides: int, n: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, 3, side, side + 4, generator=generator) for side in sides]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("cvlr", [True, False])
+@pytest.mark.parametrize("sides", [(17,), (17, 9), (16, 24, 8, 16)])
+def test_any_number_of_views_of_any_size(sides: tuple[int, ...], cvlr: bool, training: bool) -> None:
+    out = tiny_model(cvlr=cvlr).train(training)(images(*sides))
+    sizes = [(2, K, -(-side // 2), -(-(side + 4) // 2)) for side in sides]
+    assert [tuple(view.shape) for view in out.logits] == sizes
+    assert [tuple(view.shape) for view in out.class_scores] == [(2, K - 1)] * len(sides)
+    assert [tuple(view.shape) for view in out.codes] == (sizes if cvlr else [])
+    assert [tuple(view.shape) for view in out.auxiliary_logits] == (sizes if cvlr else [])
+    assert [tuple(view.shape) for view in out.auxiliary_class_scores] == ([(2, K - 1)] * len(sides) if cvlr else [])
+    assert all(bool((view[:, 0] == 1).all()) for view in out.logits)
+    assert all(torch.allclose(view.sum(dim=1), torch.ones(()), atol=1e-5) for view in out.codes)
+
+
+def test_scores_are_pooled_from_the_masks() -> None:
+    model = tiny_model().eval()
+    model.focal_power, model.focal_floor = 2.0, 0.1
+    out = model(images(17, 9))
+    for logits, scores in ((out.logits, out.class_scores), (out.auxiliary_logits, out.auxiliary_class_scores)):
+        for view, view_scores in zip(logits, scores, strict=True):
+            expected = class_scores(view, view.softmax(dim=1), focal_power=2.0, focal_floor=0.1)
+            assert torch.equal(view_scores, expected)
+
+
+def test_views_meet_in_cvlr_only() -> None:
+    first, second, other = *images(17, 9), images(9)[0] + 1
+    for cvlr in (True, False):
+        model = tiny_model(cvlr=cvlr).eval()
+        same = torch.allclose(model([first, second]).logits[0], model([first, other]).logits[0], atol=1e-5)
+        assert same != cvlr
+
+
+def test_the_order_of_views_only_orders_the_outputs() -> None:
+    model, (first, second) = tiny_model().eval(), images(17, 9)
+    one, two = model([first, second]), model([second, first])
+    assert torch.allclose(one.logits[0], two.logits[1], atol=1e-5)
+    assert torch.allclose(one.codes[1], two.codes[0], atol=1e-5)
+
+
+def test_images_of_a_batch_do_not_mix_in_evaluation() -> None:
+    model, views = tiny_model().eval(), images(17, 9)
+    alone = model([view[1:] for view in views])
+    assert torch.allclose(alone.logits[0], model(views).logits[0][1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"form": "released"}, {"implementation": "reference"}])
+def test_autocast(options: dict[str, Any], training: bool) -> None:
+    """The convolutions run in bfloat16; what losses and calibration see is float32."""
+    model = tiny_model(**options).train(training)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images(17, 9))
+        total = sum(view.square().mean() for view in (*out.logits, *out.codes, *out.class_scores))
+    for view in (*out.logits, *out.auxiliary_logits, *out.codes, *out.class_scores, *out.auxiliary_class_scores):
+        assert view.dtype == torch.float32
+    total.backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in model.parameters())
+    if not training:
+        plain = model(images(17, 9))
+        assert torch.allclose(out.logits[0], plain.logits[0], atol=0.3)
+        assert not torch.equal(out.logits[0], plain.logits[0])
+
+
+def test_training_mode_leaves_the_aspp_statistics_alone() -> None:
+    model = tiny_model().train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model(images(17, 9))
+    changed = {name for name, value in model.named_buffers() if not torch.equal(value, before[name])}
+    assert changed
+    assert not any(name.startswith("aspp.") for name in changed)
+
+
+def test_new_convolutions_start_without_bias() -> None:
+    model = tiny_model()
+    for part in (model.auxiliary_head, model.mask_head):
+        assert part is not None
+        assert part.classify.bias is not None
+        assert not part.classify.bias.any()
+
+
+def test_build_model_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def fake_build(name: str, **options: Any) -> Encoder:
+        asked.update(options, name=name)
+        return tiny_encoder()
+
+    monkeypatch.setattr(module_under_test, "build_encoder", fake_build)
+    config = ModelConfig(
+        encoder="resnet50",
+        encoder_weights="none",
+        output_stride=16,
+        frozen_stages=2,
+        freeze_batch_norm=False,
+        decoder_dim=12,
+        skip_dim=7,
+        aspp_dilations=(2, 4, 6),
+        gate_rate=0.4,
+        focal_power=2.0,
+        focal_floor=0.2,
+    )
+    cvlr = CvlrConfig(dim=5, num_iters=3, temperature=0.5, form="released", implementation="reference")
+    model = build_model(config, cvlr, num_classes=6)
+    assert asked == {
+        "name": "resnet50",
+        "weights": "none",
+        "output_stride": 16,
+        "frozen_stages": 2,
+        "freeze_batch_norm": False,
+    }
+    assert model.cvlr is not None
+    assert (model.cvlr.num_iters, model.cvlr.temperature, model.cvlr.form) == (3, 0.5, "released")
+    assert model.cvlr.implementation == "reference"
+    assert model.cvlr.project_in.weight.shape == (5, 12)
+    assert [branch[0].dilation[0] for branch in model.aspp.branches] == [1, 2, 4, 6]  # type: ignore[index]
+    assert model.fusion.project[0].weight.shape[:2] == (7, 5)
+    assert (model.gate.rate, model.focal_power, model.focal_floor) == (0.4, 2.0, 0.2)
+    assert model.num_classes == 6
+    assert model(images(17)).logits[0].shape[1] == 6
+    assert build_model(config, CvlrConfig(enabled=False), num_classes=6).auxiliary_head is None

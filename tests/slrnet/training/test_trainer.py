@@ -1,0 +1,360 @@
+"""The training loop: repeatable, resumable to the bit, with the curves, pictures and errors that it promises."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from slrnet.config import Config, apply_overrides
+from slrnet.data.manifest import DataError, ShardSet, load_dataset
+from slrnet.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from slrnet.training.step import step_generator, step_losses
+from slrnet.training.trainer import NonFiniteLossError, Trainer, batch_per_rank
+
+Digest = Callable[[nn.Module | Mapping[str, Tensor]], str]
+StartTrainer = Callable[..., Trainer]
+
+PERFORMANCE = ("perf/images_per_second", "perf/data_wait_fraction")
+
+
+def fit(trainer: Trainer) -> list[dict[str, float]]:
+    """Trains and returns the figures of each epoch, but for those that depend on the clock."""
+    reports: list[dict[str, float]] = []
+    trainer.fit(report=lambda metrics: reports.append(dict(metrics)))
+    return [{name: value for name, value in report.items() if name not in PERFORMANCE} for report in reports]
+
+
+def same(first: Any, second: Any) -> bool:
+    """Equality to the bit, through dictionaries and lists; NaN equals NaN."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[name], second[name]) for name in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(same(a, b) for a, b in zip(first, second, strict=True))
+    return bool(first == second or (first != first and second != second))
+
+
+@pytest.fixture
+def quiet(tiny_config: Config) -> Config:
+    """The tiny configuration measured as little as possible: at the end, without pseudo masks."""
+    return apply_overrides(tiny_config, ["evaluation.every=9", "evaluation.pseudo_mask_images=0"])
+
+
+class TestDeterminism:
+    def test_the_same_seed_gives_the_same_weights_and_figures_to_the_bit(
+        self, tiny_config: Config, start_trainer: StartTrainer, digest: Digest
+    ) -> None:
+        first, second = start_trainer(tiny_config), start_trainer(tiny_config)
+        figures = fit(first)
+        torch.rand(7)  # what others draw from the global generator is of no influence
+        assert same(figures, fit(second))
+        assert digest(first.model) == digest(second.model)
+
+    def test_another_seed_gives_other_weights(self, quiet: Config, start_trainer: StartTrainer, digest: Digest) -> None:
+        first, second = start_trainer(quiet), start_trainer(apply_overrides(quiet, ["train.seed=1"]))
+        start = digest(first.model)
+        assert digest(second.model) != start
+        fit(first), fit(second)
+        assert digest(first.model) not in (start, digest(second.model))
+
+    def test_measuring_does_not_influence_training(
+        self, tiny_config: Config, quiet: Config, start_trainer: StartTrainer, digest: Digest
+    ) -> None:
+        measured, unmeasured = start_trainer(tiny_config), start_trainer(quiet)
+        fit(measured), fit(unmeasured)
+        assert digest(measured.model) == digest(unmeasured.model)
+
+
+class TestResume:
+    def test_two_epochs_and_a_resumed_third_equal_three_to_the_bit(
+        self, tiny_config: Config, start_trainer: StartTrainer, tmp_path: Path
+    ) -> None:
+        config = apply_overrides(tiny_config, ["train.epochs=3"])
+        whole = start_trainer(config)
+        expected = fit(whole)
+
+        interrupted = start_trainer(config, folder=tmp_path / "run")
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.fit(report=_interrupt_after(2))
+        resumed = start_trainer(config, folder=tmp_path / "run")
+        assert resumed.resume()
+        assert resumed.state.epoch == 2
+        assert same(fit(resumed), expected[2:])
+
+        assert same(resumed.model.state_dict(), whole.model.state_dict())
+        assert same(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
+        first, second = (load_checkpoint(trainer.folder) for trainer in (whole, resumed))
+        assert same(_without_clock(first.state.metrics), _without_clock(second.state.metrics))
+        assert (first.state.step, first.state.best_score) == (second.state.step, second.state.best_score)
+
+    def test_without_a_checkpoint_there_is_nothing_to_resume(self, quiet: Config, start_trainer: StartTrainer) -> None:
+        assert start_trainer(quiet).resume() is False
+
+    def test_state_and_optimiser_of_the_checkpoint(self, tiny_config: Config, start_trainer: StartTrainer) -> None:
+        trainer = start_trainer(tiny_config)
+        figures = fit(trainer)
+        folder = find_checkpoint(trainer.folder / "checkpoints")
+        assert folder is not None
+        state = json.loads((folder / "state.json").read_text())
+        assert {name: state[name] for name in ("schema_version", "epoch", "step", "world_size", "run_id")} == {
+            "schema_version": 1,
+            "epoch": 2,
+            "step": 4,
+            "world_size": 1,
+            "run_id": "",
+        }
+        assert state["classes"] == ["background", "ant", "bee", "cat"]
+        assert state["data_fingerprint"] == trainer.shards.info.fingerprint
+        assert state["best_score"] == max(epoch["val/miou_ss"] for epoch in figures)
+        assert state["metrics"]["val/miou_ss"] == figures[-1]["val/miou_ss"]
+        optimizer = torch.load(folder / "trainer.pt", weights_only=True)
+        trained = sum(parameter.requires_grad for parameter in trainer.model.parameters())
+        assert len(optimizer["state"]) == trained > 0
+
+    def test_settings_of_the_optimiser_may_change(
+        self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path
+    ) -> None:
+        fit(start_trainer(quiet, folder=tmp_path / "run"))
+        changes = ["train.epochs=3", "optim.lr=0.002", "optim.momentum=0.5", "optim.weight_decay=0.25"]
+        resumed = start_trainer(apply_overrides(quiet, changes), folder=tmp_path / "run")
+        resumed.resume()
+        group = resumed.optimizer.param_groups[0]
+        # A global batch of 4 where the rate is meant for 16.
+        assert (group["base_lr"], group["momentum"], group["weight_decay"]) == (0.0005, 0.5, 0.25)
+        assert resumed.optimizer.state  # the momentum buffers came along
+
+    @pytest.mark.parametrize("change", ["model.decoder_dim=9", "model.frozen_stages=0", "cvlr.enabled=false"])
+    def test_another_network_is_refused(
+        self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path, change: str
+    ) -> None:
+        config = apply_overrides(quiet, ["train.epochs=1", "train.pretrain_epochs=0"])
+        fit(start_trainer(config, folder=tmp_path / "run"))
+        with pytest.raises(CheckpointError, match=r"does not fit the network .* resume without --set of model"):
+            start_trainer(apply_overrides(config, [change]), folder=tmp_path / "run").resume()
+
+    def test_other_classes_or_other_data_are_refused(
+        self, quiet: Config, start_trainer: StartTrainer, write_tiny: Callable[..., ShardSet], tmp_path: Path
+    ) -> None:
+        config = apply_overrides(quiet, ["train.epochs=1", "train.pretrain_epochs=0"])
+        fit(start_trainer(config, folder=tmp_path / "run"))
+        renamed = write_tiny(tmp_path / "renamed", classes=("background", "ant", "bee", "dog"))
+        with pytest.raises(CheckpointError, match=r"\(background, ant, bee, cat\).*\(background, ant, bee, dog\)"):
+            start_trainer(config, shards=renamed, folder=tmp_path / "run").resume()
+        smaller = write_tiny(tmp_path / "smaller", num_train=8)
+        with pytest.raises(CheckpointError, match="was trained on other data"):
+            start_trainer(config, shards=smaller, folder=tmp_path / "run").resume()
+
+
+class TestWhatIsLogged:
+    def test_curves(self, tiny_config: Config, start_trainer: StartTrainer, tracker: Any) -> None:
+        fit(start_trainer(apply_overrides(tiny_config, ["evaluation.pseudo_mask_images=9"]), tracker=tracker))
+        assert [step for step, _ in tracker.curve("train/loss")] == [1, 2, 3, 4]
+        for part in ("classification", "mask_consistency", "code_consistency"):
+            assert [step for step, _ in tracker.curve(f"train/loss_{part}")] == [1, 2, 3, 4]
+        # The first epoch is pretraining: there is no segmentation loss then.
+        assert [step for step, _ in tracker.curve("train/loss_segmentation")] == [3, 4]
+        assert all(value > 0 for _, value in tracker.curve("train/loss_segmentation"))
+        for key in ("miou", "mfdr", "mfnr", "coverage", "iou/ant", "iou/background"):
+            curve = tracker.curve(f"pseudo_mask/{key}")
+            assert [step for step, _ in curve] == [2, 4]
+            assert all(0 <= value <= 1 for _, value in curve)
+        for key in ("val/miou_ss", "perf/images_per_second", "perf/data_wait_fraction", "train/epoch_loss", "epoch"):
+            assert [step for step, _ in tracker.curve(key)] == [2, 4]
+        assert tracker.curve("val/images") == [(2, 5), (4, 5)]
+        assert tracker.curve("pseudo_mask/images") == [(2, 9), (4, 9)]
+
+    def test_total_is_the_weighted_sum_of_the_parts_and_the_epoch_their_mean(
+        self, tiny_config: Config, start_trainer: StartTrainer, tracker: Any
+    ) -> None:
+        fit(start_trainer(tiny_config, tracker=tracker))
+        by_step = [values for _, values in tracker.points if "train/loss" in values]
+        for values in by_step:
+            assert values["train/loss"] == pytest.approx(
+                values["train/loss_classification"]
+                + 4 * values["train/loss_mask_consistency"]
+                + 4 * values["train/loss_code_consistency"]
+                + values.get("train/loss_segmentation", 0.0),
+                rel=1e-5,
+            )
+        means = [sum(values["train/loss"] for values in by_step[i : i + 2]) / 2 for i in (0, 2)]
+        assert [value for _, value in tracker.curve("train/epoch_loss")] == pytest.approx(means)
+
+    def test_the_rate_is_constant_and_then_half_a_cosine(
+        self, quiet: Config, start_trainer: StartTrainer, tracker: Any
+    ) -> None:
+        fit(start_trainer(apply_overrides(quiet, ["train.epochs=3"]), tracker=tracker))
+        full = 0.01 * 4 / 16
+        rates = [value for _, value in tracker.curve("train/learning_rate")]
+        cosine = [full * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
+        assert rates == pytest.approx([full, full, *cosine])
+
+    def test_panels_are_written_and_logged(
+        self, tiny_config: Config, start_trainer: StartTrainer, tracker: Any
+    ) -> None:
+        trainer = start_trainer(tiny_config, tracker=tracker)
+        fit(trainer)
+        files = sorted(path.name for path in (trainer.folder / "panels").iterdir())
+        keys = sorted({name.split("-epoch-")[0] for name in files})
+        assert len(keys) == 2
+        assert all(re.fullmatch(r"train_\d", key) for key in keys)
+        assert files == sorted(f"{key}-epoch-{epoch:03d}.png" for key in keys for epoch in (1, 2))
+        assert sorted((key, step) for key, step, _ in tracker.pictures) == sorted(
+            (f"panels/{key}", epoch) for key in keys for epoch in (1, 2)
+        )
+
+    def test_no_panels_and_no_pseudo_masks_where_they_are_off(
+        self, quiet: Config, start_trainer: StartTrainer, tracker: Any
+    ) -> None:
+        trainer = start_trainer(quiet, tracker=tracker)
+        fit(trainer)
+        assert not tracker.pictures
+        assert not (trainer.folder / "panels").exists()
+        assert not [key for _, values in tracker.points for key in values if key.startswith("pseudo_mask")]
+        assert [step for step, _ in tracker.curve("val/miou_ss")] == [4]  # the last epoch alone
+
+    def test_a_gated_validation_has_its_protocol_in_the_curve_and_chooses_the_best(
+        self, quiet: Config, start_trainer: StartTrainer, tracker: Any
+    ) -> None:
+        trainer = start_trainer(apply_overrides(quiet, ["evaluation.gating=image_labels"]), tracker=tracker)
+        fit(trainer)
+        ((_, score),) = tracker.curve("val/miou_ss_gated_by_image_labels")
+        assert not tracker.curve("val/miou_ss")
+        assert trainer.state.best_score == score
+
+    def test_an_unmeasurable_validation_is_no_score(
+        self, quiet: Config, start_trainer: StartTrainer, write_tiny: Callable[..., ShardSet], tmp_path: Path
+    ) -> None:
+        void = write_tiny(tmp_path / "void", mask_bytes=lambda sample, png: _void_png(sample.width, sample.height))
+        trainer = start_trainer(apply_overrides(quiet, ["evaluation.every=1"]), shards=void)
+        fit(trainer)
+        assert trainer.state.best_score is None
+        assert "NaN" not in (trainer.folder / "checkpoints" / "checkpoint-0002" / "state.json").read_text()
+
+
+class TestStep:
+    def test_accumulated_gradients_are_the_mean_over_the_parts(
+        self, quiet: Config, start_trainer: StartTrainer
+    ) -> None:
+        still = ["views.flip=false", "model.gate_rate=0"]
+        still += [f"views.{name}=0" for name in ("brightness", "contrast", "saturation", "hue")]
+        config = apply_overrides(
+            quiet, [*still, "train.accumulation=2", "train.batch_size=8", "train.epochs=1", "train.pretrain_epochs=0"]
+        )
+        trainer, reference = start_trainer(config), start_trainer(config)
+        for model in (trainer.model, reference.model):
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        (batch,) = reference.loader.epoch(0)
+        reference.model.train()
+        for part in (slice(0, 4), slice(4, 8)):
+            result = step_losses(
+                reference.model,
+                batch.images[part],
+                batch.image_labels[part],
+                config=config,
+                normalise=reference.normalise,
+                generator=step_generator(1),
+                max_classes=3,
+                pretraining=False,
+            )
+            (result.total / 2).backward()
+        fit(trainer)
+        expected = {name: parameter.grad for name, parameter in reference.model.named_parameters()}
+        trained = [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+        assert len(trained) > 50
+        for name, parameter in trained:
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+    def test_a_loss_that_is_not_finite_stops_before_the_step(
+        self, quiet: Config, start_trainer: StartTrainer, digest: Digest
+    ) -> None:
+        trainer = start_trainer(quiet)
+        with torch.no_grad():
+            trainer.model.mask_head.classify.weight.fill_(math.inf)
+        before = digest(dict(trainer.model.named_parameters()))
+        with pytest.raises(NonFiniteLossError, match=r"step 0: .* on rank 0 \(rank 0 has loss .*classification nan"):
+            fit(trainer)
+        assert digest(dict(trainer.model.named_parameters())) == before
+        assert not (trainer.folder / "checkpoints").exists()
+
+
+class TestDamage:
+    @pytest.fixture
+    def damaged(self, tiny_data: ShardSet, tmp_path: Path) -> ShardSet:
+        """The image of one sample in the first shard of each split is overwritten."""
+        shutil.copytree(tiny_data.folder, tmp_path / "damaged")
+        for split in ("train", "val"):
+            entry = tiny_data.split(split).shards[0]
+            with (tmp_path / "damaged" / entry.name).open("r+b") as file:
+                file.seek(int(entry.offsets[0]) + 512)
+                file.write(b"\0" * 600)
+        return load_dataset(tmp_path / "damaged")
+
+    def test_stops(self, quiet: Config, start_trainer: StartTrainer, damaged: ShardSet) -> None:
+        with pytest.raises(DataError, match=r"train-000000\.tar: sample 'train_\d'.*--verify"):
+            fit(start_trainer(apply_overrides(quiet, ["train.batch_size=9"]), shards=damaged))
+
+    def test_or_is_skipped_and_reported(
+        self,
+        quiet: Config,
+        start_trainer: StartTrainer,
+        damaged: ShardSet,
+        tracker: Any,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        config = apply_overrides(quiet, ["train.batch_size=9", "data.on_error=skip"])
+        fit(start_trainer(config, shards=damaged, tracker=tracker))
+        assert [value for _, value in tracker.curve("perf/skipped_samples")] == [1.0, 1.0]
+        assert tracker.curve("val/images") == [(2, 4)]
+        printed = capsys.readouterr().out
+        assert re.search(r"epoch 1: skipped train_\d of train-000000\.tar: .*JPEG", printed)
+        assert re.search(r"epoch 2: skipped val_\d of val-000000\.tar: ", printed)
+
+
+@pytest.mark.parametrize(("batch", "accumulation", "world", "expected"), [(16, 1, 1, 16), (16, 2, 4, 4), (8, 1, 8, 1)])
+def test_batch_per_rank(tiny_config: Config, batch: int, accumulation: int, world: int, expected: int) -> None:
+    config = apply_overrides(tiny_config, [f"train.batch_size={batch}", f"train.accumulation={accumulation}"])
+    assert batch_per_rank(config, world) == expected
+
+
+@pytest.mark.parametrize(("batch", "world", "advice"), [(16, 3, "use 15 or 18"), (2, 4, "use 4 or 8")])
+def test_a_batch_that_the_ranks_cannot_share_is_refused(
+    tiny_config: Config, batch: int, world: int, advice: str
+) -> None:
+    config = apply_overrides(tiny_config, [f"train.batch_size={batch}"])
+    with pytest.raises(ValueError, match=rf"train\.batch_size {batch} .* {world} workers times 1 .*; {advice}"):
+        batch_per_rank(config, world)
+
+
+def _interrupt_after(epochs: int) -> Callable[[Mapping[str, float]], None]:
+    seen: list[None] = []
+
+    def report(_: Mapping[str, float]) -> None:
+        seen.append(None)
+        if len(seen) == epochs:
+            raise KeyboardInterrupt
+
+    return report
+
+
+def _without_clock(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if name not in PERFORMANCE}
+
+
+def _void_png(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("L", (width, height), 255).save(file, "PNG")
+    return file.getvalue()
