@@ -18,7 +18,13 @@ from slrnet.config import Config, apply_overrides, load_config  # noqa: E402
 from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def folder(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder; mount the storage on all nodes and give its path")
+    return Path(text)
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--recipe", help=f"named configuration: {', '.join(RECIPES)}")
@@ -33,12 +39,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     name.add_argument("--resume", metavar="NAME", help="continue the run of that name from its last checkpoint")
     parser.add_argument(
         "--storage",
-        type=Path,
+        type=folder,
         default=Path(os.environ.get("SLRNET_STORAGE", "~/slrnet_runs")),
         help="folder for runs, seen by all nodes (default: $SLRNET_STORAGE, else ~/slrnet_runs)",
     )
     parser.add_argument("--tracking-uri", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def build_config(options: argparse.Namespace, storage: Path) -> Config:
@@ -56,15 +62,12 @@ def build_config(options: argparse.Namespace, storage: Path) -> Config:
 def demo_data(storage: Path) -> str:
     from data_prep.demo import build_demo
 
-    print(
-        "No --data given: training on the embedded, synthetic demo data. Real data: "
-        "ray_jobs/train.py --recipe voc_wsss --data SHARDS, with shards from data_prep/voc.py.",
-        flush=True,
-    )
-    folder = storage / "demo_data"
-    if not folder.exists():
-        build_demo(folder)
-    return str(folder)
+    hint = "Real data: ray_jobs/train.py --recipe voc_wsss --data SHARDS, with shards from data_prep/voc.py."
+    print(f"No --data given: training on the embedded, synthetic demo data. {hint}", flush=True)
+    shards = storage / "demo_data"
+    if not shards.exists():
+        build_demo(shards)
+    return str(shards)
 
 
 def main() -> int:

@@ -6,13 +6,21 @@ ones, and is left out by `make test-fast`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 VOC6 = ROOT.parent / "shared" / "data" / "voc6" / "VOCdevkit" / "VOC2012"
+
+# No test is about time, and a busy machine must not fail one. In continuous integration the examples do not change.
+settings.register_profile(
+    "slrnet", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ
+)
+settings.load_profile("slrnet")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

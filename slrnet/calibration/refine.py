@@ -69,7 +69,7 @@ def affinities(images: Tensor, *, dilations: tuple[int, ...] = DILATIONS) -> Ten
 
 
 def _local_std(images: Tensor, dilations: tuple[int, ...]) -> Tensor:
-    """Standard deviation (N, 3, H, W) over a pixel's neighbourhoods, in one pass over differences from the pixel itself.
+    """Standard deviation (N, 3, H, W) over a pixel's neighbourhoods, from differences to the pixel itself.
 
     Moments of the colours themselves cancel where an image is nearly flat. Moments of the differences do not: the pixel
     is one sample in nine, so that the squared mean is at most 8/9 of the mean square.

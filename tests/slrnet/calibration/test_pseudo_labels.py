@@ -28,9 +28,7 @@ def threshold_in_loops(probs: Tensor, gamma: float, background: float, floor: fl
     n_images, n_classes, height, width = probs.shape
     labels = torch.full((n_images, height, width), VOID)
     for n in range(n_images):
-        limits = [
-            max(probs[n, k].max().item() * (gamma if k else background), floor) for k in range(n_classes)
-        ]
+        limits = [max(probs[n, k].max().item() * (gamma if k else background), floor) for k in range(n_classes)]
         for y in range(height):
             for x in range(width):
                 claims = [k for k in range(n_classes) if probs[n, k, y, x].item() > limits[k]]
@@ -64,9 +62,12 @@ class TestThreshold:
     def test_each_image_has_its_own_maximum(self) -> None:
         probs = torch.tensor([0.9, 0.3, 0.3, 0.3]).view(2, 1, 1, 2)
         probs = torch.cat([torch.zeros_like(probs), probs], dim=1)
-        assert threshold(
-            probs, confidence_threshold=0.6, background_threshold=0.7, floor=0.2
-        ).flatten().tolist() == [1, VOID, 1, 1]
+        assert threshold(probs, confidence_threshold=0.6, background_threshold=0.7, floor=0.2).flatten().tolist() == [
+            1,
+            VOID,
+            1,
+            1,
+        ]
 
     @given(
         k=st.integers(1, 5),

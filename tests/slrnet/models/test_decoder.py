@@ -79,9 +79,7 @@ class TestASPP:
         aspp = ASPP(4, dim=3, dilations=(1, 2, 5))
         shake(aspp).eval()
         maps = random_maps(2, 4, 6, 5)
-        branches = [
-            block(maps, layers, dilation=d) for layers, d in zip(aspp.branches, (1, 1, 2, 5), strict=True)
-        ]
+        branches = [block(maps, layers, dilation=d) for layers, d in zip(aspp.branches, (1, 1, 2, 5), strict=True)]
         pooled = block(maps.mean(dim=(2, 3), keepdim=True), aspp.pooled).expand(-1, -1, 6, 5)
         assert torch.allclose(aspp(maps), block(torch.cat([*branches, pooled], dim=1), aspp.project), atol=1e-4)
 

@@ -521,7 +521,7 @@ class serving:
         self.log = (self.folder / "server.log").open("w")
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, start_new_session=True)
         address = f"http://127.0.0.1:{self.port}"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 return resolve_uri(address, self.folder)

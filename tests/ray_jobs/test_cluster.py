@@ -1,0 +1,99 @@
+"""One real Ray cluster, with token authentication, and what is asked of it through `ray job submit`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from ray_jobs.demo import local_cluster
+from slrnet.training.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+Submit = Callable[..., subprocess.CompletedProcess[str]]
+TINY = (
+    "model.encoder=timm:test_efficientnet",
+    "model.encoder_weights=none",
+    "model.decoder_dim=8",
+    "model.frozen_stages=0",
+    "data.crop_size=64",
+    "data.workers=1",
+    "train.epochs=2",
+    "train.pretrain_epochs=1",
+    "train.batch_size=8",
+    "evaluation.pseudo_mask_images=4",
+    "evaluation.panel_images=1",
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[str, dict[str, str]]]:
+    with local_cluster() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def submit(cluster: tuple[str, dict[str, str]]) -> Submit:
+    address, environment = cluster
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python", *arguments]
+        return subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from data_prep.demo import build_demo
+
+    folder = tmp_path_factory.mktemp("demo") / "shards"
+    build_demo(folder, num_train=24, num_val=6, image_size=64, samples_per_shard=6)
+    return folder
+
+
+def test_the_cluster_turns_strangers_away(cluster: tuple[str, dict[str, str]]) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(f"{cluster[0]}/api/jobs/", timeout=10)
+    assert refusal.value.code in (401, 403)
+
+
+def test_two_workers_train_a_submitted_job(submit: Submit, data: Path, tmp_path: Path) -> None:
+    settings = [word for setting in TINY for word in ("--set", setting)]
+    result = submit(
+        "ray_jobs/train.py", "--recipe", "demo", "--data", str(data), "--storage", str(tmp_path),
+        "--name", "two", "--num-workers", "2", *settings,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert "best checkpoint" in result.stdout
+    state = load_checkpoint(tmp_path / "two").state
+    assert (state.world_size, state.step % 3) == (2, 0)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["slrnet.world_size"] == "2"
+    assert json.loads((tmp_path / "two" / "checkpoints" / state_folder(tmp_path) / "state.json").read_text())
+
+
+def state_folder(storage: Path) -> str:
+    return max(path.name for path in (storage / "two" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_more_workers_than_the_cluster_has_are_refused_at_once(submit: Submit, data: Path, tmp_path: Path) -> None:
+    result = submit(
+        "ray_jobs/train.py", "--recipe", "demo", "--data", str(data), "--storage", str(tmp_path),
+        "--num-workers", "512",
+    )  # fmt: skip
+    assert result.returncode != 0
+    assert "512 workers" in result.stdout + result.stderr
+    assert "the cluster has" in result.stdout + result.stderr

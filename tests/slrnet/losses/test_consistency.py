@@ -1,0 +1,105 @@
+"""Consistency of masks and codes by hand, over pairs of views, for one view, as logits and as probabilities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from slrnet.losses.consistency import code_consistency, mask_consistency
+
+
+def random_views(count: int, n: int = 2, k: int = 4, *, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, k, 3, 5, generator=generator) for _ in range(count)]
+
+
+def pairs_in_loops(views: list[Tensor], counted: Callable[[int, int], bool], start: int) -> list[float]:
+    """Sum over unordered pairs of the mean over channels from `start` on; channels not `counted` add 0."""
+    n_images, n_channels, height, width = views[0].shape
+    totals = []
+    for n in range(n_images):
+        total = 0.0
+        for u in range(len(views)):
+            for v in range(u + 1, len(views)):
+                distance = 0.0
+                for k in range(start, n_channels):
+                    if counted(n, k):
+                        distance += float((views[u][n, k] - views[v][n, k]).abs().sum())
+                total += distance / ((n_channels - start) * height * width)
+        totals.append(total)
+    return totals
+
+
+class TestMaskConsistency:
+    image_labels = torch.tensor([[1, 0, 1], [0, 0, 1]])
+
+    @pytest.mark.parametrize("count", [2, 3, 4])
+    @pytest.mark.parametrize("compare", ["logits", "probs"])
+    def test_equals_loops(self, count: int, compare: Any) -> None:
+        views = random_views(count)
+        compared = [view.softmax(dim=1) for view in views] if compare == "probs" else views
+        expected = pairs_in_loops(compared, lambda n, k: bool(self.image_labels[n, k - 1]), start=1)
+        out = mask_consistency(views, self.image_labels, compare=compare)
+        assert out.tolist() == pytest.approx(expected, abs=1e-5)
+
+    def test_worked_by_hand(self) -> None:
+        """Foreground logits 1 and 3 against 4 and 3 over two classes of which one is present: (3 + 0) / 2."""
+        first = torch.tensor([7.0, 1.0, 3.0]).view(1, 3, 1, 1)
+        second = torch.tensor([0.0, 4.0, 9.0]).view(1, 3, 1, 1)
+        assert mask_consistency([first, second], torch.tensor([[1, 0]])).tolist() == [1.5]
+        odds = [math.exp(value) for value in (7, 1, 3, 0, 4, 9)]
+        expected = abs(odds[1] / sum(odds[:3]) - odds[4] / sum(odds[3:])) / 2
+        probs = mask_consistency([first, second], torch.tensor([[1, 0]]), compare="probs")
+        assert probs.tolist() == [pytest.approx(expected, abs=1e-6)]
+
+    def test_background_and_absent_classes_have_no_say(self) -> None:
+        views = [view.requires_grad_() for view in random_views(2)]
+        mask_consistency(views, self.image_labels).sum().backward()  # type: ignore[no-untyped-call]
+        for view in views:
+            assert view.grad is not None
+            moved = view.grad.flatten(2).abs().sum(dim=2) > 0
+            assert moved.tolist() == [[False, True, False, True], [False, False, False, True]]
+
+    def test_images_without_classes_are_zero(self) -> None:
+        assert mask_consistency(random_views(2), torch.zeros(2, 3)).tolist() == [0.0, 0.0]
+
+
+class TestCodeConsistency:
+    @pytest.mark.parametrize("count", [2, 3])
+    def test_equals_loops(self, count: int) -> None:
+        views = [view.softmax(dim=1) for view in random_views(count)]
+        expected = pairs_in_loops(views, lambda n, k: True, start=0)
+        assert code_consistency(views).tolist() == pytest.approx(expected, abs=1e-6)
+
+    def test_worked_by_hand(self) -> None:
+        """Codes (.6, .4) and (.3, .7): .3 + .3 over two atoms; of the maxima alone .6 + .7."""
+        first, second = torch.tensor([0.6, 0.4]).view(1, 2, 1, 1), torch.tensor([0.3, 0.7]).view(1, 2, 1, 1)
+        assert code_consistency([first, second]).tolist() == [pytest.approx(0.3, abs=1e-6)]
+        assert code_consistency([first, second], compare="maximum").tolist() == [pytest.approx(0.65, abs=1e-6)]
+
+    def test_maximum_keeps_ties(self) -> None:
+        tied, other = torch.tensor([0.5, 0.5]).view(1, 2, 1, 1), torch.tensor([0.8, 0.2]).view(1, 2, 1, 1)
+        assert code_consistency([tied, other], compare="maximum").tolist() == [pytest.approx((0.3 + 0.5) / 2)]
+
+    def test_maximum_sends_gradient_to_maxima_only(self) -> None:
+        views = [view.softmax(dim=1).requires_grad_() for view in random_views(2)]
+        code_consistency(views, compare="maximum").sum().backward()  # type: ignore[no-untyped-call]
+        for view in views:
+            assert view.grad is not None
+            assert torch.equal(view.grad != 0, view == view.amax(dim=1, keepdim=True))
+
+
+@pytest.mark.parametrize("height", [1.0, 1e30])
+def test_one_view_is_exactly_zero_with_a_graph(height: float) -> None:
+    masks, codes = (view.mul(height).requires_grad_() for view in random_views(2))
+    total = mask_consistency([masks], torch.ones(2, 3)) + code_consistency([codes])
+    assert total.tolist() == [0.0, 0.0]
+    total.sum().backward()  # type: ignore[no-untyped-call]
+    for view in (masks, codes):
+        assert view.grad is not None
+        assert not view.grad.any()

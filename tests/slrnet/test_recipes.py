@@ -1,0 +1,53 @@
+"""Recipes are complete, valid and what they say they are."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+from slrnet.config import ConfigError, config_from_dict
+from slrnet.recipes import RECIPES, demo, get_recipe, voc_wsss, voc_wsss_lite
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_valid_and_knows_its_name(name: str) -> None:
+    config = get_recipe(name)
+    assert config.recipe == name
+    # Copies with updates skip validation: what came out is validated here.
+    assert config_from_dict(config.model_dump(mode="json")) == config
+    assert config.data.path == ""
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_says_what_it_is_and_how_it_is_run(name: str) -> None:
+    text = inspect.getdoc(RECIPES[name]) or ""
+    assert "Command: `" in text
+    assert f"--recipe {name}" in text or "without arguments" in text
+
+
+def test_voc_wsss_is_experiment_one_of_the_paper() -> None:
+    config = voc_wsss()
+    assert config.setting == "wsss"
+    assert (config.model.encoder, config.model.output_stride, config.data.crop_size) == ("wide_resnet38", 8, 321)
+    assert (config.cvlr.form, config.cvlr.num_iters, config.cvlr.dim, config.cvlr.temperature) == ("paper", 1, 256, 1.0)
+    assert (config.train.epochs, config.train.pretrain_epochs) == (20, 5)
+    assert (config.optim.lr, config.optim.new_lr_factor, config.optim.weight_decay) == (5e-4, 10.0, 5e-4)
+    assert sorted(config.views.scales) == [0.5, 1.0]
+    views = config.views
+    assert (views.flip, views.brightness, views.contrast, views.saturation, views.hue) == (True, 0.3, 0.3, 0.3, 0.1)
+    weights = config.weights
+    assert (weights.segmentation, weights.classification, weights.consistency) == (1.0, 1.0, 4.0)
+
+
+def test_the_cpu_recipes_avoid_dilated_convolutions() -> None:
+    for config in (voc_wsss_lite(), demo()):
+        assert config.model.encoder == "efficientnet_lite0"
+        assert config.model.output_stride == 16
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown recipe 'voc_wss'; did you mean 'voc_wsss'\? known are .*demo"):
+        get_recipe("voc_wss")
+    with pytest.raises(ConfigError, match=r"unknown recipe '@@'; known are voc_wsss, "):
+        get_recipe("@@")

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from slrnet.config import Config, apply_overrides
+from slrnet.data.manifest import ShardSet
+from slrnet.training import ray_loop
+from slrnet.training.checkpoint import load_checkpoint
+from slrnet.training.ray_loop import LaunchOptions, RunResult, TrainingError, launch, launch_evaluation, resume_config
+from slrnet.training.tracking import metric_history
+
+
+def start(config: Config, storage: Path, *changes: str, name: str = "run", **options: Any) -> RunResult:
+    """Trains in this process; the store is a SQLite file in `storage`."""
+    chosen = LaunchOptions(name=name, storage=storage, **({"num_workers": 0} | options))
+    return launch(apply_overrides(config, changes), chosen, say=lambda line: None)
+
+
+def runs(storage: Path) -> list[Any]:
+    client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("slrnet")
+    return [] if experiment is None else list(client.search_runs([experiment.experiment_id]))
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
+    """A finished run of one of two epochs, in a storage folder of its own; not to be changed."""
+    storage = tmp_path_factory.mktemp("storage")
+    return storage, start(tiny_config, storage)
+
+
+def test_a_run_leaves_checkpoints_and_one_finished_mlflow_run(
+    finished: tuple[Path, RunResult], tiny_data: ShardSet
+) -> None:
+    storage, result = finished
+    assert load_checkpoint(result.last).state.epoch == 2
+    assert result.state.run_id == result.run.run_id
+    (run,) = runs(storage)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.batch_size"] == "4"
+    assert run.data.tags["slrnet.data_fingerprint"] == tiny_data.info.fingerprint
+    assert run.data.tags["slrnet.world_size"] == "1"
+    assert run.data.tags["slrnet.global_batch"] == "4"
+    assert [step for step, _ in metric_history(result.run, "val/miou_ss")] == [2, 4]
+
+
+def test_the_best_checkpoint_is_an_artifact(finished: tuple[Path, RunResult]) -> None:
+    storage, result = finished
+    client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    names = {Path(item.path).name for item in client.list_artifacts(result.run.run_id, "checkpoint")}
+    assert names == {"model.safetensors", "trainer.pt", "state.json", "config.json"}
+
+
+def test_a_name_is_used_once(finished: tuple[Path, RunResult], tiny_config: Config) -> None:
+    storage, _ = finished
+    with pytest.raises(ValueError, match="--resume run"):
+        start(tiny_config, storage)
+
+
+def test_resuming_continues_the_same_mlflow_run(
+    finished: tuple[Path, RunResult], tiny_config: Config, tmp_path: Path
+) -> None:
+    storage, result = finished
+    copy = tmp_path / "storage"
+    shutil.copytree(storage, copy)
+    again = start(resume_config(copy, "run"), copy, "train.epochs=3", resume=True)
+    assert again.run.run_id == result.run.run_id
+    assert len(runs(copy)) == 1
+    assert load_checkpoint(again.last).state.epoch == 3
+    assert [step for step, _ in metric_history(again.run, "val/miou_ss")] == [2, 4, 6]
+
+
+def test_resuming_needs_a_checkpoint_and_names_the_runs_that_have_one(
+    finished: tuple[Path, RunResult], tiny_config: Config
+) -> None:
+    storage, _ = finished
+    with pytest.raises(ValueError, match=r"'other' has no checkpoint .* runs with checkpoints there: run"):
+        start(tiny_config, storage, name="other", resume=True)
+    with pytest.raises(ValueError, match="'other' has no checkpoint"):
+        resume_config(storage, "other")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.val_split=test", "'test'"),
+        ("data.path=/nowhere/at/all", "data_prep"),
+        ("data.workers=9", r"4 shards for 9 readers .* at least 9 shards are needed"),
+        ("train.batch_size=64", "batch"),
+        ("model.encoder_weights=/nowhere/weights.pth", "/nowhere/weights.pth"),
+        ("tracking.uri=http://127.0.0.1:9", "does not answer"),
+        ("tracking.uri=./mlruns", "sqlite"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    tiny_config: Config, tmp_path: Path, change: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        start(tiny_config, tmp_path, change)
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_no_space_for_checkpoints_is_refused(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(ValueError, match=r"0 MiB free.*--storage"):
+        start(tiny_config, tmp_path)
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_failed_training_is_marked_in_mlflow_with_its_cause(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise ArithmeticError("the loss is not finite")
+
+    monkeypatch.setattr(ray_loop, "_train", fail)
+    with pytest.raises(TrainingError, match="ArithmeticError: the loss is not finite"):
+        start(tiny_config, tmp_path)
+    (run,) = runs(tmp_path)
+    assert run.info.status == "FAILED"
+    assert "the loss is not finite" in run.data.tags["reason"]
+
+
+def test_an_evaluation_repeats_the_figures_of_the_training(
+    finished: tuple[Path, RunResult], tiny_data: ShardSet, tmp_path: Path
+) -> None:
+    _, result = finished
+    checkpoint = load_checkpoint(result.best)
+    options = LaunchOptions(name="again", storage=tmp_path, num_workers=0)
+    record = launch_evaluation(result.folder, tiny_data, split="val", config=checkpoint.config, options=options)
+    assert record["metrics"]["val/miou"] == pytest.approx(checkpoint.state.metrics["val/miou_ss"], abs=1e-12)
+    assert (record["protocol"], record["images"]) == ("ss", 5)
+    gated = apply_overrides(checkpoint.config, ["evaluation.gating=image_labels"])
+    record = launch_evaluation(result.folder, tiny_data, split="val", config=gated, options=options)
+    assert record["protocol"] == "ss+gated_by_image_labels"

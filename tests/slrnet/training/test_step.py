@@ -1,0 +1,296 @@
+"""One step: views from a generator, un-warping, pseudo labels of a simple scene, a gradient for every parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slrnet.config import CalibrationConfig, Config, ViewsConfig, config_from_dict
+from slrnet.data.views import View, apply_view
+from slrnet.losses.objective import Objective
+from slrnet.models.cvlr import CrossViewLowRank
+from slrnet.models.encoders import Encoder
+from slrnet.models.slrnet import Outputs, SLRNet
+from slrnet.training.step import (
+    Normalise,
+    align,
+    calibrate_views,
+    make_pseudo_labels,
+    make_views,
+    step_generator,
+    step_losses,
+)
+
+K = 3
+PLAIN = Normalise(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=4)
+
+
+class TinyBackbone(nn.Module):
+    """Two convolutions, the first of them frozen: features at strides 2 and 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shallow = nn.Conv2d(3, 5, 3, stride=2, padding=1).requires_grad_(False)
+        self.deep = nn.Conv2d(5, 6, 3, stride=2, padding=1)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        shallow = self.shallow(images).relu()
+        return [shallow, self.deep(shallow).relu()]
+
+
+def tiny_model(*, cvlr: bool = True, **options: Any) -> SLRNet:
+    torch.manual_seed(0)
+    return SLRNet(
+        Encoder(TinyBackbone(), stages=[["shallow"], ["deep"]], channels=[5, 6], strides=[2, 4]),
+        num_classes=K,
+        cvlr=CrossViewLowRank(8, dim=6, **options) if cvlr else None,
+        decoder_dim=8,
+        skip_dim=3,
+        aspp_dilations=(1, 2, 3),
+    )
+
+
+def crops(n: int = 2, side: int = 24, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n, 3, side, side), generator=generator, dtype=torch.uint8)
+
+
+class TestStepGenerator:
+    def test_is_a_function_of_the_numbers(self) -> None:
+        first, again = (torch.rand(4, generator=step_generator(1, 2, 3)) for _ in range(2))
+        assert torch.equal(first, again)
+
+    def test_every_number_and_its_place_counts(self) -> None:
+        seen = {
+            tuple(torch.randint(2**31, (2,), generator=step_generator(*numbers)).tolist())
+            for numbers in [(a, b, c) for a in range(6) for b in range(6) for c in range(6)]
+        }
+        assert len(seen) == 216
+
+
+class TestMakeViews:
+    images = torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+    def make(self, seed: int = 0, **options: Any) -> tuple[list[Tensor], list[View]]:
+        return make_views(self.images, ViewsConfig(**options), PLAIN, step_generator(seed))
+
+    def test_the_generator_decides(self) -> None:
+        (first, views), (again, same_views), (other, _) = self.make(0), self.make(0), self.make(1)
+        assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
+        for left, right in zip(views, same_views, strict=True):
+            assert left.scale == right.scale
+            assert left.flip is not None
+            assert right.flip is not None
+            assert torch.equal(left.flip, right.flip)
+        assert not torch.equal(first[0], other[0])
+
+    def test_sizes_follow_scales_and_stride(self) -> None:
+        inputs, views = self.make(scales=(1.0, 0.5, 1.5))
+        assert [tuple(view.shape) for view in inputs] == [(3, 3, 24, 24), (3, 3, 12, 12), (3, 3, 36, 36)]
+        assert [view.scale for view in views] == [1.0, 0.5, 1.5]
+
+    def test_plain_views_are_the_images(self) -> None:
+        off = {"flip": False, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+        inputs, _ = self.make(scales=(1.0,), **off)
+        assert torch.equal(inputs[0], self.images)
+
+    def test_own_colour(self) -> None:
+        shared, _ = self.make(scales=(1.0, 1.0), flip=False, own_colour=False)
+        own, _ = self.make(scales=(1.0, 1.0), flip=False, own_colour=True)
+        assert torch.equal(shared[0], shared[1])
+        assert not torch.equal(shared[0], self.images)
+        assert not torch.allclose(own[0], own[1], atol=1e-3)
+
+    def test_normalisation_comes_last(self) -> None:
+        normalise = Normalise(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0), output_stride=4)
+        plain, _ = self.make(seed=5)
+        inputs, _ = make_views(self.images, ViewsConfig(), normalise, step_generator(5))
+        for view, raw in zip(inputs, plain, strict=True):
+            for channel, (mean, std) in enumerate(zip(normalise.mean, normalise.std, strict=True)):
+                assert torch.allclose(view[:, channel], (raw[:, channel] - mean) / std, atol=1e-6)
+
+
+def outputs_of(maps: list[Tensor], *, cvlr: bool = True) -> Outputs:
+    scores = [view.mean(dim=(2, 3))[:, 1:] for view in maps]
+    return Outputs(maps, scores, [view + 1 for view in maps] if cvlr else [], [], maps if cvlr else [])
+
+
+class TestAlign:
+    def test_maps_come_back_to_the_largest_view(self) -> None:
+        """Maps that are linear over the crop survive aligned-corners resizing exactly, so un-warping is exact."""
+        ramp = torch.linspace(0, 1, 9).expand(2, 1, 9, 9) * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
+        views = [View(0.5, torch.tensor([True, False])), View(1.0, torch.tensor([False, True])), View(1.0)]
+        warped = [apply_view(ramp, view, stride=4) for view in views]
+        assert [view.shape[-1] for view in warped] == [5, 9, 9]
+        aligned = align(outputs_of(warped), views)
+        for maps in (*aligned.logits, *aligned.codes):
+            assert maps.shape == (2, 3, 9, 9)
+            assert torch.allclose(maps, ramp, atol=1e-5)
+        assert all(torch.allclose(maps, ramp + 1, atol=1e-5) for maps in aligned.auxiliary_logits)
+
+    def test_the_largest_view_may_exceed_the_crop(self) -> None:
+        maps = [torch.rand(1, 3, 4, 4), torch.rand(1, 3, 6, 6)]
+        aligned = align(outputs_of(maps), [View(1.0), View(1.5)])
+        assert {tuple(view.shape[-2:]) for view in aligned.logits} == {(6, 6)}
+        assert torch.equal(aligned.logits[1], maps[1])
+
+    def test_scores_pass_and_missing_maps_stay_missing(self) -> None:
+        out = outputs_of([torch.rand(1, 3, 4, 4), torch.rand(1, 3, 2, 2)], cvlr=False)
+        aligned = align(out, [View(1.0), View(0.5)])
+        assert aligned.class_scores is out.class_scores
+        assert aligned.auxiliary_logits == []
+        assert aligned.codes == []
+
+
+class TestPseudoLabels:
+    """A red left half (class 2) on a grey background, logits that are right but blurred over the edge."""
+
+    def scene(self) -> tuple[list[Tensor], Tensor]:
+        images = torch.full((1, 3, 32, 32), 0.5)
+        images[:, 0, :, :16], images[:, 1:, :, :16] = 0.9, 0.1
+        place = torch.linspace(-1, 1, 16).expand(1, 16, 16)
+        logits = torch.stack([2 + 4 * place, torch.full_like(place, 3.0), 2 - 4 * place], dim=1)
+        return [logits, logits[..., ::2, ::2].repeat_interleave(2, -1).repeat_interleave(2, -2)], images
+
+    def labels(self, image_labels: list[int], **options: Any) -> Tensor:
+        logits, images = self.scene()
+        config = CalibrationConfig(refine_stride=2, refine_dilations=(1, 2), **options)
+        calibrated = calibrate_views(
+            logits, images, torch.tensor([image_labels]), config, max_classes=sum(image_labels)
+        )
+        assert calibrated.refined.shape[-2:] == (16, 16)
+        return make_pseudo_labels(calibrated, config, size=(32, 32))
+
+    def test_halves_are_found_and_the_edge_is_sharp(self) -> None:
+        labels = self.labels([0, 1])
+        assert labels.shape == (1, 32, 32)
+        assert set(labels[..., :13].flatten().tolist()) == {2}
+        assert set(labels[..., 19:].flatten().tolist()) == {0}
+        assert set(labels.flatten().tolist()) <= {0, 2, 255}
+
+    def test_refinement_does_it(self) -> None:
+        decided = [int((self.labels([0, 1], refine_iters=iters) != 255).sum()) for iters in (0, 10)]
+        assert decided[1] > decided[0]
+
+    def test_absent_classes_never_appear(self) -> None:
+        assert set(self.labels([1, 0], floor=0.0).flatten().tolist()) <= {0, 1, 255}
+        assert set(self.labels([0, 0]).flatten().tolist()) <= {0, 255}
+
+    def test_every_threshold_is_used(self) -> None:
+        base = self.labels([0, 1], refine_iters=1)
+        for option in ("confidence_threshold", "background_threshold", "floor"):
+            assert not torch.equal(self.labels([0, 1], refine_iters=1, **{option: 0.97}), base)
+
+    def test_sizes_that_the_stride_does_not_divide(self) -> None:
+        logits, _ = self.scene()
+        config = CalibrationConfig(refine_stride=4)
+        calibrated = calibrate_views(logits, torch.rand(1, 3, 33, 30), torch.tensor([[0, 1]]), config, max_classes=1)
+        assert calibrated.refined.shape[-2:] == (9, 8)
+        assert make_pseudo_labels(calibrated, config, size=(33, 30)).shape == (1, 33, 30)
+
+
+def settings(**sections: Any) -> Config:
+    """A configuration in which each class claims its surest pixels, so that random weights give complete labels."""
+    sure = {"confidence_threshold": 0.95, "background_threshold": 0.95, "floor": 0.0}
+    calibration = {"refine_stride": 2, "refine_iters": 2} | sure | sections.pop("calibration", {})
+    return config_from_dict(
+        {"data": {"crop_size": 32}, "model": {"output_stride": 8}, "calibration": calibration} | sections
+    )
+
+
+def losses_of(model: nn.Module, config: Config, *, pretraining: bool, seed: int = 0, **options: Any) -> Objective:
+    torch.manual_seed(seed)  # dropout and gates
+    return step_losses(
+        model,
+        options.get("images", crops()),
+        options.get("image_labels", torch.tensor([[1, 0], [1, 1]])),
+        config=config,
+        normalise=PLAIN,
+        generator=step_generator(seed),
+        max_classes=2,
+        pretraining=pretraining,
+    )
+
+
+class TestStepLosses:
+    @pytest.mark.parametrize("pretraining", [True, False])
+    @pytest.mark.parametrize("cvlr", [True, False])
+    @pytest.mark.parametrize("scales", [[1.0], [1.0, 0.5], [0.5, 1.0, 1.0]])
+    def test_every_trainable_parameter_gets_a_gradient(self, cvlr: bool, pretraining: bool, scales: Any) -> None:
+        """Distributed training relies on it; frozen parameters get none."""
+        model = tiny_model(cvlr=cvlr).train()
+        result = losses_of(model, settings(views={"scales": scales}), pretraining=pretraining)
+        result.total.backward()  # type: ignore[no-untyped-call]
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+            assert parameter.grad is None or bool(parameter.grad.isfinite().all()), name
+
+    @pytest.mark.parametrize("pretraining", [True, False])
+    @pytest.mark.parametrize("options", [{"form": "released"}, {"num_iters": 3}, {"implementation": "reference"}])
+    def test_every_form_of_cvlr_gets_a_gradient(self, options: dict[str, Any], pretraining: bool) -> None:
+        model = tiny_model(**options).train()
+        losses_of(model, settings(), pretraining=pretraining).total.backward()  # type: ignore[no-untyped-call]
+        assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+    @pytest.mark.parametrize("pretraining", [True, False])
+    def test_weights_of_zero_keep_every_gradient(self, pretraining: bool) -> None:
+        model = tiny_model().train()
+        config = settings(weights={"segmentation": 0, "consistency": 0, "auxiliary": 0})
+        losses_of(model, config, pretraining=pretraining).total.backward()  # type: ignore[no-untyped-call]
+        assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+    def test_a_batch_without_any_usable_pseudo_label_is_finite(self) -> None:
+        model = tiny_model().train()
+        config = settings(calibration={"floor": 1.0})
+        result = losses_of(model, config, pretraining=False)
+        assert result.parts["segmentation"].item() == 0
+        result.total.backward()  # type: ignore[no-untyped-call]
+        assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+    def test_images_without_classes(self) -> None:
+        result = losses_of(tiny_model().train(), settings(), pretraining=False, image_labels=torch.zeros(2, 2))
+        assert result.parts["mask_consistency"].item() == 0
+        assert bool(result.total.isfinite())
+
+    def test_segmentation_starts_after_pretraining(self) -> None:
+        model = tiny_model().train()
+        before, after = (losses_of(model, settings(), pretraining=flag).parts for flag in (True, False))
+        assert set(after) - set(before) == {"segmentation"}
+        assert after["segmentation"].item() > 0
+        for name, value in before.items():
+            assert after[name].item() == value.item()
+
+    def test_the_seeds_decide(self) -> None:
+        model = tiny_model().train()
+        first, again, other = (
+            losses_of(model, settings(), pretraining=False, seed=seed).total.item() for seed in (0, 0, 1)
+        )
+        assert first == again
+        assert first != other
+
+    def test_memory_format_does_not_matter(self) -> None:
+        model = tiny_model().eval()  # the order in which dropout draws does depend on it
+        formats = (torch.contiguous_format, torch.channels_last)
+        first, second = (
+            losses_of(model, settings(), pretraining=False, images=crops().contiguous(memory_format=form))
+            for form in formats
+        )
+        for name, value in first.parts.items():
+            assert second.parts[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
+
+    @pytest.mark.parametrize("cvlr", [True, False])
+    def test_autocast(self, cvlr: bool) -> None:
+        """Losses come out in float32, near those of full precision, and reach every parameter."""
+        model = tiny_model(cvlr=cvlr).train()
+        plain = losses_of(model, settings(), pretraining=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = losses_of(model, settings(), pretraining=True)
+            labelled = losses_of(model, settings(), pretraining=False)
+        assert low.total.dtype == torch.float32
+        for name, value in plain.parts.items():
+            assert low.parts[name].item() == pytest.approx(value.item(), rel=0.05, abs=0.02)
+        labelled.total.backward()  # type: ignore[no-untyped-call]
+        assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
