@@ -87,7 +87,8 @@ def _update_dictionary(features: Tensor, codes: Tensor) -> Tensor:
 
 
 def _update_codes(features: Tensor, dictionary: Tensor, temperature: float) -> Tensor:
-    directions = dictionary / dictionary.norm(dim=1, keepdim=True).clamp_min(NORM_FLOOR)
+    norm: Tensor = dictionary.norm(dim=1, keepdim=True)
+    directions = dictionary / norm.clamp_min(NORM_FLOOR)
     return (directions.transpose(1, 2) @ features / temperature).softmax(dim=1)  # (N, k, P)
 
 
@@ -95,7 +96,7 @@ class _Recompute(torch.autograd.Function):
     """Algorithm 1 with a backward pass that recomputes the codes of each iteration from its dictionary."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, features: Tensor, codes: Tensor, num_iters: int, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         dictionaries = []
@@ -133,7 +134,7 @@ def _backward_codes(
     features: Tensor, dictionary: Tensor, codes: Tensor, grad: Tensor, temperature: float, grad_features: Tensor
 ) -> Tensor:
     """Back through line 3; adds to `grad_features` in place and returns the gradient of the dictionary (N, d, k)."""
-    norm = dictionary.norm(dim=1, keepdim=True)
+    norm: Tensor = dictionary.norm(dim=1, keepdim=True)
     safe = norm.clamp_min(NORM_FLOOR)
     directions = dictionary / safe
     weighted = codes * grad
@@ -260,7 +261,8 @@ def _linear(layer: nn.Linear, positions: Tensor) -> Tensor:
 
 
 def _unit(vectors: Tensor, eps: float) -> Tensor:
-    return vectors / (eps + vectors.norm(dim=1, keepdim=True))
+    norm: Tensor = vectors.norm(dim=1, keepdim=True)
+    return vectors / (eps + norm)
 
 
 def _check_arguments(features: Tensor, codes: Tensor, num_iters: int, temperature: float, implementation: str) -> None:

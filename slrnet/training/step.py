@@ -80,7 +80,8 @@ def make_views(
 
 def align(outputs: Outputs, views: Sequence[View]) -> AlignedOutputs:
     """Un-warps all maps to the frame of the crop, at the size of the largest view's maps."""
-    size = max((tuple(maps.shape[-2:]) for maps in outputs.logits), key=lambda pair: pair[0] * pair[1])
+    sizes = [(maps.shape[-2], maps.shape[-1]) for maps in outputs.logits]
+    size = max(sizes, key=lambda pair: pair[0] * pair[1])
 
     def invert(maps: list[Tensor]) -> list[Tensor]:
         return [invert_view(view_maps, view, size=size) for view_maps, view in zip(maps, views, strict=bool(maps))]
@@ -111,10 +112,10 @@ def calibrate_views(
         config: of the calibration.
         max_classes: largest number of classes of an image in the batch.
     """
-    size = tuple(-(-side // config.refine_stride) for side in images.shape[-2:])
+    height, width = (-(-side // config.refine_stride) for side in images.shape[-2:])
     return calibrate(
         logits,
-        resize(images, size),
+        resize(images, (height, width)),
         image_labels,
         max_classes=max_classes,
         fusion=config.fusion,

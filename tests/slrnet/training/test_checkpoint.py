@@ -247,7 +247,7 @@ def test_classes_that_differ_are_refused_with_both_lists() -> None:
     with pytest.raises(CheckpointError) as caught:
         check_classes(state(1), ("background", "cat", "dog"), data="shards")
     assert str(caught.value).startswith(
-        "the checkpoint knows 2 classes (background, cat), the data in shards has 3 (background, cat, dog); use the data"
+        "the checkpoint knows 2 classes (background, cat), the data in shards has 3 (background, cat, dog); use"
     )
     with pytest.raises(CheckpointError):  # the order counts: the place is the id
         check_classes(state(1), ("cat", "background"), data="shards")

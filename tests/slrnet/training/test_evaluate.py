@@ -183,7 +183,7 @@ class TestGate:
         striped = sample([GREEN, BLUE], [1, 2], labels=(1.0, 0.0))
         config = apply_overrides(CONFIG, ["evaluation.gating=image_labels"])
         quality = evaluate([striped], config=config)
-        # Without class 2 its stripe is background, but for the row between the stripes that is blue by a shade only.
+        # The image is said to have no class 2, so its stripe becomes background.
         assert quality.matrix.counts[2].tolist() == [1536, 0, 0, 0]
         assert quality.protocol == "ss+gated_by_image_labels"
         scored = evaluate(

@@ -1,0 +1,299 @@
+"""No setting without effect: each field of `Config` is changed, and the part of the run that it rules must change.
+
+`CHANGES` has an entry for every field; a new field without one fails here. An entry names another value and what must
+become different: the trained weights, what is measured, what is logged, the network's size and so on. Where numbers
+are not supposed to change (`cvlr.implementation`), the autograd graph must.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from slrnet.config import Config, ConfigError, apply_overrides
+from slrnet.data.manifest import DataError, ShardSet, load_dataset
+from slrnet.models.slrnet import build_model
+from slrnet.training import ray_loop
+from slrnet.training.distributed import Ranks
+from slrnet.training.ray_loop import LaunchOptions, launch
+from slrnet.training.tracking import NullTracker, RunHandle
+from slrnet.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Change:
+    """Another value of a field, what must differ then, and settings under which the field matters."""
+
+    value: Any
+    differs: str
+    given: tuple[str, ...] = ()
+
+
+change_weights = partial(Change, differs="weights")
+change_size = partial(Change, differs="number of weights")
+change_pseudo_masks = partial(Change, differs="pseudo masks", given=("evaluation.pseudo_mask_images=3",))
+GATED = ("evaluation.gating=scores", "evaluation.gating_threshold=0.0")
+
+CHANGES: dict[str, Change] = {
+    "recipe": Change("other", "run"),
+    "setting": Change("full", "refused"),
+    "data.path": Change("/nowhere", "refused"),
+    "data.train_split": change_weights("val"),
+    "data.val_split": Change("train", "validation"),
+    "data.crop_size": change_weights(80),
+    "data.crop_scale": change_weights([0.3, 0.4]),
+    "data.flip": change_weights(1.0, given=("data.flip=0.0",)),
+    "data.shuffle_buffer": change_weights(1),
+    "data.workers": Change(50, "refused"),
+    "data.on_error": Change("skip", "damage"),
+    "views.scales": change_weights([1.0, 0.75]),
+    "views.flip": change_weights(False),
+    "views.own_colour": change_weights(False),
+    "views.brightness": change_weights(0.0),
+    "views.contrast": change_weights(0.0),
+    "views.saturation": change_weights(0.0),
+    "views.hue": change_weights(0.0),
+    "cvlr.enabled": change_size(False),
+    "cvlr.form": change_weights("released"),
+    "cvlr.dim": change_size(9),
+    "cvlr.num_iters": change_weights(2),
+    "cvlr.temperature": change_weights(0.5),
+    "cvlr.implementation": Change("reference", "graph"),
+    "model.encoder": change_size("timm:test_resnet"),
+    "model.encoder_weights": Change("auto", "first weights", given=("model.encoder=efficientnet_lite0",)),
+    "model.output_stride": change_weights(8),
+    "model.frozen_stages": Change(2, "trained weights"),
+    "model.freeze_batch_norm": Change(False, "trained weights"),
+    "model.decoder_dim": change_size(9),
+    "model.skip_dim": change_size(5),
+    "model.aspp_dilations": change_weights([2, 3, 4]),
+    "model.gate_rate": change_weights(0.6),
+    "model.focal_power": change_weights(1.0),
+    "model.focal_floor": change_weights(0.1),
+    "calibration.fusion": change_weights("probs"),
+    "calibration.refine_iters": change_weights(0),
+    "calibration.refine_dilations": change_weights([3, 4]),
+    "calibration.refine_stride": change_weights(1),
+    "calibration.confidence_threshold": change_weights(0.7),
+    "calibration.background_threshold": change_weights(0.7),
+    "calibration.floor": change_weights(0.5),
+    "losses.mask_consistency": change_weights("probs"),
+    "losses.code_consistency": change_weights("maximum"),
+    "weights.segmentation": change_weights(0.0),
+    "weights.classification": change_weights(0.5),
+    "weights.consistency": change_weights(1.0),
+    "weights.auxiliary": change_weights(0.0),
+    "optim.lr": change_weights(0.02),
+    "optim.reference_batch_size": change_weights(8),
+    "optim.new_lr_factor": change_weights(5.0),
+    "optim.bias_lr_factor": change_weights(1.0),
+    "optim.momentum": change_weights(0.5),
+    "optim.weight_decay": change_weights(0.0),
+    "train.epochs": Change(3, "checkpoints"),
+    "train.pretrain_epochs": change_weights(0),
+    "train.batch_size": change_weights(3),
+    "train.accumulation": change_weights(2),
+    "train.precision": change_weights("bf16"),
+    "train.seed": change_weights(1),
+    "train.log_every": Change(2, "logged losses"),
+    "evaluation.every": Change(1, "logged figures"),
+    "evaluation.pseudo_mask_images": Change(3, "pseudo masks"),
+    "evaluation.panel_images": Change(1, "pictures", given=("evaluation.pseudo_mask_images=2",)),
+    "evaluation.scale": Change(0.5, "validation"),
+    "evaluation.gating": Change("image_labels", "validation"),
+    "evaluation.gating_threshold": Change(1.0, "validation", given=GATED),
+    "evaluation.gating_top": Change(1, "validation", given=GATED),
+    "evaluation.background_power": Change(4.0, "validation"),
+    "tracking.uri": Change("sqlite:////elsewhere.db", "run"),
+    "tracking.experiment": Change("other", "run"),
+}
+
+MEASURED_TOO = [key for key in CHANGES if key.startswith("calibration.")]
+"""Fields that rule the training's pseudo labels and the measured ones alike."""
+
+
+def field_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """All fields with a value, through all sections."""
+    for name, field in model.model_fields.items():
+        section = field.annotation
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            yield from field_names(section, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def override(config: Config, key: str, value: Any) -> Config:
+    return apply_overrides(config, [f"{key}={value if isinstance(value, str) else json.dumps(value)}"])
+
+
+Observe = Callable[[Config], Mapping[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def data(write_tiny: Callable[..., ShardSet], tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    """Three training images, so that an epoch is one step."""
+    return write_tiny(tmp_path_factory.mktemp("fields") / "shards", num_train=3, num_val=2, shards=2)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_config: Config, data: ShardSet) -> Config:
+    """Two steps, the first one of pretraining; measured at the end, without pseudo masks."""
+    changes = [f"data.path={data.folder}", "data.shuffle_buffer=100", "train.batch_size=2", "evaluation.every=5"]
+    return apply_overrides(tiny_config, [*changes, "evaluation.pseudo_mask_images=0", "evaluation.panel_images=0"])
+
+
+class Log(NullTracker):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.pictures: list[tuple[str, int]] = []
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self.points.append((step, dict(metrics)))
+
+    def log_image(self, key: str, image: Any, step: int) -> None:
+        self.pictures.append((key, step))
+
+    def steps(self, key: str) -> list[int]:
+        return [step for step, values in self.points if key in values]
+
+
+@pytest.fixture(scope="module")
+def observe(data: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Observe:
+    """Trains and says what came of it; the same configuration is trained once."""
+    known: dict[Config, Mapping[str, Any]] = {}
+
+    def run(config: Config) -> Mapping[str, Any]:
+        if config not in known:
+            known[config] = _observe(config, data, tmp_path_factory.mktemp("run"))
+        return known[config]
+
+    return run
+
+
+def _observe(config: Config, data: ShardSet, folder: Path) -> Mapping[str, Any]:
+    log = Log()
+    trainer = Trainer(config, data, ranks=Ranks(), folder=folder, tracker=log)
+    nn.init.constant_(trainer.model.mask_head.classify.bias, 1.2)  # some background, some objects
+    first = _digest(trainer)
+    trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    figures: dict[str, float] = {}
+    trainer.fit(report=figures.update)
+    return {
+        "first weights": first,
+        "weights": _digest(trainer),
+        "number of weights": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "trained weights": trainable,
+        "validation": {name: value for name, value in figures.items() if name.startswith("val/iou/")},
+        "pseudo masks": {name: value for name, value in figures.items() if name.startswith("pseudo_mask/")},
+        "logged losses": log.steps("train/loss"),
+        "logged figures": [step for step, values in log.points if any(key.startswith("val/") for key in values)],
+        "pictures": log.pictures,
+        "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+        "segmentation": figures.get("train/epoch_loss_segmentation", 0.0),
+    }
+
+
+def _digest(trainer: Trainer) -> str:
+    digest = hashlib.sha256()
+    for tensor in trainer.model.state_dict().values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_every_field_has_an_entry_and_every_entry_a_field() -> None:
+    assert sorted(CHANGES) == sorted(field_names(Config))
+
+
+def test_every_entry_changes_the_value(base: Config) -> None:
+    for key, change in CHANGES.items():
+        before = apply_overrides(base, change.given).flat()[key]
+        assert before != change.value, key
+
+
+@pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "refused"])
+def test_refused(key: str, base: Config, tmp_path: Path) -> None:
+    launch_here = partial(launch, options=LaunchOptions(name="run", storage=tmp_path, num_workers=0))
+    with pytest.raises((ConfigError, DataError, ValueError), match=str(CHANGES[key].value)):
+        launch_here(override(base, key, CHANGES[key].value))
+    assert not (tmp_path / "run").exists()
+
+
+SPECIAL = ("refused", "run", "graph", "damage")
+OBSERVED = [key for key, change in CHANGES.items() if change.differs not in SPECIAL]
+
+
+@pytest.mark.parametrize("key", OBSERVED)
+def test_changes_the_run(key: str, base: Config, observe: Observe) -> None:
+    change = CHANGES[key]
+    config = apply_overrides(base, change.given)
+    before, after = observe(config), observe(override(config, key, change.value))
+    assert before["segmentation"] > 0  # else nothing that goes into pseudo labels could show
+    assert before[change.differs] != after[change.differs]
+
+
+@pytest.mark.parametrize("key", MEASURED_TOO)
+def test_changes_the_measured_pseudo_masks(key: str, base: Config, observe: Observe) -> None:
+    config = apply_overrides(base, ["evaluation.pseudo_mask_images=3"])
+    before, after = observe(config), observe(override(config, key, CHANGES[key].value))
+    assert before["pseudo masks"] != after["pseudo masks"]
+
+
+@pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "run"])
+def test_changes_the_record_of_the_run(key: str, base: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `launch` asks of the tracking store; the training itself is left out."""
+    asked: list[Any] = []
+
+    def create_run(uri: str, experiment: str, name: str, *, tags: Mapping[str, str], **_: Any) -> RunHandle:
+        asked.append((uri, experiment, name, {tag: value for tag, value in tags.items() if "folder" not in tag}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray_loop, "resolve_uri", lambda uri, storage: uri)
+    monkeypatch.setattr(ray_loop, "create_run", create_run)
+    for index, config in enumerate((base, override(base, key, CHANGES[key].value))):
+        with pytest.raises(KeyboardInterrupt):
+            launch(config, LaunchOptions(name="run", storage=tmp_path / str(index), num_workers=0))
+    assert asked[0] != asked[1]
+    assert CHANGES[key].value in str(asked[1])
+
+
+@pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "graph"])
+def test_changes_the_autograd_graph(key: str, base: Config) -> None:
+    def nodes(config: Config) -> set[str]:
+        model = build_model(config.model, config.cvlr, num_classes=4)
+        start = model([torch.zeros(1, 3, 32, 32)]).codes[0].grad_fn
+        found, waiting = set(), [start]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in found:
+                found.add(node)
+                waiting += [parent for parent, _ in node.next_functions]
+        return {node.name() for node in found}
+
+    assert nodes(base) != nodes(override(base, key, CHANGES[key].value))
+
+
+@pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "damage"])
+def test_changes_what_damage_does(key: str, base: Config, data: ShardSet, tmp_path: Path) -> None:
+    shutil.copytree(data.folder, tmp_path / "damaged")
+    entry = data.split("val").shards[0]
+    with (tmp_path / "damaged" / entry.name).open("r+b") as file:
+        file.seek(int(entry.offsets[0]) + 512)
+        file.write(b"\0" * 600)
+    damaged = load_dataset(tmp_path / "damaged")
+    with pytest.raises(DataError, match=entry.name):
+        _observe(base, damaged, tmp_path / "stopped")
+    assert _observe(override(base, key, CHANGES[key].value), damaged, tmp_path / "skipped")["validation"]

@@ -1,0 +1,101 @@
+"""The proof that nothing leaks: with image labels alone, weights do not depend on any mask, to the bit."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from torch import Tensor, nn
+
+from data_prep.shard_writer import Sample
+from slrnet.config import Config, apply_overrides
+from slrnet.data.manifest import ShardSet
+from slrnet.data.shards import EvalLoader
+from slrnet.training.trainer import Trainer
+
+Digest = Callable[[nn.Module | Mapping[str, Tensor]], str]
+StartTrainer = Callable[..., Trainer]
+WriteTiny = Callable[..., ShardSet]
+
+
+def noise(sample: Sample, png: bytes) -> bytes:
+    """A mask of the same size whose pixels are random ids."""
+    rng = np.random.default_rng(zlib.crc32(sample.key.encode()))
+    ids = rng.choice(np.array([0, 1, 2, 3, 255], dtype=np.uint8), (sample.height, sample.width))
+    file = io.BytesIO()
+    Image.fromarray(ids).save(file, "PNG")
+    return file.getvalue()
+
+
+def only(split: str, mask_bytes: Callable[[Sample, bytes], bytes]) -> Callable[[Sample, bytes], bytes]:
+    """Replaces the masks of one split."""
+    return lambda sample, png: mask_bytes(sample, png) if sample.split == split else png
+
+
+def weights(trainer: Trainer, digest: Digest) -> tuple[str, dict[str, float]]:
+    """Trains; the weights' digest and the last epoch's figures."""
+    figures: dict[str, float] = {}
+    trainer.fit(report=figures.update)
+    return digest(trainer.model), figures
+
+
+def masks(shards: ShardSet, split: str) -> dict[str, Tensor | None]:
+    return {sample.key: sample.pixel_labels for sample in EvalLoader(shards, split=split)}
+
+
+@pytest.fixture(scope="module")
+def noisy_train(write_tiny: WriteTiny, tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return write_tiny(tmp_path_factory.mktemp("leak") / "noisy-train", mask_bytes=only("train", noise))
+
+
+@pytest.fixture
+def config(tiny_config: Config) -> Config:
+    return apply_overrides(tiny_config, ["train.epochs=3", "evaluation.panel_images=0"])
+
+
+def test_only_the_masks_differ(tiny_data: ShardSet, noisy_train: ShardSet) -> None:
+    true, noisy = masks(tiny_data, "train"), masks(noisy_train, "train")
+    assert true.keys() == noisy.keys()
+    for key in true:
+        assert not true[key].equal(noisy[key])  # type: ignore[union-attr,arg-type]
+    for one, other in zip(EvalLoader(tiny_data, split="train"), EvalLoader(noisy_train, split="train"), strict=True):
+        assert one.image.equal(other.image)
+        assert one.image_labels.equal(other.image_labels)
+
+
+def test_training_masks_of_noise_change_no_weight(
+    config: Config, tiny_data: ShardSet, noisy_train: ShardSet, start_trainer: StartTrainer, digest: Digest
+) -> None:
+    true, figures = weights(start_trainer(config, shards=tiny_data), digest)
+    noisy, noisy_figures = weights(start_trainer(config, shards=noisy_train), digest)
+    assert noisy == true
+    # The comparison would see a leak: what is measured against the masks does change, and so do the weights of a
+    # training on other image labels or another seed (test_trainer).
+    assert noisy_figures["pseudo_mask/miou"] != figures["pseudo_mask/miou"]
+    assert noisy_figures["val/miou_ss"] == figures["val/miou_ss"]
+    assert figures["train/epoch_loss_segmentation"] > 0
+
+
+def test_training_masks_are_not_even_opened_where_nothing_is_measured(
+    config: Config, write_tiny: WriteTiny, start_trainer: StartTrainer, digest: Digest, tmp_path: Path
+) -> None:
+    config = apply_overrides(config, ["evaluation.pseudo_mask_images=0"])
+    broken = write_tiny(tmp_path / "broken", mask_bytes=only("train", lambda sample, png: b"no PNG at all"))
+    true, _ = weights(start_trainer(config), digest)
+    assert weights(start_trainer(config, shards=broken), digest)[0] == true
+
+
+def test_validation_masks_of_noise_change_no_weight(
+    config: Config, write_tiny: WriteTiny, start_trainer: StartTrainer, digest: Digest, tmp_path: Path
+) -> None:
+    noisy_val = write_tiny(tmp_path / "noisy-val", mask_bytes=only("val", noise))
+    true, figures = weights(start_trainer(config), digest)
+    noisy, noisy_figures = weights(start_trainer(config, shards=noisy_val), digest)
+    assert noisy == true
+    assert noisy_figures["val/miou_ss"] != figures["val/miou_ss"]
+    assert noisy_figures["pseudo_mask/miou"] == figures["pseudo_mask/miou"]
