@@ -55,8 +55,8 @@ def build_config(options: argparse.Namespace, storage: Path) -> Config:
     else:
         config = load_config(options.config) if options.config else get_recipe(options.recipe or "demo")
     data = options.data or config.data.path or demo_data(storage)
-    config = apply_overrides(config, [f"data.path={Path(data).expanduser().resolve()}", *options.set])
-    return apply_overrides(config, [f"tracking.uri={options.tracking_uri}"] if options.tracking_uri else [])
+    tracking = [f"tracking.uri={options.tracking_uri}"] if options.tracking_uri else []
+    return apply_overrides(config, [f"data.path={Path(data).expanduser().resolve()}", *options.set, *tracking])
 
 
 def demo_data(storage: Path) -> str:
@@ -64,10 +64,9 @@ def demo_data(storage: Path) -> str:
 
     hint = "Real data: ray_jobs/train.py --recipe voc_wsss --data SHARDS, with shards from data_prep/voc.py."
     print(f"No --data given: training on the embedded, synthetic demo data. {hint}", flush=True)
-    shards = storage / "demo_data"
-    if not shards.exists():
-        build_demo(shards)
-    return str(shards)
+    if not (storage / "demo_data").exists():
+        build_demo(storage / "demo_data")
+    return str(storage / "demo_data")
 
 
 def main() -> int:

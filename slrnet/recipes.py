@@ -75,6 +75,7 @@ def demo() -> Config:
 
 
 RECIPES: dict[str, Callable[[], Config]] = {recipe.__name__: recipe for recipe in (voc_wsss, voc_wsss_lite, demo)}
+"""All recipes by name."""
 
 
 def get_recipe(name: str) -> Config:

@@ -58,7 +58,9 @@ MANIFEST_VERSION = 1
 """Version of the two files' format; a folder of another version is refused."""
 
 DATASET_FILE = "dataset.json"
+"""File that says what a data set is."""
 MANIFEST_FILE = "manifest.parquet"
+"""File with a row per sample."""
 
 SCHEMA = pa.schema(
     [
@@ -159,12 +161,14 @@ class SplitView:
         codes = names.indices.to_numpy()
         firsts = np.flatnonzero(np.diff(codes, prepend=-1))
         lasts = np.append(firsts[1:], len(codes))
+        offsets, sizes = _numpy(self.table, "offset"), _numpy(self.table, "bytes")
+        texts = names.dictionary.to_pylist()
         return tuple(
-            self._shard(names.dictionary[int(codes[first])].as_py(), int(first), int(last))
+            self._shard(texts[codes[first]], first=int(first), offsets=offsets[first:last], sizes=sizes[first:last])
             for first, last in zip(firsts, lasts, strict=True)
         )
 
-    @property
+    @cached_property
     def keys(self) -> pa.StringArray:
         """Keys of all samples as an arrow array; `key(i)` gives one as text."""
         return _array(self.table, "key")
@@ -235,14 +239,16 @@ class SplitView:
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
         return starts, pc.list_flatten(column).to_numpy().astype(np.int64)
 
-    def _shard(self, name: str, first: int, last: int) -> ShardEntry:
+    def _shard(
+        self, name: str, *, first: int, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+    ) -> ShardEntry:
         return ShardEntry(
             name=name,
             path=self.folder / name,
-            num_samples=last - first,
+            num_samples=len(offsets),
             first=first,
-            offsets=_numpy(self.table, "offset")[first:last],
-            sizes=_numpy(self.table, "bytes")[first:last],
+            offsets=offsets,
+            sizes=sizes,
         )
 
 

@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import random
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -47,6 +50,9 @@ _logger = logging.getLogger(__name__)
 
 _RECENT = 32
 """Good samples that a reader keeps as stand-ins for damaged ones."""
+
+_WATCH_EVERY = 5.0
+"""Seconds between two looks of a reader at whether the training process still lives."""
 
 _PRELOAD = ["torch", "torchvision", "webdataset", "pyarrow", "slrnet.data.shards"]
 """What the fork server imports once, so that readers start with it."""
@@ -329,6 +335,7 @@ class _ReaderPool(Generic[Payload]):
             multiprocessing_context=context,
             persistent_workers=self._workers > 0,
             pin_memory=self._pin_memory,
+            worker_init_fn=partial(_end_with, os.getpid()),
             # Its own generator: torch would else draw its workers' base seed from the global one.
             generator=torch.Generator(),
         )
@@ -565,3 +572,17 @@ def _check_shards(view: SplitView, *, world_size: int, readers: int, workers: in
         f"split {view.name!r} has {there} shards, fewer than its {needed} readers ({world_size} ranks x {readers}); "
         f"{fewer}make the data set anew with at least {needed} shards: --samples-per-shard {per_shard}"
     )
+
+
+def _end_with(parent: int, worker: int) -> None:
+    """Ends this reader once the training process is gone: torch looks at its parent only, which is the fork server."""
+
+    def watch() -> None:
+        while True:
+            time.sleep(_WATCH_EVERY)
+            try:
+                os.kill(parent, 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()

@@ -1,8 +1,9 @@
 """Measures masks: validation (single scale) and the pseudo masks of training images.
 
-Every figure names its protocol. `ss` is one view at scale 1, no flip, no CRF; gating by class scores or by true image
-labels is off unless asked for, and is part of the protocol's name when on. Pseudo masks are gated by image labels, as
-in the paper's Table 1: they are the refined, fused masks of all configured views, without flip and colour distortion.
+Every figure names its protocol. `ss` is one view at `evaluation.scale`, no flip, no CRF; gating by class scores or by
+true image labels is off unless asked for, and is part of the protocol's name when on. Pseudo masks are gated by image
+labels, as in the paper's Table 1: they are the refined, fused masks of all configured views, without flip and colour
+distortion.
 """
 
 from __future__ import annotations

@@ -145,6 +145,15 @@ class TestPredictSingleScale:
         torch.testing.assert_close(probs.sum(dim=1), torch.ones(1, *size))
         assert scores.tolist() == [[1.0, 1.0]]
 
+    @pytest.mark.parametrize(("scale", "expected"), [(0.5, (32, 48)), (2.0, (144, 192)), (0.1, (16, 16))])
+    def test_and_the_configured_scale(self, scale: float, expected: tuple[int, int]) -> None:
+        network = ColourNetwork()
+        config = apply_overrides(CONFIG, [f"evaluation.scale={scale}"])
+        image = sample([BLACK, GREEN, BLUE], None, size=(70, 100)).image
+        probs, _ = predict_single_scale(network, image, PLAIN, config)  # type: ignore[arg-type]
+        assert network.sizes == [expected]
+        assert probs.shape == (1, 3, 70, 100)
+
     def test_images_are_normalised(self) -> None:
         seen: list[Tensor] = []
         network = ColourNetwork()

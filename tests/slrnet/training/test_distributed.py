@@ -1,0 +1,305 @@
+"""Two gloo processes against one: gradients, counts, errors, and a whole training.
+
+This file is also the program that the two processes run; all that they do is done in one go, as starting them is what
+takes the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from slrnet.config import Config, apply_overrides, load_config
+from slrnet.data.manifest import ShardSet, load_dataset
+from slrnet.data.shards import EvalLoader
+from slrnet.training.checkpoint import load_checkpoint
+from slrnet.training.distributed import (
+    Ranks,
+    current_ranks,
+    merge_over_ranks,
+    share_buffers,
+    sum_over_ranks,
+    tune_process,
+)
+from slrnet.training.evaluate import evaluate_masks
+from slrnet.training.metrics import ConfusionMatrix
+from slrnet.training.step import step_generator, step_losses
+from slrnet.training.tracking import NullTracker
+from slrnet.training.trainer import NonFiniteLossError, Trainer
+
+WORLD = 2
+ROOT = Path(__file__).resolve().parents[3]
+# Without randomness and in evaluation mode an image's losses do not depend on the others of its batch.
+STILL = [f"views.{name}=0" for name in ("brightness", "contrast", "saturation", "hue")] + ["views.flip=false"]
+
+
+# --- what each of the two processes does ------------------------------------------------------------------------------
+
+
+class _Log(NullTracker):
+    """Names of the pictures that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pictures: list[str] = []
+
+    def log_image(self, key: str, image: Any, step: int) -> None:
+        self.pictures.append(key)
+
+
+def _process(folder: Path, rank: int) -> None:
+    store = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(minutes=5))
+    config = load_config(folder / "config.json")
+    shards = load_dataset(config.data.path)
+    ranks = current_ranks(torch.device("cpu"))
+    results = {
+        "ranks": (ranks.rank, ranks.world_size, ranks.is_main),
+        "sums": _sums(ranks),
+        "gradients": _gradients(config, shards, ranks),
+        "error": _error(config, shards, ranks, folder),
+        "training": _training(config, shards, ranks, folder),
+    }
+    torch.save(results, folder / f"rank-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _sums(ranks: Ranks) -> dict[str, Any]:
+    own = torch.tensor([1.0 + ranks.rank, 10.0])
+    matrix = _matrix(ranks.rank)
+    norm = torch.nn.BatchNorm1d(2)
+    norm.running_mean = torch.full((2,), 1.0 + ranks.rank)
+    share_buffers(norm, ranks)
+    return {
+        "sum": sum_over_ranks(own, ranks),
+        "own": own,
+        "counts": merge_over_ranks(matrix, ranks).counts,
+        "own counts": matrix.counts,
+        "mean": norm.running_mean,
+    }
+
+
+def _matrix(rank: int) -> ConfusionMatrix:
+    matrix = ConfusionMatrix(2)
+    # 2**53 + 1 is no float64: counts must be added as integers.
+    matrix.counts = torch.tensor([[2**53, 1 + rank, 0], [rank, 0, 5]])
+    return matrix
+
+
+def _gradients(config: Config, shards: ShardSet, ranks: Ranks) -> dict[str, Tensor]:
+    """Gradients of this rank's half of eight images, through the trainer's own wrapping."""
+    config = apply_overrides(config, STILL)
+    trainer = Trainer(config, shards, ranks=ranks, folder=Path("unused"), tracker=NullTracker())
+    share = slice(4 * ranks.rank, 4 * ranks.rank + 4) if ranks.world_size > 1 else slice(0, 8)
+    images, labels = _eight(shards)
+    trainer.wrapped.eval()
+    result = step_losses(
+        trainer.wrapped,
+        images[share],
+        labels[share],
+        config=config,
+        normalise=trainer.normalise,
+        generator=step_generator(3),
+        max_classes=2,
+        pretraining=False,
+    )
+    result.total.backward()
+    found = {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.grad is not None}
+    return found | {f"part {name}": part.detach() for name, part in result.parts.items()}
+
+
+def _eight(shards: ShardSet) -> tuple[Tensor, Tensor]:
+    samples = list(EvalLoader(shards, split="train"))[:8]
+    images = [torch.nn.functional.interpolate(sample.image[None].float(), size=(64, 64)) for sample in samples]
+    return torch.cat(images).round().to(torch.uint8), torch.stack([sample.image_labels for sample in samples])
+
+
+def _error(config: Config, shards: ShardSet, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Rank 1 alone gets a loss that is not finite."""
+    trainer = Trainer(config, shards, ranks=ranks, folder=folder / "error", tracker=NullTracker())
+    if ranks.rank == 1:
+        trainer.normalise = type(trainer.normalise)((0.0,) * 3, (0.0,) * 3, trainer.normalise.output_stride)
+    before = [weight.detach().clone() for weight in trainer.model.parameters()]
+    try:
+        trainer.fit(report=lambda metrics: None)
+        message = "none"
+    except NonFiniteLossError as error:
+        message = str(error)
+    same = all(old.equal(new) for old, new in zip(before, trainer.model.parameters(), strict=True))
+    return {"message": message, "weights are as before": same}
+
+
+def _training(config: Config, shards: ShardSet, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """A training of two epochs, and its resumption for a third one."""
+    log = _Log()
+    reports: list[dict[str, float]] = []
+    for epochs in (2, 3):
+        longer = apply_overrides(config, [f"train.epochs={epochs}"])
+        trainer = Trainer(longer, shards, ranks=ranks, folder=folder / "run", tracker=log)
+        resumed = trainer.resume()
+        trainer.fit(report=lambda metrics: reports.append(dict(metrics)))
+        dist.barrier()
+    return {"reports": reports, "pictures": log.pictures, "weights": trainer.model.state_dict(), "resumed": resumed}
+
+
+# --- what the test process compares -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config: Config) -> Config:
+    # Four pictures of four images: two of them are on rank 1.
+    return apply_overrides(tiny_config, ["evaluation.pseudo_mask_images=4", "evaluation.panel_images=4"])
+
+
+@pytest.fixture(scope="module")
+def folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs the two processes; their results lie in the folder."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "config.json").write_text(config.to_json())
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, str(folder)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for rank in range(WORLD)
+    ]
+    try:
+        printed = [process.communicate(timeout=400)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(printed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(WORLD)]
+
+
+def test_each_process_knows_its_place(results: list[dict[str, Any]]) -> None:
+    assert [result["ranks"] for result in results] == [(0, 2, True), (1, 2, False)]
+
+
+def test_sums_and_counts_are_those_of_all_and_the_own_ones_stay(results: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(results):
+        sums = result["sums"]
+        assert sums["sum"].tolist() == [3.0, 20.0]
+        assert sums["own"].tolist() == [1.0 + rank, 10.0]
+        assert sums["counts"].tolist() == [[2**54, 3, 0], [1, 0, 10]]
+        assert sums["own counts"].equal(_matrix(rank).counts)
+        assert sums["mean"].tolist() == [1.0, 1.0]
+
+
+def test_gradients_are_those_of_the_joined_batch(
+    results: list[dict[str, Any]], config: Config, tiny_data: ShardSet
+) -> None:
+    joined = _gradients(config, tiny_data, Ranks())
+    assert joined["part segmentation"] > 0
+    weights = [name for name in joined if not name.startswith("part ")]
+    assert len(weights) > 50
+    largest = max(float(joined[name].abs().max()) for name in weights)
+    assert largest > 0.01
+    first, second = (result["gradients"] for result in results)
+    for name in weights:
+        assert first[name].equal(second[name]), name
+        torch.testing.assert_close(first[name], joined[name], rtol=1e-5, atol=1e-6 * max(1.0, largest), msg=name)
+    for name in set(joined) - set(weights):
+        torch.testing.assert_close((first[name] + second[name]) / 2, joined[name], rtol=1e-6, atol=1e-7)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_it(results: list[dict[str, Any]]) -> None:
+    for rank, result in enumerate(results):
+        message = result["error"]["message"]
+        assert message.startswith(f"step 0: the loss is not finite on rank 1 (rank {rank} has loss ")
+        assert ("loss nan" in message) == (rank == 1)
+        assert result["error"]["weights are as before"]
+
+
+class TestTraining:
+    def test_both_end_with_the_same_weights_and_buffers(self, results: list[dict[str, Any]]) -> None:
+        first, second = (result["training"]["weights"] for result in results)
+        assert first.keys() == second.keys()
+        assert all(first[name].equal(second[name]) for name in first)
+        assert [result["training"]["resumed"] for result in results] == [True, True]
+
+    def test_both_report_the_same_figures(self, results: list[dict[str, Any]]) -> None:
+        first, second = (result["training"]["reports"] for result in results)
+        assert len(first) == 3
+        assert first == second
+        assert [report["val/images"] for report in first] == [5, 5, 5]
+        assert [report["pseudo_mask/images"] for report in first] == [4, 4, 4]
+
+    def test_what_was_measured_is_what_the_checkpoint_gives_in_one_process(
+        self, folder: Path, results: list[dict[str, Any]], config: Config, tiny_data: ShardSet, tmp_path: Path
+    ) -> None:
+        checkpoint = load_checkpoint(folder / "run" / "checkpoints" / "checkpoint-0003")
+        assert checkpoint.state.world_size == 2
+        trainer = Trainer(config, tiny_data, ranks=Ranks(), folder=tmp_path, tracker=NullTracker())
+        trainer.model.load_state_dict(checkpoint.model)
+        quality = evaluate_masks(
+            trainer.model.eval(),
+            EvalLoader(tiny_data, split="val"),
+            config=config,
+            normalise=trainer.normalise,
+            ranks=Ranks(),
+        )
+        assert results[0]["training"]["reports"][-1]["val/miou_ss"] == quality.matrix.miou()
+
+    def test_pictures_of_both_are_logged_by_the_first(self, folder: Path, results: list[dict[str, Any]]) -> None:
+        first, second = (result["training"]["pictures"] for result in results)
+        assert second == []
+        files = {path.name for path in (folder / "run" / "panels").iterdir()}
+        assert len(files) == len(first) == 4 * 3
+        assert {f"panels/{name.split('-epoch-')[0]}" for name in files} == set(first)
+
+    def test_only_the_first_writes_checkpoints(self, folder: Path) -> None:
+        state = json.loads((folder / "run" / "checkpoints" / "checkpoint-0003" / "state.json").read_text())
+        assert (state["epoch"], state["step"], state["world_size"]) == (3, 6, 2)
+
+
+class TestAlone:
+    def test_a_process_without_group_is_the_only_one(self) -> None:
+        ranks = current_ranks(torch.device("cpu"))
+        assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
+        values = torch.tensor([2.5])
+        assert sum_over_ranks(values, ranks).tolist() == [2.5]
+        assert merge_over_ranks(_matrix(0), ranks).counts.equal(_matrix(0).counts)
+
+    @pytest.mark.parametrize(
+        ("variable", "threads", "expected"), [(None, 3, [3]), (None, 0, [1]), (None, None, []), ("2", 3, [])]
+    )
+    def test_threads_are_the_share_of_the_cores_unless_the_environment_says_otherwise(
+        self, monkeypatch: pytest.MonkeyPatch, variable: str | None, threads: int | None, expected: list[int]
+    ) -> None:
+        called: list[int] = []
+        flushed: list[bool] = []
+        monkeypatch.setattr(torch, "set_num_threads", called.append)
+        monkeypatch.setattr(torch, "set_flush_denormal", flushed.append)
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        if variable is not None:
+            monkeypatch.setenv("OMP_NUM_THREADS", variable)
+        tune_process(threads)
+        assert called == expected
+        assert flushed == [True]
+
+
+if __name__ == "__main__":
+    try:
+        _process(Path(sys.argv[1]), int(sys.argv[2]))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # the other process may be waiting in a collective: do not wait for it
