@@ -12,7 +12,6 @@ from slrnet.config import (
     CalibrationConfig,
     Config,
     ConfigError,
-    CvlrConfig,
     DataConfig,
     EvaluationConfig,
     LossConfig,
@@ -45,16 +44,13 @@ def voc_wsss_lite() -> Config:
         model=ModelConfig(
             encoder="efficientnet_lite0",
             output_stride=16,
-            frozen_stages=2,
-            decoder_dim=128,
-            aspp_dilations=(3, 6, 9),
+            aspp_dilations=(6, 12, 18),
         ),
-        cvlr=CvlrConfig(dim=128),
         calibration=CalibrationConfig(refine_stride=2),
         losses=LossConfig(mask_consistency="probs"),
         optim=OptimConfig(lr=1e-3),
-        train=TrainConfig(epochs=14, pretrain_epochs=3, batch_size=8),
-        evaluation=EvaluationConfig(scale=0.75, pseudo_mask_images=100),
+        train=TrainConfig(epochs=9, pretrain_epochs=2, batch_size=8),
+        evaluation=EvaluationConfig(pseudo_mask_images=100),
     )
 
 
