@@ -321,6 +321,11 @@ def _check_run(config: Config, shards: ShardSet, world_size: int) -> None:
     batch_per_rank(config, world_size)
     train = shards.split(config.data.train_split)
     shards.split(config.data.val_split)
+    if train.num_samples < config.train.batch_size:
+        raise ValueError(
+            f"split {config.data.train_split!r} has {train.num_samples} samples, fewer than train.batch_size "
+            f"{config.train.batch_size}; use a batch of {train.num_samples} or less"
+        )
     readers = world_size * max(1, config.data.workers)
     if len(train.shards) < readers:
         raise ClusterError(
