@@ -117,13 +117,13 @@ def wait_for(address: str, token: Path, head: subprocess.Popen[bytes], log: Path
 def stop(head: subprocess.Popen[bytes]) -> None:
     """Ends all processes of the head's session: Ray gives its workers process groups of their own."""
     members = [process for process in psutil.process_iter() if session_of(process.pid) == head.pid]
-    if head.poll() is None:
-        head.terminate()  # the head ends its children in order
-        psutil.wait_procs(members, timeout=20)
+    head.terminate()  # the head ends its children in order
+    with suppress(subprocess.TimeoutExpired):
+        head.wait(timeout=20)
     for process in members:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(members, timeout=10)
+    head.wait(timeout=10)
 
 
 def session_of(pid: int) -> int:
