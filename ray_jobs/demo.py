@@ -26,7 +26,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"
-START_LIMIT = 90.0
+START_LIMIT = 180.0
 """Seconds that the cluster may take to answer."""
 
 
@@ -100,13 +100,17 @@ def run(command: list[str], environment: dict[str, str]) -> int:
 
 
 def wait_for(address: str, token: Path, head: subprocess.Popen[bytes], log: Path) -> None:
+    """Waits until the cluster takes jobs: the server answers before the agent that starts them is there."""
+    secret = token.read_text(encoding="utf-8")
     request = urllib.request.Request(
-        f"{address}/api/version", headers={"Authorization": f"Bearer {token.read_text(encoding='utf-8')}"}
+        f"{address}/api/jobs/",
+        data=b'{"entrypoint": "true"}',
+        headers={"Authorization": f"Bearer {secret}", "Content-Type": "application/json"},
     )
     deadline = time.monotonic() + START_LIMIT
     while time.monotonic() < deadline and head.poll() is None:
         try:
-            with urllib.request.urlopen(request, timeout=2) as answer:
+            with urllib.request.urlopen(request, timeout=30) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError):

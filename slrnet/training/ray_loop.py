@@ -268,7 +268,7 @@ def _on_worker(arguments: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
     tune_process(arguments["cpus"])
     device = get_device()
     assert isinstance(device, torch.device)
