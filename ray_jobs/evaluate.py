@@ -56,7 +56,7 @@ def main() -> int:
         return 1 if isinstance(error, TrainingError) else 2
     print(quality_table(result["metrics"], tuple(result["classes"])))
     print(
-        f"protocol {result['protocol']} at scale {result['scale']:g}, {result['images']} images of split "
+        f"protocol {result['protocol']}, {result['images']} images of split "
         f"{result['split']}, checkpoint {result['checkpoint']} (epoch {result['epoch']}); "
         f"written to {out / run.name / 'evaluation.json'}"
     )

@@ -121,8 +121,16 @@ class CvlrConfig(_Section):
     """T, the number of alternating updates."""
     temperature: PositiveFloat = 1.0
     """tau of the codes' softmax."""
+    centered: bool = False
+    """Factorise the features less their mean over all positions of all views; off: as they are (Algorithm 1)."""
     implementation: Literal["auto", "reference", "recompute"] = "auto"
     """How the factorisation and its gradient are computed; the numbers are the same."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.centered and self.form != "paper":
+            raise ValueError(f"centered goes with form 'paper', not {self.form!r}; set one of the two")
+        return self
 
 
 class ModelConfig(_Section):
@@ -144,6 +152,8 @@ class ModelConfig(_Section):
     """Channels of the shallow features after the skip projection."""
     aspp_dilations: tuple[PositiveInt, PositiveInt, PositiveInt] = (12, 24, 36)
     """Dilations of the three 3x3 branches of the ASPP, in pixels of the deepest features."""
+    dropout: Annotated[float, Field(strict=True, ge=0.0, lt=1.0)] = 0.5
+    """Probability of dropout after the ASPP and in the heads (a fifth of it before the mask classifier)."""
     gate_rate: Annotated[float, Field(strict=True, ge=0.0, lt=1.0)] = 0.3
     """Share of shallow features that the stochastic gate mixes in."""
     focal_power: NonNegativeFloat = 3.0

@@ -12,12 +12,14 @@ from slrnet.config import (
     CalibrationConfig,
     Config,
     ConfigError,
+    CvlrConfig,
     DataConfig,
     EvaluationConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    WeightsConfig,
 )
 
 __all__ = ["RECIPES", "demo", "get_recipe", "voc_wsss", "voc_wsss_lite"]
@@ -40,16 +42,19 @@ def voc_wsss_lite() -> Config:
     """
     return Config(
         recipe="voc_wsss_lite",
-        data=DataConfig(crop_size=192, workers=1),
+        data=DataConfig(crop_size=192, crop_scale=(0.4, 1.0), workers=1),
         model=ModelConfig(
             encoder="efficientnet_lite0",
             output_stride=16,
             aspp_dilations=(6, 12, 18),
+            dropout=0.2,
         ),
-        calibration=CalibrationConfig(refine_stride=2),
+        cvlr=CvlrConfig(centered=True),
+        calibration=CalibrationConfig(refine_stride=2, confidence_threshold=0.5, background_threshold=0.5),
         losses=LossConfig(mask_consistency="probs"),
+        weights=WeightsConfig(consistency=1.0, auxiliary=0.1),
         optim=OptimConfig(lr=1e-3),
-        train=TrainConfig(epochs=9, pretrain_epochs=2, batch_size=8),
+        train=TrainConfig(epochs=12, pretrain_epochs=2, batch_size=8),
         evaluation=EvaluationConfig(pseudo_mask_images=100),
     )
 

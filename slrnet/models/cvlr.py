@@ -173,10 +173,15 @@ class CrossViewLowRank(nn.Module):
         num_iters: T >= 1.
         temperature: tau > 0.
         form: `paper`, or `released` for the arithmetic of the published checkpoints.
+        centered: factorise the features less their mean over all positions of all views. Features after a ReLU share
+            a large mean; weighted means of them are then all but the same vector, the codes are uniform, and the
+            reconstruction adds the same vector to every position. Paper form only.
         implementation: see `factorize`; the released form has one implementation only.
 
+    The output projection starts at zero, so the module starts as the identity.
+
     Raises:
-        ValueError: an unknown form or implementation, num_iters < 1, or temperature <= 0.
+        ValueError: an unknown form or implementation, num_iters < 1, temperature <= 0, or a centered released form.
     """
 
     def __init__(
@@ -187,17 +192,24 @@ class CrossViewLowRank(nn.Module):
         num_iters: int = 1,
         temperature: float = 1.0,
         form: Form = "paper",
+        centered: bool = False,
         implementation: Implementation = "auto",
     ) -> None:
         super().__init__()
         if form not in FORMS:
             raise ValueError(f"form is {form!r}; allowed are {', '.join(FORMS)}")
+        if centered and form != "paper":
+            raise ValueError(f"centered goes with form 'paper', not {form!r}; set one of the two")
         _check_settings(num_iters, temperature, implementation)
         self.project_in = nn.Linear(channels, dim)
         self.project_out = nn.Linear(dim, channels)
+        nn.init.orthogonal_(self.project_in.weight)
+        for start in (self.project_in.bias, self.project_out.weight, self.project_out.bias):
+            nn.init.zeros_(start)
         self.num_iters = num_iters
         self.temperature = temperature
         self.form = form
+        self.centered = centered
         self.implementation = implementation
 
     def forward(self, features: Sequence[Tensor], logits: Sequence[Tensor]) -> LowRankViews:
@@ -230,8 +242,9 @@ class CrossViewLowRank(nn.Module):
 
     def _paper(self, positions: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         first = torch.cat([view.flatten(2) for view in logits], dim=2).softmax(dim=1)  # (N, k, P)
+        varying = positions - positions.mean(dim=2, keepdim=True) if self.centered else positions
         dictionary, codes, reconstruction = factorize(
-            _linear(self.project_in, positions),
+            _linear(self.project_in, varying),
             first,
             num_iters=self.num_iters,
             temperature=self.temperature,

@@ -143,12 +143,13 @@ class MaskHead(nn.Module):
     Args:
         dim: channels of the features.
         num_classes: K with the background.
+        dropout: probability after the first convolution; a fifth of it after the second.
     """
 
-    def __init__(self, dim: int, *, num_classes: int) -> None:
+    def __init__(self, dim: int, *, num_classes: int, dropout: float = 0.5) -> None:
         super().__init__()
         self.convs = nn.Sequential(
-            conv_norm_relu(dim, dim, 3), nn.Dropout(0.5), conv_norm_relu(dim, dim, 3), nn.Dropout(0.1)
+            conv_norm_relu(dim, dim, 3), nn.Dropout(dropout), conv_norm_relu(dim, dim, 3), nn.Dropout(dropout / 5)
         )
         self.classify = nn.Conv2d(dim, num_classes - 1, 1)
 

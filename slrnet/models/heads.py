@@ -21,12 +21,13 @@ class AuxiliaryHead(nn.Module):
     Args:
         dim: channels of the features.
         num_classes: K with the background.
+        dropout: probability before the classifier.
     """
 
-    def __init__(self, dim: int, *, num_classes: int) -> None:
+    def __init__(self, dim: int, *, num_classes: int, dropout: float = 0.5) -> None:
         super().__init__()
         self.conv = conv_norm_relu(dim, dim, 3)
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = nn.Dropout(dropout)
         self.classify = nn.Conv2d(dim, num_classes - 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class SLRNet(nn.Module):
         decoder_dim: channels of ASPP output, fused features and decoder.
         skip_dim: channels of the projected shallow features.
         aspp_dilations: of the three 3x3 branches.
+        dropout: probability after the ASPP and in the heads; a fifth of it before the mask classifier.
         gate_rate: share of shallow features in the stochastic gate.
         focal_power: p of the class scores' focal mask penalty.
         focal_floor: c of it.
@@ -60,6 +61,7 @@ class SLRNet(nn.Module):
         decoder_dim: int = 256,
         skip_dim: int = 48,
         aspp_dilations: tuple[int, int, int] = (12, 24, 36),
+        dropout: float = 0.5,
         gate_rate: float = 0.3,
         focal_power: float = 3.0,
         focal_floor: float = 0.01,
@@ -69,13 +71,15 @@ class SLRNet(nn.Module):
         self.focal_power = focal_power
         self.focal_floor = focal_floor
         self.encoder = encoder
-        self.aspp = ASPP(encoder.out_channels, dim=decoder_dim, dilations=aspp_dilations)
+        self.aspp = ASPP(encoder.out_channels, dim=decoder_dim, dilations=aspp_dilations, dropout=dropout)
         self.fusion = SkipFusion(decoder_dim, skip_channels=encoder.skip_channels, skip_dim=skip_dim)
-        self.auxiliary_head = AuxiliaryHead(decoder_dim, num_classes=num_classes) if cvlr is not None else None
+        self.auxiliary_head: AuxiliaryHead | None = None
+        if cvlr is not None:
+            self.auxiliary_head = AuxiliaryHead(decoder_dim, num_classes=num_classes, dropout=dropout)
         self.cvlr = cvlr
         self.cue_injection = GlobalCueInjection(encoder.skip_channels, dim=decoder_dim)
         self.gate = StochasticGate(gate_rate)
-        self.mask_head = MaskHead(decoder_dim, num_classes=num_classes)
+        self.mask_head = MaskHead(decoder_dim, num_classes=num_classes, dropout=dropout)
         for part in (self.aspp, self.fusion, self.auxiliary_head, self.cue_injection, self.mask_head):
             if part is not None:
                 _initialise(part)
@@ -129,6 +133,7 @@ def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int) -> SL
         num_iters=cvlr.num_iters,
         temperature=cvlr.temperature,
         form=cvlr.form,
+        centered=cvlr.centered,
         implementation=cvlr.implementation,
     )
     return SLRNet(
@@ -138,6 +143,7 @@ def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int) -> SL
         decoder_dim=model.decoder_dim,
         skip_dim=model.skip_dim,
         aspp_dilations=model.aspp_dilations,
+        dropout=model.dropout,
         gate_rate=model.gate_rate,
         focal_power=model.focal_power,
         focal_floor=model.focal_floor,

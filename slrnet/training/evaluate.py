@@ -1,9 +1,9 @@
 """Measures masks: validation (single scale) and the pseudo masks of training images.
 
-Every figure names its protocol. `ss` is one view at `evaluation.scale`, no flip, no CRF; gating by class scores or by
-true image labels is off unless asked for, and is part of the protocol's name when on. Pseudo masks are gated by image
-labels, as in the paper's Table 1: they are the refined, fused masks of all configured views, without flip and colour
-distortion.
+Every figure names its protocol. `ss` is one view at the image's own size, no flip, no CRF; another scale, and gating by
+class scores or by true image labels, are part of the protocol's name where they are asked for. Pseudo masks are gated
+by image labels, as in the paper's Table 1: they are the refined, fused masks of all configured views, without flip and
+colour distortion.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ class PseudoMask:
 
 
 def protocol_name(config: EvaluationConfig) -> str:
-    """Name of the single-scale protocol: `ss`, with what deviates from plain arg max appended."""
+    """Name of the single-scale protocol: `ss`, with what deviates from the plain arg max at full size appended."""
     name = "ss"
+    if config.scale != 1:
+        name += f"+scale_{config.scale:g}"
     if config.gating != "none":
         name += f"+gated_by_{config.gating}"
     if config.background_power != 1:

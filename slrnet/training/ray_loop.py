@@ -223,7 +223,6 @@ def _evaluate(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
     if ranks.is_main:
         record = {
             "protocol": quality.protocol,
-            "scale": config.evaluation.scale,
             "split": values["split"],
             "images": quality.images,
             "metrics": metrics,

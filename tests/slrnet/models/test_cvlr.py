@@ -238,6 +238,16 @@ def views_of(sizes: list[tuple[int, int]], channels: int, k: int, seed: int = 0)
     return features, [2 * torch.randn(2, k, *size, generator=generator) for size in sizes]
 
 
+def trained_module(channels: int, **options: Any) -> CrossViewLowRank:
+    """A module whose output projection is no longer the zero it starts from."""
+    module = CrossViewLowRank(channels, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        for layer in (module.project_in, module.project_out):
+            layer.reset_parameters()
+    return module
+
+
 def side_by_side(maps: list[Tensor], n: int) -> Array:
     return torch.cat([view[n].detach().flatten(1) for view in maps], dim=1).double().numpy()
 
@@ -280,7 +290,7 @@ class TestCrossViewLowRank:
     @pytest.mark.parametrize("views", [1, 2, 3])
     @pytest.mark.parametrize("num_iters", [1, 3])
     def test_paper_form_equals_loops(self, views: int, num_iters: int) -> None:
-        module = CrossViewLowRank(6, dim=4, num_iters=num_iters, temperature=0.7)
+        module = trained_module(6, dim=4, num_iters=num_iters, temperature=0.7)
         features, logits = views_of(list(self.sizes[:views]), 6, 3)
         out = module(features, logits)
         w_in, b_in, w_out, b_out = weights_of(module)
@@ -292,10 +302,41 @@ class TestCrossViewLowRank:
             np.testing.assert_allclose(side_by_side(out.codes, n), codes, atol=1e-5)
             np.testing.assert_allclose(side_by_side(out.features, n), x + w_out @ rebuilt + b_out[:, None], atol=1e-5)
 
+    def test_centered_form_factorises_what_varies(self) -> None:
+        module = trained_module(6, dim=4, num_iters=2, centered=True)
+        features, logits = views_of([(4, 3), (2, 2)], 6, 3)
+        out = module(features, logits)
+        w_in, b_in, w_out, b_out = weights_of(module)
+        for n in range(2):
+            x, z = side_by_side(features, n), side_by_side(logits, n)
+            first = np.stack([softmax(z[:, q]) for q in range(z.shape[1])], axis=1)
+            varying = x - x.mean(axis=1, keepdims=True)
+            dictionary, codes, rebuilt = algorithm_1(w_in @ varying + b_in[:, None], first, 2, 1.0)
+            np.testing.assert_allclose(out.dictionary[n].detach(), dictionary, atol=1e-5)
+            np.testing.assert_allclose(side_by_side(out.codes, n), codes, atol=1e-5)
+            np.testing.assert_allclose(side_by_side(out.features, n), x + w_out @ rebuilt + b_out[:, None], atol=1e-5)
+
+    def test_centered_codes_do_not_see_what_all_positions_share(self) -> None:
+        features, logits = views_of([(4, 3), (2, 2)], 6, 3)
+        shifted = [view + 50 * torch.arange(6.0)[:, None, None] for view in features]
+        for centered in (True, False):
+            module = trained_module(6, dim=4, centered=centered)
+            left, right = module(features, logits).codes[0], module(shifted, logits).codes[0]
+            assert torch.allclose(left, right, atol=1e-4) == centered
+
+    def test_starts_as_the_identity_and_learns(self) -> None:
+        module = CrossViewLowRank(6, dim=4)
+        features, logits = views_of([(4, 3), (2, 2)], 6, 3)
+        out = module(features, logits).features
+        assert all(torch.equal(left, right) for left, right in zip(out, features, strict=True))
+        sum(view.square().sum() for view in out).backward()  # type: ignore[union-attr]
+        assert module.project_out.weight.grad is not None
+        assert bool(module.project_out.weight.grad.any())
+
     @pytest.mark.parametrize("views", [1, 2, 3])
     @pytest.mark.parametrize(("num_iters", "temperature"), [(1, 1.0), (3, 0.5)])
     def test_released_form_equals_loops(self, views: int, num_iters: int, temperature: float) -> None:
-        module = CrossViewLowRank(6, dim=4, num_iters=num_iters, temperature=temperature, form="released")
+        module = trained_module(6, dim=4, num_iters=num_iters, temperature=temperature, form="released")
         features, logits = views_of(list(self.sizes[:views]), 6, 3)
         out = module(features, logits)
         for n in range(2):
@@ -307,7 +348,7 @@ class TestCrossViewLowRank:
 
     @pytest.mark.parametrize("form", ["paper", "released"])
     def test_sizes_and_shapes_come_back(self, form: Any) -> None:
-        out = CrossViewLowRank(6, dim=9, form=form)(*views_of(list(self.sizes), 6, 3))
+        out = trained_module(6, dim=9, form=form)(*views_of(list(self.sizes), 6, 3))
         assert [tuple(view.shape) for view in out.features] == [(2, 6, *size) for size in self.sizes]
         assert [tuple(view.shape) for view in out.codes] == [(2, 3, *size) for size in self.sizes]
         assert tuple(out.dictionary.shape) == (2, 9, 3)
@@ -315,7 +356,7 @@ class TestCrossViewLowRank:
     def test_the_skip_connection_is_all_that_a_silent_projector_leaves(self) -> None:
         features, logits = views_of(list(self.sizes), 6, 3)
         for form in ("paper", "released"):
-            module = CrossViewLowRank(6, dim=4, form=form)  # type: ignore[arg-type]
+            module = trained_module(6, dim=4, form=form)  # type: ignore[arg-type]
             torch.nn.init.zeros_(module.project_out.weight)
             torch.nn.init.zeros_(module.project_out.bias)
             for view, out in zip(features, module(features, logits).features, strict=True):
@@ -323,13 +364,13 @@ class TestCrossViewLowRank:
 
     @pytest.mark.parametrize("form", ["paper", "released"])
     def test_views_share_the_dictionary(self, form: Any) -> None:
-        module = CrossViewLowRank(6, dim=4, form=form)
+        module = trained_module(6, dim=4, form=form)
         features, logits = views_of([(4, 3), (2, 2)], 6, 3)
         other = module([features[0], features[1] + 1], logits)
         assert not torch.allclose(other.features[0], module(features, logits).features[0], atol=1e-3)
 
     def test_images_do_not_mix(self) -> None:
-        module = CrossViewLowRank(6, dim=4)
+        module = trained_module(6, dim=4)
         features, logits = views_of([(4, 3), (2, 2)], 6, 3)
         alone = module([view[1:] for view in features], [view[1:] for view in logits])
         assert torch.allclose(alone.features[0], module(features, logits).features[0][1:], atol=1e-6)
@@ -339,14 +380,14 @@ class TestCrossViewLowRank:
             features, logits = views_of([(4, 3), (2, 2)], 6, 3)
             for view in (*features, *logits):
                 view.requires_grad_()
-            out = CrossViewLowRank(6, dim=4, form=form)(features, logits)  # type: ignore[arg-type]
+            out = trained_module(6, dim=4, form=form)(features, logits)  # type: ignore[arg-type]
             sum(view.square().sum() for view in out.features).backward()  # type: ignore[union-attr]
             assert all(view.grad is not None and bool(view.grad.any()) for view in features)
             assert all((view.grad is not None and bool(view.grad.any())) == reached for view in logits)
 
     @pytest.mark.parametrize("form", ["paper", "released"])
     def test_float32_under_autocast(self, form: Any) -> None:
-        module = CrossViewLowRank(6, dim=4, form=form)
+        module = trained_module(6, dim=4, form=form)
         features, logits = views_of([(4, 3), (2, 2)], 6, 3)
         low = [view.bfloat16() for view in features]
         with torch.autocast("cpu", torch.bfloat16):
@@ -358,7 +399,7 @@ class TestCrossViewLowRank:
 
     @pytest.mark.parametrize("form", ["paper", "released"])
     def test_huge_logits_stay_finite(self, form: Any) -> None:
-        module = CrossViewLowRank(6, dim=4, num_iters=2, form=form)
+        module = trained_module(6, dim=4, num_iters=2, form=form)
         features, logits = views_of([(4, 3), (2, 2)], 6, 3)
         features = [view.mul(1e3).requires_grad_() for view in features]
         out = module(features, [view * 1e5 for view in logits])
@@ -373,6 +414,7 @@ class TestCrossViewLowRank:
             ({"num_iters": 0}, "num_iters is 0"),
             ({"temperature": -1.0}, "temperature is -1"),
             ({"implementation": "fast"}, "'fast'"),
+            ({"form": "released", "centered": True}, "centered goes with form 'paper', not 'released'"),
         ],
     )
     def test_mistakes_are_named(self, options: dict[str, Any], message: str) -> None:

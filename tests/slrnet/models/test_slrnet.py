@@ -37,14 +37,10 @@ def tiny_encoder() -> Encoder:
 
 def tiny_model(*, cvlr: bool = True, seed: int = 0, **options: Any) -> SLRNet:
     torch.manual_seed(seed)
-    return SLRNet(
-        tiny_encoder(),
-        num_classes=K,
-        cvlr=CrossViewLowRank(8, dim=6, **options) if cvlr else None,
-        decoder_dim=8,
-        skip_dim=3,
-        aspp_dilations=(1, 2, 3),
-    )
+    module = CrossViewLowRank(8, dim=6, **options) if cvlr else None
+    if module is not None:
+        module.project_out.reset_parameters()  # it starts at zero, where views would not meet
+    return SLRNet(tiny_encoder(), num_classes=K, cvlr=module, decoder_dim=8, skip_dim=3, aspp_dilations=(1, 2, 3))
 
 
 def images(*sides: int, n: int = 2) -> list[Tensor]:
@@ -150,6 +146,7 @@ def test_build_model_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) ->
         decoder_dim=12,
         skip_dim=7,
         aspp_dilations=(2, 4, 6),
+        dropout=0.2,
         gate_rate=0.4,
         focal_power=2.0,
         focal_floor=0.2,
@@ -170,6 +167,11 @@ def test_build_model_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) ->
     assert [branch[0].dilation[0] for branch in model.aspp.branches] == [1, 2, 4, 6]  # type: ignore[index]
     assert model.fusion.project[0].weight.shape[:2] == (7, 5)
     assert (model.gate.rate, model.focal_power, model.focal_floor) == (0.4, 2.0, 0.2)
+    dropped = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    assert sorted(dropped) == [0.04, 0.2, 0.2, 0.2]
+    centered = build_model(config, CvlrConfig(centered=True), num_classes=6).cvlr
+    assert centered is not None
+    assert (centered.centered, model.cvlr.centered) == (True, False)
     assert model.num_classes == 6
     assert model(images(17)).logits[0].shape[1] == 6
     assert build_model(config, CvlrConfig(enabled=False), num_classes=6).auxiliary_head is None

@@ -210,6 +210,7 @@ class TestGate:
         ({"gating": "image_labels"}, "ss+gated_by_image_labels"),
         ({"background_power": 3.0}, "ss+background_power_3"),
         ({"gating": "scores", "background_power": 1.5}, "ss+gated_by_scores+background_power_1.5"),
+        ({"scale": 0.75}, "ss+scale_0.75"),
     ],
 )
 def test_a_protocol_has_what_it_does_in_its_name(settings: dict[str, object], name: str) -> None:
