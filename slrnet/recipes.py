@@ -50,7 +50,7 @@ def voc_wsss_lite() -> Config:
             dropout=0.2,
         ),
         cvlr=CvlrConfig(centered=True),
-        calibration=CalibrationConfig(refine_stride=2, confidence_threshold=0.5, background_threshold=0.5),
+        calibration=CalibrationConfig(refine_stride=2, confidence_threshold=0.5, background_threshold=0.6),
         losses=LossConfig(mask_consistency="probs"),
         weights=WeightsConfig(consistency=1.0, auxiliary=0.1),
         optim=OptimConfig(lr=1e-3),
