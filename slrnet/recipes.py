@@ -54,7 +54,7 @@ def voc_wsss_lite() -> Config:
         losses=LossConfig(mask_consistency="probs"),
         weights=WeightsConfig(consistency=1.0, auxiliary=0.1),
         optim=OptimConfig(lr=1e-3),
-        train=TrainConfig(epochs=12, pretrain_epochs=2, batch_size=8),
+        train=TrainConfig(epochs=10, pretrain_epochs=2, batch_size=8),
         evaluation=EvaluationConfig(pseudo_mask_images=100),
     )
 
