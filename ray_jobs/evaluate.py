@@ -1,7 +1,8 @@
 """Measures a checkpoint: `python ray_jobs/evaluate.py --checkpoint RUN --data DIR --split val --protocol ss`.
 
-`ss` is one view without flip and CRF. Gating by class scores or by the true image labels, and the power of the
-background's probability, are off unless asked for; they become part of the protocol's name.
+`ss` is one scale; `ms` the mean over five scales and their mirror images; `ms_crf` adds a dense CRF (the extra `crf`).
+Gating by class scores or by the true image labels, and the power of the background's probability, are off unless asked
+for; they become part of the protocol's name.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or a run's folder for its best one")
     parser.add_argument("--data", help="folder with shards (default: what the checkpoint was trained on)")
     parser.add_argument("--split", default="val", help="split to measure (default: val)")
-    parser.add_argument("--protocol", choices=["ss"], default="ss", help="ss: single scale, no CRF")
+    parser.add_argument("--protocol", choices=["ss", "ms", "ms_crf"], default="ss", help="default: ss")
     parser.add_argument("--gating", choices=["none", "scores", "image_labels"], help="classes that may be predicted")
     parser.add_argument("--set", action="append", default=[], metavar="evaluation.FIELD=VALUE", help="other settings")
     parser.add_argument("--num-workers", type=int, default=0, help="Ray workers; 0 (default): in this process")
@@ -34,13 +35,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse_arguments()
     from slrnet.data.manifest import load_dataset
+    from slrnet.inference.evaluation import launch_evaluation
     from slrnet.training.checkpoint import load_checkpoint
-    from slrnet.training.ray_loop import LaunchOptions, TrainingError, launch_evaluation
+    from slrnet.training.ray_loop import LaunchOptions, TrainingError
     from slrnet.training.summary import quality_table
 
     try:
         checkpoint = load_checkpoint(options.checkpoint.expanduser())
-        changes = [f"evaluation.gating={options.gating}"] if options.gating else []
+        changes = [f"evaluation.protocol={options.protocol}"]
+        changes += [f"evaluation.gating={options.gating}"] if options.gating else []
         config = apply_overrides(checkpoint.config, [*changes, *options.set])
         out = (options.out or checkpoint.path.parent.parent / "evaluations").expanduser().resolve()
         run = LaunchOptions(
@@ -60,6 +63,7 @@ def main() -> int:
         f"{result['split']}, checkpoint {result['checkpoint']} (epoch {result['epoch']}); "
         f"written to {out / run.name / 'evaluation.json'}"
     )
+    print(f"MLflow: {result['mlflow'] or 'the store of the training could not be reached, or has not its run'}")
     return 0
 
 

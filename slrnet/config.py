@@ -20,6 +20,7 @@ __all__ = [
     "CalibrationConfig",
     "Config",
     "ConfigError",
+    "CrfConfig",
     "CvlrConfig",
     "DataConfig",
     "EvaluationConfig",
@@ -257,6 +258,11 @@ class EvaluationConfig(_Section):
     """Training images of the fixed, seeded subset on which pseudo masks are measured; 0 turns it off."""
     panel_images: NonNegativeInt = 8
     """Images of that subset that are drawn side by side (image, raw, refined, pseudo label, truth); 0 for none."""
+    protocol: Literal["ss", "ms", "ms_crf"] = "ss"
+    """What predictors do and evaluate.py measures: one scale; several scales, each also mirrored; or those and a dense
+    CRF. Training always measures `ss`."""
+    scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 1.5, 2.0, 0.5, 0.75)
+    """Scales of `ms` and `ms_crf`, as multiples of `scale`."""
     scale: PositiveFloat = 1.0
     """Scale at which whole images enter the network when masks are measured; 1 is their own size. Crops that shrink
     their images (crop_size below the image's side) call for the same scale here."""
@@ -268,6 +274,23 @@ class EvaluationConfig(_Section):
     """Most classes that `gating = "scores"` keeps."""
     background_power: PositiveFloat = 1.0
     """Exponent on the background's probability before the arg max; the released code uses 3 for WSSS."""
+
+
+class CrfConfig(_Section):
+    """The dense CRF of the protocol `ms_crf` (Kraehenbuehl and Koltun 2011), with the released code's values."""
+
+    num_iters: PositiveInt = 10
+    """Mean-field iterations."""
+    smooth_xy: PositiveFloat = 3.0
+    """Standard deviation of the smoothness kernel, pixels."""
+    smooth_weight: NonNegativeFloat = 3.0
+    """Weight of the smoothness kernel."""
+    appearance_xy: PositiveFloat = 80.0
+    """Standard deviation of the appearance kernel in space, pixels."""
+    appearance_rgb: PositiveFloat = 13.0
+    """Standard deviation of the appearance kernel in colour, of 255."""
+    appearance_weight: NonNegativeFloat = 10.0
+    """Weight of the appearance kernel."""
 
 
 class TrackingConfig(_Section):
@@ -300,6 +323,7 @@ class Config(_Section):
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    crf: CrfConfig = CrfConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")

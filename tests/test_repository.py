@@ -33,6 +33,7 @@ LAYERS = {
     "recipes": 1,
     "training": 2,
     "inference": 3,
+    "predict": 4,
 }
 # Which files may import a module (and everything below it); all other code may not.
 SEAMS = {

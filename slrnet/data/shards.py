@@ -11,11 +11,8 @@ long as the loader, and are told the epoch through shared memory.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import random
-import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +30,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from slrnet.data.batch import Batch, EvalSample, TrainSample, collate
 from slrnet.data.epoch_plan import ShardRange, choose_subset, plan_epoch, reader_batches
 from slrnet.data.manifest import DataError, ShardSet, SplitView
+from slrnet.data.processes import end_with, helper_context
 from slrnet.data.samples import OnError, SampleIndex, ShardFiles, SkippedSample, index_split
 from slrnet.data.transforms import crop_image, crop_mask, draw_crop
 
@@ -50,9 +48,6 @@ _logger = logging.getLogger(__name__)
 
 _RECENT = 32
 """Good samples that a reader keeps as stand-ins for damaged ones."""
-
-_WATCH_EVERY = 5.0
-"""Seconds between two looks of a reader at whether the training process still lives."""
 
 _PRELOAD = ["torch", "torchvision", "webdataset", "pyarrow", "slrnet.data.shards"]
 """What the fork server imports once, so that readers start with it."""
@@ -323,11 +318,7 @@ class _ReaderPool(Generic[Payload]):
         self._loader = None
 
     def _start(self) -> DataLoader[_Delivery[Payload]]:
-        context = None
-        if self._workers:
-            method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-            context = multiprocessing.get_context(method)
-            context.set_forkserver_preload(_PRELOAD)
+        context = helper_context(_PRELOAD) if self._workers else None
         return DataLoader(
             self._dataset,
             batch_size=None,
@@ -576,13 +567,4 @@ def _check_shards(view: SplitView, *, world_size: int, readers: int, workers: in
 
 def _end_with(parent: int, worker: int) -> None:
     """Ends this reader once the training process is gone: torch looks at its parent only, which is the fork server."""
-
-    def watch() -> None:
-        while True:
-            time.sleep(_WATCH_EVERY)
-            try:
-                os.kill(parent, 0)
-            except ProcessLookupError:
-                os._exit(1)
-
-    threading.Thread(target=watch, name="parent watch", daemon=True).start()
+    end_with(parent)

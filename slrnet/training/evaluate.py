@@ -1,14 +1,15 @@
 """Measures masks: validation (single scale) and the pseudo masks of training images.
 
 Every figure names its protocol. `ss` is one view at the image's own size, no flip, no CRF; another scale, and gating by
-class scores or by true image labels, are part of the protocol's name where they are asked for. Pseudo masks are gated
+class scores or by true image labels, are part of the protocol's name where they are asked for. Several scales and the
+CRF are in `slrnet.inference`. Pseudo masks are gated
 by image labels, as in the paper's Table 1: they are the refined, fused masks of all configured views, without flip and
 colour distortion.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,10 @@ from slrnet.training.tracking import metric_key
 __all__ = [
     "PseudoMask",
     "Quality",
+    "as_model",
+    "count_masks",
     "evaluate_masks",
+    "fit_image",
     "gate",
     "measure_pseudo_masks",
     "predict_single_scale",
@@ -56,9 +60,11 @@ class PseudoMask:
     pseudo_labels: Tensor
 
 
-def protocol_name(config: EvaluationConfig) -> str:
-    """Name of the single-scale protocol: `ss`, with what deviates from the plain arg max at full size appended."""
-    name = "ss"
+def protocol_name(config: EvaluationConfig, protocol: str = "ss") -> str:
+    """Name of a protocol (`ss`, `ms`, `ms_crf`), with what deviates from the plain arg max at full size appended."""
+    name = protocol
+    if protocol != "ss" and config.scales != EvaluationConfig().scales:
+        name += f"+scales_{','.join(f'{scale:g}' for scale in config.scales)}"
     if config.scale != 1:
         name += f"+scale_{config.scale:g}"
     if config.gating != "none":
@@ -71,7 +77,7 @@ def protocol_name(config: EvaluationConfig) -> str:
 def evaluate_masks(
     model: SLRNet, samples: Iterable[EvalSample], *, config: Config, normalise: Normalise, ranks: Ranks
 ) -> Quality:
-    """Compares predicted masks with true ones, over all ranks.
+    """Compares masks predicted with the protocol `ss` with true ones, over all ranks.
 
     Args:
         model: in evaluation mode.
@@ -80,16 +86,35 @@ def evaluate_masks(
         normalise: of the encoder.
         ranks: every rank must call this.
     """
-    matrix = ConfusionMatrix(model.num_classes)
+
+    def masks() -> Iterator[tuple[EvalSample, Tensor]]:
+        for sample in samples:
+            if sample.pixel_labels is not None:
+                probs, scores = predict_single_scale(model, sample.image.to(ranks.device), normalise, config)
+                probs = gate(probs, scores, sample.image_labels.to(ranks.device), config.evaluation)
+                yield sample, probs.argmax(dim=1)[0].cpu()
+
+    return count_masks(masks(), num_classes=model.num_classes, protocol=protocol_name(config.evaluation), ranks=ranks)
+
+
+def count_masks(
+    masks: Iterable[tuple[EvalSample, Tensor]], *, num_classes: int, protocol: str, ranks: Ranks
+) -> Quality:
+    """Counts predicted masks (H, W) of this rank's images against their true masks, over all ranks.
+
+    Args:
+        masks: images with a true mask, each with its predicted class ids.
+        num_classes: K with the background.
+        protocol: name of how the masks were predicted.
+        ranks: every rank must call this.
+    """
+    matrix = ConfusionMatrix(num_classes)
     images = 0
-    for sample in samples:
-        if sample.pixel_labels is None:
-            continue
-        probs, scores = predict_single_scale(model, sample.image.to(ranks.device), normalise, config)
-        probs = gate(probs, scores, sample.image_labels.to(ranks.device), config.evaluation)
-        matrix.update(probs.argmax(dim=1)[0].cpu(), sample.pixel_labels)
+    for sample, mask in masks:
+        assert sample.pixel_labels is not None
+        matrix.update(mask, sample.pixel_labels)
         images += 1
-    return _merged(matrix, protocol_name(config.evaluation), images, ranks)
+    return _merged(matrix, protocol, images, ranks)
 
 
 @torch.no_grad()
@@ -105,8 +130,8 @@ def predict_single_scale(model: SLRNet, image: Tensor, normalise: Normalise, con
     Returns:
         (1, K, H, W) probabilities and (1, K - 1) class scores before the sigmoid.
     """
-    inputs = normalise(_fit(image, config))
-    outputs = model([_as_model(inputs)])
+    inputs = normalise(fit_image(image, config))
+    outputs = model([as_model(inputs)])
     return resize(outputs.logits[0].float().softmax(dim=1), image.shape[-2:]), outputs.class_scores[0]
 
 
@@ -192,9 +217,9 @@ def _merged(matrix: ConfusionMatrix, protocol: str, images: int, ranks: Ranks) -
 def _pseudo_mask(
     model: SLRNet, sample: EvalSample, *, config: Config, normalise: Normalise, ranks: Ranks
 ) -> PseudoMask:
-    images = _fit(sample.image.to(ranks.device), config)
+    images = fit_image(sample.image.to(ranks.device), config)
     views = [View(scale=scale, flip=None) for scale in config.views.scales]
-    inputs = [_as_model(normalise(apply_view(images, view, stride=normalise.output_stride))) for view in views]
+    inputs = [as_model(normalise(apply_view(images, view, stride=normalise.output_stride))) for view in views]
     logits = align(model(inputs), views).logits
     labels = sample.image_labels[None]
     calibrated = calibrate_views(
@@ -208,16 +233,26 @@ def _pseudo_mask(
     return PseudoMask(sample, raw, refined, make_pseudo_labels(calibrated, config.calibration, size=size)[0].cpu())
 
 
-def _fit(image: Tensor, config: Config) -> Tensor:
-    """(3, H, W) uint8 to (1, 3, H', W') in [0, 1], scaled; its sides have the crop's remainder by the stride."""
+def fit_image(image: Tensor, config: Config, scale: float = 1.0) -> Tensor:
+    """Scales an image to what the network is used to.
+
+    Args:
+        image: (3, H, W) uint8.
+        config: of the run.
+        scale: beside `evaluation.scale`.
+
+    Returns:
+        (1, 3, H', W') in [0, 1]; its sides have the crop's remainder by the output stride.
+    """
     stride = config.model.output_stride
     rest = config.data.crop_size % stride
-    scale = config.evaluation.scale
+    scale = scale * config.evaluation.scale
     size = [max(1, round((side * scale - rest) / stride)) * stride + rest for side in image.shape[-2:]]
     return resize(image[None].float() / 255, (size[0], size[1]))
 
 
-def _as_model(images: Tensor) -> Tensor:
+def as_model(images: Tensor) -> Tensor:
+    """The memory format in which convolutions are fast."""
     return images.contiguous(memory_format=torch.channels_last)
 
 

@@ -7,7 +7,6 @@ Checkpoints are written by rank 0 into the run's folder, which every node must s
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -20,33 +19,34 @@ import torch
 
 from slrnet.config import Config, config_from_dict
 from slrnet.data.manifest import ShardSet, load_dataset
-from slrnet.data.shards import EvalLoader
 from slrnet.models.encoders import resolve_weights
 from slrnet.models.slrnet import build_model
 from slrnet.training.checkpoint import (
     CheckpointError,
     TrainState,
-    check_classes,
     find_checkpoint,
     load_checkpoint,
     require_free_space,
-    restore_model,
 )
 from slrnet.training.distributed import Ranks, current_ranks, tune_process
-from slrnet.training.evaluate import evaluate_masks, quality_metrics
-from slrnet.training.step import Normalise
 from slrnet.training.tracking import NullTracker, RunHandle, Tracker, create_run, environment_tags, resolve_uri
 from slrnet.training.trainer import Trainer, batch_per_rank
 
 __all__ = [
     "ClusterError",
+    "Job",
     "LaunchOptions",
+    "Report",
     "RunResult",
     "TrainingError",
     "launch",
-    "launch_evaluation",
     "resume_config",
+    "run_job",
 ]
+
+# What runs on the workers: functions of plain values, the process's ranks and a place to report to.
+Report = Callable[[Mapping[str, float]], None]
+Job = Callable[[dict[str, Any], Ranks, Report], None]
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,52 +142,25 @@ def resume_config(storage: Path, name: str) -> Config:
     return load_checkpoint(last).config
 
 
-def launch_evaluation(
-    checkpoint: Path, shards: ShardSet, *, split: str, config: Config, options: LaunchOptions
-) -> dict[str, Any]:
-    """Measures a checkpoint on a split.
+def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
+    """Runs something else than a training, an evaluation for instance, in this process or in Ray Train's workers.
 
     Args:
-        checkpoint: a checkpoint directory, or a run's folder for its best one.
-        shards: the data set; its classes must be the checkpoint's.
-        split: of the data set.
-        config: the checkpoint's, with the protocol to use in `evaluation`.
-        options: workers; name and storage give the folder of the result.
-
-    Returns:
-        The content of `evaluation.json`, which is written into that folder: protocol, figures, images, checkpoint,
-        data fingerprint and commit.
+        job: a function of a module; it is called in every worker with `values`, its `Ranks` and a place to report to.
+        values: plain values; the job finds its share of the CPU cores added as `cpus`.
+        options: workers; name and storage give the folder in which Ray keeps its own state.
 
     Raises:
-        ValueError: the checkpoint is damaged or of other classes, there is no such split, or the cluster has less than
-            was asked for.
+        ClusterError: the cluster has less than was asked for.
         TrainingError: a worker failed.
     """
-    found = load_checkpoint(checkpoint)
-    check_classes(found.state, shards.info.classes, data=str(shards.folder))
-    shards.split(split)
     workers, cpus, gpu = _plan_workers(options)
     folder = options.storage / options.name
-    values = {
-        "config": config.model_dump(mode="json"),
-        "checkpoint": str(found.path.resolve()),
-        "data": str(shards.folder),
-        "split": split,
-        "result": str(folder / "evaluation.json"),
-    }
     try:
-        _run(_evaluate, values, folder=folder, workers=workers, cpus=cpus, gpu=gpu, failures=0)
+        _run(job, values | {"cpus": cpus}, folder=folder, workers=workers, cpus=cpus, gpu=gpu, failures=0)
     except Exception as error:
         cause = _cause(error)
         raise TrainingError(f"{type(cause).__name__}: {cause}") from error
-    result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    return result
-
-
-# What runs on the workers: functions of plain values, this process's ranks and a place to report to.
-
-Report = Callable[[Mapping[str, float]], None]
-Job = Callable[[dict[str, Any], Ranks, Report], None]
 
 
 def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
@@ -205,38 +178,6 @@ def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
     trainer.resume()
     trainer.fit(report=report)
     tracker.flush()
-
-
-def _evaluate(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
-    config = config_from_dict(values["config"])
-    checkpoint = load_checkpoint(values["checkpoint"])
-    shards = load_dataset(values["data"])
-    model = restore_model(checkpoint).to(ranks.device).eval()
-    encoder = model.encoder
-    loader = EvalLoader(
-        shards, split=values["split"], rank=ranks.rank, world_size=ranks.world_size, on_error=config.data.on_error
-    )
-    normalise = Normalise(encoder.mean, encoder.std, encoder.output_stride)
-    quality = evaluate_masks(model, loader, config=config, normalise=normalise, ranks=ranks)
-    metrics = quality_metrics("val", quality, shards.info.classes)
-    report(metrics)
-    if ranks.is_main:
-        record = {
-            "protocol": quality.protocol,
-            "split": values["split"],
-            "images": quality.images,
-            "metrics": metrics,
-            "classes": shards.info.classes,
-            "checkpoint": values["checkpoint"],
-            "epoch": checkpoint.state.epoch,
-            "data_fingerprint": shards.info.fingerprint,
-            "environment": environment_tags(),
-        }
-        path = Path(values["result"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        incoming = path.with_name(f".{path.name}.incoming")
-        incoming.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        incoming.replace(path)
 
 
 def _run(job: Job, values: dict[str, Any], *, folder: Path, workers: int, cpus: int, gpu: bool, failures: int) -> None:
@@ -267,12 +208,19 @@ def _on_worker(arguments: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device
 
-    logging.getLogger("ray.train.v2._internal.execution.context").setLevel(logging.WARNING)
+    _silence_reports()
     tune_process(arguments["cpus"])
     device = get_device()
     assert isinstance(device, torch.device)
     ranks = current_ranks(device)
     arguments["job"](arguments["values"], ranks, lambda metrics: ray.train.report(dict(metrics)))
+
+
+def _silence_reports() -> None:
+    """Ray prints all metrics of each report, which the progress lines say better; its logger has the file's name."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.endswith("execution/context.py"):
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _conclude(folder: Path, handle: RunHandle, driver: Tracker) -> RunResult:

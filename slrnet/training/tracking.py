@@ -40,6 +40,7 @@ __all__ = [
     "Tracker",
     "create_run",
     "environment_tags",
+    "find_run",
     "metric_history",
     "metric_key",
     "resolve_uri",
@@ -166,6 +167,25 @@ def create_run(
     except _store_errors() as error:
         raise ValueError(f"the tracking store {_public(uri)} refused the run {name!r}: {error}") from error
     return RunHandle(uri=uri, run_id=run_id, experiment_id=experiment_id)
+
+
+def find_run(uri: str, storage: str | Path, run_id: str) -> RunHandle | None:
+    """A run that a checkpoint names, where its store can be reached and still has it; else None.
+
+    Args:
+        uri: `tracking.uri` of the run's configuration.
+        storage: the run's storage folder, for the default store.
+        run_id: MLflow's id of the run.
+    """
+    path = Path(storage).expanduser().absolute() / "mlflow.db"
+    if not run_id or (not uri and not os.environ.get("MLFLOW_TRACKING_URI") and not path.exists()):
+        return None
+    try:
+        found = resolve_uri(uri, storage)
+        run = _client(found).get_run(run_id)
+    except (ValueError, *_store_errors()):
+        return None
+    return RunHandle(uri=found, run_id=run_id, experiment_id=str(run.info.experiment_id))
 
 
 class Tracker:

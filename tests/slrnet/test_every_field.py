@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import BaseModel
@@ -23,8 +24,10 @@ from torch import nn
 
 from slrnet.config import Config, ConfigError, apply_overrides
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
+from slrnet.inference.predictor import Predictor
 from slrnet.models.slrnet import build_model
 from slrnet.training import ray_loop
+from slrnet.training.checkpoint import Checkpoint, TrainState
 from slrnet.training.distributed import Ranks
 from slrnet.training.ray_loop import LaunchOptions, launch
 from slrnet.training.tracking import NullTracker, RunHandle
@@ -43,6 +46,8 @@ class Change:
 change_weights = partial(Change, differs="weights")
 change_size = partial(Change, differs="number of weights")
 change_pseudo_masks = partial(Change, differs="pseudo masks", given=("evaluation.pseudo_mask_images=3",))
+MS, CRF = ("evaluation.protocol=ms",), ("evaluation.protocol=ms_crf",)
+change_crf = partial(Change, differs="prediction", given=CRF)
 GATED = ("evaluation.gating=scores", "evaluation.gating_threshold=0.0")
 
 CHANGES: dict[str, Change] = {
@@ -112,11 +117,19 @@ CHANGES: dict[str, Change] = {
     "evaluation.every": Change(1, "logged figures"),
     "evaluation.pseudo_mask_images": Change(3, "pseudo masks"),
     "evaluation.panel_images": Change(1, "pictures", given=("evaluation.pseudo_mask_images=2",)),
+    "evaluation.protocol": Change("ms", "prediction"),
+    "evaluation.scales": Change([1.0, 0.5], "prediction", given=MS),
     "evaluation.scale": Change(0.5, "validation"),
     "evaluation.gating": Change("image_labels", "validation"),
     "evaluation.gating_threshold": Change(1.0, "validation", given=GATED),
     "evaluation.gating_top": Change(1, "validation", given=GATED),
     "evaluation.background_power": Change(0.1, "validation"),
+    "crf.num_iters": change_crf(1),
+    "crf.smooth_xy": change_crf(1.0),
+    "crf.smooth_weight": change_crf(0.0),
+    "crf.appearance_xy": change_crf(5.0),
+    "crf.appearance_rgb": change_crf(100.0),
+    "crf.appearance_weight": change_crf(0.0),
     "tracking.uri": Change("sqlite:////elsewhere.db", "run"),
     "tracking.experiment": Change("other", "run"),
 }
@@ -234,7 +247,7 @@ def test_refused(key: str, base: Config, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-SPECIAL = ("refused", "run", "graph", "damage")
+SPECIAL = ("refused", "run", "graph", "damage", "prediction")
 OBSERVED = [key for key, change in CHANGES.items() if change.differs not in SPECIAL]
 
 
@@ -286,6 +299,28 @@ def test_changes_the_autograd_graph(key: str, base: Config) -> None:
         return {node.name() for node in found}
 
     assert nodes(base) != nodes(override(base, key, CHANGES[key].value))
+
+
+@pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "prediction"])
+def test_changes_predictions(key: str, base: Config) -> None:
+    pytest.importorskip("pydensecrf", reason="the extra `crf` is not installed")
+    blocks = np.random.default_rng(0).integers(100, 156, (5, 7, 3), dtype=np.uint8)
+    image = blocks.repeat(8, axis=0).repeat(8, axis=1)
+    torch.manual_seed(0)
+    model = build_model(base.model, base.cvlr, num_classes=4)
+    nn.init.normal_(model.mask_head.classify.weight)
+    with torch.no_grad():  # no class dominates
+        logits = model.eval()([torch.from_numpy(image / 127.5 - 1).float().permute(2, 0, 1)[None]]).logits[0]
+        model.mask_head.classify.bias += 1 - logits[:, 1:].mean(dim=(0, 2, 3))
+
+    def predict(config: Config) -> Any:
+        state = TrainState(epoch=1, step=1, classes=("background", *"abc"), data_fingerprint="", world_size=1)
+        return Predictor(Checkpoint(Path(), config, state, model.state_dict(), {}), device="cpu")(image).probs
+
+    config = apply_overrides(base, CHANGES[key].given)
+    before, after = predict(config), predict(override(config, key, CHANGES[key].value))
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(before, predict(config))
 
 
 @pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "damage"])

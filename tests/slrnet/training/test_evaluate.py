@@ -211,10 +211,17 @@ class TestGate:
         ({"background_power": 3.0}, "ss+background_power_3"),
         ({"gating": "scores", "background_power": 1.5}, "ss+gated_by_scores+background_power_1.5"),
         ({"scale": 0.75}, "ss+scale_0.75"),
+        ({"scales": (1.0, 2.0)}, "ss"),
     ],
 )
 def test_a_protocol_has_what_it_does_in_its_name(settings: dict[str, object], name: str) -> None:
     assert protocol_name(EvaluationConfig(**settings)) == name  # type: ignore[arg-type]
+
+
+def test_protocols_of_several_scales_name_them_unless_they_are_the_usual_ones() -> None:
+    assert protocol_name(EvaluationConfig(), "ms_crf") == "ms_crf"
+    config = EvaluationConfig(scales=(1.0, 0.5), gating="scores")
+    assert protocol_name(config, "ms") == "ms+scales_1,0.5+gated_by_scores"
 
 
 class TestMeasurePseudoMasks:

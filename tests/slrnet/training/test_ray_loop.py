@@ -11,7 +11,7 @@ from slrnet.config import Config, apply_overrides
 from slrnet.data.manifest import ShardSet
 from slrnet.training import ray_loop
 from slrnet.training.checkpoint import load_checkpoint
-from slrnet.training.ray_loop import LaunchOptions, RunResult, TrainingError, launch, launch_evaluation, resume_config
+from slrnet.training.ray_loop import LaunchOptions, RunResult, TrainingError, launch, resume_config
 from slrnet.training.tracking import metric_history
 
 
@@ -127,17 +127,3 @@ def test_a_failed_training_is_marked_in_mlflow_with_its_cause(
     (run,) = runs(tmp_path)
     assert run.info.status == "FAILED"
     assert "the loss is not finite" in run.data.tags["reason"]
-
-
-def test_an_evaluation_repeats_the_figures_of_the_training(
-    finished: tuple[Path, RunResult], tiny_data: ShardSet, tmp_path: Path
-) -> None:
-    _, result = finished
-    checkpoint = load_checkpoint(result.best)
-    options = LaunchOptions(name="again", storage=tmp_path, num_workers=0)
-    record = launch_evaluation(result.folder, tiny_data, split="val", config=checkpoint.config, options=options)
-    assert record["metrics"]["val/miou"] == pytest.approx(checkpoint.state.metrics["val/miou_ss"], abs=1e-12)
-    assert (record["protocol"], record["images"]) == ("ss", 5)
-    gated = apply_overrides(checkpoint.config, ["evaluation.gating=image_labels"])
-    record = launch_evaluation(result.folder, tiny_data, split="val", config=gated, options=options)
-    assert record["protocol"] == "ss+gated_by_image_labels"

@@ -1,0 +1,41 @@
+"""Helper processes that must not outlive the process they work for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from multiprocessing.context import BaseContext
+
+__all__ = ["end_with", "helper_context"]
+
+_WATCH_EVERY = 5.0
+"""Seconds between two looks of a helper at whether the process it works for still lives."""
+
+
+def helper_context(preload: list[str]) -> BaseContext:
+    """A way to start helpers without this process's threads and CUDA context: a fork server, or spawn without one.
+
+    Args:
+        preload: modules that the fork server imports once, so that helpers start with them.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(preload)
+    return context
+
+
+def end_with(parent: int) -> None:
+    """Ends this process once `parent` is gone: a helper's own parent is the fork server, which says nothing."""
+
+    def watch() -> None:
+        while True:
+            time.sleep(_WATCH_EVERY)
+            try:
+                os.kill(parent, 0)
+            except ProcessLookupError:
+                os._exit(1)
+
+    threading.Thread(target=watch, name="parent watch", daemon=True).start()

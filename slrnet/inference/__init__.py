@@ -1,0 +1,1 @@
+"""From a checkpoint to masks: predictors, the dense CRF, evaluation protocols."""

@@ -1,0 +1,112 @@
+"""The dense CRF of the protocol `ms_crf`, by the package pydensecrf2 (the extra `crf`).
+
+It makes masks follow the edges of the image (Kraehenbuehl and Koltun 2011). It runs on the CPU, a core per image, in
+helper processes beside the network.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from slrnet.config import CrfConfig
+from slrnet.data.processes import end_with, helper_context
+
+__all__ = ["crf_masks", "dense_crf", "require_crf"]
+
+Key = TypeVar("Key")
+PROBABILITY_FLOOR = 1e-5
+"""Probabilities below it are raised to it before their logarithm is taken, as in pydensecrf's own helper."""
+
+
+def require_crf() -> None:
+    """Checks that the extra is installed.
+
+    Raises:
+        ValueError: it is not; the message says how to install it.
+    """
+    if find_spec("pydensecrf") is None:
+        raise ValueError(
+            "protocol ms_crf needs pydensecrf2, which is not installed; run `pip install 'slrnet[crf]'` (it is built "
+            "with a C compiler in about two minutes), or use the protocol ms"
+        )
+
+
+def dense_crf(image: npt.NDArray[np.uint8], probs: npt.NDArray[np.float32], config: CrfConfig) -> npt.NDArray[Any]:
+    """Refines the masks of one image.
+
+    Args:
+        image: (H, W, 3) uint8.
+        probs: (K, H, W) float32 in [0, 1]; a class that is 0 everywhere cannot come back.
+        config: kernels and iterations.
+
+    Returns:
+        (K, H, W) float32 probabilities.
+
+    Raises:
+        ValueError: the extra is not installed, or the sizes differ.
+    """
+    require_crf()
+    from pydensecrf.densecrf import DenseCRF2D
+
+    if image.shape[:2] != probs.shape[1:]:
+        raise ValueError(f"image {image.shape} and probs {probs.shape} differ in size; resize the probs to the image")
+    height, width = probs.shape[1:]
+    possible = np.flatnonzero(probs.max(axis=(1, 2)) > 0)
+    refined = np.zeros_like(probs, dtype=np.float32)
+    if len(possible) < 2:
+        refined[possible] = 1
+        return refined
+    field = DenseCRF2D(width, height, len(possible))
+    energy = -np.log(np.clip(probs[possible], PROBABILITY_FLOOR, 1))
+    field.setUnaryEnergy(np.ascontiguousarray(energy.reshape(len(possible), -1), dtype=np.float32))
+    field.addPairwiseGaussian(sxy=config.smooth_xy, compat=config.smooth_weight)
+    field.addPairwiseBilateral(
+        sxy=config.appearance_xy,
+        srgb=config.appearance_rgb,
+        rgbim=np.ascontiguousarray(image),
+        compat=config.appearance_weight,
+    )
+    refined[possible] = np.array(field.inference(config.num_iters)).reshape(len(possible), height, width)
+    return refined
+
+
+def crf_masks(
+    items: Iterable[tuple[Key, npt.NDArray[np.uint8], npt.NDArray[np.float32]]], config: CrfConfig, *, processes: int
+) -> Iterator[tuple[Key, npt.NDArray[np.uint8]]]:
+    """Refines the masks of many images in helper processes, while the caller goes on to the next images.
+
+    Args:
+        items: per image a key that comes back with its mask, the image and its probabilities (see `dense_crf`).
+        config: kernels and iterations.
+        processes: helpers, >= 1.
+
+    Yields:
+        Key and (H, W) uint8 class ids, in the order of the items.
+    """
+    require_crf()
+    context = helper_context([__name__])
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with, initargs=(os.getpid(),)) as pool:
+        pending: deque[tuple[Key, Future[npt.NDArray[np.uint8]]]] = deque()
+        for key, image, probs in items:
+            possible = np.flatnonzero(probs.max(axis=(1, 2)) > 0).astype(np.uint8)  # the others need not travel
+            pending.append((key, pool.submit(_mask, image, probs[possible], possible, config)))
+            while len(pending) > 2 * processes or (pending and pending[0][1].done()):
+                first, mask = pending.popleft()
+                yield first, mask.result()
+        for key, mask in pending:
+            yield key, mask.result()
+
+
+def _mask(
+    image: npt.NDArray[np.uint8], probs: npt.NDArray[np.float32], classes: npt.NDArray[np.uint8], config: CrfConfig
+) -> npt.NDArray[np.uint8]:
+    chosen: npt.NDArray[np.uint8] = classes[dense_crf(image, probs, config).argmax(axis=0)]
+    return chosen

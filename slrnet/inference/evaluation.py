@@ -1,0 +1,166 @@
+"""Measures a checkpoint by a protocol, in this process or over the workers of a Ray cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from slrnet.config import Config, config_from_dict
+from slrnet.data.batch import EvalSample
+from slrnet.data.manifest import ShardSet, load_dataset
+from slrnet.data.shards import EvalLoader
+from slrnet.inference.crf import crf_masks, require_crf
+from slrnet.inference.predictor import predict
+from slrnet.models.slrnet import SLRNet
+from slrnet.training.checkpoint import Checkpoint, check_classes, load_checkpoint, restore_model
+from slrnet.training.distributed import Ranks
+from slrnet.training.evaluate import Quality, count_masks, gate, protocol_name, quality_metrics
+from slrnet.training.ray_loop import LaunchOptions, Report, run_job
+from slrnet.training.step import Normalise
+from slrnet.training.tracking import Tracker, environment_tags, find_run, metric_key
+
+__all__ = ["launch_evaluation", "measure"]
+
+
+def launch_evaluation(
+    checkpoint: Path, shards: ShardSet, *, split: str, config: Config, options: LaunchOptions
+) -> dict[str, Any]:
+    """Measures a checkpoint on a split; every image exactly once, and the same figure for any number of workers.
+
+    Args:
+        checkpoint: a checkpoint directory, or a run's folder for its best one.
+        shards: the data set; its classes must be the checkpoint's.
+        split: of the data set.
+        config: the checkpoint's, with the protocol to use in `evaluation` and `crf`.
+        options: workers; name and storage give the folder of the result.
+
+    Returns:
+        The content of `evaluation.json`, which is written into that folder: protocol, its settings, figures, images,
+        checkpoint, data fingerprint and commit. Where the store of the training's MLflow run can be reached, the run
+        gets the means as `SPLIT/miou_PROTOCOL` and so on, and `mlflow` says how to open it; else that is None.
+
+    Raises:
+        ValueError: the checkpoint is damaged or of other classes, there is no such split, the CRF is not installed, or
+            the cluster has less than was asked for.
+        TrainingError: a worker failed.
+    """
+    found = load_checkpoint(checkpoint)
+    check_classes(found.state, shards.info.classes, data=str(shards.folder))
+    shards.split(split)
+    if config.evaluation.protocol == "ms_crf":
+        require_crf()
+    folder = options.storage / options.name
+    values = {
+        "config": config.model_dump(mode="json"),
+        "checkpoint": str(found.path.resolve()),
+        "data": str(shards.folder),
+        "split": split,
+        "result": str(folder / "evaluation.json"),
+    }
+    run_job(_evaluate, values, options)
+    result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    return result | {"mlflow": _track(result, found, split)}
+
+
+def measure(
+    model: SLRNet, loader: EvalLoader, *, config: Config, normalise: Normalise, ranks: Ranks, crf_processes: int
+) -> Quality:
+    """Compares masks predicted by the configured protocol with true ones, over all ranks.
+
+    Args:
+        model: in evaluation mode.
+        loader: this rank's share of the images; those without a mask are passed over.
+        config: of the run.
+        normalise: of the encoder.
+        ranks: every rank must call this.
+        crf_processes: helpers for the CRF, >= 1; used by `ms_crf` only.
+    """
+    protocol = config.evaluation.protocol
+    gated = _gated_probs(model, loader, config=config, normalise=normalise, ranks=ranks)
+    if protocol == "ms_crf":
+        pictures = ((sample, _pixels(sample), probs.cpu().numpy()) for sample, probs in gated)
+        refined = crf_masks(pictures, config.crf, processes=crf_processes)
+        masks = ((sample, torch.from_numpy(mask)) for sample, mask in refined)
+    else:
+        masks = ((sample, probs.argmax(dim=0).cpu()) for sample, probs in gated)
+    name = protocol_name(config.evaluation, protocol)
+    return count_masks(masks, num_classes=model.num_classes, protocol=name, ranks=ranks)
+
+
+def _track(record: dict[str, Any], checkpoint: Checkpoint, split: str) -> str | None:
+    storage = checkpoint.path.resolve().parents[2]  # storage/RUN/checkpoints/checkpoint-EPOCH
+    handle = find_run(checkpoint.config.tracking.uri, storage, checkpoint.state.run_id)
+    if handle is None:
+        return None
+    means = {name: record["metrics"].get(f"val/{name}") for name in ("miou", "mfdr", "mfnr")}
+    named = {metric_key(split, f"{name}_{record['protocol']}"): value for name, value in means.items() if value}
+    tracker = Tracker(handle)
+    tracker.log_metrics(named, step=checkpoint.state.step)
+    return handle.how_to_open() if tracker.flush() == 0 else None
+
+
+def _gated_probs(
+    model: SLRNet, loader: EvalLoader, *, config: Config, normalise: Normalise, ranks: Ranks
+) -> Iterator[tuple[EvalSample, Tensor]]:
+    """Images with a true mask and their (K, H, W) probabilities."""
+    for sample in loader:
+        if sample.pixel_labels is not None:
+            image = sample.image.to(ranks.device)
+            probs, scores = predict(model, image, normalise, config, config.evaluation.protocol)
+            yield sample, gate(probs, scores, sample.image_labels.to(ranks.device), config.evaluation)[0]
+
+
+def _pixels(sample: EvalSample) -> npt.NDArray[np.uint8]:
+    pixels: npt.NDArray[np.uint8] = sample.image.permute(1, 2, 0).contiguous().numpy()
+    return pixels
+
+
+def _evaluate(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
+    config = config_from_dict(values["config"])
+    checkpoint = load_checkpoint(values["checkpoint"])
+    shards = load_dataset(values["data"])
+    model = restore_model(checkpoint).to(ranks.device).eval()
+    encoder = model.encoder
+    loader = EvalLoader(
+        shards, split=values["split"], rank=ranks.rank, world_size=ranks.world_size, on_error=config.data.on_error
+    )
+    quality = measure(
+        model,
+        loader,
+        config=config,
+        normalise=Normalise(encoder.mean, encoder.std, encoder.output_stride),
+        ranks=ranks,
+        crf_processes=values["cpus"] or os.cpu_count() or 1,
+    )
+    metrics = quality_metrics("val", quality, shards.info.classes)
+    report(metrics)
+    if ranks.is_main:
+        record = {
+            "protocol": quality.protocol,
+            "evaluation": config.evaluation.model_dump(mode="json"),
+            "crf": config.crf.model_dump(mode="json") if config.evaluation.protocol == "ms_crf" else None,
+            "split": values["split"],
+            "images": quality.images,
+            "metrics": metrics,
+            "classes": shards.info.classes,
+            "checkpoint": values["checkpoint"],
+            "epoch": checkpoint.state.epoch,
+            "data_fingerprint": shards.info.fingerprint,
+            "environment": environment_tags(),
+        }
+        _write_json(Path(values["result"]), record)
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    incoming = path.with_name(f".{path.name}.incoming")
+    incoming.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    incoming.replace(path)

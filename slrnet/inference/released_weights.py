@@ -1,0 +1,195 @@
+"""The authors' published checkpoints (WideResNet-38, image labels or pixel and image labels) as ours.
+
+`released_checkpoint` reads a file and renames its tensors; `python -m slrnet.inference.released_weights FILE --out DIR`
+writes a checkpoint directory that all commands take. Every tensor of the file is accounted for: taken, a second name of
+one that is taken, or a constant of the refinement. Nothing in the file can run code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slrnet.config import CalibrationConfig, Config, CvlrConfig, EvaluationConfig, LossConfig
+from slrnet.data.catalog import VOC_CLASSES
+from slrnet.models.encoders import read_tensors
+from slrnet.models.slrnet import build_model
+from slrnet.training.checkpoint import Checkpoint, TrainState, save_checkpoint
+
+__all__ = ["main", "released_checkpoint", "rename_released"]
+
+PREFIXES = {
+    "backbone.": "encoder.backbone.",
+    "aspp.aspp1.atrous_conv.": "aspp.branches.0.0.",
+    "aspp.aspp1.bn.": "aspp.branches.0.1.",
+    "aspp.aspp2.atrous_conv.": "aspp.branches.1.0.",
+    "aspp.aspp2.bn.": "aspp.branches.1.1.",
+    "aspp.aspp3.atrous_conv.": "aspp.branches.2.0.",
+    "aspp.aspp3.bn.": "aspp.branches.2.1.",
+    "aspp.aspp4.atrous_conv.": "aspp.branches.3.0.",
+    "aspp.aspp4.bn.": "aspp.branches.3.1.",
+    "aspp.global_avg_pool.1.": "aspp.pooled.0.",
+    "aspp.global_avg_pool.2.": "aspp.pooled.1.",
+    "aspp.conv1.": "aspp.project.0.",
+    "aspp.bn1.": "aspp.project.1.",
+    "fc8_skip.": "fusion.project.",
+    "fc8_x.": "fusion.fuse.",
+    "shallow_mask.fc_deep.": "cue_injection.describe.",
+    "shallow_mask.fc_skip.": "cue_injection.shallow.",
+    "shallow_mask.fc_cls.": "cue_injection.project.",
+    "last_conv.0.": "mask_head.convs.0.0.",
+    "last_conv.1.": "mask_head.convs.0.1.",
+    "last_conv.4.": "mask_head.convs.2.0.",
+    "last_conv.5.": "mask_head.convs.2.1.",
+    "last_conv.8.": "mask_head.classify.",
+    "aux_head.0.": "auxiliary_head.conv.0.",
+    "aux_head.1.": "auxiliary_head.conv.1.",
+    "aux_head.4.": "auxiliary_head.classify.",
+    "factorization_reconstruction.transform1.": "cvlr.project_in.",
+    "factorization_reconstruction.transform2.": "cvlr.project_out.",
+}
+"""Where the modules of the released network are in ours."""
+
+SECOND_NAMES = {
+    "backbone.fixed_layers.0.": "backbone.conv1a.",
+    "backbone.fixed_layers.1.": "backbone.b2.",
+    "backbone.fixed_layers.2.": "backbone.b2_1.",
+    "backbone.fixed_layers.3.": "backbone.b2_2.",
+    "newly_added.0.": "aspp.",
+    "newly_added.1.": "shallow_mask.",
+    "newly_added.3.": "fc8_skip.",
+    "newly_added.4.": "fc8_x.",
+    "newly_added.5.": "last_conv.",
+    "newly_added.6.": "factorization_reconstruction.",
+    "newly_added.8.": "aux_head.",
+}
+"""Lists of modules by which the released network has some tensors twice."""
+
+CONSTANTS = "_aff."
+"""Prefix of the released refinement's constants."""
+
+
+def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSES) -> Checkpoint:
+    """Reads a published checkpoint.
+
+    Args:
+        path: of the `.pth` file.
+        classes: names of its K classes, background first.
+
+    Returns:
+        A checkpoint with the released code's arithmetic and inference (scores above .3 and among the six highest, the
+        background to the power 3), at epoch 0. `slrnet.training.checkpoint.save_checkpoint` or `main` write it.
+
+    Raises:
+        ValueError: the file is damaged, holds more than tensors, or does not fit: the tensors that are missing, unknown
+            or of another shape are named.
+    """
+    tensors, source = read_tensors(Path(path))
+    weights = rename_released(tensors, source=source)
+    outputs = weights["mask_head.classify.weight"].shape[0]
+    if outputs == len(classes):
+        raise ValueError(
+            f"{source} is of the setting of pixel labels and unlabelled images: its mask head predicts the background "
+            "itself. Checkpoints of image labels, and of pixel and image labels, can be read"
+        )
+    if outputs != len(classes) - 1:
+        raise ValueError(f"{source} has {outputs} foreground classes, {len(classes) - 1} are named; name its classes")
+    config = _released_config()
+    with torch.device("meta"):
+        expected = build_model(config.model, config.cvlr, num_classes=len(classes)).state_dict()
+    _check(weights, expected, source)
+    state = TrainState(epoch=0, step=0, classes=tuple(classes), data_fingerprint="published", world_size=1)
+    return Checkpoint(Path(path), config, state, weights, {})
+
+
+def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """Gives the tensors of a released state dict our names.
+
+    Args:
+        tensors: by their released names, with or without the `module.` of data-parallel training.
+        source: for messages.
+
+    Raises:
+        ValueError: a tensor has an unknown name, or two names of one tensor have different values.
+    """
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(CONSTANTS):
+            continue
+        first = _replace_prefix(name, SECOND_NAMES)
+        if first is not None:
+            if first not in tensors or not torch.equal(tensors[first], tensor):
+                raise ValueError(f"{source}: tensors {first} and {name} are one in the released code but differ here")
+            continue
+        own = _replace_prefix(name, PREFIXES)
+        if own is None:
+            raise ValueError(f"{source}: tensor {name} is unknown; the file is of no released SLRNet")
+        renamed[own] = tensor
+    if "mask_head.classify.weight" not in renamed:
+        raise ValueError(f"{source} has no mask head (last_conv.8.weight); the file is of no released SLRNet")
+    return renamed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Converts a file; returns the exit status: 0, or 2 where it cannot be done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="published .pth file")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the run; the checkpoint goes below it")
+    parser.add_argument("--classes", help="comma-separated names, background first (default: VOC's 21)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.out.exists():
+            raise ValueError(f"{options.out} exists; name a new folder")
+        classes = options.classes.split(",") if options.classes else VOC_CLASSES
+        found = released_checkpoint(options.file, classes=classes)
+        folder = options.out / "checkpoints"
+        path = save_checkpoint(folder, config=found.config, state=found.state, model=found.model, optimizer={})
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(found.model)} tensors written to {path}")
+    return 0
+
+
+def _released_config() -> Config:
+    config = Config(
+        recipe="released",
+        cvlr=CvlrConfig(form="released"),
+        calibration=CalibrationConfig(fusion="probs"),
+        losses=LossConfig(mask_consistency="probs", code_consistency="maximum"),
+        evaluation=EvaluationConfig(gating="scores", background_power=3.0),
+    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"encoder_weights": "none"})})
+
+
+def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str | None:
+    for prefix, own in prefixes.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return None
+
+
+def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    problems = {
+        "missing": sorted(expected.keys() - weights.keys()),
+        "unknown": sorted(weights.keys() - expected.keys()),
+        "of another shape": [
+            f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+            for name, tensor in weights.items()
+            if name in expected and tensor.shape != expected[name].shape
+        ],
+    }
+    found = [f"{len(names)} {kind} ({', '.join(names[:5])})" for kind, names in problems.items() if names]
+    if found:
+        raise ValueError(f"{source} does not fit SLRNet with WideResNet-38; tensors: {'; '.join(found)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

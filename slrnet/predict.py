@@ -1,0 +1,142 @@
+"""Masks for images on the command line: `python -m slrnet.predict CHECKPOINT IMAGE... --out DIR`.
+
+IMAGE is a file, a folder (its images, not those of folders in it) or a quoted pattern such as 'photos/**/*.jpg'. Each
+image NAME gives NAME.png, a palette PNG of class ids, NAME.overlay.jpg for people, and an entry in predictions.json:
+its classes, their share of the pixels and their scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from slrnet.data.catalog import voc_palette
+from slrnet.inference.predictor import PROTOCOLS, Prediction, load, rgb_array
+from slrnet.training.panels import draw_overlay
+
+__all__ = ["find_images", "main", "summarise"]
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+"""Files of a folder that are taken for images."""
+
+
+def find_images(places: Sequence[str]) -> dict[str, Path]:
+    """The images that files, folders and patterns name, by the name of their outputs.
+
+    Raises:
+        ValueError: a place holds no image, or two images would have the same name.
+    """
+    found: list[Path] = []
+    for place in places:
+        path = Path(place).expanduser()
+        if path.is_dir():
+            images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        else:
+            images = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(place, recursive=True))
+        if not images:
+            known = ", ".join(sorted(SUFFIXES))
+            raise ValueError(f"{place} is no file, no folder with images and matches nothing; images end with {known}")
+        found += images
+    unique = list(dict.fromkeys(path.resolve() for path in found))
+    twice = [name for name, count in Counter(path.stem for path in unique).items() if count > 1]
+    if twice:
+        raise ValueError(f"several images are called {twice[0]!r}; predict them into different folders (--out)")
+    return {path.stem: path for path in unique}
+
+
+def summarise(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
+    """What `predictions.json` says of an image: size, and per class in the mask its share of the pixels and its score.
+
+    Args:
+        prediction: of the image.
+        classes: names of the K classes, background first, which has no score.
+    """
+    counts = np.bincount(prediction.mask.ravel(), minlength=len(classes))
+    scores = [None, *(round(float(score), 4) for score in prediction.class_scores)]
+    return {
+        "height": prediction.mask.shape[0],
+        "width": prediction.mask.shape[1],
+        "classes": {
+            name: {"area": round(int(counts[i]) / prediction.mask.size, 6), "score": scores[i]}
+            for i, name in enumerate(classes)
+            if counts[i]
+        },
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status: 0, 1 where an image could not be read, 2 for wrong arguments."""
+    options = _parser().parse_args(arguments)
+    try:
+        images = find_images(options.images)
+        existing = [path for name in images if (path := options.out / f"{name}.png").exists()]
+        if existing and not options.overwrite:
+            raise ValueError(f"{existing[0]} exists; give another --out, or allow it with --overwrite")
+        predictor = load(options.checkpoint, protocol=options.protocol, device=options.device)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    records: dict[str, Any] = {}
+    failed = 0
+    for name, path in tqdm(images.items(), unit="image", disable=None):
+        try:
+            with Image.open(path) as file:
+                pixels = rgb_array(file)
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            print(f"{path} cannot be read and is left out: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        prediction = predictor(pixels)
+        _write(options.out, name, pixels, prediction.mask)
+        records[name] = {"image": str(path)} | summarise(prediction, predictor.classes)
+    content = {"checkpoint": str(options.checkpoint), "protocol": predictor.protocol, "images": records}
+    _replace(options.out / "predictions.json", json.dumps(content, indent=2).encode() + b"\n")
+    print(f"{len(records)} masks in {options.out}" + (f", {failed} images could not be read" if failed else ""))
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="checkpoint, or a run's folder for its best one")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the masks")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the checkpoint's configuration says")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser.add_argument("--overwrite", action="store_true", help="replace masks that exist")
+    return parser
+
+
+def _write(out: Path, name: str, pixels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8]) -> None:
+    palette = voc_palette()
+    picture = Image.fromarray(mask)
+    picture.putpalette(palette.tobytes())
+    _save(picture, out / f"{name}.png")
+    _save(draw_overlay(pixels, mask, palette), out / f"{name}.overlay.jpg")
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    incoming = path.with_name(f".incoming.{path.name}")
+    picture.save(incoming)
+    incoming.replace(path)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    incoming = path.with_name(f".incoming.{path.name}")
+    incoming.write_bytes(content)
+    incoming.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Predictors: several scales, images as people have them, gating, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import slrnet
+from slrnet.config import Config, apply_overrides
+from slrnet.inference.predictor import Predictor, predict_multi_scale, rgb_array
+from slrnet.models.decoder import resize
+from slrnet.models.slrnet import SLRNet
+from slrnet.training.checkpoint import Checkpoint, CheckpointError, restore_model
+from slrnet.training.evaluate import fit_image, predict_single_scale
+from slrnet.training.step import Normalise
+
+PLAIN = Normalise((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 16)
+
+
+def picture(height: int = 70, width: int = 90, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def tensor(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Checkpoint) -> SLRNet:
+    return restore_model(checkpoint).eval()
+
+
+class TestPredictMultiScale:
+    def test_is_the_mean_over_scales_and_mirror_images(self, model: SLRNet, tiny_config: Config) -> None:
+        config = apply_overrides(tiny_config, ["evaluation.scales=1.0,0.5"])
+        image = tensor(picture())
+        expected, scores = [], []
+        with torch.no_grad():
+            for scale in (1.0, 0.5):
+                inputs = PLAIN(fit_image(image, config, scale))
+                for flip in (False, True):
+                    out = model([inputs.flip(-1) if flip else inputs])
+                    probs = out.logits[0].softmax(dim=1)
+                    expected.append(resize(probs.flip(-1) if flip else probs, (70, 90)))
+                    scores.append(out.class_scores[0])
+        probs, class_scores = predict_multi_scale(model, image, PLAIN, config)
+        torch.testing.assert_close(probs, torch.stack(expected).mean(dim=0))
+        torch.testing.assert_close(class_scores, torch.stack(scores).mean(dim=0))
+        assert not torch.allclose(probs, predict_single_scale(model, image, PLAIN, config)[0], atol=1e-3)
+
+    def test_a_mirrored_image_has_the_mirrored_mask(self, model: SLRNet, tiny_config: Config) -> None:
+        config = apply_overrides(tiny_config, ["evaluation.scales=1.0,1.5"])
+        image = tensor(picture(64, 80))
+        straight, _ = predict_multi_scale(model, image, PLAIN, config)
+        mirrored, _ = predict_multi_scale(model, image.flip(-1), PLAIN, config)
+        torch.testing.assert_close(mirrored.flip(-1), straight, atol=1e-5, rtol=1e-4)
+        single, _ = predict_single_scale(model, image.flip(-1), PLAIN, config)
+        assert not torch.allclose(single.flip(-1), predict_single_scale(model, image, PLAIN, config)[0], atol=1e-3)
+
+    def test_scales_multiply_the_configured_one(self, model: SLRNet, tiny_config: Config) -> None:
+        image = tensor(picture(64, 96))
+        left = apply_overrides(tiny_config, ["evaluation.scales=0.5", "evaluation.scale=2.0"])
+        right = apply_overrides(tiny_config, ["evaluation.scales=1.0"])
+        torch.testing.assert_close(
+            predict_multi_scale(model, image, PLAIN, left)[0], predict_multi_scale(model, image, PLAIN, right)[0]
+        )
+
+
+class TestPredictor:
+    @pytest.mark.parametrize("protocol", ["ss", "ms", "ms_crf"])
+    def test_a_prediction_is_complete(self, checkpoint: Checkpoint, protocol: Any) -> None:
+        if protocol == "ms_crf":
+            pytest.importorskip("pydensecrf", reason="the extra `crf` is not installed")
+        found = slrnet.load(checkpoint.path, protocol=protocol, device="cpu")(picture(37, 53))
+        assert (found.mask.shape, found.mask.dtype) == ((37, 53), np.uint8)
+        assert found.probs.shape == (4, 37, 53)
+        np.testing.assert_allclose(found.probs.sum(axis=0), 1, atol=1e-4)
+        np.testing.assert_array_equal(found.mask, found.probs.argmax(axis=0))
+        assert found.class_scores.shape == (3,)
+        assert ((found.class_scores > 0) & (found.class_scores < 1)).all()
+
+    def test_a_picture_and_its_array_are_the_same(self, checkpoint: Checkpoint) -> None:
+        predictor = Predictor(checkpoint, device="cpu")
+        pixels = picture()
+        np.testing.assert_array_equal(predictor(Image.fromarray(pixels)).probs, predictor(pixels).probs)
+
+    def test_gating_by_class_scores(self, make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config) -> None:
+        config = apply_overrides(tiny_config, ["evaluation.gating=scores", "evaluation.gating_threshold=1.0"])
+        found = Predictor(make_checkpoint(config), device="cpu")(picture())
+        assert not found.probs[1:].any()
+        assert not found.mask.any()
+
+    def test_refusals(
+        self, checkpoint: Checkpoint, make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config
+    ) -> None:
+        with pytest.raises(ValueError, match="protocol is 'xl'; allowed are ss, ms, ms_crf"):
+            Predictor(checkpoint, protocol="xl")  # type: ignore[arg-type]
+        gated = make_checkpoint(apply_overrides(tiny_config, ["evaluation.gating=image_labels"]))
+        with pytest.raises(ValueError, match="gating is image_labels, and an image to predict has none"):
+            Predictor(gated)
+        with pytest.raises(ValueError, match=r"shape \(70, 90\) and type uint8; \(H, W, 3\) uint8 is needed"):
+            Predictor(checkpoint, device="cpu")(picture()[..., 0])
+        with pytest.raises(CheckpointError):
+            slrnet.load("/nowhere")
+
+
+class TestRgbArray:
+    def test_orientation_is_applied(self) -> None:
+        pixels = picture(20, 30)
+        image = Image.fromarray(pixels)
+        image.getexif()[0x0112] = 6  # turn clockwise to see it upright
+        np.testing.assert_array_equal(rgb_array(image), np.rot90(pixels, -1))
+
+    def test_transparent_parts_are_white(self) -> None:
+        layer = np.full((4, 6, 4), 10, dtype=np.uint8)
+        layer[:, :3, 3], layer[:, 3:, 3] = 0, 255
+        upright = rgb_array(Image.fromarray(layer))
+        assert (upright[:, :3] == 255).all()
+        assert (upright[:, 3:] == 10).all()
+
+    def test_transparent_palette_entries_too(self) -> None:
+        image = Image.new("P", (4, 2), 1)
+        image.putpalette([0, 0, 0, 200, 100, 50])
+        image.info["transparency"] = 1
+        assert (rgb_array(image) == 255).all()
+
+    def test_grey_and_palette_and_cmyk_become_rgb(self) -> None:
+        grey = Image.new("L", (5, 4), 77)
+        assert (rgb_array(grey) == 77).all()
+        palette = Image.new("P", (5, 4), 1)
+        palette.putpalette([0, 0, 0, 200, 100, 50])
+        assert rgb_array(palette)[0, 0].tolist() == [200, 100, 50]
+        assert rgb_array(Image.new("CMYK", (5, 4), (0, 255, 255, 0)))[0, 0].tolist() == [255, 0, 0]
+
+    def test_sixteen_bits_are_scaled_and_not_clipped(self) -> None:
+        image = Image.fromarray(np.array([[0, 257 * 128, 65535]], dtype=np.uint16))
+        assert rgb_array(image)[0, :, 0].tolist() == [0, 128, 255]
