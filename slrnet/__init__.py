@@ -6,19 +6,35 @@ Semantic Segmentation", IJCV 2022). Importing this package loads neither PyTorch
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slrnet.inference.predictor import load
+    import torch
+
+    from slrnet.inference.predictor import Predictor, Protocol
 
 __all__ = ["__version__", "load"]
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    if name == "load":
-        from slrnet.inference.predictor import load
+def load(
+    checkpoint: str | Path, *, protocol: Protocol | None = None, device: torch.device | str | None = None
+) -> Predictor:
+    """A predictor from a checkpoint directory, or from a run's folder: then its best checkpoint.
 
-        return load
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    Args:
+        checkpoint: path.
+        protocol: `ss` (one scale), `ms` (several scales and their mirror images) or `ms_crf`; None for what the
+            checkpoint's configuration says.
+        device: for the network; None: a GPU where there is one.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+        ValueError: an unknown protocol, `ms_crf` without its extra, or a configuration that gates by true image labels.
+    """
+    from slrnet.inference.predictor import Predictor
+    from slrnet.training.checkpoint import load_checkpoint
+
+    return Predictor(load_checkpoint(Path(checkpoint).expanduser()), protocol=protocol, device=device)

@@ -21,8 +21,9 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
+from slrnet import load
 from slrnet.data.catalog import voc_palette
-from slrnet.inference.predictor import PROTOCOLS, Prediction, load, rgb_array
+from slrnet.inference.predictor import PROTOCOLS, Prediction, rgb_array
 from slrnet.training.panels import draw_overlay
 
 __all__ = ["find_images", "main", "summarise"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,11 +15,11 @@ from slrnet.config import Config
 from slrnet.inference.crf import dense_crf, require_crf
 from slrnet.models.decoder import resize
 from slrnet.models.slrnet import SLRNet
-from slrnet.training.checkpoint import Checkpoint, load_checkpoint, restore_model
+from slrnet.training.checkpoint import Checkpoint, restore_model
 from slrnet.training.evaluate import as_model, fit_image, gate, predict_single_scale
 from slrnet.training.step import Normalise
 
-__all__ = ["Prediction", "Predictor", "load", "predict", "predict_multi_scale", "rgb_array"]
+__all__ = ["Prediction", "Predictor", "predict", "predict_multi_scale", "rgb_array"]
 
 Protocol = Literal["ss", "ms", "ms_crf"]
 PROTOCOLS: tuple[Protocol, ...] = ("ss", "ms", "ms_crf")
@@ -94,23 +93,6 @@ class Predictor:
             probs=maps,
             class_scores=scores[0].sigmoid().float().cpu().numpy(),
         )
-
-
-def load(
-    checkpoint: str | Path, *, protocol: Protocol | None = None, device: torch.device | str | None = None
-) -> Predictor:
-    """A predictor from a checkpoint directory, or from a run's folder (its best checkpoint).
-
-    Args:
-        checkpoint: path.
-        protocol: see `Predictor`.
-        device: see `Predictor`.
-
-    Raises:
-        CheckpointError: the checkpoint is missing or damaged.
-        ValueError: see `Predictor`.
-    """
-    return Predictor(load_checkpoint(Path(checkpoint).expanduser()), protocol=protocol, device=device)
 
 
 def predict(

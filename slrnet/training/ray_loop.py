@@ -44,9 +44,10 @@ __all__ = [
     "run_job",
 ]
 
-# What runs on the workers: functions of plain values, the process's ranks and a place to report to.
 Report = Callable[[Mapping[str, float]], None]
+"""Where a job leaves its figures; every worker must call it equally often."""
 Job = Callable[[dict[str, Any], Ranks, Report], None]
+"""What runs on the workers: a function of plain values, the process's ranks and a place to report to."""
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 

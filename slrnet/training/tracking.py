@@ -182,8 +182,11 @@ def find_run(uri: str, storage: str | Path, run_id: str) -> RunHandle | None:
         return None
     try:
         found = resolve_uri(uri, storage)
+    except ValueError:
+        return None
+    try:
         run = _client(found).get_run(run_id)
-    except (ValueError, *_store_errors()):
+    except _store_errors():
         return None
     return RunHandle(uri=found, run_id=run_id, experiment_id=str(run.info.experiment_id))
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from slrnet import load
 from slrnet.config import Config
 from slrnet.data.catalog import voc_palette
-from slrnet.inference.predictor import load
 from slrnet.models.slrnet import build_model
 from slrnet.predict import main
 from slrnet.training.checkpoint import TrainState, save_checkpoint

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from slrnet import load
 from slrnet.config import Config
 from slrnet.inference import released_weights
-from slrnet.inference.predictor import load
 from slrnet.inference.released_weights import PREFIXES, SECOND_NAMES, main, released_checkpoint
 from slrnet.models.slrnet import build_model
 from slrnet.training.checkpoint import load_checkpoint
