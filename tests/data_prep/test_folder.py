@@ -1,0 +1,226 @@
+"""Own folders: classes, splits and labels from every source, image kinds, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from data_prep.folder import convert, read_palette
+from slrnet.data.manifest import DataError, load_dataset
+from slrnet.data.shards import EvalLoader
+
+Array = npt.NDArray[Any]
+PALETTE = "background #000000\ncat 255 0 0\ndog #0000ff\nvoid #ffffff\n"
+
+
+def noise(seed: int, height: int = 20, width: int = 30) -> Image.Image:
+    """Soft noise, as JPEG keeps it."""
+    small = np.random.default_rng(seed).integers(0, 256, (-(-height // 5), -(-width // 5), 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def stripes(ids: Sequence[int], height: int = 20, width: int = 30) -> Array:
+    return np.array(ids, dtype=np.uint8)[np.arange(width) * len(ids) // width][None].repeat(height, axis=0)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Four images of different kinds, in a folder and one below it, with masks beside."""
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for folder in (images, masks):
+        (folder / "more").mkdir(parents=True)
+    noise(0).save(images / "one.jpg")
+    noise(1).save(images / "two.png")
+    noise(2).save(images / "more" / "three.v2.webp")
+    noise(3).convert("CMYK").save(images / "more" / "four.jpg")
+    for path, ids in (("one", [0, 1]), ("two", [2, 255]), ("more/three.v2", [1, 2]), ("more/four", [0])):
+        Image.fromarray(stripes(ids)).save(masks / f"{path}.png")
+    return tmp_path
+
+
+def rows(folder: Path) -> dict[str, tuple[str, list[int], bool]]:
+    return {
+        row["key"]: (row["split"], row["classes"], row["has_mask"]) for row in load_dataset(folder).table.to_pylist()
+    }
+
+
+def make(photos: Path, **options: Any) -> dict[str, tuple[str, list[int], bool]]:
+    convert(photos / "images", photos / "out", **({"shards": 1} | options))
+    return rows(photos / "out")
+
+
+def test_masks_give_labels_and_all_kinds_of_images_are_taken(photos: Path) -> None:
+    found = make(photos, masks=photos / "masks", classes=["cat", "dog"])
+    assert found == {
+        "one": ("train", [1], True),
+        "two": ("train", [2], True),
+        "more_three_v2": ("train", [1, 2], True),
+        "more_four": ("train", [], True),
+    }
+    shards = load_dataset(photos / "out")
+    assert shards.info.classes == ("background", "cat", "dog")
+    samples = {sample.key: sample for sample in EvalLoader(shards, split="train")}
+    assert np.array_equal(np.asarray(samples["two"].pixel_labels), stripes([2, 255]))
+    with Image.open(photos / "images" / "two.png") as image:
+        error = np.abs(samples["two"].image.permute(1, 2, 0).numpy().astype(int) - np.asarray(image).astype(int))
+    assert error.mean() < 10
+    assert samples["more_four"].image.shape == (3, 20, 30)
+
+
+def test_jpeg_files_are_copied_and_turned_ones_stand_upright(photos: Path) -> None:
+    image = noise(5)
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(photos / "images" / "turned.jpg", exif=exif)
+    Image.fromarray(stripes([0, 1], 30, 20)).save(photos / "masks" / "turned.png")
+    make(photos, masks=photos / "masks", classes=["cat", "dog"])
+    with tarfile.open(photos / "out" / "train-000000.tar") as archive:
+        files = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
+    assert files["one.jpg"] == (photos / "images" / "one.jpg").read_bytes()
+    with Image.open(io.BytesIO(files["turned.jpg"])) as turned:
+        assert turned.size == (20, 30)
+        assert turned.getexif().get(0x0112, 1) == 1
+
+
+def test_masks_in_colours(photos: Path) -> None:
+    (photos / "palette.txt").write_text(PALETTE)
+    colours = {0: (0, 0, 0), 1: (255, 0, 0), 2: (0, 0, 255), 255: (255, 255, 255)}
+    for path in (photos / "masks").rglob("*.png"):
+        with Image.open(path) as image:
+            ids = np.asarray(image)
+        table = np.zeros((256, 3), dtype=np.uint8)
+        for label, colour in colours.items():
+            table[label] = colour
+        Image.fromarray(table[ids]).save(path)
+    found = make(photos, masks=photos / "masks", palette=photos / "palette.txt")
+    assert found["more_three_v2"] == ("train", [1, 2], True)
+    shards = load_dataset(photos / "out")
+    assert shards.info.classes == ("background", "cat", "dog")
+    samples = {sample.key: sample for sample in EvalLoader(shards, split="train")}
+    assert np.array_equal(np.asarray(samples["two"].pixel_labels), stripes([2, 255]))
+
+
+def test_a_table_gives_labels_and_splits(photos: Path) -> None:
+    (photos / "labels.csv").write_text(
+        "image,labels,split\none.jpg,cat,train\ntwo,dog; cat,val\nmore/three.v2.webp,,\nmore/four.jpg,dog,test\n"
+    )
+    found = make(photos, labels=photos / "labels.csv")
+    assert found == {
+        "one": ("train", [1], False),
+        "two": ("val", [1, 2], False),
+        "more_three_v2": ("train", [], False),
+        "more_four": ("test", [2], False),
+    }
+
+
+def test_labels_and_masks_together(photos: Path) -> None:
+    """The table's labels count; an image without a mask needs a line in it."""
+    (photos / "labels.csv").write_text("image,labels\none.jpg,dog\ntwo,dog\n")
+    (photos / "masks" / "one.png").unlink()
+    found = make(photos, labels=photos / "labels.csv", masks=photos / "masks", classes=["cat", "dog"])
+    assert found["one"] == ("train", [2], False)
+    assert found["two"] == ("train", [2], True)
+    assert found["more_three_v2"] == ("train", [1, 2], True)
+
+
+def test_lists_and_fractions_split(photos: Path) -> None:
+    (photos / "val.txt").write_text("two.png\nmore/four\n\n")
+    found = make(photos, masks=photos / "masks", classes=["cat", "dog"], splits={"val": photos / "val.txt"})
+    assert {key for key, row in found.items() if row[0] == "val"} == {"two", "more_four"}
+
+
+def test_a_fraction_depends_on_keys_and_seed_alone(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(60):
+        noise(i, 4, 4).save(tmp_path / "images" / f"{i:02}.png")
+    (tmp_path / "labels.csv").write_text("image,labels\n" + "".join(f"{i:02},cat\n" for i in range(60)))
+
+    def val(out: str, **options: Any) -> set[str]:
+        given = {"labels": tmp_path / "labels.csv", "val_fraction": 0.3, "shards": 1}
+        convert(tmp_path / "images", tmp_path / out, **(given | options))
+        return {key for key, row in rows(tmp_path / out).items() if row[0] == "val"}
+
+    first = val("a")
+    assert 8 <= len(first) <= 28
+    assert val("b", processes=2) == first
+    assert val("c", seed=1) != first
+    (tmp_path / "images" / "00.png").unlink()
+    (tmp_path / "labels.csv").write_text("image,labels\n" + "".join(f"{i:02},cat\n" for i in range(1, 60)))
+    assert val("d") == first - {"00"}
+
+
+class TestRefusals:
+    def refuse(self, photos: Path, match: str, **options: Any) -> None:
+        with pytest.raises(DataError, match=match):
+            make(photos, **options)
+        assert not (photos / "out").exists()
+
+    def test_options_that_do_not_go_together(self, photos: Path) -> None:
+        masks, table = photos / "masks", photos / "labels.csv"
+        table.write_text("image,labels,split\none.jpg,cat,val\n")
+        (photos / "palette.txt").write_text(PALETTE)
+        self.refuse(photos, "neither --masks nor --labels is given")
+        self.refuse(photos, "name the classes 1, 2, ... with --classes", masks=masks)
+        self.refuse(photos, "give one of the two", masks=masks, classes=["a"], palette=photos / "palette.txt")
+        self.refuse(photos, "in several ways", masks=masks, classes=["cat", "dog"], labels=table, val_fraction=0.1)
+        self.refuse(photos, "--val-fraction is 1.5", masks=masks, classes=["cat", "dog"], val_fraction=1.5)
+        self.refuse(photos, r"labels \['cat'\]; the classes are ant, bee", labels=table, classes=["ant", "bee"])
+        self.refuse(photos, "four.jpg has no mask and no line in", labels=table, classes=["cat"])
+
+    def test_files_that_do_not_fit(self, photos: Path) -> None:
+        masks = photos / "masks"
+        named: dict[str, Any] = {"masks": masks, "classes": ["cat", "dog"]}
+        self.refuse(photos, r"two.png has ids \[2\]; allowed are 0 to 1 and 255", masks=masks, classes=["cat"])
+        Image.fromarray(stripes([0], 20, 31)).save(masks / "one.png")
+        self.refuse(photos, r"one.png is 31x20 pixels, its image one.jpg 30x20 upright", **named)
+        noise(0).save(masks / "one.png")
+        self.refuse(photos, "one.png is a RGB image; indexed or grey ids are expected", **named)
+        (photos / "palette.txt").write_text(PALETTE)
+        self.refuse(photos, "one.png has the colour #.* which the palette", masks=masks, palette=photos / "palette.txt")
+        (masks / "one.png").unlink()
+        self.refuse(photos, "one.jpg has no mask", **named)
+        Image.fromarray(stripes([1])).save(masks / "one.png")
+        (photos / "images" / "one.jpg").write_bytes(b"no image")
+        self.refuse(photos, "one.jpg cannot be read", **named)
+        noise(0).save(photos / "images" / "one.jpg")
+        noise(0).save(photos / "images" / "one.png")
+        self.refuse(photos, "would both be 'one'", **named)
+
+    def test_tables_and_lists(self, photos: Path) -> None:
+        table, named = photos / "labels.csv", {"masks": photos / "masks", "classes": ["cat", "dog"]}
+        table.write_text("file,labels\none,cat\n")
+        self.refuse(photos, r"\['image'\] must be among them", labels=table)
+        table.write_text("image,labels\none,cat\none.jpg,dog\n")
+        self.refuse(photos, "line 3: image 'one.jpg' is empty or occurs twice", labels=table)
+        table.write_text("image,labels\nnine,cat\n")
+        self.refuse(photos, r"lists 1 image\(s\) that are not there, such as \['nine'\]", labels=table)
+        self.refuse(photos, "cannot read the table of labels", labels=photos / "none.csv")
+        (photos / "a.txt").write_text("one\n")
+        (photos / "b.txt").write_text("one.jpg\n")
+        lists = {"val": photos / "a.txt", "test": photos / "b.txt"}
+        self.refuse(photos, "is in the splits 'val' and 'test'", splits=lists, **named)
+        (photos / "a.txt").write_text("nine\n")
+        self.refuse(photos, "lists 'nine', which is not among the images", splits={"val": photos / "a.txt"}, **named)
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [
+            ("background #000000\ncat red\n", "line 2: 'cat red' is not"),
+            ("background 0 0 0\ncat 0 0 256\n", "line 2"),
+            ("background #000000\ncat #000000\n", "a name or a colour twice"),
+            ("background #000000\ncat #ff0000\nvoid #ff0000\n", "a name or a colour twice"),
+            ("cat #ff0000\ndog #00ff00\n", "needs 'background' first"),
+        ],
+    )
+    def test_palettes(self, text: str, match: str, tmp_path: Path) -> None:
+        (tmp_path / "palette.txt").write_text(text)
+        with pytest.raises(DataError, match=match):
+            read_palette(tmp_path / "palette.txt")
