@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -46,6 +46,7 @@ from data_prep.shard_writer import (
     write_dataset,
 )
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
+from slrnet.data.images import encode_mask, upright_rgb
 from slrnet.data.manifest import DataError, DatasetInfo
 
 __all__ = ["LabelTable", "Palette", "convert", "read_label_table", "read_palette"]
@@ -263,7 +264,7 @@ class _Source:
         """Bytes of the JPEG and of the indexed PNG mask, if there is one."""
         path = Path(sample.source)
         mask_path = self._mask_path(path)
-        mask = None if mask_path is None else _encode_mask(self._read_mask(mask_path), self.palette)
+        mask = None if mask_path is None else encode_mask(self._read_mask(mask_path), self.palette)
         return _jpeg_bytes(path), mask
 
     def _mask_path(self, image: Path) -> Path | None:
@@ -417,21 +418,9 @@ def _codes(colours: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.int64]:
 def _read_upright(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return _as_rgb(image)
+            return upright_rgb(image)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read: {error}; replace it or take it away") from None
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    """Upright, 8 bit, RGB; transparent parts become white."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):
-        grey = np.asarray(upright).astype(np.float64)
-        upright = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        layer = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return upright.convert("RGB")
 
 
 def _jpeg_bytes(path: Path) -> bytes:
@@ -440,16 +429,8 @@ def _jpeg_bytes(path: Path) -> bytes:
         if plain and image.getexif().get(EXIF_ORIENTATION, 1) == 1:
             return path.read_bytes()
         buffer = io.BytesIO()
-        _as_rgb(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
+        upright_rgb(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
         return buffer.getvalue()
-
-
-def _encode_mask(ids: npt.NDArray[np.uint8], palette: npt.NDArray[np.uint8]) -> bytes:
-    image = Image.fromarray(ids)
-    image.putpalette(palette.tobytes())
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
 
 
 # Command line.

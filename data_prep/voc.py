@@ -20,7 +20,6 @@ JPEG files are copied as they are, masks too unless their ids change.
 from __future__ import annotations
 
 import argparse
-import io
 import shlex
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -45,6 +44,7 @@ from data_prep.shard_writer import (
     write_dataset,
 )
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, VOC_CLASSES, voc_palette
+from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
 __all__ = ["VocFolder", "VocItem", "convert", "read_list", "train_aug_keys"]
@@ -211,7 +211,7 @@ class VocFolder:
         if path.suffix == ".png" and len(self.chosen) == len(self.names) - 1:
             return image, path.read_bytes()
         _, mask = self._read_mask(sample.key)
-        return image, _encode_mask(self.lookup[mask], self.palette)
+        return image, encode_mask(self.lookup[mask], self.palette)
 
     def _image_path(self, key: str) -> Path:
         return self.root / "JPEGImages" / f"{key}.jpg"
@@ -435,14 +435,6 @@ def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
     if ids.ndim != 2 or ids.min() < 0 or ids.max() > IGNORE_INDEX:
         raise DataError(f"{path} holds an array of shape {ids.shape} that is no mask with ids 0 to 255; fetch it again")
     return ids.astype(np.uint8)
-
-
-def _encode_mask(ids: npt.NDArray[np.uint8], palette: npt.NDArray[np.uint8]) -> bytes:
-    image = Image.fromarray(ids)
-    image.putpalette(palette.tobytes())
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
 
 
 # Command line.

@@ -8,10 +8,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from slrnet.config import Config
+from slrnet.data.images import upright_rgb
 from slrnet.inference.crf import dense_crf, require_crf
 from slrnet.models.decoder import resize
 from slrnet.models.slrnet import SLRNet
@@ -158,11 +159,4 @@ def rgb_array(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint
                 "or a PIL image"
             )
         return image
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):
-        grey = np.asarray(upright).astype(np.float64)
-        upright = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        layer = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return np.asarray(upright.convert("RGB")).copy()
+    return np.asarray(upright_rgb(image)).copy()

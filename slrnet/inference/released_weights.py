@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slrnet.config import CalibrationConfig, Config, CvlrConfig, EvaluationConfig, LossConfig
 from slrnet.data.catalog import VOC_CLASSES
-from slrnet.models.encoders import read_tensors
+from slrnet.models.encoders import describe_misfit, read_tensors
 from slrnet.models.slrnet import build_model
 from slrnet.training.checkpoint import Checkpoint, TrainState, save_checkpoint
 
@@ -102,7 +102,9 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
     config = _released_config()
     with torch.device("meta"):
         expected = build_model(config.model, config.cvlr, num_classes=len(classes)).state_dict()
-    _check(weights, expected, source)
+    found = describe_misfit(weights, expected, needed=set(expected))
+    if found:
+        raise ValueError(f"{source} does not fit SLRNet with WideResNet-38; tensors: {found}")
     state = TrainState(epoch=0, step=0, classes=tuple(classes), data_fingerprint="published", world_size=1)
     return Checkpoint(Path(path), config, state, weights, {})
 
@@ -174,21 +176,6 @@ def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str | None:
         if name.startswith(prefix):
             return own + name.removeprefix(prefix)
     return None
-
-
-def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    problems = {
-        "missing": sorted(expected.keys() - weights.keys()),
-        "unknown": sorted(weights.keys() - expected.keys()),
-        "of another shape": [
-            f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-            for name, tensor in weights.items()
-            if name in expected and tensor.shape != expected[name].shape
-        ],
-    }
-    found = [f"{len(names)} {kind} ({', '.join(names[:5])})" for kind, names in problems.items() if names]
-    if found:
-        raise ValueError(f"{source} does not fit SLRNet with WideResNet-38; tensors: {'; '.join(found)}")
 
 
 if __name__ == "__main__":

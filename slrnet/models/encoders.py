@@ -41,7 +41,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from slrnet.models.frozen_norm import freeze_batch_norms
 from slrnet.models.wide_resnet38 import WideResNet38
 
-__all__ = ["Encoder", "EncoderFeatures", "build_encoder", "read_tensors", "resolve_weights"]
+__all__ = ["Encoder", "EncoderFeatures", "build_encoder", "describe_misfit", "read_tensors", "resolve_weights"]
 
 WIDE_RESNET38_FILE = "ilsvrc-cls_rna-a1_cls1000_ep-0001.pth"
 WEIGHTS_FOLDER_VARIABLE = "SLRNET_WEIGHTS"
@@ -498,6 +498,23 @@ def _load_by_name(backbone: nn.Module, tensors: Mapping[str, Tensor], *, source:
     given = {name: tensor for name, tensor in tensors.items() if name not in ignored}
     # Counters of batches seen: files from before PyTorch 0.4.1 have none, and only cumulative averages read them.
     needed = {name for name in expected if not name.endswith(".num_batches_tracked")}
+    found = describe_misfit(given, expected, needed=needed)
+    if found:
+        raise ValueError(
+            f"{source} does not fit the encoder; tensors: {found}. Use weights of this very encoder, or set "
+            "model.encoder_weights to none"
+        )
+    backbone.load_state_dict(given, strict=False)
+
+
+def describe_misfit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, needed: set[str]) -> str:
+    """Which tensors are missing, unknown or of another shape, the first five of each by name; empty where all fit.
+
+    Args:
+        given: tensors by name.
+        expected: tensors of the names and shapes that a module has.
+        needed: names among the expected ones that must be given.
+    """
     problems = {
         "missing": sorted(needed - given.keys()),
         "unknown": sorted(given.keys() - expected.keys()),
@@ -507,13 +524,7 @@ def _load_by_name(backbone: nn.Module, tensors: Mapping[str, Tensor], *, source:
             if name in expected and tensor.shape != expected[name].shape
         ],
     }
-    found = [f"{len(names)} {kind} ({_shorten(names, 5)})" for kind, names in problems.items() if names]
-    if found:
-        raise ValueError(
-            f"{source} does not fit the encoder; tensors: {'; '.join(found)}. Use weights of this very encoder, or set "
-            "model.encoder_weights to none"
-        )
-    backbone.load_state_dict(given, strict=False)
+    return "; ".join(f"{len(names)} {kind} ({_shorten(names, 5)})" for kind, names in problems.items() if names)
 
 
 def _shorten(names: Sequence[str], limit: int) -> str:
