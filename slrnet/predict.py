@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from slrnet import load
 from slrnet.data.catalog import voc_palette
+from slrnet.data.files import written_whole
 from slrnet.inference.predictor import PROTOCOLS, Prediction, rgb_array
 from slrnet.training.panels import draw_overlay
 
@@ -103,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write(options.out, name, pixels, prediction.mask)
         records[name] = {"image": str(path)} | summarise(prediction, predictor.classes)
     content = {"checkpoint": str(options.checkpoint), "protocol": predictor.protocol, "images": records}
-    _replace(options.out / "predictions.json", json.dumps(content, indent=2).encode() + b"\n")
+    with written_whole(options.out / "predictions.json") as incoming:
+        incoming.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(f"{len(records)} masks in {options.out}" + (f", {failed} images could not be read" if failed else ""))
     return 1 if failed else 0
 
@@ -123,20 +125,9 @@ def _write(out: Path, name: str, pixels: npt.NDArray[np.uint8], mask: npt.NDArra
     palette = voc_palette()
     picture = Image.fromarray(mask)
     picture.putpalette(palette.tobytes())
-    _save(picture, out / f"{name}.png")
-    _save(draw_overlay(pixels, mask, palette), out / f"{name}.overlay.jpg")
-
-
-def _save(picture: Image.Image, path: Path) -> None:
-    incoming = path.with_name(f".incoming.{path.name}")
-    picture.save(incoming)
-    incoming.replace(path)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    incoming = path.with_name(f".incoming.{path.name}")
-    incoming.write_bytes(content)
-    incoming.replace(path)
+    for file, drawing in ((f"{name}.png", picture), (f"{name}.overlay.jpg", draw_overlay(pixels, mask, palette))):
+        with written_whole(out / file) as incoming:
+            drawing.save(incoming)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from slrnet.config import Config, config_from_dict
 from slrnet.data.batch import EvalSample
+from slrnet.data.files import written_whole
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.shards import EvalLoader
 from slrnet.inference.crf import crf_masks, require_crf
@@ -161,6 +162,5 @@ def _evaluate(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
 
 def _write_json(path: Path, record: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    incoming = path.with_name(f".{path.name}.incoming")
-    incoming.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    incoming.replace(path)
+    with written_whole(path) as incoming:
+        incoming.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ optimiser steps. Curves, pictures and checkpoints are written by rank 0.
 from __future__ import annotations
 
 import math
-import os
 import resource
 import sys
 import time
@@ -26,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slrnet.config import Config
 from slrnet.data.batch import Batch
+from slrnet.data.files import written_whole
 from slrnet.data.manifest import ShardSet
 from slrnet.data.shards import EvalLoader, SkippedSample, TrainLoader, choose_subset
 from slrnet.models.slrnet import SLRNet, build_model
@@ -322,9 +322,8 @@ class Trainer:
         )
         path = self._panel_path(masks.sample.key, epoch)
         path.parent.mkdir(parents=True, exist_ok=True)
-        incoming = path.with_name(f".{path.name}.incoming")
-        panel.save(incoming, format="PNG")
-        os.replace(incoming, path)
+        with written_whole(path) as incoming:
+            panel.save(incoming, format="PNG")
 
     def _log_panels(self, shown: tuple[str, ...], epoch: int) -> None:
         """Hands the pictures of all ranks to the tracker; measuring has ended everywhere, so that they all exist."""
