@@ -13,8 +13,8 @@ import argparse
 import importlib.util
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks._turns import times_in_turn
 from slrnet.calibration.refine import DILATIONS, refine
 
 CLAIMED_RATIO = 20.0
@@ -37,12 +38,14 @@ def main() -> None:
     if args.peer_dir is not None:
         forms["released"] = load_released(args.peer_dir)
     outputs = {name: form(images, probs) for name, form in forms.items()}  # also warms up
-    times = measure(forms, images, probs, repeats=args.repeats)
+    runs = {name: partial(form, images, probs) for name, form in forms.items()}
+    times = times_in_turn(runs, repeats=args.repeats)
     print(f"{tuple(probs.shape)}, 10 iterations, dilations {DILATIONS}, {args.threads} thread(s), {args.repeats} runs")
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, values in times.items():
         print(f"{name:>9}: median {medians[name]:.4f} s, fastest {min(values):.4f} s, slowest {max(values):.4f} s")
-    present = measure({"present": refine}, images, probs[:, : args.present], repeats=args.repeats)["present"]
+    few = {"present": partial(refine, images, probs[:, : args.present])}
+    present = times_in_turn(few, repeats=args.repeats)["present"]
     print(f"   slrnet: median {statistics.median(present):.4f} s when only {args.present} channels are present")
     if "released" in forms:
         difference = float((outputs["slrnet"] - outputs["released"]).abs().max())
@@ -91,17 +94,6 @@ def load_released(folder: Path) -> Refinement:
             return released(images, probs)  # type: ignore[no-any-return]
 
     return run
-
-
-def measure(forms: dict[str, Refinement], images: Tensor, probs: Tensor, *, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each form, run in turn."""
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(repeats):
-        for name, form in forms.items():
-            start = time.perf_counter()
-            form(images, probs)
-            times[name].append(time.perf_counter() - start)
-    return times
 
 
 if __name__ == "__main__":

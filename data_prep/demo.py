@@ -32,8 +32,10 @@ if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep import voc
-from data_prep.shard_writer import add_arguments, check_output, map_parallel, run_command
+from data_prep.conversion import Output, add_arguments, run_command
+from data_prep.shard_writer import check_output, map_parallel
 from slrnet.data.catalog import BACKGROUND, voc_palette
+from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
 __all__ = ["CLASSES", "build_demo", "draw_scene", "write_voc_folder"]
@@ -103,8 +105,7 @@ def build_demo(
         write_voc_folder(
             root, seed=seed, num_train=num_train, num_val=num_val, image_size=image_size, processes=processes
         )
-        return voc.convert(
-            root,
+        output = Output(
             out,
             name="demo",
             made_by=shlex.join(["python", "data_prep/demo.py", *words]),
@@ -112,6 +113,7 @@ def build_demo(
             shards=shards,
             seed=seed,
         )
+        return voc.convert(root, output)
 
 
 def write_voc_folder(
@@ -174,9 +176,7 @@ def _write_picture(root: Path, size: int, picture: tuple[str, tuple[int, int, in
     first_class = 1 + seeds[-1] % (len(CLASSES) - 1)
     image, mask = draw_scene(np.random.default_rng(seeds), size, first_class=first_class)
     Image.fromarray(image).save(root / "JPEGImages" / f"{key}.jpg", quality=92)
-    indexed = Image.fromarray(mask)
-    indexed.putpalette(voc_palette().tobytes())
-    indexed.save(root / "SegmentationClass" / f"{key}.png")
+    (root / "SegmentationClass" / f"{key}.png").write_bytes(encode_mask(mask, voc_palette()))
     names = [CLASSES[label] for label in np.unique(mask) if label]
     objects = "".join(f"<object><name>{escape(name)}</name></object>" for name in names)
     annotation = f"<annotation><filename>{key}.jpg</filename>{objects}</annotation>\n"

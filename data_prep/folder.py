@@ -1,7 +1,8 @@
-"""Your own images as tar shards: with masks, with a table of labels, or with both.
+"""Your own images as tar shards: with masks, with a table of labels, with both, or with neither.
 
     python data_prep/folder.py --images DIR --masks DIR --classes cat,dog --val-fraction 0.1 --out DIR
     python data_prep/folder.py --images DIR --labels labels.csv --split val=val.txt --out DIR
+    python data_prep/folder.py --images DIR --masks DIR --classes cat,dog --unlabelled --out DIR
 
 Images are all files of the folder and the folders in it; an image's key is its path without suffix, `a/b.jpg` being
 `a_b`. Its mask has the same path below --masks, ending in .png:
@@ -11,19 +12,19 @@ Images are all files of the folder and the folders in it; an image's key is its 
   line `void #rrggbb` where there is void. The file then names the classes.
 
 --labels is a CSV file with the columns `image` (path below --images, or key) and `labels` (names separated by `;`), and
-`split` if wanted. Image labels come from it where it is given, else from the classes in the mask. Splits come from its
-column, from list files (--split NAME=FILE, one image a line; the rest is `train`), or by --val-fraction.
+`split` if wanted. Image labels come from it where it is given, else from the classes in the mask. An image that has
+neither a mask nor a line in the table is refused; with --unlabelled it is taken as an unlabelled image. Splits come
+from the table's column, from list files (--split NAME=FILE, one image a line; the rest is `train`), or by
+--val-fraction. --subset NAME=FILE marks images, for instance those whose masks a semi-supervised training may see.
 
 JPEG files are copied as they are, unless their EXIF data turn them; other images become JPEG files of quality 95.
+Masks are copied too, unless they are in colours.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
-import io
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,34 +32,37 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.shard_writer import (
-    Sample,
-    add_arguments,
-    check_output,
-    map_parallel,
-    report_problems,
-    run_command,
-    write_dataset,
+from data_prep.conversion import Output, add_arguments, convert_items, parse_named_files, run_command
+from data_prep.shard_writer import Sample, check_output
+from data_prep.source_files import (
+    ImageForm,
+    check_size,
+    checked_ids,
+    names_of,
+    opened,
+    read_lines,
+    read_mask,
+    seeded_share,
+    split_words,
+    subset_members,
 )
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
-from slrnet.data.images import encode_mask, upright_rgb
+from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
 __all__ = ["LabelTable", "Palette", "convert", "read_label_table", "read_palette"]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-EXIF_ORIENTATION = 0x0112
-JPEG_QUALITY = 95
+FORM = ImageForm(upright=True, remedy="replace it or take it away")
 
 
 def convert(
     images: str | Path,
-    out: str | Path,
+    output: Output,
     *,
     masks: str | Path | None = None,
     labels: str | Path | None = None,
@@ -66,18 +70,13 @@ def convert(
     classes: Sequence[str] | None = None,
     splits: Mapping[str, Path] | None = None,
     val_fraction: float = 0.0,
-    name: str = "folder",
-    made_by: str | None = None,
-    samples_per_shard: int = 128,
-    shards: int | None = None,
-    seed: int = 0,
-    processes: int = 1,
+    unlabelled: bool = False,
 ) -> DatasetInfo:
     """Makes shards of a folder of images.
 
     Args:
         images: Folder with the images.
-        out: Folder to make; it must not exist or be empty.
+        output: What to write.
         masks: Folder with the masks.
         labels: CSV file with image labels.
         palette: File with the colours and names of the classes, for masks in colours.
@@ -85,44 +84,38 @@ def convert(
             be left out: then they are the names in `labels`, sorted.
         splits: List files of splits other than `train`.
         val_fraction: Share of the images that becomes `val`, chosen by key and seed; not with other ways to split.
-        name: Short name of the data set.
-        made_by: The command that makes the data set, without `--out`.
-        samples_per_shard: Samples that a shard holds at most, when `shards` is not given.
-        shards: Number of shards of every split.
-        seed: Seed of the split and of the order in which samples are dealt to shards.
-        processes: Worker processes; the output is the same for any number.
+        unlabelled: Whether images with neither a mask nor a line in `labels` are taken, as unlabelled ones.
 
     Raises:
         DataError: something about the folders, the files or the options is refused; nothing is written then.
     """
-    check_output(out)
-    if masks is None and labels is None:
-        raise DataError("neither --masks nor --labels is given; one of them must say what the images show")
+    check_output(output.folder)
+    if masks is None and labels is None and not unlabelled:
+        raise DataError(
+            "neither --masks nor --labels is given; one of them must say what the images show, or --unlabelled that "
+            "nothing is known of them"
+        )
     colours = read_palette(palette) if palette is not None else None
     table = read_label_table(labels) if labels is not None else None
-    names = _class_names(classes, colours, table, has_masks=masks is not None)
     source = _Source(
         images=Path(images).absolute(),
         masks=None if masks is None else Path(masks).absolute(),
-        names=names,
+        class_names=_class_names(classes, colours, table, has_masks=masks is not None),
         colours=colours,
     )
-    items = _items(source, table, splits or {}, val_fraction=val_fraction, seed=seed)
-    scanned = map_parallel(source.scan, items, processes=processes, label="reading")
-    report_problems([result for result in scanned if isinstance(result, str)], str(source.images))
-    return write_dataset(
-        out,
-        [result for result in scanned if isinstance(result, Sample)],
-        source.encode,
-        name=name,
-        classes=names,
-        palette=source.palette,
-        made_by=made_by or shlex.join(["python", "data_prep/folder.py", "--images", str(source.images)]),
-        samples_per_shard=samples_per_shard,
-        shards=shards,
-        seed=seed,
-        processes=processes,
-    )
+    drawing = _Drawing(splits=splits or {}, val_fraction=val_fraction, seed=output.seed)
+    items = _items(source, table, drawing, subsets=output.subsets, unlabelled=unlabelled)
+    words = {
+        "--images": source.images,
+        "--masks": source.masks,
+        "--labels": None if labels is None else Path(labels),
+        "--palette": None if palette is None else Path(palette),
+        "--classes": None if classes is None else ",".join(classes),
+        "--split": drawing.splits,
+        "--val-fraction": val_fraction,
+        "--unlabelled": unlabelled,
+    }
+    return convert_items(source, items, output.named("folder", "data_prep/folder.py", words))
 
 
 @dataclass(frozen=True)
@@ -169,7 +162,7 @@ def read_palette(path: str | Path) -> Palette:
     names: list[str] = []
     colours: list[tuple[int, int, int]] = []
     void = None
-    for number, line in enumerate(_lines(path, "palette file"), start=1):
+    for number, line in enumerate(read_lines(path, "palette file"), start=1):
         words = line.split()
         if not words or line.lstrip().startswith("//"):
             continue
@@ -195,7 +188,7 @@ def read_label_table(path: str | Path) -> LabelTable:
     Raises:
         DataError: the file cannot be read, lacks a column, or has an image twice.
     """
-    reader = csv.DictReader(_lines(path, "table of labels"))
+    reader = csv.DictReader(read_lines(path, "table of labels"))
     columns = reader.fieldnames or []
     if missing := [column for column in ("image", "labels") if column not in columns]:
         raise DataError(f"{path} has the columns {list(columns)}; {missing} must be among them")
@@ -210,12 +203,25 @@ def read_label_table(path: str | Path) -> LabelTable:
     return LabelTable(Path(path), labels, splits if "split" in columns else None)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Item:
     key: str
-    path: Path
+    path: str
     split: str
     labels: tuple[str, ...] | None
+    subsets: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drawing:
+    """How images are dealt to splits where no table says it."""
+
+    splits: Mapping[str, Path]
+    val_fraction: float
+    seed: int
+
+    def split(self, key: str) -> str:
+        return "val" if seeded_share(key, self.seed) < self.val_fraction else "train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,8 +230,12 @@ class _Source:
 
     images: Path
     masks: Path | None
-    names: tuple[str, ...]
+    class_names: tuple[str, ...]
     colours: Palette | None
+
+    @property
+    def place(self) -> str:
+        return str(self.images)
 
     @property
     def palette(self) -> npt.NDArray[np.uint8]:
@@ -234,62 +244,55 @@ class _Source:
             colours[: len(self.colours.colours)] = self.colours.colours
         return colours
 
-    def scan(self, item: _Item) -> Sample | str:
-        """Reads and checks the files of one image: the sample to write, or what is wrong."""
-        try:
-            image = _read_upright(item.path)
-            mask_path = self._mask_path(item.path)
-            present: Sequence[int] = ()
-            if mask_path is not None:
-                mask = self._read_mask(mask_path)
-                if mask.shape != (image.height, image.width):
-                    raise DataError(
-                        f"{mask_path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image {item.path.name} "
-                        f"{image.width}x{image.height} upright; make them of one size"
-                    )
-                present = np.unique(mask).tolist()
-        except DataError as error:
-            return str(error)
-        names = present if item.labels is None else [self.names.index(name) for name in item.labels]
+    def scan(self, item: _Item) -> Sample:
+        path = Path(item.path)
+        size = FORM.size(path)
+        mask_path = self.mask_path(path)
+        classes: tuple[int, ...] | None = None
+        if mask_path is not None:
+            mask = self._read_mask(mask_path)
+            check_size(mask_path, mask, path, size, remedy="make them of one size, the image seen upright")
+            present = checked_ids(mask_path, mask, len(self.class_names), remedy="see --classes")
+            classes = tuple(label for label in present if 0 < label < IGNORE_INDEX)
+        if item.labels is not None:
+            classes = tuple(sorted(self.class_names.index(name) for name in item.labels))
         return Sample(
             key=item.key,
             split=item.split,
-            width=image.width,
-            height=image.height,
-            classes=tuple(sorted(label for label in names if 0 < label < len(self.names))),
-            source=str(item.path),
+            width=size[0],
+            height=size[1],
+            classes=classes,
+            subsets=item.subsets,
+            source=item.path,
         )
 
     def encode(self, sample: Sample) -> tuple[bytes, bytes | None]:
-        """Bytes of the JPEG and of the indexed PNG mask, if there is one."""
         path = Path(sample.source)
-        mask_path = self._mask_path(path)
-        mask = None if mask_path is None else encode_mask(self._read_mask(mask_path), self.palette)
-        return _jpeg_bytes(path), mask
+        mask_path = self.mask_path(path)
+        if mask_path is None:
+            return FORM.jpeg(path), None
+        if self.colours is None:
+            with opened(mask_path) as image:
+                if image.format == "PNG" and image.mode in ("P", "L"):
+                    return FORM.jpeg(path), mask_path.read_bytes()
+        return FORM.jpeg(path), encode_mask(self._read_mask(mask_path), self.palette)
 
-    def _mask_path(self, image: Path) -> Path | None:
-        """Path of an image's mask; None where there are no masks, or where labels alone were given for this image."""
+    def mask_path(self, image: Path) -> Path | None:
+        """Path of an image's mask; None where there are no masks, or none of this image."""
         if self.masks is None:
             return None
         path = (self.masks / image.relative_to(self.images)).with_suffix(".png")
         return path if path.is_file() else None
 
     def _read_mask(self, path: Path) -> npt.NDArray[np.uint8]:
+        if self.colours is None:
+            return read_mask(path, remedy="make it so, or name its colours with --palette FILE")
+        with opened(path, remedy="make it again") as image:
+            pixels = np.asarray(image.convert("RGB"))
         try:
-            with Image.open(path) as image:
-                if self.colours is not None:
-                    return self.colours.ids(np.asarray(image.convert("RGB")))
-                if image.mode not in ("P", "L"):
-                    raise DataError(f"is a {image.mode} image; indexed or grey ids are expected, or --palette FILE")
-                ids = np.asarray(image, dtype=np.uint8)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path} cannot be read: {error}; make it again") from None
+            return self.colours.ids(pixels)
         except DataError as error:
             raise DataError(f"{path} {error}") from None
-        unknown = [int(label) for label in np.unique(ids) if label >= len(self.names) and label != IGNORE_INDEX]
-        if unknown:
-            raise DataError(f"{path} has ids {unknown}; allowed are 0 to {len(self.names) - 1} and 255; see --classes")
-        return ids
 
 
 # Finding things.
@@ -298,48 +301,65 @@ class _Source:
 def _class_names(
     classes: Sequence[str] | None, colours: Palette | None, table: LabelTable | None, *, has_masks: bool
 ) -> tuple[str, ...]:
+    if colours is not None and classes is not None:
+        raise DataError("--classes and --palette both name the classes; give one of the two")
+    named = set() if table is None else {name for labels in table.labels.values() for name in labels}
     if colours is not None:
-        if classes is not None:
-            raise DataError("--classes and --palette both name the classes; give one of the two")
         names = colours.names
     elif classes is not None:
         names = (BACKGROUND, *classes)
-    elif has_masks:
-        raise DataError("masks hold ids; name the classes 1, 2, ... with --classes (or --palette for masks in colours)")
+    elif table is not None and not has_masks:
+        names = (BACKGROUND, *sorted(named))
     else:
-        assert table is not None
-        names = (BACKGROUND, *sorted({name for labels in table.labels.values() for name in labels}))
+        raise DataError(
+            "nothing names the classes; name the classes 1, 2, ... with --classes (or --palette for masks in colours)"
+        )
     if len(set(names)) < len(names) or not 2 <= len(names) <= IGNORE_INDEX:
         raise DataError(f"there are {len(names) - 1} classes {list(names[1:4])}...; 1 to 254 different ones are needed")
-    if table is not None:
-        unknown = sorted({name for labels in table.labels.values() for name in labels} - set(names[1:]))
-        if unknown:
-            raise DataError(f"{table.path} has the labels {unknown[:5]}; the classes are {', '.join(names[1:])}")
+    if table is not None and (unknown := sorted(named - set(names[1:]))):
+        raise DataError(f"{table.path} has the labels {unknown[:5]}; the classes are {', '.join(names[1:])}")
     return names
 
 
 def _items(
-    source: _Source, table: LabelTable | None, splits: Mapping[str, Path], *, val_fraction: float, seed: int
+    source: _Source, table: LabelTable | None, drawing: _Drawing, *, subsets: Mapping[str, Path], unlabelled: bool
 ) -> list[_Item]:
     paths = _find_images(source.images)
-    ways = [bool(splits), val_fraction > 0, table is not None and table.splits is not None]
-    if sum(ways) > 1:
-        raise DataError("splits are given in several ways; use one of --split, --val-fraction and the column `split`")
-    if not 0 <= val_fraction < 1:
-        raise DataError(f"--val-fraction is {val_fraction}; allowed are shares from 0 to below 1")
-    split_of = _read_splits(splits, paths)
-    if table is not None:
-        if strangers := sorted(set(table.labels) - set(paths)):
-            raise DataError(f"{table.path} lists {len(strangers)} image(s) that are not there, such as {strangers[:3]}")
-        split_of |= table.splits or {}
+    split_of = _splits(paths, table, drawing)
+    members = subset_members(subsets, set(paths), _read_keys)
     items = []
     for key, path in paths.items():
         labels = None if table is None else table.labels.get(key)
-        if labels is None and source._mask_path(path) is None:
-            raise DataError(f"{path} has no mask" + ("" if table is None else f" and no line in {table.path}"))
-        drawn = "val" if _share(key, seed) < val_fraction else "train"
-        items.append(_Item(key=key, path=path, split=split_of.get(key, drawn), labels=labels))
+        if labels is None and not unlabelled and source.mask_path(path) is None:
+            without = f"{path} has no mask" + ("" if table is None else f" and no line in {table.path}")
+            raise DataError(f"{without}; add it, or take such images as unlabelled ones with --unlabelled")
+        items.append(
+            _Item(
+                key=key,
+                path=str(path),
+                split=split_of.get(key) or drawing.split(key),
+                labels=labels,
+                subsets=names_of(key, members),
+            )
+        )
     return items
+
+
+def _splits(paths: Mapping[str, Path], table: LabelTable | None, drawing: _Drawing) -> dict[str, str]:
+    """Splits of the images that a list or the table names."""
+    ways = [bool(drawing.splits), drawing.val_fraction > 0, table is not None and table.splits is not None]
+    if sum(ways) > 1:
+        raise DataError("splits are given in several ways; use one of --split, --val-fraction and the column `split`")
+    if not 0 <= drawing.val_fraction < 1:
+        raise DataError(f"--val-fraction is {drawing.val_fraction}; allowed are shares from 0 to below 1")
+    if table is None:
+        return _read_splits(drawing.splits, paths)
+    if strangers := sorted(set(table.labels) - set(paths)):
+        raise DataError(
+            f"{table.path} lists {len(strangers)} image(s) that are not there, such as {strangers[:3]}; "
+            "remove their lines"
+        )
+    return _read_splits(drawing.splits, paths) | dict(table.splits or {})
 
 
 def _find_images(folder: Path) -> dict[str, Path]:
@@ -360,39 +380,23 @@ def _find_images(folder: Path) -> dict[str, Path]:
 def _read_splits(splits: Mapping[str, Path], known: Mapping[str, Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, path in splits.items():
-        for line in _lines(path, "list file"):
-            if not line.strip():
-                continue
-            key = _key(Path(line.strip()))
+        for key in _read_keys(path):
             if key not in known:
-                raise DataError(f"{path} lists {line.strip()!r}, which is not among the images")
+                raise DataError(f"{path} lists {key!r}, which is not among the images; remove it from the list")
             if key in found:
-                raise DataError(f"image {line.strip()!r} is in the splits {found[key]!r} and {name!r}; keep one")
+                raise DataError(f"image {key!r} is in the splits {found[key]!r} and {name!r}; keep one")
             found[key] = name
     return found
+
+
+def _read_keys(path: Path) -> list[str]:
+    return [_key(Path(line.strip())) for line in read_lines(path, "list file") if line.strip()]
 
 
 def _key(path: Path) -> str:
     """`a/b.c.jpg` as `a_b_c`: tar readers cut names at the first dot."""
     stem = path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
     return "_".join(stem.parts).replace(".", "_").replace(" ", "_")
-
-
-def _share(key: str, seed: int) -> float:
-    """A number in [0, 1) that depends on the key and the seed alone, so that new images move no old ones."""
-    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
-
-
-# Reading and writing of files.
-
-
-def _lines(path: str | Path, what: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"cannot read the {what} {path}: {reason}") from None
 
 
 def _colour(words: Sequence[str]) -> tuple[int, int, int] | None:
@@ -415,24 +419,6 @@ def _codes(colours: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.int64]:
     return codes
 
 
-def _read_upright(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return upright_rgb(image)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read: {error}; replace it or take it away") from None
-
-
-def _jpeg_bytes(path: Path) -> bytes:
-    with Image.open(path) as image:
-        plain = image.format == "JPEG" and image.mode in ("RGB", "L")
-        if plain and image.getexif().get(EXIF_ORIENTATION, 1) == 1:
-            return path.read_bytes()
-        buffer = io.BytesIO()
-        upright_rgb(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
-        return buffer.getvalue()
-
-
 # Command line.
 
 
@@ -446,51 +432,27 @@ def main() -> int:
     parser.add_argument("--classes", metavar="A,B", help="names of the classes 1, 2, ...")
     parser.add_argument("--split", action="append", default=[], metavar="NAME=FILE", help="list of a split; repeatable")
     parser.add_argument("--val-fraction", type=float, default=0.0, metavar="X", help="share of the images for `val`")
-    parser.add_argument("--name", default="folder", help="name of the data set (default: %(default)s)")
-    add_arguments(parser)
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="take images with neither a mask nor a line as unlabelled ones"
+    )
+    add_arguments(parser, name="folder")
     return run_command(parser, _make)
 
 
 def _make(args: argparse.Namespace) -> DatasetInfo:
     if args.images is None:
         raise DataError("--images is missing; give the folder with the images")
-    splits: dict[str, Path] = {}
-    for text in args.split:
-        name, equals, path = text.partition("=")
-        if not equals or not name or not path or name in splits:
-            raise DataError(f"--split {text!r} is not NAME=LISTFILE, or names a split twice")
-        splits[name] = Path(path)
-    classes = None if args.classes is None else [name.strip() for name in args.classes.split(",") if name.strip()]
     return convert(
         args.images,
-        args.out,
+        Output.of_arguments(args),
         masks=args.masks,
         labels=args.labels,
         palette=args.palette,
-        classes=classes,
-        splits=splits,
+        classes=split_words(args.classes),
+        splits=parse_named_files("--split", args.split),
         val_fraction=args.val_fraction,
-        name=args.name,
-        made_by=_command(args),
-        samples_per_shard=args.samples_per_shard,
-        shards=args.shards,
-        seed=args.seed,
-        processes=args.processes,
+        unlabelled=args.unlabelled,
     )
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The command without what changes no byte of the shards (--processes) and without --out."""
-    words = ["python", "data_prep/folder.py", "--images", str(args.images.absolute()), "--name", args.name]
-    for option in ("masks", "labels", "palette"):
-        path = getattr(args, option)
-        words += [] if path is None else [f"--{option}", str(path.absolute())]
-    words += [] if args.classes is None else ["--classes", args.classes]
-    words += [word for text in args.split for word in ("--split", text)]
-    words += ["--val-fraction", str(args.val_fraction)] if args.val_fraction else []
-    words += ["--samples-per-shard", str(args.samples_per_shard)] if args.shards is None else []
-    words += [] if args.shards is None else ["--shards", str(args.shards)]
-    return shlex.join([*words, "--seed", str(args.seed)])
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ final name, or not at all.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -18,7 +16,6 @@ import re
 import shlex
 import shutil
 import signal
-import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -31,18 +28,18 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 from tqdm import tqdm
 
 from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, ShardEntry, ShardSet, load_dataset, save_dataset
+from slrnet.data.tars import ShardWriter, tar_end, tar_members
 
 __all__ = [
     "Damage",
     "Sample",
-    "add_arguments",
     "check_output",
     "map_parallel",
     "report_problems",
-    "run_command",
     "verify",
     "write_dataset",
 ]
@@ -53,10 +50,8 @@ Result = TypeVar("Result")
 MAX_LISTED = 10
 """Problems spelled out in one message; the rest is counted."""
 
-BLOCK = tarfile.BLOCKSIZE
 
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """One image to write: what the manifest says about it, and where its bytes come from."""
 
@@ -68,8 +63,8 @@ class Sample:
     """Width of the image, pixels."""
     height: int
     """Height of the image, pixels."""
-    classes: tuple[int, ...]
-    """Foreground ids 1..K-1 that are present, ascending: the image labels."""
+    classes: tuple[int, ...] | None
+    """Foreground ids 1..K-1 that are present, ascending: the image labels; None where they are not known."""
     subsets: tuple[str, ...] = ()
     """Named subsets it belongs to."""
     source: Any = None
@@ -136,8 +131,9 @@ def write_dataset(
         tasks = [_WriteTask(folder / shard, tuple(members), encode) for shard, members in plan]
         weights = [len(task.samples) for task in tasks]
         parts = map_parallel(_write_shard, tasks, weights=weights, processes=processes, label="writing")
-        columns = {column: [value for part in parts for value in part[column]] for column in SCHEMA.names}
-        return save_dataset(folder, columns, name=name, classes=classes, palette=palette, made_by=made_by)
+        return save_dataset(
+            folder, pa.concat_tables(parts), name=name, classes=classes, palette=palette, made_by=made_by
+        )
 
 
 def verify(folder: str | os.PathLike[str], *, processes: int = 1) -> list[Damage]:
@@ -214,61 +210,15 @@ def map_parallel(
     return results
 
 
-def report_problems(problems: Sequence[str], what: str) -> None:
+def report_problems(problems: Sequence[str], what: str, *, advice: str | None = None) -> None:
     """Raises one error for all problems found in the input; does nothing when there are none.
 
     Raises:
         DataError: there are problems; the first ten are spelled out, the rest is counted.
     """
     if problems:
-        raise DataError(f"{len(problems)} problem(s) in {what}:\n  " + _listed(problems, "\n  "))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that all scripts share."""
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make; must not exist or be empty")
-    parser.add_argument(
-        "--verify", type=Path, metavar="DIR", help="instead of writing: compare the shards of DIR with its manifest"
-    )
-    parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)"
-    )
-    parser.add_argument(
-        "--samples-per-shard", type=int, default=128, metavar="N", help="most samples in a shard (default: %(default)s)"
-    )
-    parser.add_argument("--shards", type=int, metavar="N", help="instead: number of shards of every split")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of everything random (default: %(default)s)"
-    )
-
-
-def run_command(parser: argparse.ArgumentParser, make: Callable[[argparse.Namespace], DatasetInfo]) -> int:
-    """Parses the command line, verifies or makes a data set, and prints what came of it.
-
-    Args:
-        parser: Knows the options of `add_arguments` and the script's own.
-        make: Makes the data set from the parsed options.
-
-    Returns:
-        Exit status: 0, 1 when `--verify` found damage, 2 for input that was refused, 130 after Ctrl-C.
-    """
-    args = parser.parse_args()
-    if (args.out is None) == (args.verify is None):
-        parser.error("give either --out DIR to make a data set or --verify DIR to check one")
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        if args.verify is not None:
-            return _print_verification(args.verify, processes=args.processes)
-        info = make(args)
-    except (DataError, OSError) as error:  # OSError: no space, no permission; its text names the path
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    counts = ", ".join(f"{count} {split}" for split, count in info.counts.items())
-    print(f"wrote {args.out}: {counts} samples, {info.num_classes} classes, fingerprint {info.fingerprint[:12]}")
-    return 0
+        end = "" if advice is None else f"\n{advice}"
+        raise DataError(f"{len(problems)} problem(s) in {what}:\n  " + _listed(problems, "\n  ") + end)
 
 
 # Writing.
@@ -293,7 +243,7 @@ def _check_samples(samples: Sequence[Sample], num_classes: int) -> None:
         if (sample.split, sample.key) in seen:
             problems.append(f"key {sample.key!r} occurs twice in split {sample.split!r}; remove one of the two")
         seen.add((sample.split, sample.key))
-        if any(not 1 <= label < num_classes for label in sample.classes):
+        if any(not 1 <= label < num_classes for label in sample.classes or ()):
             problems.append(f"key {sample.key!r} has classes {sample.classes}; allowed are 1 to {num_classes - 1}")
     report_problems(problems, "the samples")
 
@@ -348,60 +298,21 @@ def _appears_whole(target: Path) -> Iterator[Path]:
         raise
 
 
-def _write_shard(task: _WriteTask) -> dict[str, list[Any]]:
-    """Writes one tar; returns its rows of the manifest as columns."""
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    with task.path.open("wb") as file:
+def _write_shard(task: _WriteTask) -> pa.Table:
+    """Writes one tar; returns its rows of the manifest."""
+    with task.path.open("wb") as file, ShardWriter(file, task.path.name) as shard:
         for sample in task.samples:
             image, mask = task.encode(sample)
-            files = _files(sample, image, mask)
-            data = _tar_members(files)
-            row = {
-                "key": sample.key,
-                "split": sample.split,
-                "subsets": sorted(sample.subsets),
-                "shard": task.path.name,
-                "offset": file.tell(),
-                "width": sample.width,
-                "height": sample.height,
-                "classes": list(sample.classes),
-                "has_mask": mask is not None,
-                "bytes": len(data),
-                "sha256": hashlib.sha256(b"".join(files.values())).hexdigest(),
-            }
-            file.write(data)
-            for name, value in row.items():
-                columns[name].append(value)
-        file.write(_tar_end(file.tell()))
-    return columns
-
-
-def _files(sample: Sample, image: bytes, mask: bytes | None) -> dict[str, bytes]:
-    """The sample's files by name, in the order of the tar."""
-    record = {
-        "key": sample.key,
-        "classes": list(sample.classes),
-        "subsets": sorted(sample.subsets),
-        "width": sample.width,
-        "height": sample.height,
-    }
-    masks = {} if mask is None else {f"{sample.key}.png": mask}
-    return {f"{sample.key}.jpg": image, **masks, f"{sample.key}.json": json.dumps(record).encode()}
-
-
-def _tar_members(files: dict[str, bytes]) -> bytes:
-    """Headers and padded contents in ustar format; nothing in them depends on the machine, the user or the time."""
-    parts = []
-    for name, data in files.items():
-        header = tarfile.TarInfo(name)
-        header.size, header.mode, header.mtime = len(data), 0o644, 0
-        parts += [header.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % BLOCK)]
-    return b"".join(parts)
-
-
-def _tar_end(size: int) -> bytes:
-    """What follows the last member of a tar of `size` bytes: two empty blocks, filled up to a whole record."""
-    return bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)
+            shard.add(
+                key=sample.key,
+                split=sample.split,
+                subsets=sample.subsets,
+                size=(sample.width, sample.height),
+                classes=sample.classes,
+                image=image,
+                mask=mask,
+            )
+    return pa.table(shard.columns, schema=SCHEMA)
 
 
 # Verifying.
@@ -437,7 +348,7 @@ def _verify_shard(task: _VerifyTask) -> list[Damage]:
     )
     damages = [Damage(name, f"{len(bad)} damaged sample(s)", bad)] if bad else []
     end = int(task.offsets[-1] + task.sizes[-1])
-    if not bad and data[end:] != _tar_end(end):
+    if not bad and data[end:] != tar_end(end):
         damages.append(Damage(name, f"has {len(data) - end} bytes after its last sample that are not the end of a tar"))
     return damages
 
@@ -454,20 +365,7 @@ def _is_intact(data: bytes, key: str, digest: str) -> bool:
         return False
     if any(name.partition(".")[0] != key for name in files):
         return False
-    return hashlib.sha256(b"".join(files.values())).hexdigest() == digest and _tar_members(files) == data
-
-
-def _print_verification(folder: Path, *, processes: int) -> int:
-    damages = verify(folder, processes=processes)
-    dataset = load_dataset(folder)
-    if not damages:
-        print(f"{folder}: all {sum(dataset.info.counts.values())} samples are intact")
-        return 0
-    print(f"{folder}: {len(damages)} shard(s) are damaged:", file=sys.stderr)
-    for damage in damages:
-        print(f"  {damage}", file=sys.stderr)
-    print(f"repair with: {dataset.repair_command}", file=sys.stderr)
-    return 1
+    return hashlib.sha256(b"".join(files.values())).hexdigest() == digest and tar_members(files) == data
 
 
 # Processes, messages.
@@ -512,10 +410,6 @@ def _interrupts_held() -> Iterator[None]:
 def _end_when_told() -> None:
     """A worker has no use for the parent's answer to SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _listed(texts: Sequence[str], separator: str) -> str:

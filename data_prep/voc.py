@@ -14,34 +14,34 @@ ImageSets/Segmentation/{train,val}.txt. A file labels.txt in it, one name a line
 - With `--classes`, images that show none of the chosen classes are left out, the chosen ones get ids 1..n in the order
   of VOC's ids, and pixels of other classes become void (255): neither background nor anything else is known there.
 
-JPEG files are copied as they are, masks too unless their ids change.
+JPEG files are copied as they are (other files by that name become JPEG), masks too unless their ids change.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.shard_writer import (
-    Sample,
-    add_arguments,
-    check_output,
-    map_parallel,
-    report_problems,
-    run_command,
-    write_dataset,
+from data_prep.conversion import Output, add_arguments, convert_items, run_command
+from data_prep.shard_writer import Sample, check_output
+from data_prep.source_files import (
+    ImageForm,
+    check_size,
+    checked_ids,
+    read_lines,
+    read_mask,
+    read_objects,
+    split_words,
+    subset_members,
 )
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, VOC_CLASSES, voc_palette
 from slrnet.data.images import encode_mask
@@ -49,64 +49,41 @@ from slrnet.data.manifest import DataError, DatasetInfo
 
 __all__ = ["VocFolder", "VocItem", "convert", "read_list", "train_aug_keys"]
 
+FORM = ImageForm()
+PNG_REMEDY = "take the original PNGs, not ones converted to colours, or fetch it again"
 OFFICIAL_SUBSET = "voc_train"
 FULL_TRAIN, FULL_VAL, FULL_TRAIN_AUG = 1_464, 1_449, 10_582
 """Images in VOC 2012's train and val lists, and in what is known as train_aug."""
 
 
 def convert(
-    root: str | Path,
-    out: str | Path,
-    *,
-    name: str = "voc2012",
-    sbd: str | Path | None = None,
-    classes: Sequence[str] | None = None,
-    subsets: Mapping[str, Path] | None = None,
-    made_by: str | None = None,
-    samples_per_shard: int = 128,
-    shards: int | None = None,
-    seed: int = 0,
-    processes: int = 1,
+    root: str | Path, output: Output, *, sbd: str | Path | None = None, classes: Sequence[str] | None = None
 ) -> DatasetInfo:
     """Makes shards of a folder in VOC's layout.
 
     Args:
         root: The folder, usually VOCdevkit/VOC2012.
-        out: Folder to make; it must not exist or be empty.
-        name: Short name of the data set.
+        output: What to write.
         sbd: Folder with SBD's masks: PNGs (itself or in its SegmentationClassAug) or the SBD release (cls/*.mat).
         classes: Names of the foreground classes to keep; None for all.
-        subsets: List files of named subsets.
-        made_by: The command that makes the data set, without `--out`.
-        samples_per_shard: Samples that a shard holds at most, when `shards` is not given.
-        shards: Number of shards of every split.
-        seed: Seed of the order in which samples are dealt to shards.
-        processes: Worker processes; the output is the same for any number.
 
     Raises:
         DataError: something about the folder, its files or the options is refused; nothing is written then.
     """
-    check_output(out)
+    check_output(output.folder)
     folder = VocFolder.find(root, sbd=sbd, classes=classes)
-    items = _items(folder, subsets or {})
-    scanned = map_parallel(folder.scan, items, processes=processes, label="reading")
-    report_problems([result for result in scanned if isinstance(result, str)], str(folder.root))
-    samples = [result for result in scanned if isinstance(result, Sample)]
-    kept = [sample for sample in samples if sample.classes] if classes else samples
-    if len(kept) < len(samples):
-        print(f"left out {len(samples) - len(kept)} images that show none of the chosen classes", flush=True)
-    return write_dataset(
-        out,
-        kept,
-        folder.encode,
-        name=name,
-        classes=folder.class_names,
-        palette=folder.palette,
-        made_by=made_by or shlex.join(["python", "data_prep/voc.py", "--root", str(folder.root)]),
-        samples_per_shard=samples_per_shard,
-        shards=shards,
-        seed=seed,
-        processes=processes,
+    if OFFICIAL_SUBSET in output.subsets:
+        raise DataError(f"--subset {OFFICIAL_SUBSET} is taken: it is VOC's own train list; use another name")
+    words = {
+        "--root": folder.root,
+        "--sbd": None if sbd is None else Path(sbd),
+        "--classes": None if classes is None else ",".join(classes),
+    }
+    return convert_items(
+        folder,
+        _items(folder, output.subsets),
+        output.named("voc2012", "data_prep/voc.py", words),
+        keep_background=classes is None,
     )
 
 
@@ -159,6 +136,11 @@ class VocFolder:
         )
 
     @property
+    def place(self) -> str:
+        """What messages call the folder."""
+        return str(self.root)
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the K classes that are kept, background first."""
         return (BACKGROUND, *(self.names[label] for label in self.chosen))
@@ -181,32 +163,28 @@ class VocFolder:
         """Path of a list of images."""
         return self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
 
-    def scan(self, item: VocItem) -> Sample | str:
+    def scan(self, item: VocItem) -> Sample:
         """Reads and checks all files of one image.
 
-        Returns:
-            The sample to write, or what is wrong with its files.
+        Raises:
+            DataError: something is wrong with them.
         """
-        try:
-            width, height = _read_image(self._image_path(item.key))
-            path, mask = self._read_mask(item.key)
-            if mask.shape != (height, width):
-                raise DataError(
-                    f"{path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image {self._image_path(item.key).name} "
-                    f"{width}x{height}; take both from the same release"
-                )
-            present = np.unique(mask)
-            self._check_ids(path, present)
-            labels = self._xml_labels(item.key)
-        except DataError as error:
-            return str(error)
-        found = present.tolist() if labels is None else labels
+        image = self._image_path(item.key)
+        size = FORM.size(image)
+        path, mask = self._read_mask(item.key)
+        check_size(path, mask, image, size, remedy="take both from the same release")
+        remedy = "correct the mask, or name all classes in labels.txt of the folder"
+        present = checked_ids(path, mask, len(self.names), remedy=remedy)
+        labels = self._xml_labels(item.key)
+        found = present if labels is None else labels
         classes = tuple(self.chosen.index(label) + 1 for label in self.chosen if label in found)
-        return Sample(key=item.key, split=item.split, width=width, height=height, classes=classes, subsets=item.subsets)
+        return Sample(
+            key=item.key, split=item.split, width=size[0], height=size[1], classes=classes, subsets=item.subsets
+        )
 
     def encode(self, sample: Sample) -> tuple[bytes, bytes]:
-        """Bytes of one sample's JPEG, copied, and of its indexed PNG mask, copied unless ids change."""
-        image = self._image_path(sample.key).read_bytes()
+        """Bytes of one sample's JPEG and of its indexed PNG mask, copied unless ids change."""
+        image = FORM.jpeg(self._image_path(sample.key))
         path = self._mask_path(sample.key)
         if path.suffix == ".png" and len(self.chosen) == len(self.names) - 1:
             return image, path.read_bytes()
@@ -228,26 +206,14 @@ class VocFolder:
 
     def _read_mask(self, key: str) -> tuple[Path, npt.NDArray[np.uint8]]:
         path = self._mask_path(key)
-        return path, _read_mat(path) if path.suffix == ".mat" else _read_png(path)
-
-    def _check_ids(self, path: Path, present: npt.NDArray[np.uint8]) -> None:
-        unknown = [int(label) for label in present if label >= len(self.names) and label != IGNORE_INDEX]
-        if unknown:
-            raise DataError(
-                f"{path} has ids {unknown}; allowed are 0 to {len(self.names) - 1} and {IGNORE_INDEX} (void); "
-                "correct the mask, or name all classes in labels.txt of the folder"
-            )
+        return path, _read_mat(path) if path.suffix == ".mat" else read_mask(path, remedy=PNG_REMEDY)
 
     def _xml_labels(self, key: str) -> list[int] | None:
         """Ids of the classes that the XML annotation names; None where there is none."""
         path = self.root / "Annotations" / f"{key}.xml"
         if not path.is_file():
             return None
-        try:
-            objects = ElementTree.parse(path).getroot().findall("object")
-        except ElementTree.ParseError as error:
-            raise DataError(f"{path} is not readable XML: {error}; fetch it again or remove it") from None
-        found = {(entry.findtext("name") or "").strip() for entry in objects}
+        found = read_objects(path, remedy="fetch it again or remove it")
         if unknown := sorted(found - set(self.names[1:])):
             raise DataError(
                 f"{path} names the classes {unknown}, not among {', '.join(self.names[1:])}; correct or remove it"
@@ -262,13 +228,8 @@ def read_list(path: str | Path) -> list[str]:
     Raises:
         DataError: the file is missing or empty, or a line holds something else.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise DataError(f"cannot read the list file {path}: {reason}; it holds one image id a line") from None
     keys = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path, "list file"), start=1):
         first, *others = line.split() or [""]
         if any("/" not in other for other in others):
             raise DataError(f"{path}, line {number}: {line!r} has more than an image id; keep one id a line")
@@ -308,9 +269,10 @@ def _items(folder: VocFolder, subsets: Mapping[str, Path]) -> list[VocItem]:
             f"{len(both)} image(s) are both in the training list and in val.txt, such as {both[:3]}; "
             f"training on validation images makes the score worthless: remove them from train_aug.txt or train.txt"
         )
-    members = {OFFICIAL_SUBSET: set(official) & set(train)}
-    for name, path in subsets.items():
-        members[name] = _subset(name, path, known={*train, *val})
+    members = {
+        OFFICIAL_SUBSET: frozenset(official) & frozenset(train),
+        **subset_members(subsets, {*train, *val}, read_list),
+    }
     items = [VocItem(key=key, split="train") for key in train] + [VocItem(key=key, split="val") for key in val]
     return [replace(item, subsets=tuple(name for name, keys in members.items() if item.key in keys)) for item in items]
 
@@ -379,45 +341,7 @@ def _chosen(names: tuple[str, ...], classes: Sequence[str] | None) -> tuple[int,
     return tuple(sorted({names.index(name) for name in classes}))
 
 
-def _subset(name: str, path: Path, *, known: set[str]) -> set[str]:
-    keys = set(read_list(path))
-    if strangers := sorted(keys - known):
-        raise DataError(
-            f"--subset {name}={path} lists {len(strangers)} image(s) that are in neither split, such as "
-            f"{strangers[:3]}; remove them from the list"
-        )
-    return keys
-
-
 # Reading and writing of files.
-
-
-def _read_image(path: Path) -> tuple[int, int]:
-    """Width and height of a JPEG that was read to its end."""
-    try:
-        with Image.open(path) as image:
-            if image.format != "JPEG":
-                raise DataError(f"{path} is a {image.format} file; convert it to JPEG")
-            image.load()
-            return image.size
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; fetch it, or drop its id from the list file") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read: {error}; fetch it again") from None
-
-
-def _read_png(path: Path) -> npt.NDArray[np.uint8]:
-    """Ids of an indexed (or grey) mask: (H, W) uint8."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise DataError(
-                    f"{path} is a {image.mode} image; masks must be indexed (mode P) or grey (L) with class ids as "
-                    "values: take the original PNGs, not ones converted to colours"
-                )
-            return np.asarray(image, dtype=np.uint8)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read: {error}; fetch it again") from None
 
 
 def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
@@ -446,12 +370,8 @@ def main() -> int:
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder in VOC's layout, VOCdevkit/VOC2012")
     parser.add_argument("--sbd", type=Path, metavar="DIR", help="SBD's masks: SegmentationClassAug PNGs or cls/*.mat")
     parser.add_argument("--classes", metavar="A,B", help="keep these classes only; ids become 1, 2, ...")
-    parser.add_argument(
-        "--subset", action="append", default=[], metavar="NAME=FILE", help="mark the images of a list file; repeatable"
-    )
-    parser.add_argument("--name", default="voc2012", help="name of the data set (default: %(default)s)")
     parser.add_argument("--download", action="store_true", help="fetch VOC 2012 into --root first (2 GB)")
-    add_arguments(parser)
+    add_arguments(parser, name="voc2012")
     return run_command(parser, _make)
 
 
@@ -461,43 +381,7 @@ def _make(args: argparse.Namespace) -> DatasetInfo:
     check_output(args.out)
     if args.download:
         _download(args.root)
-    return convert(
-        args.root,
-        args.out,
-        name=args.name,
-        sbd=args.sbd,
-        classes=None if args.classes is None else [name.strip() for name in args.classes.split(",") if name.strip()],
-        subsets=_parse_subsets(args.subset),
-        made_by=_command(args),
-        samples_per_shard=args.samples_per_shard,
-        shards=args.shards,
-        seed=args.seed,
-        processes=args.processes,
-    )
-
-
-def _parse_subsets(texts: Sequence[str]) -> dict[str, Path]:
-    subsets: dict[str, Path] = {}
-    for text in texts:
-        name, equals, path = text.partition("=")
-        if not equals or not name or not path:
-            raise DataError(f"--subset {text!r} is not NAME=LISTFILE")
-        if name == OFFICIAL_SUBSET or name in subsets:
-            raise DataError(f"--subset {name} is taken ({OFFICIAL_SUBSET} is VOC's own train list); use another name")
-        subsets[name] = Path(path)
-    return subsets
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The command without what changes no byte of the shards (--processes) and without --out."""
-    words = ["python", "data_prep/voc.py", "--root", str(args.root.absolute()), "--name", args.name]
-    words += [] if args.sbd is None else ["--sbd", str(args.sbd.absolute())]
-    words += [] if args.classes is None else ["--classes", args.classes]
-    for name, path in _parse_subsets(args.subset).items():
-        words += ["--subset", f"{name}={path.absolute()}"]
-    words += ["--samples-per-shard", str(args.samples_per_shard)] if args.shards is None else []
-    words += [] if args.shards is None else ["--shards", str(args.shards)]
-    return shlex.join([*words, "--seed", str(args.seed)])
+    return convert(args.root, Output.of_arguments(args), sbd=args.sbd, classes=split_words(args.classes))
 
 
 def _download(root: Path) -> None:

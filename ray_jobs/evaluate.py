@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from slrnet.config import apply_overrides  # noqa: E402
+from slrnet.config import GATINGS, PROTOCOLS, apply_overrides  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -23,8 +23,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or a run's folder for its best one")
     parser.add_argument("--data", help="folder with shards (default: what the checkpoint was trained on)")
     parser.add_argument("--split", default="val", help="split to measure (default: val)")
-    parser.add_argument("--protocol", choices=["ss", "ms", "ms_crf"], default="ss", help="default: ss")
-    parser.add_argument("--gating", choices=["none", "scores", "image_labels"], help="classes that may be predicted")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="ss", help="default: ss")
+    parser.add_argument("--gating", choices=GATINGS, help="classes that may be predicted")
     parser.add_argument("--set", action="append", default=[], metavar="evaluation.FIELD=VALUE", help="other settings")
     parser.add_argument("--num-workers", type=int, default=0, help="Ray workers; 0 (default): in this process")
     parser.add_argument("--cpus-per-worker", type=int, help="CPU cores each (default: an equal share)")
@@ -53,7 +53,7 @@ def main() -> int:
             cpus_per_worker=options.cpus_per_worker,
         )
         shards = load_dataset(options.data or config.data.path)
-        result = launch_evaluation(checkpoint.path, shards, split=options.split, config=config, options=run)
+        result = launch_evaluation(checkpoint, shards, split=options.split, config=config, options=run)
     except (ValueError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, TrainingError) else 2

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,11 +22,11 @@ from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
 def folder(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no folder; mount the storage on all nodes and give its path")
-    return Path(text)
+    return Path(text).expanduser().resolve()
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(about: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--recipe", help=f"named configuration: {', '.join(RECIPES)}")
     start.add_argument("--config", type=Path, help="configuration file, such as the config.json of another run")
@@ -40,20 +41,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--storage",
         type=folder,
-        default=Path(os.environ.get("SLRNET_STORAGE", "~/slrnet_runs")),
+        default=os.environ.get("SLRNET_STORAGE", "~/slrnet_runs"),
         help="folder for runs, seen by all nodes (default: $SLRNET_STORAGE, else ~/slrnet_runs)",
     )
     parser.add_argument("--tracking-uri", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
     return parser.parse_args()
 
 
-def build_config(options: argparse.Namespace, storage: Path) -> Config:
+def build_config(options: argparse.Namespace, storage: Path, recipe: str) -> Config:
     from slrnet.training.ray_loop import resume_config
 
     if options.resume and not (options.recipe or options.config):
         config = resume_config(storage, options.resume)
     else:
-        config = load_config(options.config) if options.config else get_recipe(options.recipe or "demo")
+        config = load_config(options.config) if options.config else get_recipe(options.recipe or recipe)
     data = options.data or config.data.path or demo_data(storage)
     tracking = [f"tracking.uri={options.tracking_uri}"] if options.tracking_uri else []
     return apply_overrides(config, [f"data.path={Path(data).expanduser().resolve()}", *options.set, *tracking])
@@ -69,17 +70,16 @@ def demo_data(storage: Path) -> str:
     return str(storage / "demo_data")
 
 
-def main() -> int:
-    options = parse_arguments()
-    storage = options.storage.expanduser().resolve()
+def main(about: str | None, recipe: str, check: Callable[[Config], None]) -> int:
+    options = parse_arguments(about)
     from slrnet.training.ray_loop import LaunchOptions, TrainingError, launch
     from slrnet.training.summary import quality_table
 
     try:
-        config = build_config(options, storage)
+        check(config := build_config(options, options.storage, recipe))
         run = LaunchOptions(
             name=options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
-            storage=storage,
+            storage=options.storage,
             resume=bool(options.resume),
             num_workers=options.num_workers,
             cpus_per_worker=options.cpus_per_worker,
@@ -96,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, "demo", lambda config: None))

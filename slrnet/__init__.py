@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from slrnet.inference.predictor import Predictor, Protocol
+    from slrnet.config import Protocol
+    from slrnet.inference.predictor import Predictor
 
 __all__ = ["__version__", "load"]
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = [
+    "GATINGS",
+    "PROTOCOLS",
     "CalibrationConfig",
     "Config",
     "ConfigError",
@@ -24,9 +27,13 @@ __all__ = [
     "CvlrConfig",
     "DataConfig",
     "EvaluationConfig",
+    "Gating",
+    "InferenceConfig",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
+    "Protocol",
+    "Setting",
     "TrackingConfig",
     "TrainConfig",
     "ViewsConfig",
@@ -42,6 +49,17 @@ PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
 NonNegativeFloat = Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(strict=True, gt=0.0, allow_inf_nan=False)]
+
+Setting = Literal["wsss", "sss_image_labels", "sss"]
+"""Image labels; pixel and image labels; pixel labels and unlabelled images."""
+Protocol = Literal["ss", "ms", "ms_crf"]
+"""How masks are predicted: one scale; several scales, each also mirrored; or those and a dense CRF."""
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+"""All protocols."""
+Gating = Literal["none", "scores", "image_labels"]
+"""Classes that may be predicted: all, those with high class scores, or the true ones."""
+GATINGS: tuple[Gating, ...] = get_args(Gating)
+"""All gatings."""
 
 
 class ConfigError(ValueError):
@@ -61,6 +79,16 @@ class DataConfig(_Section):
     """Split of the manifest to train on."""
     val_split: str = "val"
     """Split of the manifest to validate on."""
+    train_subset: str = ""
+    """Named subset of the training split to train on; empty: all of it."""
+    pixel_labeled_subset: str = ""
+    """Named subset of the training split whose masks the training may see; empty in setting `wsss`, which sees none."""
+    pixel_oversampling: PositiveInt = 5
+    """Times that an epoch draws each sample of `pixel_labeled_subset` (paper Sec. 4.4); the others come once."""
+    class_balance: Fraction = 0.0
+    """0: images are drawn as they are; 1: so that all classes come equally often; between: shares p^(1 - this)."""
+    balance_limit: Annotated[float, Field(strict=True, ge=1.0, allow_inf_nan=False)] = 10.0
+    """Most draws of an image per epoch that `class_balance` may ask for."""
     crop_size: PositiveInt = 321
     """Side of the square training crop, pixels. See `Config` for what fits the encoder's stride."""
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
@@ -68,7 +96,7 @@ class DataConfig(_Section):
     flip: Fraction = 0.5
     """Probability that a training crop is mirrored before the views are made."""
     shuffle_buffer: PositiveInt = 1000
-    """Samples held by each reader to shuffle within; 1 keeps the order of the (permuted) shards."""
+    """Draws over which the order is shuffled; 1 keeps that of the (permuted) shards."""
     workers: NonNegativeInt = 2
     """Reader processes per training worker; 0 reads in the training process."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -110,10 +138,15 @@ class ViewsConfig(_Section):
 
 
 class CvlrConfig(_Section):
-    """The cross-view low-rank module (paper Sec. 3.3, Algorithm 1)."""
+    """The cross-view low-rank module (paper Sec. 3.3, Algorithm 1), or one of Table 8 that it is compared with."""
 
     enabled: bool = True
     """Off: the decoder sees the encoder's features as they are (Table 8, "w/o CVLR")."""
+    method: Literal["cvlr", "separate", "free", "emau", "nmf", "vq", "cd"] = "cvlr"
+    """`cvlr`; `separate`: a dictionary for each view; `free`: atoms that are no classes, random first codes (the paper
+    takes num_iters 3); `emau`: EM attention (num_iters 3); Hamburger with `nmf`, `vq` or `cd` (num_iters 6)."""
+    num_bases: PositiveInt = 64
+    """k of `free`, `emau`, `nmf`, `vq` and `cd`; the atoms of `cvlr` and `separate` are the classes."""
     form: Literal["paper", "released"] = "paper"
     """Algorithm 1 as printed, or the arithmetic of the published checkpoints."""
     dim: PositiveInt = 256
@@ -123,20 +156,25 @@ class CvlrConfig(_Section):
     temperature: PositiveFloat = 1.0
     """tau of the codes' softmax."""
     centered: bool = False
-    """Factorise the features less their mean over all positions of all views; off: as they are (Algorithm 1)."""
-    implementation: Literal["auto", "reference", "recompute"] = "auto"
-    """How the factorisation and its gradient are computed; the numbers are the same."""
+    """Factorise the features less their mean over all positions of all views, or of one view where a method works on
+    each view alone; off: as they are (Algorithm 1)."""
+    implementation: Literal["auto", "reference", "recompute", "triton"] = "auto"
+    """How the factorisation and its gradient are computed; the numbers are the same. `triton` needs a GPU."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.centered and self.form != "paper":
             raise ValueError(f"centered goes with form 'paper', not {self.form!r}; set one of the two")
+        if self.method != "cvlr" and self.form != "paper":
+            raise ValueError(f"method {self.method!r} has no form {self.form!r}; set form to 'paper'")
         return self
 
 
 class ModelConfig(_Section):
     """Encoder, decoder and heads."""
 
+    architecture: Literal["slrnet", "deeplabv3plus"] = "slrnet"
+    """The paper's network, or DeepLabV3+ (extra `distill`) to train on masks alone: setting `sss`, without CVLR."""
     encoder: str = "wide_resnet38"
     """`wide_resnet38`, `resnet50`, `resnet101`, `efficientnet_lite0`, or `timm:NAME` for a timm backbone."""
     encoder_weights: str = "auto"
@@ -189,13 +227,18 @@ class LossConfig(_Section):
     """Eq. 4 on the output logits (paper) or on probabilities (released code)."""
     code_consistency: Literal["all", "maximum"] = "all"
     """Eq. 9 on the codes as they are (paper) or with all but each pixel's maximum set to 0 (released code)."""
+    pixel_balance: bool = False
+    """Weigh classes against each other in the loss of true masks as in that of pseudo labels (released code); off:
+    plain cross-entropy (paper)."""
 
 
 class WeightsConfig(_Section):
     """Weights of the loss parts."""
 
     segmentation: NonNegativeFloat = 1.0
-    """lambda_seg, from the end of pretraining on; 0 before."""
+    """lambda_seg; pseudo labels count from the end of pretraining on, true masks from the beginning."""
+    pixel_labels: NonNegativeFloat = 2.0
+    """Factor on the segmentation loss of samples with true masks (paper Sec. 4.4), beside lambda_seg."""
     classification: NonNegativeFloat = 1.0
     """lambda_cls."""
     consistency: NonNegativeFloat = 4.0
@@ -227,7 +270,7 @@ class TrainConfig(_Section):
     epochs: PositiveInt = 20
     """Passes over the training split."""
     pretrain_epochs: NonNegativeInt = 5
-    """First epochs without segmentation loss, at a constant learning rate."""
+    """First epochs without pseudo labels, at a constant learning rate."""
     batch_size: PositiveInt = 16
     """Global batch: images per optimiser step over all workers and accumulation steps."""
     accumulation: PositiveInt = 1
@@ -244,7 +287,7 @@ class TrainConfig(_Section):
         if self.pretrain_epochs >= self.epochs:
             raise ValueError(
                 f"pretrain_epochs is {self.pretrain_epochs} of {self.epochs} epochs; it must be smaller than epochs, "
-                "else no epoch has a segmentation loss"
+                "else no epoch has pseudo labels"
             )
         return self
 
@@ -258,7 +301,7 @@ class EvaluationConfig(_Section):
     """Training images of the fixed, seeded subset on which pseudo masks are measured; 0 turns it off."""
     panel_images: NonNegativeInt = 8
     """Images of that subset that are drawn side by side (image, raw, refined, pseudo label, truth); 0 for none."""
-    protocol: Literal["ss", "ms", "ms_crf"] = "ss"
+    protocol: Protocol = "ss"
     """What predictors do and evaluate.py measures: one scale; several scales, each also mirrored; or those and a dense
     CRF. Training always measures `ss`."""
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 1.5, 2.0, 0.5, 0.75)
@@ -266,7 +309,7 @@ class EvaluationConfig(_Section):
     scale: PositiveFloat = 1.0
     """Scale at which whole images enter the network when masks are measured; 1 is their own size. Crops that shrink
     their images (crop_size below the image's side) call for the same scale here."""
-    gating: Literal["none", "scores", "image_labels"] = "none"
+    gating: Gating = "none"
     """Classes that validation may predict: all, those with high class scores, or the true ones (the result says so)."""
     gating_threshold: Fraction = 0.3
     """Smallest sigmoid(class score) that `gating = "scores"` keeps."""
@@ -293,6 +336,28 @@ class CrfConfig(_Section):
     """Weight of the appearance kernel."""
 
 
+class InferenceConfig(_Section):
+    """What predictors and pseudo labelling do beside the protocol."""
+
+    tile_above: PositiveInt = 6_000_000
+    """Pixels (height x width) above which a predictor cuts an image into overlapping tiles."""
+    tile_size: PositiveInt = 768
+    """Side of a tile, pixels. Memory grows with its square, and with its product with the image's width."""
+    tile_overlap: NonNegativeInt = 192
+    """Pixels that neighbouring tiles share, where one fades into the other; at most half a tile."""
+    void_below: Fraction = 0.5
+    """Confidence (the chosen class's share of the probabilities) under which a pixel of a pseudo mask is void, 255."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if 2 * self.tile_overlap > self.tile_size:
+            raise ValueError(
+                f"tile_overlap is {self.tile_overlap} and tile_size {self.tile_size}; use an overlap of at most "
+                f"{self.tile_size // 2}"
+            )
+        return self
+
+
 class TrackingConfig(_Section):
     """Where curves and pictures go."""
 
@@ -311,8 +376,10 @@ class Config(_Section):
 
     recipe: str = "custom"
     """Name of the recipe that the run started from; for the record."""
-    setting: Literal["wsss"] = "wsss"
-    """Which labels are granted: `wsss` trains on image labels only."""
+    setting: Setting = "wsss"
+    """Labels that the training may see: `wsss` image labels only; `sss_image_labels` also the masks of
+    `data.pixel_labeled_subset`; `sss` those masks and no image labels at all: the heads then predict the background
+    themselves, there is no classification loss, and no class scores come out."""
     data: DataConfig = DataConfig()
     views: ViewsConfig = ViewsConfig()
     model: ModelConfig = ModelConfig()
@@ -324,10 +391,12 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     crf: CrfConfig = CrfConfig()
+    inference: InferenceConfig = InferenceConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        self._check_setting()
         size, stride = self.data.crop_size, self.model.output_stride
         if size % stride not in (0, 1):
             low = max(1, size // stride) * stride
@@ -335,6 +404,7 @@ class Config(_Section):
                 f"data.crop_size {size} does not fit model.output_stride {stride}; "
                 f"use {low}, {low + 1}, {low + stride} or {low + stride + 1}"
             )
+        self._check_architecture()
         smallest = min(self.views.scales) * size
         if smallest < 2 * stride:
             raise ValueError(
@@ -347,6 +417,47 @@ class Config(_Section):
                 f"{self.train.accumulation}; the batch is the global one, split over accumulation steps and workers"
             )
         return self
+
+    @property
+    def predicts_background(self) -> bool:
+        """Whether the heads predict the background, instead of giving it a fixed logit."""
+        return self.setting == "sss"
+
+    def _check_architecture(self) -> None:
+        size, stride = self.data.crop_size, self.model.output_stride
+        if self.model.architecture != "deeplabv3plus":
+            return
+        if self.setting != "sss" or self.cvlr.enabled:
+            raise ValueError(
+                "model.architecture 'deeplabv3plus' has neither class scores nor CVLR; use setting=sss and "
+                "cvlr.enabled=false, as recipe voc_distill does"
+            )
+        if size % stride:
+            low = max(1, size // stride) * stride
+            raise ValueError(
+                f"model.architecture 'deeplabv3plus' needs a data.crop_size that is a multiple of model.output_stride "
+                f"{stride}, not {size}; use {low} or {low + stride}"
+            )
+
+    def _check_setting(self) -> None:
+        subset = self.data.pixel_labeled_subset
+        if self.setting == "wsss" and subset:
+            raise ValueError(
+                f"setting 'wsss' sees no masks, but data.pixel_labeled_subset is {subset!r}; "
+                "use setting=sss_image_labels or sss, or empty the subset"
+            )
+        if self.setting != "wsss" and not subset:
+            raise ValueError(
+                f"setting {self.setting!r} trains on masks; name the subset whose masks it may see in "
+                "data.pixel_labeled_subset (data_prep makes subsets with --subset NAME=LISTFILE)"
+            )
+        if self.setting == "sss" and self.evaluation.gating == "scores":
+            raise ValueError("evaluation.gating 'scores' needs class scores, and setting 'sss' has none; use none")
+        if self.setting == "sss" and self.data.class_balance:
+            raise ValueError(
+                f"data.class_balance is {self.data.class_balance} and reads image labels, which setting 'sss' does not "
+                "grant; set it to 0"
+            )
 
     def to_json(self) -> str:
         """The whole configuration as JSON text that `load_config` reads back."""
@@ -393,7 +504,8 @@ def load_config(path: str | Path) -> Config:
 def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
     """Returns `config` with fields replaced by `section.field=value` texts.
 
-    Values are JSON where they parse as JSON (`0.5`, `true`, `[1.0, 0.5]`), else plain text; `1.0,0.5` is a list too.
+    Values are JSON where they parse as JSON (`0.5`, `true`, `[1.0, 0.5]`), else numbers such as `.5`, else plain text;
+    `1.0,0.5` is a list too.
 
     Raises:
         ConfigError: a text has no `=`, a key is unknown, or a value is of the wrong type or range.
@@ -427,7 +539,8 @@ def _parse_value(raw: str, current: Any) -> Any:
     try:
         value = json.loads(raw)
     except ValueError:
-        value = {"True": True, "False": False}.get(raw, raw)
+        number = re.fullmatch(r"([+-]?)(\d*\.\d*|\d+)([eE][+-]?\d+)?", raw)  # .5, 5. and +5 are no JSON
+        value = float(raw) if number and any(map(str.isdigit, raw)) else {"True": True, "False": False}.get(raw, raw)
     if isinstance(current, list) and isinstance(value, (str, int, float)):
         parts = raw.split(",")
         value = [_parse_value(part.strip(), None) for part in parts if part.strip()]

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import glob
-import json
+import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,19 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from slrnet import load
+from slrnet.config import PROTOCOLS
 from slrnet.data.catalog import voc_palette
-from slrnet.data.files import written_whole
-from slrnet.inference.predictor import PROTOCOLS, Prediction, rgb_array
-from slrnet.training.panels import draw_overlay
+from slrnet.data.files import write_json, written_whole
+from slrnet.data.images import encode_mask, upright_size
+from slrnet.data.overlay import draw_overlay
+from slrnet.inference.predictor import Prediction, rgb_array
 
-__all__ = ["find_images", "main", "summarise"]
+__all__ = ["batches", "find_images", "main", "summarise"]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 """Files of a folder that are taken for images."""
+OVERLAY_PIXELS = 6_000_000
+"""Larger images have a smaller overlay: drawing takes some twenty times the memory of the image."""
 
 
 def find_images(places: Sequence[str]) -> dict[str, Path]:
@@ -62,10 +66,11 @@ def summarise(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
 
     Args:
         prediction: of the image.
-        classes: names of the K classes, background first, which has no score.
+        classes: names of the K classes, background first, which has no score; in setting `sss` no class has one.
     """
     counts = np.bincount(prediction.mask.ravel(), minlength=len(classes))
-    scores = [None, *(round(float(score), 4) for score in prediction.class_scores)]
+    found = [] if prediction.class_scores is None else [round(float(score), 4) for score in prediction.class_scores]
+    scores = [None, *found] if found else [None] * len(classes)
     return {
         "height": prediction.mask.shape[0],
         "width": prediction.mask.shape[1],
@@ -75,6 +80,25 @@ def summarise(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
             if counts[i]
         },
     }
+
+
+def batches(images: Mapping[str, Path], size: int) -> Iterator[list[str]]:
+    """Names of images of one size each, in lists of at most `size`; what cannot be opened is alone.
+
+    Args:
+        images: paths by name; of each only the header is read.
+        size: images in a batch, >= 1.
+    """
+    by_size: dict[tuple[int, ...], list[str]] = {}
+    for place, (name, path) in enumerate(images.items()):
+        try:
+            with Image.open(path) as file:
+                shape: tuple[int, ...] = upright_size(file)
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+            shape = (place,)
+        by_size.setdefault(shape, []).append(name)
+    for names in by_size.values():
+        yield from (names[start : start + size] for start in range(0, len(names), size))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,22 +116,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     records: dict[str, Any] = {}
     failed = 0
-    for name, path in tqdm(images.items(), unit="image", disable=None):
-        try:
-            with Image.open(path) as file:
-                pixels = rgb_array(file)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            print(f"{path} cannot be read and is left out: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        prediction = predictor(pixels)
-        _write(options.out, name, pixels, prediction.mask)
-        records[name] = {"image": str(path)} | summarise(prediction, predictor.classes)
+    with tqdm(total=len(images), unit="image", disable=None) as bar:
+        for batch in batches(images, options.batch_size):
+            pixels = {name: found for name in batch if (found := _read(images[name])) is not None}
+            failed += len(batch) - len(pixels)
+            for name, prediction in zip(pixels, predictor.predict_batch(list(pixels.values())), strict=True):
+                _write(options.out, name, pixels[name], prediction.mask)
+                records[name] = {"image": str(images[name])} | summarise(prediction, predictor.classes)
+            bar.update(len(batch))
+    records = {name: records[name] for name in images if name in records}
     content = {"checkpoint": str(options.checkpoint), "protocol": predictor.protocol, "images": records}
-    with written_whole(options.out / "predictions.json") as incoming:
-        incoming.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(options.out / "predictions.json", content)
     print(f"{len(records)} masks in {options.out}" + (f", {failed} images could not be read" if failed else ""))
     return 1 if failed else 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,17 +144,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder for the masks")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the checkpoint's configuration says")
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser.add_argument("--batch-size", type=_positive, default=1, help="images of one size at a time (default: 1)")
     parser.add_argument("--overwrite", action="store_true", help="replace masks that exist")
     return parser
 
 
+def _read(path: Path) -> npt.NDArray[np.uint8] | None:
+    try:
+        with Image.open(path) as file:
+            return rgb_array(file)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        print(f"{path} cannot be read and is left out: {error}", file=sys.stderr)
+        return None
+
+
 def _write(out: Path, name: str, pixels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8]) -> None:
     palette = voc_palette()
-    picture = Image.fromarray(mask)
-    picture.putpalette(palette.tobytes())
-    for file, drawing in ((f"{name}.png", picture), (f"{name}.overlay.jpg", draw_overlay(pixels, mask, palette))):
-        with written_whole(out / file) as incoming:
-            drawing.save(incoming)
+    with written_whole(out / f"{name}.overlay.jpg") as incoming:
+        step = math.ceil(math.sqrt(mask.size / OVERLAY_PIXELS))
+        draw_overlay(pixels[::step, ::step], mask[::step, ::step], palette).save(incoming)
+    with written_whole(out / f"{name}.png") as incoming:
+        incoming.write_bytes(encode_mask(mask, palette))
 
 
 if __name__ == "__main__":

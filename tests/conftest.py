@@ -16,6 +16,9 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parents[1]
 VOC6 = ROOT.parent / "shared" / "data" / "voc6" / "VOCdevkit" / "VOC2012"
 
+# Kernels run on the CPU, in Triton's interpreter; it must be chosen before anything imports triton.
+os.environ["TRITON_INTERPRET"] = "1"
+
 # No test is about time, and a busy machine must not fail one. In continuous integration the examples do not change.
 settings.register_profile(
     "slrnet", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize="CI" in os.environ

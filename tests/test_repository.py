@@ -33,6 +33,7 @@ LAYERS = {
     "recipes": 1,
     "training": 2,
     "inference": 3,
+    "codes": 5,
     "predict": 4,
 }
 # Which files may import a module (and everything below it); all other code may not.
@@ -43,7 +44,12 @@ SEAMS = {
 }
 WITHOUT_RAY = ("models", "calibration", "losses", "data", "kernels", "config.py", "recipes.py")
 # Modules whose package has another name.
-PACKAGES = {"PIL": "pillow", "pynvml": "nvidia-ml-py", "pydensecrf": "pydensecrf2"}
+PACKAGES = {
+    "PIL": "pillow",
+    "pynvml": "nvidia-ml-py",
+    "pydensecrf": "pydensecrf2",
+    "segmentation_models_pytorch": "segmentation-models-pytorch",
+}
 TEXTS = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".sh", ".json"}
 Rule = Callable[[Path], list[str]]
 
@@ -239,10 +245,11 @@ def every_test_can_fail(root: Path) -> list[str]:
 
 
 def imports_are_declared(root: Path) -> list[str]:
-    """Third-party modules that the code imports belong to a package of requirements.txt or of the extra `crf`."""
+    """Third-party modules that the code imports belong to a package of requirements.txt or of an extra but `dev`."""
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     declared = {canonicalize_name(r.name) for r in requirements(root)}
-    declared |= {canonicalize_name(Requirement(text).name) for text in project["optional-dependencies"]["crf"]}
+    extras = [text for name, texts in project["optional-dependencies"].items() if name != "dev" for text in texts]
+    declared |= {canonicalize_name(Requirement(text).name) for text in extras}
     found = []
     for name, path in sources(root, *CODE):
         for module in sorted(

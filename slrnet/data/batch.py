@@ -22,12 +22,14 @@ class TrainSample:
         image: (3, S, S) uint8 RGB.
         image_labels: (K-1,) float32 of 0 and 1; entry c is class c + 1.
         pixel_labels: (S, S) uint8 class ids, 255 where void; None where no mask is granted.
+        has_image_labels: whether `image_labels` says anything; where not, it is 0.
     """
 
     key: str
     image: Tensor
     image_labels: Tensor
     pixel_labels: Tensor | None = None
+    has_image_labels: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,7 @@ class Batch:
     Attributes:
         images: (N, 3, S, S) uint8 RGB.
         image_labels: (N, K-1) float32 of 0 and 1; column c is class c + 1.
+        has_image_labels: (N,) bool, whose image labels are known and granted; rows of the others are 0.
         keys: N names.
         has_pixel_labels: (N,) bool, which images come with a granted mask.
         pixel_labels: (N, S, S) uint8 class ids, 255 where void and all over an image without a granted mask; None where
@@ -45,6 +48,7 @@ class Batch:
 
     images: Tensor
     image_labels: Tensor
+    has_image_labels: Tensor
     keys: tuple[str, ...]
     has_pixel_labels: Tensor
     pixel_labels: Tensor | None = None
@@ -57,6 +61,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory."""
         return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})  # type: ignore[arg-type]
+
+    def part(self, rows: slice) -> Batch:
+        """Some of the images with their labels."""
+        return replace(self, keys=self.keys[rows], **{name: value[rows] for name, value in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -72,12 +80,14 @@ class EvalSample:
         image: (3, H, W) uint8 RGB.
         pixel_labels: (H, W) uint8 class ids, 255 where void; None where the image has no mask or none was asked for.
         image_labels: (K-1,) float32 of 0 and 1; entry c is class c + 1.
+        has_image_labels: whether they are known; where not, `image_labels` is 0.
     """
 
     key: str
     image: Tensor
     pixel_labels: Tensor | None
     image_labels: Tensor
+    has_image_labels: bool = True
 
 
 def collate(samples: Sequence[TrainSample]) -> Batch:
@@ -86,6 +96,7 @@ def collate(samples: Sequence[TrainSample]) -> Batch:
     return Batch(
         images=torch.stack([sample.image for sample in samples]),
         image_labels=torch.stack([sample.image_labels for sample in samples]),
+        has_image_labels=torch.tensor([sample.has_image_labels for sample in samples], dtype=torch.bool),
         keys=tuple(sample.key for sample in samples),
         has_pixel_labels=torch.tensor(granted, dtype=torch.bool),
         pixel_labels=torch.stack([_mask(sample) for sample in samples]) if any(granted) else None,

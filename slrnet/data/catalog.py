@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BACKGROUND", "IGNORE_INDEX", "VOC_CLASSES", "voc_palette"]
+__all__ = ["BACKGROUND", "IGNORE_INDEX", "VOC_CLASSES", "voc_ids", "voc_palette"]
 
 IGNORE_INDEX = 255
 """Id of void pixels: undecided, or not labelled. Never a class."""
@@ -55,3 +57,23 @@ def voc_palette() -> npt.NDArray[np.uint8]:
             bit = (ids >> (3 * digit + channel)) & 1
             palette[:, channel] |= (bit << (7 - digit)).astype(np.uint8)
     return palette
+
+
+def voc_ids(classes: Sequence[str]) -> npt.NDArray[np.uint8]:
+    """The ids that VOC gives to the classes of a data set, as a table to look up masks in.
+
+    Args:
+        classes: names of the K classes, background first.
+
+    Returns:
+        (256,) uint8; entry i is VOC's id of class i, and void (255) without a class.
+
+    Raises:
+        ValueError: a class is none of VOC's.
+    """
+    strangers = [name for name in classes if name not in VOC_CLASSES]
+    if strangers:
+        raise ValueError(f"{', '.join(strangers)}: no class of PASCAL VOC; it has {', '.join(VOC_CLASSES)}")
+    table = np.full(256, IGNORE_INDEX, dtype=np.uint8)
+    table[: len(classes)] = [VOC_CLASSES.index(name) for name in classes]
+    return table

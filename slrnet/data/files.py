@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["written_whole"]
+__all__ = ["sha256_of", "write_json", "written_whole"]
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path`, of the same suffix, to write to; it takes the place of `path` when all went well."""
+    """Gives a path beside `path`, of the same suffix, to write to; it takes the place of `path` when all went well.
+
+    Upon an error it is removed; what a killed process left there is written over.
+    """
     incoming = path.with_name(f".incoming.{path.name}")
-    yield incoming
-    incoming.replace(path)
+    try:
+        yield incoming
+        incoming.replace(path)
+    except BaseException:
+        incoming.unlink(missing_ok=True)
+        raise
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a record as indented JSON, whole or not at all, into a folder that is made if missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as incoming:
+        incoming.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -8,23 +8,36 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-__all__ = ["encode_mask", "upright_rgb"]
+__all__ = ["EXIF_ORIENTATION", "as_rgb", "encode_mask", "upright_rgb", "upright_size"]
+
+EXIF_ORIENTATION = 0x0112
+"""EXIF tag of the orientation; 1 is upright."""
+_TURNED_SIDEWAYS = (5, 6, 7, 8)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB.
+    """An image of any mode as 8-bit RGB, turned as its EXIF orientation says; see `as_rgb`."""
+    return as_rgb(ImageOps.exif_transpose(image))
 
-    EXIF orientation is applied, transparent parts become white, 16-bit grey is scaled to 8 bit, other modes are
-    converted.
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) that `upright_rgb` gives; from the header alone."""
+    sideways = image.getexif().get(EXIF_ORIENTATION, 1) in _TURNED_SIDEWAYS
+    return (image.height, image.width) if sideways else image.size
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB, with its pixels where they are stored.
+
+    Transparent parts become white, 16-bit grey is scaled to 8 bit, other modes are converted.
     """
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):
-        grey = np.asarray(upright).astype(np.float64)
-        upright = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        layer = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return upright.convert("RGB")
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")
 
 
 def encode_mask(ids: npt.NDArray[np.uint8], palette: npt.NDArray[np.uint8]) -> bytes:

@@ -13,8 +13,12 @@ one) and KEY.json, and beside them these two files. Columns of the manifest, row
 | width, height | int32 | of the image, pixels |
 | classes | list of int16 | foreground ids 1..K-1 that are present: the image labels |
 | has_mask | bool | whether KEY.png exists |
+| has_image_labels | bool | whether `classes` is known; where not, it is empty and says nothing |
 | bytes | int64 | what it takes in the tar from `offset` on, headers and padding included |
 | sha256 | string | hex digest of its files' bytes, concatenated in the order of the tar |
+
+A sample with neither a mask nor image labels is an unlabelled image; one with image labels and no classes shows the
+background alone. Version 1 of the files has no column `has_image_labels`: every sample has image labels there.
 
 All columns stay in arrow or numpy arrays, so that a manifest of millions of rows costs tens of bytes a row.
 """
@@ -54,8 +58,8 @@ __all__ = [
     "save_dataset",
 ]
 
-MANIFEST_VERSION = 1
-"""Version of the two files' format; a folder of another version is refused."""
+MANIFEST_VERSION = 2
+"""Version of the two files' format that is written; version 1 is read as well, others are refused."""
 
 DATASET_FILE = "dataset.json"
 """File that says what a data set is."""
@@ -73,11 +77,14 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("classes", pa.list_(pa.int16())),
         ("has_mask", pa.bool_()),
+        ("has_image_labels", pa.bool_()),
         ("bytes", pa.int64()),
         ("sha256", pa.string()),
     ]
 )
 """Names and types of the manifest's columns."""
+
+_SINCE_VERSION_2 = "has_image_labels"
 
 
 class DataError(ValueError):
@@ -183,6 +190,11 @@ class SplitView:
         return _numpy(self.table, "has_mask").astype(np.bool_)
 
     @cached_property
+    def has_image_labels(self) -> npt.NDArray[np.bool_]:
+        """(num_samples,) whether each sample's image labels are known; where not, `image_labels` gives zeros."""
+        return _numpy(self.table, "has_image_labels").astype(np.bool_)
+
+    @cached_property
     def sizes(self) -> npt.NDArray[np.int32]:
         """(num_samples, 2) width and height of each image, pixels."""
         return np.stack([_numpy(self.table, "width"), _numpy(self.table, "height")], axis=1)
@@ -194,9 +206,10 @@ class SplitView:
             indices: (n,) integer indices of samples within the split; None for all of them.
 
         Returns:
-            (n, K-1) float32 of 0 and 1; column c is class c + 1, the background is left out.
+            (n, K-1) float32 of 0 and 1; column c is class c + 1, the background is left out. A row of zeros is an image
+            without objects, or one whose labels are not known; `has_image_labels` tells which.
         """
-        starts, classes = self._class_lists
+        starts, classes = self.class_lists
         rows = np.arange(self.num_samples) if indices is None else np.asarray(indices, dtype=np.int64)
         lengths = starts[rows + 1] - starts[rows]
         labels = np.zeros((len(rows), self.num_classes - 1), dtype=np.float32)
@@ -233,7 +246,8 @@ class SplitView:
         return member
 
     @cached_property
-    def _class_lists(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def class_lists(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(num_samples + 1,) starts and (E,) foreground ids: sample i shows the ids from starts[i] to starts[i + 1]."""
         column = _array(self.table, "classes")
         lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
@@ -308,23 +322,26 @@ def load_dataset(folder: str | os.PathLike[str]) -> ShardSet:
         table = pq.read_table(path / MANIFEST_FILE)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"cannot read {path / MANIFEST_FILE}: {error}; {_remedy(path, info)}") from None
-    if not table.schema.equals(SCHEMA):
+    if not table.schema.equals(_schema(info.version)):
         raise DataError(
             f"{path / MANIFEST_FILE} has the columns {table.schema.names} of types "
             f"{[str(kind) for kind in table.schema.types]}, not those of a manifest; {_remedy(path, info)}"
         )
-    found = fingerprint(info.classes, table)
+    found = fingerprint(info.classes, table, version=info.version)
     if found != info.fingerprint:
         raise DataError(
             f"{path / MANIFEST_FILE} does not belong to {path / DATASET_FILE}: its fingerprint is {found[:12]}, "
             f"expected {info.fingerprint[:12]}; {_remedy(path, info)}"
         )
+    if info.version == 1:
+        known = pa.array(np.ones(table.num_rows, dtype=np.bool_))
+        table = table.append_column(_SINCE_VERSION_2, known).select(SCHEMA.names)
     return ShardSet(path, info=info, table=table)
 
 
 def save_dataset(
     folder: str | os.PathLike[str],
-    columns: Mapping[str, Sequence[Any]],
+    columns: Mapping[str, Sequence[Any]] | pa.Table,
     *,
     name: str,
     classes: Sequence[str],
@@ -335,7 +352,7 @@ def save_dataset(
 
     Args:
         folder: Where to write.
-        columns: The manifest's columns by name (see `SCHEMA`), all of one length.
+        columns: The manifest: a table with the columns of `SCHEMA`, or those by name, all of one length.
         name: Short name of the data set.
         classes: Names of all K classes, background first.
         palette: (K or more, 3) uint8 RGB by id.
@@ -344,7 +361,8 @@ def save_dataset(
     Returns:
         What was written to `dataset.json`.
     """
-    table = pa.table(dict(columns), schema=SCHEMA).sort_by([("shard", "ascending"), ("offset", "ascending")])
+    rows = columns if isinstance(columns, pa.Table) else pa.table(dict(columns), schema=SCHEMA)
+    table = rows.sort_by([("shard", "ascending"), ("offset", "ascending")])
     counts = {item["values"]: item["counts"] for item in pc.value_counts(table["split"]).to_pylist()}
     info = DatasetInfo(
         name=name,
@@ -359,22 +377,27 @@ def save_dataset(
     return info
 
 
-def fingerprint(classes: Sequence[str], table: pa.Table) -> str:
+def fingerprint(classes: Sequence[str], table: pa.Table, *, version: int = MANIFEST_VERSION) -> str:
     """sha256 over class names and the manifest's values, independent of how arrow lays them out in files.
 
     Args:
         classes: Names of all K classes.
         table: A manifest with the columns of `SCHEMA`.
+        version: Format version that the fingerprint is of; columns that it does not have are left out.
 
     Returns:
         64 hexadecimal digits.
     """
-    digest = hashlib.sha256(json.dumps([MANIFEST_VERSION, *classes]).encode())
-    for name in SCHEMA.names:
+    digest = hashlib.sha256(json.dumps([version, *classes]).encode())
+    for name in _schema(version).names:
         column = _array(table, name)
         digest.update(f"\n{name} {len(column)}\n".encode())
         _hash_values(digest, column)
     return digest.hexdigest()
+
+
+def _schema(version: int) -> pa.Schema:
+    return SCHEMA if version > 1 else SCHEMA.remove(SCHEMA.get_field_index(_SINCE_VERSION_2))
 
 
 def _hash_values(digest: hashlib._Hash, column: pa.Array) -> None:
@@ -402,9 +425,9 @@ def _read_info(path: Path) -> DatasetInfo:
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {file}: {error}; make the data set anew with the scripts of data_prep/") from None
     version = values.get("version") if isinstance(values, dict) else None
-    if version != MANIFEST_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= MANIFEST_VERSION:
         raise DataError(
-            f"{file} has format version {version}, this program reads version {MANIFEST_VERSION}; "
+            f"{file} has format version {version}, this program reads versions 1 to {MANIFEST_VERSION}; "
             "make the data set anew with the scripts of data_prep/ of this program"
         )
     try:
@@ -415,6 +438,7 @@ def _read_info(path: Path) -> DatasetInfo:
             counts=dict(values["counts"]),
             fingerprint=str(values["fingerprint"]),
             made_by=str(values["made_by"]),
+            version=version,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -20,11 +22,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from slrnet.data.epoch_plan import ShardRange
 from slrnet.data.manifest import DataError, ShardSet, SplitView
 from slrnet.data.transforms import decode_image, decode_mask
 
 __all__ = ["OnError", "SampleIndex", "ShardFiles", "SkippedSample", "index_split"]
+
+_OPEN_SHARDS = 128
+"""Shards that a reader keeps open: more than the shuffling reaches at a time with shards of common size."""
 
 OnError = Literal["stop", "skip"]
 """What a damaged or missing sample does: stop the run, or be skipped, counted and reported."""
@@ -57,6 +61,7 @@ class SampleIndex:
         sizes: (n,) bytes that it takes there.
         image_sizes: (n, 2) width and height, pixels.
         has_masks: (n,) whether it comes with a mask.
+        has_image_labels: (n,) whether its image labels are known.
         keys: (n) names.
         checksums: (n) hex sha256 over a sample's files; None where they are not to be compared.
         labels: the split, for its image labels.
@@ -71,6 +76,7 @@ class SampleIndex:
     sizes: npt.NDArray[np.int64]
     image_sizes: npt.NDArray[np.int32]
     has_masks: npt.NDArray[np.bool_]
+    has_image_labels: npt.NDArray[np.bool_]
     keys: pa.StringArray
     checksums: pa.StringArray | None
     labels: SplitView
@@ -85,15 +91,13 @@ class SampleIndex:
         """Place in `shards` of the shard that holds a sample."""
         return int(np.searchsorted(self.firsts, sample, side="right")) - 1
 
-    def samples(self, ranges: Iterable[ShardRange]) -> Iterator[int]:
-        """The samples in pieces of shards, in order."""
-        for part in ranges:
-            first = int(self.firsts[part.shard])
-            yield from range(first + part.start, first + part.stop)
-
     def image_labels(self, sample: int) -> Tensor:
         """Image labels of a sample: (K-1,) float32 of 0 and 1, from the manifest."""
         return torch.from_numpy(self.labels.image_labels(np.array([sample])))[0]
+
+    def no_image_labels(self) -> Tensor:
+        """(K-1,) float32 of 0, for a sample whose image labels are not known or not granted."""
+        return torch.zeros(self.labels.num_classes - 1)
 
     def damage(self, sample: int, error: DataError) -> SkippedSample:
         """Describes a damaged sample where those are skipped.
@@ -101,11 +105,21 @@ class SampleIndex:
         Raises:
             DataError: they are not: what is wrong where, and what to do.
         """
-        found = SkippedSample(self.shards[self.shard_of(sample)], self.key(sample), str(error))
         if self.on_error == "skip":
-            return found
-        path = self.folder / found.shard
-        raise DataError(f"shard {path}: sample {found.key!r}: {found.reason}; {self.advice}") from None
+            return SkippedSample(self.shards[self.shard_of(sample)], self.key(sample), str(error))
+        raise self._described(sample, error) from None
+
+    @contextmanager
+    def naming(self, sample: int) -> Iterator[None]:
+        """Errors within name sample, shard and remedy, also where damaged samples are skipped elsewhere.
+
+        Raises:
+            DataError: one was raised within.
+        """
+        try:
+            yield
+        except DataError as error:
+            raise self._described(sample, error) from None
 
     def decode(self, sample: int, files: dict[str, bytes]) -> Tensor:
         """Decodes a sample's image to (3, H, W) uint8.
@@ -133,22 +147,24 @@ class SampleIndex:
             raise DataError(f"the mask has shape {tuple(mask.shape)}, the image {tuple(image.shape[-2:])}")
         return mask
 
+    def _described(self, sample: int, error: DataError) -> DataError:
+        path = self.folder / self.shards[self.shard_of(sample)]
+        return DataError(f"shard {path}: sample {self.key(sample)!r}: {error}; {self.advice}")
+
 
 class ShardFiles:
-    """Reads samples from their tars at the manifest's byte offsets; keeps the shard in use open."""
+    """Reads samples from their tars at the manifest's byte offsets; keeps the shards last used open."""
 
     def __init__(self, index: SampleIndex) -> None:
         self.index = index
-        self._shard = -1
-        self._file: BinaryIO | None = None
-        self._length = 0
+        self._files: OrderedDict[int, tuple[BinaryIO, int]] = OrderedDict()
 
     def __enter__(self) -> ShardFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        for file, _length in self._files.values():
+            file.close()
 
     def read(self, sample: int, *, masks: bool) -> dict[str, bytes]:
         """The sample's files by suffix: `jpg` alone, or with `masks` all of them, compared with the sha256.
@@ -157,11 +173,11 @@ class ShardFiles:
             DataError: what is missing or damaged; neither the sample nor its shard is named.
         """
         index = self.index
-        file = self._open(index.shard_of(sample))
+        file, length = self._open(index.shard_of(sample))
         start = int(index.offsets[sample])
         end = start + int(index.sizes[sample])
-        if end > self._length:
-            raise DataError(f"the shard is cut off: it has {self._length} bytes, the sample ends at byte {end}")
+        if end > length:
+            raise DataError(f"the shard is cut off: it has {length} bytes, the sample ends at byte {end}")
         try:
             found = dict(_members(file, start, end, key=index.key(sample), only=None if masks else "jpg"))
         except OSError as error:
@@ -174,19 +190,32 @@ class ShardFiles:
                 raise DataError(f"its files have the sha256 {digest[:12]}..., not that of the manifest")
         return found
 
-    def _open(self, shard: int) -> BinaryIO:
-        if self._file is None or shard != self._shard:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
-            try:
-                self._file = (self.index.folder / self.index.shards[shard]).open("rb")
-            except FileNotFoundError:
-                raise DataError("the shard is missing") from None
-            except OSError as error:
-                raise DataError(f"the shard cannot be opened: {error.strerror}") from None
-            self._shard, self._length = shard, os.fstat(self._file.fileno()).st_size
-        return self._file
+    def load(self, sample: int) -> tuple[dict[str, bytes], Tensor, Tensor | None]:
+        """The sample's files, compared with the sha256, its image (3, H, W) and its mask (H, W), where it has one.
+
+        Raises:
+            DataError: what is missing or damaged in which sample of which shard, and what to do.
+        """
+        with self.index.naming(sample):
+            files = self.read(sample, masks=True)
+            image = self.index.decode(sample, files)
+            return files, image, self.index.decode_mask(files, image)
+
+    def _open(self, shard: int) -> tuple[BinaryIO, int]:
+        """The shard's file and its length."""
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        try:
+            file = (self.index.folder / self.index.shards[shard]).open("rb")
+        except FileNotFoundError:
+            raise DataError("the shard is missing") from None
+        except OSError as error:
+            raise DataError(f"the shard cannot be opened: {error.strerror}") from None
+        self._files[shard] = file, os.fstat(file.fileno()).st_size
+        if len(self._files) > _OPEN_SHARDS:
+            self._files.popitem(last=False)[1][0].close()
+        return self._files[shard]
 
 
 def _members(file: BinaryIO, start: int, end: int, *, key: str, only: str | None) -> Iterator[tuple[str, bytes]]:
@@ -233,6 +262,7 @@ def index_split(shard_set: ShardSet, view: SplitView, *, on_error: OnError, chec
         sizes=np.concatenate([entry.sizes for entry in entries]),
         image_sizes=view.sizes,
         has_masks=view.has_masks,
+        has_image_labels=view.has_image_labels,
         keys=view.keys,
         checksums=view.table["sha256"].combine_chunks() if checksums else None,
         labels=SplitView(view.name, table=labels, folder=view.folder, num_classes=view.num_classes),

@@ -1,8 +1,8 @@
 """The loaders: batches of crops for training, whole images for evaluation, from tar shards in reader processes.
 
-Who takes which samples is planned by `slrnet.data.epoch_plan`; single samples are read by `slrnet.data.samples`.
-WebDataset supplies the pipeline between the two: its stages, the shuffle buffer and the batching. Its own shard order
-repeats every epoch, so the plan replaces it.
+Which samples a step draws is planned by `slrnet.data.epoch_plan`; single samples are read by `slrnet.data.samples`.
+WebDataset supplies the pipeline between the two. Its own shard order repeats every epoch and depends on the number of
+readers, and its shuffle buffer holds decoded samples; the plan replaces both by arithmetic on the manifest.
 
 Reader processes come from a fork server: they start without the training process's threads and CUDA context, live as
 long as the loader, and are told the epoch through shared memory.
@@ -13,12 +13,11 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +27,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from slrnet.data.batch import Batch, EvalSample, TrainSample, collate
-from slrnet.data.epoch_plan import ShardRange, choose_subset, plan_epoch, reader_batches
-from slrnet.data.manifest import DataError, ShardSet, SplitView
+from slrnet.data.epoch_plan import choose_subset, plan_epoch
+from slrnet.data.manifest import DataError, ShardSet
 from slrnet.data.processes import end_with, helper_context
 from slrnet.data.samples import OnError, SampleIndex, ShardFiles, SkippedSample, index_split
+from slrnet.data.supervision import Supervision, image_labels_only
 from slrnet.data.transforms import crop_image, crop_mask, draw_crop
 
 __all__ = [
@@ -56,8 +56,9 @@ _PRELOAD = ["torch", "torchvision", "webdataset", "pyarrow", "slrnet.data.shards
 class TrainLoader:
     """Batches of random crops of a split, for one rank.
 
-    The batches of an epoch are a pure function of (seed, epoch, rank, world_size, workers) and the data; a sample's
-    crop is one of (seed, epoch, sample) alone. Masks stay unread unless `pixel_labels_granted` allows them.
+    The draws of a step are a pure function of (seed, epoch, step) and the data, whatever the number of ranks and
+    readers: the ranks share each global batch in order. A draw's crop is one of (seed, epoch, sample, repeat) alone.
+    Labels stay unread unless `supervision` grants them.
 
     Args:
         shard_set: the data set.
@@ -67,17 +68,18 @@ class TrainLoader:
         crop_scale: smallest and largest share of the image's area that a crop covers.
         flip: probability that a crop is mirrored.
         seed: of the run.
+        supervision: which samples are drawn how often, and which labels they grant; None: all of them, with their image
+            labels.
         rank: of this process among `world_size`.
         world_size: number of processes that train together, each with a loader of the same arguments.
         workers: reader processes of this rank; 0 reads in this process.
-        shuffle_buffer: samples that each reader shuffles within, filled before the first batch; 1 keeps the order.
+        shuffle_buffer: draws over which the order of the shards is shuffled; 1 keeps it.
         on_error: "stop" raises at the first damaged sample, "skip" puts an earlier sample of the same reader in its
             place (the next one at the very beginning) and lists it in `skipped`.
-        pixel_labels_granted: (num_samples,) bool, whose masks training may see; None: nobody's, and no mask is read.
         pin_memory: batches come in page-locked memory (needs an accelerator).
 
     Raises:
-        ValueError: an argument is out of range, the split has fewer shards than readers or less than one global batch.
+        ValueError: an argument is out of range, or an epoch has fewer draws than one global batch.
         DataError: there is no such split.
     """
 
@@ -91,46 +93,46 @@ class TrainLoader:
         crop_scale: tuple[float, float],
         flip: float,
         seed: int,
+        supervision: Supervision | None = None,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
         shuffle_buffer: int = 1000,
         on_error: OnError = "stop",
-        pixel_labels_granted: npt.NDArray[np.bool_] | None = None,
         pin_memory: bool = False,
     ) -> None:
         _check_readers(rank=rank, world_size=world_size, workers=workers, on_error=on_error)
         _check_at_least_one(batch_size=batch_size, crop_size=crop_size, shuffle_buffer=shuffle_buffer)
         view = shard_set.split(split)
-        _check_granted(view, pixel_labels_granted)
-        readers = max(1, workers)
-        _check_shards(view, world_size=world_size, readers=readers, workers=workers)
-        self.num_samples = view.num_samples
+        supervision = supervision or image_labels_only(view)
+        self.draws = supervision.draws
         self.global_batch = batch_size * world_size
-        self.steps_per_epoch = self.num_samples // self.global_batch
+        self.steps_per_epoch = self.draws // self.global_batch
         if not self.steps_per_epoch:
             raise ValueError(
-                f"split {split!r} has {self.num_samples} samples, fewer than the global batch of {self.global_batch} "
-                f"({batch_size} on each of {world_size} ranks); use a global batch of {self.num_samples} or less"
+                f"an epoch of split {split!r} has {self.draws} samples, fewer than the global batch of "
+                f"{self.global_batch} ({batch_size} on each of {world_size} ranks); use a global batch of {self.draws} "
+                "or less"
             )
         self._batch_size = batch_size
         reader = _TrainReader(
             index=index_split(shard_set, view, on_error=on_error),
+            supervision=supervision,
             steps=self.steps_per_epoch,
             batch_size=batch_size,
             rank=rank,
-            readers=readers,
+            world_size=world_size,
+            readers=max(1, workers),
             crop=_CropSettings(crop_size, crop_scale, flip),
             seed=seed,
             shuffle_buffer=shuffle_buffer,
-            granted=pixel_labels_granted,
         )
         self._pool: _ReaderPool[Batch] = _ReaderPool(reader, workers=workers, pin_memory=pin_memory)
 
     @property
     def left_over(self) -> int:
-        """Samples of the split, 0 to global_batch - 1, that an epoch leaves out; other ones every epoch."""
-        return self.num_samples - self.steps_per_epoch * self.global_batch
+        """Draws, 0 to global_batch - 1, that an epoch leaves out; other ones every epoch."""
+        return self.draws - self.steps_per_epoch * self.global_batch
 
     @property
     def skipped(self) -> tuple[SkippedSample, ...]:
@@ -358,98 +360,62 @@ class _TrainReader:
     """Makes the batches of a rank's readers. Picklable; holds nothing that changes."""
 
     index: SampleIndex
+    supervision: Supervision
     steps: int
     batch_size: int
     rank: int
+    world_size: int
     readers: int
     crop: _CropSettings
     seed: int
     shuffle_buffer: int
-    granted: npt.NDArray[np.bool_] | None
 
     def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[_Delivery[Batch]]:
         # torch asks its workers in turn, from worker 0 on: that one has to make step start_step.
-        reader = (worker + start_step) % self.readers
-        ranges = self._ranges(reader, epoch)
-        done = reader_batches(start_step, reader=reader, readers=self.readers) * self.batch_size
-        counts: Counter[int] = Counter()
+        steps = range(start_step + worker, self.steps, self.readers)
         skipped: list[SkippedSample] = []
         pipeline = wds.DataPipeline(
-            partial(self._read, ranges, self._emitted_first(done, ranges, reader, epoch)),
-            self._shuffle(reader, epoch),
-            partial(self._count, counts=counts),
-            partial(_drop_first, count=done),
+            partial(self._read, self.draws(steps, epoch)),
             partial(self._crops, epoch=epoch, skipped=skipped),
             wds.batched(self.batch_size, collation_fn=collate, partial=True),
         )
         for batch in pipeline:
             yield _Delivery(batch, samples=len(batch.keys), skipped=tuple(skipped))
             skipped.clear()
-        self._check_counts(ranges, counts)
         yield _Delivery(None, skipped=tuple(skipped))
 
-    def _ranges(self, reader: int, epoch: int) -> list[ShardRange]:
-        """The pieces of shards that a reader of this rank takes in an epoch: whole batches, after its forerunners'."""
-        before = sum(reader_batches(self.steps, reader=other, readers=self.readers) for other in range(reader))
-        batches = reader_batches(self.steps, reader=reader, readers=self.readers)
-        first = (self.rank * self.steps + before) * self.batch_size
-        plan = plan_epoch(np.diff(self.index.firsts), seed=self.seed, epoch=epoch)
-        return plan.ranges(first, first + batches * self.batch_size)
+    def draws(self, steps: Iterable[int], epoch: int) -> list[tuple[int, int]]:
+        """Samples and repeats of this rank's part of some global batches, in order."""
+        plan = plan_epoch(
+            self.supervision.pools, self.index.firsts, seed=self.seed, epoch=epoch, window=self.shuffle_buffer
+        )
+        starts = (np.array(list(steps), dtype=np.int64) * self.world_size + self.rank) * self.batch_size
+        places = (starts[:, None] + np.arange(self.batch_size)).ravel()
+        return list(zip(plan.samples[places].tolist(), plan.repeats[places].tolist(), strict=True))
 
-    def _shuffle(self, reader: int, epoch: int) -> Callable[[Iterator[Any]], Iterator[Any]]:
-        rng = random.Random(f"shuffle {self.seed} {epoch} {self.rank} {reader}")
-        shuffle: Callable[[Iterator[Any]], Iterator[Any]]
-        shuffle = wds.shuffle(self.shuffle_buffer, initial=self.shuffle_buffer, rng=rng)
-        return shuffle
-
-    def _emitted_first(self, count: int, ranges: list[ShardRange], reader: int, epoch: int) -> frozenset[int]:
-        """Samples among the first `count` that leave the shuffle buffer, found by running it on indices."""
-        if not count:
-            return frozenset()
-        return frozenset(islice(self._shuffle(reader, epoch)(self.index.samples(ranges)), count))
-
-    def _read(self, ranges: list[ShardRange], unread: frozenset[int]) -> Iterator[_Item]:
-        """One item per planned sample, come what may: damage does not shift the order of the others."""
+    def _read(self, draws: Iterable[tuple[int, int]]) -> Iterator[_Item]:
+        """One item per draw, come what may: damage does not shift the order of the others."""
         with ShardFiles(self.index) as files:
-            for sample in self.index.samples(ranges):
-                if sample in unread:
-                    yield _Item(sample)
-                    continue
+            for sample, repeat in draws:
                 try:
-                    yield _Item(sample, files.read(sample, masks=self._may_see_mask(sample)))
+                    yield _Item(sample, repeat, files.read(sample, masks=bool(self.supervision.pixel_labels[sample])))
                 except DataError as error:
-                    yield _Item(sample, damage=self.index.damage(sample, error))
-
-    def _may_see_mask(self, sample: int) -> bool:
-        return self.granted is not None and bool(self.granted[sample] and self.index.has_masks[sample])
-
-    def _count(self, items: Iterator[_Item], counts: Counter[int]) -> Iterator[_Item]:
-        for item in items:
-            counts[self.index.shard_of(item.sample)] += 1
-            yield item
-
-    def _check_counts(self, ranges: list[ShardRange], counts: Counter[int]) -> None:
-        for part in ranges:
-            planned, came = part.stop - part.start, counts[part.shard]
-            if came != planned:
-                raise DataError(
-                    f"shard {self.index.shards[part.shard]}: {came} samples came, planned were {planned}; "
-                    f"{self.index.advice}"
-                )
+                    yield _Item(sample, repeat, damage=self.index.damage(sample, error))
 
     def _crops(self, items: Iterator[_Item], epoch: int, skipped: list[SkippedSample]) -> Iterator[TrainSample]:
         """Decodes and crops; a damaged sample's place is taken by a recent good one, cropped anew."""
         recent: deque[_Item] = deque(maxlen=_RECENT)
-        waiting: list[int] = []
+        waiting: list[_Item] = []
         for item in items:
-            made = self._crop_or_note(item, f"crop {self.seed} {epoch} {item.sample}", skipped)
+            made = self._crop_or_note(item, f"crop {self.seed} {epoch} {item.sample} {item.repeat}", skipped)
             if made is not None:
                 recent.append(item)
                 yield made
             else:
-                waiting.append(item.sample)
+                waiting.append(item)
             while recent and waiting:
-                yield self._stand_in(recent, f"stand-in {self.seed} {epoch} {waiting.pop(0)}")
+                lost = waiting.pop(0)
+                yield self._stand_in(recent, f"stand-in {self.seed} {epoch} {lost.sample} {lost.repeat}")
         if waiting:
             raise DataError(
                 f"none of the {len(waiting)} samples of a reader (shards {_listed(skipped)}) can be read; "
@@ -475,10 +441,12 @@ class _TrainReader:
         image = self.index.decode(item.sample, item.files)
         crop = draw_crop(image.shape[-2], image.shape[-1], scale=self.crop.scale, flip=self.crop.flip, rng=rng)
         mask = self.index.decode_mask(item.files, image)
+        labelled = bool(self.supervision.image_labels[item.sample])
         return TrainSample(
             key=self.index.key(item.sample),
             image=crop_image(image, crop, size=self.crop.size),
-            image_labels=self.index.image_labels(item.sample),
+            image_labels=self.index.image_labels(item.sample) if labelled else self.index.no_image_labels(),
+            has_image_labels=labelled,
             pixel_labels=None if mask is None else crop_mask(mask, crop, size=self.crop.size),
         )
 
@@ -508,6 +476,7 @@ class _EvalReader:
             image=image,
             pixel_labels=self.index.decode_mask(found, image),
             image_labels=self.index.image_labels(sample),
+            has_image_labels=bool(self.index.has_image_labels[sample]),
         )
 
 
@@ -516,12 +485,9 @@ class _Item:
     """A planned sample on its way: its files, or what is wrong with it."""
 
     sample: int
+    repeat: int
     files: dict[str, bytes] | None = None
     damage: SkippedSample | None = None
-
-
-def _drop_first(items: Iterator[_Item], count: int) -> Iterator[_Item]:
-    return islice(items, count, None)
 
 
 def _listed(skipped: Iterable[SkippedSample], most: int = 5) -> str:
@@ -543,26 +509,6 @@ def _check_at_least_one(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1")
-
-
-def _check_granted(view: SplitView, granted: npt.NDArray[np.bool_] | None) -> None:
-    if granted is not None and (granted.shape != (view.num_samples,) or granted.dtype != np.bool_):
-        raise ValueError(
-            f"pixel_labels_granted is {granted.dtype} of shape {granted.shape}; "
-            f"split {view.name!r} needs bool of shape ({view.num_samples},)"
-        )
-
-
-def _check_shards(view: SplitView, *, world_size: int, readers: int, workers: int) -> None:
-    there, needed = len(view.shards), world_size * readers
-    if there >= needed:
-        return
-    fewer = f"use at most {there // world_size} workers per rank, or " if there >= world_size and workers > 1 else ""
-    per_shard = max(1, view.num_samples // needed)
-    raise ValueError(
-        f"split {view.name!r} has {there} shards, fewer than its {needed} readers ({world_size} ranks x {readers}); "
-        f"{fewer}make the data set anew with at least {needed} shards: --samples-per-shard {per_shard}"
-    )
 
 
 def _end_with(parent: int, worker: int) -> None:

@@ -22,6 +22,7 @@ from slrnet.data.processes import end_with, helper_context
 __all__ = ["crf_masks", "dense_crf", "require_crf"]
 
 Key = TypeVar("Key")
+_Masked = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]
 PROBABILITY_FLOOR = 1e-5
 """Probabilities below it are raised to it before their logarithm is taken, as in pydensecrf's own helper."""
 
@@ -80,7 +81,7 @@ def dense_crf(image: npt.NDArray[np.uint8], probs: npt.NDArray[np.float32], conf
 
 def crf_masks(
     items: Iterable[tuple[Key, npt.NDArray[np.uint8], npt.NDArray[np.float32]]], config: CrfConfig, *, processes: int
-) -> Iterator[tuple[Key, npt.NDArray[np.uint8]]]:
+) -> Iterator[tuple[Key, npt.NDArray[np.uint8], npt.NDArray[np.float32]]]:
     """Refines the masks of many images in helper processes, while the caller goes on to the next images.
 
     Args:
@@ -89,24 +90,24 @@ def crf_masks(
         processes: helpers, >= 1.
 
     Yields:
-        Key and (H, W) uint8 class ids, in the order of the items.
+        Key, (H, W) uint8 class ids and the (H, W) float32 probability of each pixel's class, in the order of the items.
     """
     require_crf()
     context = helper_context([__name__])
     with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with, initargs=(os.getpid(),)) as pool:
-        pending: deque[tuple[Key, Future[npt.NDArray[np.uint8]]]] = deque()
+        pending: deque[tuple[Key, Future[_Masked]]] = deque()
         for key, image, probs in items:
             possible = np.flatnonzero(probs.max(axis=(1, 2)) > 0).astype(np.uint8)  # the others need not travel
             pending.append((key, pool.submit(_mask, image, probs[possible], possible, config)))
             while len(pending) > 2 * processes or (pending and pending[0][1].done()):
-                first, mask = pending.popleft()
-                yield first, mask.result()
-        for key, mask in pending:
-            yield key, mask.result()
+                first, result = pending.popleft()
+                yield first, *result.result()
+        for key, result in pending:
+            yield key, *result.result()
 
 
 def _mask(
     image: npt.NDArray[np.uint8], probs: npt.NDArray[np.float32], classes: npt.NDArray[np.uint8], config: CrfConfig
-) -> npt.NDArray[np.uint8]:
-    chosen: npt.NDArray[np.uint8] = classes[dense_crf(image, probs, config).argmax(axis=0)]
-    return chosen
+) -> _Masked:
+    refined = dense_crf(image, probs, config)
+    return classes[refined.argmax(axis=0)], refined.max(axis=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +15,29 @@ from torch import Tensor
 
 from slrnet.config import Config, config_from_dict
 from slrnet.data.batch import EvalSample
-from slrnet.data.files import written_whole
+from slrnet.data.files import write_json
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.shards import EvalLoader
 from slrnet.inference.crf import crf_masks, require_crf
-from slrnet.inference.predictor import predict
-from slrnet.models.slrnet import SLRNet
-from slrnet.training.checkpoint import Checkpoint, check_classes, load_checkpoint, restore_model
+from slrnet.inference.predictor import predict, restore_network
+from slrnet.models.network import Network
+from slrnet.training.checkpoint import Checkpoint, check_classes, load_checkpoint
 from slrnet.training.distributed import Ranks
-from slrnet.training.evaluate import Quality, count_masks, gate, protocol_name, quality_metrics
+from slrnet.training.evaluate import Quality, count_masks, gate, gating_labels, protocol_name, quality_metrics
 from slrnet.training.ray_loop import LaunchOptions, Report, run_job
 from slrnet.training.step import Normalise
-from slrnet.training.tracking import Tracker, environment_tags, find_run, metric_key
+from slrnet.training.tracking import RunHandle, Tracker, environment_tags, find_run, metric_key
 
-__all__ = ["launch_evaluation", "measure"]
+__all__ = ["launch_evaluation", "measure", "track_figures", "training_run"]
 
 
 def launch_evaluation(
-    checkpoint: Path, shards: ShardSet, *, split: str, config: Config, options: LaunchOptions
+    checkpoint: Checkpoint, shards: ShardSet, *, split: str, config: Config, options: LaunchOptions
 ) -> dict[str, Any]:
     """Measures a checkpoint on a split; every image exactly once, and the same figure for any number of workers.
 
     Args:
-        checkpoint: a checkpoint directory, or a run's folder for its best one.
+        checkpoint: to measure; the workers read it again from its path.
         shards: the data set; its classes must be the checkpoint's.
         split: of the data set.
         config: the checkpoint's, with the protocol to use in `evaluation` and `crf`.
@@ -49,30 +49,31 @@ def launch_evaluation(
         gets the means as `SPLIT/miou_PROTOCOL` and so on, and `mlflow` says how to open it; else that is None.
 
     Raises:
-        ValueError: the checkpoint is damaged or of other classes, there is no such split, the CRF is not installed, or
-            the cluster has less than was asked for.
+        ValueError: the checkpoint is of other classes, there is no such split, the CRF is not installed, or the
+            cluster has less than was asked for.
         TrainingError: a worker failed.
     """
-    found = load_checkpoint(checkpoint)
-    check_classes(found.state, shards.info.classes, data=str(shards.folder))
+    check_classes(checkpoint.state, shards.info.classes, data=str(shards.folder))
     shards.split(split)
     if config.evaluation.protocol == "ms_crf":
         require_crf()
     folder = options.storage / options.name
     values = {
         "config": config.model_dump(mode="json"),
-        "checkpoint": str(found.path.resolve()),
+        "checkpoint": str(checkpoint.path.resolve()),
         "data": str(shards.folder),
         "split": split,
         "result": str(folder / "evaluation.json"),
     }
     run_job(_evaluate, values, options)
     result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    return result | {"mlflow": _track(result, found, split)}
+    means = {name: result["metrics"].get(f"val/{name}") for name in ("miou", "mfdr", "mfnr")}
+    figures = {metric_key(split, f"{name}_{result['protocol']}"): value for name, value in means.items() if value}
+    return result | {"mlflow": track_figures(checkpoint, figures)}
 
 
 def measure(
-    model: SLRNet, loader: EvalLoader, *, config: Config, normalise: Normalise, ranks: Ranks, crf_processes: int
+    model: Network, loader: EvalLoader, *, config: Config, normalise: Normalise, ranks: Ranks, crf_processes: int
 ) -> Quality:
     """Compares masks predicted by the configured protocol with true ones, over all ranks.
 
@@ -89,34 +90,46 @@ def measure(
     if protocol == "ms_crf":
         pictures = ((sample, _pixels(sample), probs.cpu().numpy()) for sample, probs in gated)
         refined = crf_masks(pictures, config.crf, processes=crf_processes)
-        masks = ((sample, torch.from_numpy(mask)) for sample, mask in refined)
+        masks = ((sample, torch.from_numpy(mask)) for sample, mask, _ in refined)
     else:
         masks = ((sample, probs.argmax(dim=0).cpu()) for sample, probs in gated)
     name = protocol_name(config.evaluation, protocol)
     return count_masks(masks, num_classes=model.num_classes, protocol=name, ranks=ranks)
 
 
-def _track(record: dict[str, Any], checkpoint: Checkpoint, split: str) -> str | None:
-    storage = checkpoint.path.resolve().parents[2]  # storage/RUN/checkpoints/checkpoint-EPOCH
-    handle = find_run(checkpoint.config.tracking.uri, storage, checkpoint.state.run_id)
+def track_figures(checkpoint: Checkpoint, figures: Mapping[str, float]) -> str | None:
+    """Adds figures to the MLflow run of the training that a checkpoint is of, where its store can be reached.
+
+    Args:
+        checkpoint: of the run.
+        figures: values by key.
+
+    Returns:
+        How to open the run, or None where the store or the run is out of reach.
+    """
+    handle = training_run(checkpoint)
     if handle is None:
         return None
-    means = {name: record["metrics"].get(f"val/{name}") for name in ("miou", "mfdr", "mfnr")}
-    named = {metric_key(split, f"{name}_{record['protocol']}"): value for name, value in means.items() if value}
     tracker = Tracker(handle)
-    tracker.log_metrics(named, step=checkpoint.state.step)
+    tracker.log_metrics(figures, step=checkpoint.state.step)
     return handle.how_to_open() if tracker.flush() == 0 else None
 
 
+def training_run(checkpoint: Checkpoint) -> RunHandle | None:
+    """The MLflow run of the training that a checkpoint is of; None where the store or the run is out of reach."""
+    storage = checkpoint.path.resolve().parents[2]  # storage/RUN/checkpoints/checkpoint-EPOCH
+    return find_run(checkpoint.config.tracking.uri, storage, checkpoint.state.run_id)
+
+
 def _gated_probs(
-    model: SLRNet, loader: EvalLoader, *, config: Config, normalise: Normalise, ranks: Ranks
+    model: Network, loader: EvalLoader, *, config: Config, normalise: Normalise, ranks: Ranks
 ) -> Iterator[tuple[EvalSample, Tensor]]:
     """Images with a true mask and their (K, H, W) probabilities."""
     for sample in loader:
         if sample.pixel_labels is not None:
             image = sample.image.to(ranks.device)
             probs, scores = predict(model, image, normalise, config, config.evaluation.protocol)
-            yield sample, gate(probs, scores, sample.image_labels.to(ranks.device), config.evaluation)[0]
+            yield sample, gate(probs, scores, gating_labels(sample, config).to(ranks.device), config.evaluation)[0]
 
 
 def _pixels(sample: EvalSample) -> npt.NDArray[np.uint8]:
@@ -128,8 +141,7 @@ def _evaluate(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
     config = config_from_dict(values["config"])
     checkpoint = load_checkpoint(values["checkpoint"])
     shards = load_dataset(values["data"])
-    model = restore_model(checkpoint).to(ranks.device).eval()
-    encoder = model.encoder
+    model, normalise = restore_network(checkpoint, ranks.device)
     loader = EvalLoader(
         shards, split=values["split"], rank=ranks.rank, world_size=ranks.world_size, on_error=config.data.on_error
     )
@@ -137,7 +149,7 @@ def _evaluate(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
         model,
         loader,
         config=config,
-        normalise=Normalise(encoder.mean, encoder.std, encoder.output_stride),
+        normalise=normalise,
         ranks=ranks,
         crf_processes=values["cpus"] or os.cpu_count() or 1,
     )
@@ -157,10 +169,4 @@ def _evaluate(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
             "data_fingerprint": shards.info.fingerprint,
             "environment": environment_tags(),
         }
-        _write_json(Path(values["result"]), record)
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as incoming:
-        incoming.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(values["result"]), record)

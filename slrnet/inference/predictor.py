@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -11,19 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from slrnet.config import Config
+from slrnet.config import PROTOCOLS, Config, Protocol
 from slrnet.data.images import upright_rgb
 from slrnet.inference.crf import dense_crf, require_crf
+from slrnet.inference.tiles import predict_tiles
 from slrnet.models.decoder import resize
-from slrnet.models.slrnet import SLRNet
+from slrnet.models.network import Network
 from slrnet.training.checkpoint import Checkpoint, restore_model
 from slrnet.training.evaluate import as_model, fit_image, gate, predict_single_scale
 from slrnet.training.step import Normalise
 
-__all__ = ["Prediction", "Predictor", "predict", "predict_multi_scale", "rgb_array"]
-
-Protocol = Literal["ss", "ms", "ms_crf"]
-PROTOCOLS: tuple[Protocol, ...] = ("ss", "ms", "ms_crf")
+__all__ = ["Prediction", "Predictor", "predict", "predict_multi_scale", "restore_network", "rgb_array"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +30,12 @@ class Prediction:
 
     mask: npt.NDArray[np.uint8]
     """(H, W) class ids."""
-    probs: npt.NDArray[np.float32]
-    """(K, H, W) in [0, 1], background first; after gating and CRF, where there are any."""
-    class_scores: npt.NDArray[np.float32]
-    """(K - 1,) sigmoids of the pooled scores of the foreground classes."""
+    probs: npt.NDArray[np.float32] | None
+    """(K, H, W) in [0, 1], background first; after gating and CRF, where there are any. None for an image that was cut
+    into tiles: they would take gigabytes."""
+    class_scores: npt.NDArray[np.float32] | None
+    """(K - 1,) sigmoids of the pooled scores of the foreground classes; of tiles the highest. None in setting `sss`,
+    which has none."""
 
 
 class Predictor:
@@ -69,41 +69,99 @@ class Predictor:
             )
         self.classes = checkpoint.state.classes
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._model = restore_model(checkpoint).to(self.device).eval()
-        encoder = self._model.encoder
-        self._normalise = Normalise(encoder.mean, encoder.std, encoder.output_stride)
+        self._model, self._normalise = restore_network(checkpoint, self.device)
 
     def __call__(self, image: Image.Image | npt.NDArray[np.uint8]) -> Prediction:
         """Predicts one image.
 
         Args:
-            image: a PIL image of any mode, turned upright if its EXIF data say so, or (H, W, 3) uint8.
+            image: a PIL image of any mode, turned upright if its EXIF data say so, or (H, W, 3) uint8. Above
+                `inference.tile_above` pixels it is predicted in overlapping tiles.
 
         Raises:
             ValueError: an array of another shape or type.
         """
-        pixels = rgb_array(image)
-        tensor = torch.from_numpy(pixels).permute(2, 0, 1).contiguous().to(self.device)
+        return self.predict_batch([image])[0]
+
+    def predict_batch(self, images: Sequence[Image.Image | npt.NDArray[np.uint8]]) -> list[Prediction]:
+        """Predicts images; those of one size go through the network together.
+
+        Args:
+            images: see `__call__`.
+
+        Returns:
+            Their predictions in order.
+
+        Raises:
+            ValueError: an array of another shape or type.
+        """
+        pixels = [rgb_array(image) for image in images]
+        found: dict[int, Prediction] = {}
+        for size in dict.fromkeys(image.shape for image in pixels):
+            places = [place for place, image in enumerate(pixels) if image.shape == size]
+            if size[0] * size[1] > self.config.inference.tile_above:
+                found |= {place: self._predict_tiles(pixels[place]) for place in places}
+            else:
+                maps, scores = self._predict([pixels[place] for place in places])
+                for i, place in enumerate(places):
+                    mask = maps[i].argmax(axis=0).astype(np.uint8)
+                    found[place] = Prediction(mask, maps[i], None if scores is None else scores[i])
+        return [found[place] for place in range(len(pixels))]
+
+    def _predict(
+        self, images: Sequence[npt.NDArray[np.uint8]]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
+        """Probabilities (N, K, H, W) by the whole protocol and sigmoids of scores (N, K - 1) of images of one size."""
+        tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(self.device)
         probs, scores = predict(self._model, tensor, self._normalise, self.config, self.protocol)
-        gated = gate(probs, scores, scores.new_zeros(scores.shape[1]), self.config.evaluation)
-        maps = gated[0].float().cpu().numpy()
+        gated = gate(probs, scores, probs.new_zeros(len(self.classes) - 1), self.config.evaluation)
+        maps = gated.float().cpu().numpy()
         if self.protocol == "ms_crf":
-            maps = dense_crf(pixels, maps, self.config.crf)
-        return Prediction(
-            mask=maps.argmax(axis=0).astype(np.uint8),
-            probs=maps,
-            class_scores=scores[0].sigmoid().float().cpu().numpy(),
+            maps = np.stack([dense_crf(image, own, self.config.crf) for image, own in zip(images, maps, strict=True)])
+        return maps, None if scores is None else scores.sigmoid().float().cpu().numpy()
+
+    def _predict_tiles(self, image: npt.NDArray[np.uint8]) -> Prediction:
+        """Each tile goes through the whole protocol, gating and CRF included."""
+        scores: list[npt.NDArray[np.float32]] = []
+
+        def predict_tile(tile: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            maps, tile_scores = self._predict([np.ascontiguousarray(tile)])
+            scores.extend([] if tile_scores is None else tile_scores)
+            probs: npt.NDArray[np.float32] = maps[0]
+            return probs
+
+        settings = self.config.inference
+        mask = predict_tiles(
+            image,
+            predict_tile,
+            num_classes=len(self.classes),
+            tile=settings.tile_size,
+            overlap=settings.tile_overlap,
         )
+        return Prediction(mask, None, np.stack(scores).max(axis=0) if scores else None)
+
+
+def restore_network(checkpoint: Checkpoint, device: torch.device) -> tuple[Network, Normalise]:
+    """The network of a checkpoint as the trainer measures it: on a device, in evaluation mode, channels last.
+
+    Returns:
+        The network and its encoder's normalisation.
+    """
+    model = restore_model(checkpoint).eval()
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model, Normalise.of(model.encoder)
 
 
 def predict(
-    model: SLRNet, image: Tensor, normalise: Normalise, config: Config, protocol: Protocol
-) -> tuple[Tensor, Tensor]:
-    """Probabilities (1, K, H, W) and class scores (1, K - 1) before the sigmoid, by the protocol less gating and CRF.
+    model: Network, image: Tensor, normalise: Normalise, config: Config, protocol: Protocol
+) -> tuple[Tensor, Tensor | None]:
+    """Probabilities (N, K, H, W) and class scores (N, K - 1) before the sigmoid, by the protocol less gating and CRF.
+
+    The scores are None where the network has none.
 
     Args:
         model: in evaluation mode.
-        image: (3, H, W) uint8 on the model's device.
+        image: (3, H, W) or (N, 3, H, W) uint8 on the model's device.
         normalise: of the encoder.
         config: of the run.
         protocol: `ms_crf` is as `ms` here.
@@ -114,19 +172,21 @@ def predict(
 
 
 @torch.no_grad()
-def predict_multi_scale(model: SLRNet, image: Tensor, normalise: Normalise, config: Config) -> tuple[Tensor, Tensor]:
+def predict_multi_scale(
+    model: Network, image: Tensor, normalise: Normalise, config: Config
+) -> tuple[Tensor, Tensor | None]:
     """Mean probabilities and class scores over `evaluation.scales` and their mirror images.
 
-    An image and its mirror image go through the network as one batch.
+    Images and their mirror images go through the network as one batch.
 
     Args:
         model: in evaluation mode.
-        image: (3, H, W) uint8 on the model's device.
+        image: (3, H, W) or (N, 3, H, W) uint8 on the model's device.
         normalise: of the encoder.
         config: of the run.
 
     Returns:
-        (1, K, H, W) probabilities and (1, K - 1) class scores before the sigmoid.
+        (N, K, H, W) probabilities and (N, K - 1) class scores before the sigmoid; None where the network has none.
     """
     scales = config.evaluation.scales
     probs: Tensor | None = None
@@ -137,9 +197,9 @@ def predict_multi_scale(model: SLRNet, image: Tensor, normalise: Normalise, conf
         straight, mirrored = outputs.logits[0].float().softmax(dim=1).chunk(2)
         maps = resize((straight + mirrored.flip(-1)) / (2 * len(scales)), image.shape[-2:])
         probs = maps if probs is None else probs + maps
-        scores.append(outputs.class_scores[0].mean(dim=0, keepdim=True))
+        scores += [torch.stack(view.chunk(2)).mean(dim=0) for view in outputs.class_scores]
     assert probs is not None
-    return probs, torch.stack(scores).mean(dim=0)
+    return probs, torch.stack(scores).mean(dim=0) if scores else None
 
 
 def rgb_array(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -1,13 +1,19 @@
-"""The authors' published checkpoints (WideResNet-38, image labels or pixel and image labels) as ours.
+"""The authors' published checkpoints (WideResNet-38, any of the three settings) as ours, and those of 1-Stage.
 
 `released_checkpoint` reads a file and renames its tensors; `python -m slrnet.inference.released_weights FILE --out DIR`
 writes a checkpoint directory that all commands take. Every tensor of the file is accounted for: taken, a second name of
 one that is taken, or a constant of the refinement. Nothing in the file can run code.
+
+The setting shows in the heads: those of pixel labels and unlabelled images have an output more, for the background.
+1-Stage (Araslanov and Roth 2020, visinf/1-stage-wseg) is SLRNet's network less the auxiliary head and CVLR, with the
+encoder's modules at the top level; its checkpoints with WideResNet-38 can be read. Those with ResNets and VGG16 have
+other strides than the encoders here.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,10 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slrnet.config import CalibrationConfig, Config, CvlrConfig, EvaluationConfig, LossConfig
+from slrnet.config import CalibrationConfig, Config, CvlrConfig, DataConfig, EvaluationConfig, LossConfig, Setting
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.models.encoders import describe_misfit, read_tensors
 from slrnet.models.slrnet import build_model
+from slrnet.recipes import RELEASED_SSS_THRESHOLDS
 from slrnet.training.checkpoint import Checkpoint, TrainState, save_checkpoint
 
 __all__ = ["main", "released_checkpoint", "rename_released"]
@@ -70,6 +77,9 @@ SECOND_NAMES = {
 }
 """Lists of modules by which the released network has some tensors twice."""
 
+STAGE_ONE_ENCODER = re.compile(r"(conv1a|b[2-7](_\d)?|bn7)\.")
+"""Modules of WideResNet-38 as 1-Stage names them, without `backbone.`."""
+
 CONSTANTS = "_aff."
 """Prefix of the released refinement's constants."""
 
@@ -82,8 +92,11 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
         classes: names of its K classes, background first.
 
     Returns:
-        A checkpoint with the released code's arithmetic and inference (scores above .3 and among the six highest, the
-        background to the power 3), at epoch 0. `slrnet.training.checkpoint.save_checkpoint` or `main` write it.
+        A checkpoint with the released code's arithmetic and inference, at epoch 0: scores above .3 and among the six
+        highest, the background to the power 3; for pixel labels and unlabelled images neither, as there are no scores.
+        For 1-Stage without CVLR, with its scales and scores above .1 (the mean over the scales, where its code has the
+        maximum).
+        `slrnet.training.checkpoint.save_checkpoint` or `main` write it.
 
     Raises:
         ValueError: the file is damaged, holds more than tensors, or does not fit: the tensors that are missing, unknown
@@ -92,19 +105,25 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
     tensors, source = read_tensors(Path(path))
     weights = rename_released(tensors, source=source)
     outputs = weights["mask_head.classify.weight"].shape[0]
-    if outputs == len(classes):
+    if outputs not in (len(classes), len(classes) - 1):
         raise ValueError(
-            f"{source} is of the setting of pixel labels and unlabelled images: its mask head predicts the background "
-            "itself. Checkpoints of image labels, and of pixel and image labels, can be read"
+            f"{source} predicts {outputs} classes, {len(classes)} with the background are named; name its classes "
+            "(one more than it predicts, or as many where it predicts the background too)"
         )
-    if outputs != len(classes) - 1:
-        raise ValueError(f"{source} has {outputs} foreground classes, {len(classes) - 1} are named; name its classes")
-    config = _released_config()
+    config = _released_config("sss" if outputs == len(classes) else "wsss")
+    if not any(name.startswith(("cvlr.", "auxiliary_head.")) for name in weights):
+        config = _stage_one(config)
     with torch.device("meta"):
-        expected = build_model(config.model, config.cvlr, num_classes=len(classes)).state_dict()
+        expected = build_model(
+            config.model,
+            config.cvlr,
+            num_classes=len(classes),
+            predict_background=config.predicts_background,
+        ).state_dict()
     found = describe_misfit(weights, expected, needed=set(expected))
     if found:
-        raise ValueError(f"{source} does not fit SLRNet with WideResNet-38; tensors: {found}")
+        name = "SLRNet" if config.cvlr.enabled else "1-Stage"
+        raise ValueError(f"{source} does not fit {name} with WideResNet-38; tensors: {found}")
     state = TrainState(epoch=0, step=0, classes=tuple(classes), data_fingerprint="published", world_size=1)
     return Checkpoint(Path(path), config, state, weights, {})
 
@@ -121,6 +140,9 @@ def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, 
     """
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    if not any(name.startswith("backbone.") for name in tensors):
+        prefixed = {name: f"backbone.{name}" if STAGE_ONE_ENCODER.match(name) else name for name in tensors}
+        tensors = {prefixed[name]: tensor for name, tensor in tensors.items()}
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith(CONSTANTS):
@@ -132,7 +154,10 @@ def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, 
             continue
         own = _replace_prefix(name, PREFIXES)
         if own is None:
-            raise ValueError(f"{source}: tensor {name} is unknown; the file is of no released SLRNet")
+            raise ValueError(
+                f"{source}: tensor {name} is unknown; the file is of no released SLRNet, and of no 1-Stage with "
+                "WideResNet-38"
+            )
         renamed[own] = tensor
     if "mask_head.classify.weight" not in renamed:
         raise ValueError(f"{source} has no mask head (last_conv.8.weight); the file is of no released SLRNet")
@@ -160,15 +185,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _released_config() -> Config:
+def _released_config(setting: Setting) -> Config:
+    alone = setting == "sss"
     config = Config(
         recipe="released",
+        setting=setting,
+        # The authors trained on the masks of VOC's own training list.
+        data=DataConfig(pixel_labeled_subset="voc_train" if alone else ""),
         cvlr=CvlrConfig(form="released"),
-        calibration=CalibrationConfig(fusion="probs"),
+        calibration=CalibrationConfig(fusion="probs", **(RELEASED_SSS_THRESHOLDS if alone else {})),
         losses=LossConfig(mask_consistency="probs", code_consistency="maximum"),
-        evaluation=EvaluationConfig(gating="scores", background_power=3.0),
+        evaluation=EvaluationConfig() if alone else EvaluationConfig(gating="scores", background_power=3.0),
     )
     return config.model_copy(update={"model": config.model.model_copy(update={"encoder_weights": "none"})})
+
+
+def _stage_one(config: Config) -> Config:
+    return config.model_copy(
+        update={
+            "recipe": "released_one_stage",
+            "cvlr": CvlrConfig(enabled=False),
+            "evaluation": EvaluationConfig(
+                gating="scores",
+                gating_threshold=0.1,
+                gating_top=20,
+                scales=(1.0, 0.5, 1.5, 2.0),
+                background_power=3.0,
+            ),
+        }
+    )
 
 
 def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str | None:

@@ -1,8 +1,9 @@
 """Cross-view consistency of masks (paper Eq. 4) and of codes (Eq. 9), with the L1 distance.
 
 Both sum over unordered pairs of views: the ordered pairs of the paper count each distance twice, a factor that belongs
-to lambda_reg, and two views then give the released code's scale. As there, the mean is taken over images, foreground
-classes and pixels.
+to lambda_reg, and two views then give the released code's scale. As there, the mean is taken over images, classes and
+pixels. Where an image's labels are known, its own foreground classes are compared; where they are not, all classes are,
+the background among them (the released code leaves it out).
 """
 
 from __future__ import annotations
@@ -18,21 +19,31 @@ __all__ = ["code_consistency", "mask_consistency"]
 
 
 def mask_consistency(
-    masks: Sequence[Tensor], image_labels: Tensor, *, compare: Literal["logits", "probs"] = "logits"
+    masks: Sequence[Tensor],
+    image_labels: Tensor,
+    *,
+    has_image_labels: Tensor | None = None,
+    compare: Literal["logits", "probs"] = "logits",
 ) -> Tensor:
     """Eq. 4: distance between the masks of the views, over the classes that the image has.
 
     Args:
-        masks: per view (N, K, h, w) logits, un-warped to one size, background first (it is left out).
+        masks: per view (N, K, h, w) logits, un-warped to one size, background first.
         image_labels: (N, K - 1) multi-hot.
+        has_image_labels: (N,) bool, whose labels are known; all K classes of the others are compared. None: all are.
         compare: the logits themselves (paper) or their probabilities (released code).
 
     Returns:
-        (N,) sum over pairs of views of the mean over classes and pixels; 0 with a graph for a single view.
+        (N,) sum over pairs of views of the mean over classes (the foreground ones where the labels are known) and
+        pixels; 0 with a graph for a single view.
     """
+    known = image_labels.new_ones(len(image_labels)) if has_image_labels is None else has_image_labels
+    known = known.to(masks[0].dtype)[:, None]
+    labels = image_labels.to(masks[0].dtype)
+    compared = torch.cat([1 - known, labels * known + (1 - known)], dim=1)  # (N, K)
     maps = [view if compare == "logits" else view.softmax(dim=1) for view in masks]
-    present = image_labels[:, :, None, None]
-    return _sum_of_pairs([view[:, 1:] * present for view in maps])
+    weights = compared * masks[0].shape[1] / (masks[0].shape[1] - known)  # a mean over K or K - 1 classes
+    return _sum_of_pairs([view * weights[:, :, None, None] for view in maps])
 
 
 def code_consistency(codes: Sequence[Tensor], *, compare: Literal["all", "maximum"] = "all") -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from slrnet.config import LossConfig, WeightsConfig
@@ -12,7 +13,7 @@ from slrnet.losses.classification import classification_loss
 from slrnet.losses.consistency import code_consistency, mask_consistency
 from slrnet.losses.segmentation import balanced_cross_entropy
 
-__all__ = ["AlignedOutputs", "Objective", "objective"]
+__all__ = ["AlignedOutputs", "Labels", "Objective", "objective"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class AlignedOutputs:
     codes: list[Tensor]
     """(N, k, h, w) codes of CVLR; empty without CVLR."""
     class_scores: list[Tensor]
-    """(N, K - 1)."""
+    """(N, K - 1); empty where the heads predict the background."""
     auxiliary_class_scores: list[Tensor]
-    """(N, K - 1); empty without CVLR."""
+    """(N, K - 1); empty without CVLR and where the heads predict the background."""
 
 
 @dataclass(frozen=True)
@@ -39,55 +40,96 @@ class Objective:
     parts: dict[str, Tensor]
 
 
-def objective(
-    outputs: AlignedOutputs,
-    pseudo_labels: Tensor | None,
-    image_labels: Tensor,
-    *,
-    weights: WeightsConfig,
-    losses: LossConfig,
-) -> Objective:
+@dataclass(frozen=True)
+class Labels:
+    """What a batch of N images may be trained on. H and W are the crop's; void and undecided pixels are 255.
+
+    Which entries are None depends on the run and the epoch, never on the batch: all ranks then have the same loss
+    parts, and a kind of label that a batch lacks gives an exact zero with a graph.
+    """
+
+    image_labels: Tensor
+    """(N, K - 1) multi-hot; rows without known labels are 0."""
+    has_image_labels: Tensor | None
+    """(N,) bool, whose image labels are known; None where the setting grants none at all."""
+    pixel_labels: Tensor | None
+    """(N, H, W) int64 true masks, 255 all over images without one; None where the setting grants none at all."""
+    has_pixel_labels: Tensor
+    """(N,) bool, whose true mask is granted."""
+    pseudo_labels: Tensor | None
+    """(N, H, W) int64, used for images without a true mask; None while pretraining."""
+
+
+def objective(outputs: AlignedOutputs, labels: Labels, *, weights: WeightsConfig, losses: LossConfig) -> Objective:
     """Adds up the loss parts of a batch.
 
     Args:
         outputs: of the network, un-warped.
-        pseudo_labels: (N, H, W) int64, 255 for void, or None while pretraining: then no segmentation loss exists.
-        image_labels: (N, K - 1) multi-hot.
+        labels: of the batch.
         weights: of the parts.
-        losses: which quantities the consistency terms compare.
+        losses: which quantities the consistency terms compare, and the balance between classes.
 
     Returns:
-        Parts `classification` (Eq. 2) and `segmentation` (Eq. 1), each the sum over the views plus the auxiliary
-        head's mean over the views times its weight, `mask_consistency` (Eq. 4) and `code_consistency` (Eq. 9); each a
-        mean over the images.
+        Parts `classification` (Eq. 2, of images with image labels and no true mask), `segmentation` (Eq. 1, of pseudo
+        labels) and `pixel_segmentation` (Eq. 1, of true masks), each the sum over the views plus the auxiliary head's
+        mean over the views times its weight, `mask_consistency` (Eq. 4) and `code_consistency` (Eq. 9). Each is a sum
+        over the images that it is of, divided by the number of images of the batch. Parts that the setting or the
+        epoch does not have are missing.
     """
-    parts = {
-        "classification": _with_auxiliary(
-            [classification_loss(scores, image_labels) for scores in outputs.class_scores],
-            [classification_loss(scores, image_labels) for scores in outputs.auxiliary_class_scores],
-            weights.auxiliary,
-        ),
-        "mask_consistency": mask_consistency(outputs.logits, image_labels, compare=losses.mask_consistency).mean(),
-    }
-    if outputs.codes:
-        parts["code_consistency"] = code_consistency(outputs.codes, compare=losses.code_consistency).mean()
-    if pseudo_labels is not None:
-        parts["segmentation"] = _with_auxiliary(
-            [balanced_cross_entropy(view, pseudo_labels, image_labels=image_labels) for view in outputs.logits],
-            [
-                balanced_cross_entropy(view, pseudo_labels, image_labels=image_labels)
-                for view in outputs.auxiliary_logits
-            ],
+    parts = _segmentation_parts(outputs, labels, weights, losses)
+    if labels.has_image_labels is not None:
+        counted = (labels.has_image_labels & ~labels.has_pixel_labels).float()
+        parts["classification"] = _with_auxiliary(
+            [classification_loss(scores, labels.image_labels) * counted for scores in outputs.class_scores],
+            [classification_loss(scores, labels.image_labels) * counted for scores in outputs.auxiliary_class_scores],
             weights.auxiliary,
         )
+    known = labels.has_image_labels
+    parts["mask_consistency"] = mask_consistency(
+        outputs.logits,
+        labels.image_labels,
+        has_image_labels=torch.zeros_like(labels.has_pixel_labels) if known is None else known,
+        compare=losses.mask_consistency,
+    ).mean()
+    if outputs.codes:
+        parts["code_consistency"] = code_consistency(outputs.codes, compare=losses.code_consistency).mean()
     factors = {
         "classification": weights.classification,
         "mask_consistency": weights.consistency,
         "code_consistency": weights.consistency,
         "segmentation": weights.segmentation,
+        "pixel_segmentation": weights.segmentation * weights.pixel_labels,
     }
-    total = sum((part * factors[name] for name, part in parts.items()), parts["classification"].new_zeros(()))
+    total = sum((part * factors[name] for name, part in parts.items()), outputs.logits[0].new_zeros(()))
     return Objective(total, parts)
+
+
+def _segmentation_parts(
+    outputs: AlignedOutputs, labels: Labels, weights: WeightsConfig, losses: LossConfig
+) -> dict[str, Tensor]:
+    targets = labels.pixel_labels
+    if labels.pseudo_labels is not None:
+        true = labels.has_pixel_labels[:, None, None]
+        targets = labels.pseudo_labels if targets is None else torch.where(true, targets, labels.pseudo_labels)
+    if targets is None:
+        return {}
+    known = labels.has_image_labels
+    checked = torch.zeros_like(labels.has_pixel_labels) if known is None else known & ~labels.has_pixel_labels
+    plain = None if losses.pixel_balance else labels.has_pixel_labels
+    main, auxiliary = (
+        [
+            balanced_cross_entropy(view, targets, image_labels=labels.image_labels, checked=checked, plain=plain)
+            for view in views
+        ]
+        for views in (outputs.logits, outputs.auxiliary_logits)
+    )
+    kinds = {"segmentation": (labels.pseudo_labels, ~labels.has_pixel_labels)}
+    kinds["pixel_segmentation"] = (labels.pixel_labels, labels.has_pixel_labels)
+    return {
+        name: _with_auxiliary([loss * of for loss in main], [loss * of for loss in auxiliary], weights.auxiliary)
+        for name, (exists, of) in kinds.items()
+        if exists is not None
+    }
 
 
 def _with_auxiliary(main: Sequence[Tensor], auxiliary: Sequence[Tensor], weight: float) -> Tensor:

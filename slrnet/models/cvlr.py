@@ -10,25 +10,31 @@ Letters: N images, d feature dimension, k atoms of the dictionary, P positions o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-__all__ = ["CrossViewLowRank", "Factorization", "LowRankViews", "factorize"]
+from slrnet.models.factorization import MASS_FLOOR, directions_of, factorize_op, working_dtype
 
-MASS_FLOOR = 1e-6
-"""An atom's code mass is not divided by less than this; larger masses are left as they are."""
-NORM_FLOOR = 1e-6
-"""An atom is not divided by a norm below this when it is normalised."""
+__all__ = [
+    "CrossViewLowRank",
+    "Factorization",
+    "LowRankViews",
+    "apply_linear",
+    "build_projectors",
+    "check_settings",
+    "draw_start",
+    "factorize",
+]
 
 Form = Literal["paper", "released"]
 FORMS: tuple[Form, ...] = ("paper", "released")
-Implementation = Literal["auto", "reference", "recompute"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "reference", "recompute")
+Implementation = Literal["auto", "reference", "recompute", "triton"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "reference", "recompute", "triton")
 
 
 class Factorization(NamedTuple):
@@ -50,35 +56,64 @@ def factorize(
     """Factorises features into a dictionary and codes (paper Algorithm 1).
 
     Args:
-        features: (N, d, P) float features of all positions of all views.
+        features: (N, d, P) float features of all positions of all views; half precision is worked on in float32.
         codes: (N, k, P) first codes, non-negative and summing to 1 over k at each position.
         num_iters: T >= 1, alternating updates of dictionary and codes.
         temperature: tau > 0 of the codes' softmax.
         implementation: `reference` is plain autograd; `recompute` keeps the inputs and one dictionary per iteration
-            and computes the codes again in the backward pass (no double backward); `auto` picks `recompute`.
+            and its code masses and computes the codes again in the backward pass, which has no derivative of its own;
+            `triton` does the same in kernels for CUDA tensors. `auto` picks `triton` for CUDA tensors that it can take
+            and `recompute` for others, but plain operators (`reference`) for `torch.export`.
 
     Returns:
-        The last dictionary, not normalised, the last codes and their product. An atom that no position chooses is
-        the zero vector (mass and norm are kept above 1e-6, see `MASS_FLOOR`).
+        The last dictionary, not normalised and in float32 at least, the last codes and their product. An atom that no
+        position chooses is the zero vector: masses and norms are divided by no less than 1e-6, and larger ones are
+        left as they are.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, codes that are no distribution, num_iters < 1, temperature <= 0,
-            or an unknown implementation.
+            an unknown implementation, or one that cannot run on these tensors.
     """
     _check_arguments(features, codes, num_iters, temperature, implementation)
+    chosen = _choose(features, codes) if implementation == "auto" else implementation
+    if chosen == "triton":
+        _require_triton(features, codes)
     with torch.autocast(features.device.type, enabled=False):
-        if implementation == "reference":
+        if chosen == "reference":
             return _factorize_reference(features, codes, num_iters, temperature)
-        dictionary, last_codes, reconstruction = _Recompute.apply(features, codes, num_iters, temperature)
-        return Factorization(dictionary, last_codes, reconstruction)
+        dictionaries, _, last_codes, reconstruction = factorize_op(features, codes, num_iters, temperature, chosen)
+        return Factorization(dictionaries[-1], last_codes, reconstruction)
+
+
+def _choose(features: Tensor, codes: Tensor) -> Literal["reference", "recompute", "triton"]:
+    """What `auto` means: plain operators for exporters, kernels on GPUs where they can run, else `recompute`."""
+    if torch.compiler.is_exporting():
+        return "reference"
+    if features.device.type != "cuda" or find_spec("triton") is None:
+        return "recompute"
+    from slrnet.kernels import factorize as kernels
+
+    return "triton" if kernels.misfit(features, codes.shape[1]) is None else "recompute"
+
+
+def _require_triton(features: Tensor, codes: Tensor) -> None:
+    if find_spec("triton") is None:
+        raise ValueError("implementation 'triton' needs the package triton, which is not installed; use 'auto'")
+    from slrnet.kernels import factorize as kernels
+
+    problem = kernels.misfit(features, codes.shape[1])
+    if problem is not None:
+        raise ValueError(f"implementation 'triton' {problem}")
 
 
 def _factorize_reference(features: Tensor, codes: Tensor, num_iters: int, temperature: float) -> Factorization:
+    dtype = features.dtype
+    features, codes = features.to(working_dtype(features)), codes.to(working_dtype(features))
     dictionary = features.new_zeros(())
     for _ in range(num_iters):
         dictionary = _update_dictionary(features, codes)  # line 2
         codes = _update_codes(features, dictionary, temperature)  # line 3
-    return Factorization(dictionary, codes, dictionary @ codes)  # line 5
+    return Factorization(dictionary, codes.to(dtype), (dictionary @ codes).to(dtype))  # line 5
 
 
 def _update_dictionary(features: Tensor, codes: Tensor) -> Tensor:
@@ -87,77 +122,14 @@ def _update_dictionary(features: Tensor, codes: Tensor) -> Tensor:
 
 
 def _update_codes(features: Tensor, dictionary: Tensor, temperature: float) -> Tensor:
-    norm: Tensor = dictionary.norm(dim=1, keepdim=True)
-    directions = dictionary / norm.clamp_min(NORM_FLOOR)
-    return (directions.transpose(1, 2) @ features / temperature).softmax(dim=1)  # (N, k, P)
-
-
-class _Recompute(torch.autograd.Function):
-    """Algorithm 1 with a backward pass that recomputes the codes of each iteration from its dictionary."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, codes: Tensor, num_iters: int, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dictionaries = []
-        last = codes
-        for _ in range(num_iters):
-            dictionaries.append(_update_dictionary(features, last))
-            last = _update_codes(features, dictionaries[-1], temperature)
-        ctx.save_for_backward(features, codes, *dictionaries)
-        ctx.temperature = temperature
-        return dictionaries[-1], last, dictionaries[-1] @ last
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_dictionary, grad_codes, grad_reconstruction = grads
-        features, first_codes, *dictionaries = ctx.saved_tensors
-        temperature: float = ctx.temperature
-        codes = _update_codes(features, dictionaries[-1], temperature)
-        grad_dictionary = torch.baddbmm(grad_dictionary, grad_reconstruction, codes.transpose(1, 2))
-        grad_codes = torch.baddbmm(grad_codes, dictionaries[-1].transpose(1, 2), grad_reconstruction)
-        grad_features = torch.zeros_like(features)
-        for t in reversed(range(len(dictionaries))):
-            dictionary = dictionaries[t]
-            before = _update_codes(features, dictionaries[t - 1], temperature) if t else first_codes
-            grad_dictionary = grad_dictionary + _backward_codes(
-                features, dictionary, codes, grad_codes, temperature, grad_features
-            )
-            grad_codes = _backward_dictionary(features, dictionary, before, grad_dictionary, grad_features)
-            grad_dictionary = torch.zeros_like(dictionary)
-            codes = before
-        return grad_features, grad_codes, None, None
-
-
-def _backward_codes(
-    features: Tensor, dictionary: Tensor, codes: Tensor, grad: Tensor, temperature: float, grad_features: Tensor
-) -> Tensor:
-    """Back through line 3; adds to `grad_features` in place and returns the gradient of the dictionary (N, d, k)."""
-    norm: Tensor = dictionary.norm(dim=1, keepdim=True)
-    safe = norm.clamp_min(NORM_FLOOR)
-    directions = dictionary / safe
-    weighted = codes * grad
-    grad_logits = (weighted - codes * weighted.sum(dim=1, keepdim=True)) / temperature  # (N, k, P)
-    grad_features.baddbmm_(directions, grad_logits)
-    grad_directions = features @ grad_logits.transpose(1, 2)  # (N, d, k)
-    along = (directions * grad_directions).sum(dim=1, keepdim=True) * (norm > NORM_FLOOR)
-    return (grad_directions - directions * along) / safe
-
-
-def _backward_dictionary(
-    features: Tensor, dictionary: Tensor, codes: Tensor, grad: Tensor, grad_features: Tensor
-) -> Tensor:
-    """Back through line 2; adds to `grad_features` in place and returns the gradient of the codes (N, k, P)."""
-    mass = codes.sum(dim=2)
-    scaled = grad / mass.clamp_min(MASS_FLOOR).unsqueeze(1)  # (N, d, k)
-    grad_features.baddbmm_(scaled, codes)
-    grad_mass = (scaled * dictionary).sum(dim=1) * (mass > MASS_FLOOR)  # (N, k)
-    return torch.baddbmm(-grad_mass.unsqueeze(2), scaled.transpose(1, 2), features)
+    return (directions_of(dictionary).transpose(1, 2) @ features / temperature).softmax(dim=1)  # (N, k, P)
 
 
 class LowRankViews(NamedTuple):
-    """Per view: `features` (N, C, h, w) low-rank maps and `codes` (N, k, h, w); shared: `dictionary` (N, d, k)."""
+    """Per view: `features` (N, C, h, w) low-rank maps and `codes` (N, k, h, w); shared: `dictionary` (N, d, k).
+
+    Modules that factorise each view on its own return their dictionaries side by side, as (N, V, d, k).
+    """
 
     features: list[Tensor]
     codes: list[Tensor]
@@ -176,12 +148,16 @@ class CrossViewLowRank(nn.Module):
         centered: factorise the features less their mean over all positions of all views. Features after a ReLU share
             a large mean; weighted means of them are then all but the same vector, the codes are uniform, and the
             reconstruction adds the same vector to every position. Paper form only.
+        num_bases: k of atoms that stand for no class: the first codes are random, and the same ones each time when
+            evaluating (Table 8, "w/o latent space reg."). None: the atoms are the classes of the logits. Paper form
+            only.
         implementation: see `factorize`; the released form has one implementation only.
 
     The output projection starts at zero, so the module starts as the identity.
 
     Raises:
-        ValueError: an unknown form or implementation, num_iters < 1, temperature <= 0, or a centered released form.
+        ValueError: an unknown form or implementation, num_iters < 1, temperature <= 0, or a released form with what
+            only the paper's form has.
     """
 
     def __init__(
@@ -193,6 +169,7 @@ class CrossViewLowRank(nn.Module):
         temperature: float = 1.0,
         form: Form = "paper",
         centered: bool = False,
+        num_bases: int | None = None,
         implementation: Implementation = "auto",
     ) -> None:
         super().__init__()
@@ -200,24 +177,29 @@ class CrossViewLowRank(nn.Module):
             raise ValueError(f"form is {form!r}; allowed are {', '.join(FORMS)}")
         if centered and form != "paper":
             raise ValueError(f"centered goes with form 'paper', not {form!r}; set one of the two")
-        _check_settings(num_iters, temperature, implementation)
-        self.project_in = nn.Linear(channels, dim)
-        self.project_out = nn.Linear(dim, channels)
-        nn.init.orthogonal_(self.project_in.weight)
-        for start in (self.project_in.bias, self.project_out.weight, self.project_out.bias):
-            nn.init.zeros_(start)
+        if num_bases is not None and form != "paper":
+            raise ValueError(f"num_bases goes with form 'paper', not {form!r}; set one of the two")
+        check_settings(num_iters, temperature, implementation)
+        self.project_in, self.project_out = build_projectors(channels, dim)
         self.num_iters = num_iters
         self.temperature = temperature
         self.form = form
         self.centered = centered
+        self.num_bases = num_bases
         self.implementation = implementation
+
+    @property
+    def class_codes(self) -> bool:
+        """Whether an atom stands for a class, so that codes can be compared with class scores and each other."""
+        return self.num_bases is None
 
     def forward(self, features: Sequence[Tensor], logits: Sequence[Tensor]) -> LowRankViews:
         """Factorises the features of all views together.
 
         Args:
             features: per view (N, C, h, w); views may differ in size.
-            logits: per view (N, k, h, w), the auxiliary head's logits Z, whose softmax gives the first codes.
+            logits: per view (N, k, h, w), the auxiliary head's logits Z, whose softmax gives the first codes; not
+                looked at with `num_bases`.
 
         Returns:
             Low-rank feature maps and codes per view, of the sizes that came in, in float32 (CVLR does not run under
@@ -241,34 +223,61 @@ class CrossViewLowRank(nn.Module):
             )
 
     def _paper(self, positions: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        first = torch.cat([view.flatten(2) for view in logits], dim=2).softmax(dim=1)  # (N, k, P)
+        if self.num_bases is None:
+            first = torch.cat([view.flatten(2) for view in logits], dim=2).softmax(dim=1)  # (N, k, P)
+        else:
+            shape = (len(positions), self.num_bases, positions.shape[2])
+            first = draw_start(torch.randn, shape, positions, training=self.training).softmax(dim=1)
         varying = positions - positions.mean(dim=2, keepdim=True) if self.centered else positions
         dictionary, codes, reconstruction = factorize(
-            _linear(self.project_in, varying),
+            apply_linear(self.project_in, varying),
             first,
             num_iters=self.num_iters,
             temperature=self.temperature,
             implementation=self.implementation,
         )
-        return positions + _linear(self.project_out, reconstruction), codes, dictionary
+        return positions + apply_linear(self.project_out, reconstruction), codes, dictionary
 
     def _released(self, positions: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         eps = 1e-6
         first = logits[0].detach().flatten(2).softmax(dim=1)
         first = first / (first.sum(dim=2, keepdim=True) + eps)
         means = positions[..., : first.shape[2]].detach() @ first.transpose(1, 2)  # (N, C, k), view 1 only
-        dictionary = _unit(_linear(self.project_in, means), eps)
-        projected = _linear(self.project_in, positions)  # (N, d, P)
+        dictionary = _unit(apply_linear(self.project_in, means), eps)
+        projected = apply_linear(self.project_in, positions)  # (N, d, P)
         codes = first
         for _ in range(self.num_iters):
             codes = (dictionary.transpose(1, 2) @ projected / self.temperature).softmax(dim=1)
             share = (codes + eps) / (codes + eps).sum(dim=2, keepdim=True)
             dictionary = _unit(projected @ share.transpose(1, 2), eps)
         reconstruction = F.relu(dictionary @ codes)
-        return F.relu(positions + _linear(self.project_out, reconstruction)), codes, dictionary
+        return F.relu(positions + apply_linear(self.project_out, reconstruction)), codes, dictionary
 
 
-def _linear(layer: nn.Linear, positions: Tensor) -> Tensor:
+def build_projectors(channels: int, dim: int) -> tuple[nn.Linear, nn.Linear]:
+    """The linear maps into and out of a factorisation; the one out starts at zero."""
+    inwards, outwards = nn.Linear(channels, dim), nn.Linear(dim, channels)
+    nn.init.orthogonal_(inwards.weight)
+    for start in (inwards.bias, outwards.weight, outwards.bias):
+        nn.init.zeros_(start)
+    return inwards, outwards
+
+
+def draw_start(draw: Callable[..., Tensor], shape: tuple[int, ...], like: Tensor, *, training: bool) -> Tensor:
+    """Random first values of a factorisation; the same ones each time when evaluating.
+
+    Args:
+        draw: `torch.rand` or `torch.randn`.
+        shape: of the values.
+        like: a tensor of their type, on their device.
+        training: draw from the global generator.
+    """
+    if training:
+        return draw(shape, dtype=like.dtype, device=like.device)
+    return draw(shape, generator=torch.Generator().manual_seed(0), dtype=like.dtype).to(like.device)
+
+
+def apply_linear(layer: nn.Linear, positions: Tensor) -> Tensor:
     """Applies a linear layer to the channels of (N, C, P) without transposing the positions."""
     return torch.matmul(layer.weight, positions) + layer.bias.unsqueeze(1)
 
@@ -291,12 +300,17 @@ def _check_arguments(features: Tensor, codes: Tensor, num_iters: int, temperatur
         )
     if features.dtype != codes.dtype:
         raise ValueError(f"features are {features.dtype} and codes {codes.dtype}; convert one to the other's dtype")
-    _check_settings(num_iters, temperature, implementation)
+    check_settings(num_iters, temperature, implementation)
     if codes.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_distribution(codes.detach())
 
 
-def _check_settings(num_iters: int, temperature: float, implementation: str) -> None:
+def check_settings(num_iters: int, temperature: float, implementation: str = "auto") -> None:
+    """Refuses settings that no factorisation has.
+
+    Raises:
+        ValueError: num_iters < 1, temperature <= 0, or an unknown implementation.
+    """
     if num_iters < 1:
         raise ValueError(f"num_iters is {num_iters}; allowed are whole numbers from 1 (turn CVLR off to skip it)")
     if not temperature > 0:

@@ -144,16 +144,20 @@ class MaskHead(nn.Module):
         dim: channels of the features.
         num_classes: K with the background.
         dropout: probability after the first convolution; a fifth of it after the second.
+        predict_background: the classifier gives the background's logit too.
     """
 
-    def __init__(self, dim: int, *, num_classes: int, dropout: float = 0.5) -> None:
+    def __init__(self, dim: int, *, num_classes: int, dropout: float = 0.5, predict_background: bool = False) -> None:
         super().__init__()
+        self.predict_background = predict_background
         self.convs = nn.Sequential(
             conv_norm_relu(dim, dim, 3), nn.Dropout(dropout), conv_norm_relu(dim, dim, 3), nn.Dropout(dropout / 5)
         )
-        self.classify = nn.Conv2d(dim, num_classes - 1, 1)
+        self.classify = nn.Conv2d(dim, num_classes - (not predict_background), 1)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, dim, H, W) features to (N, K, H, W) logits, background first."""
-        foreground = self.classify(self.convs(features)).float()
+        foreground: Tensor = self.classify(self.convs(features)).float()
+        if self.predict_background:
+            return foreground
         return torch.cat([torch.ones_like(foreground[:, :1]), foreground], dim=1)

@@ -70,6 +70,8 @@ class Encoder(nn.Module):
         skip_channels: channels of the skip features.
         output_stride: pixels of the image per pixel of the deep features.
         skip_stride: pixels of the image per pixel of the skip features; half the output stride.
+        channels: channels of the features of every stage of the backbone, from the image on.
+        strides: their strides.
         mean: per channel (red, green, blue), subtracted from images in [0, 1] before the encoder.
         std: per channel, by which they are then divided.
     """
@@ -100,6 +102,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.stages = tuple(tuple(names) for names in stages)
+        self.channels = tuple(channels)
+        self.strides = tuple(strides)
         self.output_stride = strides[-1]
         self.skip_stride = self.output_stride // 2
         if self.skip_stride not in strides:

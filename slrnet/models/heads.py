@@ -2,7 +2,9 @@
 
 The auxiliary head gives the first codes of CVLR and is supervised itself (paper Sec. 3.3, "Latent Space
 Regularization"). Its background logit is 1 minus the largest foreground logit, as in the released code; the paper does
-not state it. Class scores are normalised global weighted pooling with the focal mask penalty (Araslanov and Roth 2020).
+not state it. In the setting of pixel labels and unlabelled images the head predicts the background itself.
+
+Class scores are normalised global weighted pooling with the focal mask penalty (Araslanov and Roth 2020).
 """
 
 from __future__ import annotations
@@ -22,17 +24,21 @@ class AuxiliaryHead(nn.Module):
         dim: channels of the features.
         num_classes: K with the background.
         dropout: probability before the classifier.
+        predict_background: the classifier gives the background's logit too.
     """
 
-    def __init__(self, dim: int, *, num_classes: int, dropout: float = 0.5) -> None:
+    def __init__(self, dim: int, *, num_classes: int, dropout: float = 0.5, predict_background: bool = False) -> None:
         super().__init__()
+        self.predict_background = predict_background
         self.conv = conv_norm_relu(dim, dim, 3)
         self.dropout = nn.Dropout(dropout)
-        self.classify = nn.Conv2d(dim, num_classes - 1, 1)
+        self.classify = nn.Conv2d(dim, num_classes - (not predict_background), 1)
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, dim, h, w) features to (N, K, h, w) logits, background first."""
-        foreground = self.classify(self.dropout(self.conv(features))).float()
+        foreground: Tensor = self.classify(self.dropout(self.conv(features))).float()
+        if self.predict_background:
+            return foreground
         return torch.cat([1 - foreground.amax(dim=1, keepdim=True), foreground], dim=1)
 
 

@@ -7,36 +7,22 @@ predicts the masks of each view. The network returns outputs; it knows no labels
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
 from slrnet.config import CvlrConfig, ModelConfig
-from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate
+from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.encoders import Encoder, build_encoder
 from slrnet.models.heads import AuxiliaryHead, class_scores
+from slrnet.models.low_rank import LowRankModule, build_low_rank
+from slrnet.models.network import Network, Outputs
 
 __all__ = ["Outputs", "SLRNet", "build_model"]
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """What the network says of each view; lists have one entry per view. N images, K classes with the background."""
-
-    logits: list[Tensor]
-    """(N, K, h, w) mask logits, background first."""
-    class_scores: list[Tensor]
-    """(N, K - 1) pooled scores of the foreground classes, for a sigmoid."""
-    auxiliary_logits: list[Tensor]
-    """(N, K, h, w) mask logits of the auxiliary head; empty without CVLR."""
-    auxiliary_class_scores: list[Tensor]
-    """(N, K - 1); empty without CVLR."""
-    codes: list[Tensor]
-    """(N, k, h, w) codes of CVLR; empty without CVLR."""
-
-
-class SLRNet(nn.Module):
+class SLRNet(Network):
     """The network.
 
     Args:
@@ -50,6 +36,7 @@ class SLRNet(nn.Module):
         gate_rate: share of shallow features in the stochastic gate.
         focal_power: p of the class scores' focal mask penalty.
         focal_floor: c of it.
+        predict_background: the heads predict the background, and there are no class scores.
     """
 
     def __init__(
@@ -57,7 +44,7 @@ class SLRNet(nn.Module):
         encoder: Encoder,
         *,
         num_classes: int,
-        cvlr: CrossViewLowRank | None,
+        cvlr: LowRankModule | None,
         decoder_dim: int = 256,
         skip_dim: int = 48,
         aspp_dilations: tuple[int, int, int] = (12, 24, 36),
@@ -65,21 +52,24 @@ class SLRNet(nn.Module):
         gate_rate: float = 0.3,
         focal_power: float = 3.0,
         focal_floor: float = 0.01,
+        predict_background: bool = False,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.predict_background = predict_background
         self.focal_power = focal_power
         self.focal_floor = focal_floor
         self.encoder = encoder
         self.aspp = ASPP(encoder.out_channels, dim=decoder_dim, dilations=aspp_dilations, dropout=dropout)
         self.fusion = SkipFusion(decoder_dim, skip_channels=encoder.skip_channels, skip_dim=skip_dim)
+        head: dict[str, Any] = {"num_classes": num_classes, "predict_background": predict_background}
         self.auxiliary_head: AuxiliaryHead | None = None
-        if cvlr is not None:
-            self.auxiliary_head = AuxiliaryHead(decoder_dim, num_classes=num_classes, dropout=dropout)
+        if cvlr is not None and cvlr.class_codes:
+            self.auxiliary_head = AuxiliaryHead(decoder_dim, dropout=dropout, **head)
         self.cvlr = cvlr
         self.cue_injection = GlobalCueInjection(encoder.skip_channels, dim=decoder_dim)
         self.gate = StochasticGate(gate_rate)
-        self.mask_head = MaskHead(decoder_dim, num_classes=num_classes, dropout=dropout)
+        self.mask_head = MaskHead(decoder_dim, dropout=dropout, **head)
         for part in (self.aspp, self.fusion, self.auxiliary_head, self.cue_injection, self.mask_head):
             if part is not None:
                 _initialise(part)
@@ -97,10 +87,11 @@ class SLRNet(nn.Module):
             skips.append(encoded.skip)
         auxiliary: list[Tensor] = []
         codes: list[Tensor] = []
-        if self.cvlr is not None and self.auxiliary_head is not None:
+        if self.auxiliary_head is not None:
             auxiliary = [self.auxiliary_head(view) for view in features]
+        if self.cvlr is not None:
             low_rank = self.cvlr(features, auxiliary)
-            features, codes = low_rank.features, low_rank.codes
+            features, codes = low_rank.features, low_rank.codes if self.cvlr.class_codes else []
         logits = [self._decode(deep, skip) for deep, skip in zip(features, skips, strict=True)]
         return Outputs(logits, self._score(logits), auxiliary, self._score(auxiliary), codes)
 
@@ -108,17 +99,26 @@ class SLRNet(nn.Module):
         return self.mask_head(self.gate(features, self.cue_injection(skip, features)))  # type: ignore[no-any-return]
 
     def _score(self, logits: list[Tensor]) -> list[Tensor]:
+        if self.predict_background:
+            return []
         return [
             class_scores(view, view.softmax(dim=1), focal_power=self.focal_power, focal_floor=self.focal_floor)
             for view in logits
         ]
 
 
-def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int) -> SLRNet:
+def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int, predict_background: bool = False) -> Network:
     """Builds the network that a configuration describes, with the encoder's weights loaded.
 
+    Args:
+        model: encoder, decoder and heads.
+        cvlr: the low-rank module.
+        num_classes: K with the background.
+        predict_background: the setting's `Config.predicts_background`.
+
     Raises:
-        ValueError: unknown encoder, or a weights file that is missing or does not fit.
+        ValueError: unknown encoder, a weights file that is missing or does not fit, or an architecture whose extra is
+            not installed.
     """
     encoder = build_encoder(
         model.encoder,
@@ -127,9 +127,19 @@ def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int) -> SL
         frozen_stages=model.frozen_stages,
         freeze_batch_norm=model.freeze_batch_norm,
     )
-    low_rank = CrossViewLowRank(
+    if model.architecture == "deeplabv3plus":
+        return DeepLabV3Plus(
+            encoder,
+            num_classes=num_classes,
+            dim=model.decoder_dim,
+            dilations=model.aspp_dilations,
+            dropout=model.dropout,
+        )
+    low_rank = build_low_rank(
+        cvlr.method,
         model.decoder_dim,
         dim=cvlr.dim,
+        num_bases=cvlr.num_bases,
         num_iters=cvlr.num_iters,
         temperature=cvlr.temperature,
         form=cvlr.form,
@@ -147,6 +157,7 @@ def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int) -> SL
         gate_rate=model.gate_rate,
         focal_power=model.focal_power,
         focal_floor=model.focal_floor,
+        predict_background=predict_background,
     )
 
 

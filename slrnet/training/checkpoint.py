@@ -7,7 +7,6 @@ written beside its place and renamed into it. A run keeps its last and its best 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -23,7 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from slrnet.config import Config, load_config
-from slrnet.models.slrnet import SLRNet, build_model
+from slrnet.data.files import sha256_of
+from slrnet.models.network import Network
+from slrnet.models.slrnet import build_model
 
 __all__ = [
     "Checkpoint",
@@ -93,7 +94,7 @@ def save_checkpoint(
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, incoming / WEIGHTS)
         torch.save(dict(optimizer), incoming / TRAINER)
         (incoming / CONFIG).write_text(config.to_json(), encoding="utf-8")
-        sums = {name: _sha256(incoming / name) for name in (WEIGHTS, TRAINER, CONFIG)}
+        sums = {name: sha256_of(incoming / name) for name in (WEIGHTS, TRAINER, CONFIG)}
         record = {"schema_version": SCHEMA_VERSION, **asdict(state), "sha256": sums}
         (incoming / STATE).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
@@ -113,8 +114,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: it is missing, of another version, or a file in it is damaged.
     """
-    path = _resolve(Path(path))
-    state = _read_state(path)
+    path, state = _resolve(Path(path))
     try:
         tensors = load_file(path / WEIGHTS)
         optimizer = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
@@ -133,14 +133,20 @@ def find_checkpoint(folder: Path, *, which: Literal["last", "best"] = "last") ->
     return _choose(_whole_checkpoints(folder), which)
 
 
-def restore_model(checkpoint: Checkpoint) -> SLRNet:
+def restore_model(checkpoint: Checkpoint) -> Network:
     """The network of a checkpoint with its weights, in training mode on the CPU.
 
     Raises:
         CheckpointError: the weights are not those of the configured network.
     """
-    plain = checkpoint.config.model.model_copy(update={"encoder_weights": "none"})
-    model = build_model(plain, checkpoint.config.cvlr, num_classes=len(checkpoint.state.classes))
+    config = checkpoint.config
+    plain = config.model.model_copy(update={"encoder_weights": "none"})
+    model = build_model(
+        plain,
+        config.cvlr,
+        num_classes=len(checkpoint.state.classes),
+        predict_background=config.predicts_background,
+    )
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:
@@ -200,17 +206,18 @@ def require_free_space(folder: Path, needed: int) -> None:
         )
 
 
-def _resolve(path: Path) -> Path:
+def _resolve(path: Path) -> tuple[Path, TrainState]:
+    """The checkpoint directory that is meant and its state; each file is compared with its checksum once."""
     if (path / STATE).is_file():
-        return path
-    folder = path if path.name == "checkpoints" else path / "checkpoints"
-    best = find_checkpoint(folder, which="best")
+        return path, _read_state(path)
+    whole = _whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
+    best = _choose(whole, "best")
     if best is None:
         raise CheckpointError(
             f"{path} holds no checkpoint; give a directory with {STATE}, or the folder of a run that has finished an "
             "epoch"
         )
-    return best
+    return best, dict(whole)[best]
 
 
 def _whole_checkpoints(folder: Path) -> list[tuple[Path, TrainState]]:
@@ -243,7 +250,7 @@ def _read_state(path: Path) -> TrainState:
     if not isinstance(sums, dict) or set(sums) != {WEIGHTS, TRAINER, CONFIG}:
         raise CheckpointError(f"{path / STATE} lacks the checksums of the other files; take another checkpoint")
     for name, expected in sums.items():
-        if not (path / name).is_file() or _sha256(path / name) != expected:
+        if not (path / name).is_file() or sha256_of(path / name) != expected:
             raise CheckpointError(f"{path / name} is damaged or missing; take another checkpoint of the run")
     try:
         return TrainState(**{**record, "classes": tuple(record["classes"])})
@@ -255,8 +262,3 @@ def _score(state: TrainState) -> float:
     """The validation mIoU under whatever protocol the run measures; -1 where the epoch was not measured."""
     scores = [value for name, value in state.metrics.items() if name.startswith("val/miou_")]
     return next((value for value in scores if math.isfinite(value)), -1.0)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,9 +2,8 @@
 
 Every figure names its protocol. `ss` is one view at the image's own size, no flip, no CRF; another scale, and gating by
 class scores or by true image labels, are part of the protocol's name where they are asked for. Several scales and the
-CRF are in `slrnet.inference`. Pseudo masks are gated
-by image labels, as in the paper's Table 1: they are the refined, fused masks of all configured views, without flip and
-colour distortion.
+CRF are in `slrnet.inference`. Pseudo masks are the refined, fused masks of all configured views, without flip and
+colour distortion. They are gated by image labels, as in the paper's Table 1, where the training has those labels.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ from torch import Tensor
 from slrnet.calibration.pseudo_labels import to_class_ids
 from slrnet.config import Config, EvaluationConfig
 from slrnet.data.batch import EvalSample
+from slrnet.data.manifest import DataError
 from slrnet.data.views import View, apply_view
 from slrnet.models.decoder import resize
-from slrnet.models.slrnet import SLRNet
+from slrnet.models.network import Network
 from slrnet.training.distributed import Ranks, merge_over_ranks, sum_over_ranks
 from slrnet.training.metrics import ConfusionMatrix
-from slrnet.training.step import Normalise, align, calibrate_views, make_pseudo_labels
+from slrnet.training.step import Normalise, align, calibrate_views, make_pseudo_labels, possible_classes
 from slrnet.training.tracking import metric_key
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "evaluate_masks",
     "fit_image",
     "gate",
+    "gating_labels",
     "measure_pseudo_masks",
     "predict_single_scale",
     "protocol_name",
@@ -75,7 +76,7 @@ def protocol_name(config: EvaluationConfig, protocol: str = "ss") -> str:
 
 
 def evaluate_masks(
-    model: SLRNet, samples: Iterable[EvalSample], *, config: Config, normalise: Normalise, ranks: Ranks
+    model: Network, samples: Iterable[EvalSample], *, config: Config, normalise: Normalise, ranks: Ranks
 ) -> Quality:
     """Compares masks predicted with the protocol `ss` with true ones, over all ranks.
 
@@ -91,7 +92,7 @@ def evaluate_masks(
         for sample in samples:
             if sample.pixel_labels is not None:
                 probs, scores = predict_single_scale(model, sample.image.to(ranks.device), normalise, config)
-                probs = gate(probs, scores, sample.image_labels.to(ranks.device), config.evaluation)
+                probs = gate(probs, scores, gating_labels(sample, config).to(ranks.device), config.evaluation)
                 yield sample, probs.argmax(dim=1)[0].cpu()
 
     return count_masks(masks(), num_classes=model.num_classes, protocol=protocol_name(config.evaluation), ranks=ranks)
@@ -118,31 +119,51 @@ def count_masks(
 
 
 @torch.no_grad()
-def predict_single_scale(model: SLRNet, image: Tensor, normalise: Normalise, config: Config) -> tuple[Tensor, Tensor]:
-    """Predicts one image with one view.
+def predict_single_scale(
+    model: Network, image: Tensor, normalise: Normalise, config: Config
+) -> tuple[Tensor, Tensor | None]:
+    """Predicts images with one view each.
 
     Args:
         model: in evaluation mode.
-        image: (3, H, W) uint8.
+        image: (3, H, W) or (N, 3, H, W) uint8.
         normalise: of the encoder.
         config: of the run; the crop's size modulo the stride says which sizes the network is used to.
 
     Returns:
-        (1, K, H, W) probabilities and (1, K - 1) class scores before the sigmoid.
+        (N, K, H, W) probabilities and (N, K - 1) class scores before the sigmoid; None where the network has none.
     """
     inputs = normalise(fit_image(image, config))
     outputs = model([as_model(inputs)])
-    return resize(outputs.logits[0].float().softmax(dim=1), image.shape[-2:]), outputs.class_scores[0]
+    scores = outputs.class_scores[0] if outputs.class_scores else None
+    return resize(outputs.logits[0].float().softmax(dim=1), image.shape[-2:]), scores
 
 
-def gate(probs: Tensor, class_scores: Tensor, image_labels: Tensor, config: EvaluationConfig) -> Tensor:
+def gating_labels(sample: EvalSample, config: Config) -> Tensor:
+    """(K - 1,) image labels of an image that is measured, for `gate`.
+
+    Raises:
+        DataError: the protocol gates by them, and they are not known.
+    """
+    if config.evaluation.gating == "image_labels" and not sample.has_image_labels:
+        raise DataError(
+            f"evaluation.gating is 'image_labels', and image {sample.key!r} has none; use none or scores, or prepare "
+            "the data with image labels"
+        )
+    return sample.image_labels
+
+
+def gate(probs: Tensor, class_scores: Tensor | None, image_labels: Tensor, config: EvaluationConfig) -> Tensor:
     """Removes classes and weighs the background, as the protocol says.
 
     Args:
-        probs: (1, K, H, W).
-        class_scores: (1, K - 1) before the sigmoid.
+        probs: (N, K, H, W).
+        class_scores: (N, K - 1) before the sigmoid; None where the network has none.
         image_labels: (K - 1,) the true ones; used only where the protocol says so.
         config: gating and background power.
+
+    Raises:
+        ValueError: the protocol gates by class scores, and the network has none.
     """
     if config.background_power != 1:
         probs = torch.cat([probs[:, :1] ** config.background_power, probs[:, 1:]], dim=1)
@@ -150,6 +171,8 @@ def gate(probs: Tensor, class_scores: Tensor, image_labels: Tensor, config: Eval
         return probs
     if config.gating == "image_labels":
         keep = image_labels[None] > 0
+    elif class_scores is None:
+        raise ValueError("evaluation.gating is 'scores' and a network that predicts the background has none; use none")
     else:
         limit = class_scores.topk(min(config.gating_top, class_scores.shape[1]), dim=1).values[:, -1:]
         keep = (class_scores >= limit) & (class_scores.sigmoid() > config.gating_threshold)
@@ -158,7 +181,7 @@ def gate(probs: Tensor, class_scores: Tensor, image_labels: Tensor, config: Eval
 
 @torch.no_grad()
 def measure_pseudo_masks(
-    model: SLRNet,
+    model: Network,
     samples: Iterable[EvalSample],
     *,
     config: Config,
@@ -189,7 +212,8 @@ def measure_pseudo_masks(
             dense.update(masks.refined, sample.pixel_labels)
             kept.update(masks.pseudo_labels, sample.pixel_labels)
             images += 1
-    protocol = f"fused {len(config.views.scales)} views, refined, gated by image labels"
+    gated = "not gated" if config.setting == "sss" else "gated by image labels"
+    protocol = f"fused {len(config.views.scales)} views, refined, {gated}"
     return _merged(dense, protocol, images, ranks), _merged(kept, f"{protocol}, thresholded", images, ranks)
 
 
@@ -215,13 +239,14 @@ def _merged(matrix: ConfusionMatrix, protocol: str, images: int, ranks: Ranks) -
 
 
 def _pseudo_mask(
-    model: SLRNet, sample: EvalSample, *, config: Config, normalise: Normalise, ranks: Ranks
+    model: Network, sample: EvalSample, *, config: Config, normalise: Normalise, ranks: Ranks
 ) -> PseudoMask:
     images = fit_image(sample.image.to(ranks.device), config)
     views = [View(scale=scale, flip=None) for scale in config.views.scales]
     inputs = [as_model(normalise(apply_view(images, view, stride=normalise.output_stride))) for view in views]
     logits = align(model(inputs), views).logits
-    labels = sample.image_labels[None]
+    known = torch.tensor([sample.has_image_labels and config.setting != "sss"])
+    labels = possible_classes(sample.image_labels[None], known)
     calibrated = calibrate_views(
         logits, images, labels.to(ranks.device), config.calibration, max_classes=int(labels.sum())
     )
@@ -234,21 +259,22 @@ def _pseudo_mask(
 
 
 def fit_image(image: Tensor, config: Config, scale: float = 1.0) -> Tensor:
-    """Scales an image to what the network is used to.
+    """Scales images to what the network is used to.
 
     Args:
-        image: (3, H, W) uint8.
+        image: (3, H, W) or (N, 3, H, W) uint8.
         config: of the run.
         scale: beside `evaluation.scale`.
 
     Returns:
-        (1, 3, H', W') in [0, 1]; its sides have the crop's remainder by the output stride.
+        (N, 3, H', W') in [0, 1]; its sides have the crop's remainder by the output stride.
     """
     stride = config.model.output_stride
     rest = config.data.crop_size % stride
     scale = scale * config.evaluation.scale
     size = [max(1, round((side * scale - rest) / stride)) * stride + rest for side in image.shape[-2:]]
-    return resize(image[None].float() / 255, (size[0], size[1]))
+    images = image[None] if image.ndim == 3 else image
+    return resize(images.float() / 255, (size[0], size[1]))
 
 
 def as_model(images: Tensor) -> Tensor:

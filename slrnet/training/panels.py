@@ -1,8 +1,4 @@
-"""Pictures of one image's way from mask to pseudo label, side by side, for MLflow's page and for the demo.
-
-Masks are drawn over the photograph: classes in their colours with an outline, the background dimmed, void pixels
-striped. So undecided never looks like a class, whatever the palette.
-"""
+"""Pictures of one image's way from mask to pseudo label, side by side, for MLflow's page and for the demo."""
 
 from __future__ import annotations
 
@@ -14,8 +10,9 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.data.overlay import check_mask, draw_overlay, void_stripes
 
-__all__ = ["draw_overlay", "draw_panel"]
+__all__ = ["draw_panel"]
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Mask: TypeAlias = npt.NDArray[Any]
@@ -24,18 +21,12 @@ Colour: TypeAlias = tuple[int, int, int]
 _PAGE: Colour = (255, 255, 255)
 _INK: Colour = (34, 34, 34)
 _FAINT: Colour = (190, 190, 190)
-_VOID_LIGHT: Colour = (250, 250, 250)
-_VOID_DARK: Colour = (150, 150, 150)
 
 _MIN_TILE = 240
 _GAP = 10
 _FONT_SIZE = 15
 _LINE = 24
 _SWATCH = 14
-
-_CLASS_OPACITY = 0.62
-_BACKGROUND_DIM = 0.55
-_STRIPE = 8
 
 
 def draw_panel(
@@ -71,53 +62,13 @@ def draw_panel(
     if ground_truth is not None:
         masks["ground truth"] = ground_truth
     for name, mask in masks.items():
-        _check(mask, image, min(len(class_names), len(palette)), name)
+        check_mask(mask, image, min(len(class_names), len(palette)), name)
     factor = -(-_MIN_TILE // image.shape[1])
     tiles = {"image": _enlarge(image, factor)}
     for name, mask in masks.items():
         tiles[name] = np.asarray(draw_overlay(_enlarge(image, factor), _enlarge_mask(mask, factor), palette))
     occurring = sorted(set(np.unique(np.stack(list(masks.values()))).tolist()))
     return _compose(tiles, _legend_entries(occurring, palette, class_names), title)
-
-
-def draw_overlay(image: Pixels, mask: Mask, palette: Pixels) -> Image.Image:
-    """Draws a mask over its image.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        mask: (H, W) class ids; 0 is the background (dimmed), 255 is void (striped).
-        palette: (C, 3) uint8 colours by class id.
-
-    Returns:
-        RGB picture of the image's size.
-
-    Raises:
-        ValueError: the mask's size differs from the image's, or it holds an id without a colour.
-    """
-    _check(mask, image, len(palette), "mask")
-    ids = np.where(mask == IGNORE_INDEX, 0, mask).astype(np.intp)
-    photo = image.astype(np.float32)
-    # The background in grey and darkened, so that every colour that is seen is a class.
-    grey = photo @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    out = np.repeat(grey[..., None] * _BACKGROUND_DIM, 3, axis=2)
-    # Colour over grey keeps the photograph's texture without shifting the class's hue.
-    colours = palette[ids].astype(np.float32)
-    shaded = _CLASS_OPACITY * colours + (1.0 - _CLASS_OPACITY) * grey[..., None]
-    out = np.where((ids > 0)[..., None], shaded, out)
-    out = np.where((mask == IGNORE_INDEX)[..., None], 0.5 * _stripes(mask.shape) + 0.5 * out, out)
-    edge = _outline(ids)
-    out[edge] = 0.35 * out[edge] + 0.65 * 255.0
-    return Image.fromarray(np.clip(np.rint(out), 0, 255).astype(np.uint8))
-
-
-def _check(mask: Mask, image: Pixels, num_known: int, name: str) -> None:
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"image has shape {image.shape} and type {image.dtype}; it must be (H, W, 3) uint8")
-    if mask.shape != image.shape[:2]:
-        raise ValueError(f"{name} has shape {mask.shape}, its image {image.shape[:2]}; resize the mask (nearest) first")
-    foreign = [i for i in np.unique(mask).tolist() if i != IGNORE_INDEX and not 0 <= i < num_known]
-    if foreign:
-        raise ValueError(f"{name} holds the ids {foreign}; known are 0 to {num_known - 1}, and {IGNORE_INDEX} for void")
 
 
 def _enlarge(image: Pixels, factor: int) -> Pixels:
@@ -130,23 +81,6 @@ def _enlarge_mask(mask: Mask, factor: int) -> Mask:
     return np.repeat(np.repeat(mask, factor, axis=0), factor, axis=1)
 
 
-def _stripes(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    rows, columns = np.indices(shape)
-    light = ((rows + columns) // (_STRIPE // 2)) % 2 == 0
-    return np.where(light[..., None], _VOID_LIGHT, _VOID_DARK).astype(np.float32)
-
-
-def _outline(ids: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
-    """(H, W): foreground pixels that touch another class."""
-    edge = np.zeros(ids.shape, dtype=bool)
-    for axis in (0, 1):
-        change = np.diff(ids, axis=axis) != 0
-        before, after = [(0, 0), (0, 0)], [(0, 0), (0, 0)]
-        before[axis], after[axis] = (0, 1), (1, 0)
-        edge |= np.pad(change, before) | np.pad(change, after)
-    return edge & (ids > 0)
-
-
 def _legend_entries(
     occurring: Sequence[int], palette: Pixels, class_names: Sequence[str]
 ) -> list[tuple[str, Image.Image]]:
@@ -154,7 +88,7 @@ def _legend_entries(
     for index in occurring:
         swatch = np.zeros((_SWATCH, _SWATCH, 3), dtype=np.uint8)
         if index == IGNORE_INDEX:
-            swatch[:] = _stripes(swatch.shape[:2])
+            swatch[:] = void_stripes(swatch.shape[:2])
         else:
             # The background is drawn as dimmed grey, whatever its colour in the palette.
             swatch[:] = palette[index] if index else 70

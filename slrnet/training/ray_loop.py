@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from slrnet.config import Config, config_from_dict
+from slrnet.data.class_balance import ClassLists, shares, table
 from slrnet.data.manifest import ShardSet, load_dataset
+from slrnet.data.supervision import Supervision, plan_supervision
 from slrnet.models.encoders import resolve_weights
 from slrnet.models.slrnet import build_model
 from slrnet.training.checkpoint import (
@@ -48,6 +51,9 @@ Report = Callable[[Mapping[str, float]], None]
 """Where a job leaves its figures; every worker must call it equally often."""
 Job = Callable[[dict[str, Any], Ranks, Report], None]
 """What runs on the workers: a function of plain values, the process's ranks and a place to report to."""
+
+_MOST_CLASSES = 20
+"""Rows of the table of classes that a start prints."""
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,13 +113,15 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     folder = options.storage / options.name
     last = _check_folder(folder, resume=options.resume)
     workers, cpus, gpu = _plan_workers(options)
-    _check_run(config, shards, max(1, workers))
+    supervision = _check_run(config, shards, max(1, workers))
     require_free_space(folder, 3 * _checkpoint_bytes(config, shards))
     handle = _create_run(config, options, shards, workers=max(1, workers))
     say(
-        f"run {options.name}: {shards.info.name}, {shards.split(config.data.train_split).num_samples} training images, "
+        f"run {options.name}: {shards.info.name}, setting {config.setting}, {supervision.describe()}; "
         f"{workers or 1} worker(s) x {cpus} CPU(s){' + 1 GPU' if gpu else ''}, folder {folder}"
     )
+    if config.data.class_balance:
+        say(_class_balance(config, shards, supervision))
     say(f"curves and pictures: {handle.how_to_open()}")
     if last is not None:
         say(f"resuming after {load_checkpoint(last).state.epoch} epochs from {last}")
@@ -264,29 +272,35 @@ def _nothing_to_resume(folder: Path) -> str:
     return f"run {folder.name!r} has no checkpoint in {folder.parent} to resume from; {known}; start it with --name"
 
 
-def _check_run(config: Config, shards: ShardSet, world_size: int) -> None:
+def _check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
     """Everything about data and batch that a worker would stumble over."""
     batch_per_rank(config, world_size)
-    train = shards.split(config.data.train_split)
     shards.split(config.data.val_split)
-    if train.num_samples < config.train.batch_size:
+    supervision = plan_supervision(shards.split(config.data.train_split), config.data, config.setting)
+    if supervision.draws < config.train.batch_size:
         raise ValueError(
-            f"split {config.data.train_split!r} has {train.num_samples} samples, fewer than train.batch_size "
-            f"{config.train.batch_size}; use a batch of {train.num_samples} or less"
+            f"an epoch of split {config.data.train_split!r} has {supervision.draws} samples, fewer than "
+            f"train.batch_size {config.train.batch_size}; use a batch of {supervision.draws} or less"
         )
-    readers = world_size * max(1, config.data.workers)
-    if len(train.shards) < readers:
-        raise ClusterError(
-            f"split {config.data.train_split!r} has {len(train.shards)} shards for {readers} readers ({world_size} "
-            f"workers x {max(1, config.data.workers)}); at least {readers} shards are needed: prepare the data with a "
-            "smaller --samples-per-shard, or lower --num-workers or data.workers"
-        )
+    return supervision
+
+
+def _class_balance(config: Config, shards: ShardSet, supervision: Supervision) -> str:
+    """What class balancing will do, as a table."""
+    samples, draws = (np.concatenate([getattr(pool, of) for pool in supervision.pools]) for of in ("samples", "draws"))
+    lists = ClassLists.of(shards.split(config.data.train_split), samples)
+    return table(shares(lists, draws, strength=config.data.class_balance), shards.info.classes, most=_MOST_CLASSES)
 
 
 def _checkpoint_bytes(config: Config, shards: ShardSet) -> int:
     with torch.device("meta"):
         random = config.model.model_copy(update={"encoder_weights": "none"})
-        model = build_model(random, config.cvlr, num_classes=shards.info.num_classes)
+        model = build_model(
+            random,
+            config.cvlr,
+            num_classes=shards.info.num_classes,
+            predict_background=config.predicts_background,
+        )
     values: int = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     momentum: int = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
     return values + momentum

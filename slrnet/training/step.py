@@ -13,13 +13,27 @@ from torch import Tensor, nn
 
 from slrnet.calibration.pseudo_labels import Calibrated, calibrate, threshold, to_class_ids
 from slrnet.config import CalibrationConfig, Config, ViewsConfig
+from slrnet.data.batch import Batch
+from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.colour import ColourParams, apply_colour, draw_colour
 from slrnet.data.views import View, apply_view, draw_views, invert_view
-from slrnet.losses.objective import AlignedOutputs, Objective, objective
+from slrnet.losses.objective import AlignedOutputs, Labels, Objective, objective
 from slrnet.models.decoder import resize
-from slrnet.models.slrnet import Outputs
+from slrnet.models.encoders import Encoder
+from slrnet.models.network import Outputs
 
-__all__ = ["Normalise", "align", "calibrate_views", "make_pseudo_labels", "make_views", "step_generator", "step_losses"]
+__all__ = [
+    "Normalise",
+    "PseudoRows",
+    "align",
+    "calibrate_views",
+    "find_pseudo_rows",
+    "make_pseudo_labels",
+    "make_views",
+    "possible_classes",
+    "step_generator",
+    "step_losses",
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,11 @@ class Normalise:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     output_stride: int
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> Normalise:
+        """What an encoder needs."""
+        return cls(encoder.mean, encoder.std, encoder.output_stride)
 
     def __call__(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) in [0, 1] to the range that the encoder was trained on."""
@@ -108,7 +127,7 @@ def calibrate_views(
     Args:
         logits: per view (N, K, h, w), un-warped.
         images: (N, 3, H, W) float in [0, 1].
-        image_labels: (N, K - 1) multi-hot.
+        image_labels: (N, K - 1) multi-hot, the classes that each image may show.
         config: of the calibration.
         max_classes: largest number of classes of an image in the batch.
     """
@@ -135,36 +154,89 @@ def make_pseudo_labels(calibrated: Calibrated, config: CalibrationConfig, *, siz
     return to_class_ids(labels, calibrated.classes)
 
 
+@dataclass(frozen=True)
+class PseudoRows:
+    """Which images of a batch need pseudo labels; found on the CPU, so that no step waits for the device."""
+
+    rows: Tensor | None
+    """(M,) int64 on the CPU; None for all images of the batch."""
+    max_classes: int
+    """Largest number of foreground classes that one of them may show."""
+
+
+def find_pseudo_rows(batch: Batch) -> PseudoRows:
+    """Images without a true mask, and how many classes they may show: all of them where their labels are unknown.
+
+    Args:
+        batch: on the CPU.
+    """
+    rows = None if not batch.has_pixel_labels.any() else (~batch.has_pixel_labels).nonzero()[:, 0]
+    labels = possible_classes(batch.image_labels, batch.has_image_labels)
+    labels = labels if rows is None else labels[rows]
+    return PseudoRows(rows, int(labels.sum(dim=1).max()) if len(labels) else 0)
+
+
+def possible_classes(image_labels: Tensor, has_image_labels: Tensor) -> Tensor:
+    """(N, K - 1) multi-hot: the image labels, or every class where they are unknown."""
+    return torch.where(has_image_labels[:, None], image_labels, 1.0)
+
+
 def step_losses(
     model: nn.Module,
-    images: Tensor,
-    image_labels: Tensor,
+    batch: Batch,
     *,
     config: Config,
     normalise: Normalise,
     generator: torch.Generator,
-    max_classes: int,
+    pseudo_rows: PseudoRows,
     pretraining: bool,
 ) -> Objective:
     """Runs a batch forward to its loss parts.
 
     Args:
         model: an `SLRNet`, possibly wrapped for distributed training.
-        images: (N, 3, H, W) uint8 crops.
-        image_labels: (N, K - 1) multi-hot.
+        batch: crops and the labels that they grant.
         config: of the run.
         normalise: of the model's encoder.
         generator: on the CPU, for the views.
-        max_classes: largest number of classes of an image in the batch.
+        pseudo_rows: of the batch.
         pretraining: leave out pseudo labels and their loss.
     """
-    images = images.float() / 255
+    images = batch.images.float() / 255
     inputs, views = make_views(images, config.views, normalise, generator)
     if images.is_contiguous(memory_format=torch.channels_last):
         inputs = [view.contiguous(memory_format=torch.channels_last) for view in inputs]
     aligned = align(model(inputs), views)
-    pseudo_labels = None
-    if not pretraining:
-        calibrated = calibrate_views(aligned.logits, images, image_labels, config.calibration, max_classes=max_classes)
-        pseudo_labels = make_pseudo_labels(calibrated, config.calibration, size=(images.shape[-2], images.shape[-1]))
-    return objective(aligned, pseudo_labels, image_labels, weights=config.weights, losses=config.losses)
+    labels = Labels(
+        image_labels=batch.image_labels,
+        has_image_labels=None if config.setting == "sss" else batch.has_image_labels,
+        pixel_labels=None if config.setting == "wsss" else _pixel_labels(batch),
+        has_pixel_labels=batch.has_pixel_labels,
+        pseudo_labels=None if pretraining else _pseudo_labels(aligned, images, batch, config, pseudo_rows),
+    )
+    return objective(aligned, labels, weights=config.weights, losses=config.losses)
+
+
+def _pixel_labels(batch: Batch) -> Tensor:
+    if batch.pixel_labels is not None:
+        return batch.pixel_labels.long()
+    size = (len(batch.images), *batch.images.shape[-2:])
+    return torch.full(size, IGNORE_INDEX, dtype=torch.int64, device=batch.images.device)
+
+
+def _pseudo_labels(
+    aligned: AlignedOutputs, images: Tensor, batch: Batch, config: Config, pseudo_rows: PseudoRows
+) -> Tensor:
+    """(N, H, W) int64; 255 all over images that have a true mask, which are not calibrated at all."""
+    logits, possible = aligned.logits, possible_classes(batch.image_labels, batch.has_image_labels)
+    size = (images.shape[-2], images.shape[-1])
+    rows = pseudo_rows.rows
+    if rows is not None:
+        rows = rows.to(images.device, non_blocking=True)
+        logits, images, possible = [view.detach()[rows] for view in logits], images[rows], possible[rows]
+    made = images.new_full((len(batch.images), *size), IGNORE_INDEX, dtype=torch.int64)
+    if len(images):
+        calibrated = calibrate_views(logits, images, possible, config.calibration, max_classes=pseudo_rows.max_classes)
+        found = make_pseudo_labels(calibrated, config.calibration, size=size)
+        made = found if rows is None else made.index_copy(0, rows, found)
+    return made

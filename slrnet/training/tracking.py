@@ -18,6 +18,7 @@ import os
 import platform
 import re
 import subprocess
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -41,6 +42,7 @@ __all__ = [
     "create_run",
     "environment_tags",
     "find_run",
+    "log_onnx_model",
     "metric_history",
     "metric_key",
     "resolve_uri",
@@ -352,6 +354,55 @@ def metric_key(*parts: str) -> str:
         so that a class name is always one level.
     """
     return "/".join(_clean_key(part.replace("/", "-")) for part in parts)
+
+
+def log_onnx_model(handle: RunHandle, name: str, file: Path) -> str:
+    """Logs an ONNX file as an MLflow model, with its inputs' and outputs' names, types and open sizes as signature.
+
+    Args:
+        handle: the run.
+        name: of the model, a folder of the run's artifacts: letters, digits and `_ - .`.
+        file: written by the export; MLflow stores a copy.
+
+    Returns:
+        The model's URI for `mlflow models serve -m URI`, with the store as MLFLOW_TRACKING_URI.
+
+    Raises:
+        ValueError: the name is not usable, or the store refuses the model.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
+        raise ValueError(f"model name {name!r} is not usable; allowed are up to 100 letters, digits and _ - .")
+    _mlflow()  # its settings are read when it is imported
+    import mlflow.onnx as flavour
+    import onnx
+
+    model = onnx.load(file)
+    with tempfile.TemporaryDirectory() as folder:
+        flavour.save_model(
+            model,
+            f"{folder}/{name}",
+            signature=_mlflow().models.ModelSignature(
+                _onnx_schema(model.graph.input), _onnx_schema(model.graph.output)
+            ),
+            pip_requirements=[f"{package}=={_version(package)}" for package in ("mlflow", "onnx", "onnxruntime")],
+        )
+        try:
+            _client(handle.uri).log_artifacts(handle.run_id, folder, "models")
+        except _store_errors() as error:
+            raise ValueError(f"the tracking store {_public(handle.uri)} refused the model: {error}") from error
+    return f"runs:/{handle.run_id}/models/{name}"
+
+
+def _onnx_schema(values: Any) -> Any:
+    types = _mlflow().types
+    return types.Schema(
+        [
+            types.TensorSpec(
+                np.dtype(np.float32), [side.dim_value or -1 for side in value.type.tensor_type.shape.dim], value.name
+            )
+            for value in values
+        ]
+    )
 
 
 def metric_history(handle: RunHandle, key: str) -> list[tuple[int, float]]:

@@ -28,7 +28,9 @@ from slrnet.data.batch import Batch
 from slrnet.data.files import written_whole
 from slrnet.data.manifest import ShardSet
 from slrnet.data.shards import EvalLoader, SkippedSample, TrainLoader, choose_subset
-from slrnet.models.slrnet import SLRNet, build_model
+from slrnet.data.supervision import Supervision, plan_supervision
+from slrnet.models.network import Network
+from slrnet.models.slrnet import build_model
 from slrnet.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -44,7 +46,7 @@ from slrnet.training.evaluate import PseudoMask, evaluate_masks, measure_pseudo_
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
 from slrnet.training.panels import draw_panel
 from slrnet.training.progress import Progress
-from slrnet.training.step import Normalise, step_generator, step_losses
+from slrnet.training.step import Normalise, find_pseudo_rows, step_generator, step_losses
 from slrnet.training.tracking import Tracker, metric_key
 
 __all__ = ["NonFiniteLossError", "Trainer", "batch_per_rank"]
@@ -85,12 +87,17 @@ class Trainer:
         self.folder = folder
         self.tracker = tracker
         torch.manual_seed(config.train.seed)
-        self.model = build_model(config.model, config.cvlr, num_classes=shards.info.num_classes)
+        self.model = build_model(
+            config.model,
+            config.cvlr,
+            num_classes=shards.info.num_classes,
+            predict_background=config.predicts_background,
+        )
         self.model.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        encoder = self.model.encoder
-        self.normalise = Normalise(encoder.mean, encoder.std, encoder.output_stride)
+        self.normalise = Normalise.of(self.model.encoder)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
-        self.loader = _train_loader(config, shards, ranks)
+        self.supervision = plan_supervision(shards.split(config.data.train_split), config.data, config.setting)
+        self.loader = _train_loader(config, shards, ranks, self.supervision)
         self.state = TrainState(
             epoch=0,
             step=0,
@@ -202,16 +209,16 @@ class Trainer:
         return values
 
     def _losses(self, batch: Batch, generator: torch.Generator, *, pretraining: bool) -> dict[str, Tensor]:
+        rows = find_pseudo_rows(batch)
         moved = batch.to(self.ranks.device, non_blocking=True)
         with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=self._autocast()):
             result = step_losses(
                 self.wrapped,
-                moved.images,
-                moved.image_labels,
+                moved,
                 config=self.config,
                 normalise=self.normalise,
                 generator=generator,
-                max_classes=int(batch.image_labels.sum(dim=1).max()),
+                pseudo_rows=rows,
                 pretraining=pretraining,
             )
         return {"loss": result.total, **result.parts}
@@ -289,10 +296,14 @@ class Trainer:
         progress.note(_epoch_line(epoch + 1, self.config.train.epochs, metrics))
 
     def _pseudo_mask_samples(self) -> tuple[EvalLoader, tuple[str, ...]]:
-        """This rank's share of the fixed subset of training images, and the keys that are drawn."""
+        """This rank's share of the fixed subset of training images, and the keys that are drawn.
+
+        They are images with a mask to compare with that the training does not see.
+        """
         split = self.shards.split(self.config.data.train_split)
         evaluation = self.config.evaluation
-        chosen = choose_subset(split, evaluation.pseudo_mask_images, seed=self.config.train.seed, among=split.has_masks)
+        among = split.has_masks & self.supervision.members & ~self.supervision.pixel_labels
+        chosen = choose_subset(split, evaluation.pseudo_mask_images, seed=self.config.train.seed, among=among)
         shown = tuple(split.key(index) for index in chosen[: evaluation.panel_images])
         return self._loader(self.config.data.train_split, indices=chosen), shown
 
@@ -389,7 +400,7 @@ def batch_per_rank(config: Config, world_size: int) -> int:
     return batch // world_size
 
 
-def _train_loader(config: Config, shards: ShardSet, ranks: Ranks) -> TrainLoader:
+def _train_loader(config: Config, shards: ShardSet, ranks: Ranks, supervision: Supervision) -> TrainLoader:
     return TrainLoader(
         shards,
         split=config.data.train_split,
@@ -398,6 +409,7 @@ def _train_loader(config: Config, shards: ShardSet, ranks: Ranks) -> TrainLoader
         crop_scale=config.data.crop_scale,
         flip=config.data.flip,
         seed=config.train.seed,
+        supervision=supervision,
         rank=ranks.rank,
         world_size=ranks.world_size,
         workers=config.data.workers,
@@ -407,25 +419,19 @@ def _train_loader(config: Config, shards: ShardSet, ranks: Ranks) -> TrainLoader
     )
 
 
-def _distribute(model: SLRNet, ranks: Ranks) -> torch.nn.Module:
+def _distribute(model: Network, ranks: Ranks) -> torch.nn.Module:
     if ranks.world_size == 1:
         return model
     devices = [ranks.device] if ranks.device.type == "cuda" else None
-    # While pretraining, every parameter still takes part: classification reaches all of them.
+    # Every parameter takes part in every step: mask consistency and classification or true masks reach all of them,
+    # and a kind of label that a rank's batch lacks leaves zeros with a graph.
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def _split(batch: Batch, count: int) -> Iterator[Batch]:
     size = len(batch.keys) // count
     for start in range(0, len(batch.keys), size):
-        part = slice(start, start + size)
-        yield Batch(
-            images=batch.images[part],
-            image_labels=batch.image_labels[part],
-            keys=batch.keys[part],
-            has_pixel_labels=batch.has_pixel_labels[part],
-            pixel_labels=None if batch.pixel_labels is None else batch.pixel_labels[part],
-        )
+        yield batch.part(slice(start, start + size))
 
 
 def _check_resumable(checkpoint: Checkpoint, state: TrainState, shards: ShardSet) -> None:
@@ -437,7 +443,7 @@ def _check_resumable(checkpoint: Checkpoint, state: TrainState, shards: ShardSet
         )
 
 
-def _restore(model: SLRNet, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+def _restore(model: Network, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
     """Loads weights and momentum; rates and decay stay as the configuration says, which a resumed run may change."""
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     try:

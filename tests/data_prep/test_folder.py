@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import shlex
+import signal
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +16,8 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from data_prep.folder import convert, read_palette
+from data_prep.conversion import Output
+from data_prep.folder import convert, main, read_palette
 from slrnet.data.manifest import DataError, load_dataset
 from slrnet.data.shards import EvalLoader
 
@@ -53,7 +57,8 @@ def rows(folder: Path) -> dict[str, tuple[str, list[int], bool]]:
 
 
 def make(photos: Path, **options: Any) -> dict[str, tuple[str, list[int], bool]]:
-    convert(photos / "images", photos / "out", **({"shards": 1} | options))
+    shared = {name: options.pop(name) for name in ("subsets", "skip_damaged") if name in options}
+    convert(photos / "images", Output(photos / "out", shards=1, **shared), **options)
     return rows(photos / "out")
 
 
@@ -131,6 +136,73 @@ def test_labels_and_masks_together(photos: Path) -> None:
     assert found["more_three_v2"] == ("train", [1, 2], True)
 
 
+def test_unlabelled_images_say_so_in_the_manifest(photos: Path) -> None:
+    (photos / "labels.csv").write_text("image,labels\none.jpg,\n")
+    for key in ("one", "two"):
+        (photos / "masks" / f"{key}.png").unlink()
+    given: dict[str, Any] = {"labels": photos / "labels.csv", "masks": photos / "masks", "classes": ["cat", "dog"]}
+    make(photos, unlabelled=True, **given)
+    shards = load_dataset(photos / "out")
+    found = {row["key"]: (row["classes"], row["has_image_labels"], row["has_mask"]) for row in shards.table.to_pylist()}
+    assert found == {
+        "one": ([], True, False),  # a line without labels: the background alone
+        "two": ([], False, False),
+        "more_three_v2": ([1, 2], True, True),
+        "more_four": ([], True, True),
+    }
+    assert "--unlabelled" in shards.info.made_by
+
+
+def test_images_alone(photos: Path) -> None:
+    make(photos, classes=["cat", "dog"], unlabelled=True)
+    train = load_dataset(photos / "out").split("train")
+    assert train.num_samples == 4
+    assert not train.has_image_labels.any()
+    assert not train.has_masks.any()
+    assert load_dataset(photos / "out").info.classes == ("background", "cat", "dog")
+
+
+def test_subsets_mark_images(photos: Path) -> None:
+    (photos / "few.txt").write_text("more/four.jpg\none\n")
+    make(photos, masks=photos / "masks", classes=["cat", "dog"], subsets={"few": photos / "few.txt"})
+    train = load_dataset(photos / "out").split("train")
+    assert sorted(train.keys.filter(train.in_subset("few")).to_pylist()) == ["more_four", "one"]
+
+
+def test_masks_are_copied_unless_they_must_be_written_anew(photos: Path) -> None:
+    Image.fromarray(stripes([0, 1]).astype(bool)).save(photos / "masks" / "one.png")
+    make(photos, masks=photos / "masks", classes=["cat", "dog"])
+    with tarfile.open(photos / "out" / "train-000000.tar") as archive:
+        files = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
+    assert files["two.png"] == (photos / "masks" / "two.png").read_bytes()
+    with Image.open(io.BytesIO(files["one.png"])) as image:
+        assert image.mode == "P"
+        assert np.array_equal(np.asarray(image), stripes([0, 1]))
+
+
+def test_command_makes_shards_that_its_own_record_makes_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (photos / "few.txt").write_text("one\n")
+    (photos / "val.txt").write_text("two\n")
+    (photos / "masks" / "more" / "four.png").unlink()
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
+
+    def run(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["folder.py", *words, "--processes", "1"])
+        return main()
+
+    options = ["--masks", str(photos / "masks"), "--classes", "cat,dog", "--unlabelled", "--name", "mine"]
+    options += ["--subset", f"few={photos / 'few.txt'}", "--split", f"val={photos / 'val.txt'}", "--shards", "1"]
+    options += ["--seed", "2"]
+    assert run("--images", str(photos / "images"), "--out", str(photos / "first"), *options) == 0
+    assert rows(photos / "first")["two"][0] == "val"
+    program, script, *recorded = shlex.split(load_dataset(photos / "first").info.made_by)
+    assert (program, script) == ("python", "data_prep/folder.py")
+    assert run(*recorded, "--out", str(photos / "second")) == 0
+    for path in (photos / "first").iterdir():
+        assert (photos / "second" / path.name).read_bytes() == path.read_bytes()
+    assert run("--images", str(photos / "images"), "--split", "val", "--out", str(photos / "third")) == 2
+
+
 def test_lists_and_fractions_split(photos: Path) -> None:
     (photos / "val.txt").write_text("two.png\nmore/four\n\n")
     found = make(photos, masks=photos / "masks", classes=["cat", "dog"], splits={"val": photos / "val.txt"})
@@ -144,8 +216,8 @@ def test_a_fraction_depends_on_keys_and_seed_alone(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("image,labels\n" + "".join(f"{i:02},cat\n" for i in range(60)))
 
     def val(out: str, **options: Any) -> set[str]:
-        given = {"labels": tmp_path / "labels.csv", "val_fraction": 0.3, "shards": 1}
-        convert(tmp_path / "images", tmp_path / out, **(given | options))
+        output = Output(tmp_path / out, shards=1, **options)
+        convert(tmp_path / "images", output, labels=tmp_path / "labels.csv", val_fraction=0.3)
         return {key for key, row in rows(tmp_path / out).items() if row[0] == "val"}
 
     first = val("a")
@@ -173,16 +245,21 @@ class TestRefusals:
         self.refuse(photos, "in several ways", masks=masks, classes=["cat", "dog"], labels=table, val_fraction=0.1)
         self.refuse(photos, "--val-fraction is 1.5", masks=masks, classes=["cat", "dog"], val_fraction=1.5)
         self.refuse(photos, r"labels \['cat'\]; the classes are ant, bee", labels=table, classes=["ant", "bee"])
-        self.refuse(photos, "four.jpg has no mask and no line in", labels=table, classes=["cat"])
+        self.refuse(photos, "four.jpg has no mask and no line in .*--unlabelled", labels=table, classes=["cat"])
+        self.refuse(photos, "nothing names the classes", unlabelled=True)
+        few = {"few": photos / "palette.txt"}
+        self.refuse(
+            photos, r"lists 4 image\(s\) that are in no split", masks=masks, classes=["cat", "dog"], subsets=few
+        )
 
     def test_files_that_do_not_fit(self, photos: Path) -> None:
         masks = photos / "masks"
         named: dict[str, Any] = {"masks": masks, "classes": ["cat", "dog"]}
         self.refuse(photos, r"two.png has ids \[2\]; allowed are 0 to 1 and 255", masks=masks, classes=["cat"])
         Image.fromarray(stripes([0], 20, 31)).save(masks / "one.png")
-        self.refuse(photos, r"one.png is 31x20 pixels, its image one.jpg 30x20 upright", **named)
+        self.refuse(photos, r"one.png is 31x20 pixels, its image one.jpg 30x20; make them of one size", **named)
         noise(0).save(masks / "one.png")
-        self.refuse(photos, "one.png is a RGB image; indexed or grey ids are expected", **named)
+        self.refuse(photos, "one.png is a RGB image; masks must be indexed.*--palette FILE", **named)
         (photos / "palette.txt").write_text(PALETTE)
         self.refuse(photos, "one.png has the colour #.* which the palette", masks=masks, palette=photos / "palette.txt")
         (masks / "one.png").unlink()

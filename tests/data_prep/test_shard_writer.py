@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.shard_writer import Sample, add_arguments, map_parallel, run_command, verify, write_dataset
+from data_prep.conversion import add_arguments, run_command
+from data_prep.shard_writer import Sample, map_parallel, verify, write_dataset
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 
@@ -126,7 +127,8 @@ def test_manifest_says_what_lies_at_each_offset(shards: Path) -> None:
         assert row["sha256"] == hashlib.sha256(image + (mask or b"") + record).hexdigest()
         assert row["has_mask"] == (mask is not None)
         assert (row["width"], row["height"]) == (sample.width, sample.height)
-        assert row["classes"] == list(sample.classes)
+        assert row["classes"] == list(sample.classes or ())
+        assert row["has_image_labels"]
         assert row["subsets"] == list(sample.subsets)
         assert json.loads(record) == {
             "key": key,
@@ -135,6 +137,19 @@ def test_manifest_says_what_lies_at_each_offset(shards: Path) -> None:
             "width": row["width"],
             "height": row["height"],
         }
+
+
+def test_unknown_labels_are_not_the_same_as_no_objects(tmp_path: Path) -> None:
+    samples = [
+        Sample(key=key, split="train", width=1, height=1, classes=classes)
+        for key, classes in {"k1": (), "k2": None}.items()
+    ]
+    _write(tmp_path / "shards", samples)
+    rows = load_dataset(tmp_path / "shards").table.sort_by("key").to_pylist()
+    assert [(row["classes"], row["has_image_labels"]) for row in rows] == [([], True), ([], False)]
+    with tarfile.open(tmp_path / "shards" / "train-000000.tar") as archive:
+        records = [json.load(archive.extractfile(f"k{n}.json")) for n in (1, 2)]  # type: ignore[arg-type]
+    assert [record["classes"] for record in records] == [[], None]
 
 
 def test_tar_headers_carry_nothing_of_the_machine(shards: Path) -> None:
@@ -264,8 +279,9 @@ def test_failure_midway_leaves_nothing_behind(tmp_path: Path, processes: int) ->
 
 
 SLOW_WRITER = """
-import argparse, sys, time
-from data_prep.shard_writer import Sample, add_arguments, run_command, write_dataset
+import argparse, signal, sys, time
+from data_prep.conversion import add_arguments, run_command
+from data_prep.shard_writer import Sample, write_dataset
 from slrnet.data.catalog import voc_palette
 
 def encode(sample):
@@ -278,6 +294,8 @@ def make(args):
     return write_dataset(args.out, samples, encode, name="slow", classes=("background", "cat"),
                          palette=voc_palette(), made_by="x", samples_per_shard=2)
 
+# A shell that starts tests in the background has them ignore the interrupt key, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 parser = argparse.ArgumentParser()
 add_arguments(parser)
 sys.exit(run_command(parser, make))
@@ -291,11 +309,11 @@ def test_interruption_leaves_nothing_behind(tmp_path: Path, sent: signal.Signals
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.readline() == "encoding\n"
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not list((tmp_path / "shards").glob(".out.*.partial/*.tar")) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(sent)
-        assert process.wait(timeout=30) == 130
+        assert process.wait(timeout=120) == 130
         assert process.stderr.read().endswith("interrupted; nothing was written\n")
     assert list((tmp_path / "shards").iterdir()) == []
 

@@ -32,6 +32,8 @@ def run_job(script: str, *arguments: str, storage: Path) -> subprocess.Completed
         ("train.py", ("--storage", "s3://bucket/runs"), "mount the storage"),
         ("train.py", ("--resume", "nothing"), "'nothing' has no checkpoint"),
         ("evaluate.py", ("--checkpoint", "nowhere"), "holds no checkpoint"),
+        ("pseudo_label.py", ("--checkpoint", "nowhere", "--out", "x"), "holds no checkpoint"),
+        ("distill.py", ("--data", "x"), "holds no pseudo masks; make some with `python ray_jobs/pseudo_label.py"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(

@@ -32,7 +32,8 @@ from slrnet.training.tracking import NullTracker
 from slrnet.training.trainer import Trainer
 
 Mask: TypeAlias = npt.NDArray[np.uint8]
-MaskBytes: TypeAlias = Callable[[Sample, bytes], bytes]
+MaskBytes: TypeAlias = Callable[[Sample, bytes], bytes | None]
+ImageLabels: TypeAlias = Callable[[str, tuple[int, ...]], tuple[int, ...] | None]
 
 CLASSES = ("background", "ant", "bee", "cat")
 COLOURS = np.array([[90, 90, 90], [230, 40, 40], [40, 220, 60], [50, 60, 235]], dtype=np.uint8)
@@ -41,10 +42,11 @@ NUM_TRAIN, NUM_VAL, NUM_SHARDS = 9, 5, 4
 
 def _scene(sample: Sample) -> tuple[npt.NDArray[np.uint8], Mask]:
     """Rectangles in the colours of their classes on noise, and their mask with a void line around it all."""
-    rng = np.random.default_rng(sample.source)
+    number, classes = sample.source
+    rng = np.random.default_rng(number)
     mask: Mask = np.zeros((sample.height, sample.width), dtype=np.uint8)
-    for place, label in enumerate(sample.classes):
-        left = 4 + place * (sample.width // len(sample.classes))
+    for place, label in enumerate(classes):
+        left = 4 + place * (sample.width // len(classes))
         top = int(rng.integers(4, sample.height // 2))
         mask[top : top + sample.height // 3, left : left + sample.width // 4] = label
     image = COLOURS[mask].astype(np.int64) + rng.integers(-20, 21, (*mask.shape, 3))
@@ -58,7 +60,8 @@ def _png(mask: Mask) -> bytes:
     return file.getvalue()
 
 
-def _samples(split: str, number: int, first: int) -> list[Sample]:
+def _samples(split: str, number: int, first: int, image_labels: ImageLabels) -> list[Sample]:
+    """The first four are the subset `pixels`, the last two `few`; `source` is what the image really shows."""
     choices = [(1,), (2, 3), (1, 2), (3,), (1, 3), (2,)]
     return [
         Sample(
@@ -66,8 +69,9 @@ def _samples(split: str, number: int, first: int) -> list[Sample]:
             split=split,
             width=64 + 8 * (i % 3),
             height=64 - 7 * (i % 2),
-            classes=choices[i % len(choices)],
-            source=first + i,
+            classes=image_labels(f"{split}_{i}", choices[i % len(choices)]),
+            subsets=(*(["pixels"] if i < 4 else []), *(["few"] if i >= number - 2 else [])),
+            source=(first + i, choices[i % len(choices)]),
         )
         for i in range(number)
     ]
@@ -78,18 +82,19 @@ WriteTiny: TypeAlias = Callable[..., ShardSet]
 
 @pytest.fixture(scope="session")
 def write_tiny() -> WriteTiny:
-    """Writes the tiny data set; `mask_bytes` may replace the PNG of a sample by other bytes."""
+    """Writes the tiny data set; `mask_bytes` may replace the PNG of a sample, `image_labels` the labels of a key."""
 
     def write(
         folder: Path,
         *,
         mask_bytes: MaskBytes = lambda sample, png: png,
+        image_labels: ImageLabels = lambda key, classes: classes,
         num_train: int = NUM_TRAIN,
         num_val: int = NUM_VAL,
         shards: int = NUM_SHARDS,
         classes: tuple[str, ...] = CLASSES,
     ) -> ShardSet:
-        def encode(sample: Sample) -> tuple[bytes, bytes]:
+        def encode(sample: Sample) -> tuple[bytes, bytes | None]:
             image, mask = _scene(sample)
             file = io.BytesIO()
             Image.fromarray(image).save(file, "JPEG", quality=95)
@@ -97,7 +102,7 @@ def write_tiny() -> WriteTiny:
 
         write_dataset(
             folder,
-            _samples("train", num_train, 0) + _samples("val", num_val, 1000),
+            _samples("train", num_train, 0, image_labels) + _samples("val", num_val, 1000, image_labels),
             encode,
             name="tiny",
             classes=classes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,9 @@ class TestOverrides:
             (" train.epochs = 7 ", 7),
             ("optim.lr=1e-3", 1e-3),
             ("optim.lr=1", 1.0),
+            ("calibration.floor=.5", 0.5),
+            ("optim.lr=+5.e-4", 5e-4),
+            ("views.scales=1.,.5", (1.0, 0.5)),
             ("cvlr.enabled=false", False),
             ("cvlr.enabled=False", False),
             ("views.flip=True", True),
@@ -126,7 +130,8 @@ class TestOverrides:
             ("calibration.refine_dilations=1.5", "calibration.refine_dilations.0: Input should be a valid integer"),
             ("train.precision=fp16", "train.precision: Input should be 'auto', 'fp32' or 'bf16', got 'fp16'"),
             ("model.output_stride=4", "model.output_stride: Input should be 8, 16 or 32, got 4"),
-            ("setting=full", "setting: Input should be 'wsss', got 'full'"),
+            ("setting=full", "setting: Input should be 'wsss', 'sss_image_labels' or 'sss', got 'full'"),
+            ("data.balance_limit=0.5", "data.balance_limit: Input should be greater than or equal to 1, got 0.5"),
             ("train.pretrain_epochs=20", "train: pretrain_epochs is 20 of 20 epochs; it must be smaller than epochs"),
         ],
     )
@@ -160,6 +165,35 @@ class TestFit:
     def test_a_view_under_two_cells_is_refused(self) -> None:
         with pytest.raises(ConfigError, match=r"the smallest view has 15 pixels a side.*data\.crop_size \(64\)"):
             override("data.crop_size=64", "views.scales=1,0.24")
+
+    @pytest.mark.parametrize(
+        ("texts", "message"),
+        [
+            (
+                ["data.pixel_labeled_subset=some"],
+                "setting 'wsss' sees no masks, but data.pixel_labeled_subset is 'some'",
+            ),
+            (["setting=sss"], "setting 'sss' trains on masks; name the subset whose masks it may see"),
+            (["setting=sss_image_labels"], "setting 'sss_image_labels' trains on masks; name the subset"),
+            (
+                ["setting=sss", "data.pixel_labeled_subset=some", "evaluation.gating=scores"],
+                "evaluation.gating 'scores' needs class scores, and setting 'sss' has none; use none",
+            ),
+            (
+                ["setting=sss", "data.pixel_labeled_subset=some", "data.class_balance=0.5"],
+                "data.class_balance is 0.5 and reads image labels, which setting 'sss' does not grant; set it to 0",
+            ),
+        ],
+    )
+    def test_labels_that_the_setting_does_not_grant_are_refused(self, texts: list[str], message: str) -> None:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            override(*texts)
+
+    @pytest.mark.parametrize("setting", ["sss_image_labels", "sss"])
+    def test_the_heads_predict_the_background_where_there_are_no_image_labels(self, setting: str) -> None:
+        config = override(f"setting={setting}", "data.pixel_labeled_subset=some")
+        assert config.predicts_background == (setting == "sss")
+        assert not Config().predicts_background
 
     def test_accumulation_divides_the_batch(self) -> None:
         with pytest.raises(ConfigError, match=r"train\.batch_size 16 is not divisible by train\.accumulation 3"):

@@ -25,9 +25,10 @@ from torch import nn
 from slrnet.config import Config, ConfigError, apply_overrides
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.inference.predictor import Predictor
+from slrnet.inference.pseudo_label import launch_pseudo_labels
 from slrnet.models.slrnet import build_model
 from slrnet.training import ray_loop
-from slrnet.training.checkpoint import Checkpoint, TrainState
+from slrnet.training.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from slrnet.training.distributed import Ranks
 from slrnet.training.ray_loop import LaunchOptions, launch
 from slrnet.training.tracking import NullTracker, RunHandle
@@ -48,11 +49,15 @@ change_size = partial(Change, differs="number of weights")
 change_pseudo_masks = partial(Change, differs="pseudo masks", given=("evaluation.pseudo_mask_images=3",))
 MS, CRF = ("evaluation.protocol=ms",), ("evaluation.protocol=ms_crf",)
 change_crf = partial(Change, differs="prediction", given=CRF)
+SEMI = ("setting=sss_image_labels", "data.pixel_labeled_subset=pixels", "data.pixel_oversampling=1")
+ALONE = ("setting=sss", "data.pixel_labeled_subset=pixels", "cvlr.enabled=false")
+TILES = ("inference.tile_above=100", "inference.tile_size=32", "inference.tile_overlap=8")
+LONG = ("train.epochs=4", "train.batch_size=1")
 GATED = ("evaluation.gating=scores", "evaluation.gating_threshold=0.0")
 
 CHANGES: dict[str, Change] = {
     "recipe": Change("other", "run"),
-    "setting": Change("full", "refused"),
+    "setting": Change("sss", "number of weights", given=SEMI),
     "data.path": Change("/nowhere", "refused"),
     "data.train_split": change_weights("val"),
     "data.val_split": Change("train", "validation"),
@@ -60,7 +65,12 @@ CHANGES: dict[str, Change] = {
     "data.crop_scale": change_weights([0.3, 0.4]),
     "data.flip": change_weights(1.0, given=("data.flip=0.0",)),
     "data.shuffle_buffer": change_weights(1),
-    "data.workers": Change(50, "refused"),
+    "data.train_subset": change_weights("few"),
+    "data.pixel_labeled_subset": change_weights("few", given=SEMI),
+    "data.pixel_oversampling": Change(3, "steps", given=SEMI),
+    "data.class_balance": change_weights(1.0, given=LONG),
+    "data.balance_limit": change_weights(1.0, given=(*LONG, "data.class_balance=1.0")),
+    "data.workers": Change(1, "readers"),
     "data.on_error": Change("skip", "damage"),
     "views.scales": change_weights([1.0, 0.75]),
     "views.flip": change_weights(False),
@@ -70,12 +80,15 @@ CHANGES: dict[str, Change] = {
     "views.saturation": change_weights(0.0),
     "views.hue": change_weights(0.0),
     "cvlr.enabled": change_size(False),
+    "cvlr.method": change_size("emau"),
+    "cvlr.num_bases": change_weights(5, given=("cvlr.method=emau",)),
     "cvlr.form": change_weights("released"),
     "cvlr.dim": change_size(9),
     "cvlr.num_iters": change_weights(2),
     "cvlr.temperature": change_weights(0.5),
     "cvlr.centered": change_weights(True),
     "cvlr.implementation": Change("reference", "graph"),
+    "model.architecture": change_size("deeplabv3plus", given=ALONE),
     "model.encoder": change_size("timm:test_resnet"),
     "model.encoder_weights": Change("auto", "first weights", given=("model.encoder=efficientnet_lite0",)),
     "model.output_stride": change_weights(8),
@@ -97,7 +110,9 @@ CHANGES: dict[str, Change] = {
     "calibration.floor": change_weights(0.5),
     "losses.mask_consistency": change_weights("probs"),
     "losses.code_consistency": change_weights("maximum"),
+    "losses.pixel_balance": change_weights(True, given=SEMI),
     "weights.segmentation": change_weights(0.0),
+    "weights.pixel_labels": change_weights(1.0, given=SEMI),
     "weights.classification": change_weights(0.5),
     "weights.consistency": change_weights(1.0),
     "weights.auxiliary": change_weights(0.0),
@@ -130,6 +145,10 @@ CHANGES: dict[str, Change] = {
     "crf.appearance_xy": change_crf(5.0),
     "crf.appearance_rgb": change_crf(100.0),
     "crf.appearance_weight": change_crf(0.0),
+    "inference.tile_above": Change(100, "prediction", given=("inference.tile_size=32", "inference.tile_overlap=8")),
+    "inference.tile_size": Change(24, "prediction", given=TILES),
+    "inference.tile_overlap": Change(16, "prediction", given=TILES),
+    "inference.void_below": Change(1.0, "pseudo labels"),
     "tracking.uri": Change("sqlite:////elsewhere.db", "run"),
     "tracking.experiment": Change("other", "run"),
 }
@@ -157,7 +176,7 @@ Observe = Callable[[Config], Mapping[str, Any]]
 
 @pytest.fixture(scope="module")
 def data(write_tiny: Callable[..., ShardSet], tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    """Three training images, so that an epoch is one step."""
+    """Three training images, so that an epoch is one step; all are in the subset `pixels`, two in `few`."""
     return write_tiny(tmp_path_factory.mktemp("fields") / "shards", num_train=3, num_val=2, shards=2)
 
 
@@ -202,7 +221,8 @@ def observe(data: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Observe
 def _observe(config: Config, data: ShardSet, folder: Path) -> Mapping[str, Any]:
     log = Log()
     trainer = Trainer(config, data, ranks=Ranks(), folder=folder, tracker=log)
-    nn.init.constant_(trainer.model.mask_head.classify.bias, 1.2)  # else all is predicted as background
+    if config.model.architecture == "slrnet":
+        nn.init.constant_(trainer.model.mask_head.classify.bias, 1.2)  # else all is predicted as background
     first = _digest(trainer)
     trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
     figures: dict[str, float] = {}
@@ -218,7 +238,8 @@ def _observe(config: Config, data: ShardSet, folder: Path) -> Mapping[str, Any]:
         "logged figures": [step for step, values in log.points if any(key.startswith("val/") for key in values)],
         "pictures": log.pictures,
         "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
-        "segmentation": figures.get("train/epoch_loss_segmentation", 0.0),
+        "steps": trainer.state.step,
+        "segmentation": sum(figures.get(f"train/epoch_loss_{name}segmentation", 0.0) for name in ("", "pixel_")),
     }
 
 
@@ -247,7 +268,7 @@ def test_refused(key: str, base: Config, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-SPECIAL = ("refused", "run", "graph", "damage", "prediction")
+SPECIAL = ("refused", "run", "graph", "damage", "prediction", "readers", "pseudo labels")
 OBSERVED = [key for key, change in CHANGES.items() if change.differs not in SPECIAL]
 
 
@@ -285,6 +306,17 @@ def test_changes_the_record_of_the_run(key: str, base: Config, tmp_path: Path, m
     assert CHANGES[key].value in str(asked[1])
 
 
+@pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "readers"])
+def test_changes_the_number_of_reader_processes(key: str, base: Config, data: ShardSet) -> None:
+    """The samples do not depend on it."""
+
+    def processes(config: Config) -> int:
+        trainer = Trainer(config, data, ranks=Ranks(), folder=Path("unused"), tracker=NullTracker())
+        return trainer.loader._pool._start().num_workers
+
+    assert (processes(base), processes(override(base, key, CHANGES[key].value))) == (0, CHANGES[key].value)
+
+
 @pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "graph"])
 def test_changes_the_autograd_graph(key: str, base: Config) -> None:
     def nodes(config: Config) -> set[str]:
@@ -315,12 +347,29 @@ def test_changes_predictions(key: str, base: Config) -> None:
 
     def predict(config: Config) -> Any:
         state = TrainState(epoch=1, step=1, classes=("background", *"abc"), data_fingerprint="", world_size=1)
-        return Predictor(Checkpoint(Path(), config, state, model.state_dict(), {}), device="cpu")(image).probs
+        found = Predictor(Checkpoint(Path(), config, state, model.state_dict(), {}), device="cpu")(image)
+        return found.mask if found.probs is None else found.probs
 
     config = apply_overrides(base, CHANGES[key].given)
     before, after = predict(config), predict(override(config, key, CHANGES[key].value))
     assert not np.array_equal(before, after)
     np.testing.assert_array_equal(before, predict(config))
+
+
+@pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "pseudo labels"])
+def test_changes_the_written_pseudo_masks(key: str, base: Config, data: ShardSet, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model(base.model, base.cvlr, num_classes=4)
+    state = TrainState(epoch=1, step=1, classes=data.info.classes, data_fingerprint="", world_size=1)
+    path = save_checkpoint(
+        tmp_path / "run" / "checkpoints", config=base, state=state, model=model.state_dict(), optimizer={}
+    )
+    digests = []
+    for name, config in (("before", base), ("after", override(base, key, CHANGES[key].value))):
+        launch_pseudo_labels(load_checkpoint(path), data, splits=("val",), config=config, out=tmp_path / name)
+        shards = sorted((tmp_path / name).glob("val-*.tar"))
+        digests.append([hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards])
+    assert digests[0] != digests[1]
 
 
 @pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "damage"])

@@ -15,7 +15,7 @@ from slrnet import load
 from slrnet.config import Config
 from slrnet.data.catalog import voc_palette
 from slrnet.models.slrnet import build_model
-from slrnet.predict import main
+from slrnet.predict import batches, find_images, main
 from slrnet.training.checkpoint import TrainState, save_checkpoint
 
 CLASSES = ("background", "ant", "bee", "cat")
@@ -72,6 +72,26 @@ def test_patterns_and_files_may_name_an_image_twice(checkpoint: Path, photos: Pa
     places = [str(photos / "*.jpg"), str(photos / "a.jpg")]
     assert main([str(checkpoint), *places, "--out", str(tmp_path / "masks"), "--device", "cpu"]) == 0
     assert list(json.loads((tmp_path / "masks" / "predictions.json").read_text())["images"]) == ["a"]
+
+
+def test_batches_are_of_one_size_each_and_change_nothing(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    for name in ("c", "d", "e"):
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(photos / f"{name}.png")
+    turned = Image.fromarray(rng.integers(0, 256, (60, 40, 3), dtype=np.uint8))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # upright it is 40 x 60
+    turned.save(photos / "f.png", exif=exif)
+    images = find_images([str(photos)])
+    assert sorted(batches(images, 3)) == [["a", "c", "d"], ["b"], ["e", "f"]]
+    arguments = [str(checkpoint), str(photos), "--device", "cpu", "--out"]
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    assert main([*arguments, str(tmp_path / "three"), "--batch-size", "3"]) == 0
+    records = [json.loads((tmp_path / name / "predictions.json").read_text())["images"] for name in ("one", "three")]
+    assert list(records[0]) == list(records[1]) == list("abcdef")
+    for name in records[0]:
+        masks = [np.asarray(Image.open(tmp_path / folder / f"{name}.png")) for folder in ("one", "three")]
+        assert (masks[0] != masks[1]).mean() < 1e-3  # ties within rounding
 
 
 def test_an_unreadable_image_is_named_and_the_others_are_done(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 
 import pytest
 
 from slrnet.config import ConfigError, config_from_dict
-from slrnet.recipes import RECIPES, demo, get_recipe, voc_wsss, voc_wsss_lite
+from slrnet.recipes import RECIPES, demo, get_recipe, voc_wsss
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -40,8 +41,44 @@ def test_voc_wsss_is_experiment_one_of_the_paper() -> None:
     assert (weights.segmentation, weights.classification, weights.consistency) == (1.0, 1.0, 4.0)
 
 
+PAPER = ("voc_wsss", "voc_sss_image_labels", "voc_sss", "coco_wsss", "l2id_wsss")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_each_experiment_has_a_target_and_a_recipe_for_the_cpu(name: str) -> None:
+    text, lite = (" ".join((inspect.getdoc(RECIPES[of]) or "").split()) for of in (name, f"{name}_lite"))
+    assert re.search(r"Paper: \d\d\.\d+ % mIoU on val", text)
+    assert "Not yet run" in text
+    assert "--num-workers 8" in text
+    assert re.search(r"not yet run|see the README", lite)
+    assert "two CPU cores" in lite
+    assert (get_recipe(name).setting, get_recipe(name).data.pixel_labeled_subset) == (
+        get_recipe(f"{name}_lite").setting,
+        get_recipe(f"{name}_lite").data.pixel_labeled_subset,
+    )
+
+
+def test_semi_supervision_is_as_in_the_paper() -> None:
+    both, alone = get_recipe("voc_sss_image_labels"), get_recipe("voc_sss")
+    for config in (both, alone):
+        assert (config.data.pixel_oversampling, config.weights.pixel_labels) == (5, 2.0)
+        weakly = voc_wsss()
+        for section in ("views", "model", "cvlr", "losses", "weights", "optim", "train", "evaluation"):
+            assert getattr(config, section) == getattr(weakly, section)
+    assert (both.setting, alone.setting) == ("sss_image_labels", "sss")
+    released = (0.8, 0.9, 0.6)
+    for config in (alone, get_recipe("voc_sss_lite")):
+        thresholds = config.calibration
+        assert (thresholds.confidence_threshold, thresholds.background_threshold, thresholds.floor) == released
+
+
+def test_the_long_tail_is_balanced() -> None:
+    for name in RECIPES:
+        assert (get_recipe(name).data.class_balance > 0) == name.startswith("l2id")
+
+
 def test_the_cpu_recipes_avoid_dilated_convolutions() -> None:
-    for config in (voc_wsss_lite(), demo()):
+    for config in (*(get_recipe(f"{name}_lite") for name in PAPER), demo()):
         assert config.model.encoder == "efficientnet_lite0"
         assert config.model.output_stride == 16
 

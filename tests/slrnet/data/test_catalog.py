@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, VOC_CLASSES, voc_palette
+from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, VOC_CLASSES, voc_ids, voc_palette
 
 
 def test_voc_classes_have_vocs_ids() -> None:
@@ -38,3 +39,10 @@ def test_palette_has_the_colours_that_voc_publishes() -> None:
 
 def test_palette_tells_all_ids_apart() -> None:
     assert len(np.unique(voc_palette(), axis=0)) == 256
+
+
+def test_ids_of_vocs_classes() -> None:
+    table = voc_ids(("background", "tvmonitor", "cat"))
+    assert table[[0, 1, 2, 3, 255]].tolist() == [0, 20, 8, 255, 255]
+    with pytest.raises(ValueError, match=r"zebra: no class of PASCAL VOC; it has background, aeroplane"):
+        voc_ids(("background", "zebra"))

@@ -22,6 +22,8 @@ from slrnet.data.manifest import (
 )
 
 CLASSES = ("background", "fish", "kite", "ladybird")
+VERSION_1_FINGERPRINT = "a99d74a32c16cde9f8e651f749ed194e21e3332ac2410b05b8f103ff5d366139"
+"""What the program that wrote version 1 gave the samples of `_columns`."""
 
 
 def _columns(**changes: Any) -> dict[str, Any]:
@@ -36,6 +38,7 @@ def _columns(**changes: Any) -> dict[str, Any]:
         "height": [20, 21, 22, 23, 24, 25],
         "classes": [[2], [1, 3], [3], [], [1, 2, 3], [1]],
         "has_mask": [True, False, True, True, False, True],
+        "has_image_labels": [True, True, True, False, True, True],
         "bytes": [512, 4096, 2048, 1024, 3072, 512],
         "sha256": ["00" * 32] * 6,
     }
@@ -78,6 +81,7 @@ def test_split_lists_samples_by_shard_and_offset(folder: Path) -> None:
     assert [train.key(index) for index in range(4)] == ["a", "b", "c", "d"]
     np.testing.assert_array_equal(train.sizes, [[13, 23], [15, 25], [12, 22], [14, 24]])
     np.testing.assert_array_equal(train.has_masks, [True, True, True, False])
+    np.testing.assert_array_equal(train.has_image_labels, [False, True, True, True])
 
 
 def test_shards_cover_the_split_in_order(folder: Path) -> None:
@@ -146,8 +150,19 @@ def test_folder_without_shards_is_refused_with_the_commands_that_make_them(tmp_p
 
 def test_foreign_version_is_refused(folder: Path) -> None:
     _rewrite(folder, version=7)
-    with pytest.raises(DataError, match="format version 7, this program reads version 1"):
+    with pytest.raises(DataError, match="format version 7, this program reads versions 1 to 2"):
         load_dataset(folder)
+
+
+def test_a_folder_of_version_1_has_image_labels_everywhere_and_keeps_its_fingerprint(folder: Path) -> None:
+    table = pq.read_table(folder / "manifest.parquet").drop_columns(["has_image_labels"])
+    pq.write_table(table, folder / "manifest.parquet")
+    _rewrite(folder, version=1, fingerprint=VERSION_1_FINGERPRINT)
+    dataset = load_dataset(folder)
+    assert dataset.info.version == 1
+    assert dataset.info.fingerprint == VERSION_1_FINGERPRINT
+    assert dataset.table.schema.equals(SCHEMA)
+    np.testing.assert_array_equal(dataset.split("train").has_image_labels, [True] * 4)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{}"])
@@ -205,6 +220,7 @@ def test_fingerprint_depends_on_every_column_and_on_the_classes() -> None:
         "height": 99,
         "classes": [1, 2],
         "has_mask": False,
+        "has_image_labels": False,
         "bytes": 99,
         "sha256": "ff",
     }

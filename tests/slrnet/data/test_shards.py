@@ -1,4 +1,4 @@
-"""The epoch plan, and the loaders on tiny shards: exactly once, repeatable, unharmed by damage, blind to masks."""
+"""The loaders on tiny shards: exactly once, repeatable, the same on any cluster, unharmed by damage, blind to masks."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import chain, zip_longest
+from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.shard_writer import Sample, verify, write_dataset
+from slrnet.data import samples as samples_module
 from slrnet.data import shards as shards_module
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import voc_palette
-from slrnet.data.epoch_plan import choose_subset, plan_epoch, reader_batches
+from slrnet.data.epoch_plan import Pool, choose_subset
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.data.shards import EvalLoader, TrainLoader
+from slrnet.data.supervision import Supervision
 
 NUM_TRAIN, NUM_SHARDS, NUM_VAL = 23, 5, 7
 COUNTS = (4, 5, 4, 5, 5)
@@ -100,55 +100,6 @@ def _equal(one: list[Batch], two: list[Batch]) -> bool:
     )
 
 
-# The plan.
-
-
-@given(
-    counts=st.lists(st.integers(1, 9), min_size=1, max_size=12),
-    batch=st.integers(1, 4),
-    world=st.integers(1, 4),
-    readers=st.integers(1, 3),
-    epoch=st.integers(0, 5),
-)
-@settings(max_examples=100, deadline=None)
-def test_ranges_deal_out_each_sample_once(counts: list[int], batch: int, world: int, readers: int, epoch: int) -> None:
-    plan = plan_epoch(counts, seed=1, epoch=epoch)
-    sequence = [(shard, i) for shard in plan.order.tolist() for i in range(counts[shard])]
-    assert sorted(sequence) == [(shard, i) for shard, n in enumerate(counts) for i in range(n)]
-    steps = sum(counts) // (batch * world)
-    position, dealt = 0, []
-    for _ in range(world):
-        batches = [reader_batches(steps, reader=reader, readers=readers) for reader in range(readers)]
-        assert sum(batches) == steps
-        assert max(batches) - min(batches) <= 1
-        for n in batches:
-            for part in plan.ranges(position, position + n * batch):
-                assert part.start < part.stop
-                dealt += [(part.shard, i) for i in range(part.start, part.stop)]
-            position += n * batch
-    assert dealt == sequence[: steps * batch * world]
-
-
-def test_the_plan_is_a_function_of_seed_and_epoch() -> None:
-    def order(seed: int, epoch: int) -> list[int]:
-        return plan_epoch([3] * 20, seed=seed, epoch=epoch).order.tolist()
-
-    assert order(1, 2) == order(1, 2)
-    assert len({tuple(order(*of)) for of in ((1, 2), (2, 1), (1, 3), (2, 2))}) == 4
-
-
-def test_a_hundred_thousand_shards() -> None:
-    counts = np.random.default_rng(0).integers(1, 2000, 100_000)
-    plan = plan_epoch(counts, seed=0, epoch=0)
-    total = int(counts.sum())
-    assert plan.starts[-1] == total
-    parts = plan.ranges(total // 3, total // 3 + 5000)
-    assert sum(part.stop - part.start for part in parts) == 5000
-    whole = plan.ranges(0, total)
-    assert [part.shard for part in whole] == plan.order.tolist()
-    assert all(part.start == 0 and part.stop == counts[part.shard] for part in whole)
-
-
 def test_subsets_are_fixed_and_sorted(data: ShardSet) -> None:
     split = data.split("train")
     chosen = choose_subset(split, 6, seed=1, among=split.has_masks)
@@ -163,21 +114,40 @@ def test_subsets_are_fixed_and_sorted(data: ShardSet) -> None:
 # Training.
 
 
-@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 4), (2, 2), (4, 1)])
-def test_ranks_share_the_same_samples_whatever_their_number(data: ShardSet, world_size: int, batch_size: int) -> None:
-    keys = []
+def _global_steps(data: ShardSet, world_size: int, *, batch: int = 4, **changes: Any) -> list[dict[str, torch.Tensor]]:
+    """Per step of a global batch, its crops by key, gathered from all ranks."""
+    steps: list[dict[str, torch.Tensor]] = []
     for rank in range(world_size):
-        loader = _loader(data, world_size=world_size, rank=rank, batch_size=batch_size)
+        loader = _loader(data, world_size=world_size, rank=rank, batch_size=batch // world_size, **changes)
         batches = list(loader.epoch(1))
-        assert len(batches) == loader.steps_per_epoch == NUM_TRAIN // 4
-        assert all(batch.images.shape == (batch_size, 3, 8, 8) for batch in batches)
-        keys += _keys(iter(batches))
-    assert len(keys) == len(set(keys)) == 20
-    assert loader.left_over == 3
-    plan = plan_epoch([shard.num_samples for shard in data.split("train").shards], seed=3, epoch=1)
-    split = data.split("train")
-    sequence = [split.shards[s].first + i for s in plan.order for i in range(split.shards[s].num_samples)]
-    assert set(keys) == {split.key(i) for i in sequence[:20]}
+        assert len(batches) == loader.steps_per_epoch
+        assert all(made.images.shape == (batch // world_size, 3, 8, 8) for made in batches)
+        steps = steps or [{} for _ in batches]
+        for step, made in zip(steps, batches, strict=True):
+            step |= {
+                f"{place} {key}": image
+                for place, (key, image) in enumerate(
+                    zip(made.keys, made.images, strict=True), start=rank * batch // world_size
+                )
+            }
+    return steps
+
+
+@pytest.mark.parametrize("kinds", [False, True])
+def test_each_global_batch_is_the_same_whatever_the_number_of_ranks(data: ShardSet, kinds: bool) -> None:
+    """The same samples in the same places with the same crops for world sizes 1, 2 and 4."""
+    supervision = _half_labelled(data) if kinds else None
+    alone, two, four = (_global_steps(data, world_size, supervision=supervision) for world_size in (1, 2, 4))
+    assert len(alone) == (27 if kinds else NUM_TRAIN) // 4
+    assert all(len(step) == 4 for step in alone)
+    for other in (two, four):
+        assert [list(step) for step in other] == [list(step) for step in alone]
+        for one, same in zip(alone, other, strict=True):
+            assert all(torch.equal(one[place], same[place]) for place in one)
+    if not kinds:
+        keys = [place.split()[1] for step in alone for place in step]
+        assert len(keys) == len(set(keys)) == 20
+        assert _loader(data, batch_size=4).left_over == 3
 
 
 def test_an_epoch_repeats_and_epochs_differ(data: ShardSet) -> None:
@@ -195,7 +165,7 @@ def test_crops_follow_from_seed_epoch_and_sample_alone(data: ShardSet) -> None:
         batches = list(_loader(data, **changes).epoch(2))
         return {key: image for batch in batches for key, image in zip(batch.keys, batch.images, strict=True)}
 
-    one, other = crops(), crops(batch_size=5, shuffle_buffer=1)
+    one, other = crops(), crops(batch_size=5, shuffle_buffer=1, workers=1)
     both = one.keys() & other.keys()
     assert len(both) > 15
     assert all(torch.equal(one[key], other[key]) for key in both)
@@ -203,14 +173,15 @@ def test_crops_follow_from_seed_epoch_and_sample_alone(data: ShardSet) -> None:
     assert not any(torch.equal(one[key], reseeded[key]) for key in one.keys() & reseeded.keys())
 
 
-def test_a_buffer_of_one_keeps_the_order_and_a_larger_one_shuffles(data: ShardSet) -> None:
-    split = data.split("train")
-    plan = plan_epoch([shard.num_samples for shard in split.shards], seed=3, epoch=0)
-    planned = [split.key(split.shards[s].first + i) for s in plan.order for i in range(split.shards[s].num_samples)]
-    assert _keys(_loader(data, shuffle_buffer=1).epoch(0)) == planned[:22]
-    shuffled = _keys(_loader(data, shuffle_buffer=100).epoch(0))
-    assert sorted(shuffled) == sorted(planned[:22])
-    assert shuffled != planned[:22]
+def test_a_buffer_of_one_keeps_the_shards_together_and_a_larger_one_shuffles(data: ShardSet) -> None:
+    def shards(buffer: int) -> list[str]:
+        return [_shard_of(data, key) for key in _keys(_loader(data, shuffle_buffer=buffer, batch_size=1).epoch(0))]
+
+    in_order, mixed = shards(1), shards(100)
+    changes = sum(one != other for one, other in pairwise(in_order))
+    assert changes == NUM_SHARDS - 1
+    assert sum(one != other for one, other in pairwise(mixed)) > NUM_SHARDS
+    assert sorted(in_order) == sorted(mixed)
 
 
 def test_image_labels_are_those_of_the_manifest(data: ShardSet) -> None:
@@ -259,23 +230,48 @@ def test_without_a_grant_masks_change_nothing(data: ShardSet, tmp_path: Path) ->
     assert _equal(batches, list(_loader(noise).epoch(0)))
     assert all(batch.pixel_labels is None and not batch.has_pixel_labels.any() for batch in batches)
     with pytest.raises(DataError, match="the mask cannot be decoded as PNG"):
-        list(_loader(noise, pixel_labels_granted=np.ones(NUM_TRAIN, dtype=np.bool_)).epoch(0))
+        list(_loader(noise, supervision=_half_labelled(noise)).epoch(0))
 
 
-def test_granted_masks_come_with_their_images_and_no_others(data: ShardSet) -> None:
+def _half_labelled(data: ShardSet, *, image_labels: bool = True) -> Supervision:
+    """Four masks (2, 4, 8, 10), drawn twice; the other 19 samples once: 27 draws."""
     split = data.split("train")
-    granted = np.array([int(split.key(i).removeprefix("train_")) % 2 == 0 for i in range(NUM_TRAIN)])
-    seen = 0
-    for batch in _loader(data, pixel_labels_granted=granted).epoch(0):
+    numbers = np.array([int(split.key(i).removeprefix("train_")) for i in range(NUM_TRAIN)])
+    masks = (numbers % 2 == 0) & (numbers % 3 != 0) & (numbers < 14)
+    pools = tuple(
+        Pool(np.flatnonzero(which), np.full(int(which.sum()), draws)) for which, draws in ((masks, 2.0), (~masks, 1.0))
+    )
+    return Supervision(masks, np.full(NUM_TRAIN, image_labels), pools)
+
+
+def test_granted_labels_come_with_their_images_and_no_others(data: ShardSet) -> None:
+    crops: dict[str, list[torch.Tensor]] = {}
+    for batch in _loader(data, supervision=_half_labelled(data), batch_size=9).epoch(0):
         for i, key in enumerate(batch.keys):
             number = int(key.removeprefix("train_"))
-            expected = number % 2 == 0 and number % 3 != 0
+            expected = number % 2 == 0 and number % 3 != 0 and number < 14
             assert bool(batch.has_pixel_labels[i]) is expected
-            if batch.pixel_labels is not None:
-                assert batch.pixel_labels[i].unique().tolist() == [number % 4 if expected else 255]
-            seen += expected
-    assert seen > 4
-    assert _equal(list(_loader(data, pixel_labels_granted=granted).epoch(0)), list(_loader(data).epoch(0)))
+            assert batch.pixel_labels is not None
+            assert batch.pixel_labels[i].unique().tolist() == [number % 4 if expected else 255]
+            crops.setdefault(key, []).append(batch.images[i])
+        assert batch.has_image_labels.all()
+        assert 2 <= int(batch.has_pixel_labels.sum()) <= 4
+    twice = {key: made for key, made in crops.items() if len(made) == 2}
+    assert set(twice) == {f"train_{i}" for i in (2, 4, 8, 10)}
+    assert not any(torch.equal(*made) for made in twice.values()), "each draw has its own crop"
+
+
+def test_image_labels_that_are_not_granted_stay_unread(data: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("image labels are read")
+
+    loader = _loader(data, supervision=_half_labelled(data, image_labels=False))
+    monkeypatch.setattr(samples_module.SampleIndex, "image_labels", refuse)
+    for batch in loader.epoch(0):
+        assert not batch.has_image_labels.any()
+        assert batch.image_labels.tolist() == [[0.0] * 3] * 2
+    with pytest.raises(AssertionError, match="image labels are read"):
+        list(_loader(data).epoch(0))
 
 
 # Users' mistakes.
@@ -284,16 +280,12 @@ def test_granted_masks_come_with_their_images_and_no_others(data: ShardSet) -> N
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"world_size": 3, "workers": 2}, r"5 shards, fewer than its 6 readers \(3 ranks x 2\); use at most 1 worker"),
-        ({"world_size": 6}, r"fewer than its 6 readers \(6 ranks x 1\); make the data set anew with at least 6 shards: "
-                            "--samples-per-shard 3"),
         ({"batch_size": 24}, r"has 23 samples, fewer than the global batch of 24 \(24 on each of 1 ranks\); use"),
         ({"split": "test"}, "no split 'test'; it has: train, val"),
         ({"rank": 2, "world_size": 2}, "rank is 2; with world_size 2 allowed are 0 to 1"),
         ({"workers": -1}, "workers is -1"),
         ({"on_error": "ignore"}, "on_error is 'ignore'; allowed are 'stop' and 'skip'"),
         ({"shuffle_buffer": 0}, "shuffle_buffer is 0; it must be at least 1"),
-        ({"pixel_labels_granted": np.ones(3, dtype=np.bool_)}, r"needs bool of shape \(23,\)"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused(data: ShardSet, changes: dict[str, Any], message: str) -> None:
@@ -412,11 +404,13 @@ def test_a_swapped_shard_is_noticed(copy: ShardSet) -> None:
 
 
 def test_a_sample_lost_within_the_pipeline_is_noticed(data: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lossy(*_: object, **__: object) -> Callable[[Iterator[Any]], Iterator[Any]]:
-        return lambda items: (item for i, item in enumerate(items) if i != 7)
+    crops = shards_module._TrainReader._crops
 
-    monkeypatch.setattr(shards_module.wds, "shuffle", lossy)
-    with pytest.raises(DataError, match=r"shard train-00000\d.tar: \d samples came, planned were \d"):
+    def lossy(*arguments: Any, **options: Any) -> Iterator[Any]:
+        return (item for i, item in enumerate(crops(*arguments, **options)) if i != 7)
+
+    monkeypatch.setattr(shards_module._TrainReader, "_crops", lossy)
+    with pytest.raises(DataError, match="gave this rank 11 batches of 21 samples in all, planned were 11 .* of 22"):
         list(_loader(data).epoch(0))
 
 
@@ -463,7 +457,7 @@ def test_readers_in_turns_keep_the_order(data: ShardSet, world_size: int, reader
     assert keys == [data.split("train").key(i) for i in range(NUM_TRAIN)]
 
 
-@pytest.mark.parametrize(("world_size", "readers"), [(1, 2), (1, 5), (2, 2), (5, 1)])
+@pytest.mark.parametrize(("world_size", "readers"), [(1, 2), (1, 5), (2, 2), (5, 1), (2, 9)])
 @pytest.mark.parametrize("start", [0, 1, 2, 3])
 def test_readers_of_all_ranks_take_disjoint_samples(data: ShardSet, world_size: int, readers: int, start: int) -> None:
     """And each rank makes the steps from `start` on, in turns beginning with the first reader process."""

@@ -64,10 +64,12 @@ def test_helper_processes_give_the_same_masks_in_order() -> None:
     scenes = [scene(seed, (30 + seed, 44)) for seed in range(7)]
     items = [(name, image, np.insert(probs, 1, 0, axis=0)) for name, (image, _, probs) in enumerate(scenes)]
     found = list(crf_masks(iter(items), CrfConfig(), processes=2))
-    assert [name for name, _ in found] == list(range(7))
-    for (_, mask), (_, image, probs) in zip(found, items, strict=True):
+    assert [name for name, _, _ in found] == list(range(7))
+    for (_, mask, confidence), (_, image, probs) in zip(found, items, strict=True):
         assert mask.dtype == np.uint8
-        np.testing.assert_array_equal(mask, dense_crf(image, probs, CrfConfig()).argmax(axis=0))
+        refined = dense_crf(image, probs, CrfConfig())
+        np.testing.assert_array_equal(mask, refined.argmax(axis=0))
+        np.testing.assert_array_equal(confidence, refined.max(axis=0))
 
 
 def test_without_the_extra_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

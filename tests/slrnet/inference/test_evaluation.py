@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def need(protocol: str) -> None:
 
 def evaluate(checkpoint: Checkpoint, data: ShardSet, config: Config, folder: Path) -> dict[str, Any]:
     options = LaunchOptions(name="evaluation", storage=folder, num_workers=0)
-    return launch_evaluation(checkpoint.path, data, split="val", config=config, options=options)
+    return launch_evaluation(checkpoint, data, split="val", config=config, options=options)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -72,7 +73,7 @@ def test_any_number_of_ranks_counts_the_same(
     need(protocol)
     config = apply_overrides(tiny_config, [f"evaluation.protocol={protocol}"])
     model = restore_model(checkpoint).eval()
-    normalise = Normalise(model.encoder.mean, model.encoder.std, model.encoder.output_stride)
+    normalise = Normalise.of(model.encoder)
 
     def share(rank: int, world_size: int) -> Quality:
         loader = EvalLoader(tiny_data, split="val", rank=rank, world_size=world_size)
@@ -110,12 +111,7 @@ def test_mistakes_are_refused_before_anything_runs(
     crf = apply_overrides(tiny_config, ["evaluation.protocol=ms_crf"])
     with pytest.raises(ValueError, match="ms_crf needs pydensecrf2"):
         evaluate(checkpoint, tiny_data, crf, tmp_path)
-    with pytest.raises(CheckpointError):
-        launch_evaluation(
-            tmp_path / "none",
-            tiny_data,
-            split="val",
-            config=tiny_config,
-            options=LaunchOptions(name="e", storage=tmp_path, num_workers=0),
-        )
+    state = replace(checkpoint.state, classes=("background", "other"))
+    with pytest.raises(CheckpointError, match="the checkpoint knows 2 classes"):
+        evaluate(replace(checkpoint, state=state), tiny_data, tiny_config, tmp_path)
     assert not (tmp_path / "evaluation").exists()

@@ -90,11 +90,57 @@ class TestPredictor:
         pixels = picture()
         np.testing.assert_array_equal(predictor(Image.fromarray(pixels)).probs, predictor(pixels).probs)
 
+    @pytest.mark.parametrize("protocol", ["ss", "ms"])
+    def test_a_batch_gives_what_its_images_give(self, checkpoint: Checkpoint, protocol: Any) -> None:
+        predictor = Predictor(checkpoint, protocol=protocol, device="cpu")
+        images = [picture(40, 56, 1), picture(56, 40, 2), picture(40, 56, 3), picture(40, 56, 4)]
+        sizes: list[int] = []
+        predictor._model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0][0])))
+        together = predictor.predict_batch(images)
+        assert set(sizes) == ({3, 1} if protocol == "ss" else {6, 2})
+        for image, found in zip(images, together, strict=True):
+            alone = predictor(image)
+            assert found.probs is not None
+            np.testing.assert_allclose(found.probs, alone.probs, atol=1e-5)
+            np.testing.assert_allclose(found.class_scores, alone.class_scores, atol=1e-5)
+        assert predictor.predict_batch([]) == []
+
+    def test_large_images_go_by_tiles(
+        self, make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config
+    ) -> None:
+        settings = ["inference.tile_above=9000", "inference.tile_size=64", "inference.tile_overlap=32"]
+        predictor = Predictor(make_checkpoint(apply_overrides(tiny_config, settings)), device="cpu")
+        sizes: list[tuple[int, ...]] = []
+        predictor._model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0][0].shape)))
+        blocks = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+        image = blocks.repeat(16, axis=0).repeat(16, axis=1)  # 96 x 144
+        found = predictor(image)
+        assert found.probs is None
+        assert (found.mask.shape, found.mask.dtype) == ((96, 144), np.uint8)
+        assert set(sizes) == {(1, 3, 64, 64)}
+        assert len(sizes) == 2 * 4
+        corner = predictor(image[:64, :64])
+        np.testing.assert_array_equal(found.mask[:32, :24], corner.mask[:32, :24])  # no other tile reaches there
+        assert found.class_scores is not None
+        assert corner.class_scores is not None
+        assert (found.class_scores >= corner.class_scores - 1e-6).all()
+        assert predictor(image[:60]).probs is not None  # 60 x 144 is below the limit
+
     def test_gating_by_class_scores(self, make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config) -> None:
         config = apply_overrides(tiny_config, ["evaluation.gating=scores", "evaluation.gating_threshold=1.0"])
         found = Predictor(make_checkpoint(config), device="cpu")(picture())
         assert not found.probs[1:].any()
         assert not found.mask.any()
+
+    @pytest.mark.parametrize("protocol", ["ss", "ms"])
+    def test_without_class_scores(
+        self, make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config, protocol: Any
+    ) -> None:
+        config = apply_overrides(tiny_config, ["setting=sss", "data.pixel_labeled_subset=pixels"])
+        found = slrnet.load(make_checkpoint(config).path, protocol=protocol, device="cpu")(picture(37, 53))
+        assert found.class_scores is None
+        assert found.probs.shape == (4, 37, 53)
+        assert len(np.unique(found.mask)) > 1
 
     def test_refusals(
         self, checkpoint: Checkpoint, make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from slrnet import load
-from slrnet.config import Config
+from slrnet.config import Config, Setting
 from slrnet.inference import released_weights
 from slrnet.inference.released_weights import PREFIXES, SECOND_NAMES, main, released_checkpoint
 from slrnet.models.slrnet import build_model
-from slrnet.training.checkpoint import load_checkpoint
+from slrnet.training.checkpoint import load_checkpoint, save_checkpoint
 
 CLASSES = ("background", "ant", "bee", "cat")
 
@@ -28,10 +28,23 @@ def thin(config: Config) -> Config:
 @pytest.fixture
 def ours(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     """Weights of a small network of the released kind, which the reader then expects too."""
-    config = thin(released_weights._released_config())
-    monkeypatch.setattr(released_weights, "_released_config", lambda: config)
+    return small_network("wsss", monkeypatch)
+
+
+@pytest.fixture
+def ours_alone(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The same of pixel labels and unlabelled images: the heads predict the background."""
+    return small_network("sss", monkeypatch)
+
+
+def small_network(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    whole = released_weights._released_config
+    monkeypatch.setattr(released_weights, "_released_config", lambda setting: thin(whole(setting)))
+    config = thin(whole(setting))
     torch.manual_seed(0)
-    model = build_model(config.model, config.cvlr, num_classes=len(CLASSES))
+    model = build_model(
+        config.model, config.cvlr, num_classes=len(CLASSES), predict_background=config.predicts_background
+    )
     return {name: torch.randn_like(value) if value.is_floating_point() else value
             for name, value in model.state_dict().items()}  # fmt: skip
 
@@ -67,6 +80,77 @@ def test_every_tensor_finds_its_place(parallel: bool, ours: dict[str, Tensor], t
     assert (found.config.cvlr.form, found.config.evaluation.background_power) == ("released", 3.0)
 
 
+def one_stage(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of 1-Stage by its names: no auxiliary head, no CVLR, the encoder's modules without a prefix."""
+    named = {name.removeprefix("backbone."): tensor for name, tensor in released(ours).items()}
+    foreign = ("aux_head.", "factorization_reconstruction.", "newly_added.", "fixed_layers.")
+    return {name: tensor for name, tensor in named.items() if not name.startswith(foreign)}
+
+
+@pytest.fixture
+def ours_one_stage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """Weights of 1-Stage's parts; the encoder is WideResNet-38 by name and shape, made of one number each."""
+    whole = released_weights._released_config
+    monkeypatch.setattr(
+        released_weights,
+        "_released_config",
+        lambda setting: whole(setting).model_copy(
+            update={"model": whole(setting).model.model_copy(update={"decoder_dim": 8})}
+        ),
+    )
+    config = released_weights._stage_one(released_weights._released_config("wsss"))
+    with torch.device("meta"):
+        state = build_model(config.model, config.cvlr, num_classes=len(CLASSES)).state_dict()
+    return {name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in state.items()}
+
+
+def test_one_stage_is_the_network_without_cvlr(ours_one_stage: dict[str, Tensor]) -> None:
+    tensors = one_stage(ours_one_stage)
+    assert {"conv1a.weight", "b5_2.conv_branch2b1.weight", "b7.conv_branch2b2.weight", "bn7.bias"} <= tensors.keys()
+    assert released_weights.rename_released(tensors, source="file").keys() == ours_one_stage.keys()
+
+
+def test_a_one_stage_checkpoint_is_read(
+    ours_one_stage: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(released_weights, "read_tensors", lambda path: (one_stage(ours_one_stage), str(path)))
+    found = released_checkpoint(tmp_path / "published.pth", classes=CLASSES)
+    assert found.model.keys() == ours_one_stage.keys()
+    evaluation = found.config.evaluation
+    assert not found.config.cvlr.enabled
+    assert (evaluation.gating, evaluation.gating_threshold, evaluation.background_power) == ("scores", 0.1, 3.0)
+    assert evaluation.scales == (1.0, 0.5, 1.5, 2.0)
+    lacking = {name: tensor for name, tensor in one_stage(ours_one_stage).items() if name != "bn7.bias"}
+    monkeypatch.setattr(released_weights, "read_tensors", lambda path: (lacking, str(path)))
+    with pytest.raises(ValueError, match=r"does not fit 1-Stage with WideResNet-38; tensors: 1 missing \(encoder"):
+        released_checkpoint(tmp_path / "published.pth", classes=CLASSES)
+    resnet = {f"layer1.{name}": tensor for name, tensor in lacking.items()}
+    monkeypatch.setattr(released_weights, "read_tensors", lambda path: (resnet, str(path)))
+    with pytest.raises(ValueError, match="of no 1-Stage with WideResNet-38"):
+        released_checkpoint(tmp_path / "published.pth", classes=CLASSES)
+
+
+def test_every_tensor_of_the_setting_without_image_labels_finds_its_place(
+    ours_alone: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """One output more for the background in both heads; no scores to gate by, and the authors' thresholds."""
+    found = released_checkpoint(save(tmp_path, released(ours_alone)), classes=CLASSES)
+    assert found.model.keys() == ours_alone.keys()
+    assert all(torch.equal(found.model[name], ours_alone[name]) for name in ours_alone)
+    assert [found.model[f"{head}.classify.weight"].shape[0] for head in ("mask_head", "auxiliary_head")] == [4, 4]
+    config = found.config
+    assert (config.setting, config.evaluation.gating, config.evaluation.background_power) == ("sss", "none", 1.0)
+    calibration = config.calibration
+    assert (calibration.confidence_threshold, calibration.background_threshold, calibration.floor) == (0.8, 0.9, 0.6)
+    (tmp_path / "run").mkdir()
+    path = save_checkpoint(
+        tmp_path / "run" / "checkpoints", config=config, state=found.state, model=found.model, optimizer={}
+    )
+    prediction = load(path, device="cpu")(torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy())
+    assert prediction.mask.shape == (40, 50)
+    assert prediction.class_scores is None
+
+
 def test_the_command_writes_a_checkpoint_that_predicts(
     ours: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,7 +165,7 @@ def test_the_command_writes_a_checkpoint_that_predicts(
 
 
 def test_the_encoders_names_are_the_released_ones() -> None:
-    config = released_weights._released_config()
+    config = released_weights._released_config("wsss")
     with torch.device("meta"):
         names = build_model(config.model, config.cvlr, num_classes=21).state_dict().keys()
     own = {name.removeprefix("encoder.backbone.") for name in names if name.startswith("encoder.")}
@@ -106,8 +190,12 @@ class TestRefusals:
 
     def test_classes_and_settings_that_do_not_fit(self, ours: dict[str, Tensor], tmp_path: Path) -> None:
         whole = released(ours)
-        self.refuse(whole, tmp_path, "3 foreground classes, 20 are named", classes=released_weights.VOC_CLASSES)
-        self.refuse(whole, tmp_path, "predicts the background itself", classes=CLASSES[:3])
+        self.refuse(whole, tmp_path, "predicts 3 classes, 21 with the background", classes=released_weights.VOC_CLASSES)
+        self.refuse(whole, tmp_path, "predicts 3 classes, 2 with the background are named", classes=CLASSES[:2])
+        # Three names fit a mask head of three that predicts the background, but the other head says otherwise.
+        mixed = whole | {name: torch.ones(4, *whole[name].shape[1:]) for name in whole if "aux_head.4." in name or
+                         name.startswith("newly_added.8.4.")}  # fmt: skip
+        self.refuse(mixed, tmp_path, r"auxiliary_head.classify.weight \(4, 8, 1, 1\) instead of \(3, 8, 1, 1\)")
 
     def test_files_that_are_no_weights(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no weights file"):

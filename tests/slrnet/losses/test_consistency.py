@@ -65,6 +65,17 @@ class TestMaskConsistency:
             moved = view.grad.flatten(2).abs().sum(dim=2) > 0
             assert moved.tolist() == [[False, True, False, True], [False, False, False, True]]
 
+    @pytest.mark.parametrize("compare", ["logits", "probs"])
+    def test_all_classes_and_the_background_where_labels_are_unknown(self, compare: Any) -> None:
+        """The second image is unlabelled: a mean over its K = 4 classes."""
+        views = random_views(3)
+        compared = [view.softmax(dim=1) for view in views] if compare == "probs" else views
+        known = pairs_in_loops(compared, lambda n, k: bool(self.image_labels[n, k - 1]), start=1)[0]
+        unknown = pairs_in_loops(compared, lambda n, k: True, start=0)[1]
+        labels = torch.tensor([[1, 0, 1], [0, 0, 0]])
+        out = mask_consistency(views, labels, has_image_labels=torch.tensor([True, False]), compare=compare)
+        assert out.tolist() == pytest.approx([known, unknown], abs=1e-5)
+
     def test_images_without_classes_are_zero(self) -> None:
         assert mask_consistency(random_views(2), torch.zeros(2, 3)).tolist() == [0.0, 0.0]
 

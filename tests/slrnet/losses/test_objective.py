@@ -1,7 +1,8 @@
-"""The objective: its parts from losses worked out apart, its weights, pretraining, one view."""
+"""The objective: its parts from losses worked out apart, its weights, pretraining, one view, kinds of labels."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from slrnet.config import LossConfig, WeightsConfig
 from slrnet.losses.classification import classification_loss
 from slrnet.losses.consistency import code_consistency, mask_consistency
-from slrnet.losses.objective import AlignedOutputs, Objective, objective
+from slrnet.losses.objective import AlignedOutputs, Labels, Objective, objective
 from slrnet.losses.segmentation import balanced_cross_entropy
 
 IMAGE_LABELS = torch.tensor([[1, 0, 0], [1, 0, 1]])
@@ -40,8 +41,21 @@ def pseudo_labels() -> Tensor:
     return labels
 
 
-def run(aligned: AlignedOutputs, labels: Tensor | None, **weights: float) -> Objective:
-    return objective(aligned, labels, IMAGE_LABELS, weights=WeightsConfig(**weights), losses=LossConfig())
+def labels_of(pseudo: Tensor | None, **changes: Any) -> Labels:
+    """Image labels alone, unless `changes` say otherwise."""
+    given: dict[str, Any] = {
+        "image_labels": IMAGE_LABELS,
+        "has_image_labels": torch.tensor([True, True]),
+        "pixel_labels": None,
+        "has_pixel_labels": torch.tensor([False, False]),
+        "pseudo_labels": pseudo,
+    }
+    return Labels(**(given | changes))
+
+
+def run(aligned: AlignedOutputs, labels: Tensor | Labels | None, **weights: float) -> Objective:
+    labels = labels if isinstance(labels, Labels) else labels_of(labels)
+    return objective(aligned, labels, weights=WeightsConfig(**weights), losses=LossConfig())
 
 
 @pytest.mark.parametrize("views", [1, 2, 3])
@@ -115,7 +129,7 @@ def test_a_weight_of_zero_leaves_the_graph_whole(weights: dict[str, float]) -> N
 )
 def test_what_the_distances_compare_is_a_setting(choice: dict[str, Any], part: str) -> None:
     out = outputs(2)
-    changed = objective(out, None, IMAGE_LABELS, weights=WeightsConfig(), losses=LossConfig(**choice))
+    changed = objective(out, labels_of(None), weights=WeightsConfig(), losses=LossConfig(**choice))
     compare = next(iter(choice.values()))
     if part == "mask_consistency":
         expected = mask_consistency(out.logits, IMAGE_LABELS, compare=compare).mean()
@@ -123,3 +137,89 @@ def test_what_the_distances_compare_is_a_setting(choice: dict[str, Any], part: s
         expected = code_consistency(out.codes, compare=compare).mean()
     assert changed.parts[part].item() == pytest.approx(expected.item())
     assert changed.parts[part].item() != pytest.approx(run(out, None).parts[part].item(), rel=1e-4)
+
+
+def true_masks() -> Tensor:
+    """Of image 1 alone: class 2, which its image labels do not have, and void."""
+    labels = torch.full((2, 6, 6), 255)
+    labels[1, :3], labels[1, 3:, :3] = 0, 2
+    return labels
+
+
+FIRST, SECOND, BOTH, NONE = ([True, False], [False, True], [True, True], [False, False])
+
+
+class TestKindsOfLabels:
+    def entropy(self, out: AlignedOutputs, labels: Tensor, image: int, **options: Any) -> float:
+        """Eq. 1 of one image, by the losses' own functions: views 1 and 2, the auxiliary head at 0.4."""
+        main = sum(balanced_cross_entropy(view, labels, **options)[image].item() for view in out.logits)
+        side = sum(balanced_cross_entropy(view, labels, **options)[image].item() for view in out.auxiliary_logits)
+        return main + 0.4 * side / 2
+
+    @pytest.mark.parametrize("balance", [True, False])
+    def test_images_with_masks_use_them_and_the_others_their_pseudo_labels(self, balance: bool) -> None:
+        out, pseudo, masks = outputs(2), pseudo_labels(), true_masks()
+        labels = labels_of(pseudo, pixel_labels=masks, has_pixel_labels=torch.tensor(SECOND))
+        losses = LossConfig(pixel_balance=balance)
+        result = objective(out, labels, weights=WeightsConfig(pixel_labels=3.0), losses=losses)
+        plain = None if balance else torch.tensor([True, True])
+        of_pseudo = self.entropy(out, pseudo, 0, image_labels=IMAGE_LABELS) / 2
+        of_masks = self.entropy(out, masks, 1, plain=plain) / 2
+        assert result.parts["segmentation"].item() == pytest.approx(of_pseudo, abs=1e-5)
+        assert result.parts["pixel_segmentation"].item() == pytest.approx(of_masks, abs=1e-5)
+        assert min(of_pseudo, of_masks) > 0
+        rest = result.parts["classification"] + 4 * (
+            result.parts["mask_consistency"] + result.parts["code_consistency"]
+        )
+        assert result.total.item() == pytest.approx(rest.item() + of_pseudo + 3 * of_masks, abs=1e-4)
+
+    def test_classification_is_of_images_with_image_labels_and_no_mask(self) -> None:
+        out = outputs(2)
+        for masks, names, counted in ((SECOND, BOTH, [1, 0]), (NONE, FIRST, [1, 0]), (NONE, BOTH, [1, 1])):
+            labels = labels_of(
+                pseudo_labels(), has_pixel_labels=torch.tensor(masks), has_image_labels=torch.tensor(names)
+            )
+            views = [(scores, 1.0) for scores in out.class_scores]
+            views += [(scores, 0.2) for scores in out.auxiliary_class_scores]
+            expected = sum(
+                factor * (classification_loss(scores, IMAGE_LABELS) * torch.tensor(counted)).mean().item()
+                for scores, factor in views
+            )
+            assert run(out, labels).parts["classification"].item() == pytest.approx(expected, abs=1e-5)
+
+    def test_without_image_labels_there_is_no_classification_and_all_classes_are_compared(self) -> None:
+        out = replace(outputs(2), class_scores=[], auxiliary_class_scores=[])
+        labels = labels_of(pseudo_labels(), has_image_labels=None, pixel_labels=true_masks())
+        parts = run(out, labels).parts
+        assert set(parts) == {"segmentation", "pixel_segmentation", "mask_consistency", "code_consistency"}
+        nobody = torch.tensor(NONE)
+        expected = mask_consistency(out.logits, IMAGE_LABELS, has_image_labels=nobody).mean().item()
+        assert parts["mask_consistency"].item() == pytest.approx(expected)
+        incomplete = torch.zeros(2, 6, 6, dtype=torch.int64)
+        incomplete[:, :2] = 2  # one class of two, or another one: nothing is known, so nothing is missing
+        found = run(out, labels_of(incomplete, has_image_labels=None)).parts["segmentation"].item()
+        assert found == pytest.approx(sum(self.entropy(out, incomplete, i) for i in (0, 1)) / 2, abs=1e-5)
+
+    @pytest.mark.parametrize("pretraining", [True, False])
+    @pytest.mark.parametrize("masks", [FIRST, BOTH, NONE])
+    def test_a_kind_that_a_batch_lacks_is_an_exact_zero_with_a_graph(self, masks: Any, pretraining: bool) -> None:
+        out = outputs(2)
+        has = torch.tensor(masks)
+        given = torch.where(has[:, None, None], pseudo_labels(), 255)
+        labels = labels_of(None if pretraining else pseudo_labels(), pixel_labels=given, has_pixel_labels=has)
+        parts = run(out, labels).parts
+        assert ("segmentation" in parts) != pretraining
+        assert (parts["pixel_segmentation"].item() == 0) == (masks == NONE)
+        if not pretraining:
+            assert (parts["segmentation"].item() == 0) == (masks == BOTH)
+        assert (parts["classification"].item() == 0) == (masks == BOTH)
+        sum(parts.values()).backward()  # type: ignore[union-attr]
+        for tensor in (*out.logits, *out.auxiliary_logits, *out.class_scores, *out.auxiliary_class_scores):
+            assert tensor.grad is not None
+            assert bool(tensor.grad.isfinite().all())
+
+    def test_true_masks_train_while_pretraining(self) -> None:
+        labels = labels_of(None, pixel_labels=true_masks(), has_pixel_labels=torch.tensor(SECOND))
+        parts = run(outputs(2), labels).parts
+        assert "segmentation" not in parts
+        assert parts["pixel_segmentation"].item() > 0

@@ -133,3 +133,21 @@ def test_low_precision_logits_are_raised() -> None:
         loss = balanced_cross_entropy(logits.bfloat16(), labels)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, balanced_cross_entropy(logits.bfloat16().float(), labels))
+
+
+def test_only_checked_images_need_all_their_classes() -> None:
+    logits, _ = random_case(3, 3, 1, 2, seed=0)
+    labels = torch.tensor([[[0, 1]]] * 3)
+    classes = torch.tensor([[1, 1], [1, 1], [1, 0]])
+    alone = balanced_cross_entropy(logits, labels)
+    out = balanced_cross_entropy(logits, labels, image_labels=classes, checked=torch.tensor([True, False, True]))
+    assert out.tolist() == [0.0, alone[1].item(), alone[2].item()]
+
+
+def test_plain_images_weigh_all_classes_alike() -> None:
+    """Four pixels: 0, 0, 1, void; each of three costs log 2 at equal logits, and a single class counts too."""
+    labels = torch.tensor([[[0, 0], [1, VOID]], [[0, 0], [1, VOID]], [[0, 0], [0, 0]]])
+    loss = balanced_cross_entropy(torch.zeros(3, 2, 2, 2), labels, plain=torch.tensor([True, False, True]))
+    assert loss.tolist() == pytest.approx([3 * math.log(2) / 4, math.log(2) / 4, math.log(2)], abs=1e-6)
+    void = torch.full((1, 2, 2), VOID)
+    assert balanced_cross_entropy(torch.zeros(1, 2, 2, 2), void, plain=torch.tensor([True])).tolist() == [0.0]

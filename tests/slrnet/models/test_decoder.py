@@ -204,6 +204,13 @@ class TestMaskHead:
         assert head.classify.bias is not None
         assert torch.allclose(head(maps)[:, 1:], foreground + head.classify.bias.view(-1, 1, 1), atol=1e-4)
 
+    def test_the_background_may_be_predicted_like_any_class(self) -> None:
+        head = MaskHead(4, num_classes=3, predict_background=True).eval()
+        maps = random_maps(2, 4, 5, 6)
+        assert head(maps).shape == (2, 3, 5, 6)
+        assert torch.equal(head(maps), head.classify(head.convs(maps)))
+        assert head(maps)[:, 0].std() > 0
+
     def test_logits_are_float32_under_autocast(self) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert MaskHead(4, num_classes=3)(random_maps(2, 4, 5, 6)).dtype == torch.float32

@@ -31,6 +31,13 @@ def scores_in_loops(logits: Tensor, probs: Tensor, power: float, floor: float) -
 
 class TestAuxiliaryHead:
     @torch.no_grad()
+    def test_the_background_may_be_predicted_like_any_class(self) -> None:
+        head = AuxiliaryHead(4, num_classes=4, predict_background=True).eval()
+        features = torch.randn(2, 4, 5, 6)
+        assert torch.equal(head(features), head.classify(head.conv(features)))
+        assert head(features).shape == (2, 4, 5, 6)
+
+    @torch.no_grad()
     def test_background_is_1_minus_the_largest_foreground(self) -> None:
         torch.manual_seed(0)
         head = AuxiliaryHead(4, num_classes=4).eval()

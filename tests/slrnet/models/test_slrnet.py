@@ -35,12 +35,20 @@ def tiny_encoder() -> Encoder:
     return Encoder(TinyBackbone(), stages=[["shallow"], ["deep"]], channels=[5, 6], strides=[2, 4])
 
 
-def tiny_model(*, cvlr: bool = True, seed: int = 0, **options: Any) -> SLRNet:
+def tiny_model(*, cvlr: bool = True, seed: int = 0, predict_background: bool = False, **options: Any) -> SLRNet:
     torch.manual_seed(seed)
     module = CrossViewLowRank(8, dim=6, **options) if cvlr else None
     if module is not None:
         module.project_out.reset_parameters()  # it starts at zero, where views would not meet
-    return SLRNet(tiny_encoder(), num_classes=K, cvlr=module, decoder_dim=8, skip_dim=3, aspp_dilations=(1, 2, 3))
+    return SLRNet(
+        tiny_encoder(),
+        num_classes=K,
+        cvlr=module,
+        decoder_dim=8,
+        skip_dim=3,
+        aspp_dilations=(1, 2, 3),
+        predict_background=predict_background,
+    )
 
 
 def images(*sides: int, n: int = 2) -> list[Tensor]:
@@ -175,3 +183,16 @@ def test_build_model_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) ->
     assert model.num_classes == 6
     assert model(images(17)).logits[0].shape[1] == 6
     assert build_model(config, CvlrConfig(enabled=False), num_classes=6).auxiliary_head is None
+    alone = build_model(config, cvlr, num_classes=6, predict_background=True)
+    assert alone.auxiliary_head is not None
+    assert [head.classify.out_channels for head in (alone.mask_head, alone.auxiliary_head)] == [6, 6]
+    assert [head.classify.out_channels for head in (model.mask_head, model.auxiliary_head)] == [5, 5]  # type: ignore[union-attr]
+
+
+def test_a_network_that_predicts_the_background_has_no_class_scores() -> None:
+    model = tiny_model(predict_background=True).train()
+    out = model(images(17, 9))
+    assert out.class_scores == out.auxiliary_class_scores == []
+    assert [tuple(view.shape[:2]) for view in (*out.logits, *out.auxiliary_logits, *out.codes)] == [(2, K)] * 6
+    sum(view.square().mean() for view in (*out.logits, *out.auxiliary_logits)).backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())

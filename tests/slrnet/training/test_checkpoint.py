@@ -93,7 +93,7 @@ class TestRoundTrip:
 
 class TestAtomic:
     @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-    @pytest.mark.parametrize("function", ["save_file", "torch.save", "_sha256", "json.dumps"])
+    @pytest.mark.parametrize("function", ["save_file", "torch.save", "sha256_of", "json.dumps"])
     def test_a_failure_leaves_the_earlier_one_and_nothing_else(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: BaseException
     ) -> None:
@@ -173,7 +173,7 @@ class TestDamage:
         (tmp_path / "outside.txt").write_text("secret")
         edit_state(path, lambda record: record | {"sha256": record["sha256"] | {stranger: "0"}})
         read: list[Path] = []
-        monkeypatch.setattr(checkpoint_module, "_sha256", lambda file: read.append(file) or "0")
+        monkeypatch.setattr(checkpoint_module, "sha256_of", lambda file: read.append(file) or "0")
         with pytest.raises(CheckpointError, match="lacks the checksums"):
             load_checkpoint(path)
         assert not read
@@ -274,3 +274,14 @@ class TestFreeSpace:
 def edit_state(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     record = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(change(record)))
+
+
+def test_a_checkpoint_is_compared_with_its_checksums_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "checkpoints", 3, 0.25)
+    hashed: list[str] = []
+    honest = checkpoint_module.sha256_of
+    monkeypatch.setattr(checkpoint_module, "sha256_of", lambda file: [hashed.append(file.name), honest(file)][1])
+    for place in (tmp_path, path):
+        hashed.clear()
+        assert load_checkpoint(place).path == path
+        assert sorted(hashed) == ["config.json", "model.safetensors", "trainer.pt"]

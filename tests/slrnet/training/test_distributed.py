@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slrnet.config import Config, apply_overrides, load_config
+from slrnet.data.batch import Batch, TrainSample, collate
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.shards import EvalLoader
 from slrnet.training.checkpoint import load_checkpoint
@@ -34,13 +35,15 @@ from slrnet.training.distributed import (
 )
 from slrnet.training.evaluate import evaluate_masks, quality_metrics
 from slrnet.training.metrics import ConfusionMatrix
-from slrnet.training.step import step_generator, step_losses
+from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 from slrnet.training.tracking import NullTracker
 from slrnet.training.trainer import NonFiniteLossError, Trainer
 
 WORLD = 2
 ROOT = Path(__file__).resolve().parents[3]
 # Without randomness and in evaluation mode an image's losses do not depend on the others of its batch.
+SETTINGS = ("wsss", "sss_image_labels", "sss")
+SEMI = ["data.pixel_labeled_subset=pixels", "weights.pixel_labels=1.5"]
 STILL = [f"views.{name}=0" for name in ("brightness", "contrast", "saturation", "hue")] + ["views.flip=false"]
 
 
@@ -67,7 +70,7 @@ def _process(folder: Path, rank: int) -> None:
     results = {
         "ranks": (ranks.rank, ranks.world_size, ranks.is_main),
         "sums": _sums(ranks),
-        "gradients": _gradients(config, shards, ranks),
+        "gradients": {setting: _gradients(_semi(config, setting), shards, ranks) for setting in SETTINGS},
         "error": _error(config, shards, ranks, folder),
         "training": _training(config, shards, ranks, folder),
     }
@@ -98,21 +101,27 @@ def _matrix(rank: int) -> ConfusionMatrix:
     return matrix
 
 
+def _semi(config: Config, setting: str) -> Config:
+    return apply_overrides(config, () if setting == "wsss" else [*SEMI, f"setting={setting}"])
+
+
 def _gradients(config: Config, shards: ShardSet, ranks: Ranks) -> dict[str, Tensor]:
     """Gradients of this rank's half of eight images, through the trainer's own wrapping."""
     config = apply_overrides(config, STILL)
     trainer = Trainer(config, shards, ranks=ranks, folder=Path("unused"), tracker=NullTracker())
     share = slice(4 * ranks.rank, 4 * ranks.rank + 4) if ranks.world_size > 1 else slice(0, 8)
-    images, labels = _eight(shards)
+    batch = _eight(shards, config.setting).part(share)
     trainer.wrapped.eval()
+    if config.setting == "sss":  # else one class claims all of an image
+        generator = torch.Generator().manual_seed(0)
+        torch.nn.init.normal_(trainer.model.mask_head.classify.weight, generator=generator)
     result = step_losses(
         trainer.wrapped,
-        images[share],
-        labels[share],
+        batch,
         config=config,
         normalise=trainer.normalise,
         generator=step_generator(3),
-        max_classes=2,
+        pseudo_rows=find_pseudo_rows(batch),
         pretraining=False,
     )
     result.total.backward()
@@ -120,10 +129,25 @@ def _gradients(config: Config, shards: ShardSet, ranks: Ranks) -> dict[str, Tens
     return found | {f"part {name}": part.detach() for name, part in result.parts.items()}
 
 
-def _eight(shards: ShardSet) -> tuple[Tensor, Tensor]:
+def _eight(shards: ShardSet, setting: str) -> Batch:
+    """Eight images; where masks are granted, to the second rank's four alone, so that each rank lacks a kind."""
     samples = list(EvalLoader(shards, split="train"))[:8]
-    images = [torch.nn.functional.interpolate(sample.image[None].float(), size=(64, 64)) for sample in samples]
-    return torch.cat(images).round().to(torch.uint8), torch.stack([sample.image_labels for sample in samples])
+    return collate(
+        [
+            TrainSample(
+                sample.key,
+                _sized(sample.image),
+                sample.image_labels * (setting != "sss"),
+                _sized(sample.pixel_labels[None])[0] if i >= 4 and setting != "wsss" else None,  # type: ignore[index]
+                has_image_labels=setting != "sss",
+            )
+            for i, sample in enumerate(samples)
+        ]
+    )
+
+
+def _sized(maps: Tensor) -> Tensor:
+    return torch.nn.functional.interpolate(maps[None].float(), size=(64, 64))[0].to(torch.uint8)
 
 
 def _error(config: Config, shards: ShardSet, ranks: Ranks, folder: Path) -> dict[str, Any]:
@@ -205,16 +229,21 @@ def test_sums_and_counts_are_those_of_all_and_the_own_ones_stay(results: list[di
         assert sums["mean"].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_gradients_are_those_of_the_joined_batch(
-    results: list[dict[str, Any]], config: Config, tiny_data: ShardSet
+    results: list[dict[str, Any]], config: Config, tiny_data: ShardSet, setting: str
 ) -> None:
-    joined = _gradients(config, tiny_data, Ranks())
+    joined = _gradients(_semi(config, setting), tiny_data, Ranks())
     assert joined["part segmentation"] > 0
+    assert ("part pixel_segmentation" in joined) == (setting != "wsss")
+    assert ("part classification" in joined) == (setting != "sss")
     weights = [name for name in joined if not name.startswith("part ")]
     assert len(weights) > 50
     largest = max(float(joined[name].abs().max()) for name in weights)
     assert largest > 0.01
-    first, second = (result["gradients"] for result in results)
+    first, second = (result["gradients"][setting] for result in results)
+    if setting != "wsss":
+        assert first["part pixel_segmentation"] == second["part segmentation"] == 0
     for name in weights:
         assert first[name].equal(second[name]), name
         torch.testing.assert_close(first[name], joined[name], rtol=1e-5, atol=1e-6 * max(1.0, largest), msg=name)
@@ -259,7 +288,7 @@ class TestTraining:
             ranks=Ranks(),
         )
         figures = quality_metrics("val", quality, tiny_data.info.classes)
-        assert len({value for name, value in figures.items() if name.startswith("val/iou/")}) > 2
+        assert len({value for name, value in figures.items() if name.startswith("val/iou/")}) > 1
         reported = results[0]["training"]["reports"][-1]
         assert reported["val/miou_ss"] == figures.pop("val/miou")
         assert {name: reported[name] for name in figures} == figures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from slrnet.config import CalibrationConfig, Config, ConfigError, EvaluationConfig, apply_overrides
 from slrnet.data.batch import EvalSample
-from slrnet.data.manifest import ShardSet
+from slrnet.data.manifest import DataError, ShardSet
 from slrnet.data.shards import EvalLoader
 from slrnet.models.slrnet import Outputs
 from slrnet.training.distributed import Ranks
@@ -188,6 +189,21 @@ class TestGate:
         gated = gate(self.PROBS.clone(), self.SCORES, self.LABELS, config)
         torch.testing.assert_close(gated.flatten(), torch.tensor(expected))
 
+    def test_what_cannot_be_gated_is_refused(self) -> None:
+        by_labels = apply_overrides(CONFIG, ["evaluation.gating=image_labels"])
+        by_scores = apply_overrides(CONFIG, ["evaluation.gating=scores"])
+        with pytest.raises(DataError, match="image 'a' has none; use none or scores, or prepare the data with"):
+            evaluate([replace(sample([BLUE], [2]), has_image_labels=False)], config=by_labels)
+        with pytest.raises(ValueError, match="gating is 'scores' and a network that predicts the background has none"):
+            gate(self.PROBS, None, self.LABELS, by_scores.evaluation)
+
+    def test_a_network_without_class_scores_is_measured(self) -> None:
+        class Scoreless(ColourNetwork):
+            def forward(self, views: Sequence[Tensor]) -> Outputs:
+                return replace(super().forward(views), class_scores=[])
+
+        assert evaluate([sample([BLUE], [2])], model=Scoreless()).matrix.counts[2].tolist() == [0, 0, 3072, 0]
+
     def test_gating_changes_what_is_counted(self) -> None:
         striped = sample([GREEN, BLUE], [1, 2], labels=(1.0, 0.0))
         config = apply_overrides(CONFIG, ["evaluation.gating=image_labels"])
@@ -253,6 +269,15 @@ class TestMeasurePseudoMasks:
         dense, _, (shown,) = self.measure([sample([BLUE, GREEN], [2, 1], labels=(1.0, 0.0))])
         assert set(shown.raw.unique().tolist()) == {0, 1}
         assert dense.matrix.counts[:, 2].tolist() == [0, 0, 0]
+
+    def test_nothing_is_ruled_out_where_the_training_has_no_image_labels(self) -> None:
+        striped = sample([BLUE, GREEN], [2, 1], labels=(1.0, 0.0))
+        alone = apply_overrides(CONFIG, ["setting=sss", "data.pixel_labeled_subset=some"])
+        dense, _, (shown,) = self.measure([striped], alone)
+        assert set(shown.raw.unique().tolist()) == {1, 2}
+        assert dense.protocol == "fused 1 views, refined, not gated"
+        _, _, (unlabelled,) = self.measure([replace(striped, has_image_labels=False)])
+        assert unlabelled.raw.equal(shown.raw)
 
     def test_undecided_pixels_are_no_coverage(self) -> None:
         # Dim green: probability of class 1 near a half, under 0.6 of the maximum that the bright stripe sets.

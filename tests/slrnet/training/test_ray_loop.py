@@ -90,7 +90,8 @@ def test_resuming_needs_a_checkpoint_and_names_the_runs_that_have_one(
     [
         ("data.val_split=test", "'test'"),
         ("data.path=/nowhere/at/all", "data_prep"),
-        ("data.workers=9", r"4 shards for 9 readers .* at least 9 shards are needed"),
+        ("data.train_subset=half", "no subset 'half'; it has: few, pixels"),
+        ("setting=sss", "name the subset whose masks it may see in data.pixel_labeled_subset"),
         ("train.batch_size=64", "batch"),
         ("model.encoder_weights=/nowhere/weights.pth", "/nowhere/weights.pth"),
         ("tracking.uri=http://127.0.0.1:9", "does not answer"),
@@ -127,3 +128,20 @@ def test_a_failed_training_is_marked_in_mlflow_with_its_cause(
     (run,) = runs(tmp_path)
     assert run.info.status == "FAILED"
     assert "the loss is not finite" in run.data.tags["reason"]
+
+
+def test_a_start_says_what_is_trained_on_and_how_classes_are_balanced(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_loop, "_run", lambda *arguments, **options: None)
+    said: list[str] = []
+    changes = ["setting=sss_image_labels", "data.pixel_labeled_subset=pixels", "data.class_balance=1.0"]
+    with pytest.raises(TrainingError, match="without a checkpoint"):
+        launch(
+            apply_overrides(tiny_config, changes),
+            LaunchOptions(name="run", storage=tmp_path, num_workers=0),
+            say=said.append,
+        )
+    assert "setting sss_image_labels, training images: 4 with pixel labels, 5 with image labels; 25 draws" in said[0]
+    assert said[1].splitlines()[0].split() == ["class", "images", "natural", "%", "target", "%", "expected", "%"]
+    assert len(said[1].splitlines()) == 5

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slrnet.config import CalibrationConfig, Config, ViewsConfig, config_from_dict
+from slrnet.data.batch import Batch
 from slrnet.data.views import View, apply_view
 from slrnet.losses.objective import Objective
 from slrnet.models.cvlr import CrossViewLowRank
@@ -18,6 +19,7 @@ from slrnet.training.step import (
     Normalise,
     align,
     calibrate_views,
+    find_pseudo_rows,
     make_pseudo_labels,
     make_views,
     step_generator,
@@ -41,7 +43,7 @@ class TinyBackbone(nn.Module):
         return [shallow, self.deep(shallow).relu()]
 
 
-def tiny_model(*, cvlr: bool = True, **options: Any) -> SLRNet:
+def tiny_model(*, cvlr: bool = True, predict_background: bool = False, **options: Any) -> SLRNet:
     torch.manual_seed(0)
     return SLRNet(
         Encoder(TinyBackbone(), stages=[["shallow"], ["deep"]], channels=[5, 6], strides=[2, 4]),
@@ -50,6 +52,7 @@ def tiny_model(*, cvlr: bool = True, **options: Any) -> SLRNet:
         decoder_dim=8,
         skip_dim=3,
         aspp_dilations=(1, 2, 3),
+        predict_background=predict_background,
     )
 
 
@@ -203,16 +206,45 @@ def settings(**sections: Any) -> Config:
 
 def losses_of(model: nn.Module, config: Config, *, pretraining: bool, seed: int = 0, **options: Any) -> Objective:
     torch.manual_seed(seed)  # dropout and gates
+    batch = batch_of(**options)
     return step_losses(
         model,
-        options.get("images", crops()),
-        options.get("image_labels", torch.tensor([[1, 0], [1, 1]])),
+        batch,
         config=config,
         normalise=PLAIN,
         generator=step_generator(seed),
-        max_classes=2,
+        pseudo_rows=find_pseudo_rows(batch),
         pretraining=pretraining,
     )
+
+
+def batch_of(
+    images: Tensor | None = None,
+    image_labels: Tensor | None = None,
+    masks: tuple[bool, bool] = (False, False),
+    names: tuple[bool, bool] = (True, True),
+) -> Batch:
+    """Two crops; those with `masks` have a true one: class 2 on the left, a void column, background on the right."""
+    images = crops() if images is None else images
+    labels = torch.full((2, *images.shape[-2:]), 255, dtype=torch.uint8)
+    for i, has in enumerate(masks):
+        if has:
+            labels[i, :, :10], labels[i, :, 11:] = 2, 0
+    image_labels = torch.tensor([[1.0, 0.0], [1.0, 1.0]]) if image_labels is None else image_labels
+    return Batch(
+        images=images,
+        image_labels=image_labels * torch.tensor(names)[:, None],
+        has_image_labels=torch.tensor(names),
+        keys=("a", "b"),
+        has_pixel_labels=torch.tensor(masks),
+        pixel_labels=labels if any(masks) else None,
+    )
+
+
+SEMI = {
+    "sss_image_labels": {"setting": "sss_image_labels", "data": {"crop_size": 32, "pixel_labeled_subset": "some"}},
+    "sss": {"setting": "sss", "data": {"crop_size": 32, "pixel_labeled_subset": "some"}},
+}
 
 
 class TestStepLosses:
@@ -294,3 +326,77 @@ class TestStepLosses:
             assert low.parts[name].item() == pytest.approx(value.item(), rel=0.05, abs=0.02)
         labelled.total.backward()  # type: ignore[no-untyped-call]
         assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+
+class TestKindsOfLabels:
+    def test_pseudo_labels_are_made_where_there_is_no_mask(self) -> None:
+        assert find_pseudo_rows(batch_of()).rows is None
+        assert find_pseudo_rows(batch_of()).max_classes == 2
+        mixed = find_pseudo_rows(batch_of(masks=(False, True)))
+        assert mixed.rows is not None
+        assert (mixed.rows.tolist(), mixed.max_classes) == ([0], 1)
+        unknown = find_pseudo_rows(batch_of(masks=(False, True), names=(False, True)))
+        assert unknown.max_classes == 2, "every class may appear"
+        none = find_pseudo_rows(batch_of(masks=(True, True)))
+        assert none.rows is not None
+        assert (none.rows.tolist(), none.max_classes) == ([], 0)
+
+    @pytest.mark.parametrize("setting", SEMI)
+    @pytest.mark.parametrize("pretraining", [True, False])
+    @pytest.mark.parametrize("masks", [(False, False), (False, True), (True, True)])
+    @pytest.mark.parametrize("cvlr", [True, False])
+    def test_every_parameter_gets_a_gradient_whatever_a_batch_lacks(
+        self, setting: str, pretraining: bool, masks: tuple[bool, bool], cvlr: bool
+    ) -> None:
+        alone = setting == "sss"
+        model = tiny_model(cvlr=cvlr, predict_background=alone).train()
+        names = (False, False) if alone else (True, True)
+        result = losses_of(model, settings(**SEMI[setting]), pretraining=pretraining, masks=masks, names=names)
+        expected = {"mask_consistency", "pixel_segmentation"}
+        expected |= {"code_consistency"} if cvlr else set()
+        expected |= set() if alone else {"classification"}
+        expected |= set() if pretraining else {"segmentation"}
+        assert set(result.parts) == expected
+        assert (result.parts["pixel_segmentation"].item() > 0) == any(masks)
+        if not pretraining and all(masks):
+            assert result.parts["segmentation"].item() == 0
+        result.total.backward()  # type: ignore[no-untyped-call]
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+            assert parameter.grad is None or bool(parameter.grad.isfinite().all()), name
+
+    @pytest.mark.parametrize("form", ["paper", "released"])
+    def test_masks_train_every_form_of_cvlr_without_image_labels(self, form: str) -> None:
+        model = tiny_model(predict_background=True, form=form).train()
+        options: dict[str, Any] = {"masks": (True, False), "names": (False, False)}
+        losses_of(model, settings(**SEMI["sss"]), pretraining=True, **options).total.backward()  # type: ignore[no-untyped-call]
+        assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+    def test_classes_of_unlabelled_images_are_not_restricted(self) -> None:
+        """Without image labels the pseudo labels of a half-red image may be of any class; with them only of theirs."""
+        model = tiny_model(predict_background=True).train()
+        config = settings(**SEMI["sss"])
+        one = losses_of(model, config, pretraining=False, names=(False, False), masks=(True, False))
+        assert one.parts["segmentation"].item() > 0
+        none = losses_of(model, config, pretraining=False, masks=(True, False), image_labels=torch.zeros(2, 2))
+        assert none.parts["segmentation"].item() == 0, "the background alone may be claimed, and weighs nothing"
+
+    def test_the_masks_of_other_images_are_never_used(self) -> None:
+        model = tiny_model().eval()
+        config = settings(**SEMI["sss_image_labels"])
+        batch = batch_of(masks=(True, False))
+        assert batch.pixel_labels is not None
+        batch.pixel_labels[1] = 1
+        noisy, clean = (
+            step_losses(
+                model,
+                of,
+                config=config,
+                normalise=PLAIN,
+                generator=step_generator(0),
+                pseudo_rows=find_pseudo_rows(of),
+                pretraining=False,
+            )
+            for of in (batch, batch_of(masks=(True, False)))
+        )
+        assert noisy.total.item() == clean.total.item()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from slrnet.config import Config, apply_overrides
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
-from slrnet.training.step import step_generator, step_losses
+from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 from slrnet.training.trainer import NonFiniteLossError, Trainer, batch_per_rank
 
 Digest = Callable[[nn.Module | Mapping[str, Tensor]], str]
@@ -264,12 +264,11 @@ class TestStep:
         for part in (slice(0, 4), slice(4, 8)):
             result = step_losses(
                 reference.model,
-                batch.images[part],
-                batch.image_labels[part],
+                batch.part(part),
                 config=config,
                 normalise=reference.normalise,
                 generator=step_generator(1),
-                max_classes=3,
+                pseudo_rows=find_pseudo_rows(batch.part(part)),
                 pretraining=False,
             )
             (result.total / 2).backward()
@@ -360,3 +359,41 @@ def _void_png(width: int, height: int) -> bytes:
     file = io.BytesIO()
     Image.new("L", (width, height), 255).save(file, "PNG")
     return file.getvalue()
+
+
+class TestMixtures:
+    """Images with masks and labels, with labels, with a mask that is not granted, and with nothing at all."""
+
+    @pytest.fixture(scope="class")
+    def mixed(self, write_tiny: Callable[..., ShardSet], tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+        unlabelled = {"train_3", "train_5", "train_8"}
+        return write_tiny(
+            tmp_path_factory.mktemp("mixed") / "shards",
+            mask_bytes=lambda sample, png: None if sample.key in {"train_6", "train_8"} else png,
+            image_labels=lambda key, classes: None if key in unlabelled else classes,
+        )
+
+    @pytest.mark.parametrize(
+        ("changes", "parts"),
+        [
+            ((), {"classification", "segmentation"}),
+            (("setting=sss_image_labels",), {"classification", "segmentation", "pixel_segmentation"}),
+            (("setting=sss",), {"segmentation", "pixel_segmentation"}),
+            (("setting=sss", "data.train_subset=pixels"), {"segmentation", "pixel_segmentation"}),
+        ],
+    )
+    def test_any_mixture_trains_and_is_measured(
+        self, mixed: ShardSet, quiet: Config, start_trainer: StartTrainer, changes: tuple[str, ...], parts: set[str]
+    ) -> None:
+        common = ["data.pixel_oversampling=2", "evaluation.pseudo_mask_images=9"]
+        common += ["data.pixel_labeled_subset=pixels"] if changes else []
+        config = apply_overrides(quiet, [*common, *changes])
+        trainer = start_trainer(config, shards=mixed)
+        figures = fit(trainer)[-1]
+        found = {name.removeprefix("train/epoch_loss_") for name in figures if name.startswith("train/epoch_loss_")}
+        assert found - {"mask_consistency", "code_consistency"} == parts
+        assert all(math.isfinite(figures[f"train/epoch_loss_{part}"]) for part in found)
+        assert figures["val/images"] == 5
+        # Of nine images two have no mask; granted masks are not measured, nor are images that are left out.
+        assert figures.get("pseudo_mask/images", 0) == {0: 7, 1: 3, 2: 0}[len(changes)]
+        assert len(trainer.model.mask_head.classify.bias) == (4 if "setting=sss" in changes else 3)  # type: ignore[arg-type]

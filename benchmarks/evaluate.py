@@ -1,0 +1,166 @@
+"""Speed of the evaluation protocols against the released inference code, with the same network and weights.
+
+    python benchmarks/evaluate.py --peer-dir FOLDER
+
+FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet); its network (WideResNet-38, random weights) and the
+loop of its tools/infer_voc.py run here on the CPU, its weights are read into ours by slrnet.inference.released_weights.
+Timed from the decoded image to the mask: `ss` (one scale, not mirrored) and `ms` (five scales, each also mirrored), by
+both codes in turn on the same images. Without the option only this project's times are printed.
+The goal for `ms` is 1.5 times the released speed. Claimed: the networks' probabilities are equal within 1e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._turns import times_in_turn
+from slrnet.config import Protocol
+from slrnet.inference.predictor import Predictor
+from slrnet.inference.released_weights import released_checkpoint
+from slrnet.models.encoders import IMAGENET_MEAN, IMAGENET_STD
+from slrnet.training.checkpoint import Checkpoint, restore_model
+
+GOAL = 1.5
+CLAIMED_DIFFERENCE = 1e-4
+PEER_MODULE = "models.slrnet"
+SCALES = (1.0, 1.5, 2.0, 0.5, 0.75)
+Picture = np.ndarray[Any, np.dtype[np.uint8]]
+Infer = Callable[[Picture], Picture]
+
+
+def main() -> None:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (args.height, args.width, 3), dtype=np.uint8) for _ in range(args.images)]
+    peer = None if args.peer_dir is None else load_released(args.peer_dir)
+    checkpoint = our_checkpoint(peer)
+    print(
+        f"{args.images} images of {args.width} x {args.height}, {args.threads} thread(s), {args.repeats} runs in turn"
+    )
+    if peer is not None:
+        difference = compare(peer, checkpoint)
+        print(f"largest difference of probabilities {difference:.1e} (claimed: at most {CLAIMED_DIFFERENCE:.0e})")
+    for protocol in args.protocols:
+        forms: dict[str, Infer] = {"slrnet": ours(checkpoint, protocol)}
+        if peer is not None:
+            forms["released"] = released(peer, protocol)
+        for form in forms.values():
+            form(images[0])  # warms up
+        runs = {name: partial(infer_all, form, images) for name, form in forms.items()}
+        times = times_in_turn(runs, repeats=args.repeats)
+        rates = {name: len(images) / statistics.median(values) for name, values in times.items()}
+        for name, values in times.items():
+            print(f"{protocol} {name:>9}: {rates[name]:.3f} images/s (runs {', '.join(f'{v:.2f}' for v in values)} s)")
+        if "released" in rates:
+            claim = f" (goal: {GOAL})" if protocol == "ms" else ""
+            print(f"{protocol} ratio {rates['slrnet'] / rates['released']:.2f}{claim}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-dir", type=Path, help="checkout of the authors' code to compare with")
+    parser.add_argument("--protocols", nargs="+", choices=["ss", "ms"], default=["ss", "ms"])
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--height", type=int, default=120)
+    parser.add_argument("--width", type=int, default=160)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def infer_all(infer: Infer, images: list[Picture]) -> None:
+    for image in images:
+        infer(image)
+
+
+def load_released(folder: Path) -> nn.Module:
+    if not (folder / "models" / "slrnet.py").is_file():
+        raise SystemExit(f"{folder} holds no models/slrnet.py; give a checkout of DesertsP/SLRNet as --peer-dir")
+    sys.path.insert(0, str(folder))
+    peer = importlib.import_module(PEER_MODULE)
+    torch.manual_seed(0)
+    network: nn.Module = peer.Net(pretrained=None, num_classes=21, scale_factor=0.5)
+    network.eval()  # which does not return it, there
+    return network
+
+
+def our_checkpoint(peer: nn.Module | None) -> Checkpoint:
+    """The released network's weights as ours; without it, random ones in the same network."""
+    from slrnet.inference.released_weights import _released_config
+    from slrnet.models.slrnet import build_model
+    from slrnet.training.checkpoint import TrainState
+
+    if peer is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save({"state_dict": peer.state_dict()}, f"{folder}/released.pth")
+            return released_checkpoint(f"{folder}/released.pth")
+    config = _released_config("wsss")
+    torch.manual_seed(0)
+    weights = build_model(config.model, config.cvlr, num_classes=21).state_dict()
+    classes = tuple(str(index) for index in range(21))
+    state = TrainState(epoch=0, step=0, classes=classes, data_fingerprint="", world_size=1)
+    return Checkpoint(Path(), config, state, weights, {})
+
+
+def compare(peer: nn.Module, checkpoint: Checkpoint) -> float:
+    """Largest difference of the probabilities of one view, at a size that both take as it is."""
+    images = torch.randn(1, 3, 97, 97, generator=torch.Generator().manual_seed(0))
+    model = restore_model(checkpoint).eval()
+    with torch.no_grad():
+        _, theirs = peer(images, single_scale=True)
+        probs = model([images]).logits[0].softmax(dim=1)
+        full = F.interpolate(probs, size=images.shape[-2:], mode="bilinear", align_corners=True)
+    return float((theirs - full).abs().max())
+
+
+def ours(checkpoint: Checkpoint, protocol: Protocol) -> Infer:
+    predictor = Predictor(checkpoint, protocol=protocol, device="cpu")
+    return lambda image: predictor(image).mask
+
+
+def released(peer: nn.Module, protocol: Protocol) -> Infer:
+    """What the released loop computes for one image: bicubic scales, mirror images, gating by scores, background^3."""
+    mean, std = (np.array(values, dtype=np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def view(image: Picture, scale: float) -> Tensor:
+        size = (round(image.shape[1] * scale), round(image.shape[0] * scale))
+        scaled = image if scale == 1 else np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+        return torch.from_numpy(((scaled / np.float32(255) - mean) / std).astype(np.float32).transpose(2, 0, 1))
+
+    def infer(image: Picture) -> Picture:
+        maps, scores = [], []
+        for scale in SCALES if protocol == "ms" else (1.0,):
+            upright = view(image, scale)
+            batch = torch.stack([upright, upright.flip(-1)]) if protocol == "ms" else upright[None]
+            with torch.no_grad():
+                score, probs = peer(batch, single_scale=True)
+            mean_probs = (probs[0] + probs[1].flip(-1)) / 2 if protocol == "ms" else probs[0]
+            maps.append(F.interpolate(mean_probs[None], image.shape[:2], mode="bilinear", align_corners=True)[0])
+            scores.append(score.mean(dim=0))
+        merged, pooled = torch.stack(maps).mean(dim=0), torch.stack(scores).mean(dim=0).sigmoid()
+        merged[1:] *= ((pooled > 0.3) & (pooled >= pooled.topk(6).values[-1]))[:, None, None]
+        merged[0] = merged[0] ** 3
+        return merged.numpy().argmax(axis=0).astype(np.uint8)
+
+    return infer
+
+
+if __name__ == "__main__":
+    main()

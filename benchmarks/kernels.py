@@ -1,0 +1,161 @@
+"""Registers, spills, shared memory and traffic of the factorisation's Triton kernels, for GPUs that need not be there.
+
+    python benchmarks/kernels.py
+
+Every kernel is compiled for each compute capability, (d, k), type of features and tile that a launch could choose.
+Claimed: no kernel spills a register at (256, 21), (256, 81) and (512, 201), and going forwards the bytes moved are at
+most 1.15 times the least possible: each pass reads the features once, and the last writes the reconstruction and the
+codes. What is counted goes to or comes from the GPU's memory; dictionaries, which all programs read, and the features
+that neighbouring programs read at the same time come from the L2 cache after the first time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from slrnet.kernels import factorize as kernels
+
+SHAPES = ((256, 21), (256, 81), (512, 201))
+CLAIMED_TRAFFIC = 1.15
+POSITIONS = 8242
+COUNTS = ("d", "k", "positions", "splits")
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+OF_FEATURES = {"features", "values", "codes", "source", "grad_codes", "reconstruction", "grad_first"}
+
+
+class Resources(NamedTuple):
+    registers: int
+    spilled: int
+    shared: int
+
+
+def main() -> int:
+    args = parse_arguments()
+    print(
+        f"{'kernel':<24}{'cc':>4}{'(d, k)':>12}{'type':>6}{'tile':>6}{'warps':>7}"
+        f"{'registers':>11}{'spilled':>9}{'shared':>9}"
+    )
+    spilling = 0
+    for (d, k), dtype in ((shape, dtype) for shape in args.shape for dtype in TYPES):
+        for name, kernel, constants, config in launches(d, k, dtype):
+            for capability in args.capability:
+                found = compile_kernel(kernel, constants, config, dtype, capability)
+                tile = config.kwargs.get("TILE", "-")
+                spilling += found.spilled > 0
+                print(
+                    f"{name:<24}{capability:>4}{f'({d}, {k})':>12}{TYPES[dtype]:>6}{tile:>6}{config.num_warps:>7}"
+                    f"{found.registers:>11}{found.spilled:>9}{found.shared:>9}",
+                    flush=True,
+                )
+    print(f"kernels that spill: {spilling} (claimed: 0)\n")
+    print(
+        f"{'N':>3}{'(d, k)':>12}{'type':>6}{'splits':>8}{'T=1':>8}{'T=3':>8}{'T=6':>8}   bytes moved / least, forwards"
+    )
+    worst = 0.0
+    for n in (2, 4, 16):
+        for (d, k), dtype in ((shape, dtype) for shape in args.shape for dtype in TYPES):
+            ratios = [traffic(n, d, k, dtype, num_iters) for num_iters in (1, 3, 6)]
+            worst = max(worst, *ratios)
+            splits = kernels.plan_of(n, d, k, POSITIONS, dtype).splits
+            print(f"{n:>3}{f'({d}, {k})':>12}{TYPES[dtype]:>6}{splits:>8}" + "".join(f"{r:>8.3f}" for r in ratios))
+    print(f"largest ratio {worst:.3f} (claimed: at most {CLAIMED_TRAFFIC})")
+    return int(spilling > 0 or worst > CLAIMED_TRAFFIC)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100], help="of the GPUs, times ten")
+    parser.add_argument("--shape", type=pair, nargs="+", default=SHAPES, metavar="D,K", help="sizes of dictionaries")
+    return parser.parse_args()
+
+
+def pair(text: str) -> tuple[int, int]:
+    d, k = text.split(",")
+    return int(d), int(k)
+
+
+def launches(d: int, k: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, dict[str, Any], triton.Config]]:
+    """Every kernel with its constants, once for each tile that may be chosen."""
+    plan = kernels.plan_of(16, d, k, POSITIONS, dtype)
+    sums = plan.tile() | {"ROWS": plan.rows}
+    wide = plan.tile() | {"WIDE": plan.wide}
+    finish = {"ROWS": triton.next_power_of_2(d), "COLUMNS": kernels.COLUMNS}
+    for name, variants in {
+        "_sum_for_dictionary": [sums | {"FIRST": True}, sums | {"FIRST": False}],
+        "_finish_dictionary": [finish],
+        "_rebuild": [wide],
+        "_sum_for_directions": [sums | {"LAST": True}, sums | {"LAST": False}],
+        "_grad_of_features": [wide | {"LAST": True}, wide | {"LAST": False}],
+        "_finish_gradient": [finish | {"LAST": True}, finish | {"LAST": False}],
+        "_backward_first_codes": [wide],
+    }.items():
+        kernel = getattr(kernels, name)
+        for constants in variants:
+            if hasattr(kernel, "configs"):
+                yield from (
+                    (name, kernel.fn, constants, config) for config in kernels.fitting_tiles(kernel.configs, constants)
+                )
+            else:
+                yield name, kernel, constants, triton.Config({})
+
+
+def compile_kernel(
+    kernel: Any, constants: dict[str, Any], config: triton.Config, dtype: torch.dtype, capability: int
+) -> Resources:
+    constants = constants | config.kwargs
+    names = kernel.arg_names
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in COUNTS:
+            return "i32"
+        if name == "inverse_temperature":
+            return "fp32"
+        return f"*{TYPES[dtype] if name in OF_FEATURES else 'fp32'}"
+
+    source = ASTSource(
+        kernel,
+        {name: kind(name) for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared)
+
+
+def traffic(n: int, d: int, k: int, dtype: torch.dtype, num_iters: int) -> float:
+    """Bytes moved going forwards over the least possible."""
+    plan = kernels.plan_of(n, d, k, POSITIONS, dtype)
+    features, codes = n * d * POSITIONS * dtype.itemsize, n * k * POSITIONS * dtype.itemsize
+    least = (num_iters + 1) * features + codes + features + codes  # reads, first codes; reconstruction, last codes
+    atoms = n * (d * k + k) * 4
+    sums = 2 * plan.splits * atoms  # partial sums, written and read
+    finished = 3 * atoms  # dictionary, directions, masses written; directions read
+    return (least + num_iters * (sums + finished) + atoms) / least
+
+
+if __name__ == "__main__":
+    sys.exit(main())

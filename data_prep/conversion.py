@@ -1,0 +1,271 @@
+"""What all converters share: the options of what they write, the way from found images to shards, the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.shard_writer import Sample, check_output, map_parallel, report_problems, verify, write_dataset
+from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
+
+__all__ = ["Output", "Source", "add_arguments", "convert_items", "parse_named_files", "run_command"]
+
+Item = TypeVar("Item", contravariant=True)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What every converter is told about the data set that it writes."""
+
+    folder: str | Path
+    """Folder to make; it must not exist or be empty."""
+    _: KW_ONLY
+    name: str | None = None
+    """Short name of the data set; None for the converter's own."""
+    subsets: Mapping[str, Path] = field(default_factory=dict)
+    """List files of named subsets."""
+    samples_per_shard: int = 128
+    """Samples that a shard holds at most, when `shards` is not given."""
+    shards: int | None = None
+    """Number of shards of every split."""
+    seed: int = 0
+    """Seed of everything random: drawn splits and fractions, and the order in which samples are dealt to shards."""
+    skip_damaged: bool = False
+    """Leave out images whose files are damaged or do not fit, naming each, instead of refusing them all."""
+    processes: int = 1
+    """Worker processes; the output is the same for any number."""
+    made_by: str | None = None
+    """The command that makes the data set, without `--out`; None for that of the converter's arguments."""
+
+    @classmethod
+    def of_arguments(cls, args: argparse.Namespace) -> Output:
+        """The output that the options of `add_arguments` ask for."""
+        return cls(
+            args.out,
+            name=args.name,
+            subsets=parse_named_files("--subset", args.subset),
+            samples_per_shard=args.samples_per_shard,
+            shards=args.shards,
+            seed=args.seed,
+            skip_damaged=args.skip_damaged,
+            processes=args.processes,
+        )
+
+    def named(self, name: str, script: str, words: Mapping[str, Any]) -> Output:
+        """With a name, and the command that makes it; what changes no byte, such as --processes, is left out of that.
+
+        Args:
+            name: Name unless another one was given.
+            script: File of the converter.
+            words: Options of the converter and their values: paths, texts, numbers; True for an option without a value,
+                a mapping for NAME=FILE pairs; None, False and what is empty are left out.
+        """
+        name = self.name or name
+        common = {
+            "--name": name,
+            "--subset": self.subsets,
+            "--samples-per-shard": self.samples_per_shard if self.shards is None else None,
+            "--shards": self.shards,
+            "--seed": str(self.seed),
+            "--skip-damaged": self.skip_damaged,
+        }
+        parts = ["python", script, *(word for option in {**words, **common}.items() for word in _words(*option))]
+        return replace(self, name=name, made_by=self.made_by or shlex.join(parts))
+
+
+class Source(Protocol[Item]):
+    """A folder in some layout. Picklable and small: it goes to every worker process."""
+
+    @property
+    def place(self) -> str:
+        """What messages call it."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of all K classes, background first."""
+
+    @property
+    def palette(self) -> npt.NDArray[np.uint8]:
+        """(256, 3) uint8 RGB by id."""
+
+    def scan(self, item: Item) -> Sample:
+        """Reads and checks all files of one image.
+
+        Raises:
+            DataError: something is wrong with them.
+        """
+
+    def encode(self, sample: Sample) -> tuple[bytes, bytes | None]:
+        """Bytes of one sample's JPEG and of its indexed PNG mask, None where there is none."""
+
+
+def convert_items(
+    source: Source[Item], items: Sequence[Item], output: Output, *, keep_background: bool = True
+) -> DatasetInfo:
+    """Reads and checks all images of a source, then writes them.
+
+    Args:
+        source: Where they come from.
+        items: One for each image.
+        output: What to write; with name and command, see `Output.named`.
+        keep_background: Whether images that are known to show none of the classes are written.
+
+    Raises:
+        DataError: files are damaged or do not fit, and are not to be skipped; nothing is written then.
+    """
+    assert output.name is not None
+    assert output.made_by is not None
+    check_output(output.folder)
+    scanned = map_parallel(partial(_scan, source), items, processes=output.processes, label="reading")
+    problems = [result for result in scanned if isinstance(result, str)]
+    if output.skip_damaged:
+        for problem in problems:
+            print(f"left out: {problem}", file=sys.stderr, flush=True)
+    elif problems:
+        report_problems(problems, source.place, advice="mend them, or leave these images out with --skip-damaged")
+    samples = [result for result in scanned if isinstance(result, Sample)]
+    if problems:
+        print(f"left out {len(problems)} damaged images, {len(samples)} remain", flush=True)
+    if not keep_background:
+        kept = [sample for sample in samples if sample.classes != ()]
+        print(f"left out {len(samples) - len(kept)} images that show none of the chosen classes", flush=True)
+        samples = kept
+    return write_dataset(
+        output.folder,
+        samples,
+        source.encode,
+        name=output.name,
+        classes=source.class_names,
+        palette=source.palette,
+        made_by=output.made_by,
+        samples_per_shard=output.samples_per_shard,
+        shards=output.shards,
+        seed=output.seed,
+        processes=output.processes,
+    )
+
+
+def _scan(source: Source[Item], item: Item) -> Sample | str:
+    try:
+        return source.scan(item)
+    except DataError as error:
+        return str(error)
+
+
+# Command line.
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -> None:
+    """Adds the options that all scripts share; with `name`, its default, also those of scripts that read images."""
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make; must not exist or be empty")
+    parser.add_argument(
+        "--verify", type=Path, metavar="DIR", help="instead of writing: compare the shards of DIR with its manifest"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)"
+    )
+    parser.add_argument(
+        "--samples-per-shard", type=int, default=128, metavar="N", help="most samples in a shard (default: %(default)s)"
+    )
+    parser.add_argument("--shards", type=int, metavar="N", help="instead: number of shards of every split")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of everything random (default: %(default)s)"
+    )
+    if name is not None:
+        parser.add_argument("--name", default=name, help="name of the data set (default: %(default)s)")
+        parser.add_argument(
+            "--subset",
+            action="append",
+            default=[],
+            metavar="NAME=FILE",
+            help="mark the images of a list file; repeatable",
+        )
+        parser.add_argument(
+            "--skip-damaged", action="store_true", help="leave damaged images out, naming each, instead of stopping"
+        )
+
+
+def run_command(parser: argparse.ArgumentParser, make: Callable[[argparse.Namespace], DatasetInfo]) -> int:
+    """Parses the command line, verifies or makes a data set, and prints what came of it.
+
+    Args:
+        parser: Knows the options of `add_arguments` and the script's own.
+        make: Makes the data set from the parsed options.
+
+    Returns:
+        Exit status: 0, 1 when `--verify` found damage, 2 for input that was refused, 130 after Ctrl-C.
+    """
+    args = parser.parse_args()
+    if (args.out is None) == (args.verify is None):
+        parser.error("give either --out DIR to make a data set or --verify DIR to check one")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if args.verify is not None:
+            return print_verification(args.verify, processes=args.processes)
+        info = make(args)
+    except (DataError, OSError) as error:  # OSError: no space, no permission; its text names the path
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    counts = ", ".join(f"{count} {split}" for split, count in info.counts.items())
+    print(f"wrote {args.out}: {counts} samples, {info.num_classes} classes, fingerprint {info.fingerprint[:12]}")
+    print(f"look at it: python -m slrnet.data.browse {shlex.quote(str(args.out))}")
+    return 0
+
+
+def parse_named_files(option: str, texts: Sequence[str]) -> dict[str, Path]:
+    """Files by name, of an option that is given as NAME=FILE, any number of times.
+
+    Raises:
+        DataError: a text has another form, or a name occurs twice.
+    """
+    files: dict[str, Path] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or not name or not path:
+            raise DataError(f"{option} {text!r} is not NAME=LISTFILE")
+        if name in files:
+            raise DataError(f"{option} {name} is taken; use another name")
+        files[name] = Path(path)
+    return files
+
+
+def _words(option: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [word for name, path in value.items() for word in (option, f"{name}={Path(path).absolute()}")]
+    if value is None or value is False or value == "" or value == 0:
+        return []
+    if value is True:
+        return [option]
+    return [option, str(value.absolute() if isinstance(value, Path) else value)]
+
+
+def print_verification(folder: Path, *, processes: int) -> int:
+    """Verifies a folder and prints what is damaged; returns the exit status, 1 where something is."""
+    damages = verify(folder, processes=processes)
+    dataset = load_dataset(folder)
+    if not damages:
+        print(f"{folder}: all {sum(dataset.info.counts.values())} samples are intact")
+        return 0
+    print(f"{folder}: {len(damages)} shard(s) are damaged:", file=sys.stderr)
+    for damage in damages:
+        print(f"  {damage}", file=sys.stderr)
+    print(f"repair with: {dataset.repair_command}", file=sys.stderr)
+    return 1
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,235 @@
+"""Reading of what people have: images of any kind as JPEG files, masks as arrays of class ids, lists.
+
+A JPEG file that can go into a shard as it is, is copied. What cannot is converted: files of other formats (also those
+that are called .jpg), CMYK, images that their EXIF data turn where they are to stand upright, and images beyond a
+longest side. A file that cannot be read to its end is an error that names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.data.images import EXIF_ORIENTATION, as_rgb, upright_rgb, upright_size
+from slrnet.data.manifest import DataError
+
+__all__ = [
+    "ImageForm",
+    "check_size",
+    "checked_ids",
+    "names_of",
+    "opened",
+    "read_keys",
+    "read_lines",
+    "read_mask",
+    "read_objects",
+    "seeded_share",
+    "split_words",
+    "subset_members",
+]
+
+JPEG_QUALITY = 95
+
+
+@contextmanager
+def opened(path: Path, *, remedy: str = "fetch it again") -> Iterator[Image.Image]:
+    """An open image file; pixels may be read within.
+
+    Raises:
+        DataError: the file is missing or damaged; the message ends in `remedy`.
+    """
+    try:
+        with Image.open(path) as image:
+            yield image
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; {remedy}") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read: {error}; {remedy}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageForm:
+    """The form in which images, and their masks, go into the shards."""
+
+    upright: bool = False
+    """Whether EXIF orientation is applied; not where masks belong to the pixels as they are stored."""
+    longest_side: int | None = None
+    """Larger images are scaled down to it, pixels."""
+    remedy: str = "fetch it again, or drop it from the list"
+    """What to do about a file that is missing or damaged."""
+
+    def size(self, path: Path) -> tuple[int, int]:
+        """Width and height that the image has in the shards; the file is read to its end.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        with opened(path, remedy=self.remedy) as image:
+            image.load()
+            return self._fit(self._size(image))
+
+    def jpeg(self, path: Path) -> bytes:
+        """Bytes of the image as a JPEG file: copied where they can be, else converted.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        with opened(path, remedy=self.remedy) as image:
+            size = self._size(image)
+            plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not self._turned(image)
+            if plain and self._fit(size) == size:
+                return path.read_bytes()
+            rgb = upright_rgb(image) if self.upright else as_rgb(image)
+            if self._fit(size) != size:
+                rgb = rgb.resize(self._fit(size), Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            rgb.save(buffer, "JPEG", quality=JPEG_QUALITY)
+            return buffer.getvalue()
+
+    def mask(self, ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Ids (H, W) of a mask, scaled down as its image is; a pixel takes the id of the nearest one."""
+        size = (ids.shape[1], ids.shape[0])
+        if self._fit(size) == size:
+            return ids
+        return np.asarray(Image.fromarray(ids).resize(self._fit(size), Image.Resampling.NEAREST))
+
+    def _turned(self, image: Image.Image) -> bool:
+        return self.upright and image.getexif().get(EXIF_ORIENTATION, 1) != 1
+
+    def _size(self, image: Image.Image) -> tuple[int, int]:
+        return upright_size(image) if self.upright else image.size
+
+    def _fit(self, size: tuple[int, int]) -> tuple[int, int]:
+        if self.longest_side is None or max(size) <= self.longest_side:
+            return size
+        scale = self.longest_side / max(size)
+        return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def read_mask(path: Path, *, remedy: str) -> npt.NDArray[np.uint8]:
+    """Ids of an indexed or grey mask: (H, W) uint8.
+
+    Raises:
+        DataError: the file is missing, damaged, or in colours; the message ends in `remedy`.
+    """
+    with opened(path, remedy=remedy) as image:
+        if image.mode not in ("P", "L", "1"):
+            raise DataError(
+                f"{path} is a {image.mode} image; masks must be indexed (mode P) or grey (L) with class ids as values: "
+                f"{remedy}"
+            )
+        return np.asarray(image).astype(np.uint8, copy=False)
+
+
+def checked_ids(path: Path, mask: npt.NDArray[np.uint8], num_classes: int, *, remedy: str) -> list[int]:
+    """The ids in a mask, ascending.
+
+    Raises:
+        DataError: there are others than those of classes and void.
+    """
+    present: list[int] = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
+    unknown = [label for label in present if label >= num_classes and label != IGNORE_INDEX]
+    if unknown:
+        raise DataError(
+            f"{path} has ids {unknown}; allowed are 0 to {num_classes - 1} and {IGNORE_INDEX} (void); {remedy}"
+        )
+    return present
+
+
+def check_size(path: Path, mask: npt.NDArray[np.uint8], image: Path, size: tuple[int, int], *, remedy: str) -> None:
+    """Checks that a mask and its image, `size` pixels wide and high, fit each other.
+
+    Raises:
+        DataError: they do not.
+    """
+    if mask.shape != size[::-1]:
+        raise DataError(
+            f"{path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image {image.name} {size[0]}x{size[1]}; {remedy}"
+        )
+
+
+def read_lines(path: str | Path, what: str) -> list[str]:
+    """Lines of a text file.
+
+    Raises:
+        DataError: it cannot be read as text; the message says `what` it should have been.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise DataError(f"cannot read the {what} {path}: {reason}; it holds one image a line") from None
+
+
+def read_keys(path: Path) -> list[str]:
+    """Keys in a list file, one image a line: its key, or the path of its file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    names = [Path(line.strip()).name for line in read_lines(path, "list file") if line.strip()]
+    return [name.rpartition(".")[0] or name for name in names]
+
+
+def read_objects(path: Path, *, remedy: str) -> set[str]:
+    """Names of the objects in an XML annotation of PASCAL VOC's form.
+
+    Raises:
+        DataError: the file cannot be read as XML; the message ends in `remedy`.
+    """
+    try:
+        objects = ElementTree.parse(path).getroot().findall("object")
+    except (ElementTree.ParseError, OSError) as error:
+        raise DataError(f"{path} is not readable XML: {error}; {remedy}") from None
+    return {(entry.findtext("name") or "").strip() for entry in objects}
+
+
+def subset_members(
+    subsets: Mapping[str, Path], known: set[str], read: Callable[[Path], list[str]]
+) -> dict[str, frozenset[str]]:
+    """Keys of the images in each named subset.
+
+    Args:
+        subsets: List files by name.
+        known: Keys of all images.
+        read: From a list file to keys.
+
+    Raises:
+        DataError: a list names an image that is in no split.
+    """
+    members = {}
+    for name, path in subsets.items():
+        keys = frozenset(read(path))
+        if strangers := sorted(keys - known):
+            raise DataError(
+                f"--subset {name}={path} lists {len(strangers)} image(s) that are in no split, such as "
+                f"{strangers[:3]}; remove them from the list"
+            )
+        members[name] = keys
+    return members
+
+
+def names_of(key: str, members: Mapping[str, frozenset[str]]) -> tuple[str, ...]:
+    """Names of the subsets that hold a key."""
+    return tuple(name for name, keys in members.items() if key in keys)
+
+
+def seeded_share(key: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the key and the seed alone, so that new images move no old ones."""
+    digest = hashlib.sha256(f"{seed} {key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def split_words(text: str | None) -> list[str] | None:
+    """The words between the commas of an option, None where it was not given."""
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]

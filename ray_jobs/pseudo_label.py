@@ -1,0 +1,77 @@
+"""Pseudo masks for a data set: `python ray_jobs/pseudo_label.py --checkpoint RUN --data DIR --out PSEUDO`.
+
+Writes shards like those of DIR, in whose train split (or --splits) the masks are the network's, and prints how good
+they are where there are true ones. A job that was stopped goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from slrnet.config import GATINGS, PROTOCOLS, apply_overrides  # noqa: E402
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, help="checkpoint, or a run's folder for its best one")
+    parser.add_argument("--data", help="folder with shards (default: what the checkpoint was trained on)")
+    parser.add_argument("--out", type=Path, help="folder to make")
+    parser.add_argument("--splits", default="train", help="comma-separated, or all (default: train); others are copied")
+    parser.add_argument("--protocol", choices=PROTOCOLS, default="ms", help="default: ms")
+    parser.add_argument("--gating", choices=GATINGS, default="image_labels", help="default: image_labels")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="other settings")
+    parser.add_argument("--voc-folder", type=Path, metavar="DIR", help="also a folder in VOC's layout")
+    parser.add_argument("--num-workers", type=int, default=0, help="Ray workers; 0 (default): in this process")
+    parser.add_argument("--cpus-per-worker", type=int, help="CPU cores each (default: an equal share)")
+    parser.add_argument("--verify", type=Path, metavar="DIR", help="instead: compare its shards with its manifest")
+    options = parser.parse_args(arguments)
+    if options.verify is None and (options.checkpoint is None or options.out is None):
+        parser.error("give --checkpoint RUN and --out DIR, or --verify DIR")
+    return options
+
+
+def main() -> int:
+    options = parse_arguments()
+    if options.verify is not None:
+        from data_prep.conversion import print_verification
+
+        return print_verification(options.verify, processes=1)
+    from slrnet.data.manifest import load_dataset
+    from slrnet.data.voc_folder import check_voc_folder, write_voc_folder
+    from slrnet.inference.pseudo_label import launch_pseudo_labels
+    from slrnet.training.checkpoint import load_checkpoint
+    from slrnet.training.ray_loop import TrainingError
+
+    try:
+        checkpoint = load_checkpoint(options.checkpoint.expanduser())
+        changes = [f"evaluation.protocol={options.protocol}", f"evaluation.gating={options.gating}", *options.set]
+        config = apply_overrides(checkpoint.config, changes)
+        shards = load_dataset(options.data or config.data.path)
+        splits = shards.splits if options.splits == "all" else tuple(options.splits.split(","))
+        if options.voc_folder is not None:
+            check_voc_folder(options.voc_folder)
+        workers = {"num_workers": options.num_workers, "cpus_per_worker": options.cpus_per_worker}
+        record = launch_pseudo_labels(checkpoint, shards, splits=splits, config=config, out=options.out, **workers)
+        if options.voc_folder is not None:
+            write_voc_folder(load_dataset(options.out.expanduser()), options.voc_folder, splits=splits)
+    except (ValueError, OSError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, TrainingError) else 2
+    for split, protocols in record["quality"].items():
+        for protocol, found in protocols.items():
+            values = {
+                name: 100 * found["metrics"].get(name, float("nan")) for name in ("miou", "mfdr", "mfnr", "coverage")
+            }
+            shown = ", ".join(f"{name} {value:.1f} %" for name, value in values.items())
+            print(f"{split}, {protocol}, {found['images']} images: {shown}")
+    print(f"pseudo masks: {options.out}; MLflow: {record['mlflow'] or 'the run of the training is out of reach'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Which labels a training may see of each sample, and how often it draws the sample (paper Sec. 3.1: D_p, D_c, D_u).
+
+The manifest says which labels a sample has; the setting and the named subset say which of them are granted. Everything
+that trains asks here, and nothing else decides: loaders read no mask and no image label that is not granted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from slrnet.config import DataConfig, Setting
+from slrnet.data.class_balance import ClassLists, balance
+from slrnet.data.epoch_plan import Pool
+from slrnet.data.manifest import DataError, SplitView
+
+__all__ = ["Supervision", "image_labels_only", "plan_supervision"]
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What a training sees of a split of n samples.
+
+    Attributes:
+        pixel_labels: (n,) bool, whose mask is granted.
+        image_labels: (n,) bool, whose image labels are known and granted.
+        pools: the samples that are drawn: those with granted masks, if there are any, and the others, if there are any.
+    """
+
+    pixel_labels: npt.NDArray[np.bool_]
+    image_labels: npt.NDArray[np.bool_]
+    pools: tuple[Pool, ...]
+
+    @property
+    def draws(self) -> int:
+        """Samples that an epoch draws, repeated ones counted each time."""
+        return sum(pool.total for pool in self.pools)
+
+    @cached_property
+    def members(self) -> npt.NDArray[np.bool_]:
+        """(n,) bool, which samples are trained on at all."""
+        found = np.zeros(len(self.pixel_labels), dtype=np.bool_)
+        for pool in self.pools:
+            found[pool.samples] = True
+        return found
+
+    def describe(self) -> str:
+        """Numbers of images by the labels they grant, and what an epoch draws, for people."""
+        masks, names = self.pixel_labels & self.members, self.image_labels & self.members & ~self.pixel_labels
+        rest = self.members & ~masks & ~names
+        kinds = {"pixel labels": masks, "image labels": names, "no labels": rest}
+        found = ", ".join(f"{int(kind.sum())} with {name}" for name, kind in kinds.items() if kind.any())
+        drawn = sum(pool.total for pool in self.pools if self.pixel_labels[pool.samples[0]])
+        shares = f", {100 * drawn / self.draws:.1f} % of them with pixel labels" if drawn else ""
+        return f"training images: {found}; {self.draws} draws per epoch{shares}"
+
+
+def plan_supervision(split: SplitView, config: DataConfig, setting: Setting) -> Supervision:
+    """Decides what a training may see of a split.
+
+    Args:
+        split: to train on.
+        config: subsets, oversampling and class balance.
+        setting: `sss` grants no image labels, `wsss` no masks.
+
+    Raises:
+        DataError: there is no such subset, a sample of `pixel_labeled_subset` has no mask, or nothing is left that
+            could be trained on.
+    """
+    members = np.ones(split.num_samples, dtype=np.bool_)
+    if config.train_subset:
+        members = split.in_subset(config.train_subset)
+    masks = np.zeros(split.num_samples, dtype=np.bool_)
+    if setting != "wsss":
+        masks = split.in_subset(config.pixel_labeled_subset) & members
+        _check_masks(split, masks, config)
+    names = split.has_image_labels if setting != "sss" else np.zeros_like(masks)
+    if setting == "wsss" and not (names & members).any():
+        raise DataError(
+            f"no sample of split {split.name!r} of {split.folder} that is trained on has image labels, and setting "
+            "'wsss' needs them; prepare the data with labels, or train on masks with setting=sss"
+        )
+    pools = tuple(
+        Pool(samples, _draws(split, samples, config) * times)
+        for samples, times in (
+            (np.flatnonzero(masks), config.pixel_oversampling),
+            (np.flatnonzero(members & ~masks), 1),
+        )
+        if len(samples)
+    )
+    return Supervision(masks, names, pools)
+
+
+def image_labels_only(split: SplitView) -> Supervision:
+    """All samples of a split once per epoch, with the image labels that they have."""
+    samples = np.arange(split.num_samples)
+    none = np.zeros(split.num_samples, dtype=np.bool_)
+    return Supervision(none, split.has_image_labels, (Pool(samples, np.ones(len(samples))),))
+
+
+def _draws(split: SplitView, samples: npt.NDArray[np.int64], config: DataConfig) -> npt.NDArray[np.float64]:
+    if not config.class_balance:
+        return np.ones(len(samples))
+    lists = ClassLists.of(split, samples)
+    return balance(lists, strength=config.class_balance, limit=config.balance_limit).draws
+
+
+def _check_masks(split: SplitView, masks: npt.NDArray[np.bool_], config: DataConfig) -> None:
+    name = config.pixel_labeled_subset
+    if not masks.any():
+        raise DataError(
+            f"data.pixel_labeled_subset {name!r} and data.train_subset {config.train_subset!r} of split {split.name!r} "
+            "have no sample in common; name subsets that overlap"
+        )
+    without = np.flatnonzero(masks & ~split.has_masks)
+    if len(without):
+        raise DataError(
+            f"{len(without)} of {int(masks.sum())} samples of subset {name!r} of split {split.name!r} have no mask, "
+            f"for instance {split.key(int(without[0]))!r}; data.pixel_labeled_subset must name samples with masks: "
+            "prepare the data with them, or leave them out of the subset"
+        )

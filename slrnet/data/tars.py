@@ -1,0 +1,108 @@
+"""Tar shards as bytes: nothing in them depends on the machine, the user or the time, so equal samples give equal files.
+
+A sample is KEY.jpg, KEY.png (indexed mask, where there is one) and KEY.json, in this order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from slrnet.data.manifest import SCHEMA
+
+__all__ = ["ShardWriter", "tar_end", "tar_members"]
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+class ShardWriter:
+    """Writes samples into one tar and gathers their rows of the manifest; a context that ends the tar.
+
+    Args:
+        file: open for writing, empty.
+        name: file name of the shard, for the manifest.
+
+    Attributes:
+        columns: the rows so far by the names of `SCHEMA`.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file = file
+        self._name = name
+        self.columns: dict[str, list[Any]] = {column: [] for column in SCHEMA.names}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self._file.write(tar_end(self._file.tell()))
+
+    def add(
+        self,
+        *,
+        key: str,
+        split: str,
+        subsets: Sequence[str],
+        size: tuple[int, int],
+        classes: Sequence[int] | None,
+        image: bytes,
+        mask: bytes | None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Adds a sample.
+
+        Args:
+            key: its name.
+            split: that it belongs to.
+            subsets: that it belongs to.
+            size: (width, height), pixels.
+            classes: foreground ids that are present: the image labels; None where they are not known.
+            image: bytes of a JPEG.
+            mask: bytes of an indexed PNG; None where there is none.
+            notes: further entries of its JSON file.
+        """
+        record = {
+            "key": key,
+            "classes": None if classes is None else list(classes),
+            "subsets": sorted(subsets),
+            "width": size[0],
+            "height": size[1],
+            **(notes or {}),
+        }
+        files = {f"{key}.jpg": image, **({} if mask is None else {f"{key}.png": mask})}
+        files[f"{key}.json"] = json.dumps(record).encode()
+        data = tar_members(files)
+        row = {
+            **{name: value for name, value in record.items() if name in SCHEMA.names},
+            "classes": list(classes or ()),
+            "has_image_labels": classes is not None,
+            "split": split,
+            "shard": self._name,
+            "offset": self._file.tell(),
+            "has_mask": mask is not None,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(b"".join(files.values())).hexdigest(),
+        }
+        self._file.write(data)
+        for name, value in row.items():
+            self.columns[name].append(value)
+
+
+def tar_members(files: Mapping[str, bytes]) -> bytes:
+    """Headers and padded contents of files by name, in ustar format."""
+    parts = []
+    for name, data in files.items():
+        header = tarfile.TarInfo(name)
+        header.size, header.mode, header.mtime = len(data), 0o644, 0
+        parts += [header.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % BLOCK)]
+    return b"".join(parts)
+
+
+def tar_end(size: int) -> bytes:
+    """What follows the last member of a tar of `size` bytes: two empty blocks, filled up to a whole record."""
+    return bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)

@@ -1,0 +1,86 @@
+"""A data set as a folder in PASCAL VOC's layout, for programs that know no shards.
+
+JPEGImages/KEY.jpg, SegmentationClass/KEY.png (palette PNGs, void 255) and ImageSets/Segmentation/SPLIT.txt. Where all
+classes are VOC's, masks have VOC's ids; else they keep their own, and labels.txt names them, the background first.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from slrnet.data.catalog import IGNORE_INDEX, VOC_CLASSES, voc_ids, voc_palette
+from slrnet.data.images import encode_mask
+from slrnet.data.manifest import DataError, ShardSet
+from slrnet.data.samples import ShardFiles, index_split
+
+__all__ = ["check_voc_folder", "write_voc_folder"]
+
+
+def check_voc_folder(out: Path) -> Path:
+    """Absolute path of a folder that may be written.
+
+    Raises:
+        DataError: it exists and is not empty.
+    """
+    path = out.expanduser().resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"{path} exists; give another folder, or remove it first")
+    return path
+
+
+def write_voc_folder(shards: ShardSet, out: Path, *, splits: Sequence[str]) -> None:
+    """Writes splits of a data set; the folder appears when it is whole.
+
+    Args:
+        shards: the data set.
+        out: folder to make.
+        splits: to write; samples without a mask get none.
+
+    Raises:
+        DataError: the folder exists, a key is in two of the splits, or a sample is damaged.
+    """
+    path = check_voc_folder(out)
+    partial = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (partial / folder).mkdir(parents=True)
+    classes = shards.info.classes
+    ours = not set(classes) <= set(VOC_CLASSES)
+    table = np.arange(256, dtype=np.uint8) if ours else voc_ids(classes)
+    palette = shards.info.palette_array() if ours else voc_palette()
+    if ours:
+        (partial / "labels.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
+    for split in splits:
+        keys = _write_split(shards, split, partial, table, palette)
+        (partial / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(sorted(keys)) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial.rename(path)
+
+
+def _write_split(
+    shards: ShardSet,
+    split: str,
+    folder: Path,
+    table: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
+    palette: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
+) -> list[str]:
+    index = index_split(shards, shards.split(split), on_error="stop", checksums=True)
+    keys = []
+    with ShardFiles(index) as reader:
+        for sample in range(int(index.firsts[-1])):
+            files, _, mask = reader.load(sample)
+            key = index.key(sample)
+            image = folder / "JPEGImages" / f"{key}.jpg"
+            if image.exists():
+                raise DataError(f"key {key!r} is in two of the splits; write them into folders of their own")
+            image.write_bytes(files["jpg"])
+            if mask is not None:
+                data = encode_mask(table[mask.numpy()], palette)
+                (folder / "SegmentationClass" / f"{key}.png").write_bytes(data)
+            keys.append(key)
+    assert table[IGNORE_INDEX] == IGNORE_INDEX
+    return keys

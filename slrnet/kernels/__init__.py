@@ -1,0 +1,1 @@
+"""Triton kernels; the torch form that each must equal stands in `models` or `calibration`."""

@@ -1,0 +1,97 @@
+"""DeepLabV3+ on any of our encoders, for training on masks alone (paper Table 2, the multi-stage extension).
+
+Decoder and head are those of the package segmentation_models_pytorch (the extra `distill`), so that the second stage is
+the network that everybody means by the name; the encoder is ours for its weights, normalisation and freezing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from slrnet.models.encoders import Encoder
+from slrnet.models.network import Network, Outputs
+
+__all__ = ["DeepLabV3Plus", "require_deeplab"]
+
+SKIP_STRIDE = 4
+
+
+def require_deeplab() -> None:
+    """Checks that the extra is installed.
+
+    Raises:
+        ValueError: it is not; the message says how to install it.
+    """
+    if find_spec("segmentation_models_pytorch") is None:
+        raise ValueError(
+            "model.architecture deeplabv3plus needs segmentation-models-pytorch, which is not installed; "
+            "run `pip install 'slrnet[distill]'`"
+        )
+
+
+class DeepLabV3Plus(Network):
+    """The network; it predicts the background like any class and has neither class scores nor codes.
+
+    Args:
+        encoder: at output stride 8 or 16, with features at stride 4.
+        num_classes: K with the background.
+        dim: channels of the decoder.
+        dilations: of the three 3x3 branches of the ASPP.
+        dropout: probability after the ASPP.
+
+    Raises:
+        ValueError: the extra is not installed, or the encoder has other strides.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        num_classes: int,
+        dim: int = 256,
+        dilations: tuple[int, int, int] = (12, 24, 36),
+        dropout: float = 0.5,
+    ) -> None:
+        super().__init__()
+        require_deeplab()
+        from segmentation_models_pytorch.base import SegmentationHead
+        from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
+        from segmentation_models_pytorch.decoders.deeplabv3.decoder import DeepLabV3PlusDecoder
+
+        if encoder.output_stride not in (8, 16) or SKIP_STRIDE not in encoder.strides:
+            raise ValueError(
+                f"the encoder's features have the strides {encoder.strides}; DeepLabV3+ needs the last one at stride 8 "
+                f"or 16 and one at {SKIP_STRIDE}: set model.output_stride, or use another model.encoder"
+            )
+        self.num_classes = num_classes
+        self.encoder = encoder
+        self._skip = max(i for i, stride in enumerate(encoder.strides) if stride == SKIP_STRIDE)
+        self.decoder = DeepLabV3PlusDecoder(
+            encoder_channels=(3, 0, encoder.channels[self._skip], encoder.out_channels),  # it takes the last two
+            encoder_depth=5,
+            out_channels=dim,
+            atrous_rates=dilations,
+            output_stride=encoder.output_stride,
+            aspp_separable=True,
+            aspp_dropout=dropout,
+        )
+        self.head = SegmentationHead(dim, num_classes, kernel_size=1)
+        initialize_decoder(self.decoder)
+        initialize_head(self.head)
+
+    def forward(self, views: Sequence[Tensor]) -> Outputs:
+        """Predicts masks of each view for itself, (N, K, H / 4, W / 4) logits.
+
+        Args:
+            views: per view (N, 3, H_v, W_v) normalised images, their sides multiples of the output stride.
+        """
+        return Outputs([self._decode(view) for view in views], [], [], [], [])
+
+    def _decode(self, images: Tensor) -> Tensor:
+        features: list[Tensor] = self.encoder.backbone(images)
+        unused = images.new_zeros(0)
+        decoded = self.decoder([unused, unused, features[self._skip], features[-1]])
+        return self.head(decoded).float()  # type: ignore[no-any-return]
