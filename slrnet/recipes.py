@@ -134,6 +134,7 @@ def voc_wsss_lite() -> Config:
         model=ModelConfig(
             encoder="efficientnet_lite0",
             output_stride=16,
+            frozen_stages=2,
             aspp_dilations=(6, 12, 18),
             dropout=0.2,
         ),
