@@ -72,11 +72,15 @@ def demo_data(storage: Path) -> str:
 
 def main(about: str | None, recipe: str, check: Callable[[Config], None]) -> int:
     options = parse_arguments(about)
+    try:
+        check(config := build_config(options, options.storage, recipe))
+    except ValueError as error:  # before PyTorch and Ray are imported, which takes seconds
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     from slrnet.training.ray_loop import LaunchOptions, TrainingError, launch
     from slrnet.training.summary import quality_table
 
     try:
-        check(config := build_config(options, options.storage, recipe))
         run = LaunchOptions(
             name=options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
             storage=options.storage,

@@ -130,7 +130,7 @@ def voc_wsss_lite() -> Config:
     """
     return Config(
         recipe="voc_wsss_lite",
-        data=DataConfig(crop_size=224, crop_scale=(0.4, 1.0), workers=1),
+        data=DataConfig(crop_size=224, crop_scale=(0.4, 1.0), workers=0),
         model=ModelConfig(
             encoder="efficientnet_lite0",
             output_stride=16,
@@ -143,7 +143,7 @@ def voc_wsss_lite() -> Config:
         losses=LossConfig(mask_consistency="probs"),
         weights=WeightsConfig(consistency=1.0, auxiliary=0.1),
         optim=OptimConfig(lr=1e-3),
-        train=TrainConfig(epochs=7, pretrain_epochs=2, batch_size=8),
+        train=TrainConfig(epochs=6, pretrain_epochs=2, batch_size=8),
         evaluation=EvaluationConfig(pseudo_mask_images=100, gating="scores", background_power=0.5),
     )
 
@@ -236,7 +236,7 @@ def voc_distill_lite() -> Config:
     return full.model_copy(
         update={
             "recipe": "voc_distill_lite",
-            "data": full.data.model_copy(update={"crop_size": 192, "crop_scale": (0.4, 1.0), "workers": 1}),
+            "data": full.data.model_copy(update={"crop_size": 192, "crop_scale": (0.4, 1.0), "workers": 0}),
             "model": full.model.model_copy(
                 update={"encoder": "efficientnet_lite0", "frozen_stages": 1, "freeze_batch_norm": True}
             ),
@@ -254,7 +254,7 @@ def demo() -> Config:
     return lite.model_copy(
         update={
             "recipe": "demo",
-            "data": lite.data.model_copy(update={"crop_size": 128, "shuffle_buffer": 200, "workers": 1}),
+            "data": lite.data.model_copy(update={"crop_size": 128, "shuffle_buffer": 200}),
             "train": TrainConfig(epochs=8, pretrain_epochs=2, batch_size=8, log_every=5),
             "evaluation": EvaluationConfig(pseudo_mask_images=48, panel_images=6),
         }

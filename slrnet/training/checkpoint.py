@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,8 +23,9 @@ from torch import Tensor
 
 from slrnet.config import Config, load_config
 from slrnet.data.files import sha256_of
-from slrnet.models.network import Network
-from slrnet.models.slrnet import build_model
+
+if TYPE_CHECKING:
+    from slrnet.models.network import Network
 
 __all__ = [
     "Checkpoint",
@@ -139,6 +140,8 @@ def restore_model(checkpoint: Checkpoint) -> Network:
     Raises:
         CheckpointError: the weights are not those of the configured network.
     """
+    from slrnet.models.slrnet import build_model  # takes seconds, and most users of checkpoints need no network
+
     config = checkpoint.config
     plain = config.model.model_copy(update={"encoder_weights": "none"})
     model = build_model(

@@ -22,8 +22,6 @@ from slrnet.config import Config, config_from_dict
 from slrnet.data.class_balance import ClassLists, shares, table
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.supervision import Supervision, plan_supervision
-from slrnet.models.encoders import resolve_weights
-from slrnet.models.slrnet import build_model
 from slrnet.training.checkpoint import (
     CheckpointError,
     TrainState,
@@ -33,8 +31,8 @@ from slrnet.training.checkpoint import (
 )
 from slrnet.training.distributed import Ranks, current_ranks, tune_process
 from slrnet.training.tracking import NullTracker, RunHandle, Tracker, create_run, environment_tags, resolve_uri
-from slrnet.training.trainer import Trainer, batch_per_rank
 
+# The network and the trainer are imported where they are used: Ray's controller, which needs neither, reads this module.
 __all__ = [
     "ClusterError",
     "Job",
@@ -173,6 +171,8 @@ def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
 
 
 def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
+    from slrnet.training.trainer import Trainer
+
     config = config_from_dict(values["config"])
     handle: RunHandle = values["handle"]
     tracker = Tracker(handle) if ranks.is_main else NullTracker()
@@ -246,6 +246,8 @@ def _conclude(folder: Path, handle: RunHandle, driver: Tracker) -> RunResult:
 
 def _absolute(config: Config, shards: ShardSet) -> Config:
     """Ray's workers run in folders of their own, so paths are made absolute here."""
+    from slrnet.models.encoders import resolve_weights
+
     weights = resolve_weights(config.model.encoder, config.model.encoder_weights)
     return config.model_copy(
         update={
@@ -274,6 +276,8 @@ def _nothing_to_resume(folder: Path) -> str:
 
 def _check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
     """Everything about data and batch that a worker would stumble over."""
+    from slrnet.training.trainer import batch_per_rank
+
     batch_per_rank(config, world_size)
     shards.split(config.data.val_split)
     supervision = plan_supervision(shards.split(config.data.train_split), config.data, config.setting)
@@ -293,6 +297,8 @@ def _class_balance(config: Config, shards: ShardSet, supervision: Supervision) -
 
 
 def _checkpoint_bytes(config: Config, shards: ShardSet) -> int:
+    from slrnet.models.slrnet import build_model
+
     with torch.device("meta"):
         random = config.model.model_copy(update={"encoder_weights": "none"})
         model = build_model(
