@@ -30,11 +30,12 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 demo: $(STAMP) ## train on the embedded data set through a local Ray cluster, from shards to scores
 	@$(BIN)/python ray_jobs/demo.py
 
-test: $(STAMP) ## all tests
-	@$(BIN)/python -m pytest
+test: test-fast ## all tests
+	@$(BIN)/python -m pytest -m slow
 
-test-fast: $(STAMP) ## the tests that start neither Ray nor servers
-	@$(BIN)/python -m pytest -m "not slow"
+# Side by side, with one thread each: the tests' networks are too small for more.
+test-fast: $(STAMP) ## the tests that start neither Ray nor servers, nor train to the end
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP) ## style, formatting, types
 	@$(BIN)/ruff check $(SOURCES)

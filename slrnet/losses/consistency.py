@@ -1,6 +1,7 @@
-"""Cross-view consistency of masks (paper Eq. 4) and of codes (Eq. 9), with the L1 distance.
+"""Cross-view consistency of masks (paper Eq. 4) and codes (Eq. 9), with the L1 distance; and divergence of masks.
 
-Both sum over unordered pairs of views: the ordered pairs of the paper count each distance twice, a factor that belongs
+The divergence is what the paper compares multi-view mask calibration with (Fig. 4, right).
+All sum over unordered pairs of views: the ordered pairs of the paper count each distance twice, a factor that belongs
 to lambda_reg, and two views then give the released code's scale. As there, the mean is taken over images, classes and
 pixels. Where an image's labels are known, its own foreground classes are compared; where they are not, all classes are,
 the background among them (the released code leaves it out).
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["code_consistency", "mask_consistency"]
+__all__ = ["code_consistency", "mask_consistency", "mask_divergence"]
 
 
 def mask_consistency(
@@ -59,6 +60,22 @@ def code_consistency(codes: Sequence[Tensor], *, compare: Literal["all", "maximu
     if compare == "maximum":
         codes = [torch.where(view == view.amax(dim=1, keepdim=True), view, 0) for view in codes]
     return _sum_of_pairs(codes)
+
+
+def mask_divergence(masks: Sequence[Tensor]) -> Tensor:
+    """Kullback-Leibler divergence between the masks of the views, the mean of both directions.
+
+    Args:
+        masks: per view (N, K, h, w) logits, un-warped to one size.
+
+    Returns:
+        (N,) sum over pairs of views of the mean over pixels, in nats; 0 with a graph for a single view.
+    """
+    total = masks[0].flatten(1).sum(dim=1) * 0
+    for first, second in combinations([view.log_softmax(dim=1) for view in masks], 2):
+        both = (first.exp() - second.exp()) * (first - second)  # KL(p, q) + KL(q, p), by class
+        total = total + both.sum(dim=1).flatten(1).mean(dim=1) / 2
+    return total
 
 
 def _sum_of_pairs(maps: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slrnet.config import LossConfig, WeightsConfig
 from slrnet.losses.classification import classification_loss
-from slrnet.losses.consistency import code_consistency, mask_consistency
+from slrnet.losses.consistency import code_consistency, mask_consistency, mask_divergence
 from slrnet.losses.segmentation import balanced_cross_entropy
 
 __all__ = ["AlignedOutputs", "Labels", "Objective", "objective"]
@@ -57,10 +57,13 @@ class Labels:
     has_pixel_labels: Tensor
     """(N,) bool, whose true mask is granted."""
     pseudo_labels: Tensor | None
-    """(N, H, W) int64, used for images without a true mask; None while pretraining."""
+    """(N, H, W) int64, used for images without a true mask, or (V, N, H, W) where each view has its own; None while
+    pretraining."""
 
 
-def objective(outputs: AlignedOutputs, labels: Labels, *, weights: WeightsConfig, losses: LossConfig) -> Objective:
+def objective(
+    outputs: AlignedOutputs, labels: Labels, *, weights: WeightsConfig, losses: LossConfig, divergence: bool = False
+) -> Objective:
     """Adds up the loss parts of a batch.
 
     Args:
@@ -68,6 +71,7 @@ def objective(outputs: AlignedOutputs, labels: Labels, *, weights: WeightsConfig
         labels: of the batch.
         weights: of the parts.
         losses: which quantities the consistency terms compare, and the balance between classes.
+        divergence: add the Kullback-Leibler divergence between the views' masks, as part `mask_divergence`.
 
     Returns:
         Parts `classification` (Eq. 2, of images with image labels and no true mask), `segmentation` (Eq. 1, of pseudo
@@ -91,11 +95,14 @@ def objective(outputs: AlignedOutputs, labels: Labels, *, weights: WeightsConfig
         has_image_labels=torch.zeros_like(labels.has_pixel_labels) if known is None else known,
         compare=losses.mask_consistency,
     ).mean()
+    if divergence:
+        parts["mask_divergence"] = mask_divergence(outputs.logits).mean()
     if outputs.codes:
         parts["code_consistency"] = code_consistency(outputs.codes, compare=losses.code_consistency).mean()
     factors = {
         "classification": weights.classification,
         "mask_consistency": weights.consistency,
+        "mask_divergence": weights.consistency,
         "code_consistency": weights.consistency,
         "segmentation": weights.segmentation,
         "pixel_segmentation": weights.segmentation * weights.pixel_labels,
@@ -118,8 +125,8 @@ def _segmentation_parts(
     plain = None if losses.pixel_balance else labels.has_pixel_labels
     main, auxiliary = (
         [
-            balanced_cross_entropy(view, targets, image_labels=labels.image_labels, checked=checked, plain=plain)
-            for view in views
+            balanced_cross_entropy(view, own, image_labels=labels.image_labels, checked=checked, plain=plain)
+            for view, own in zip(views, _per_view(targets, len(views)), strict=True)
         ]
         for views in (outputs.logits, outputs.auxiliary_logits)
     )
@@ -130,6 +137,10 @@ def _segmentation_parts(
         for name, (exists, of) in kinds.items()
         if exists is not None
     }
+
+
+def _per_view(targets: Tensor, views: int) -> Sequence[Tensor]:
+    return [targets] * views if targets.ndim == 3 else targets.unbind()[:views]
 
 
 def _with_auxiliary(main: Sequence[Tensor], auxiliary: Sequence[Tensor], weight: float) -> Tensor:

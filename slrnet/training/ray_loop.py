@@ -32,7 +32,7 @@ from slrnet.training.checkpoint import (
 from slrnet.training.distributed import Ranks, current_ranks, tune_process
 from slrnet.training.tracking import NullTracker, RunHandle, Tracker, create_run, environment_tags, resolve_uri
 
-# The network and the trainer are imported where they are used: Ray's controller, which needs neither, reads this module.
+# The network and the trainer are imported where they are used: Ray's controller reads this module and needs neither.
 __all__ = [
     "ClusterError",
     "Job",

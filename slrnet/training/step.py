@@ -214,7 +214,8 @@ def step_losses(
         has_pixel_labels=batch.has_pixel_labels,
         pseudo_labels=None if pretraining else _pseudo_labels(aligned, images, batch, config, pseudo_rows),
     )
-    return objective(aligned, labels, weights=config.weights, losses=config.losses)
+    divergence = config.calibration.supervision == "kl"
+    return objective(aligned, labels, weights=config.weights, losses=config.losses, divergence=divergence)
 
 
 def _pixel_labels(batch: Batch) -> Tensor:
@@ -227,8 +228,21 @@ def _pixel_labels(batch: Batch) -> Tensor:
 def _pseudo_labels(
     aligned: AlignedOutputs, images: Tensor, batch: Batch, config: Config, pseudo_rows: PseudoRows
 ) -> Tensor:
-    """(N, H, W) int64; 255 all over images that have a true mask, which are not calibrated at all."""
-    logits, possible = aligned.logits, possible_classes(batch.image_labels, batch.has_image_labels)
+    """(N, H, W) int64 from the average of the views, or (V, N, H, W) where each view has its own or another one's.
+
+    Images that have a true mask are not calibrated at all and are 255 all over.
+    """
+    views, supervision = aligned.logits, config.calibration.supervision
+    if supervision == "mvmc":
+        return _pseudo_labels_of(views, images, batch, config, pseudo_rows)
+    own = [_pseudo_labels_of([view], images, batch, config, pseudo_rows) for view in views]
+    return torch.stack(own if supervision == "kl" else [*own[1:], own[0]])
+
+
+def _pseudo_labels_of(
+    logits: Sequence[Tensor], images: Tensor, batch: Batch, config: Config, pseudo_rows: PseudoRows
+) -> Tensor:
+    possible = possible_classes(batch.image_labels, batch.has_image_labels)
     size = (images.shape[-2], images.shape[-1])
     rows = pseudo_rows.rows
     if rows is not None:

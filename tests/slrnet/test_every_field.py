@@ -101,6 +101,7 @@ CHANGES: dict[str, Change] = {
     "model.gate_rate": change_weights(0.6),
     "model.focal_power": change_weights(1.0),
     "model.focal_floor": change_weights(0.1),
+    "calibration.supervision": change_weights("cps"),
     "calibration.fusion": change_weights("probs"),
     "calibration.refine_iters": change_weights(0),
     "calibration.refine_dilations": change_weights([3, 4]),
@@ -153,7 +154,7 @@ CHANGES: dict[str, Change] = {
     "tracking.experiment": Change("other", "run"),
 }
 
-MEASURED_TOO = [key for key in CHANGES if key.startswith("calibration.")]
+MEASURED_TOO = [key for key in CHANGES if key.startswith("calibration.") and key != "calibration.supervision"]
 """Fields that rule the training's pseudo labels and the measured ones alike."""
 
 

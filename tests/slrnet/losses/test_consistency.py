@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slrnet.losses.consistency import code_consistency, mask_consistency
+from slrnet.losses.consistency import code_consistency, mask_consistency, mask_divergence
 
 
 def random_views(count: int, n: int = 2, k: int = 4, *, seed: int = 0) -> list[Tensor]:
@@ -103,6 +103,31 @@ class TestCodeConsistency:
         for view in views:
             assert view.grad is not None
             assert torch.equal(view.grad != 0, view == view.amax(dim=1, keepdim=True))
+
+
+class TestMaskDivergence:
+    @pytest.mark.parametrize("views", [2, 3])
+    def test_equals_a_slow_loop(self, views: int) -> None:
+        masks = random_views(views)
+        expected = torch.zeros(len(masks[0]))
+        for i in range(views):
+            for j in range(i):
+                for p, q in ((masks[i], masks[j]), (masks[j], masks[i])):
+                    p, q = p.softmax(dim=1), q.softmax(dim=1)
+                    expected += 0.5 * (p * (p / q).log()).sum(dim=1).mean(dim=(1, 2))
+        assert torch.allclose(mask_divergence(masks), expected, atol=1e-6)
+
+    def test_by_hand(self) -> None:
+        first, second = torch.tensor([[0.5, 0.5], [0.8, 0.2]]).log().view(2, 1, 2, 1, 1)
+        assert mask_divergence([first, second]).item() == pytest.approx(0.3 * torch.tensor(4.0).log().item() / 2)
+
+    def test_equal_masks_and_a_single_one_give_zero_with_a_graph(self) -> None:
+        masks = random_views(1)[0].requires_grad_()
+        assert mask_divergence([masks, masks]).tolist() == [0.0] * len(masks)
+        total = mask_divergence([masks])
+        assert total.tolist() == [0.0] * len(masks)
+        total.sum().backward()  # type: ignore[no-untyped-call]
+        assert masks.grad is not None
 
 
 @pytest.mark.parametrize("height", [1.0, 1e30])

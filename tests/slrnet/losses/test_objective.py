@@ -11,7 +11,7 @@ from torch import Tensor
 
 from slrnet.config import LossConfig, WeightsConfig
 from slrnet.losses.classification import classification_loss
-from slrnet.losses.consistency import code_consistency, mask_consistency
+from slrnet.losses.consistency import code_consistency, mask_consistency, mask_divergence
 from slrnet.losses.objective import AlignedOutputs, Labels, Objective, objective
 from slrnet.losses.segmentation import balanced_cross_entropy
 
@@ -121,6 +121,29 @@ def test_a_weight_of_zero_leaves_the_graph_whole(weights: dict[str, float]) -> N
     run(out, pseudo_labels(), **weights).total.backward()  # type: ignore[no-untyped-call]
     for tensor in (*out.logits, *out.auxiliary_logits, *out.class_scores, *out.auxiliary_class_scores):
         assert tensor.grad is not None
+
+
+def test_each_view_may_have_its_own_pseudo_labels() -> None:
+    out, first = outputs(2), pseudo_labels()
+    second = first.flip(-1)
+    joined = run(out, torch.stack([first, second]), auxiliary=0.4).parts["segmentation"]
+    both = sum(
+        balanced_cross_entropy(out.logits[v], labels, image_labels=IMAGE_LABELS).mean()
+        + 0.2 * balanced_cross_entropy(out.auxiliary_logits[v], labels, image_labels=IMAGE_LABELS).mean()
+        for v, labels in enumerate((first, second))
+    )
+    assert torch.isclose(joined, torch.as_tensor(both))
+
+
+def test_the_divergence_is_a_part_where_it_is_asked_for() -> None:
+    out, weights = outputs(2), WeightsConfig(consistency=3.0)
+    plain, more = (
+        objective(out, labels_of(pseudo_labels()), weights=weights, losses=LossConfig(), divergence=flag)
+        for flag in (False, True)
+    )
+    assert set(more.parts) - set(plain.parts) == {"mask_divergence"}
+    assert torch.isclose(more.parts["mask_divergence"], mask_divergence(out.logits).mean())
+    assert torch.isclose(more.total, plain.total + 3 * more.parts["mask_divergence"])
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,13 @@
-"""The factorisation as an operator: compiled, exported, checkpointed, distributed; and flat in memory."""
+"""The factorisation as an operator: compiled, exported, checkpointed; and flat in memory.
+
+Under distributed training it is tested as a part of the network, in tests/slrnet/training/test_distributed.py.
+"""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from slrnet.models import factorization
@@ -68,28 +67,6 @@ def test_activation_checkpointing() -> None:
     ).sum()
     again = torch.autograd.grad(total, [*views, *logits, *module.parameters()])
     assert all(torch.equal(left, right) for left, right in zip(plain, again, strict=True))
-
-
-def _train_one_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    module, views, logits = module_and_inputs()
-    wrapped = DistributedDataParallel(module)
-    mine = [view[rank : rank + 1] for view in views], [view[rank : rank + 1] for view in logits]
-    torch.stack([view.square().sum() for view in wrapped(*mine).features]).sum().backward()
-    if rank == 0:
-        torch.save([parameter.grad for parameter in module.parameters()], f"{folder}/gradients.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_distributed_gradients_are_the_mean_over_ranks(tmp_path: Path) -> None:
-    spawn(_train_one_rank, args=(str(tmp_path),), nprocs=2)
-    module, views, logits = module_and_inputs()
-    torch.stack([view.square().sum() for view in module(views, logits).features]).sum().backward()
-    for parameter, found in zip(module.parameters(), torch.load(tmp_path / "gradients.pt"), strict=True):
-        assert parameter.grad is not None
-        assert torch.allclose(found, parameter.grad / 2, atol=1e-4)
 
 
 @pytest.mark.parametrize("num_iters", [1, 3])

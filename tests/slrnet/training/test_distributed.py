@@ -39,6 +39,8 @@ from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 from slrnet.training.tracking import NullTracker
 from slrnet.training.trainer import NonFiniteLossError, Trainer
 
+pytestmark = pytest.mark.slow  # the two processes train
+
 WORLD = 2
 ROOT = Path(__file__).resolve().parents[3]
 # Without randomness and in evaluation mode an image's losses do not depend on the others of its batch.
@@ -239,6 +241,7 @@ def test_gradients_are_those_of_the_joined_batch(
     assert ("part classification" in joined) == (setting != "sss")
     weights = [name for name in joined if not name.startswith("part ")]
     assert len(weights) > 50
+    assert "cvlr.project_in.weight" in weights
     largest = max(float(joined[name].abs().max()) for name in weights)
     assert largest > 0.01
     first, second = (result["gradients"][setting] for result in results)

@@ -18,6 +18,8 @@ from slrnet.data.manifest import DataError, ShardSet
 from slrnet.data.shards import EvalLoader
 from slrnet.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow  # whole trainings
+
 Digest = Callable[[nn.Module | Mapping[str, Tensor]], str]
 StartTrainer = Callable[..., Trainer]
 WriteTiny = Callable[..., ShardSet]

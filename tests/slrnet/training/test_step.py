@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from slrnet.config import CalibrationConfig, Config, ViewsConfig, config_from_dict
 from slrnet.data.batch import Batch
 from slrnet.data.views import View, apply_view
-from slrnet.losses.objective import Objective
+from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import Encoder
 from slrnet.models.slrnet import Outputs, SLRNet
+from slrnet.training import step as step_module
 from slrnet.training.step import (
     Normalise,
     align,
@@ -294,6 +295,28 @@ class TestStepLosses:
         assert after["segmentation"].item() > 0
         for name, value in before.items():
             assert after[name].item() == value.item()
+
+    def test_cross_view_supervision(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Fig. 4 (right): the same labels for all views, those of the next view, or a view's own."""
+        found: dict[str, Labels] = {}
+        divergence: dict[str, bool] = {}
+        for supervision in ("mvmc", "cps", "kl"):
+
+            def keep(outputs: Any, labels: Labels, *, name: str = supervision, **options: Any) -> Objective:
+                found[name], divergence[name] = labels, options["divergence"]
+                return objective(outputs, labels, **options)
+
+            monkeypatch.setattr(step_module, "objective", keep)
+            config = settings(calibration={"supervision": supervision}, views={"scales": [1.0, 0.5, 1.0]})
+            losses_of(tiny_model().eval(), config, pretraining=False)
+        shared, crossed, own = (found[name].pseudo_labels for name in ("mvmc", "cps", "kl"))
+        assert shared is not None
+        assert crossed is not None
+        assert own is not None
+        assert shared.shape == own.shape[1:] == crossed.shape[1:]
+        assert crossed.equal(own.roll(-1, dims=0)), "view v learns from view v + 1, the last from the first"
+        assert not crossed.equal(own), "the views differ"
+        assert divergence == {"mvmc": False, "cps": False, "kl": True}
 
     def test_the_seeds_decide(self) -> None:
         model = tiny_model().train()
