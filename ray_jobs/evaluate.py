@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ray_jobs.exit_codes import exit_code  # noqa: E402
 from slrnet.config import GATINGS, PROTOCOLS, apply_overrides  # noqa: E402
 
 
@@ -32,31 +33,26 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    options = parse_arguments()
+def evaluate(options: argparse.Namespace) -> None:
     from slrnet.data.manifest import load_dataset
     from slrnet.inference.evaluation import launch_evaluation
     from slrnet.training.checkpoint import load_checkpoint
-    from slrnet.training.ray_loop import LaunchOptions, TrainingError
+    from slrnet.training.ray_loop import LaunchOptions
     from slrnet.training.summary import quality_table
 
-    try:
-        checkpoint = load_checkpoint(options.checkpoint.expanduser())
-        changes = [f"evaluation.protocol={options.protocol}"]
-        changes += [f"evaluation.gating={options.gating}"] if options.gating else []
-        config = apply_overrides(checkpoint.config, [*changes, *options.set])
-        out = (options.out or checkpoint.path.parent.parent / "evaluations").expanduser().resolve()
-        run = LaunchOptions(
-            name=f"{checkpoint.path.name}-{options.split}-{time.strftime('%Y%m%d-%H%M%S')}",
-            storage=out,
-            num_workers=options.num_workers,
-            cpus_per_worker=options.cpus_per_worker,
-        )
-        shards = load_dataset(options.data or config.data.path)
-        result = launch_evaluation(checkpoint, shards, split=options.split, config=config, options=run)
-    except (ValueError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingError) else 2
+    checkpoint = load_checkpoint(options.checkpoint.expanduser())
+    changes = [f"evaluation.protocol={options.protocol}"]
+    changes += [f"evaluation.gating={options.gating}"] if options.gating else []
+    config = apply_overrides(checkpoint.config, [*changes, *options.set])
+    out = (options.out or checkpoint.path.parent.parent / "evaluations").expanduser().resolve()
+    run = LaunchOptions(
+        name=f"{checkpoint.path.name}-{options.split}-{time.strftime('%Y%m%d-%H%M%S')}",
+        storage=out,
+        num_workers=options.num_workers,
+        cpus_per_worker=options.cpus_per_worker,
+    )
+    shards = load_dataset(options.data or config.data.path)
+    result = launch_evaluation(checkpoint, shards, split=options.split, config=config, options=run)
     print(quality_table(result["metrics"], tuple(result["classes"])))
     print(
         f"protocol {result['protocol']}, {result['images']} images of split "
@@ -64,7 +60,11 @@ def main() -> int:
         f"written to {out / run.name / 'evaluation.json'}"
     )
     print(f"MLflow: {result['mlflow'] or 'the store of the training could not be reached, or has not its run'}")
-    return 0
+
+
+def main() -> int:
+    options = parse_arguments()
+    return exit_code(lambda: evaluate(options))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ray_jobs.exit_codes import exit_code  # noqa: E402
 from slrnet.config import GATINGS, PROTOCOLS, apply_overrides  # noqa: E402
 
 
@@ -35,33 +36,23 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main() -> int:
-    options = parse_arguments()
-    if options.verify is not None:
-        from data_prep.conversion import print_verification
-
-        return print_verification(options.verify, processes=1)
+def pseudo_label(options: argparse.Namespace) -> None:
     from slrnet.data.manifest import load_dataset
     from slrnet.data.voc_folder import check_voc_folder, write_voc_folder
     from slrnet.inference.pseudo_label import launch_pseudo_labels
     from slrnet.training.checkpoint import load_checkpoint
-    from slrnet.training.ray_loop import TrainingError
 
-    try:
-        checkpoint = load_checkpoint(options.checkpoint.expanduser())
-        changes = [f"evaluation.protocol={options.protocol}", f"evaluation.gating={options.gating}", *options.set]
-        config = apply_overrides(checkpoint.config, changes)
-        shards = load_dataset(options.data or config.data.path)
-        splits = shards.splits if options.splits == "all" else tuple(options.splits.split(","))
-        if options.voc_folder is not None:
-            check_voc_folder(options.voc_folder)
-        workers = {"num_workers": options.num_workers, "cpus_per_worker": options.cpus_per_worker}
-        record = launch_pseudo_labels(checkpoint, shards, splits=splits, config=config, out=options.out, **workers)
-        if options.voc_folder is not None:
-            write_voc_folder(load_dataset(options.out.expanduser()), options.voc_folder, splits=splits)
-    except (ValueError, OSError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingError) else 2
+    checkpoint = load_checkpoint(options.checkpoint.expanduser())
+    changes = [f"evaluation.protocol={options.protocol}", f"evaluation.gating={options.gating}", *options.set]
+    config = apply_overrides(checkpoint.config, changes)
+    shards = load_dataset(options.data or config.data.path)
+    splits = shards.splits if options.splits == "all" else tuple(options.splits.split(","))
+    if options.voc_folder is not None:
+        check_voc_folder(options.voc_folder)
+    workers = {"num_workers": options.num_workers, "cpus_per_worker": options.cpus_per_worker}
+    record = launch_pseudo_labels(checkpoint, shards, splits=splits, config=config, out=options.out, **workers)
+    if options.voc_folder is not None:
+        write_voc_folder(load_dataset(options.out.expanduser()), options.voc_folder, splits=splits)
     for split, protocols in record["quality"].items():
         for protocol, found in protocols.items():
             values = {
@@ -70,7 +61,15 @@ def main() -> int:
             shown = ", ".join(f"{name} {value:.1f} %" for name, value in values.items())
             print(f"{split}, {protocol}, {found['images']} images: {shown}")
     print(f"pseudo masks: {options.out}; MLflow: {record['mlflow'] or 'the run of the training is out of reach'}")
-    return 0
+
+
+def main() -> int:
+    options = parse_arguments()
+    if options.verify is not None:
+        from data_prep.conversion import print_verification
+
+        return print_verification(options.verify, processes=1)
+    return exit_code(lambda: pseudo_label(options))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ray_jobs.exit_codes import exit_code  # noqa: E402
 from slrnet.config import Config, apply_overrides, load_config  # noqa: E402
 from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
 
@@ -70,33 +71,28 @@ def demo_data(storage: Path) -> str:
     return str(storage / "demo_data")
 
 
-def main(about: str | None, recipe: str, check: Callable[[Config], None]) -> int:
-    options = parse_arguments(about)
-    try:
-        check(config := build_config(options, options.storage, recipe))
-    except ValueError as error:  # before PyTorch and Ray are imported, which takes seconds
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    from slrnet.training.ray_loop import LaunchOptions, TrainingError, launch
+def train(options: argparse.Namespace, recipe: str, check: Callable[[Config], None]) -> None:
+    check(config := build_config(options, options.storage, recipe))  # before PyTorch and Ray, which take seconds
+    from slrnet.training.ray_loop import LaunchOptions, launch
     from slrnet.training.summary import quality_table
 
-    try:
-        run = LaunchOptions(
-            name=options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
-            storage=options.storage,
-            resume=bool(options.resume),
-            num_workers=options.num_workers,
-            cpus_per_worker=options.cpus_per_worker,
-            max_failures=options.max_failures,
-        )
-        result = launch(config, run)
-    except (ValueError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1 if isinstance(error, TrainingError) else 2
+    run = LaunchOptions(
+        name=options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
+        storage=options.storage,
+        resume=bool(options.resume),
+        num_workers=options.num_workers,
+        cpus_per_worker=options.cpus_per_worker,
+        max_failures=options.max_failures,
+    )
+    result = launch(config, run)
     print(f"\nbest checkpoint, epoch {result.state.epoch}: {result.best}")
     print(quality_table(result.state.metrics, result.state.classes))
     print(f"curves and pictures: {result.run.how_to_open()}")
-    return 0
+
+
+def main(about: str | None, recipe: str, check: Callable[[Config], None]) -> int:
+    options = parse_arguments(about)
+    return exit_code(lambda: train(options, recipe, check))
 
 
 if __name__ == "__main__":

@@ -205,9 +205,9 @@ class CalibrationConfig(_Section):
     """From the masks of all views to pseudo labels (paper Sec. 3.2, Eq. 3)."""
 
     supervision: Literal["mvmc", "cps", "kl"] = "mvmc"
-    """`mvmc`: all views learn from the pseudo labels of their average. Those of Fig. 4 (right) that it is compared with:
-    `cps`, each view learns from those of the next one; `kl`, each from its own, with a Kullback-Leibler divergence
-    between the views' masks."""
+    """`mvmc`: all views learn from the pseudo labels of their average. What Fig. 4 (right) compares it with: `cps`,
+    each view learns from those of the next one; `kl`, each from its own, with a Kullback-Leibler divergence between the
+    views' masks."""
     fusion: Literal["logits", "probs"] = "logits"
     """Average the un-warped logits and then apply softmax (Eq. 3), or average probabilities (released code)."""
     refine_iters: NonNegativeInt = 10

@@ -40,6 +40,7 @@ LAYERS = {
 SEAMS = {
     "mlflow": {"slrnet/training/tracking.py"},
     "ray.train": {"slrnet/training/ray_loop.py"},
+    "ray.tune": {"slrnet/training/ray_loop.py", "slrnet/training/ray_sweep.py"},
     "pynvml": {"slrnet/training/gpu_monitor.py"},
 }
 WITHOUT_RAY = ("models", "calibration", "losses", "data", "kernels", "config.py", "recipes.py")
@@ -319,6 +320,7 @@ PLANTED: list[tuple[Rule, str, str, str]] = [
     (one_seam_for_each_framework, "slrnet/training/x.py", "import_module('mlflow.entities')", "imports mlflow"),
     (one_seam_for_each_framework, "ray_jobs/train.py", "from ray import train", "imports ray.train"),
     (one_seam_for_each_framework, "ray_jobs/train.py", "import ray.train.torch", "imports ray.train"),
+    (one_seam_for_each_framework, "ray_jobs/tune.py", "from ray import tune", "imports ray.tune"),
     (one_seam_for_each_framework, "slrnet/models/x.py", "import ray", "imports ray"),
     (one_seam_for_each_framework, "slrnet/config.py", "from ray.util import state", "imports ray"),
     (one_seam_for_each_framework, "slrnet/training/trainer.py", "import pynvml", "imports pynvml"),

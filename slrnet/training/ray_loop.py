@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,13 @@ __all__ = [
     "Report",
     "RunResult",
     "TrainingError",
+    "check_run",
+    "cluster_resources",
     "launch",
     "resume_config",
     "run_job",
+    "train_trial",
+    "with_absolute_paths",
 ]
 
 Report = Callable[[Mapping[str, float]], None]
@@ -106,14 +110,13 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
             run; nothing has been started.
         TrainingError: a worker failed.
     """
-    shards = load_dataset(config.data.path)
-    config = _absolute(config, shards)
+    config, shards = with_absolute_paths(config)
     folder = options.storage / options.name
     last = _check_folder(folder, resume=options.resume)
     workers, cpus, gpu = _plan_workers(options)
-    supervision = _check_run(config, shards, max(1, workers))
+    supervision = check_run(config, shards, max(1, workers))
     require_free_space(folder, 3 * _checkpoint_bytes(config, shards))
-    handle = _create_run(config, options, shards, workers=max(1, workers))
+    handle = _create_run(config, options, shards, workers=max(1, workers), resume=options.resume)
     say(
         f"run {options.name}: {shards.info.name}, setting {config.setting}, {supervision.describe()}; "
         f"{workers or 1} worker(s) x {cpus} CPU(s){' + 1 GPU' if gpu else ''}, folder {folder}"
@@ -135,6 +138,47 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
         driver.finish("FAILED", str(cause))
         raise TrainingError(f"{type(cause).__name__}: {cause}") from error
     return _conclude(folder, handle, driver)
+
+
+def train_trial(config: Config, options: LaunchOptions, *, parent: RunHandle, cpus: int, gpu: bool) -> None:
+    """Trains one trial of a sweep within a Tune session, which receives the figures of every epoch.
+
+    A trial that was interrupted goes on from its last checkpoint, in the MLflow run that it has.
+
+    Args:
+        config: of the trial, with absolute paths; `check_run` has passed it.
+        options: name and storage of the trial, and its number of workers.
+        parent: the sweep's run.
+        cpus: CPU cores of each worker.
+        gpu: whether each worker has a GPU.
+
+    Raises:
+        TrainingError: a worker failed; the trial's run says why.
+    """
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    assert options.num_workers is not None
+    folder = options.storage / options.name
+    shards = load_dataset(config.data.path)
+    handle = _create_run(config, options, shards, workers=options.num_workers, resume=None, parent=parent)
+    driver = Tracker(handle)
+    values = {"config": config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
+    try:
+        _run(
+            _train,
+            values,
+            folder=folder,
+            workers=options.num_workers,
+            cpus=cpus,
+            gpu=gpu,
+            failures=options.max_failures,
+            callbacks=[TuneReportCallback()],
+        )
+    except Exception as error:
+        cause = _cause(error)
+        driver.finish("FAILED", str(cause))
+        raise TrainingError(f"{type(cause).__name__}: {cause}") from error
+    driver.finish()
 
 
 def resume_config(storage: Path, name: str) -> Config:
@@ -189,8 +233,18 @@ def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
     tracker.flush()
 
 
-def _run(job: Job, values: dict[str, Any], *, folder: Path, workers: int, cpus: int, gpu: bool, failures: int) -> None:
-    """Runs a job in this process (no workers) or in Ray Train's workers."""
+def _run(
+    job: Job,
+    values: dict[str, Any],
+    *,
+    folder: Path,
+    workers: int,
+    cpus: int,
+    gpu: bool,
+    failures: int,
+    callbacks: Sequence[Any] = (),
+) -> None:
+    """Runs a job in this process (no workers) or in Ray Train's workers; `callbacks` are Ray Train's."""
     if workers == 0:
         tune_process(None)
         job(values, Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")), lambda metrics: None)
@@ -209,6 +263,7 @@ def _run(job: Job, values: dict[str, Any], *, folder: Path, workers: int, cpus: 
             name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=str(folder / "ray"),
             failure_config=FailureConfig(max_failures=failures),
+            callbacks=list(callbacks),
         ),
     ).fit()
 
@@ -244,17 +299,21 @@ def _conclude(folder: Path, handle: RunHandle, driver: Tracker) -> RunResult:
     return RunResult(folder=folder, last=last, best=best, state=load_checkpoint(best).state, run=handle)
 
 
-def _absolute(config: Config, shards: ShardSet) -> Config:
-    """Ray's workers run in folders of their own, so paths are made absolute here."""
+def with_absolute_paths(config: Config) -> tuple[Config, ShardSet]:
+    """The configuration and its data set, with paths that mean the same in the folders in which Ray's workers run.
+
+    Raises:
+        ValueError: there is no such data set, or the encoder's weights are missing.
+    """
     from slrnet.models.encoders import resolve_weights
 
+    shards = load_dataset(config.data.path)
     weights = resolve_weights(config.model.encoder, config.model.encoder_weights)
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"path": str(shards.folder)}),
-            "model": config.model.model_copy(update={"encoder_weights": weights}),
-        }
-    )
+    changes = {
+        "data": config.data.model_copy(update={"path": str(shards.folder)}),
+        "model": config.model.model_copy(update={"encoder_weights": weights}),
+    }
+    return config.model_copy(update=changes), shards
 
 
 def _check_folder(folder: Path, *, resume: bool) -> Path | None:
@@ -274,8 +333,20 @@ def _nothing_to_resume(folder: Path) -> str:
     return f"run {folder.name!r} has no checkpoint in {folder.parent} to resume from; {known}; start it with --name"
 
 
-def _check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
-    """Everything about data and batch that a worker would stumble over."""
+def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
+    """Refuses everything about data and batch that a worker would stumble over.
+
+    Args:
+        config: of the run.
+        shards: its data set.
+        world_size: number of workers.
+
+    Returns:
+        Which labels the training sees.
+
+    Raises:
+        ValueError: a split or subset is missing, or the batch does not fit the workers or the data.
+    """
     from slrnet.training.trainer import batch_per_rank
 
     batch_per_rank(config, world_size)
@@ -312,7 +383,15 @@ def _checkpoint_bytes(config: Config, shards: ShardSet) -> int:
     return values + momentum
 
 
-def _create_run(config: Config, options: LaunchOptions, shards: ShardSet, *, workers: int) -> RunHandle:
+def _create_run(
+    config: Config,
+    options: LaunchOptions,
+    shards: ShardSet,
+    *,
+    workers: int,
+    resume: bool | None,
+    parent: RunHandle | None = None,
+) -> RunHandle:
     tags = environment_tags() | {
         "slrnet.data": shards.info.name,
         "slrnet.data_fingerprint": shards.info.fingerprint,
@@ -328,15 +407,14 @@ def _create_run(config: Config, options: LaunchOptions, shards: ShardSet, *, wor
         options.name,
         params=config.flat(),
         tags=tags,
-        resume=options.resume,
+        resume=resume,
         config_json=config.to_json(),
+        parent=parent,
     )
 
 
-def _plan_workers(options: LaunchOptions) -> tuple[int, int, bool]:
-    """Workers, CPU cores per worker, and whether each has a GPU; asks the cluster what it has."""
-    if options.num_workers == 0:
-        return 0, os.cpu_count() or 1, False
+def cluster_resources() -> tuple[int, int]:
+    """CPU cores and GPUs of the Ray cluster; connects to it, or starts a local one where there is none."""
     import ray
 
     if not ray.is_initialized():
@@ -347,7 +425,14 @@ def _plan_workers(options: LaunchOptions) -> tuple[int, int, bool]:
             logging_level="warning",
         )
     have = ray.cluster_resources()
-    cpus, gpus = int(have.get("CPU", 0)), int(have.get("GPU", 0))
+    return int(have.get("CPU", 0)), int(have.get("GPU", 0))
+
+
+def _plan_workers(options: LaunchOptions) -> tuple[int, int, bool]:
+    """Workers, CPU cores per worker, and whether each has a GPU; asks the cluster what it has."""
+    if options.num_workers == 0:
+        return 0, os.cpu_count() or 1, False
+    cpus, gpus = cluster_resources()
     workers = options.num_workers or max(1, gpus)
     use_gpu = gpus > 0
     if use_gpu and workers > gpus:

@@ -46,6 +46,7 @@ __all__ = [
     "metric_history",
     "metric_key",
     "resolve_uri",
+    "runs_below",
 ]
 
 Picture: TypeAlias = "Image.Image | np.ndarray[Any, np.dtype[np.uint8]]"
@@ -60,6 +61,8 @@ MAX_KEY_LENGTH = 250
 
 SERVER_TIMEOUT = 5.0
 """Seconds that a tracking server may take to answer before a run starts."""
+PARENT_TAG = "mlflow.parentRunId"
+"""MLflow's own tag for the run that another one belongs to."""
 PENDING_LIMIT = 10_000
 """Records kept while a store does not answer."""
 
@@ -131,8 +134,9 @@ def create_run(
     *,
     params: Mapping[str, Any],
     tags: Mapping[str, str],
-    resume: bool,
+    resume: bool | None,
     config_json: str = "",
+    parent: RunHandle | None = None,
 ) -> RunHandle:
     """Opens the one run of a training, on the driver, before any worker starts.
 
@@ -145,8 +149,10 @@ def create_run(
             the first one, the new value becomes the tag `resumed.KEY`. Values over 6,000 characters are cut here and
             whole in the artifact `config.json`.
         tags: Tags, for instance `environment_tags()` and the data's fingerprint.
-        resume: Attach to the run of that name and set it running again; without, the name must be new.
+        resume: Attach to the run of that name and set it running again; False: the name must be new; None: attach
+            where there is such a run, else open one.
         config_json: Text of the artifact `config.json`; empty: `params` as JSON.
+        parent: The sweep's run, under which MLflow's page shows this one.
 
     Returns:
         The handle from which rank 0 makes its `Tracker`.
@@ -165,6 +171,8 @@ def create_run(
             run_id = str(client.create_run(experiment_id, run_name=name).info.run_id)
         else:
             client.update_run(run_id, status="RUNNING")
+        if parent is not None:
+            tags = {**tags, PARENT_TAG: parent.run_id}
         _log_start(client, run_id, params, tags, config_json or json.dumps(dict(params), indent=2, default=str))
     except _store_errors() as error:
         raise ValueError(f"the tracking store {_public(uri)} refused the run {name!r}: {error}") from error
@@ -412,6 +420,24 @@ def metric_history(handle: RunHandle, key: str) -> list[tuple[int, float]]:
     return [(int(point.step), float(point.value)) for point in ordered]
 
 
+def runs_below(parent: RunHandle) -> dict[str, tuple[RunHandle, str]]:
+    """The runs of a sweep: handle and status (`RUNNING`, `FINISHED`, `FAILED`, `KILLED`) by run name."""
+    client, found, token = _client(parent.uri), {}, None
+    while True:
+        page = client.search_runs(
+            [parent.experiment_id],
+            filter_string=f"tags.`{PARENT_TAG}` = '{parent.run_id}'",
+            max_results=500,
+            page_token=token,
+        )
+        for run in page:
+            handle = RunHandle(uri=parent.uri, run_id=run.info.run_id, experiment_id=parent.experiment_id)
+            found[str(run.info.run_name)] = (handle, str(run.info.status))
+        token = page.token
+        if not token:
+            return found
+
+
 def environment_tags() -> dict[str, str]:
     """Versions and the git commit of the code, as tags; nothing that names the host or its user.
 
@@ -537,9 +563,9 @@ def _experiment(client: Any, uri: str, name: str) -> str:
     return str(found.experiment_id)
 
 
-def _existing_run(client: Any, experiment_id: str, experiment: str, name: str, *, resume: bool) -> str | None:
+def _existing_run(client: Any, experiment_id: str, experiment: str, name: str, *, resume: bool | None) -> str | None:
     runs = client.search_runs([experiment_id], filter_string=f"attributes.run_name = '{name}'", max_results=10)
-    if runs and not resume:
+    if runs and resume is False:
         raise ValueError(
             f"the experiment {experiment!r} has a run {name!r} already; go on with it by `--resume {name}`, "
             "or give another `--name`"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import resource
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -134,7 +135,7 @@ class Trainer:
         """Trains to the last epoch.
 
         Args:
-            report: called on every rank after each epoch, with the epoch's figures.
+            report: called on every rank after each epoch, with its figures and, as `epoch`, its number from 1 on.
 
         Returns:
             The final state.
@@ -151,11 +152,27 @@ class Trainer:
                 if (epoch + 1) % self.config.evaluation.every == 0 or epoch + 1 == self.config.train.epochs:
                     metrics |= self._measure(epoch, progress)
                 self._finish_epoch(epoch, metrics, progress)
-                report(metrics)
+                report(metrics | {"epoch": epoch + 1})
         finally:
             progress.close()
             self.loader.close()
         return self.state
+
+    def time_step(self, *, steps: int = 3) -> float:
+        """Median seconds of an optimiser step with pseudo labels, after one to warm up; the weights change.
+
+        Args:
+            steps: how many are timed.
+        """
+        self.wrapped.train()
+        batches, times = self.loader.epoch(0), []
+        for step, batch in zip(range(min(steps + 1, self.loader.steps_per_epoch)), batches, strict=False):
+            begun = time.perf_counter()
+            self._set_rate(step)
+            self._step(batch, step, pretraining=False)
+            times.append(time.perf_counter() - begun)
+        self.loader.close()
+        return statistics.median(times[1:] or times)
 
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
         self.wrapped.train()

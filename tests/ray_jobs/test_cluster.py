@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from ray_jobs.demo import local_cluster
+from slrnet.config import load_config
 from slrnet.training.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,8 +47,9 @@ def cluster() -> Iterator[tuple[str, dict[str, str]]]:
 def submit(cluster: tuple[str, dict[str, str]]) -> Submit:
     address, environment = cluster
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python", *arguments]
+    def run(*arguments: str, wait: bool = True) -> subprocess.CompletedProcess[str]:
+        options = ["--address", address, "--working-dir", ".", *([] if wait else ["--no-wait"])]
+        command = ["ray", "job", "submit", *options, "--", "python", *arguments]
         return subprocess.run(
             command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
         )
@@ -87,6 +91,59 @@ def test_two_workers_train_a_submitted_job(submit: Submit, data: Path, tmp_path:
 
 def state_folder(storage: Path) -> str:
     return max(path.name for path in (storage / "two" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_sweep_goes_on_after_its_driver_was_stopped(
+    cluster: tuple[str, dict[str, str]], submit: Submit, data: Path, tmp_path: Path
+) -> None:
+    """Three trials, one of which cannot work, one after the other; the job is stopped during the second one."""
+    settings = [word for setting in (*TINY, "data.workers=0") for word in ("--set", setting)]
+    fixed = ["weights.consistency", "cvlr.num_iters", "cvlr.dim", "calibration.confidence_threshold"]
+    space = ["optim.lr=choice:0.01,1e30,0.02", *(f"{key}=fixed" for key in fixed)]
+    started = submit(
+        "ray_jobs/tune.py", "--recipe", "demo", "--data", str(data), "--storage", str(tmp_path), "--name", "sweep",
+        "--searcher", "grid", "--scheduler", "none", "--max-concurrent", "1", "--max-failures", "0",
+        *(word for text in space for word in ("--search", text)), *settings, wait=False,
+    )  # fmt: skip
+    assert started.returncode == 0, started.stderr
+    trials = tmp_path / "sweep" / "trials"
+    wait_until(lambda: len(list(trials.glob("*"))) == 2)
+    (job,) = re.findall(r"'(raysubmit_\w+)' submitted", started.stdout)
+    subprocess.run(
+        ["ray", "job", "stop", "--address", cluster[0], job],
+        env=cluster[1],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    finished = next(trials.glob("*/checkpoints/checkpoint-0002/state.json")).stat().st_mtime_ns
+    resumed = submit("ray_jobs/tune.py", "--storage", str(tmp_path), "--resume", "sweep")
+    assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
+    assert "| failed: " in resumed.stdout
+    found = json.loads((tmp_path / "sweep" / "results" / "trials.json").read_text())["trials"]
+    assert sorted((trial["values"]["optim.lr"], trial["status"]) for trial in found) == [
+        (0.01, "finished"), (0.02, "finished"), (1e30, "failed"),
+    ]  # fmt: skip
+    assert "not finite" in next(trial["error"] for trial in found if trial["status"] == "failed")
+    assert finished in [path.stat().st_mtime_ns for path in trials.glob("*/checkpoints/checkpoint-0002/state.json")]
+    assert load_config(tmp_path / "sweep" / "results" / "best_config.json").optim.lr in (0.01, 0.02)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    (parent,) = [run for run in runs if run.info.run_name == "sweep"]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(runs) == 4
+    assert sorted((float(run.data.params["optim.lr"]), run.info.status) for run in children) == [
+        (0.01, "FINISHED"), (0.02, "FINISHED"), (1e30, "FAILED"),
+    ]  # fmt: skip
+    assert parent.info.status == "FINISHED"
+
+
+def wait_until(ready: Callable[[], bool], *, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.5)
 
 
 def test_more_workers_than_the_cluster_has_are_refused_at_once(submit: Submit, data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,96 @@
+"""Searches settings, or runs one of the paper's ablations.
+
+    ray job submit --working-dir . -- python ray_jobs/tune.py --recipe NAME --data DIR --num-samples 20
+    ray job submit --working-dir . -- python ray_jobs/tune.py --recipe NAME --data DIR --ablation fig4 --seeds 0 1
+
+By default lambda_reg, T, d and gamma are searched, and poor trials stopped early. --search adds a setting (KIND is
+uniform:LOW:HIGH, loguniform:LOW:HIGH, int:LOW:HIGH or choice:A,B,...) or leaves one out (fixed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from ray_jobs.exit_codes import exit_code  # noqa: E402
+from ray_jobs.train import folder  # noqa: E402
+from slrnet.ablations import ABLATIONS  # noqa: E402
+from slrnet.config import apply_overrides, load_config  # noqa: E402
+from slrnet.recipes import RECIPES, get_recipe, get_space  # noqa: E402
+from slrnet.search import DEFAULT_SPACE, space_with  # noqa: E402
+
+if TYPE_CHECKING:
+    from slrnet.training.sweep_plan import SweepPlan
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--recipe", default="voc_wsss", help=f"what all trials share: {', '.join(RECIPES)}")
+    start.add_argument("--config", type=Path, help="a configuration file instead of a recipe")
+    add("--data", type=Path, help="folder with shards from data_prep/")
+    add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting of all trials")
+    add("--search", action="append", default=[], metavar="SECTION.FIELD=KIND:VALUES", help="see above")
+    add("--num-samples", type=int, default=20, help="trials (default: 20)")
+    add("--metric", default="val/miou", help="val/ or pseudo_mask/ with miou, mfdr or mfnr; or several, with commas")
+    add("--searcher", choices=["auto", "optuna", "random", "grid"], default="auto", help="auto: optuna if installed")
+    add("--scheduler", choices=["asha", "none"], default="asha", help="stop poor trials early, or none")
+    add("--grace-epochs", type=int, help="epochs before a trial may be stopped (default: one after pretraining)")
+    add("--seed", type=int, default=0, help="of the searcher (default: 0)")
+    add("--ablation", choices=list(ABLATIONS), default="", help="a figure or table of the paper instead of a search")
+    add("--seeds", type=int, nargs="+", default=[0, 1], help="of an ablation's trials (default: 0 1)")
+    add("--num-workers", type=int, default=1, help="training processes of each trial")
+    add("--cpus-per-worker", type=int, help="CPU cores each")
+    add("--max-concurrent", type=int, help="trials at a time (default: as many as fit)")
+    add("--max-failures", type=int, default=1, help="restarts of a failed trial")
+    name = parser.add_mutually_exclusive_group()
+    name.add_argument("--name", help="unique name of the sweep (default: recipe and time)")
+    name.add_argument("--resume", metavar="NAME", help="go on with the sweep of that name")
+    add("--storage", type=folder, default=os.environ.get("SLRNET_STORAGE", "~/slrnet_runs"), help="folder for runs")
+    add("--tracking-uri", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
+    add("--dry-run", action="store_true", help="time a step here, say what the sweep would take, and stop")
+    add("--price-per-hour", type=float, help="of a worker, for --dry-run")
+    return parser.parse_args()
+
+
+def build_plan(args: argparse.Namespace) -> SweepPlan:
+    config = load_config(args.config) if args.config else get_recipe(args.recipe)
+    data = [f"data.path={args.data.expanduser().resolve()}"] if args.data else []
+    tracking = [f"tracking.uri={args.tracking_uri}"] if args.tracking_uri else []
+    config = apply_overrides(config, [*data, *tracking, *args.set])
+    space = space_with(get_space(config.recipe) if config.recipe in RECIPES else DEFAULT_SPACE, args.search)
+    from slrnet.training.sweep_plan import SweepOptions, plan_sweep
+
+    named = {name: value for name, value in vars(args).items() if name in SweepOptions.__dataclass_fields__}
+    named["name"] = args.name or f"{args.ablation or 'sweep'}-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    options = SweepOptions(metrics=tuple(args.metric.split(",")), **named)
+    return plan_sweep(config, options, space=space, ablation=args.ablation, seeds=args.seeds)
+
+
+def tune(args: argparse.Namespace) -> None:
+    from slrnet.training.ray_sweep import run_sweep
+    from slrnet.training.sweep_plan import describe, estimate, resume_plan
+
+    plan = resume_plan(args.storage, args.resume) if args.resume else build_plan(args)
+    print(describe(plan), flush=True)
+    if args.dry_run:
+        print(estimate(plan, price_per_hour=args.price_per_hour))
+        return
+    result = run_sweep(plan, resume=bool(args.resume))
+    print(f"\n{result.table}\nbest: {result.best.name}; tables and pictures: {plan.folder / 'results'}")
+    if result.best_config is not None:
+        print(f"train with it: python ray_jobs/train.py --config {result.best_config}")
+    print(f"curves: {result.run.how_to_open()}")
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments()
+    sys.exit(exit_code(lambda: tune(arguments)))

@@ -1,0 +1,118 @@
+"""The paper's ablations as data: variants of a configuration, and the figures that the paper gives for them.
+
+Paper figures are mIoU on the validation set of VOC in percent, single-scale, without CRF (Sec. 4.6). Where the paper
+has a plot and no numbers, there is none here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slrnet.config import ConfigError
+
+__all__ = ["ABLATIONS", "Ablation", "Variant", "get_ablation"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of a table or one point of a plot."""
+
+    label: str
+    """As the paper names it."""
+    changes: tuple[str, ...]
+    """`section.field=value` that make the variant of the recipe."""
+    paper: float | None = None
+    """The paper's mIoU, percent."""
+    x: float | None = None
+    """Position on the axis of a plot; None in tables."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A figure or table of the paper."""
+
+    title: str
+    """What it shows, and where in the paper."""
+    axis: str
+    """What the variants differ in."""
+    variants: tuple[Variant, ...]
+    """In the paper's order."""
+    logarithmic: bool = False
+    """Whether the axis is."""
+
+
+def _series(key: str, values: tuple[int, ...]) -> tuple[Variant, ...]:
+    return tuple(Variant(str(value), (f"{key}={value}",), x=value) for value in values)
+
+
+def _module(label: str, paper: float, *changes: str) -> Variant:
+    return Variant(label, changes, paper)
+
+
+def _views(scales: str, *, colour: bool, flip: bool, paper: float) -> Variant:
+    """A check mark of the paper means that the views differ in it; without one, they share it."""
+    differ = " + ".join(name for name, on in (("colour", colour), ("flip", flip)) if on)
+    changes = (f"views.scales=[{scales}]", f"views.own_colour={str(colour).lower()}", f"views.flip={str(flip).lower()}")
+    return Variant(f"({scales}) {differ}".strip(), changes, paper)
+
+
+ABLATIONS: dict[str, Ablation] = {
+    "fig4": Ablation(
+        "Strength of the cross-view supervision (paper Fig. 4, left)",
+        "lambda_reg",
+        _series("weights.consistency", (0, 1, 2, 4, 8)),
+    ),
+    "fig4-right": Ablation(
+        "Cross-view supervision (paper Fig. 4, right)",
+        "supervision",
+        tuple(
+            Variant(label, (f"calibration.supervision={name}",))
+            for label, name in (("MVMC", "mvmc"), ("KL Div.", "kl"), ("CPS", "cps"))
+        ),
+    ),
+    "fig6-left": Ablation(
+        "Iterations of CVLR (paper Fig. 6, left)", "T", _series("cvlr.num_iters", (1, 2, 3, 4, 5, 6))
+    ),
+    "fig6-right": Ablation(
+        "Dimension of the dictionary (paper Fig. 6, right)",
+        "d",
+        _series("cvlr.dim", (64, 128, 256, 512, 1024)),
+        logarithmic=True,
+    ),
+    "table7": Ablation(
+        "Augmentations of the views (paper Table 7)",
+        "views",
+        (
+            _views("1.0", colour=True, flip=True, paper=60.88),
+            _views("0.5, 1.0", colour=True, flip=True, paper=64.07),
+            _views("1.0, 1.0", colour=True, flip=True, paper=61.53),
+            _views("0.5, 1.0", colour=True, flip=False, paper=63.89),
+            _views("0.5, 1.0", colour=False, flip=True, paper=63.99),
+            _views("0.5, 1.0, 1.5", colour=False, flip=False, paper=63.90),
+        ),
+    ),
+    "table8": Ablation(
+        "Low-rank modules (paper Table 8)",
+        "module",
+        (
+            _module("CVLR", 63.99, "cvlr.method=cvlr", "cvlr.num_iters=1"),
+            _module("- Separate dictionary", 61.24, "cvlr.method=separate", "cvlr.num_iters=1"),
+            _module("- w/o latent space reg.", 62.83, "cvlr.method=free", "cvlr.num_iters=3"),
+            _module("- w/o CVLR", 61.11, "cvlr.enabled=false"),
+            _module("EMAU", 61.76, "cvlr.method=emau", "cvlr.num_iters=3"),
+            _module("Ham.", 59.75, "cvlr.method=nmf", "cvlr.num_iters=6"),
+        ),
+    ),
+}
+"""By name, as in `ray_jobs/tune.py --ablation NAME`. The columns of Table 7 are read from the text of the paper."""
+
+
+def get_ablation(name: str) -> Ablation:
+    """An ablation by its name.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in ABLATIONS:
+        raise ConfigError(f"unknown ablation {name!r}; known are {', '.join(ABLATIONS)}")
+    return ABLATIONS[name]
