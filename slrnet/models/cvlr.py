@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slrnet.models.factorization import MASS_FLOOR, directions_of, factorize_op, working_dtype
+from slrnet.models.factorization import MASS_FLOOR, assigned_sums, directions_of, factorize_op, working_dtype
 
 __all__ = [
     "CrossViewLowRank",
@@ -228,15 +228,42 @@ class CrossViewLowRank(nn.Module):
         else:
             shape = (len(positions), self.num_bases, positions.shape[2])
             first = draw_start(torch.randn, shape, positions, training=self.training).softmax(dim=1)
-        varying = positions - positions.mean(dim=2, keepdim=True) if self.centered else positions
+        mean = positions.mean(dim=2) if self.centered else None  # (N, C)
+        implementation = _choose(positions, first) if self.implementation == "auto" else self.implementation
+        if implementation == "recompute":
+            return self._folded(positions, first, mean)
+        varying = positions if mean is None else positions - mean.unsqueeze(2)
         dictionary, codes, reconstruction = factorize(
             apply_linear(self.project_in, varying),
             first,
             num_iters=self.num_iters,
             temperature=self.temperature,
-            implementation=self.implementation,
+            implementation=implementation,
         )
         return positions + apply_linear(self.project_out, reconstruction), codes, dictionary
+
+    def _folded(self, positions: Tensor, first: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with the projectors applied to the k atoms instead of the P positions, which are many more.
+
+        All that the projectors do is linear: the mean of W x + b is that of x, projected; the products of an atom a
+        with all W x + b are those of W^T a with x, and of a with b; and V (D C) + c is (V D + c) C, as codes sum to 1.
+        No projected position and no reconstruction ever stand in memory.
+        """
+        weight, shift = self.project_in.weight, self.project_in.bias.expand(len(positions), -1)  # (d, C), (N, d)
+        if mean is not None:
+            shift = shift - mean @ weight.T
+        sums, mass = torch.bmm(positions, first.transpose(1, 2)), first.sum(dim=2)  # (N, C, k), (N, k)
+        for step in range(self.num_iters):
+            divisor = mass.clamp_min(MASS_FLOOR).unsqueeze(1)
+            dictionary = weight @ (sums / divisor) + shift.unsqueeze(2) * (mass.unsqueeze(1) / divisor)  # line 2
+            directions = directions_of(dictionary)  # (N, d, k)
+            atoms, offset = weight.T @ directions, (directions * shift.unsqueeze(2)).sum(dim=1)  # (N, C, k), (N, k)
+            if step + 1 < self.num_iters:
+                sums, mass = assigned_sums(positions, atoms, offset, self.temperature)
+        logits = torch.baddbmm(offset.unsqueeze(2), atoms.transpose(1, 2), positions)
+        codes = (logits / self.temperature).softmax(dim=1)  # line 3
+        outwards = self.project_out.weight @ dictionary + self.project_out.bias.unsqueeze(1)  # (N, C, k)
+        return torch.baddbmm(positions, outwards, codes), codes, dictionary  # line 5 and the skip connection
 
     def _released(self, positions: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         eps = 1e-6

@@ -1,9 +1,10 @@
-"""Algorithm 1's iterations and their gradient as operators of PyTorch: `slrnet::factorize` and its backward.
+"""Algorithm 1's iterations and their gradient as operators of PyTorch.
 
-Going forwards, one pass over the positions turns the codes of one iteration into the dictionary of the next; going
-backwards, one pass per iteration computes the codes again from that iteration's dictionary. Both work on blocks of
-positions, so neither the codes of an iteration nor their gradients ever stand in memory as a whole: what is kept for
-the backward pass are the inputs and one dictionary with its code masses per iteration.
+`slrnet::factorize` is the whole of it, `slrnet::assigned_sums` one pass: assign the positions to atoms, and sum up
+what each atom got. Going forwards, one pass over the positions turns the codes of one iteration into the dictionary of
+the next; going backwards, one pass per iteration computes the codes again from that iteration's dictionary. Both work
+on blocks of positions, so neither the codes of an iteration nor their gradients ever stand in memory as a whole: what
+is kept for the backward pass are the inputs and one dictionary with its code masses per iteration.
 
 The operators are registered with `torch.library`, so `torch.compile`, `torch.export`, activation checkpointing and DDP
 see one node with known shapes. There is no second derivative: differentiating the backward operator is an error.
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MASS_FLOOR", "NORM_FLOOR", "directions_of", "factorize_op", "working_dtype"]
+__all__ = ["MASS_FLOOR", "NORM_FLOOR", "assigned_sums", "directions_of", "factorize_op", "working_dtype"]
 
 MASS_FLOOR = 1e-6
 """An atom's code mass is not divided by less than this; larger masses are left as they are."""
@@ -121,6 +122,72 @@ def _differentiate(
 factorize_op.register_autograd(_differentiate, setup_context=_setup_context)
 
 
+@torch.library.custom_op("slrnet::assigned_sums", mutates_args=())
+def assigned_sums(features: Tensor, atoms: Tensor, offset: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Sums of the features by atom, weighted by codes that never stand in memory as a whole.
+
+    The codes are the softmax over k of (atoms^T features + offset) / temperature.
+
+    Args:
+        features: (N, d, P), float32 or float64.
+        atoms: (N, d, k) of the same type.
+        offset: (N, k) of the same type.
+        temperature: tau > 0.
+
+    Returns:
+        sum over positions of features times codes (N, d, k), and the codes' masses (N, k). There is no second
+        derivative.
+    """
+    sums = torch.zeros_like(atoms, memory_format=torch.contiguous_format)
+    mass = torch.zeros_like(offset, memory_format=torch.contiguous_format)
+    for part in _blocks(features.shape[2]):
+        block = features[..., part]
+        own = _codes_of(block, atoms, temperature, offset)
+        mass += own.sum(dim=2)
+        sums.baddbmm_(block, own.transpose(1, 2))
+    return sums, mass
+
+
+@torch.library.custom_op("slrnet::assigned_sums_backward", mutates_args=())
+def _assigned_sums_backward(
+    features: Tensor, atoms: Tensor, offset: Tensor, grad_sums: Tensor, grad_mass: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_features = torch.empty_like(features)
+    grad_atoms = torch.zeros_like(atoms, memory_format=torch.contiguous_format)
+    grad_offset = torch.zeros_like(offset, memory_format=torch.contiguous_format)
+    for part in _blocks(features.shape[2]):
+        block = features[..., part]
+        own = _codes_of(block, atoms, temperature, offset)
+        grad_own = torch.baddbmm(grad_mass.unsqueeze(2), grad_sums.transpose(1, 2), block)
+        grad_logits = _through_softmax(own, grad_own, temperature)
+        grad_features[..., part] = torch.baddbmm(torch.bmm(grad_sums, own), atoms, grad_logits)
+        grad_atoms.baddbmm_(block, grad_logits.transpose(1, 2))
+        grad_offset += grad_logits.sum(dim=2)
+    return grad_features, grad_atoms, grad_offset
+
+
+@assigned_sums.register_fake
+def _(features: Tensor, atoms: Tensor, offset: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    return atoms.new_empty(atoms.shape), offset.new_empty(offset.shape)
+
+
+@_assigned_sums_backward.register_fake
+def _(features: Tensor, atoms: Tensor, offset: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(features), atoms.new_empty(atoms.shape), offset.new_empty(offset.shape)
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    features, atoms, offset, ctx.temperature = inputs
+    ctx.save_for_backward(features, atoms, offset)
+
+
+def _differentiate_sums(ctx: Any, grad_sums: Tensor, grad_mass: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    return *_assigned_sums_backward(*ctx.saved_tensors, grad_sums, grad_mass, ctx.temperature), None
+
+
+assigned_sums.register_autograd(_differentiate_sums, setup_context=_keep_inputs)
+
+
 def working_dtype(features: Tensor) -> torch.dtype:
     """float32 for half precision, else the features' own."""
     return torch.float32 if features.dtype in (torch.float16, torch.bfloat16) else features.dtype
@@ -137,9 +204,19 @@ def _blocks(positions: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK, positions))
 
 
-def _codes_of(block: Tensor, directions: Tensor, temperature: float) -> Tensor:
+def _codes_of(block: Tensor, atoms: Tensor, temperature: float, offset: Tensor | None = None) -> Tensor:
     """Line 3 for a block of positions (N, d, p): (N, k, p)."""
-    return torch.bmm(directions.transpose(1, 2), block).div_(temperature).softmax(dim=1)
+    if offset is None:
+        logits = torch.bmm(atoms.transpose(1, 2), block)
+    else:
+        logits = torch.baddbmm(offset.unsqueeze(2), atoms.transpose(1, 2), block)
+    return logits.div_(temperature).softmax(dim=1)
+
+
+def _through_softmax(codes: Tensor, grad: Tensor, temperature: float) -> Tensor:
+    """The gradient of line 3's products, from that of its codes, whose memory it takes."""
+    grad -= (codes * grad).sum(dim=1, keepdim=True)
+    return grad.mul_(codes).div_(temperature)
 
 
 def _forward(
@@ -197,8 +274,7 @@ def _backward(
             else:  # line 2 of the next iteration
                 grad_own = torch.baddbmm(-grad_mass, scaled.transpose(1, 2), block)
                 out.baddbmm_(scaled, own)
-            grad_own -= (own * grad_own).sum(dim=1, keepdim=True)
-            grad_logits = grad_own.mul_(own).div_(temperature)
+            grad_logits = _through_softmax(own, grad_own, temperature)
             out.baddbmm_(directions, grad_logits)
             grad_directions.baddbmm_(block, grad_logits.transpose(1, 2))
         scaled, grad_mass = _through_dictionary(dictionary, masses[t], directions, grad_here, grad_directions)

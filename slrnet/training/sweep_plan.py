@@ -259,7 +259,9 @@ def _settled(config: Config, options: SweepOptions, space: Sequence[Domain], abl
         for domain in space:
             grid_of(domain)
     if config.evaluation.every != 1:
-        raise ConfigError(f"evaluation.every is {config.evaluation.every}; a sweep needs figures of each epoch: set it to 1")
+        raise ConfigError(
+            f"evaluation.every is {config.evaluation.every}; a sweep needs figures of each epoch: set it to 1"
+        )
     metrics = tuple(_logged_name(metric, config) for metric in options.metrics)
     scheduler: Scheduler = "none" if ablation or len(metrics) > 1 else options.scheduler
     least = config.train.pretrain_epochs + 1

@@ -302,6 +302,27 @@ class TestCrossViewLowRank:
             np.testing.assert_allclose(side_by_side(out.codes, n), codes, atol=1e-5)
             np.testing.assert_allclose(side_by_side(out.features, n), x + w_out @ rebuilt + b_out[:, None], atol=1e-5)
 
+    @pytest.mark.parametrize("centered", [False, True])
+    @pytest.mark.parametrize("num_iters", [1, 3])
+    @pytest.mark.parametrize("views", [1, 3])
+    def test_projected_atoms_equal_projected_positions(self, views: int, num_iters: int, centered: bool) -> None:
+        """`recompute` never projects a position; `reference` does, as the paper writes it. All gradients agree."""
+        results = []
+        for implementation in ("reference", "recompute"):
+            module = trained_module(
+                6, dim=4, num_iters=num_iters, centered=centered, temperature=0.5, implementation=implementation
+            )
+            maps = views_of(list(self.sizes[:views]), 6, 3)
+            inputs = [[view.requires_grad_() for view in given] for given in maps]
+            out = module(*inputs)
+            outputs = [*out.features, *out.codes, out.dictionary]
+            generator = torch.Generator().manual_seed(5)
+            weights = [torch.randn(value.shape, generator=generator) for value in outputs]
+            leaves = [*inputs[0], *inputs[1], *module.parameters()]
+            results.append([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
+        for plain, folded in zip(*results, strict=True):
+            assert float((plain - folded).detach().abs().max()) <= 1e-5 * max(1.0, float(plain.detach().abs().max()))
+
     def test_centered_form_factorises_what_varies(self) -> None:
         module = trained_module(6, dim=4, num_iters=2, centered=True)
         features, logits = views_of([(4, 3), (2, 2)], 6, 3)

@@ -41,6 +41,37 @@ def test_operator_checks_of_torch() -> None:
     assert set(torch.library.opcheck(factorization.factorize_op, arguments).values()) == {"SUCCESS"}
 
 
+def plain_sums(features: Tensor, atoms: Tensor, offset: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    codes = ((atoms.transpose(1, 2) @ features + offset.unsqueeze(2)) / temperature).softmax(dim=1)
+    return features @ codes.transpose(1, 2), codes.sum(dim=2)
+
+
+def draw_atoms() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    features = draw(p=23, dtype=torch.float64)[0].detach().requires_grad_()
+    atoms = torch.randn(2, 5, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    return features, atoms, torch.randn(2, 3, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("block", [5, 2048])
+def test_assigned_sums_equal_plain_autograd(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factorization, "BLOCK", block)
+    inputs = draw_atoms()
+    found, expected = (form(*inputs, 0.7) for form in (factorization.assigned_sums, plain_sums))
+    weights = [torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype) for out in expected]
+    for left, right in zip(
+        [*found, *torch.autograd.grad(found, inputs, weights)],
+        [*expected, *torch.autograd.grad(expected, inputs, weights)],
+        strict=True,
+    ):
+        assert torch.allclose(left, right, atol=1e-12)
+
+
+def test_assigned_sums_pass_the_checks_of_torch() -> None:
+    checks = torch.library.opcheck(factorization.assigned_sums, (*draw_atoms(), 0.7))
+    assert set(checks.values()) == {"SUCCESS"}
+
+
 def test_compiles_as_a_whole() -> None:
     module, views, logits = module_and_inputs()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
