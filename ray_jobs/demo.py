@@ -24,6 +24,8 @@ from types import FrameType
 
 import psutil
 
+from slrnet.training.tracking import environment_tags
+
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"
 START_LIMIT = 180.0
@@ -69,6 +71,7 @@ def local_cluster() -> Iterator[tuple[str, dict[str, str]]]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
+        "SLRNET_GIT_COMMIT": environment_tags()["git_commit"],  # Ray leaves .git behind
     }
     for inherited in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
         environment.pop(inherited, None)

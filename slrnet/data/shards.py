@@ -312,6 +312,7 @@ class _ReaderPool(Generic[Payload]):
         for delivery in self._loader:
             self._note(delivery)
             if delivery.failure is not None:
+                self.close()  # now: readers that are left to the garbage collector take seconds to end
                 raise DataError(delivery.failure)
             if delivery.payload is not None:
                 yield delivery.payload

@@ -2,8 +2,8 @@
 
 At dilation r a position meets only those whose row and column differ from its own by multiples of r. So the map falls
 into r x r interleaved maps that do not touch each other, and an undilated convolution of those, side by side in the
-batch, gives the same numbers. CPU libraries have no fast path for the dilated form: it takes 3 times as long at
-dilation 2 and 12 times at dilation 4 (forward and backward, 1,152 channels). On other devices nothing changes.
+batch, gives the same numbers. CPU libraries have no fast path for the dilated form (benchmarks/dilated.py). On other
+devices nothing changes.
 """
 
 from __future__ import annotations
