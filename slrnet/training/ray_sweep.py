@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,25 +65,25 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
     say(f"curves and pictures: {parent.how_to_open()}")
     driver = Tracker(parent)
     try:
-        _fit(plan, parent, cpus=cpus, gpu=gpus > 0, concurrent=concurrent, resume=resume, say=say)
+        results = _fit(plan, parent, cpus=cpus, gpu=gpus > 0, concurrent=concurrent, resume=resume, say=say)
     except KeyboardInterrupt:
         driver.finish("KILLED", "interrupted")
         raise
-    trials = _collect(plan)
+    trials = [_trial_of(plan, result) for result in results]
     _finish_children(plan, parent, trials)
     best = best_trial(trials, options.metrics[0])
     if best is None:
         cause = next((trial.error for trial in trials if trial.error), "none was measured")
         driver.finish("FAILED", cause)
         raise TrainingError(f"no trial of sweep {options.name} has {options.metrics[0]}; the first error: {cause}")
-    results = plan.folder / "results"
+    folder = plan.folder / "results"
     config = None if plan.ablation else trial_config(plan, best.values)
-    table = write_results(trials, plan.options.metrics, results, ablation=plan.ablation, best_config=config)
-    driver.log_artifacts(results)
+    table = write_results(trials, plan.options.metrics, folder, ablation=plan.ablation, best_config=config)
+    driver.log_artifacts(folder)
     driver.log_metrics({name: value for name, value in best.metrics.items() if "/iou/" not in name}, 0)
     driver.set_tags({"slrnet.best_trial": best.name})
     driver.finish()
-    path = results / "best_config.json" if config is not None else None
+    path = folder / "best_config.json" if config is not None else None
     return SweepResult(trials=trials, best=best, best_config=path, table=table, run=parent)
 
 
@@ -150,7 +150,8 @@ def _fit(
     concurrent: int,
     resume: bool,
     say: Callable[[str], None],
-) -> None:
+) -> Iterable[Any]:
+    """Runs all trials; Tune's results, one for each."""
     from ray import tune
 
     job = {"plan": plan, "parent": parent, "cpus": cpus, "gpu": gpu}
@@ -172,7 +173,8 @@ def _fit(
                 verbose=0,
             ),
         )
-    tuner.fit()
+    results: Iterable[Any] = tuner.fit()
+    return results
 
 
 def _param_space(plan: SweepPlan) -> dict[str, Any]:
@@ -253,14 +255,6 @@ def _progress(plan: SweepPlan, say: Callable[[str], None]) -> Any:
             say(f"trial {trial.trial_id} failed; the sweep goes on")
 
     return Progress()
-
-
-def _collect(plan: SweepPlan) -> list[Trial]:
-    """What the trials' folders and Tune's state say of them."""
-    from ray import tune
-
-    results = tune.ResultGrid(tune.ExperimentAnalysis(str(plan.folder / "tune")))
-    return [_trial_of(plan, result) for result in results]
 
 
 def _trial_of(plan: SweepPlan, result: Any) -> Trial:
