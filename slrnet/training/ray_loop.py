@@ -402,7 +402,7 @@ def _create_run(
         "slrnet.folder": str(options.storage / options.name),
     }
     return create_run(
-        resolve_uri(config.tracking.uri, options.storage),
+        resolve_uri(config.tracking.uri, options.storage) if parent is None else parent.uri,
         config.tracking.experiment,
         options.name,
         params=config.flat(),

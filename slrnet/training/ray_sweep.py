@@ -65,9 +65,12 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
     say(f"curves and pictures: {parent.how_to_open()}")
     driver = Tracker(parent)
     try:
-        results = _fit(plan, parent, cpus=cpus, gpu=gpus > 0, concurrent=concurrent, resume=resume, say=say)
+        results = _fit(plan, parent, cpus=cpus, gpu=gpus > 0, concurrent=concurrent, resume=resume)
     except KeyboardInterrupt:
         driver.finish("KILLED", "interrupted")
+        raise
+    except Exception as error:
+        driver.finish("FAILED", str(error))
         raise
     trials = [_trial_of(plan, result) for result in results]
     _finish_children(plan, parent, trials)
@@ -149,7 +152,6 @@ def _fit(
     gpu: bool,
     concurrent: int,
     resume: bool,
-    say: Callable[[str], None],
 ) -> Iterable[Any]:
     """Runs all trials; Tune's results, one for each."""
     from ray import tune
@@ -169,7 +171,7 @@ def _fit(
                 name="tune",
                 storage_path=str(plan.folder),
                 failure_config=tune.FailureConfig(max_failures=plan.options.max_failures),
-                callbacks=[_progress(plan, say)],
+                callbacks=[_progress(plan)],
                 verbose=0,
             ),
         )
@@ -215,7 +217,10 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
         many = {} if len(modes) == 1 else {"metric": list(options.metrics), "mode": modes}
         search: Any = OptunaSearch(points_to_evaluate=start, seed=options.seed, **many)
     else:
-        search = BasicVariantGenerator(points_to_evaluate=start or None, random_state=options.seed)
+        # Tune's own limit does not reach this one.
+        search = BasicVariantGenerator(
+            points_to_evaluate=start or None, random_state=options.seed, max_concurrent=concurrent
+        )
     scheduler = None
     if options.scheduler == "asha":
         scheduler = ASHAScheduler(
@@ -228,14 +233,14 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
         search_alg=search,
         scheduler=scheduler,
         num_samples=1 if whole else options.num_samples,
-        max_concurrent_trials=concurrent,
+        max_concurrent_trials=None if isinstance(search, BasicVariantGenerator) else concurrent,
         trial_dirname_creator=lambda trial: trial.trial_id,
         **aim,
     )
 
 
-def _progress(plan: SweepPlan, say: Callable[[str], None]) -> Any:
-    """Tells people what trials report; a Tune callback."""
+def _progress(plan: SweepPlan) -> Any:
+    """Prints what trials report; a Tune callback, which Tune pickles."""
     from ray.tune import Callback
 
     epochs, metric = plan.config.train.epochs, plan.options.metrics[0]
@@ -246,13 +251,14 @@ def _progress(plan: SweepPlan, say: Callable[[str], None]) -> Any:
         ) -> None:
             done = sum(other.is_finished() for other in trials)
             value = result.get(metric, math.nan)
-            say(
+            print(
                 f"trial {trial.trial_id}, epoch {result.get('epoch')}/{epochs}: {metric} {100 * value:.1f} % "
-                f"({done} of {plan.trials} trials done)"
+                f"({done} of {plan.trials} trials done)",
+                flush=True,
             )
 
         def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            say(f"trial {trial.trial_id} failed; the sweep goes on")
+            print(f"trial {trial.trial_id} failed; the sweep goes on", flush=True)
 
     return Progress()
 
