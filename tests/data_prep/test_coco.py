@@ -333,6 +333,7 @@ def test_command_makes_shards_that_its_own_record_makes_again(
 # Photographs.
 
 
+@pytest.mark.slow
 def test_128_photographs_have_the_pixels_that_pycocotools_decodes(tmp_path: Path) -> None:
     """Where one annotation claims a pixel it has that class, where none does the background, else the smallest's."""
     if not COCO128.is_dir():

@@ -60,6 +60,7 @@ def test_equals_plain_autograd(shape: tuple[int, int, int, int], num_iters: int,
 
 
 @pytest.mark.usefixtures("many_parts")
+@pytest.mark.slow
 def test_equals_plain_autograd_in_many_parts() -> None:
     features, codes = draw(2, 40, 21, 100)
     plan = kernels.plan_of(2, 40, 21, 100, features.dtype)
