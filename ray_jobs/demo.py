@@ -126,7 +126,7 @@ def stop(head: subprocess.Popen[bytes]) -> None:
     members = [process for process in psutil.process_iter() if session_of(process.pid) == head.pid]
     head.terminate()  # the head ends its children in order
     with suppress(subprocess.TimeoutExpired):
-        head.wait(timeout=20)
+        head.wait(timeout=5)
     for process in members:
         with suppress(psutil.NoSuchProcess):
             process.kill()

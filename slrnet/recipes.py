@@ -257,7 +257,7 @@ def demo() -> Config:
         update={
             "recipe": "demo",
             "data": lite.data.model_copy(update={"crop_size": 128, "shuffle_buffer": 200}),
-            "train": TrainConfig(epochs=8, pretrain_epochs=2, batch_size=8, log_every=5),
+            "train": TrainConfig(epochs=7, pretrain_epochs=2, batch_size=8, log_every=5),
             "evaluation": EvaluationConfig(pseudo_mask_images=48, panel_images=6),
         }
     )
