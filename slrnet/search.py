@@ -104,7 +104,7 @@ def check_space(config: Config, space: Sequence[Domain]) -> None:
     if not space:
         raise ConfigError("the search space is empty; give --search section.field=KIND:VALUES")
     for domain in space:
-        if domain.key == "recipe" or domain.key.startswith(_UNTRAINED):
+        if domain.key.startswith(_UNTRAINED):
             raise ConfigError(f"{domain.key} changes no training, so there is nothing to search")
         if domain.key.startswith("cvlr.") and domain.key != "cvlr.enabled" and not config.cvlr.enabled:
             raise ConfigError(

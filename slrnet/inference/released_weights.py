@@ -24,7 +24,7 @@ from torch import Tensor
 from slrnet.config import CalibrationConfig, Config, CvlrConfig, DataConfig, EvaluationConfig, LossConfig, Setting
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.models.encoders import describe_misfit, read_tensors
-from slrnet.models.slrnet import build_model
+from slrnet.models.slrnet import network_of
 from slrnet.recipes import RELEASED_SSS_THRESHOLDS
 from slrnet.training.checkpoint import Checkpoint, TrainState, save_checkpoint
 
@@ -114,12 +114,7 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
     if not any(name.startswith(("cvlr.", "auxiliary_head.")) for name in weights):
         config = _stage_one(config)
     with torch.device("meta"):
-        expected = build_model(
-            config.model,
-            config.cvlr,
-            num_classes=len(classes),
-            predict_background=config.predicts_background,
-        ).state_dict()
+        expected = network_of(config, num_classes=len(classes)).state_dict()
     found = describe_misfit(weights, expected, needed=set(expected))
     if found:
         name = "SLRNet" if config.cvlr.enabled else "1-Stage"

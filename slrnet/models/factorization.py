@@ -140,11 +140,7 @@ def assigned_sums(features: Tensor, atoms: Tensor, offset: Tensor, temperature: 
     """
     sums = torch.zeros_like(atoms, memory_format=torch.contiguous_format)
     mass = torch.zeros_like(offset, memory_format=torch.contiguous_format)
-    for part in _blocks(features.shape[2]):
-        block = features[..., part]
-        own = _codes_of(block, atoms, temperature, offset)
-        mass += own.sum(dim=2)
-        sums.baddbmm_(block, own.transpose(1, 2))
+    _add_sums(sums, mass, features, atoms, temperature, offset)
     return sums, mass
 
 
@@ -152,17 +148,12 @@ def assigned_sums(features: Tensor, atoms: Tensor, offset: Tensor, temperature: 
 def _assigned_sums_backward(
     features: Tensor, atoms: Tensor, offset: Tensor, grad_sums: Tensor, grad_mass: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_features = torch.empty_like(features)
+    grad_features = torch.zeros_like(features)
     grad_atoms = torch.zeros_like(atoms, memory_format=torch.contiguous_format)
     grad_offset = torch.zeros_like(offset, memory_format=torch.contiguous_format)
     for part in _blocks(features.shape[2]):
-        block = features[..., part]
-        own = _codes_of(block, atoms, temperature, offset)
-        grad_own = torch.baddbmm(grad_mass.unsqueeze(2), grad_sums.transpose(1, 2), block)
-        grad_logits = _through_softmax(own, grad_own, temperature)
-        grad_features[..., part] = torch.baddbmm(torch.bmm(grad_sums, own), atoms, grad_logits)
-        grad_atoms.baddbmm_(block, grad_logits.transpose(1, 2))
-        grad_offset += grad_logits.sum(dim=2)
+        block, out = features[..., part], grad_features[..., part]
+        grad_offset += _add_sums_gradient(out, grad_atoms, block, atoms, temperature, grad_sums, grad_mass, offset)
     return grad_features, grad_atoms, grad_offset
 
 
@@ -213,10 +204,55 @@ def _codes_of(block: Tensor, atoms: Tensor, temperature: float, offset: Tensor |
     return logits.div_(temperature).softmax(dim=1)
 
 
-def _through_softmax(codes: Tensor, grad: Tensor, temperature: float) -> Tensor:
-    """The gradient of line 3's products, from that of its codes, whose memory it takes."""
-    grad -= (codes * grad).sum(dim=1, keepdim=True)
-    return grad.mul_(codes).div_(temperature)
+def _add_sums(
+    sums: Tensor, mass: Tensor, features: Tensor, atoms: Tensor, temperature: float, offset: Tensor | None = None
+) -> None:
+    """Line 3, and line 2's sums of it: adds features times codes to `sums` (N, d, k) and the codes to `mass` (N, k)."""
+    for part in _blocks(features.shape[2]):
+        block = features[..., part].to(sums.dtype)
+        own = _codes_of(block, atoms, temperature, offset)
+        mass += own.sum(dim=2)
+        sums.baddbmm_(block, own.transpose(1, 2))
+
+
+def _add_sums_gradient(
+    grad_block: Tensor,
+    grad_atoms: Tensor,
+    block: Tensor,
+    atoms: Tensor,
+    temperature: float,
+    grad_sums: Tensor,
+    grad_mass: Tensor,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Back through `_add_sums` for a block of positions (N, d, p).
+
+    Adds to the gradients of the block and of the atoms, given those of the sums (N, d, k) and of the masses (N, k).
+
+    Returns:
+        The gradient of the offset (N, k).
+    """
+    own = _codes_of(block, atoms, temperature, offset)
+    grad_own = torch.baddbmm(grad_mass.unsqueeze(2), grad_sums.transpose(1, 2), block)
+    grad_block.baddbmm_(grad_sums, own)
+    return _add_codes_gradient(grad_block, grad_atoms, block, atoms, temperature, own, grad_own)
+
+
+def _add_codes_gradient(
+    grad_block: Tensor,
+    grad_atoms: Tensor,
+    block: Tensor,
+    atoms: Tensor,
+    temperature: float,
+    codes: Tensor,
+    grad_codes: Tensor,
+) -> Tensor:
+    """Back through line 3 for a block; takes the memory of `grad_codes`. Returns the gradient of the offset (N, k)."""
+    grad_codes -= (codes * grad_codes).sum(dim=1, keepdim=True)
+    grad_logits = grad_codes.mul_(codes).div_(temperature)
+    grad_block.baddbmm_(atoms, grad_logits)
+    grad_atoms.baddbmm_(block, grad_logits.transpose(1, 2))
+    return grad_logits.sum(dim=2)
 
 
 def _forward(
@@ -226,14 +262,16 @@ def _forward(
     dtype = working_dtype(features)
     dictionaries = features.new_empty((num_iters, n, d, codes.shape[1]), dtype=dtype)
     masses = features.new_empty((num_iters, n, codes.shape[1]), dtype=dtype)
-    directions = None
+    directions: Tensor | None = None
     for t in range(num_iters):
         total, mass = dictionaries[t].zero_(), masses[t].zero_()
-        for part in _blocks(positions):
-            block = features[..., part].to(dtype)
-            own = codes[..., part].to(dtype) if directions is None else _codes_of(block, directions, temperature)
-            mass += own.sum(dim=2)
-            total.baddbmm_(block, own.transpose(1, 2))
+        if directions is None:
+            for part in _blocks(positions):
+                own = codes[..., part].to(dtype)
+                mass += own.sum(dim=2)
+                total.baddbmm_(features[..., part].to(dtype), own.transpose(1, 2))
+        else:
+            _add_sums(total, mass, features, directions, temperature)
         total /= mass.clamp_min(MASS_FLOOR).unsqueeze(1)
         directions = directions_of(total)
     assert directions is not None
@@ -258,29 +296,26 @@ def _backward(
     dtype = working_dtype(features)
     grad_features = torch.zeros_like(features, dtype=dtype)
     grad_first = torch.empty_like(codes)
-    scaled, grad_mass = torch.empty(0), torch.empty(0)
-    last = len(dictionaries) - 1
-    for t in range(last, -1, -1):
+    dictionary, directions = dictionaries[-1], directions_of(dictionaries[-1])
+    grad_here, grad_directions = grad_dictionary.to(dtype, copy=True), torch.zeros_like(dictionary)
+    for part in _blocks(features.shape[2]):  # lines 5 and 3 of the last iteration
+        block, rebuilt = features[..., part].to(dtype), grad_reconstruction[..., part].to(dtype)
+        own = _codes_of(block, directions, temperature)
+        grad_own = torch.baddbmm(grad_codes[..., part].to(dtype), dictionary.transpose(1, 2), rebuilt)
+        grad_here.baddbmm_(rebuilt, own.transpose(1, 2))
+        _add_codes_gradient(grad_features[..., part], grad_directions, block, directions, temperature, own, grad_own)
+    scaled, grad_mass = _through_dictionary(dictionary, masses[-1], directions, grad_here, grad_directions)
+    for t in range(len(dictionaries) - 2, -1, -1):
         dictionary, directions = dictionaries[t], directions_of(dictionaries[t])
-        grad_directions = torch.zeros_like(dictionary)
-        grad_here = grad_dictionary.to(dtype, copy=True) if t == last else torch.zeros_like(dictionary)
-        for part in _blocks(features.shape[2]):
+        grad_here, grad_directions = torch.zeros_like(dictionary), torch.zeros_like(dictionary)
+        for part in _blocks(features.shape[2]):  # line 2 of the next iteration, and line 3
             block, out = features[..., part].to(dtype), grad_features[..., part]
-            own = _codes_of(block, directions, temperature)
-            if t == last:  # lines 5 and 3
-                rebuilt = grad_reconstruction[..., part].to(dtype)
-                grad_own = torch.baddbmm(grad_codes[..., part].to(dtype), dictionary.transpose(1, 2), rebuilt)
-                grad_here.baddbmm_(rebuilt, own.transpose(1, 2))
-            else:  # line 2 of the next iteration
-                grad_own = torch.baddbmm(-grad_mass, scaled.transpose(1, 2), block)
-                out.baddbmm_(scaled, own)
-            grad_logits = _through_softmax(own, grad_own, temperature)
-            out.baddbmm_(directions, grad_logits)
-            grad_directions.baddbmm_(block, grad_logits.transpose(1, 2))
+            _add_sums_gradient(out, grad_directions, block, directions, temperature, scaled, grad_mass)
         scaled, grad_mass = _through_dictionary(dictionary, masses[t], directions, grad_here, grad_directions)
     for part in _blocks(features.shape[2]):  # line 2 of the first iteration
         grad_features[..., part].baddbmm_(scaled, codes[..., part].to(dtype))
-        grad_first[..., part] = torch.baddbmm(-grad_mass, scaled.transpose(1, 2), features[..., part].to(dtype))
+        block = features[..., part].to(dtype)
+        grad_first[..., part] = torch.baddbmm(grad_mass.unsqueeze(2), scaled.transpose(1, 2), block)
     return grad_features.to(features.dtype), grad_first
 
 
@@ -290,11 +325,11 @@ def _through_dictionary(
     """Back through the atoms' norms and line 2's division.
 
     Returns:
-        The gradient of line 2's sum (N, d, k), and that of the code masses (N, k, 1) with its sign turned.
+        The gradients of line 2's sum (N, d, k) and of the code masses (N, k).
     """
     norm: Tensor = dictionary.norm(dim=1, keepdim=True)
     along = (directions * grad_directions).sum(dim=1, keepdim=True) * (norm > NORM_FLOOR)
     grad = grad + (grad_directions - directions * along) / norm.clamp_min(NORM_FLOOR)
     scaled = grad / mass.clamp_min(MASS_FLOOR).unsqueeze(1)
-    grad_mass = (scaled * dictionary).sum(dim=1) * (mass > MASS_FLOOR)
-    return scaled, grad_mass.unsqueeze(2)
+    grad_mass = -(scaled * dictionary).sum(dim=1) * (mass > MASS_FLOOR)
+    return scaled, grad_mass

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slrnet.config import CvlrConfig, ModelConfig
+from slrnet.config import Config, CvlrConfig, ModelConfig
 from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.encoders import Encoder, build_encoder
@@ -19,7 +19,7 @@ from slrnet.models.heads import AuxiliaryHead, class_scores
 from slrnet.models.low_rank import LowRankModule, build_low_rank
 from slrnet.models.network import Network, Outputs
 
-__all__ = ["Outputs", "SLRNet", "build_model"]
+__all__ = ["Outputs", "SLRNet", "build_model", "network_of"]
 
 
 class SLRNet(Network):
@@ -159,6 +159,21 @@ def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int, predi
         focal_floor=model.focal_floor,
         predict_background=predict_background,
     )
+
+
+def network_of(config: Config, *, num_classes: int, weights: bool = True) -> Network:
+    """Builds the network of a run.
+
+    Args:
+        config: of the run.
+        num_classes: K with the background.
+        weights: load the encoder's; without, they are random, for a network that gets all its weights elsewhere.
+
+    Raises:
+        ValueError: see `build_model`.
+    """
+    model = config.model if weights else config.model.model_copy(update={"encoder_weights": "none"})
+    return build_model(model, config.cvlr, num_classes=num_classes, predict_background=config.predicts_background)
 
 
 def _initialise(part: nn.Module) -> None:

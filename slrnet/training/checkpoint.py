@@ -140,16 +140,9 @@ def restore_model(checkpoint: Checkpoint) -> Network:
     Raises:
         CheckpointError: the weights are not those of the configured network.
     """
-    from slrnet.models.slrnet import build_model  # takes seconds, and most users of checkpoints need no network
+    from slrnet.models.slrnet import network_of  # takes seconds, and most users of checkpoints need no network
 
-    config = checkpoint.config
-    plain = config.model.model_copy(update={"encoder_weights": "none"})
-    model = build_model(
-        plain,
-        config.cvlr,
-        num_classes=len(checkpoint.state.classes),
-        predict_background=config.predicts_background,
-    )
+    model = network_of(checkpoint.config, num_classes=len(checkpoint.state.classes), weights=False)
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:

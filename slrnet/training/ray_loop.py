@@ -126,17 +126,7 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     say(f"curves and pictures: {handle.how_to_open()}")
     if last is not None:
         say(f"resuming after {load_checkpoint(last).state.epoch} epochs from {last}")
-    driver = Tracker(handle)
-    try:
-        values = {"config": config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
-        _run(_train, values, folder=folder, workers=workers, cpus=cpus, gpu=gpu, failures=options.max_failures)
-    except KeyboardInterrupt:
-        driver.finish("KILLED", "interrupted")
-        raise
-    except Exception as error:
-        cause = _cause(error)
-        driver.finish("FAILED", str(cause))
-        raise TrainingError(f"{type(cause).__name__}: {cause}") from error
+    driver = _train_tracked(config, handle, folder, workers=workers, cpus=cpus, gpu=gpu, failures=options.max_failures)
     return _conclude(folder, handle, driver)
 
 
@@ -161,24 +151,8 @@ def train_trial(config: Config, options: LaunchOptions, *, parent: RunHandle, cp
     folder = options.storage / options.name
     shards = load_dataset(config.data.path)
     handle = _create_run(config, options, shards, workers=options.num_workers, resume=None, parent=parent)
-    driver = Tracker(handle)
-    values = {"config": config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
-    try:
-        _run(
-            _train,
-            values,
-            folder=folder,
-            workers=options.num_workers,
-            cpus=cpus,
-            gpu=gpu,
-            failures=options.max_failures,
-            callbacks=[TuneReportCallback()],
-        )
-    except Exception as error:
-        cause = _cause(error)
-        driver.finish("FAILED", str(cause))
-        raise TrainingError(f"{type(cause).__name__}: {cause}") from error
-    driver.finish()
+    where = {"workers": options.num_workers, "cpus": cpus, "gpu": gpu, "failures": options.max_failures}
+    _train_tracked(config, handle, folder, callbacks=[TuneReportCallback()], **where).finish()
 
 
 def resume_config(storage: Path, name: str) -> Config:
@@ -212,6 +186,22 @@ def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
     except Exception as error:
         cause = _cause(error)
         raise TrainingError(f"{type(cause).__name__}: {cause}") from error
+
+
+def _train_tracked(config: Config, handle: RunHandle, folder: Path, **where: Any) -> Tracker:
+    """Trains; a run that fails says why. Returns the run's tracker, the run not yet ended."""
+    driver = Tracker(handle)
+    values = {"config": config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
+    try:
+        _run(_train, values, folder=folder, **where)
+    except KeyboardInterrupt:
+        driver.finish("KILLED", "interrupted")
+        raise
+    except Exception as error:
+        cause = _cause(error)
+        driver.finish("FAILED", str(cause))
+        raise TrainingError(f"{type(cause).__name__}: {cause}") from error
+    return driver
 
 
 def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
@@ -368,16 +358,10 @@ def _class_balance(config: Config, shards: ShardSet, supervision: Supervision) -
 
 
 def _checkpoint_bytes(config: Config, shards: ShardSet) -> int:
-    from slrnet.models.slrnet import build_model
+    from slrnet.models.slrnet import network_of
 
     with torch.device("meta"):
-        random = config.model.model_copy(update={"encoder_weights": "none"})
-        model = build_model(
-            random,
-            config.cvlr,
-            num_classes=shards.info.num_classes,
-            predict_background=config.predicts_background,
-        )
+        model = network_of(config, num_classes=shards.info.num_classes, weights=False)
     values: int = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     momentum: int = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
     return values + momentum

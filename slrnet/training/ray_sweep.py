@@ -60,7 +60,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         write_plan(plan)
     say(
         f"sweep {options.name}: {plan.trials} trials, {concurrent} at a time with {options.num_workers} worker(s) x "
-        f"{cpus} CPU(s){' + 1 GPU' if gpus else ''} each; {_how(plan)}; folder {plan.folder}"
+        f"{cpus} CPU(s){' + 1 GPU' if gpus else ''} each; folder {plan.folder}"
     )
     say(f"curves and pictures: {parent.how_to_open()}")
     driver = Tracker(parent)
@@ -73,8 +73,8 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         driver.finish("FAILED", str(error))
         raise
     trials = [_trial_of(plan, result) for result in results]
-    _finish_children(plan, parent, trials)
     best = best_trial(trials, options.metrics[0])
+    _finish_children(plan, parent, trials, best)
     if best is None:
         cause = next((trial.error for trial in trials if trial.error), "none was measured")
         driver.finish("FAILED", cause)
@@ -102,18 +102,6 @@ def _room(options: SweepOptions) -> tuple[int, int, int]:
             f"each, the cluster has {cpus} CPUs and {gpus} GPUs; lower --num-workers or --cpus-per-worker"
         )
     return per_worker, gpus, min(room, options.max_concurrent or room)
-
-
-def _how(plan: SweepPlan) -> str:
-    options = plan.options
-    if plan.ablation:
-        return f"ablation {plan.ablation}, seeds {', '.join(map(str, plan.seeds))}"
-    stop = (
-        f"ASHA after {options.grace_epochs} epochs, one in {options.reduction:g} goes on"
-        if options.scheduler == "asha"
-        else "all trials trained to the end"
-    )
-    return f"{options.searcher} search of {', '.join(options.metrics)} (seed {options.seed}), {stop}"
 
 
 def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
@@ -287,8 +275,8 @@ def _last_line(error: BaseException) -> str:
     return (lines[-1] if lines else type(error).__name__)[:500]
 
 
-def _finish_children(plan: SweepPlan, parent: RunHandle, trials: Sequence[Trial]) -> None:
-    """Ends the runs of trials that were stopped early, or whose processes were killed."""
+def _finish_children(plan: SweepPlan, parent: RunHandle, trials: Sequence[Trial], best: Trial | None) -> None:
+    """Ends the runs of trials that were stopped early or killed, and gives the best one its checkpoint."""
     children = runs_below(parent)
     for trial in trials:
         handle, status = children.get(trial.name, (None, ""))
@@ -298,7 +286,6 @@ def _finish_children(plan: SweepPlan, parent: RunHandle, trials: Sequence[Trial]
         tracker.set_tags({"slrnet.trial_status": trial.status})
         if status == "RUNNING":
             tracker.finish("FAILED" if trial.status == "failed" else "FINISHED", trial.error)
-    best = best_trial(trials, plan.options.metrics[0])
     if best is not None and best.name in children:
         checkpoint = find_checkpoint(plan.folder / "trials" / best.name / "checkpoints", which="best")
         if checkpoint is not None:

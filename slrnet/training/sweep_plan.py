@@ -267,13 +267,12 @@ def _settled(config: Config, options: SweepOptions, space: Sequence[Domain], abl
     least = config.train.pretrain_epochs + 1
     grace = options.grace_epochs if options.grace_epochs is not None else least
     if scheduler == "asha":
-        _check_asha(config, grace, space)
+        _check_asha(config, grace, least, space)
     changes = {"searcher": searcher, "scheduler": scheduler, "grace_epochs": grace, "metrics": metrics}
     return SweepOptions(**{**asdict(options), **changes})
 
 
-def _check_asha(config: Config, grace: int, space: Sequence[Domain]) -> None:
-    least = config.train.pretrain_epochs + 1
+def _check_asha(config: Config, grace: int, least: int, space: Sequence[Domain]) -> None:
     if grace < least:
         raise ConfigError(
             f"grace_epochs is {grace}, and the first {config.train.pretrain_epochs} epochs have no pseudo labels: "

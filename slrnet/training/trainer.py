@@ -31,7 +31,7 @@ from slrnet.data.manifest import ShardSet
 from slrnet.data.shards import EvalLoader, SkippedSample, TrainLoader, choose_subset
 from slrnet.data.supervision import Supervision, plan_supervision
 from slrnet.models.network import Network
-from slrnet.models.slrnet import build_model
+from slrnet.models.slrnet import network_of
 from slrnet.training.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -88,12 +88,7 @@ class Trainer:
         self.folder = folder
         self.tracker = tracker
         torch.manual_seed(config.train.seed)
-        self.model = build_model(
-            config.model,
-            config.cvlr,
-            num_classes=shards.info.num_classes,
-            predict_background=config.predicts_background,
-        )
+        self.model = network_of(config, num_classes=shards.info.num_classes)
         self.model.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.normalise = Normalise.of(self.model.encoder)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
