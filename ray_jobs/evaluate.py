@@ -54,6 +54,8 @@ def evaluate(options: argparse.Namespace) -> None:
     shards = load_dataset(options.data or config.data.path)
     result = launch_evaluation(checkpoint, shards, split=options.split, config=config, options=run)
     print(quality_table(result["metrics"], tuple(result["classes"])))
+    for protocol, metrics in result["before_crf"].items():
+        print(f"before the CRF ({protocol}): mIoU {100 * metrics['val/miou']:.1f} %")
     print(
         f"protocol {result['protocol']}, {result['images']} images of split "
         f"{result['split']}, checkpoint {result['checkpoint']} (epoch {result['epoch']}); "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from slrnet.inference.crf import crf_masks, require_crf
 from slrnet.inference.predictor import predict, restore_network
 from slrnet.models.network import Network
 from slrnet.training.checkpoint import Checkpoint, check_classes, load_checkpoint
-from slrnet.training.distributed import Ranks
+from slrnet.training.distributed import Ranks, merge_over_ranks
 from slrnet.training.evaluate import Quality, count_masks, gate, gating_labels, protocol_name, quality_metrics
+from slrnet.training.metrics import ConfusionMatrix
 from slrnet.training.ray_loop import LaunchOptions, Report, run_job
 from slrnet.training.step import Normalise
 from slrnet.training.tracking import RunHandle, Tracker, environment_tags, find_run, metric_key
@@ -45,8 +47,9 @@ def launch_evaluation(
 
     Returns:
         The content of `evaluation.json`, which is written into that folder: protocol, its settings, figures, images,
-        checkpoint, data fingerprint and commit. Where the store of the training's MLflow run can be reached, the run
-        gets the means as `SPLIT/miou_PROTOCOL` and so on, and `mlflow` says how to open it; else that is None.
+        checkpoint, data fingerprint and commit; of `ms_crf` under `before_crf` also the figures of `ms`. Where the
+        store of the training's MLflow run can be reached, the run gets the means as `SPLIT/miou_PROTOCOL` and so on,
+        and `mlflow` says how to open it; else that is None.
 
     Raises:
         ValueError: the checkpoint is of other classes, there is no such split, the CRF is not installed, or the
@@ -67,15 +70,21 @@ def launch_evaluation(
     }
     run_job(_evaluate, values, options)
     result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    means = {name: result["metrics"].get(f"val/{name}") for name in ("miou", "mfdr", "mfnr")}
-    figures = {metric_key(split, f"{name}_{result['protocol']}"): value for name, value in means.items() if value}
+    figures = {
+        metric_key(split, f"{name}_{protocol}"): metrics[f"val/{name}"]
+        for protocol, metrics in ({result["protocol"]: result["metrics"]} | result["before_crf"]).items()
+        for name in ("miou", "mfdr", "mfnr")
+        if f"val/{name}" in metrics
+    }
     return result | {"mlflow": track_figures(checkpoint, figures)}
 
 
 def measure(
     model: Network, loader: EvalLoader, *, config: Config, normalise: Normalise, ranks: Ranks, crf_processes: int
-) -> Quality:
+) -> tuple[Quality, ...]:
     """Compares masks predicted by the configured protocol with true ones, over all ranks.
+
+    Returns the protocol's figures; of `ms_crf` then those of the same masks before the CRF, which are those of `ms`.
 
     Args:
         model: in evaluation mode.
@@ -86,15 +95,23 @@ def measure(
         crf_processes: helpers for the CRF, >= 1; used by `ms_crf` only.
     """
     protocol = config.evaluation.protocol
-    gated = _gated_probs(model, loader, config=config, normalise=normalise, ranks=ranks)
-    if protocol == "ms_crf":
-        pictures = ((sample, _pixels(sample), probs.cpu().numpy()) for sample, probs in gated)
-        refined = crf_masks(pictures, config.crf, processes=crf_processes)
-        masks = ((sample, torch.from_numpy(mask)) for sample, mask, _ in refined)
-    else:
-        masks = ((sample, probs.argmax(dim=0).cpu()) for sample, probs in gated)
     name = protocol_name(config.evaluation, protocol)
-    return count_masks(masks, num_classes=model.num_classes, protocol=name, ranks=ranks)
+    gated = _gated_probs(model, loader, config=config, normalise=normalise, ranks=ranks)
+    count = partial(count_masks, num_classes=model.num_classes, protocol=name, ranks=ranks)
+    if protocol != "ms_crf":
+        return (count((sample, probs.argmax(dim=0).cpu()) for sample, probs in gated),)
+    plain = ConfusionMatrix(model.num_classes)
+
+    def pictures() -> Iterator[tuple[EvalSample, npt.NDArray[np.uint8], npt.NDArray[np.float32]]]:
+        for sample, probs in gated:
+            assert sample.pixel_labels is not None
+            plain.update(probs.argmax(dim=0).cpu(), sample.pixel_labels)
+            yield sample, _pixels(sample), probs.cpu().numpy()
+
+    refined = crf_masks(pictures(), config.crf, processes=crf_processes)
+    quality = count((sample, torch.from_numpy(mask)) for sample, mask, _ in refined)
+    before = Quality(merge_over_ranks(plain, ranks), protocol_name(config.evaluation, "ms"), quality.images)
+    return quality, before
 
 
 def track_figures(checkpoint: Checkpoint, figures: Mapping[str, float]) -> str | None:
@@ -145,7 +162,7 @@ def _evaluate(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
     loader = EvalLoader(
         shards, split=values["split"], rank=ranks.rank, world_size=ranks.world_size, on_error=config.data.on_error
     )
-    quality = measure(
+    quality, *before = measure(
         model,
         loader,
         config=config,
@@ -163,6 +180,7 @@ def _evaluate(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
             "split": values["split"],
             "images": quality.images,
             "metrics": metrics,
+            "before_crf": {found.protocol: quality_metrics("val", found, shards.info.classes) for found in before},
             "classes": shards.info.classes,
             "checkpoint": values["checkpoint"],
             "epoch": checkpoint.state.epoch,

@@ -62,7 +62,10 @@ def test_protocols_differ(checkpoint: Checkpoint, tiny_data: ShardSet, tiny_conf
         evaluate(checkpoint, tiny_data, apply_overrides(tiny_config, [f"evaluation.protocol={name}"]), tmp_path / name)
         for name in PROTOCOLS
     ]
+    single, multi, crf = figures
     assert len({str(record["metrics"]) for record in figures}) == 3
+    assert crf["before_crf"] == {"ms": multi["metrics"]}
+    assert single["before_crf"] == multi["before_crf"] == {}
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -75,15 +78,18 @@ def test_any_number_of_ranks_counts_the_same(
     model = restore_model(checkpoint).eval()
     normalise = Normalise.of(model.encoder)
 
-    def share(rank: int, world_size: int) -> Quality:
+    def share(rank: int, world_size: int) -> tuple[Quality, ...]:
         loader = EvalLoader(tiny_data, split="val", rank=rank, world_size=world_size)
         return measure(model, loader, config=config, normalise=normalise, ranks=Ranks(), crf_processes=1)
 
     whole, parts = share(0, 1), [share(rank, world_size) for rank in range(world_size)]
-    for part in parts[1:]:
-        parts[0].matrix.merge(part.matrix)
-    assert parts[0].matrix.counts.equal(whole.matrix.counts)
-    assert sum(part.images for part in parts) == whole.images == 5
+    assert len(whole) == (2 if protocol == "ms_crf" else 1)  # before the CRF too
+    for i, total in enumerate(whole):
+        shares = [part[i] for part in parts]
+        for other in shares[1:]:
+            shares[0].matrix.merge(other.matrix)
+        assert shares[0].matrix.counts.equal(total.matrix.counts)
+        assert sum(found.images for found in shares) == total.images == 5
 
 
 def test_an_evaluation_repeats_the_figures_of_the_training(
