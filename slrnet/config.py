@@ -285,6 +285,9 @@ class TrainConfig(_Section):
     """Seed of weights, order, crops, colours, dropout and gates."""
     log_every: PositiveInt = 10
     """Optimiser steps between logged losses."""
+    checkpoint_every: NonNegativeInt = 200
+    """Optimiser steps between checkpoints, counted over all epochs, beside those at the end of each epoch; 0: only
+    those."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

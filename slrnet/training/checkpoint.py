@@ -2,7 +2,9 @@
 
 A checkpoint holds `model.safetensors` (weights), `trainer.pt` (the optimiser's state; tensors and plain values, read
 with `weights_only=True`), `state.json` (schema version, progress, scores, classes, checksums) and `config.json`. It is
-written beside its place and renamed into it. A run keeps its last and its best one.
+written beside its place, brought to the disk and renamed into it. A run keeps its two last ones, so that there is one
+to go on from where the last turns out damaged, and its best one. `checkpoint-EPOCH` is of the end of an epoch,
+`checkpoint-EPOCH-STEP` of a step within the next one.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from slrnet.models.network import Network
 
 __all__ = [
+    "MOST_AT_A_TIME",
     "Checkpoint",
     "CheckpointError",
     "TrainState",
@@ -42,6 +46,9 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 WEIGHTS, TRAINER, STATE, CONFIG = "model.safetensors", "trainer.pt", "state.json", "config.json"
+KEEP_LAST = 2
+MOST_AT_A_TIME = KEEP_LAST + 2
+"""Checkpoints of a run on the disk at most: the last ones, the best one, and the one being written."""
 
 _log = logging.getLogger(__name__)
 
@@ -70,6 +77,13 @@ class TrainState:
     """Figures measured at this point, by their names in MLflow."""
     run_id: str = ""
     """MLflow run that the training reports to."""
+    unfinished: Mapping[str, float] = field(default_factory=dict)
+    """Loss parts summed over the steps of the epoch under way; empty at the end of an epoch."""
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint of this state."""
+        return f"checkpoint-{self.epoch:04d}" + (f"-{self.step:08d}" if self.unfinished else "")
 
 
 @dataclass(frozen=True)
@@ -86,20 +100,26 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, *, config: Config, state: TrainState, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]
 ) -> Path:
-    """Writes a checkpoint into `folder` as `checkpoint-EPOCH`, atomically; returns its path."""
-    target = folder / f"checkpoint-{state.epoch:04d}"
+    """Writes a checkpoint into `folder` under the state's name, whole or not at all; returns its path.
+
+    Raises:
+        OSError: the storage does not take it.
+    """
+    target = folder / state.name
     incoming = folder / f".{target.name}.incoming-{os.getpid()}"
     shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir(parents=True)
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, incoming / WEIGHTS)
-        torch.save(dict(optimizer), incoming / TRAINER)
+        incoming.mkdir(parents=True)
+        _write_tensors(incoming, model, optimizer)
         (incoming / CONFIG).write_text(config.to_json(), encoding="utf-8")
         sums = {name: sha256_of(incoming / name) for name in (WEIGHTS, TRAINER, CONFIG)}
         record = {"schema_version": SCHEMA_VERSION, **asdict(state), "sha256": sums}
         (incoming / STATE).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        for path in (*incoming.iterdir(), incoming):
+            _bring_to_disk(path)
         shutil.rmtree(target, ignore_errors=True)
         incoming.rename(target)
+        _bring_to_disk(folder)
     except BaseException:
         shutil.rmtree(incoming, ignore_errors=True)
         raise
@@ -151,11 +171,12 @@ def restore_model(checkpoint: Checkpoint) -> Network:
 
 
 def prune_checkpoints(folder: Path) -> None:
-    """Removes all but the last and the best checkpoint, and what interrupted writes left behind."""
+    """Removes all but the two last and the best checkpoint, and what interrupted writes left behind."""
     whole = _whole_checkpoints(folder)
     if not whole:
         return
-    keep = {_choose(whole, "last"), _choose(whole, "best")}
+    last = sorted(whole, key=lambda found: found[1].step)[-KEEP_LAST:]
+    keep = {_choose(whole, "best"), *(path for path, _ in last)}
     for path in folder.glob("checkpoint-*"):
         if path not in keep:
             shutil.rmtree(path, ignore_errors=True)
@@ -183,7 +204,7 @@ def require_free_space(folder: Path, needed: int) -> None:
 
     Args:
         folder: where checkpoints go; created if missing.
-        needed: bytes of three checkpoints: the last, the best, and the one being written.
+        needed: bytes of all checkpoints that may exist at a time.
 
     Raises:
         CheckpointError: there is less free space, or the folder cannot be made.
@@ -200,6 +221,24 @@ def require_free_space(folder: Path, needed: int) -> None:
             f"{folder} has {free / 2**20:.0f} MiB free, checkpoints of this run need {needed / 2**20:.0f} MiB; "
             "free some space or give another folder with --storage"
         )
+
+
+def _write_tensors(folder: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, folder / WEIGHTS)
+        torch.save(dict(optimizer), folder / TRAINER)
+    except (SafetensorError, RuntimeError) as error:  # what both make of an OSError
+        free = shutil.disk_usage(folder).free / 2**20
+        raise OSError(f"tensors could not be written ({' '.join(str(error).split())}; {free:.0f} MiB free)") from error
+
+
+def _bring_to_disk(path: Path) -> None:
+    """Without it a power cut may leave the new checkpoint empty after the old one was removed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _resolve(path: Path) -> tuple[Path, TrainState]:
@@ -227,7 +266,7 @@ def _whole_checkpoints(folder: Path) -> list[tuple[Path, TrainState]]:
 
 
 def _choose(whole: list[tuple[Path, TrainState]], which: Literal["last", "best"]) -> Path | None:
-    ranked = [(_score(state) if which == "best" else 0.0, state.epoch, path) for path, state in whole]
+    ranked = [(_score(state) if which == "best" else 0.0, state.step, path) for path, state in whole]
     return max(ranked)[2] if ranked else None
 
 

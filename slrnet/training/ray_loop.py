@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from slrnet.data.class_balance import ClassLists, shares, table
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.supervision import Supervision, plan_supervision
 from slrnet.training.checkpoint import (
+    MOST_AT_A_TIME,
     CheckpointError,
     TrainState,
     find_checkpoint,
@@ -30,7 +32,9 @@ from slrnet.training.checkpoint import (
     require_free_space,
 )
 from slrnet.training.distributed import Ranks, current_ranks, tune_process
+from slrnet.training.run_log import RunLog, find_failure
 from slrnet.training.tracking import NullTracker, RunHandle, Tracker, create_run, environment_tags, resolve_uri
+from slrnet.training.watchdog import Hang, Watchdog, dump_stacks, shared_store
 
 # The network and the trainer are imported where they are used: Ray's controller reads this module and needs neither.
 __all__ = [
@@ -49,13 +53,29 @@ __all__ = [
     "with_absolute_paths",
 ]
 
-Report = Callable[[Mapping[str, float]], None]
-"""Where a job leaves its figures; every worker must call it equally often."""
+
+class Report:
+    """Where a job leaves its figures and hears of what is to come; this one, of a single process, does neither.
+
+    Every worker must call both equally often.
+    """
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        """Leaves figures."""
+
+    def notice(self) -> str:
+        """Why the workers may be stopped soon; "" otherwise."""
+        return ""
+
+
 Job = Callable[[dict[str, Any], Ranks, Report], None]
 """What runs on the workers: a function of plain values, the process's ranks and a place to report to."""
 
 _MOST_CLASSES = 20
 """Rows of the table of classes that a start prints."""
+
+HANG_EXIT_CODE = 75
+"""Exit code of a worker whose rank, or one that it waits for, hangs."""
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +104,8 @@ class LaunchOptions:
     """CPU cores per worker; None: an equal share of the cluster's."""
     max_failures: int = 0
     """Times that a failed worker group is started again from the last checkpoint."""
+    hang_limit: float = 600.0
+    """Seconds that a rank may stand still before the attempt ends with its name; 0 waits for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +137,7 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     last = _check_folder(folder, resume=options.resume)
     workers, cpus, gpu = _plan_workers(options)
     supervision = check_run(config, shards, max(1, workers))
-    require_free_space(folder, 3 * _checkpoint_bytes(config, shards))
+    require_free_space(folder, MOST_AT_A_TIME * _checkpoint_bytes(config, shards))
     handle = _create_run(config, options, shards, workers=max(1, workers), resume=options.resume)
     say(
         f"run {options.name}: {shards.info.name}, setting {config.setting}, {supervision.describe()}; "
@@ -125,8 +147,10 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
         say(_class_balance(config, shards, supervision))
     say(f"curves and pictures: {handle.how_to_open()}")
     if last is not None:
-        say(f"resuming after {load_checkpoint(last).state.epoch} epochs from {last}")
-    driver = _train_tracked(config, handle, folder, workers=workers, cpus=cpus, gpu=gpu, failures=options.max_failures)
+        state = load_checkpoint(last).state
+        say(f"resuming after {state.epoch} epochs ({state.step} steps) from {last}")
+    where = {"workers": workers, "cpus": cpus, "gpu": gpu, "failures": options.max_failures}
+    driver = _train_tracked(config, handle, folder, hang_limit=options.hang_limit, **where)
     return _conclude(folder, handle, driver)
 
 
@@ -152,7 +176,8 @@ def train_trial(config: Config, options: LaunchOptions, *, parent: RunHandle, cp
     shards = load_dataset(config.data.path)
     handle = _create_run(config, options, shards, workers=options.num_workers, resume=None, parent=parent)
     where = {"workers": options.num_workers, "cpus": cpus, "gpu": gpu, "failures": options.max_failures}
-    _train_tracked(config, handle, folder, callbacks=[TuneReportCallback()], **where).finish()
+    callbacks = [TuneReportCallback()]
+    _train_tracked(config, handle, folder, hang_limit=options.hang_limit, callbacks=callbacks, **where).finish()
 
 
 def resume_config(storage: Path, name: str) -> Config:
@@ -188,19 +213,23 @@ def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
         raise TrainingError(f"{type(cause).__name__}: {cause}") from error
 
 
-def _train_tracked(config: Config, handle: RunHandle, folder: Path, **where: Any) -> Tracker:
+def _train_tracked(config: Config, handle: RunHandle, folder: Path, *, hang_limit: float, **where: Any) -> Tracker:
     """Trains; a run that fails says why. Returns the run's tracker, the run not yet ended."""
     driver = Tracker(handle)
     values = {"config": config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
+    begun = time.time()
     try:
-        _run(_train, values, folder=folder, **where)
+        watched = hang_limit if where["workers"] else 0.0  # in a process of its own
+        _run(_train, values | {"hang_limit": watched}, folder=folder, **where)
     except KeyboardInterrupt:
         driver.finish("KILLED", "interrupted")
         raise
     except Exception as error:
-        cause = _cause(error)
-        driver.finish("FAILED", str(cause))
-        raise TrainingError(f"{type(cause).__name__}: {cause}") from error
+        failure = find_failure(folder, since=begun, dead=_dead_ranks(error))
+        cause = f"{type(_cause(error)).__name__}: {_cause(error)}" if failure is None else str(failure)
+        driver.set_tags({} if failure is None else failure.tags())
+        driver.finish("FAILED", cause)
+        raise TrainingError(cause) from error
     return driver
 
 
@@ -209,18 +238,47 @@ def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
 
     config = config_from_dict(values["config"])
     handle: RunHandle = values["handle"]
-    tracker = Tracker(handle) if ranks.is_main else NullTracker()
-    trainer = Trainer(
-        config,
-        load_dataset(config.data.path),
-        ranks=ranks,
-        folder=Path(values["folder"]),
-        tracker=tracker,
-        run_id=handle.run_id,
+    folder = Path(values["folder"])
+    log = RunLog(folder, rank=ranks.rank)
+    tracker = Tracker(handle, once=True) if ranks.is_main else NullTracker()
+    watchdog = Watchdog(
+        ranks, limit=values["hang_limit"], store=shared_store(ranks), on_hang=lambda hang: _end_hang(hang, log)
     )
-    trainer.resume()
-    trainer.fit(report=report)
-    tracker.flush()
+    try:
+        trainer = Trainer(
+            config,
+            load_dataset(config.data.path),
+            ranks=ranks,
+            folder=folder,
+            tracker=tracker,
+            run_id=handle.run_id,
+            log=log,
+            watchdog=watchdog,
+        )
+        trainer.resume()
+        log.write("start", step=trainer.state.step, world_size=ranks.world_size)
+        trainer.fit(report=report, notice=report.notice)
+        tracker.flush()
+    except Exception as error:
+        position = watchdog.position
+        log.write(
+            "failure",
+            step=position.step,
+            place=position.place,
+            exception=type(error).__name__,
+            message=" ".join(str(error).split())[:2000],
+        )
+        raise
+    finally:
+        watchdog.close()
+
+
+def _end_hang(hang: Hang, log: RunLog) -> None:
+    """Ends this process: its main thread waits where no exception can reach it."""
+    log.write("hang", rank=hang.rank, node=hang.node, step=hang.step, exception="hang", message=hang.message)
+    print(f"{hang.message}; ending this rank. Its threads:", file=sys.stderr, flush=True)
+    dump_stacks()
+    os._exit(HANG_EXIT_CODE)
 
 
 def _run(
@@ -237,7 +295,7 @@ def _run(
     """Runs a job in this process (no workers) or in Ray Train's workers; `callbacks` are Ray Train's."""
     if workers == 0:
         tune_process(None)
-        job(values, Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")), lambda metrics: None)
+        job(values, Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")), Report())
         return
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every line of a worker twice
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -259,15 +317,31 @@ def _run(
 
 
 def _on_worker(arguments: dict[str, Any]) -> None:
-    import ray.train
     from ray.train.torch import get_device
 
     _silence_reports()
     tune_process(arguments["cpus"])
     device = get_device()
     assert isinstance(device, torch.device)
-    ranks = current_ranks(device)
-    arguments["job"](arguments["values"], ranks, lambda metrics: ray.train.report(dict(metrics)))
+    arguments["job"](arguments["values"], current_ranks(device), _RayReport())
+
+
+class _RayReport(Report):
+    """To Ray Train, and from it the nodes that will be taken away."""
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        import ray.train
+
+        ray.train.report(dict(metrics))
+
+    def notice(self) -> str:
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        if info is None:
+            return ""
+        left = "" if info.deadline_ms is None else f" in {max(0.0, info.deadline_ms / 1000 - time.time()):.0f} s"
+        return f"the node of rank {', '.join(map(str, info.preempted_ranks))} will be taken away{left}"
 
 
 def _silence_reports() -> None:
@@ -431,6 +505,14 @@ def _plan_workers(options: LaunchOptions) -> tuple[int, int, bool]:
             "GPUs; lower --num-workers or --cpus-per-worker, or add nodes"
         )
     return workers, per_worker, use_gpu
+
+
+def _dead_ranks(error: BaseException) -> list[int]:
+    """Ranks whose process ended by itself."""
+    from ray.exceptions import RayActorError
+
+    failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
+    return [rank for rank, failure in failures.items() if isinstance(_cause(failure), RayActorError)]
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -2,8 +2,8 @@
 
 The driver resolves the store (`resolve_uri`) and creates the run (`create_run`); rank 0 attaches to it with a `Tracker`
 made from the returned `RunHandle`, all other ranks use a `NullTracker`. One training is one MLflow run: a restarted or
-resumed training attaches to the same run id, and steps that are logged a second time (those between the checkpoint and
-the interruption) stay in the history beside the first ones, told apart by their timestamps.
+resumed training attaches to the same run id, and what it makes a second time (the steps between the checkpoint and the
+interruption) is left out, so that every curve has one value a step.
 
 MLflow takes seconds to import, so it is imported on first use; its telemetry is off and its notices are silenced.
 Everything goes through `MlflowClient` with explicit ids: there is no active run and no global tracking URI.
@@ -210,11 +210,13 @@ class Tracker:
 
     Args:
         handle: The run, as `create_run` returned it.
+        once: Leave out points and pictures of steps that the run has from an earlier process.
         retry_after: Seconds without another attempt after the store failed to answer.
     """
 
-    def __init__(self, handle: RunHandle, *, retry_after: float = 30.0) -> None:
+    def __init__(self, handle: RunHandle, *, once: bool = False, retry_after: float = 30.0) -> None:
         self.handle = handle
+        self._known = _KnownSteps() if once else None
         self.skipped = 0
         self.lost = 0
         self._retry_after = retry_after
@@ -247,7 +249,7 @@ class Tracker:
         self.skipped += len(clean) - len(finite)
         now = int(time.time() * 1000)
         if finite:
-            self._send(lambda client, run_id: _log_points(client, run_id, finite, step, now))
+            self._send(lambda client, run_id: _log_points(client, run_id, finite, step, now, self._known))
 
     def log_image(self, key: str, image: Picture, step: int) -> None:
         """Adds a picture to the series `key`, which MLflow's page shows as a grid over steps.
@@ -259,8 +261,13 @@ class Tracker:
         """
         safe = _clean_key(key)
         picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-        # Written before the call returns: MLflow's own queue is lost with the process.
-        self._send(lambda client, run_id: client.log_image(run_id, picture, key=safe, step=step, synchronous=True))
+
+        def send(client: Any, run_id: str) -> None:
+            if self._known is None or not self._known.has_picture(client, run_id, safe, step):
+                # Written before the call returns: MLflow's own queue is lost with the process.
+                client.log_image(run_id, picture, key=safe, step=step, synchronous=True)
+
+        self._send(send)
 
     def log_artifact(self, path: str | Path, folder: str = "") -> None:
         """Copies a file into the run's artifacts.
@@ -597,9 +604,37 @@ def _log_start(client: Any, run_id: str, params: Mapping[str, Any], tags: Mappin
     client.log_text(run_id, config, "config.json")
 
 
-def _log_points(client: Any, run_id: str, values: Mapping[str, float], step: int, timestamp: int) -> None:
+class _KnownSteps:
+    """Steps that a run has from earlier processes; asked for once per curve, when the store answers."""
+
+    def __init__(self) -> None:
+        self._keys: frozenset[str] | None = None
+        self._steps: dict[str, frozenset[int]] = {}
+        self._pictures: frozenset[str] | None = None
+
+    def has_point(self, client: Any, run_id: str, key: str, step: int) -> bool:
+        if self._keys is None:
+            self._keys = frozenset(client.get_run(run_id).data.metrics)
+        if key in self._keys and key not in self._steps:
+            self._steps[key] = frozenset(point.step for point in client.get_metric_history(run_id, key))
+        return step in self._steps.get(key, ())
+
+    def has_picture(self, client: Any, run_id: str, key: str, step: int) -> bool:
+        if self._pictures is None:
+            names = (file.path.rsplit("/", 1)[-1] for file in client.list_artifacts(run_id, "images"))
+            self._pictures = frozenset(name.split("+timestamp+")[0] for name in names)
+        return f"{key.replace('/', '~')}+step+{step}" in self._pictures  # as MLflow names the files
+
+
+def _log_points(
+    client: Any, run_id: str, values: Mapping[str, float], step: int, timestamp: int, known: _KnownSteps | None
+) -> None:
     metric = _mlflow().entities.Metric
-    points = [metric(key, value, timestamp, step) for key, value in values.items()]
+    points = [
+        metric(key, value, timestamp, step)
+        for key, value in values.items()
+        if known is None or not known.has_point(client, run_id, key, step)
+    ]
     for start in range(0, len(points), MAX_METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=points[start : start + MAX_METRICS_PER_BATCH])
 

@@ -1,8 +1,8 @@
 """The training loop: the same on one process and on many, with Ray or without.
 
 A `Trainer` owns the model, the optimiser and the loaders of one rank. Randomness is a pure function of (seed, step,
-rank), so that a resumed training continues to the bit. Losses are checked for finite values over all ranks before the
-optimiser steps. Curves, pictures and checkpoints are written by rank 0.
+rank), so that a training that is resumed, within an epoch too, continues to the bit. Losses are checked for finite
+values over all ranks before the optimiser steps. Curves, pictures and checkpoints are written by rank 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from slrnet.config import Config
-from slrnet.data.batch import Batch
+from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.files import written_whole
 from slrnet.data.manifest import ShardSet
 from slrnet.data.shards import EvalLoader, SkippedSample, TrainLoader, choose_subset
@@ -39,16 +39,17 @@ from slrnet.training.checkpoint import (
     check_classes,
     find_checkpoint,
     load_checkpoint,
-    prune_checkpoints,
-    save_checkpoint,
 )
+from slrnet.training.checkpoint_writer import CheckpointWriter
 from slrnet.training.distributed import Ranks, share_buffers, sum_over_ranks
 from slrnet.training.evaluate import PseudoMask, evaluate_masks, measure_pseudo_masks, quality_metrics
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
 from slrnet.training.panels import draw_panel
 from slrnet.training.progress import Progress
+from slrnet.training.run_log import RunLog
 from slrnet.training.step import Normalise, find_pseudo_rows, step_generator, step_losses
 from slrnet.training.tracking import Tracker, metric_key
+from slrnet.training.watchdog import Watchdog
 
 __all__ = ["NonFiniteLossError", "Trainer", "batch_per_rank"]
 
@@ -63,8 +64,15 @@ class _Tally:
 
     parts: dict[str, float]
     steps: int = 0
+    """Taken by this process."""
     waited: float = 0.0
-    """Seconds spent waiting for batches."""
+    """Seconds it spent waiting for batches."""
+
+    def add(self, parts: Mapping[str, float], waited: float) -> None:
+        for name, value in parts.items():
+            self.parts[name] += value
+        self.steps += 1
+        self.waited += waited
 
 
 class Trainer:
@@ -77,16 +85,30 @@ class Trainer:
         folder: of the run; checkpoints go to `checkpoints`, pictures to `panels`.
         tracker: receives curves and pictures; a `NullTracker` on ranks other than 0.
         run_id: MLflow run, for the checkpoint's record.
+        log: of this rank; None for none.
+        watchdog: is told where this rank is; None for none.
     """
 
     def __init__(
-        self, config: Config, shards: ShardSet, *, ranks: Ranks, folder: Path, tracker: Tracker, run_id: str = ""
+        self,
+        config: Config,
+        shards: ShardSet,
+        *,
+        ranks: Ranks,
+        folder: Path,
+        tracker: Tracker,
+        run_id: str = "",
+        log: RunLog | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.config = config
         self.shards = shards
         self.ranks = ranks
         self.folder = folder
         self.tracker = tracker
+        self.log = log or RunLog(None, rank=ranks.rank)
+        self.watchdog = watchdog or Watchdog(ranks, limit=0, store=None, on_hang=lambda hang: None)
+        self.writer = CheckpointWriter(folder / "checkpoints", config)
         torch.manual_seed(config.train.seed)
         self.model = network_of(config, num_classes=shards.info.num_classes)
         self.model.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -126,11 +148,18 @@ class Trainer:
         )
         return True
 
-    def fit(self, *, report: Callable[[Mapping[str, float]], None]) -> TrainState:
+    def fit(
+        self,
+        *,
+        report: Callable[[Mapping[str, float]], None],
+        notice: Callable[[], str] = lambda: "",
+    ) -> TrainState:
         """Trains to the last epoch.
 
         Args:
             report: called on every rank after each epoch, with its figures and, as `epoch`, its number from 1 on.
+            notice: called on every rank with each logged step; says why the training may be stopped soon, the same on
+                all ranks, and "" otherwise. While it does, each such step ends with a checkpoint.
 
         Returns:
             The final state.
@@ -138,17 +167,20 @@ class Trainer:
         Raises:
             NonFiniteLossError: naming step, rank and loss parts.
             DataError: a shard is damaged and `data.on_error` is "stop".
+            CheckpointError: a checkpoint could not be written.
         """
         total = self.config.train.epochs * self.loader.steps_per_epoch
         progress = Progress(total, done=self.state.step, show=self.ranks.is_main)
         try:
             for epoch in range(self.state.epoch, self.config.train.epochs):
-                metrics = self._train_epoch(epoch, progress)
+                metrics = self._train_epoch(epoch, progress, notice)
                 if (epoch + 1) % self.config.evaluation.every == 0 or epoch + 1 == self.config.train.epochs:
                     metrics |= self._measure(epoch, progress)
                 self._finish_epoch(epoch, metrics, progress)
                 report(metrics | {"epoch": epoch + 1})
+            self.writer.wait()
         finally:
+            self.writer.close()
             progress.close()
             self.loader.close()
         return self.state
@@ -169,34 +201,55 @@ class Trainer:
         self.loader.close()
         return statistics.median(times[1:] or times)
 
-    def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
+    def _train_epoch(self, epoch: int, progress: Progress, notice: Callable[[], str]) -> dict[str, float]:
         self.wrapped.train()
-        tally = _Tally(defaultdict(float))
+        tally = _Tally(defaultdict(float, self.state.unfinished))
         started = time.perf_counter()
-        batches = self.loader.epoch(epoch)
-        images = self.config.train.batch_size
-        for step in range(epoch * self.loader.steps_per_epoch, (epoch + 1) * self.loader.steps_per_epoch):
+        first, end = self.state.step, (epoch + 1) * self.loader.steps_per_epoch
+        batches = self.loader.epoch(epoch, first - epoch * self.loader.steps_per_epoch)
+        for step in range(first, end):
             begun = time.perf_counter()
+            self.watchdog.at("waiting for data", step)
             batch = next(batches)
-            tally.waited += time.perf_counter() - begun
+            waited = time.perf_counter() - begun
             factor = self._set_rate(step)
             parts = self._step(batch, step, pretraining=epoch < self.config.train.pretrain_epochs)
-            for name, value in parts.items():
-                tally.parts[name] += value
-            tally.steps += 1
-            progress.advance(images, loss=parts["loss"])
+            tally.add(parts, waited)
+            progress.advance(self.config.train.batch_size, loss=parts["loss"])
             if progress.steps == 1:
                 progress.note(_first_step_line(time.perf_counter() - begun, self.ranks))
-            if (step + 1) % self.config.train.log_every == 0:
-                self._log_step(parts, step + 1, factor)
+            logged = (step + 1) % self.config.train.log_every == 0
+            if logged:
+                self._log_step(parts, step + 1, factor, waited)
+            self._save_within_epoch(step + 1, end, tally, notice() if logged else "", progress)
         self._check_epoch_end(batches, epoch, progress)
         return self._summarise(tally, seconds=time.perf_counter() - started)
 
+    def _save_within_epoch(self, done: int, end: int, tally: _Tally, notice: str, progress: Progress) -> None:
+        """Saves after `done` steps in all, where that is due and the epoch, which saves at its end, goes on."""
+        every = self.config.train.checkpoint_every
+        if done == end or not (notice or (every and done % every == 0)):
+            return
+        self.state = replace(self.state, step=done, metrics={}, unfinished=dict(tally.parts))
+        self._save()
+        if notice:
+            self.writer.wait()
+            progress.note(f"{notice}: saved after step {done}")
+            self.log.write("notice", step=done, message=notice)
+
+    def _save(self) -> None:
+        if self.ranks.is_main:
+            self.watchdog.alive()
+            self.writer.save(self.state, model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+            self.log.write("checkpoint", step=self.state.step, name=self.state.name)
+
     def _summarise(self, tally: _Tally, *, seconds: float) -> dict[str, float]:
         """An epoch's mean losses, which are those of all ranks already, and its speed over all ranks."""
+        self.watchdog.at("summing up the epoch", self.state.step)
         own = torch.tensor([tally.waited, seconds, len(self.loader.skipped)], dtype=torch.float64)
         waited, total, skipped = sum_over_ranks(own, self.ranks).tolist()
-        means = {_loss_key(name, "epoch_"): value / tally.steps for name, value in tally.parts.items()}
+        steps = self.loader.steps_per_epoch  # the sums are of the whole epoch, the clock only of what was done here
+        means = {_loss_key(name, "epoch_"): value / steps for name, value in tally.parts.items()}
         return means | {
             "perf/images_per_second": self.config.train.batch_size * tally.steps * self.ranks.world_size / total,
             "perf/data_wait_fraction": waited / total,
@@ -212,10 +265,13 @@ class Trainer:
             generator = step_generator(self.config.train.seed, step, self.ranks.rank, index)
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout and gates
             with self._no_sync(index + 1 < count):
+                self.watchdog.at("going forward", step)
                 losses = self._losses(part, generator, pretraining=pretraining)
+                self.watchdog.at("going backward", step)
                 (losses["loss"] / count).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.detach() / count
+        self.watchdog.at("comparing losses", step)
         values = self._agree(totals, step)
         self.optimizer.step()
         return values
@@ -259,7 +315,7 @@ class Trainer:
         metrics = self._measure_pseudo_masks(epoch, progress, common)
         progress.note(f"epoch {epoch + 1}: validating")
         samples = self._loader(self.config.data.val_split)
-        quality = evaluate_masks(self.model, samples, **common)
+        quality = evaluate_masks(self.model, self._watched(samples), **common)
         self._note_skipped(samples.skipped, epoch, progress)
         values = quality_metrics("val", quality, self.shards.info.classes)
         metrics |= {name: value for name, value in values.items() if name != "val/miou"}
@@ -273,7 +329,7 @@ class Trainer:
             return {}
         progress.note(f"epoch {epoch + 1}: measuring pseudo masks")
         dense, kept = measure_pseudo_masks(
-            self.model, samples, show=lambda masks: self._draw(masks, shown, epoch), **common
+            self.model, self._watched(samples), show=lambda masks: self._draw(masks, shown, epoch), **common
         )
         self._note_skipped(samples.skipped, epoch, progress)
         self._log_panels(shown, epoch)
@@ -292,17 +348,10 @@ class Trainer:
             step=(epoch + 1) * self.loader.steps_per_epoch,
             best_score=best,
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+            unfinished={},
         )
-        if self.ranks.is_main:
-            checkpoints = self.folder / "checkpoints"
-            save_checkpoint(
-                checkpoints,
-                config=self.config,
-                state=self.state,
-                model=self.model.state_dict(),
-                optimizer=self.optimizer.state_dict(),
-            )
-            prune_checkpoints(checkpoints)
+        self._save()
+        self.log.write("epoch", step=self.state.step, epoch=epoch + 1, **self.state.metrics)
         self.tracker.log_metrics(metrics, self.state.step)
         self.tracker.log_metrics({"epoch": float(epoch + 1)}, self.state.step)
         progress.note(_epoch_line(epoch + 1, self.config.train.epochs, metrics))
@@ -328,6 +377,14 @@ class Trainer:
             world_size=self.ranks.world_size,
             on_error=self.config.data.on_error,
         )
+
+    def _watched(self, samples: EvalLoader) -> Iterator[EvalSample]:
+        """The samples; the watchdog hears of each."""
+        self.watchdog.at("measuring", self.state.step)
+        for sample in samples:
+            yield sample
+            self.watchdog.alive()
+        self.watchdog.at("adding up what was measured", self.state.step)
 
     def _draw(self, masks: PseudoMask, shown: tuple[str, ...], epoch: int) -> None:
         """Draws an image into the run's folder, on whichever rank has it."""
@@ -359,7 +416,8 @@ class Trainer:
     def _panel_path(self, key: str, epoch: int) -> Path:
         return self.folder / "panels" / f"{key}-epoch-{epoch + 1:03d}.png"
 
-    def _log_step(self, parts: Mapping[str, float], step: int, factor: float) -> None:
+    def _log_step(self, parts: Mapping[str, float], step: int, factor: float, waited: float) -> None:
+        self.log.write("step", step=step, waited=round(waited, 6), **parts)
         values = {_loss_key(name, ""): value for name, value in parts.items()}
         rate = self.optimizer.param_groups[0]["base_lr"] * factor
         self.tracker.log_metrics(values | {"train/learning_rate": rate}, step)

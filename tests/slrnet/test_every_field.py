@@ -130,6 +130,7 @@ CHANGES: dict[str, Change] = {
     "train.precision": change_weights("bf16"),
     "train.seed": change_weights(1),
     "train.log_every": Change(2, "logged losses"),
+    "train.checkpoint_every": Change(1, "checkpoints", given=("train.batch_size=1", "train.checkpoint_every=0")),
     "evaluation.every": Change(1, "logged figures"),
     "evaluation.pseudo_mask_images": Change(3, "pseudo masks"),
     "evaluation.panel_images": Change(1, "pictures", given=("evaluation.pseudo_mask_images=2",)),

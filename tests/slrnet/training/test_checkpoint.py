@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,9 +209,10 @@ class TestChoice:
             ([0.4, 0.4, 0.3], 3, 2),  # the later one of equals
             ([0.2, None, None], 3, 1),  # epochs that were not measured
             ([None, None], 2, 2),
+            ([0.1, 0.5, 0.4, 0.3, 0.2], 5, 2),
         ],
     )
-    def test_pruning_keeps_the_last_and_the_best(
+    def test_pruning_keeps_the_two_last_and_the_best(
         self, tmp_path: Path, scores: list[float | None], last: int, best: int
     ) -> None:
         for epoch, score in enumerate(scores, start=1):
@@ -218,7 +220,18 @@ class TestChoice:
         assert find_checkpoint(tmp_path) == tmp_path / f"checkpoint-{last:04d}"
         assert find_checkpoint(tmp_path, which="best") == tmp_path / f"checkpoint-{best:04d}"
         prune_checkpoints(tmp_path)
-        assert names(tmp_path) == {f"checkpoint-{epoch:04d}" for epoch in (last, best)}
+        assert names(tmp_path) == {f"checkpoint-{epoch:04d}" for epoch in (last - 1, last, best)}
+
+    def test_steps_within_an_epoch_come_after_its_beginning_and_are_never_the_best(self, tmp_path: Path) -> None:
+        save(tmp_path, 2, 0.1)
+        within = replace(state(2), step=25, unfinished={"loss": 0.1 + 0.2})
+        path = save_checkpoint(tmp_path, config=CONFIG, state=within, model={"a": torch.ones(1)}, optimizer={})
+        assert path.name == "checkpoint-0002-00000025"
+        assert find_checkpoint(tmp_path) == path
+        assert load_checkpoint(path).state == within  # sums to the last bit
+        assert find_checkpoint(tmp_path, which="best") == tmp_path / "checkpoint-0002"
+        save(tmp_path, 3, 0.05)
+        assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-0003"
 
     def test_the_score_is_the_one_of_the_protocol_that_the_run_measures(self, tmp_path: Path) -> None:
         for epoch, score in ((1, 0.5), (2, 0.3)):

@@ -277,6 +277,25 @@ class TestTracker:
         assert np.array_equal(np.asarray(Image.open(png)), pixels)
         assert run_of(handle).data.tags["mlflow.loggedImages"] == "True"
 
+    def test_what_a_restarted_training_makes_again_is_left_out(self, handle: RunHandle) -> None:
+        pixels = np.zeros((4, 5, 3), dtype=np.uint8)
+        first = Tracker(handle, once=True)
+        for step in (10, 20):
+            first.log_metrics({"train/loss": step / 100, "train/loss_a": 1.0}, step)
+            first.log_image("panels/a", pixels, step)
+        second = Tracker(handle, once=True)
+        for step in (20, 30):
+            second.log_metrics({"train/loss": step / 100, "train/new": 2.0}, step)
+            second.log_image("panels/a", pixels, step)
+        second.log_image("panels/b", pixels, 20)
+        assert metric_history(handle, "train/loss") == [(10, 0.1), (20, 0.2), (30, 0.3)]
+        assert metric_history(handle, "train/loss_a") == [(10, 1.0), (20, 1.0)]
+        assert metric_history(handle, "train/new") == [(20, 2.0), (30, 2.0)]
+        pictures = [path.name.split("+timestamp")[0] for path in (artifact_root(handle) / "images").glob("*.png")]
+        assert sorted(pictures) == [f"panels~{name}" for name in ("a+step+10", "a+step+20", "a+step+30", "b+step+20")]
+        Tracker(handle).log_metrics({"train/loss": 7.0}, 10)  # not a training's: figures that are measured again
+        assert metric_history(handle, "train/loss")[:2] == [(10, 0.1), (10, 7.0)]
+
     def test_files_folders_and_texts(self, handle: RunHandle, tmp_path: Path) -> None:
         (tmp_path / "ckpt" / "deep").mkdir(parents=True)
         (tmp_path / "ckpt" / "deep" / "state.json").write_text("{}")

@@ -99,6 +99,36 @@ class TestResume:
         assert same(_without_clock(first.state.metrics), _without_clock(second.state.metrics))
         assert (first.state.step, first.state.best_score) == (second.state.step, second.state.best_score)
 
+    def test_a_training_killed_within_an_epoch_goes_on_to_the_bit(
+        self, tiny_config: Config, start_trainer: StartTrainer, tmp_path: Path, tracker: Any
+    ) -> None:
+        config = apply_overrides(tiny_config, ["train.batch_size=2", "train.checkpoint_every=3"])  # 4 steps an epoch
+        whole = start_trainer(config, tracker=tracker)
+        expected = fit(whole)
+
+        interrupted = start_trainer(config, folder=tmp_path / "run")
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.fit(report=lambda metrics: None, notice=_notices([""] * 6 + [KeyboardInterrupt]))
+        resumed = start_trainer(config, folder=tmp_path / "run", tracker=type(tracker)())
+        assert resumed.resume()
+        assert (resumed.state.epoch, resumed.state.step) == (1, 6)
+        assert same(fit(resumed), expected[1:])  # the epoch's mean losses too
+
+        assert same(resumed.model.state_dict(), whole.model.state_dict())
+        assert same(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
+        assert resumed.tracker.curve("train/loss") == tracker.curve("train/loss")[6:]  # type: ignore[attr-defined]
+
+    def test_before_its_node_is_taken_away_it_saves(
+        self, quiet: Config, start_trainer: StartTrainer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        config = apply_overrides(quiet, ["train.batch_size=1", "train.checkpoint_every=0", "train.epochs=2"])
+        trainer = start_trainer(config)
+        told = ["", "", "the node of rank 0 will be taken away in 30 s", KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit(report=lambda metrics: None, notice=_notices(told))
+        assert [path.name for path in (trainer.folder / "checkpoints").iterdir()] == ["checkpoint-0000-00000003"]
+        assert "the node of rank 0 will be taken away in 30 s: saved after step 3" in capsys.readouterr().out
+
     def test_without_a_checkpoint_there_is_nothing_to_resume(self, quiet: Config, start_trainer: StartTrainer) -> None:
         assert start_trainer(quiet).resume() is False
 
@@ -338,6 +368,19 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(
     config = apply_overrides(tiny_config, [f"train.batch_size={batch}"])
     with pytest.raises(ValueError, match=rf"train\.batch_size {batch} .* {world} workers times 1 .*; {advice}"):
         batch_per_rank(config, world)
+
+
+def _notices(told: list[Any]) -> Callable[[], str]:
+    """Says one thing after the other; raises what is an exception."""
+    rest = iter(told)
+
+    def notice() -> str:
+        found = next(rest, "")
+        if not isinstance(found, str):
+            raise found
+        return found
+
+    return notice
 
 
 def _interrupt_after(epochs: int) -> Callable[[Mapping[str, float]], None]:
