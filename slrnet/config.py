@@ -418,9 +418,9 @@ class Config(_Section):
                 f"the smallest view has {smallest:.0f} pixels a side, under two cells of output_stride {stride}; "
                 f"enlarge data.crop_size ({size}) or the smallest of views.scales {self.views.scales}"
             )
-        if self.train.batch_size % self.train.accumulation:
+        if self.train.batch_size < self.train.accumulation:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} is not divisible by train.accumulation "
+                f"train.batch_size {self.train.batch_size} is smaller than train.accumulation "
                 f"{self.train.accumulation}; the batch is the global one, split over accumulation steps and workers"
             )
         return self

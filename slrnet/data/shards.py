@@ -57,13 +57,14 @@ class TrainLoader:
     """Batches of random crops of a split, for one rank.
 
     The draws of a step are a pure function of (seed, epoch, step) and the data, whatever the number of ranks and
-    readers: the ranks share each global batch in order. A draw's crop is one of (seed, epoch, sample, repeat) alone.
+    readers: the ranks share each global batch in order, as evenly as it goes. A draw's crop is one of (seed, epoch,
+    sample, repeat) alone.
     Labels stay unread unless `supervision` grants them.
 
     Args:
         shard_set: the data set.
         split: name of the split.
-        batch_size: of this rank, per step.
+        batch_size: images of a step over all ranks, at least one for each.
         crop_size: side of the crops, pixels.
         crop_scale: smallest and largest share of the image's area that a crop covers.
         flip: probability that a crop is mirrored.
@@ -106,27 +107,29 @@ class TrainLoader:
         view = shard_set.split(split)
         supervision = supervision or image_labels_only(view)
         self.draws = supervision.draws
-        self.global_batch = batch_size * world_size
-        self.steps_per_epoch = self.draws // self.global_batch
+        self.global_batch = batch_size
+        self.steps_per_epoch = self.draws // batch_size
         if not self.steps_per_epoch:
             raise ValueError(
-                f"an epoch of split {split!r} has {self.draws} samples, fewer than the global batch of "
-                f"{self.global_batch} ({batch_size} on each of {world_size} ranks); use a global batch of {self.draws} "
-                "or less"
+                f"an epoch of split {split!r} has {self.draws} samples, fewer than the global batch of {batch_size}; "
+                f"use a global batch of {self.draws} or less"
             )
-        self._batch_size = batch_size
+        if batch_size < world_size:
+            raise ValueError(
+                f"a global batch of {batch_size} cannot be shared by {world_size} ranks; use {world_size} or more"
+            )
         reader = _TrainReader(
             index=index_split(shard_set, view, on_error=on_error),
             supervision=supervision,
             steps=self.steps_per_epoch,
             batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
+            share=range(batch_size * rank // world_size, batch_size * (rank + 1) // world_size),
             readers=max(1, workers),
             crop=_CropSettings(crop_size, crop_scale, flip),
             seed=seed,
             shuffle_buffer=shuffle_buffer,
         )
+        self._share = len(reader.share)
         self._pool: _ReaderPool[Batch] = _ReaderPool(reader, workers=workers, pin_memory=pin_memory)
 
     @property
@@ -164,10 +167,10 @@ class TrainLoader:
         for batch in self._pool.deliver(epoch, start_step):
             count += 1
             yield batch
-        if count != steps or self._pool.samples != steps * self._batch_size:
+        if count != steps or self._pool.samples != steps * self._share:
             raise DataError(
                 f"epoch {epoch} gave this rank {count} batches of {self._pool.samples} samples in all, planned were "
-                f"{steps} batches of {steps * self._batch_size}; {self._pool.reader.index.advice}"
+                f"{steps} batches of {steps * self._share}; {self._pool.reader.index.advice}"
             )
 
 
@@ -364,8 +367,9 @@ class _TrainReader:
     supervision: Supervision
     steps: int
     batch_size: int
-    rank: int
-    world_size: int
+    """Over all ranks."""
+    share: range
+    """Places in it that are this rank's."""
     readers: int
     crop: _CropSettings
     seed: int
@@ -378,7 +382,7 @@ class _TrainReader:
         pipeline = wds.DataPipeline(
             partial(self._read, self.draws(steps, epoch)),
             partial(self._crops, epoch=epoch, skipped=skipped),
-            wds.batched(self.batch_size, collation_fn=collate, partial=True),
+            wds.batched(len(self.share), collation_fn=collate, partial=True),
         )
         for batch in pipeline:
             yield _Delivery(batch, samples=len(batch.keys), skipped=tuple(skipped))
@@ -390,8 +394,8 @@ class _TrainReader:
         plan = plan_epoch(
             self.supervision.pools, self.index.firsts, seed=self.seed, epoch=epoch, window=self.shuffle_buffer
         )
-        starts = (np.array(list(steps), dtype=np.int64) * self.world_size + self.rank) * self.batch_size
-        places = (starts[:, None] + np.arange(self.batch_size)).ravel()
+        starts = np.array(list(steps), dtype=np.int64) * self.batch_size
+        places = (starts[:, None] + np.array(self.share)).ravel()
         return list(zip(plan.samples[places].tolist(), plan.repeats[places].tolist(), strict=True))
 
     def _read(self, draws: Iterable[tuple[int, int]]) -> Iterator[_Item]:

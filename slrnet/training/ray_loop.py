@@ -411,9 +411,9 @@ def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
     Raises:
         ValueError: a split or subset is missing, or the batch does not fit the workers or the data.
     """
-    from slrnet.training.trainer import batch_per_rank
+    from slrnet.training.trainer import check_batch
 
-    batch_per_rank(config, world_size)
+    check_batch(config, world_size)
     shards.split(config.data.val_split)
     supervision = plan_supervision(shards.split(config.data.train_split), config.data, config.setting)
     if supervision.draws < config.train.batch_size:

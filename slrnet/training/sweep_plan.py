@@ -201,10 +201,10 @@ def estimate(plan: SweepPlan, *, price_per_hour: float | None) -> str:
     from slrnet.data.manifest import load_dataset
     from slrnet.training.distributed import Ranks
     from slrnet.training.tracking import NullTracker
-    from slrnet.training.trainer import Trainer, batch_per_rank
+    from slrnet.training.trainer import Trainer
 
     workers, device = plan.options.num_workers, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    share = batch_per_rank(plan.config, workers)
+    share = -(-plan.config.train.batch_size // workers)  # the largest of the ranks' shares
     one = apply_values(plan.config, {"train.batch_size": share})
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(

@@ -51,7 +51,7 @@ from slrnet.training.step import Normalise, find_pseudo_rows, step_generator, st
 from slrnet.training.tracking import Tracker, metric_key
 from slrnet.training.watchdog import Watchdog
 
-__all__ = ["NonFiniteLossError", "Trainer", "batch_per_rank"]
+__all__ = ["NonFiniteLossError", "Trainer", "check_batch"]
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -259,18 +259,21 @@ class Trainer:
     def _step(self, batch: Batch, step: int, *, pretraining: bool) -> dict[str, float]:
         """One optimiser step; returns the loss and its parts, averaged over accumulation steps and ranks."""
         count = self.config.train.accumulation
+        # Parts of ranks and steps count by their images: the gradient is that of the global batch's mean.
+        scale = self.ranks.world_size / self.config.train.batch_size
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for index, part in enumerate(_split(batch, count)):
+            weight = len(part.keys) * scale
             generator = step_generator(self.config.train.seed, step, self.ranks.rank, index)
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout and gates
             with self._no_sync(index + 1 < count):
                 self.watchdog.at("going forward", step)
                 losses = self._losses(part, generator, pretraining=pretraining)
                 self.watchdog.at("going backward", step)
-                (losses["loss"] / count).backward()
+                (losses["loss"] * weight).backward()
             for name, value in losses.items():
-                totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.detach() / count
+                totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.detach() * weight
         self.watchdog.at("comparing losses", step)
         values = self._agree(totals, step)
         self.optimizer.step()
@@ -454,27 +457,25 @@ class Trainer:
         return precision == "bf16" or (precision == "auto" and capable)
 
 
-def batch_per_rank(config: Config, world_size: int) -> int:
-    """Images per rank and optimiser step.
+def check_batch(config: Config, world_size: int) -> None:
+    """Refuses a global batch that leaves a rank without an image in some backward pass.
 
     Raises:
-        ValueError: the global batch cannot be divided by ranks and accumulation steps.
+        ValueError: it is smaller than ranks times accumulation steps.
     """
     batch, accumulation = config.train.batch_size, config.train.accumulation
-    if batch % (world_size * accumulation):
-        low = max(1, batch // (world_size * accumulation)) * world_size * accumulation
+    if batch // world_size < accumulation:
         raise ValueError(
-            f"train.batch_size {batch} cannot be divided by {world_size} workers times {accumulation} accumulation "
-            f"steps; use {low} or {low + world_size * accumulation}"
+            f"train.batch_size {batch} is too small for {world_size} workers times {accumulation} accumulation "
+            f"steps; use {world_size * accumulation} or more, or fewer workers"
         )
-    return batch // world_size
 
 
 def _train_loader(config: Config, shards: ShardSet, ranks: Ranks, supervision: Supervision) -> TrainLoader:
     return TrainLoader(
         shards,
         split=config.data.train_split,
-        batch_size=batch_per_rank(config, ranks.world_size),
+        batch_size=config.train.batch_size,
         crop_size=config.data.crop_size,
         crop_scale=config.data.crop_scale,
         flip=config.data.flip,
@@ -499,9 +500,9 @@ def _distribute(model: Network, ranks: Ranks) -> torch.nn.Module:
 
 
 def _split(batch: Batch, count: int) -> Iterator[Batch]:
-    size = len(batch.keys) // count
-    for start in range(0, len(batch.keys), size):
-        yield batch.part(slice(start, start + size))
+    size = len(batch.keys)
+    for index in range(count):
+        yield batch.part(slice(size * index // count, size * (index + 1) // count))
 
 
 def _check_resumable(checkpoint: Checkpoint, state: TrainState, shards: ShardSet) -> None:

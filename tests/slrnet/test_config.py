@@ -195,9 +195,10 @@ class TestFit:
         assert config.predicts_background == (setting == "sss")
         assert not Config().predicts_background
 
-    def test_accumulation_divides_the_batch(self) -> None:
-        with pytest.raises(ConfigError, match=r"train\.batch_size 16 is not divisible by train\.accumulation 3"):
-            override("train.accumulation=3")
+    def test_every_accumulation_step_has_images(self) -> None:
+        override("train.accumulation=3")  # shares of 5, 5 and 6
+        with pytest.raises(ConfigError, match=r"train\.batch_size 16 is smaller than train\.accumulation 17"):
+            override("train.accumulation=17")
 
 
 class TestDictionaries:

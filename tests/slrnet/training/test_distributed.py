@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def _process(folder: Path, rank: int) -> None:
         "ranks": (ranks.rank, ranks.world_size, ranks.is_main),
         "sums": _sums(ranks),
         "gradients": {setting: _gradients(_semi(config, setting), shards, ranks) for setting in SETTINGS},
+        "uneven": _uneven_step(config, shards, ranks),
         "error": _error(config, shards, ranks, folder),
+        "within": _resumed_within_an_epoch(config, shards, ranks, folder),
         "training": _training(config, shards, ranks, folder),
     }
     torch.save(results, folder / f"rank-{rank}.pt")
@@ -129,6 +132,33 @@ def _gradients(config: Config, shards: ShardSet, ranks: Ranks) -> dict[str, Tens
     result.total.backward()
     found = {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.grad is not None}
     return found | {f"part {name}": part.detach() for name, part in result.parts.items()}
+
+
+def _uneven_step(config: Config, shards: ShardSet, ranks: Ranks) -> dict[str, Tensor]:
+    """Weights after a step of seven images, of which rank 0 has three."""
+    config = apply_overrides(config, [*STILL, "train.batch_size=7", "optim.lr=0.1"])
+    trainer = Trainer(config, shards, ranks=ranks, folder=Path("unused"), tracker=NullTracker())
+    share = slice(7 * ranks.rank // ranks.world_size, 7 * (ranks.rank + 1) // ranks.world_size)
+    trainer.wrapped.eval()
+    trainer._step(_eight(shards, config.setting).part(share), 0, pretraining=False)
+    return trainer.model.state_dict()
+
+
+def _resumed_within_an_epoch(config: Config, shards: ShardSet, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Two epochs of two steps, and the same stopped after the third step and resumed."""
+    config = apply_overrides(config, ["train.checkpoint_every=3", "evaluation.pseudo_mask_images=0"])
+    found: dict[str, Any] = {}
+    for name, steps in (("whole", 9), ("stopped", 3), ("resumed", 9)):
+        run = folder / ("whole" if name == "whole" else "within")
+        trainer = Trainer(config, shards, ranks=ranks, folder=run, tracker=NullTracker())
+        trainer.resume()
+        told = iter([""] * steps)
+        reports: list[dict[str, float]] = []
+        with suppress(StopIteration):
+            trainer.fit(report=lambda metrics: reports.append(dict(metrics)), notice=lambda: next(told))  # noqa: B023
+        dist.barrier()
+        found |= {name: trainer.model.state_dict(), f"{name} steps": trainer.state.step, f"{name} epochs": reports}
+    return found
 
 
 def _eight(shards: ShardSet, setting: str) -> Batch:
@@ -252,6 +282,30 @@ def test_gradients_are_those_of_the_joined_batch(
         torch.testing.assert_close(first[name], joined[name], rtol=1e-5, atol=1e-6 * max(1.0, largest), msg=name)
     for name in set(joined) - set(weights):
         torch.testing.assert_close((first[name] + second[name]) / 2, joined[name], rtol=1e-6, atol=1e-7)
+
+
+def test_shares_of_other_sizes_count_by_their_images(
+    results: list[dict[str, Any]], config: Config, tiny_data: ShardSet
+) -> None:
+    joined = _uneven_step(config, tiny_data, Ranks())
+    before = Trainer(config, tiny_data, ranks=Ranks(), folder=Path("unused"), tracker=NullTracker()).model.state_dict()
+    first, second = (result["uneven"] for result in results)
+    moved = [name for name in joined if not joined[name].equal(before[name])]
+    assert len(moved) > 50
+    for name in moved:
+        assert first[name].equal(second[name]), name
+        torch.testing.assert_close(first[name] - before[name], joined[name] - before[name], rtol=1e-3, atol=1e-6)
+
+
+def test_a_training_stopped_within_an_epoch_goes_on_to_the_bit(results: list[dict[str, Any]]) -> None:
+    for found in (result["within"] for result in results):
+        assert [found[f"{name} steps"] for name in ("whole", "stopped", "resumed")] == [4, 3, 4]
+        assert all(found["whole"][name].equal(found["resumed"][name]) for name in found["whole"])
+        whole, resumed = found["whole epochs"][1:], found["resumed epochs"]
+        assert len(whole) == len(resumed) == 1
+        losses = [name for name in whole[0] if name.startswith("train/epoch_loss")]
+        assert losses
+        assert [whole[0][name] for name in losses] == [resumed[0][name] for name in losses]
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_it(results: list[dict[str, Any]]) -> None:

@@ -63,7 +63,7 @@ def test_a_grid_counts_its_points(tiny_config: Config, tmp_path: Path) -> None:
         ({"grace_epochs": 1}, SPACE, "first 1 epochs have no pseudo labels"),
         ({"searcher": "grid"}, SPACE, "a grid needs choices"),
         ({}, (parse_domain("train.epochs=int:2:4"),), "use --scheduler none"),
-        ({"num_workers": 3}, SPACE, "train.batch_size 4 cannot be divided by 3 workers"),
+        ({"num_workers": 5}, SPACE, "train.batch_size 4 is too small for 5 workers"),
     ],
 )
 def test_refused(

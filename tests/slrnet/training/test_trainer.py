@@ -20,7 +20,7 @@ from slrnet.config import Config, apply_overrides
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
-from slrnet.training.trainer import NonFiniteLossError, Trainer, batch_per_rank
+from slrnet.training.trainer import NonFiniteLossError, Trainer, check_batch
 
 Digest = Callable[[nn.Module | Mapping[str, Tensor]], str]
 StartTrainer = Callable[..., Trainer]
@@ -282,7 +282,7 @@ class TestStep:
         still = ["views.flip=false", "model.gate_rate=0"]
         still += [f"views.{name}=0" for name in ("brightness", "contrast", "saturation", "hue")]
         config = apply_overrides(
-            quiet, [*still, "train.accumulation=2", "train.batch_size=8", "train.epochs=1", "train.pretrain_epochs=0"]
+            quiet, [*still, "train.accumulation=3", "train.batch_size=8", "train.epochs=1", "train.pretrain_epochs=0"]
         )
         trainer, reference = start_trainer(config), start_trainer(config)
         for model in (trainer.model, reference.model):
@@ -291,7 +291,7 @@ class TestStep:
                     module.p = 0.0
         (batch,) = reference.loader.epoch(0)
         reference.model.train()
-        for part in (slice(0, 4), slice(4, 8)):
+        for part, weight in ((slice(0, 2), 2 / 8), (slice(2, 5), 3 / 8), (slice(5, 8), 3 / 8)):
             result = step_losses(
                 reference.model,
                 batch.part(part),
@@ -301,7 +301,7 @@ class TestStep:
                 pseudo_rows=find_pseudo_rows(batch.part(part)),
                 pretraining=False,
             )
-            (result.total / 2).backward()
+            (result.total * weight).backward()
         fit(trainer)
         expected = {name: parameter.grad for name, parameter in reference.model.named_parameters()}
         trained = [(name, parameter) for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
@@ -355,19 +355,21 @@ class TestDamage:
         assert re.search(r"epoch 2: skipped val_\d of val-000000\.tar: ", printed)
 
 
-@pytest.mark.parametrize(("batch", "accumulation", "world", "expected"), [(16, 1, 1, 16), (16, 2, 4, 4), (8, 1, 8, 1)])
-def test_batch_per_rank(tiny_config: Config, batch: int, accumulation: int, world: int, expected: int) -> None:
-    config = apply_overrides(tiny_config, [f"train.batch_size={batch}", f"train.accumulation={accumulation}"])
-    assert batch_per_rank(config, world) == expected
+@pytest.mark.parametrize(("batch", "accumulation", "world"), [(16, 1, 1), (16, 2, 3), (8, 1, 8)])
+def test_a_batch_need_not_be_a_multiple(tiny_config: Config, batch: int, accumulation: int, world: int) -> None:
+    check_batch(
+        apply_overrides(tiny_config, [f"train.batch_size={batch}", f"train.accumulation={accumulation}"]), world
+    )
 
 
-@pytest.mark.parametrize(("batch", "world", "advice"), [(16, 3, "use 15 or 18"), (2, 4, "use 4 or 8")])
-def test_a_batch_that_the_ranks_cannot_share_is_refused(
-    tiny_config: Config, batch: int, world: int, advice: str
+@pytest.mark.parametrize(("batch", "accumulation", "world", "least"), [(2, 1, 4, 4), (11, 3, 4, 12)])
+def test_a_batch_that_leaves_a_rank_without_images_is_refused(
+    tiny_config: Config, batch: int, accumulation: int, world: int, least: int
 ) -> None:
-    config = apply_overrides(tiny_config, [f"train.batch_size={batch}"])
-    with pytest.raises(ValueError, match=rf"train\.batch_size {batch} .* {world} workers times 1 .*; {advice}"):
-        batch_per_rank(config, world)
+    config = apply_overrides(tiny_config, [f"train.batch_size={batch}", f"train.accumulation={accumulation}"])
+    message = rf"batch_size {batch} is too small for {world} workers times {accumulation} .*; use {least} or more"
+    with pytest.raises(ValueError, match=message):
+        check_batch(config, world)
 
 
 def _notices(told: list[Any]) -> Callable[[], str]:
