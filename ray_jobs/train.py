@@ -6,7 +6,6 @@ Without --recipe and --data it trains the embedded demo, building its shards fir
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,15 +14,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ray_jobs.arguments import add_storage, add_workers  # noqa: E402
 from ray_jobs.exit_codes import exit_code  # noqa: E402
 from slrnet.config import Config, apply_overrides, load_config  # noqa: E402
 from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
-
-
-def folder(text: str) -> Path:
-    if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no folder; mount the storage on all nodes and give its path")
-    return Path(text).expanduser().resolve()
 
 
 def parse_arguments(about: str | None) -> argparse.Namespace:
@@ -33,19 +27,11 @@ def parse_arguments(about: str | None) -> argparse.Namespace:
     start.add_argument("--config", type=Path, help="configuration file, such as the config.json of another run")
     parser.add_argument("--data", help="folder with shards from data_prep/ (default: the embedded demo data)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting")
-    parser.add_argument("--num-workers", type=int, help="training processes (default: one per GPU, else 1); 0: no Ray")
-    parser.add_argument("--cpus-per-worker", type=int, help="CPU cores each (default: an equal share)")
-    parser.add_argument("--max-failures", type=int, default=0, help="restarts of failed workers (default: 0)")
+    add_workers(parser)
     name = parser.add_mutually_exclusive_group()
     name.add_argument("--name", help="unique name of the run (default: recipe and time)")
     name.add_argument("--resume", metavar="NAME", help="continue the run of that name from its last checkpoint")
-    parser.add_argument(
-        "--storage",
-        type=folder,
-        default=os.environ.get("SLRNET_STORAGE", "~/slrnet_runs"),
-        help="folder for runs, seen by all nodes (default: $SLRNET_STORAGE, else ~/slrnet_runs)",
-    )
-    parser.add_argument("--tracking-uri", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
+    add_storage(parser)
     return parser.parse_args()
 
 
@@ -82,7 +68,10 @@ def train(options: argparse.Namespace, recipe: str, check: Callable[[Config], No
         resume=bool(options.resume),
         num_workers=options.num_workers,
         cpus_per_worker=options.cpus_per_worker,
+        cpu_only=options.cpu_only,
+        wait_minutes=options.wait_for_nodes,
         max_failures=options.max_failures,
+        hang_limit=options.hang_limit,
     )
     result = launch(config, run)
     print(f"\nbest checkpoint, epoch {result.state.epoch}: {result.best}")

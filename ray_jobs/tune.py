@@ -10,7 +10,6 @@ uniform:LOW:HIGH, loguniform:LOW:HIGH, int:LOW:HIGH or choice:A,B,...) or leaves
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from ray_jobs.arguments import add_storage  # noqa: E402
 from ray_jobs.exit_codes import exit_code  # noqa: E402
-from ray_jobs.train import folder  # noqa: E402
 from slrnet.ablations import ABLATIONS  # noqa: E402
 from slrnet.config import apply_overrides, load_config  # noqa: E402
 from slrnet.recipes import RECIPES, get_recipe, get_space  # noqa: E402
@@ -54,8 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     name = parser.add_mutually_exclusive_group()
     name.add_argument("--name", help="unique name of the sweep (default: recipe and time)")
     name.add_argument("--resume", metavar="NAME", help="go on with the sweep of that name")
-    add("--storage", type=folder, default=os.environ.get("SLRNET_STORAGE", "~/slrnet_runs"), help="folder for runs")
-    add("--tracking-uri", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
+    add_storage(parser)
     add("--dry-run", action="store_true", help="time a step here, say what the sweep would take, and stop")
     add("--price-per-hour", type=float, help="of a worker, for --dry-run")
     return parser.parse_args()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from slrnet.config import Config, config_from_dict
+from slrnet.config import Config, config_from_dict, load_config
 from slrnet.data.class_balance import ClassLists, shares, table
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.supervision import Supervision, plan_supervision
@@ -31,6 +31,7 @@ from slrnet.training.checkpoint import (
     load_checkpoint,
     require_free_space,
 )
+from slrnet.training.cluster import Workers, plan_workers
 from slrnet.training.distributed import Ranks, current_ranks, tune_process
 from slrnet.training.run_log import RunLog, find_failure
 from slrnet.training.tracking import NullTracker, RunHandle, Tracker, create_run, environment_tags, resolve_uri
@@ -38,14 +39,12 @@ from slrnet.training.watchdog import Hang, Watchdog, dump_stacks, shared_store
 
 # The network and the trainer are imported where they are used: Ray's controller reads this module and needs neither.
 __all__ = [
-    "ClusterError",
     "Job",
     "LaunchOptions",
     "Report",
     "RunResult",
     "TrainingError",
     "check_run",
-    "cluster_resources",
     "launch",
     "resume_config",
     "run_job",
@@ -74,14 +73,10 @@ Job = Callable[[dict[str, Any], Ranks, Report], None]
 _MOST_CLASSES = 20
 """Rows of the table of classes that a start prints."""
 
+CONFIG = "config.json"
+"""Configuration in the run's folder."""
 HANG_EXIT_CODE = 75
 """Exit code of a worker whose rank, or one that it waits for, hangs."""
-
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
-
-
-class ClusterError(ValueError):
-    """The cluster has less than was asked for."""
 
 
 class TrainingError(RuntimeError):
@@ -98,10 +93,15 @@ class LaunchOptions:
     """Absolute folder for runs, visible to all nodes."""
     resume: bool = False
     """Continue the run of that name from its last checkpoint."""
-    num_workers: int | None = None
-    """Training processes; 0 trains in this process without Ray; None: one per GPU of the cluster, else 1."""
+    num_workers: int | tuple[int, int] | None = None
+    """Training processes; 0 trains in this process without Ray; a pair: the fewest and the most, as many as the cluster
+    has room for at the time; None: one per GPU of the cluster, else 1."""
     cpus_per_worker: int | None = None
     """CPU cores per worker; None: an equal share of the cluster's."""
+    cpu_only: bool = False
+    """Use no GPUs."""
+    wait_minutes: float = 0.0
+    """Time that a cluster which grows on demand has to get the nodes of the fewest workers; 0 takes it as it is."""
     max_failures: int = 0
     """Times that a failed worker group is started again from the last checkpoint."""
     hang_limit: float = 600.0
@@ -135,13 +135,14 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     config, shards = with_absolute_paths(config)
     folder = options.storage / options.name
     last = _check_folder(folder, resume=options.resume)
-    workers, cpus, gpu = _plan_workers(options)
-    supervision = check_run(config, shards, max(1, workers))
+    workers = _plan_workers(options, say)
+    supervision = check_run(config, shards, max(1, workers.most))
     require_free_space(folder, MOST_AT_A_TIME * _checkpoint_bytes(config, shards))
-    handle = _create_run(config, options, shards, workers=max(1, workers), resume=options.resume)
+    handle = _create_run(config, options, shards, workers=workers, resume=options.resume)
+    (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
     say(
         f"run {options.name}: {shards.info.name}, setting {config.setting}, {supervision.describe()}; "
-        f"{workers or 1} worker(s) x {cpus} CPU(s){' + 1 GPU' if gpu else ''}, folder {folder}"
+        f"{workers}, folder {folder}"
     )
     if config.data.class_balance:
         say(_class_balance(config, shards, supervision))
@@ -149,47 +150,41 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     if last is not None:
         state = load_checkpoint(last).state
         say(f"resuming after {state.epoch} epochs ({state.step} steps) from {last}")
-    where = {"workers": workers, "cpus": cpus, "gpu": gpu, "failures": options.max_failures}
-    driver = _train_tracked(config, handle, folder, hang_limit=options.hang_limit, **where)
+    elif options.resume:
+        say("resuming a run that has no checkpoint yet: from the beginning")
+    driver = _train_tracked(config, handle, options, workers)
     return _conclude(folder, handle, driver)
 
 
-def train_trial(config: Config, options: LaunchOptions, *, parent: RunHandle, cpus: int, gpu: bool) -> None:
+def train_trial(config: Config, options: LaunchOptions, *, parent: RunHandle, workers: Workers) -> None:
     """Trains one trial of a sweep within a Tune session, which receives the figures of every epoch.
 
     A trial that was interrupted goes on from its last checkpoint, in the MLflow run that it has.
 
     Args:
         config: of the trial, with absolute paths; `check_run` has passed it.
-        options: name and storage of the trial, and its number of workers.
+        options: name and storage of the trial.
         parent: the sweep's run.
-        cpus: CPU cores of each worker.
-        gpu: whether each worker has a GPU.
+        workers: of the trial.
 
     Raises:
         TrainingError: a worker failed; the trial's run says why.
     """
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    assert options.num_workers is not None
-    folder = options.storage / options.name
     shards = load_dataset(config.data.path)
-    handle = _create_run(config, options, shards, workers=options.num_workers, resume=None, parent=parent)
-    where = {"workers": options.num_workers, "cpus": cpus, "gpu": gpu, "failures": options.max_failures}
-    callbacks = [TuneReportCallback()]
-    _train_tracked(config, handle, folder, hang_limit=options.hang_limit, callbacks=callbacks, **where).finish()
+    handle = _create_run(config, options, shards, workers=workers, resume=None, parent=parent)
+    _train_tracked(config, handle, options, workers, callbacks=[TuneReportCallback()]).finish()
 
 
 def resume_config(storage: Path, name: str) -> Config:
-    """The configuration with which a run was started, from its last checkpoint.
+    """The configuration with which a run was started: its last checkpoint's, or before there is one the run's own.
 
     Raises:
-        CheckpointError: the run has no checkpoint.
+        CheckpointError: there is no such run.
     """
-    last = find_checkpoint(storage / name / "checkpoints")
-    if last is None:
-        raise CheckpointError(_nothing_to_resume(storage / name))
-    return load_checkpoint(last).config
+    last = _check_folder(storage / name, resume=True)
+    return load_config(storage / name / CONFIG) if last is None else load_checkpoint(last).config
 
 
 def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
@@ -204,23 +199,25 @@ def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
         ClusterError: the cluster has less than was asked for.
         TrainingError: a worker failed.
     """
-    workers, cpus, gpu = _plan_workers(options)
-    folder = options.storage / options.name
+    workers = _plan_workers(options, print)
     try:
-        _run(job, values | {"cpus": cpus}, folder=folder, workers=workers, cpus=cpus, gpu=gpu, failures=0)
+        _run(job, values | {"cpus": workers.cpus}, folder=options.storage / options.name, workers=workers)
     except Exception as error:
         cause = _cause(error)
         raise TrainingError(f"{type(cause).__name__}: {cause}") from error
 
 
-def _train_tracked(config: Config, handle: RunHandle, folder: Path, *, hang_limit: float, **where: Any) -> Tracker:
+def _train_tracked(
+    config: Config, handle: RunHandle, options: LaunchOptions, workers: Workers, *, callbacks: Sequence[Any] = ()
+) -> Tracker:
     """Trains; a run that fails says why. Returns the run's tracker, the run not yet ended."""
     driver = Tracker(handle)
+    folder = options.storage / options.name
     values = {"config": config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
+    values["hang_limit"] = options.hang_limit if workers.most else 0.0  # this process is the user's
     begun = time.time()
     try:
-        watched = hang_limit if where["workers"] else 0.0  # in a process of its own
-        _run(_train, values | {"hang_limit": watched}, folder=folder, **where)
+        _run(_train, values, folder=folder, workers=workers, failures=options.max_failures, callbacks=callbacks)
     except KeyboardInterrupt:
         driver.finish("KILLED", "interrupted")
         raise
@@ -286,14 +283,12 @@ def _run(
     values: dict[str, Any],
     *,
     folder: Path,
-    workers: int,
-    cpus: int,
-    gpu: bool,
-    failures: int,
+    workers: Workers,
+    failures: int = 0,
     callbacks: Sequence[Any] = (),
 ) -> None:
     """Runs a job in this process (no workers) or in Ray Train's workers; `callbacks` are Ray Train's."""
-    if workers == 0:
+    if workers.most == 0:
         tune_process(None)
         job(values, Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")), Report())
         return
@@ -303,9 +298,13 @@ def _run(
 
     TorchTrainer(
         _on_worker,
-        train_loop_config={"job": job, "values": values, "cpus": cpus},
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus}),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        train_loop_config={"job": job, "values": values, "cpus": workers.cpus},
+        scaling_config=ScalingConfig(
+            num_workers=workers.most if workers.least == workers.most else (workers.least, workers.most),
+            use_gpu=workers.gpu,
+            resources_per_worker={"CPU": workers.cpus},
+        ),
+        torch_config=TorchConfig(backend="nccl" if workers.gpu else "gloo"),
         # A new name each time: Ray would take a second start in the same folder for a continuation of the first.
         run_config=RunConfig(
             name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
@@ -382,7 +381,7 @@ def with_absolute_paths(config: Config) -> tuple[Config, ShardSet]:
 
 def _check_folder(folder: Path, *, resume: bool) -> Path | None:
     last = find_checkpoint(folder / "checkpoints")
-    if resume and last is None:
+    if resume and last is None and not (folder / CONFIG).exists():
         raise CheckpointError(_nothing_to_resume(folder))
     if not resume and folder.exists() and any(folder.iterdir()):
         raise CheckpointError(
@@ -392,9 +391,9 @@ def _check_folder(folder: Path, *, resume: bool) -> Path | None:
 
 
 def _nothing_to_resume(folder: Path) -> str:
-    others = sorted(path.parent.name for path in folder.parent.glob("*/checkpoints"))
-    known = f"runs with checkpoints there: {', '.join(others)}" if others else "no run there has one"
-    return f"run {folder.name!r} has no checkpoint in {folder.parent} to resume from; {known}; start it with --name"
+    others = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG}"))
+    known = f"runs there: {', '.join(others)}" if others else "there are none"
+    return f"there is no run {folder.name!r} in {folder.parent} to resume; {known}; start it with --name"
 
 
 def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
@@ -446,14 +445,14 @@ def _create_run(
     options: LaunchOptions,
     shards: ShardSet,
     *,
-    workers: int,
+    workers: Workers,
     resume: bool | None,
     parent: RunHandle | None = None,
 ) -> RunHandle:
     tags = environment_tags() | {
         "slrnet.data": shards.info.name,
         "slrnet.data_fingerprint": shards.info.fingerprint,
-        "slrnet.world_size": str(workers),
+        "slrnet.world_size": workers.count,
         "slrnet.global_batch": str(config.train.batch_size),
         "slrnet.setting": config.setting,
         "slrnet.recipe": config.recipe,
@@ -471,40 +470,14 @@ def _create_run(
     )
 
 
-def cluster_resources() -> tuple[int, int]:
-    """CPU cores and GPUs of the Ray cluster; connects to it, or starts a local one where there is none."""
-    import ray
-
-    if not ray.is_initialized():
-        paths = [str(PROJECT_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        ray.init(
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}},
-            log_to_driver=True,
-            logging_level="warning",
-        )
-    have = ray.cluster_resources()
-    return int(have.get("CPU", 0)), int(have.get("GPU", 0))
-
-
-def _plan_workers(options: LaunchOptions) -> tuple[int, int, bool]:
-    """Workers, CPU cores per worker, and whether each has a GPU; asks the cluster what it has."""
-    if options.num_workers == 0:
-        return 0, os.cpu_count() or 1, False
-    cpus, gpus = cluster_resources()
-    workers = options.num_workers or max(1, gpus)
-    use_gpu = gpus > 0
-    if use_gpu and workers > gpus:
-        raise ClusterError(
-            f"{workers} workers with a GPU each were asked for, the cluster has {gpus} GPUs and {cpus} CPUs; "
-            f"lower --num-workers to {gpus} or add nodes"
-        )
-    per_worker = options.cpus_per_worker or max(1, cpus // workers)
-    if workers * per_worker > cpus:
-        raise ClusterError(
-            f"{workers} workers with {per_worker} CPUs each were asked for, the cluster has {cpus} CPUs and {gpus} "
-            "GPUs; lower --num-workers or --cpus-per-worker, or add nodes"
-        )
-    return workers, per_worker, use_gpu
+def _plan_workers(options: LaunchOptions, say: Callable[[str], None]) -> Workers:
+    return plan_workers(
+        options.num_workers,
+        cpus=options.cpus_per_worker,
+        cpu_only=options.cpu_only,
+        wait_minutes=options.wait_minutes,
+        say=say,
+    )
 
 
 def _dead_ranks(error: BaseException) -> list[int]:

@@ -17,7 +17,8 @@ from typing import Any
 from slrnet.ablations import get_ablation
 from slrnet.search import Domain
 from slrnet.training.checkpoint import find_checkpoint
-from slrnet.training.ray_loop import ClusterError, LaunchOptions, TrainingError, cluster_resources, train_trial
+from slrnet.training.cluster import ClusterError, Workers, cluster_resources
+from slrnet.training.ray_loop import LaunchOptions, TrainingError, train_trial
 from slrnet.training.sweep_plan import SweepOptions, SweepPlan, grid_of, trial_config, write_plan
 from slrnet.training.sweep_results import Trial, best_trial, mode_of, write_results
 from slrnet.training.tracking import RunHandle, Tracker, create_run, environment_tags, resolve_uri, runs_below
@@ -54,18 +55,15 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         TrainingError: no trial reached an end.
     """
     options = plan.options
-    cpus, gpus, concurrent = _room(options)
+    workers, concurrent = _room(options)
     parent = _open_parent(plan, resume=resume)
     if not resume:
         write_plan(plan)
-    say(
-        f"sweep {options.name}: {plan.trials} trials, {concurrent} at a time with {options.num_workers} worker(s) x "
-        f"{cpus} CPU(s){' + 1 GPU' if gpus else ''} each; folder {plan.folder}"
-    )
+    say(f"sweep {options.name}: {plan.trials} trials, {concurrent} at a time with {workers} each; folder {plan.folder}")
     say(f"curves and pictures: {parent.how_to_open()}")
     driver = Tracker(parent)
     try:
-        results = _fit(plan, parent, cpus=cpus, gpu=gpus > 0, concurrent=concurrent, resume=resume)
+        results = _fit(plan, parent, workers, concurrent=concurrent, resume=resume)
     except KeyboardInterrupt:
         driver.finish("KILLED", "interrupted")
         raise
@@ -90,8 +88,8 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
     return SweepResult(trials=trials, best=best, best_config=path, table=table, run=parent)
 
 
-def _room(options: SweepOptions) -> tuple[int, int, int]:
-    """CPU cores per worker, GPUs of the cluster, and how many trials fit at a time."""
+def _room(options: SweepOptions) -> tuple[Workers, int]:
+    """The workers of a trial, and how many trials fit at a time."""
     cpus, gpus = cluster_resources()
     per_worker = options.cpus_per_worker or (max(1, cpus // gpus) if gpus else 1)
     by_cpus = cpus // (options.num_workers * per_worker)
@@ -101,7 +99,8 @@ def _room(options: SweepOptions) -> tuple[int, int, int]:
             f"a trial asks for {options.num_workers} worker(s) with {per_worker} CPU(s){' and a GPU' if gpus else ''} "
             f"each, the cluster has {cpus} CPUs and {gpus} GPUs; lower --num-workers or --cpus-per-worker"
         )
-    return per_worker, gpus, min(room, options.max_concurrent or room)
+    workers = Workers(least=options.num_workers, most=options.num_workers, cpus=per_worker, gpu=gpus > 0)
+    return workers, min(room, options.max_concurrent or room)
 
 
 def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
@@ -125,26 +124,23 @@ def _trial(values: dict[str, Any], *, job: dict[str, Any]) -> None:
 
     plan: SweepPlan = job["plan"]
     options = LaunchOptions(
-        name=f"{plan.options.name}-{tune.get_context().get_trial_id()}",
-        storage=plan.folder / "trials",
-        num_workers=plan.options.num_workers,
+        name=f"{plan.options.name}-{tune.get_context().get_trial_id()}", storage=plan.folder / "trials"
     )
-    train_trial(trial_config(plan, values), options, parent=job["parent"], cpus=job["cpus"], gpu=job["gpu"])
+    train_trial(trial_config(plan, values), options, parent=job["parent"], workers=job["workers"])
 
 
 def _fit(
     plan: SweepPlan,
     parent: RunHandle,
+    workers: Workers,
     *,
-    cpus: int,
-    gpu: bool,
     concurrent: int,
     resume: bool,
 ) -> Iterable[Any]:
     """Runs all trials; Tune's results, one for each."""
     from ray import tune
 
-    job = {"plan": plan, "parent": parent, "cpus": cpus, "gpu": gpu}
+    job = {"plan": plan, "parent": parent, "workers": workers}
     trainable = tune.with_resources(tune.with_parameters(_trial, job=job), _HEAD)
     state = plan.folder / "tune"
     if resume and tune.Tuner.can_restore(str(state)):

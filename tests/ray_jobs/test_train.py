@@ -26,7 +26,7 @@ def run_job(script: str, *arguments: str) -> int:
         ("train.py", ("--recipe", "demo", "--data", "x", "--set", "optim.lrr=1"), "nearest one is 'optim.lr'"),
         ("train.py", ("--recipe", "demo", "--data", "x", "--num-workers", "0"), "data_prep"),
         ("train.py", ("--storage", "s3://bucket/runs"), "mount the storage"),
-        ("train.py", ("--resume", "nothing"), "'nothing' has no checkpoint"),
+        ("train.py", ("--resume", "nothing"), "no run 'nothing' in"),
         ("evaluate.py", ("--checkpoint", "nowhere"), "holds no checkpoint"),
         ("pseudo_label.py", ("--checkpoint", "nowhere", "--out", "x"), "holds no checkpoint"),
         ("distill.py", ("--data", "x"), "holds no pseudo masks; make some with `python ray_jobs/pseudo_label.py"),

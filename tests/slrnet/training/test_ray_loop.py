@@ -75,13 +75,25 @@ def test_resuming_continues_the_same_mlflow_run(
     assert [step for step, _ in metric_history(again.run, "val/miou_ss")] == [2, 4, 6]
 
 
-def test_resuming_needs_a_checkpoint_and_names_the_runs_that_have_one(
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
+    finished: tuple[Path, RunResult], tmp_path: Path
+) -> None:
+    storage, result = finished
+    copy = tmp_path / "storage"
+    shutil.copytree(storage, copy)
+    shutil.rmtree(copy / "run" / "checkpoints")
+    again = start(resume_config(copy, "run"), copy, resume=True)
+    assert again.run.run_id == result.run.run_id
+    assert [step for step, _ in metric_history(again.run, "val/miou_ss")] == [2, 4]  # each step once
+
+
+def test_resuming_needs_a_run_and_names_those_that_there_are(
     finished: tuple[Path, RunResult], tiny_config: Config
 ) -> None:
     storage, _ = finished
-    with pytest.raises(ValueError, match=r"'other' has no checkpoint .* runs with checkpoints there: run"):
+    with pytest.raises(ValueError, match=r"no run 'other' in .* runs there: run; start it with --name"):
         start(tiny_config, storage, name="other", resume=True)
-    with pytest.raises(ValueError, match="'other' has no checkpoint"):
+    with pytest.raises(ValueError, match="no run 'other'"):
         resume_config(storage, "other")
 
 
