@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,6 +79,8 @@ class TrainState:
     """MLflow run that the training reports to."""
     unfinished: Mapping[str, float] = field(default_factory=dict)
     """Loss parts summed over the steps of the epoch under way; empty at the end of an epoch."""
+    untracked: Sequence[tuple[int, Mapping[str, float]]] = ()
+    """Step and figures that MLflow had not taken when this was saved."""
 
     @property
     def name(self) -> str:
@@ -288,8 +290,9 @@ def _read_state(path: Path) -> TrainState:
         if not (path / name).is_file() or sha256_of(path / name) != expected:
             raise CheckpointError(f"{path / name} is damaged or missing; take another checkpoint of the run")
     try:
-        return TrainState(**{**record, "classes": tuple(record["classes"])})
-    except (TypeError, KeyError) as error:
+        untracked = tuple((step, values) for step, values in record.get("untracked", ()))
+        return TrainState(**{**record, "classes": tuple(record["classes"]), "untracked": untracked})
+    except (TypeError, KeyError, ValueError) as error:
         raise CheckpointError(f"{path / STATE} lacks or has foreign fields: {error}") from None
 
 

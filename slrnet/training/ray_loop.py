@@ -255,7 +255,7 @@ def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
         trainer.resume()
         log.write("start", step=trainer.state.step, world_size=ranks.world_size)
         trainer.fit(report=report, notice=report.notice)
-        tracker.flush()
+        tracker.drain()
     except Exception as error:
         position = watchdog.position
         log.write(

@@ -63,6 +63,8 @@ SERVER_TIMEOUT = 5.0
 """Seconds that a tracking server may take to answer before a run starts."""
 PARENT_TAG = "mlflow.parentRunId"
 """MLflow's own tag for the run that another one belongs to."""
+PATIENCE = 120.0
+"""Seconds that the end of a run waits for a store that does not answer."""
 PENDING_LIMIT = 10_000
 """Records kept while a store does not answer."""
 
@@ -247,9 +249,12 @@ class Tracker:
             clean[safe] = float(value)
         finite = {key: value for key, value in clean.items() if math.isfinite(value)}
         self.skipped += len(clean) - len(finite)
-        now = int(time.time() * 1000)
         if finite:
-            self._send(lambda client, run_id: _log_points(client, run_id, finite, step, now, self._known))
+            self._send(_Points(finite, step, int(time.time() * 1000), self._known))
+
+    def undelivered_points(self) -> list[tuple[int, dict[str, float]]]:
+        """Step and values of the points that wait for the store: what is lost if this process dies now."""
+        return [(record.step, dict(record.values)) for record in self._pending if isinstance(record, _Points)]
 
     def log_image(self, key: str, image: Picture, step: int) -> None:
         """Adds a picture to the series `key`, which MLflow's page shows as a grid over steps.
@@ -310,8 +315,19 @@ class Tracker:
         self._deliver()
         return self.undelivered
 
+    def drain(self) -> int:
+        """Delivers what is pending; waits for a store that does not answer, for `PATIENCE` seconds.
+
+        Returns:
+            How many records the store has still not taken.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while self.flush() and time.monotonic() < deadline:
+            time.sleep(2.0)
+        return self.undelivered
+
     def finish(self, status: Status = "FINISHED", reason: str = "") -> None:
-        """Ends the run.
+        """Ends the run; waits for a store that does not answer, as `drain` does.
 
         Args:
             status: `FINISHED`, `FAILED` or `KILLED`.
@@ -322,7 +338,7 @@ class Tracker:
             tags["skipped_values"] = str(self.skipped)
         self.set_tags(tags)
         self._send(lambda client, run_id: client.set_terminated(run_id, status=status))
-        missing = self.flush() + self.lost
+        missing = self.drain() + self.lost
         if missing:
             _log.error("%d records never reached the tracking store %s", missing, _public(self.handle.uri))
 
@@ -626,17 +642,25 @@ class _KnownSteps:
         return f"{key.replace('/', '~')}+step+{step}" in self._pictures  # as MLflow names the files
 
 
-def _log_points(
-    client: Any, run_id: str, values: Mapping[str, float], step: int, timestamp: int, known: _KnownSteps | None
-) -> None:
-    metric = _mlflow().entities.Metric
-    points = [
-        metric(key, value, timestamp, step)
-        for key, value in values.items()
-        if known is None or not known.has_point(client, run_id, key, step)
-    ]
-    for start in range(0, len(points), MAX_METRICS_PER_BATCH):
-        client.log_batch(run_id, metrics=points[start : start + MAX_METRICS_PER_BATCH])
+@dataclass(frozen=True)
+class _Points:
+    """A record: one point of each of some curves."""
+
+    values: Mapping[str, float]
+    step: int
+    timestamp: int
+    """Milliseconds since the epoch."""
+    known: _KnownSteps | None
+
+    def __call__(self, client: Any, run_id: str) -> None:
+        metric = _mlflow().entities.Metric
+        points = [
+            metric(key, value, self.timestamp, self.step)
+            for key, value in self.values.items()
+            if self.known is None or not self.known.has_point(client, run_id, key, self.step)
+        ]
+        for start in range(0, len(points), MAX_METRICS_PER_BATCH):
+            client.log_batch(run_id, metrics=points[start : start + MAX_METRICS_PER_BATCH])
 
 
 def _param_text(value: Any) -> str:

@@ -145,7 +145,10 @@ class Trainer:
             checkpoint.state,
             run_id=self.state.run_id or checkpoint.state.run_id,
             world_size=self.ranks.world_size,
+            untracked=(),
         )
+        for step, values in checkpoint.state.untracked:
+            self.tracker.log_metrics(values, step)
         return True
 
     def fit(
@@ -240,6 +243,7 @@ class Trainer:
     def _save(self) -> None:
         if self.ranks.is_main:
             self.watchdog.alive()
+            self.state = replace(self.state, untracked=self.tracker.undelivered_points())
             self.writer.save(self.state, model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
             self.log.write("checkpoint", step=self.state.step, name=self.state.name)
 
@@ -353,10 +357,9 @@ class Trainer:
             metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             unfinished={},
         )
-        self._save()
         self.log.write("epoch", step=self.state.step, epoch=epoch + 1, **self.state.metrics)
-        self.tracker.log_metrics(metrics, self.state.step)
-        self.tracker.log_metrics({"epoch": float(epoch + 1)}, self.state.step)
+        self.tracker.log_metrics(metrics | {"epoch": float(epoch + 1)}, self.state.step)
+        self._save()
         progress.note(_epoch_line(epoch + 1, self.config.train.epochs, metrics))
 
     def _pseudo_mask_samples(self) -> tuple[EvalLoader, tuple[str, ...]]:

@@ -224,7 +224,8 @@ class TestChoice:
 
     def test_steps_within_an_epoch_come_after_its_beginning_and_are_never_the_best(self, tmp_path: Path) -> None:
         save(tmp_path, 2, 0.1)
-        within = replace(state(2), step=25, unfinished={"loss": 0.1 + 0.2})
+        untracked = ((20, {"train/loss": 0.1}), (25, {"train/loss": 0.7}))
+        within = replace(state(2), step=25, unfinished={"loss": 0.1 + 0.2}, untracked=untracked)
         path = save_checkpoint(tmp_path, config=CONFIG, state=within, model={"a": torch.ones(1)}, optimizer={})
         assert path.name == "checkpoint-0002-00000025"
         assert find_checkpoint(tmp_path) == path

@@ -390,12 +390,31 @@ class TestOutage:
         self, outage: dict[str, bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr(tracking, "PENDING_LIMIT", 3)
+        monkeypatch.setattr(tracking, "PATIENCE", 0.0)
         tracker = Tracker(RunHandle(uri="http://me:secret@host", run_id="r", experiment_id="0"))
         for step in range(4):
             tracker.log_metrics({"loss": 1.0}, step)
         tracker.finish()
         assert (tracker.lost, tracker.undelivered) == (2, 3)
         assert "5 records never reached the tracking store http://host" in caplog.text
+
+    def test_the_end_of_a_run_waits_for_the_store(
+        self,
+        uri: str,
+        request: pytest.FixtureRequest,
+        outage: dict[str, bool],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        outage["down"] = False
+        handle = create_run(uri, "exp", request.node.name, params={}, tags={}, resume=False)
+        outage["down"] = True
+        tracker = Tracker(handle)
+        tracker.log_metrics({"loss": 1.0}, step=4)
+        assert tracker.undelivered_points() == [(4, {"loss": 1.0})]
+        monkeypatch.setattr(tracking.time, "sleep", lambda seconds: outage.update(down=False))
+        assert tracker.drain() == 0
+        assert tracker.undelivered_points() == []
+        assert metric_history(handle, "loss") == [(4, 1.0)]
 
     def test_a_file_that_vanished_meanwhile_does_not_block_the_rest(
         self, uri: str, request: pytest.FixtureRequest, outage: dict[str, bool], tmp_path: Path

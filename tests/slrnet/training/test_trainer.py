@@ -129,6 +129,23 @@ class TestResume:
         assert [path.name for path in (trainer.folder / "checkpoints").iterdir()] == ["checkpoint-0000-00000003"]
         assert "the node of rank 0 will be taken away in 30 s: saved after step 3" in capsys.readouterr().out
 
+    def test_what_the_store_had_not_taken_is_logged_again(
+        self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path, tracker: Any
+    ) -> None:
+        """MLflow is away all the time until the process is killed; the checkpoint knows what was not delivered."""
+        tracker.undelivered_points = lambda: list(tracker.points)
+        config = apply_overrides(quiet, ["train.batch_size=2", "train.checkpoint_every=3"])
+        killed = start_trainer(config, folder=tmp_path / "run", tracker=tracker)
+        with pytest.raises(KeyboardInterrupt):
+            killed.fit(report=lambda metrics: None, notice=_notices([""] * 6 + [KeyboardInterrupt]))
+        resumed = start_trainer(config, folder=tmp_path / "run", tracker=type(tracker)())
+        resumed.resume()
+        fit(resumed)
+        found: Any = resumed.tracker
+        assert found.curve("train/loss")[:6] == tracker.curve("train/loss")[:6]
+        assert [step for step, _ in found.curve("train/loss")] == list(range(1, 9))
+        assert [step for step, _ in found.curve("epoch")] == [4, 8]
+
     def test_without_a_checkpoint_there_is_nothing_to_resume(self, quiet: Config, start_trainer: StartTrainer) -> None:
         assert start_trainer(quiet).resume() is False
 
