@@ -9,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SOURCES := slrnet data_prep ray_jobs tests $(wildcard benchmarks)
 
-.PHONY: help demo test test-fast lint format bench dist clean
+.PHONY: help demo test test-fast lint format chaos bench dist clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -46,8 +46,11 @@ format: $(STAMP) ## mend style and formatting
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
 
+chaos: $(STAMP) ## a training whose processes, storage and tracking server are killed, against one left in peace
+	@$(BIN)/python benchmarks/chaos.py
+
 bench: $(STAMP) ## every figure that the project claims, measured here
-	@for script in benchmarks/[a-z]*.py; do \
+	@for script in $(filter-out benchmarks/chaos.py,$(wildcard benchmarks/[a-z]*.py)); do \
 	    test -e "$$script" || { echo "benchmarks/ holds no scripts" >&2; exit 1; }; \
 	    echo "== $$script"; $(BIN)/python "$$script"; done
 

@@ -10,8 +10,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from slrnet.config import Config, apply_overrides, load_config
 from slrnet.data.batch import Batch, TrainSample, collate
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.shards import EvalLoader
+from slrnet.training import ray_loop
+from slrnet.training import trainer as trainer_module
 from slrnet.training.checkpoint import load_checkpoint
 from slrnet.training.distributed import (
     Ranks,
@@ -36,8 +40,10 @@ from slrnet.training.distributed import (
 )
 from slrnet.training.evaluate import evaluate_masks, quality_metrics
 from slrnet.training.metrics import ConfusionMatrix
+from slrnet.training.ray_loop import Report
+from slrnet.training.run_log import find_failure
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
-from slrnet.training.tracking import NullTracker
+from slrnet.training.tracking import NullTracker, RunHandle, create_run
 from slrnet.training.trainer import NonFiniteLossError, Trainer
 
 pytestmark = pytest.mark.slow  # the two processes train
@@ -82,6 +88,23 @@ def _process(folder: Path, rank: int) -> None:
     torch.save(results, folder / f"rank-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _hanging_process(folder: Path, rank: int) -> None:
+    """A training as Ray's workers run it; rank 1 never comes back from its third step."""
+    store = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(minutes=5))
+    real = trainer_module.step_losses
+    steps = iter(range(9))
+
+    def hang(*arguments: Any, **named: Any) -> Any:
+        if next(steps) == 2 and rank == 1:  # in its second step torch compares buckets on the way forward
+            time.sleep(600)
+        return real(*arguments, **named)
+
+    trainer_module.step_losses = hang
+    values = json.loads((folder / "values.json").read_text())
+    ray_loop._train(values | {"handle": RunHandle(**values["handle"])}, current_ranks(torch.device("cpu")), Report())
 
 
 def _sums(ranks: Ranks) -> dict[str, Any]:
@@ -220,13 +243,10 @@ def config(tiny_config: Config) -> Config:
     return apply_overrides(tiny_config, ["evaluation.pseudo_mask_images=4", "evaluation.panel_images=4"])
 
 
-@pytest.fixture(scope="module")
-def folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs the two processes; their results lie in the folder."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "config.json").write_text(config.to_json())
+def run_both(folder: Path, mode: str) -> tuple[list[int], list[str]]:
+    """Runs the two processes to their ends; returns their exit codes and what they printed."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(folder)]
+    command = [sys.executable, __file__, mode, str(folder)]
     processes = [
         subprocess.Popen(
             [*command, str(rank)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -238,7 +258,16 @@ def folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * WORLD, "\n".join(printed)
+    return [process.returncode for process in processes], printed
+
+
+@pytest.fixture(scope="module")
+def folder(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs the two processes; their results lie in the folder."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "config.json").write_text(config.to_json())
+    codes, printed = run_both(folder, "all")
+    assert codes == [0] * WORLD, "\n".join(printed)
     return folder
 
 
@@ -316,6 +345,21 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_it(results: 
         assert result["error"]["weights are as before"]
 
 
+def test_a_rank_that_hangs_ends_both_and_is_named(config: Config, tmp_path: Path) -> None:
+    handle = create_run(f"sqlite:///{tmp_path / 'a.db'}", "e", "run", params={}, tags={}, resume=False)
+    values = {"config": config.model_dump(mode="json"), "folder": str(tmp_path / "run"), "hang_limit": 3.0}
+    (tmp_path / "values.json").write_text(json.dumps(values | {"handle": asdict(handle)}))
+    (waiting, hanging), printed = run_both(tmp_path, "hang")
+    assert hanging == ray_loop.HANG_EXIT_CODE, printed[1]
+    assert waiting in (hanging, 1)  # 1: it noticed first that the other one is gone
+    failure = find_failure(tmp_path / "run", since=0)
+    assert failure is not None
+    assert (failure.rank, failure.step, failure.exception) == (1, 2, "hang")
+    assert "rank 1 on" in failure.message
+    assert "hangs while going forward in step 2" in failure.message
+    assert "time.sleep" in printed[1] or "in hang" in printed[1]  # the stack of the thread that hangs
+
+
 class TestTraining:
     def test_both_end_with_the_same_weights_and_buffers(self, results: list[dict[str, Any]]) -> None:
         first, second = (result["training"]["weights"] for result in results)
@@ -390,7 +434,7 @@ class TestAlone:
 
 if __name__ == "__main__":
     try:
-        _process(Path(sys.argv[1]), int(sys.argv[2]))
+        {"all": _process, "hang": _hanging_process}[sys.argv[1]](Path(sys.argv[2]), int(sys.argv[3]))
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # the other process may be waiting in a collective: do not wait for it

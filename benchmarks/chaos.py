@@ -1,0 +1,279 @@
+"""A training that is shot at, against the same one left in peace: `make chaos`.
+
+    python benchmarks/chaos.py [--kills 20] [--seed 0] [--out FOLDER]
+
+Two workers on a private Ray cluster train a small network on the embedded data, with an MLflow server on loopback. The
+second time things die at random moments, each while the training moves: a worker (SIGKILL; Ray starts it again), the
+driver (SIGKILL; the run is submitted again with --resume), the tracking server (SIGKILL; started again some seconds
+later) and the storage (the folder of the checkpoints is gone for some seconds). Claimed: it finishes; the final weights
+equal the undisturbed ones to the bit; MLflow has one run with one value per step, the same ones; the steps that are
+taken again are at most those of two intervals, as a checkpoint may be half written when the next one is due. Printed
+beside it: the seconds until the training moves again. About 15 minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import psutil  # noqa: E402
+
+from ray_jobs.demo import free_ports, local_cluster  # noqa: E402
+from slrnet.training.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
+
+CHECKPOINT_EVERY = 3
+SETTINGS = (
+    "model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.decoder_dim=16",
+    "model.frozen_stages=0", "data.crop_size=64", "train.batch_size=8", "train.pretrain_epochs=2", "train.log_every=1",
+    f"train.checkpoint_every={CHECKPOINT_EVERY}", "evaluation.pseudo_mask_images=4", "evaluation.panel_images=1",
+)  # fmt: skip
+QUIET = ("perf/images_per_second", "perf/data_wait_fraction")
+"""Curves of the clock."""
+PATIENCE = 240.0
+"""Seconds after which a training that does not move has not survived."""
+
+
+@dataclass
+class Storm:
+    """A training and what happens to it."""
+
+    rng: random.Random
+    storage: Path
+    submit: Callable[[str, bool], subprocess.Popen[bytes]]
+    server: Server
+    job: subprocess.Popen[bytes] | None = None
+    kills: list[tuple[str, int, int, float]] = field(default_factory=list)
+    """Kind, step at the kill, steps taken again, seconds until the training moved."""
+
+    @property
+    def folder(self) -> Path:
+        return self.storage / "storm"
+
+    def run(self, kills: int) -> None:
+        kinds = list(self.means())
+        self.job = self.submit("storm", False)
+        for index in range(kills):
+            self.wait_for_steps(self.rng.randint(2, 3 * CHECKPOINT_EVERY))
+            time.sleep(self.rng.random())
+            kind = kinds[index % len(kinds)] if index < len(kinds) else self.rng.choice(kinds)
+            before, count, begun = self.step(), len(self.events()), time.monotonic()
+            self.means()[kind]()
+            self.await_motion(count)
+            starts = [event["step"] for event in self.events()[count:] if event["event"] == "start"]
+            again = max(0, before - starts[0]) if starts else 0
+            self.kills.append((kind, before, again, time.monotonic() - begun))
+            print(f"kill {index + 1}/{kills}: {kind} at step {before}, {again} step(s) again, moving after "
+                  f"{self.kills[-1][-1]:.1f} s", flush=True)  # fmt: skip
+        assert self.job is not None
+        if self.job.wait(timeout=1200):
+            raise SystemExit("the training did not finish")
+
+    def means(self) -> Mapping[str, Callable[[], None]]:
+        return {
+            "worker": self.kill_worker,
+            "driver": self.kill_driver,
+            "tracking": self.kill_tracking,
+            "storage": self.take_storage,
+        }
+
+    def kill_worker(self) -> None:
+        rank = self.rng.randrange(2)
+        pid = [event["pid"] for event in self.events(rank)][-1]
+        os.kill(pid, signal.SIGKILL)
+
+    def kill_driver(self) -> None:
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "ray_jobs/train.py" in words and "storm" in words and "submit" not in words:
+                process.kill()
+        assert self.job is not None
+        self.job.wait(timeout=120)
+        self.job = self.submit("storm", True)
+
+    def kill_tracking(self) -> None:
+        self.server.kill()
+        time.sleep(self.rng.uniform(1, 6))
+        self.server.start()
+
+    def take_storage(self) -> None:
+        """Where the folder of the checkpoints was, there is a file for a while: nothing can be written."""
+        place, away = self.folder / "checkpoints", self.folder / "checkpoints-away"
+        place.rename(away)
+        place.touch()
+        time.sleep(self.rng.uniform(1, 6))
+        place.unlink()
+        away.rename(place)
+
+    def wait_for_steps(self, steps: int) -> None:
+        reached = self.step() + steps
+        self.wait(lambda: self.step() >= reached)
+
+    def await_motion(self, count: int) -> None:
+        self.wait(lambda: any(event["event"] == "step" for event in self.events()[count:]))
+
+    def wait(self, ready: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not ready():
+            if time.monotonic() > deadline or (self.job is not None and self.job.poll() is not None):
+                raise SystemExit("the training ended or no longer moves; use fewer --kills, or look at its log above")
+            time.sleep(0.1)
+
+    def step(self) -> int:
+        return max((event["step"] for event in self.events() if event["event"] == "step"), default=0)
+
+    def events(self, rank: int = 0) -> list[dict[str, Any]]:
+        path = self.folder / "logs" / f"rank-{rank}.jsonl"
+        return list(_json_lines(path)) if path.exists() else []
+
+
+class Server:
+    """An MLflow server on loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        (self.port,) = free_ports(1)
+        self.address = f"http://127.0.0.1:{self.port}"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}", "--workers", "1"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        with (self._folder / "mlflow.log").open("a") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"{self.address}/health", timeout=5):
+                return
+            time.sleep(0.3)
+        raise SystemExit("the MLflow server does not answer")
+
+    def kill(self) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20, help="default: 20")
+    parser.add_argument("--epochs", type=int, default=40, help="of 8 steps (default: 40)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims (default: 0)")
+    parser.add_argument("--out", type=Path, help="folder for runs (default: a temporary one)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary, _surroundings(options, Path(temporary)) as storm:
+        calm = storm.submit("calm", False)
+        begun = time.monotonic()
+        if calm.wait(timeout=1200):
+            raise SystemExit("the undisturbed training failed")
+        print(f"undisturbed: {time.monotonic() - begun:.0f} s", flush=True)
+        begun = time.monotonic()
+        storm.run(options.kills)
+        print(f"disturbed: {time.monotonic() - begun:.0f} s")
+        failed = _report(storm)
+    sys.exit(failed)
+
+
+@contextmanager
+def _surroundings(options: argparse.Namespace, temporary: Path) -> Iterator[Storm]:
+    """Data, tracking server and cluster."""
+    from data_prep.demo import build_demo
+
+    storage = (options.out or temporary / "runs").resolve()
+    storage.mkdir(parents=True, exist_ok=True)
+    data = temporary / "shards"
+    build_demo(data, num_train=64, num_val=8, image_size=80, samples_per_shard=8)
+    server = Server(storage)
+    server.start()
+    settings = [word for setting in (*SETTINGS, f"train.epochs={options.epochs}") for word in ("--set", setting)]
+    with local_cluster() as (address, environment):
+
+        def submit(name: str, resume: bool) -> subprocess.Popen[bytes]:
+            command = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python"]
+            command += ["ray_jobs/train.py", "--resume" if resume else "--name", name, "--storage", str(storage)]
+            command += ["--num-workers", "2", "--cpus-per-worker", "1", "--max-failures", "-1"]
+            command += ["--tracking-uri", server.address]
+            command += [] if resume else ["--recipe", "demo", "--data", str(data), *settings]
+            with (storage / f"{name}.log").open("a") as log:
+                return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
+
+        try:
+            yield Storm(random.Random(options.seed), storage, submit, server)
+        finally:
+            server.kill()
+
+
+def _report(storm: Storm) -> int:
+    """Prints what is claimed, and whether it holds; returns 1 if it does not."""
+    calm, wild = (find_checkpoint(storm.storage / name / "checkpoints") for name in ("calm", "storm"))
+    assert calm is not None
+    assert wild is not None
+    first, second = load_checkpoint(calm), load_checkpoint(wild)
+    equal = first.state.step == second.state.step and all(
+        tensor.equal(second.model[name]) for name, tensor in first.model.items()
+    )
+    runs, curves = _curves(storm.server)
+    known, other = curves["calm"], curves["storm"]
+    repeated = sum(count - 1 for points in other.values() for count in Counter(step for step, _ in points).values())
+    differing = [key for key in known if key not in QUIET and known[key] != other.get(key)]
+    again = [kill[2] for kill in storm.kills]
+    claims = {
+        f"{len(storm.kills)} kills ({dict(Counter(kill[0] for kill in storm.kills))}), and it finished": True,
+        f"final weights after step {second.state.step} equal to the bit": equal,
+        f"one MLflow run ({runs} in all with the undisturbed one)": runs == 2,
+        f"one value per step in each of {len(other)} curves ({repeated} repeated)": repeated == 0,
+        f"the values of the undisturbed run ({len(differing)} curves differ: {differing[:5]})": not differing,
+        f"steps taken again per kill: {max(again)} at most, median {statistics.median(again):g}; a checkpoint every "
+        f"{CHECKPOINT_EVERY} steps": max(again) <= 2 * CHECKPOINT_EVERY,
+    }
+    for claim, holds in claims.items():
+        print(f"{'holds' if holds else 'FAILS'}: {claim}")
+    for kind in storm.means():
+        times = [kill[3] for kill in storm.kills if kill[0] == kind]
+        if times:
+            print(f"{kind}: moving again after {statistics.median(times):.1f} s (median of {len(times)})")
+    return 0 if all(claims.values()) else 1
+
+
+def _curves(server: Server) -> tuple[int, dict[str, dict[str, list[tuple[int, float]]]]]:
+    """Number of runs in the store, and each run's curves by name, in the order of logging."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server.address)
+    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    found = {}
+    for run in runs:
+        histories = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
+        found[str(run.info.run_name)] = {
+            key: [(int(point.step), float(point.value)) for point in history] for key, history in histories.items()
+        }
+    return len(runs), found
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            yield json.loads(line)
+
+
+if __name__ == "__main__":
+    main()
