@@ -498,8 +498,8 @@ def _distribute(model: Network, ranks: Ranks) -> torch.nn.Module:
         return model
     devices = [ranks.device] if ranks.device.type == "cuda" else None
     # Every parameter takes part in every step: mask consistency and classification or true masks reach all of them,
-    # and a kind of label that a rank's batch lacks leaves zeros with a graph. Buffers, which no pass of a training reads,
-    # are shared before the network is measured, not in every step.
+    # and a kind of label that a rank's batch lacks leaves zeros with a graph. Buffers are read by no step, and shared
+    # before the network is measured.
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
