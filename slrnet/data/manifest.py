@@ -85,6 +85,9 @@ SCHEMA = pa.schema(
 """Names and types of the manifest's columns."""
 
 _SINCE_VERSION_2 = "has_image_labels"
+_KEY = r"^[^./\\\x00-\x1f]+$"
+_SHARD = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.tar$"
+"""Keys and shards name files within the folder."""
 
 
 class DataError(ValueError):
@@ -313,8 +316,8 @@ def load_dataset(folder: str | os.PathLike[str]) -> ShardSet:
     """Reads the description and the manifest of a prepared data set; shards are not touched.
 
     Raises:
-        DataError: the folder holds no prepared data set, one of another format version, or files that do not belong
-            together.
+        DataError: the folder holds no prepared data set, one of another format version, files that do not belong
+            together, or a manifest that no script of data_prep/ writes, such as one that points out of the folder.
     """
     path = Path(folder).absolute()
     info = _read_info(path)
@@ -327,6 +330,9 @@ def load_dataset(folder: str | os.PathLike[str]) -> ShardSet:
             f"{path / MANIFEST_FILE} has the columns {table.schema.names} of types "
             f"{[str(kind) for kind in table.schema.types]}, not those of a manifest; {_remedy(path, info)}"
         )
+    problem = _problem(table, info)
+    if problem:
+        raise DataError(f"{path / MANIFEST_FILE} is no manifest of {path / DATASET_FILE}: {problem}; get it anew")
     found = fingerprint(info.classes, table, version=info.version)
     if found != info.fingerprint:
         raise DataError(
@@ -396,6 +402,30 @@ def fingerprint(classes: Sequence[str], table: pa.Table, *, version: int = MANIF
     return digest.hexdigest()
 
 
+def _problem(table: pa.Table, info: DatasetInfo) -> str:
+    """What no manifest of ours has; "" where it has none of that. A stranger's may be made to do harm."""
+    for name in table.column_names:
+        column = _array(table, name)
+        if column.null_count or (pa.types.is_list(column.type) and pc.list_flatten(column).null_count):
+            return f"column {name} has empty values"
+    for name, pattern in (("key", _KEY), ("shard", _SHARD), ("sha256", "^[0-9a-f]{64}$")):
+        wrong = table.filter(pc.invert(pc.match_substring_regex(table[name], pattern)))
+        if wrong.num_rows:
+            return f"{name} {wrong[name][0].as_py()!r} is not of the form {pattern}"
+    ranges = {"offset": (0, 2**62), "bytes": (1, 2**40), "width": (1, 2**20), "height": (1, 2**20)}
+    for name, (low, high) in ranges.items():
+        values = _numpy(table, name)
+        if len(values) and not low <= values.min() <= values.max() <= high:
+            return f"{name} runs from {values.min()} to {values.max()}; allowed are {low} to {high}"
+    classes = pc.list_flatten(_array(table, "classes")).to_numpy()
+    if len(classes) and not 1 <= classes.min() <= classes.max() < info.num_classes:
+        return f"classes run from {classes.min()} to {classes.max()}; allowed are 1 to {info.num_classes - 1}"
+    counts = {item["values"]: item["counts"] for item in pc.value_counts(table["split"]).to_pylist()}
+    if counts != dict(info.counts):
+        return f"it has {counts} samples, {DATASET_FILE} says {dict(info.counts)}"
+    return ""
+
+
 def _schema(version: int) -> pa.Schema:
     return SCHEMA if version > 1 else SCHEMA.remove(SCHEMA.get_field_index(_SINCE_VERSION_2))
 
@@ -433,9 +463,9 @@ def _read_info(path: Path) -> DatasetInfo:
     try:
         return DatasetInfo(
             name=str(values["name"]),
-            classes=tuple(values["classes"]),
+            classes=_class_names(values["classes"]),
             palette=tuple((int(r), int(g), int(b)) for r, g, b in values["palette"]),
-            counts=dict(values["counts"]),
+            counts={str(split): int(count) for split, count in dict(values["counts"]).items()},
             fingerprint=str(values["fingerprint"]),
             made_by=str(values["made_by"]),
             version=version,
@@ -445,6 +475,13 @@ def _read_info(path: Path) -> DatasetInfo:
             f"{file} is incomplete or malformed ({type(error).__name__}: {error}); "
             "make the data set anew with the scripts of data_prep/"
         ) from None
+
+
+def _class_names(values: Any) -> tuple[str, ...]:
+    names = tuple(values)
+    if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"classes are {list(names)[:5]}...; two names or more are needed, each once")
+    return names
 
 
 def _remedy(path: Path, info: DatasetInfo) -> str:

@@ -23,11 +23,24 @@ from torchvision.transforms.v2 import functional as tv
 
 from slrnet.data.manifest import DataError
 
-__all__ = ["ASPECT_RATIOS", "Crop", "crop_image", "crop_mask", "decode_image", "decode_mask", "draw_crop"]
+__all__ = [
+    "ASPECT_RATIOS",
+    "MOST_PIXELS",
+    "Crop",
+    "crop_image",
+    "crop_mask",
+    "decode_image",
+    "decode_mask",
+    "draw_crop",
+]
 
 ASPECT_RATIOS = (3.0 / 4.0, 4.0 / 3.0)
 """Narrowest and widest width / height of a crop before it is resized to a square."""
 
+MOST_PIXELS = 178_000_000
+"""Pixels of the largest image or mask that is decoded; a few kB of a hostile file may claim billions."""
+_JPEG_EXPANSION = 1000
+"""More pixels than a byte of a JPEG can hold."""
 _ATTEMPTS = 10
 
 
@@ -109,10 +122,12 @@ def decode_image(data: bytes) -> Tensor:
         (3, H, W) uint8 RGB.
 
     Raises:
-        DataError: the bytes are no complete JPEG.
+        DataError: the bytes are no complete JPEG, or one of more than `MOST_PIXELS`.
     """
     if not data:
         raise DataError("the image is empty")
+    if len(data) * _JPEG_EXPANSION > MOST_PIXELS:  # a smaller one cannot hold as many; its header need not be read
+        _check_size(data)
     try:
         # The copy is needed: torch wants memory that may be written.
         image: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
@@ -131,12 +146,26 @@ def decode_mask(data: bytes) -> Tensor:
         DataError: the bytes are no PNG, or one whose pixels are not single ids.
     """
     try:
-        with Image.open(io.BytesIO(data)) as mask:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as mask:
+            if mask.width * mask.height > MOST_PIXELS:
+                raise DataError(f"the mask has {mask.width} x {mask.height} pixels; at most {MOST_PIXELS} are read")
             if mask.mode not in ("P", "L"):
                 raise DataError(f"the mask has mode {mask.mode}; allowed are indexed (P) and grey (L) PNGs")
             return torch.from_numpy(np.array(mask, dtype=np.uint8))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except DataError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"the mask cannot be decoded as PNG: {error}") from None
+
+
+def _check_size(data: bytes) -> None:
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            width, height = image.size
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"the image cannot be decoded as JPEG: {error}") from None
+    if width * height > MOST_PIXELS:
+        raise DataError(f"the image has {width} x {height} pixels; at most {MOST_PIXELS} are read")
 
 
 def _last_words(error: RuntimeError) -> str:

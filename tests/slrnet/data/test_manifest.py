@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -258,3 +259,44 @@ def test_commands_name_the_folder(tmp_path: Path) -> None:
 def _rewrite(folder: Path, **changes: Any) -> None:
     values = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps(values | changes))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("key", "../../escaped", r"key '\.\./\.\./escaped' is not of the form"),
+        ("key", "with.dot", "key 'with.dot' is not of the form"),
+        ("shard", "/etc/passwd.tar", "shard '/etc/passwd.tar' is not of the form"),
+        ("shard", "../outside.tar", r"shard '\.\./outside.tar' is not of the form"),
+        ("sha256", "", "sha256 '' is not of the form"),
+        ("offset", -512, "offset runs from -512"),
+        ("bytes", 0, "bytes runs from 0"),
+        ("width", 2**30, "width runs from"),
+        ("classes", [99], "classes run from 1 to 99; allowed are 1 to"),
+        ("classes", [None], "column classes has empty values"),
+        ("has_mask", None, "column has_mask has empty values"),
+        ("split", "elsewhere", r"it has \{.*'elsewhere': 1.*\} samples, dataset.json says"),
+    ],
+)
+def test_a_manifest_made_to_do_harm_is_refused_though_its_fingerprint_fits(
+    folder: Path, column: str, value: object, message: str
+) -> None:
+    table = pq.read_table(folder / "manifest.parquet")
+    columns = table.to_pydict()
+    columns[column][0] = value
+    changed = pa.table(columns, schema=table.schema)
+    pq.write_table(changed, folder / "manifest.parquet")
+    description = json.loads((folder / "dataset.json").read_text())
+    if value is not None and value != [None]:
+        description["fingerprint"] = fingerprint(description["classes"], changed)
+    (folder / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(DataError, match=message):
+        load_dataset(folder)
+
+
+@pytest.mark.parametrize("classes", [["background"], ["background", "a", "a"], ["background", 3], []])
+def test_classes_that_are_none_are_refused(folder: Path, classes: list[object]) -> None:
+    description = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(description | {"classes": classes}))
+    with pytest.raises(DataError, match="two names or more are needed, each once"):
+        load_dataset(folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import random
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from slrnet.data import transforms
 from slrnet.data.manifest import DataError
 from slrnet.data.transforms import (
     ASPECT_RATIOS,
@@ -133,3 +136,30 @@ def test_mask_and_image_stay_aligned(mirrored: bool) -> None:
     assert sure.float().mean() > 0.9
     assert torch.equal(ids[sure] == 5, pixels[sure] == 200)
     assert bool(ids[0, 0] == 5) is mirrored
+
+
+def _png_that_claims(width: int, height: int) -> bytes:
+    """A PNG of some bytes whose header promises a large image of zeros."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    header = struct.pack(">II", width, height) + bytes(data[24:29])
+    data[16:29] = header
+    data[29:33] = struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    return bytes(data)
+
+
+@pytest.mark.parametrize(("width", "height"), [(2**16, 2**16), (2**31 - 1, 2**31 - 1), (14_000, 14_000)])
+def test_a_small_file_that_claims_a_huge_mask_is_refused_undecoded(width: int, height: int) -> None:
+    with pytest.raises(DataError, match=r"pixels|decoded as PNG|decompression bomb"):
+        decode_mask(_png_that_claims(width, height))
+
+
+def test_a_file_that_claims_a_huge_image_is_refused_undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG")
+    data = file.getvalue()
+    place = data.index(b"\xff\xc0") + 5  # height and width in the frame's header
+    monkeypatch.setattr(transforms, "decode_jpeg", lambda *arguments, **named: pytest.fail("it was decoded"))
+    with pytest.raises(DataError, match="pixels"):
+        decode_image(data[:place] + struct.pack(">HH", 65500, 65500) + data[place + 4 :] + b"\0" * 200_000)
