@@ -39,6 +39,7 @@ import psutil  # noqa: E402
 
 from ray_jobs.demo import free_ports, local_cluster  # noqa: E402
 from slrnet.training.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
+from slrnet.training.tracking import RunHandle, metric_history  # noqa: E402
 
 CHECKPOINT_EVERY = 3
 SETTINGS = (
@@ -167,6 +168,16 @@ class Server:
             time.sleep(0.3)
         raise SystemExit("the MLflow server does not answer")
 
+    def ask(self, question: str, **values: Any) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"{self.address}/api/2.0/mlflow/{question}",
+            data=json.dumps(values).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            found: dict[str, Any] = json.load(answer)
+        return found
+
     def kill(self) -> None:
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGKILL)
@@ -255,16 +266,16 @@ def _report(storm: Storm) -> int:
 
 
 def _curves(server: Server) -> tuple[int, dict[str, dict[str, list[tuple[int, float]]]]]:
-    """Number of runs in the store, and each run's curves by name, in the order of logging."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(server.address)
-    runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    """Number of runs in the store, and each run's curves by name."""
+    experiments = server.ask("experiments/search", max_results=100)["experiments"]
+    ids = [experiment["experiment_id"] for experiment in experiments]
+    runs = server.ask("runs/search", experiment_ids=ids, max_results=100).get("runs", [])
     found = {}
     for run in runs:
-        histories = {key: client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}
-        found[str(run.info.run_name)] = {
-            key: [(int(point.step), float(point.value)) for point in history] for key, history in histories.items()
+        info = run["info"]
+        handle = RunHandle(uri=server.address, run_id=info["run_id"], experiment_id=info["experiment_id"])
+        found[info["run_name"]] = {
+            metric["key"]: metric_history(handle, metric["key"]) for metric in run["data"].get("metrics", [])
         }
     return len(runs), found
 
