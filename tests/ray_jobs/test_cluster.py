@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
 from ray_jobs.demo import local_cluster
 from slrnet.config import load_config
-from slrnet.training.checkpoint import load_checkpoint
+from slrnet.training.checkpoint import find_checkpoint, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 Submit = Callable[..., subprocess.CompletedProcess[str]]
@@ -33,6 +38,7 @@ TINY = (
     "evaluation.pseudo_mask_images=4",
     "evaluation.panel_images=1",
 )
+EVERY_STEP = ("train.log_every=1", "train.checkpoint_every=1")
 
 pytestmark = pytest.mark.slow
 
@@ -72,25 +78,67 @@ def test_the_cluster_turns_strangers_away(cluster: tuple[str, dict[str, str]]) -
     assert refusal.value.code in (401, 403)
 
 
-def test_two_workers_train_a_submitted_job(submit: Submit, data: Path, tmp_path: Path) -> None:
-    settings = [word for setting in TINY for word in ("--set", setting)]
+def test_a_killed_worker_is_named_and_the_run_goes_on(submit: Submit, data: Path, tmp_path: Path) -> None:
+    """Two workers, one of which is killed in the middle of an epoch; then the same run, resumed."""
+    settings = [word for setting in (*TINY, *EVERY_STEP) for word in ("--set", setting)]
+    log = tmp_path / "two" / "logs" / "rank-1.jsonl"
+    with killed_when(lambda: len(events(log, "step")) >= 4, lambda: events(log, "step")[-1]["pid"]):
+        failed = submit(
+            "ray_jobs/train.py", "--recipe", "demo", "--data", str(data), "--storage", str(tmp_path),
+            "--name", "two", "--num-workers", "2", "--set", "train.epochs=40", *settings,
+        )  # fmt: skip
+    assert failed.returncode != 0
+    printed = failed.stdout + failed.stderr
+    assert "error: died: its process ended without a word" in printed
+    assert re.search(r"\(rank 1 on \S+, step \d+\)", printed)
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = search(client)
+    assert run.info.status == "FAILED"
+    assert (run.data.tags["failure.rank"], run.data.tags["failure.exception"]) == ("1", "died")
+    reached = int(run.data.tags["failure.step"])
+
+    epochs = reached // 3 + 2
     result = submit(
-        "ray_jobs/train.py", "--recipe", "demo", "--data", str(data), "--storage", str(tmp_path),
-        "--name", "two", "--num-workers", "2", *settings,
+        "ray_jobs/train.py", "--storage", str(tmp_path), "--resume", "two", "--num-workers", "2",
+        "--set", f"train.epochs={epochs}",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert "best checkpoint" in result.stdout
-    state = load_checkpoint(tmp_path / "two").state
-    assert (state.world_size, state.step % 3) == (2, 0)
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    first, second = (event["step"] for event in events(tmp_path / "two" / "logs" / "rank-0.jsonl", "start"))
+    assert first == 0 < second
+    assert reached - 2 <= second <= reached + 1  # a checkpoint every step, which may have been half written
+    last = find_checkpoint(tmp_path / "two" / "checkpoints")
+    assert last is not None
+    state = load_checkpoint(last).state
+    assert (state.world_size, state.step) == (2, 3 * epochs)
+    (run,) = search(client)
     assert run.info.status == "FINISHED"
     assert run.data.tags["slrnet.world_size"] == "2"
-    assert json.loads((tmp_path / "two" / "checkpoints" / state_folder(tmp_path) / "state.json").read_text())
+    steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
+    assert sorted(steps) == list(range(1, 3 * epochs + 1))  # each once
 
 
-def state_folder(storage: Path) -> str:
-    return max(path.name for path in (storage / "two" / "checkpoints").glob("checkpoint-*"))
+def events(log: Path, kind: str) -> list[dict[str, Any]]:
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+@contextmanager
+def killed_when(ready: Callable[[], bool], victim: Callable[[], int]) -> Iterator[None]:
+    """Meanwhile, kills a process once something has come."""
+
+    def shoot() -> None:
+        wait_until(ready)
+        os.kill(victim(), signal.SIGKILL)
+
+    thread = threading.Thread(target=shoot)
+    thread.start()
+    yield
+    thread.join()
+
+
+def search(client: MlflowClient) -> list[Any]:
+    return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
 
 
 def test_a_sweep_goes_on_after_its_driver_was_stopped(

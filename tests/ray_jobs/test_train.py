@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import os
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,3 +48,32 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     assert run_job(script, *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_job_that_is_stopped_says_so_and_marks_its_run(tmp_path: Path) -> None:
+    """`ray job stop` sends SIGTERM."""
+    from mlflow import MlflowClient
+
+    settings = ("model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "train.epochs=900")
+    process = subprocess.Popen(
+        [sys.executable, "ray_jobs/train.py", "--storage", str(tmp_path), "--name", "run", "--num-workers", "0"]
+        + [word for setting in settings for word in ("--set", setting)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    log = tmp_path / "run" / "logs" / "rank-0.jsonl"
+    deadline = time.monotonic() + 200
+    while not (log.exists() and '"step"' in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert errors.splitlines()[-1] == "interrupted; a training goes on from its last checkpoint with --resume NAME"
+    assert "Traceback" not in errors
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    assert run.info.status == "KILLED"
