@@ -44,6 +44,7 @@ from slrnet.training.checkpoint import (
 )
 from slrnet.training.distributed import Ranks, share_buffers, sum_over_ranks
 from slrnet.training.evaluate import PseudoMask, evaluate_masks, measure_pseudo_masks, quality_metrics
+from slrnet.training.gpu_monitor import GpuWatch
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
 from slrnet.training.panels import draw_panel
 from slrnet.training.progress import Progress
@@ -103,6 +104,7 @@ class Trainer:
             run_id=run_id,
         )
         self.wrapped = _distribute(self.model, ranks)
+        self.gpus = GpuWatch(ranks, interval=config.tracking.gpu_interval)
 
     def resume(self) -> bool:
         """Continues from the run's last whole checkpoint, if it has one.
@@ -142,6 +144,7 @@ class Trainer:
         total = self.config.train.epochs * self.loader.steps_per_epoch
         progress = Progress(total, done=self.state.step, show=self.ranks.is_main)
         try:
+            self.tracker.set_tags(self.gpus.start())
             for epoch in range(self.state.epoch, self.config.train.epochs):
                 metrics = self._train_epoch(epoch, progress)
                 if (epoch + 1) % self.config.evaluation.every == 0 or epoch + 1 == self.config.train.epochs:
@@ -150,6 +153,7 @@ class Trainer:
                 report(metrics | {"epoch": epoch + 1})
         finally:
             progress.close()
+            self.gpus.close()
             self.loader.close()
         return self.state
 
@@ -172,6 +176,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, progress: Progress) -> dict[str, float]:
         self.wrapped.train()
         tally = _Tally(defaultdict(float))
+        self.gpus.begin()
         started = time.perf_counter()
         batches = self.loader.epoch(epoch)
         images = self.config.train.batch_size
@@ -190,7 +195,9 @@ class Trainer:
             if (step + 1) % self.config.train.log_every == 0:
                 self._log_step(parts, step + 1, factor)
         self._check_epoch_end(batches, epoch, progress)
-        return self._summarise(tally, seconds=time.perf_counter() - started)
+        metrics = self._summarise(tally, seconds=time.perf_counter() - started)
+        self._log_gpus(tally.steps, epoch, progress)
+        return metrics
 
     def _summarise(self, tally: _Tally, *, seconds: float) -> dict[str, float]:
         """An epoch's mean losses, which are those of all ranks already, and its speed over all ranks."""
@@ -202,6 +209,14 @@ class Trainer:
             "perf/data_wait_fraction": waited / total,
             "perf/skipped_samples": skipped,
         }
+
+    def _log_gpus(self, steps: int, epoch: int, progress: Progress) -> None:
+        """What the GPUs of all ranks did in an epoch's steps; the figures go to the tracker alone."""
+        metrics, warnings = self.gpus.end(steps * self.config.train.batch_size // self.ranks.world_size)
+        self.tracker.log_metrics(metrics, (epoch + 1) * self.loader.steps_per_epoch)
+        self.tracker.set_tags(warnings)
+        for text in warnings.values():
+            progress.note(text)
 
     def _step(self, batch: Batch, step: int, *, pretraining: bool) -> dict[str, float]:
         """One optimiser step; returns the loss and its parts, averaged over accumulation steps and ranks."""
