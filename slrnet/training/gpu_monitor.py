@@ -177,7 +177,8 @@ class GpuMonitor:
         known = os.getpid() in memory
         memory.pop(os.getpid(), None)
         if len(memory) > (not known):
-            listed = ", ".join(f"{pid} ({(taken or 0) / GIB:.1f} GiB)" for pid, taken in sorted(memory.items()))
+            sizes = {pid: "" if taken is None else f" ({taken / GIB:.1f} GiB)" for pid, taken in sorted(memory.items())}
+            listed = ", ".join(f"{pid}{size}" for pid, size in sizes.items())
             among = "" if known else " (ids outside of this container; one of them is this rank)"
             self._warn("processes", f"it is shared with process {listed}{among}; end it or keep it off this GPU")
         return {}

@@ -292,6 +292,7 @@ class TestWarnings:
             ({"used": 23 * GIB}, "memory", "23.0 of 24.0 GiB of its memory are taken"),
             ({"ecc_errors": 3}, "ecc_errors", "3 uncorrected memory errors"),
             ({"processes": {os.getpid(): GIB, 7: 2 * GIB}}, "processes", r"shared with process 7 \(2.0 GiB\); end it"),
+            ({"processes": {os.getpid(): GIB, 7: None}}, "processes", "shared with process 7; end it"),
             ({"processes": {17: 3 * GIB, 7: 2 * GIB}}, "processes", r"7 \(2.0 GiB\), 17 \(3.0 GiB\) .*one of them is"),
         ],
     )
