@@ -372,6 +372,8 @@ class TrackingConfig(_Section):
     """MLflow tracking URI. Empty: MLFLOW_TRACKING_URI, else a SQLite file in the storage folder."""
     experiment: str = "slrnet"
     """MLflow experiment."""
+    gpu_interval: NonNegativeFloat = 1.0
+    """Seconds between two looks at each worker's GPU; 0 for none. `slrnet/training/gpu_monitor.py` has the figures."""
 
 
 class Config(_Section):

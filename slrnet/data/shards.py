@@ -79,6 +79,12 @@ class TrainLoader:
             place (the next one at the very beginning) and lists it in `skipped`.
         pin_memory: batches come in page-locked memory (needs an accelerator).
 
+    Attributes:
+        global_batch: images of a step over all ranks.
+        share: those of this rank.
+        steps_per_epoch: whole global batches of an epoch.
+        draws: of an epoch.
+
     Raises:
         ValueError: an argument is out of range, or an epoch has fewer draws than one global batch.
         DataError: there is no such split.
@@ -129,7 +135,7 @@ class TrainLoader:
             seed=seed,
             shuffle_buffer=shuffle_buffer,
         )
-        self._share = len(reader.share)
+        self.share = len(reader.share)
         self._pool: _ReaderPool[Batch] = _ReaderPool(reader, workers=workers, pin_memory=pin_memory)
 
     @property
@@ -167,10 +173,10 @@ class TrainLoader:
         for batch in self._pool.deliver(epoch, start_step):
             count += 1
             yield batch
-        if count != steps or self._pool.samples != steps * self._share:
+        if count != steps or self._pool.samples != steps * self.share:
             raise DataError(
                 f"epoch {epoch} gave this rank {count} batches of {self._pool.samples} samples in all, planned were "
-                f"{steps} batches of {steps * self._share}; {self._pool.reader.index.advice}"
+                f"{steps} batches of {steps * self.share}; {self._pool.reader.index.advice}"
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,17 @@ from torch import Tensor, nn
 
 from slrnet.training.metrics import ConfusionMatrix
 
-__all__ = ["Ranks", "current_ranks", "merge_over_ranks", "share_buffers", "sum_over_ranks", "tune_process"]
+__all__ = [
+    "Ranks",
+    "current_ranks",
+    "gather_over_ranks",
+    "merge_over_ranks",
+    "share_buffers",
+    "sum_over_ranks",
+    "tune_process",
+]
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,15 @@ def sum_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
     total = values.to(ranks.device, copy=True)
     dist.all_reduce(total)
     return total.to(values.device)
+
+
+def gather_over_ranks(value: Value, ranks: Ranks) -> list[Value]:
+    """Every rank's plain value, by rank; every rank gets all. All ranks must call it in the same order."""
+    if ranks.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * ranks.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def merge_over_ranks(matrix: ConfusionMatrix, ranks: Ranks) -> ConfusionMatrix:

@@ -43,6 +43,7 @@ from slrnet.training.checkpoint import (
 from slrnet.training.checkpoint_writer import CheckpointWriter
 from slrnet.training.distributed import Ranks, share_buffers, sum_over_ranks
 from slrnet.training.evaluate import PseudoMask, evaluate_masks, measure_pseudo_masks, quality_metrics
+from slrnet.training.gpu_monitor import GpuWatch
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
 from slrnet.training.panels import draw_panel
 from slrnet.training.progress import Progress
@@ -125,6 +126,7 @@ class Trainer:
             run_id=run_id,
         )
         self.wrapped = _distribute(self.model, ranks)
+        self.gpus = GpuWatch(ranks, interval=config.tracking.gpu_interval)
 
     def resume(self) -> bool:
         """Continues from the run's last whole checkpoint, if it has one.
@@ -175,6 +177,7 @@ class Trainer:
         total = self.config.train.epochs * self.loader.steps_per_epoch
         progress = Progress(total, done=self.state.step, show=self.ranks.is_main)
         try:
+            self.tracker.set_tags(self.gpus.start())
             for epoch in range(self.state.epoch, self.config.train.epochs):
                 metrics = self._train_epoch(epoch, progress, notice)
                 if (epoch + 1) % self.config.evaluation.every == 0 or epoch + 1 == self.config.train.epochs:
@@ -185,6 +188,7 @@ class Trainer:
         finally:
             self.writer.close()
             progress.close()
+            self.gpus.close()
             self.loader.close()
         return self.state
 
@@ -207,6 +211,7 @@ class Trainer:
     def _train_epoch(self, epoch: int, progress: Progress, notice: Callable[[], str]) -> dict[str, float]:
         self.wrapped.train()
         tally = _Tally(defaultdict(float, self.state.unfinished))
+        self.gpus.begin()
         started = time.perf_counter()
         first, end = self.state.step, (epoch + 1) * self.loader.steps_per_epoch
         batches = self.loader.epoch(epoch, first - epoch * self.loader.steps_per_epoch)
@@ -226,7 +231,9 @@ class Trainer:
                 self._log_step(parts, step + 1, factor, waited)
             self._save_within_epoch(step + 1, end, tally, notice() if logged else "", progress)
         self._check_epoch_end(batches, epoch, progress)
-        return self._summarise(tally, seconds=time.perf_counter() - started)
+        metrics = self._summarise(tally, seconds=time.perf_counter() - started)
+        self._log_gpus(tally.steps, epoch, progress)
+        return metrics
 
     def _save_within_epoch(self, done: int, end: int, tally: _Tally, notice: str, progress: Progress) -> None:
         """Saves after `done` steps in all, where that is due and the epoch, which saves at its end, goes on."""
@@ -259,6 +266,14 @@ class Trainer:
             "perf/data_wait_fraction": waited / total,
             "perf/skipped_samples": skipped,
         }
+
+    def _log_gpus(self, steps: int, epoch: int, progress: Progress) -> None:
+        """What the GPUs of all ranks did in an epoch's steps; the figures go to the tracker alone."""
+        metrics, warnings = self.gpus.end(steps * self.loader.share)
+        self.tracker.log_metrics(metrics, (epoch + 1) * self.loader.steps_per_epoch)
+        self.tracker.set_tags(warnings)
+        for text in warnings.values():
+            progress.note(text)
 
     def _step(self, batch: Batch, step: int, *, pretraining: bool) -> dict[str, float]:
         """One optimiser step; returns the loss and its parts, averaged over accumulation steps and ranks."""

@@ -154,6 +154,12 @@ class RecordingTracker(NullTracker):
         super().__init__()
         self.points: list[tuple[int, dict[str, float]]] = []
         self.pictures: list[tuple[str, int, tuple[int, int]]] = []
+        self.tags: dict[str, str] = {}
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Keeps the tags."""
+        super().set_tags(tags)
+        self.tags |= tags
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Keeps the points."""

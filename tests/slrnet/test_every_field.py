@@ -27,7 +27,7 @@ from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.inference.predictor import Predictor
 from slrnet.inference.pseudo_label import launch_pseudo_labels
 from slrnet.models.slrnet import build_model
-from slrnet.training import ray_loop
+from slrnet.training import gpu_monitor, ray_loop
 from slrnet.training.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from slrnet.training.distributed import Ranks
 from slrnet.training.ray_loop import LaunchOptions, launch
@@ -153,6 +153,7 @@ CHANGES: dict[str, Change] = {
     "inference.void_below": Change(1.0, "pseudo labels"),
     "tracking.uri": Change("sqlite:////elsewhere.db", "run"),
     "tracking.experiment": Change("other", "run"),
+    "tracking.gpu_interval": Change(0.5, "gpu samples"),
 }
 
 MEASURED_TOO = [key for key in CHANGES if key.startswith("calibration.") and key != "calibration.supervision"]
@@ -270,7 +271,7 @@ def test_refused(key: str, base: Config, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-SPECIAL = ("refused", "run", "graph", "damage", "prediction", "readers", "pseudo labels")
+SPECIAL = ("refused", "run", "graph", "damage", "prediction", "readers", "pseudo labels", "gpu samples")
 OBSERVED = [key for key, change in CHANGES.items() if change.differs not in SPECIAL]
 
 
@@ -317,6 +318,17 @@ def test_changes_the_number_of_reader_processes(key: str, base: Config, data: Sh
         return trainer.loader._pool._start().num_workers
 
     assert (processes(base), processes(override(base, key, CHANGES[key].value))) == (0, CHANGES[key].value)
+
+
+@pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "gpu samples"])
+def test_changes_the_interval_of_gpu_samples(
+    key: str, base: Config, data: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(gpu_monitor, "open_monitor", lambda device, interval: asked.append(interval))
+    for config in (base, override(base, key, CHANGES[key].value), override(base, key, 0.0)):
+        Trainer(config, data, ranks=Ranks(), folder=tmp_path, tracker=NullTracker()).gpus.start()
+    assert asked == [1.0, CHANGES[key].value]
 
 
 @pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "graph"])

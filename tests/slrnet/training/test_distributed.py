@@ -33,6 +33,7 @@ from slrnet.training.checkpoint import load_checkpoint
 from slrnet.training.distributed import (
     Ranks,
     current_ranks,
+    gather_over_ranks,
     merge_over_ranks,
     share_buffers,
     sum_over_ranks,
@@ -119,6 +120,7 @@ def _sums(ranks: Ranks) -> dict[str, Any]:
         "counts": merge_over_ranks(matrix, ranks).counts,
         "own counts": matrix.counts,
         "mean": norm.running_mean,
+        "gathered": gather_over_ranks({"rank": ranks.rank}, ranks),
     }
 
 
@@ -288,6 +290,7 @@ def test_sums_and_counts_are_those_of_all_and_the_own_ones_stay(results: list[di
         assert sums["counts"].tolist() == [[2**54, 3, 0], [1, 0, 10]]
         assert sums["own counts"].equal(_matrix(rank).counts)
         assert sums["mean"].tolist() == [1.0, 1.0]
+        assert sums["gathered"] == [{"rank": 0}, {"rank": 1}]
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -412,6 +415,7 @@ class TestAlone:
         assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
         values = torch.tensor([2.5])
         assert sum_over_ranks(values, ranks).tolist() == [2.5]
+        assert gather_over_ranks("own", ranks) == ["own"]
         assert merge_over_ranks(_matrix(0), ranks).counts.equal(_matrix(0).counts)
 
     @pytest.mark.parametrize(
