@@ -111,8 +111,14 @@ def resolve_uri(uri: str, storage: str | Path) -> str:
 
     Raises:
         ValueError: the server does not answer, the SQLite path is relative or cannot be written, `storage` is remote
-            and no URI is given, or the scheme is one that MLflow no longer writes to or that has no artifact store.
+            and no URI is given, the scheme is one that MLflow no longer writes to or that has no artifact store, or
+            `uri` holds a password, which the configuration would carry into every checkpoint.
     """
+    if _public(uri) != uri:
+        raise ValueError(
+            f"tracking URI {_public(uri)} has a user or a password in it, which would be written into checkpoints and "
+            "logs; give them as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+        )
     uri = (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).strip()
     if not uri:
         return _default_store(storage)

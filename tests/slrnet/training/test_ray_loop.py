@@ -157,3 +157,29 @@ def test_a_start_says_what_is_trained_on_and_how_classes_are_balanced(
     assert "setting sss_image_labels, training images: 4 with pixel labels, 5 with image labels; 25 draws" in said[0]
     assert said[1].splitlines()[0].split() == ["class", "images", "natural", "%", "target", "%", "expected", "%"]
     assert len(said[1].splitlines()) == 5
+
+
+SECRETS = {
+    "AWS_SECRET_ACCESS_KEY": "planted-aws-secret",
+    "AWS_SESSION_TOKEN": "planted-session-token",
+    "MLFLOW_TRACKING_PASSWORD": "planted-mlflow-password",
+    "MLFLOW_TRACKING_TOKEN": "planted-mlflow-token",
+    "RAY_AUTH_TOKEN": "planted-ray-token",
+}
+
+
+def test_secrets_of_the_environment_reach_no_file_and_no_line(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="has a user or a password in it"):
+        start(tiny_config, tmp_path, "tracking.uri=http://me:planted-password@127.0.0.1:5000")
+    start(tiny_config, tmp_path)
+    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(written) > 10
+    assert any(path.name == "mlflow.db" for path in written)
+    captured = capfd.readouterr()
+    written[Path("printed")] = (captured.out + captured.err).encode()
+    for secret in (*SECRETS.values(), "planted-password"):
+        assert not [path for path, content in written.items() if secret.encode() in content]

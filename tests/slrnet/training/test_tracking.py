@@ -97,14 +97,22 @@ class TestResolveUri:
         with pytest.raises(ValueError, match="cannot create"):
             resolve_uri("", tmp_path / "taken" / "deeper")
 
-    def test_closed_port_is_refused_without_its_credentials(self, tmp_path: Path) -> None:
+    def test_credentials_belong_into_the_environment(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"http://host:5000 has a user .* MLFLOW_TRACKING_PASSWORD") as caught:
+            resolve_uri("http://me:secret@host:5000", tmp_path)
+        assert "secret" not in str(caught.value)
+
+    def test_closed_port_is_refused_without_its_credentials(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
         with pytest.raises(
             ValueError, match=rf"at http://127\.0\.0\.1:{port} does not answer.*mlflow server"
         ) as caught:
-            resolve_uri(f"http://me:secret@127.0.0.1:{port}", tmp_path)
+            resolve_uri("", tmp_path)
         assert "secret" not in str(caught.value)
 
     def test_silent_server_is_given_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
