@@ -38,6 +38,11 @@ def folder(text: str) -> Path:
     return Path(text).expanduser().resolve()
 
 
+def data_location(text: str) -> str:
+    """A data set's location; a folder's as an absolute path, which means the same on all nodes."""
+    return text if "://" in text else str(Path(text).expanduser().resolve())
+
+
 def add_storage(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("results")
     where = "folder for runs, seen by all nodes (default: $SLRNET_STORAGE, else ~/slrnet_runs)"

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ray_jobs.arguments import add_storage, add_workers  # noqa: E402
+from ray_jobs.arguments import add_storage, add_workers, data_location  # noqa: E402
 from ray_jobs.exit_codes import exit_code  # noqa: E402
 from slrnet.config import Config, apply_overrides, load_config  # noqa: E402
 from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
@@ -25,7 +25,9 @@ def parse_arguments(about: str | None) -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--recipe", help=f"named configuration: {', '.join(RECIPES)}")
     start.add_argument("--config", type=Path, help="configuration file, such as the config.json of another run")
-    parser.add_argument("--data", help="folder with shards from data_prep/ (default: the embedded demo data)")
+    parser.add_argument(
+        "--data", help="folder with shards from data_prep/, or its s3:// or gs:// location (default: the embedded demo)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting")
     add_workers(parser)
     name = parser.add_mutually_exclusive_group()
@@ -44,7 +46,7 @@ def build_config(options: argparse.Namespace, storage: Path, recipe: str) -> Con
         config = load_config(options.config) if options.config else get_recipe(options.recipe or recipe)
     data = options.data or config.data.path or demo_data(storage)
     tracking = [f"tracking.uri={options.tracking_uri}"] if options.tracking_uri else []
-    return apply_overrides(config, [f"data.path={Path(data).expanduser().resolve()}", *options.set, *tracking])
+    return apply_overrides(config, [f"data.path={data_location(data)}", *options.set, *tracking])
 
 
 def demo_data(storage: Path) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ray_jobs.arguments import add_storage  # noqa: E402
+from ray_jobs.arguments import add_storage, data_location  # noqa: E402
 from ray_jobs.exit_codes import exit_code  # noqa: E402
 from slrnet.ablations import ABLATIONS  # noqa: E402
 from slrnet.config import apply_overrides, load_config  # noqa: E402
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--recipe", default="voc_wsss", help=f"what all trials share: {', '.join(RECIPES)}")
     start.add_argument("--config", type=Path, help="a configuration file instead of a recipe")
-    add("--data", type=Path, help="folder with shards from data_prep/")
+    add("--data", type=data_location, help="folder with shards from data_prep/, or its s3:// or gs:// location")
     add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting of all trials")
     add("--search", action="append", default=[], metavar="SECTION.FIELD=KIND:VALUES", help="see above")
     add("--num-samples", type=int, default=20, help="trials (default: 20)")
@@ -61,7 +61,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def build_plan(args: argparse.Namespace) -> SweepPlan:
     config = load_config(args.config) if args.config else get_recipe(args.recipe)
-    data = [f"data.path={args.data.expanduser().resolve()}"] if args.data else []
+    data = [f"data.path={args.data}"] if args.data else []
     tracking = [f"tracking.uri={args.tracking_uri}"] if args.tracking_uri else []
     config = apply_overrides(config, [*data, *tracking, *args.set])
     space = space_with(get_space(config.recipe) if config.recipe in RECIPES else DEFAULT_SPACE, args.search)

@@ -42,6 +42,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from slrnet.data.catalog import voc_palette
+from slrnet.data.remote import cached, is_remote, open_cached
 
 __all__ = [
     "DATASET_FILE",
@@ -273,15 +274,25 @@ class ShardSet:
     """A prepared data set: what it is, where it lies, and its manifest. `load_dataset` makes one.
 
     Args:
-        folder: Absolute path of the folder.
+        folder: Absolute path of the folder; of a data set in an object store, of its copies on this machine.
         info: Content of `dataset.json`.
         table: The manifest, with the columns of `SCHEMA`.
+        location: Where the data set is, as `load_dataset` takes it; empty: `folder`.
     """
 
-    def __init__(self, folder: Path, *, info: DatasetInfo, table: pa.Table) -> None:
+    def __init__(self, folder: Path, *, info: DatasetInfo, table: pa.Table, location: str = "") -> None:
         self.folder = folder
+        self.location = location or str(folder)
         self.info = info
         self.table = table
+
+    def path_of(self, entry: ShardEntry) -> Path:
+        """A shard's file on this machine; of a data set in an object store a copy, made if need be.
+
+        Raises:
+            RemoteError: the object store does not have it, or refuses it.
+        """
+        return open_cached(self.location, entry.name) if is_remote(self.location) else entry.path
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -315,11 +326,35 @@ class ShardSet:
 def load_dataset(folder: str | os.PathLike[str]) -> ShardSet:
     """Reads the description and the manifest of a prepared data set; shards are not touched.
 
+    Args:
+        folder: Path of a folder, or its location in an object store (see `slrnet.data.remote`).
+
     Raises:
+        RemoteError: the object store does not have it, or refuses it.
         DataError: the folder holds no prepared data set, one of another format version, files that do not belong
             together, or a manifest that no script of data_prep/ writes, such as one that points out of the folder.
     """
-    path = Path(folder).absolute()
+    location = str(folder)
+    if is_remote(location):
+        return _load_remote(location)
+    return _load(Path(folder).absolute())
+
+
+def _load_remote(location: str) -> ShardSet:
+    """The description is copied each time; the manifest where it is not the one that belongs to the description."""
+    info = _read_info(open_cached(location, DATASET_FILE, again=True).parent)
+    mark = cached(location) / f".{MANIFEST_FILE}.of"
+    same = mark.exists() and mark.read_text(encoding="utf-8") == info.fingerprint
+    path = open_cached(location, MANIFEST_FILE, again=not same).parent
+    shards = _load(path)
+    mark.write_text(info.fingerprint, encoding="utf-8")
+    if not same:  # shards of another version may lie there
+        for copy in path.glob("*.tar"):
+            copy.unlink()
+    return ShardSet(path, info=shards.info, table=shards.table, location=location)
+
+
+def _load(path: Path) -> ShardSet:
     info = _read_info(path)
     try:
         table = pq.read_table(path / MANIFEST_FILE)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from slrnet.data.manifest import DataError, ShardSet, SplitView
+from slrnet.data.remote import RemoteError, is_remote, open_cached
 from slrnet.data.transforms import decode_image, decode_mask
 
 __all__ = ["OnError", "SampleIndex", "ShardFiles", "SkippedSample", "index_split"]
@@ -54,7 +55,8 @@ class SampleIndex:
     """What readers need of a split's manifest, in arrays; samples 0 to n - 1 are counted in the manifest's order.
 
     Attributes:
-        folder: that holds the shards.
+        folder: that holds the shards, or the copies of those in an object store.
+        location: of the data set; another than the folder where that holds copies.
         shards: (S) file names in the order of the manifest.
         firsts: (S + 1,) first sample of each shard; the last entry is n.
         offsets: (n,) byte in its shard at which a sample starts.
@@ -63,13 +65,15 @@ class SampleIndex:
         has_masks: (n,) whether it comes with a mask.
         has_image_labels: (n,) whether its image labels are known.
         keys: (n) names.
-        checksums: (n) hex sha256 over a sample's files; None where they are not to be compared.
+        checksums: (n) hex sha256 over a sample's files; None where nothing is to be compared with them.
+        compare: samples that are read whole are compared with them.
         labels: the split, for its image labels.
         on_error: what damage does.
         advice: the commands that find and repair damage.
     """
 
     folder: Path
+    location: str
     shards: tuple[str, ...]
     firsts: npt.NDArray[np.int64]
     offsets: npt.NDArray[np.int64]
@@ -79,6 +83,7 @@ class SampleIndex:
     has_image_labels: npt.NDArray[np.bool_]
     keys: pa.StringArray
     checksums: pa.StringArray | None
+    compare: bool
     labels: SplitView
     on_error: OnError
     advice: str
@@ -184,7 +189,7 @@ class ShardFiles:
             raise DataError(f"cannot be read: {error.strerror or error}") from None
         if "jpg" not in found:
             raise DataError("its image is missing from the tar")
-        if masks and index.checksums is not None:
+        if masks and index.compare and index.checksums is not None:
             digest = hashlib.sha256(b"".join(found.values())).hexdigest()
             if digest != index.checksums[sample].as_py():
                 raise DataError(f"its files have the sha256 {digest[:12]}..., not that of the manifest")
@@ -207,7 +212,7 @@ class ShardFiles:
             self._files.move_to_end(shard)
             return self._files[shard]
         try:
-            file = (self.index.folder / self.index.shards[shard]).open("rb")
+            file = self._path(shard).open("rb")
         except FileNotFoundError:
             raise DataError("the shard is missing") from None
         except OSError as error:
@@ -216,6 +221,32 @@ class ShardFiles:
         if len(self._files) > _OPEN_SHARDS:
             self._files.popitem(last=False)[1][0].close()
         return self._files[shard]
+
+    def _path(self, shard: int) -> Path:
+        """The shard on this machine; a copy of an object store's is made if need be, and compared with the manifest."""
+        index, name = self.index, self.index.shards[shard]
+        if not is_remote(index.location):
+            return index.folder / name
+        try:
+            return open_cached(index.location, name, check=lambda copy: self._compare(shard, copy))
+        except RemoteError as error:
+            raise DataError(str(error)) from None
+
+    def _compare(self, shard: int, path: Path) -> None:
+        """Raises DataError where a sample is not the manifest's."""
+        index = self.index
+        length = path.stat().st_size
+        with path.open("rb") as file:
+            for sample in range(int(index.firsts[shard]), int(index.firsts[shard + 1])):
+                start = int(index.offsets[sample])
+                end = start + int(index.sizes[sample])
+                if end > length:
+                    raise DataError(f"the shard is cut off: it has {length} bytes, the sample ends at byte {end}")
+                digest = hashlib.sha256()
+                for _, data in _members(file, start, end, key=index.key(sample), only=None):
+                    digest.update(data)
+                if index.checksums is not None and digest.hexdigest() != index.checksums[sample].as_py():
+                    raise DataError(f"sample {index.key(sample)!r} has another sha256 than in the manifest")
 
 
 def _members(file: BinaryIO, start: int, end: int, *, key: str, only: str | None) -> Iterator[tuple[str, bytes]]:
@@ -256,6 +287,7 @@ def index_split(shard_set: ShardSet, view: SplitView, *, on_error: OnError, chec
     labels = view.table.select(["shard", "offset", "classes"])
     return SampleIndex(
         folder=shard_set.folder,
+        location=shard_set.location,
         shards=tuple(entry.name for entry in entries),
         firsts=np.array([*(entry.first for entry in entries), view.num_samples], dtype=np.int64),
         offsets=np.concatenate([entry.offsets for entry in entries]),
@@ -264,7 +296,8 @@ def index_split(shard_set: ShardSet, view: SplitView, *, on_error: OnError, chec
         has_masks=view.has_masks,
         has_image_labels=view.has_image_labels,
         keys=view.keys,
-        checksums=view.table["sha256"].combine_chunks() if checksums else None,
+        checksums=view.table["sha256"].combine_chunks() if checksums or is_remote(shard_set.location) else None,
+        compare=checksums,
         labels=SplitView(view.name, table=labels, folder=view.folder, num_classes=view.num_classes),
         on_error=on_error,
         advice=(

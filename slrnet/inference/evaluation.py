@@ -56,7 +56,7 @@ def launch_evaluation(
             cluster has less than was asked for.
         TrainingError: a worker failed.
     """
-    check_classes(checkpoint.state, shards.info.classes, data=str(shards.folder))
+    check_classes(checkpoint.state, shards.info.classes, data=shards.location)
     shards.split(split)
     if config.evaluation.protocol == "ms_crf":
         require_crf()
@@ -64,7 +64,7 @@ def launch_evaluation(
     values = {
         "config": config.model_dump(mode="json"),
         "checkpoint": str(checkpoint.path.resolve()),
-        "data": str(shards.folder),
+        "data": shards.location,
         "split": split,
         "result": str(folder / "evaluation.json"),
     }

@@ -108,7 +108,7 @@ def launch_pseudo_labels(
             if _finished(partial, entry.name) is None
         ]
         values = {"config": config.model_dump(mode="json"), "folder": str(partial), "todo": todo}
-        values |= {"checkpoint": str(checkpoint.path.resolve()), "data": str(shards.folder)}
+        values |= {"checkpoint": str(checkpoint.path.resolve()), "data": shards.location}
         options = LaunchOptions(name=WORK, storage=partial, num_workers=num_workers, cpus_per_worker=cpus_per_worker)
         if todo:
             run_job(_label, values, options)
@@ -146,7 +146,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def _check(checkpoint: Checkpoint, shards: ShardSet, splits: Sequence[str], config: Config) -> None:
-    check_classes(checkpoint.state, shards.info.classes, data=str(shards.folder))
+    check_classes(checkpoint.state, shards.info.classes, data=shards.location)
     if config.evaluation.protocol == "ms_crf":
         require_crf()
     for split in splits:
@@ -166,7 +166,7 @@ def _describe(checkpoint: Checkpoint, shards: ShardSet, splits: Sequence[str], c
         "checkpoint": str(checkpoint.path.resolve()),
         "epoch": checkpoint.state.epoch,
         "step": checkpoint.state.step,
-        "data": str(shards.folder),
+        "data": shards.location,
         "data_fingerprint": shards.info.fingerprint,
         "splits": sorted(splits),
         "protocol": protocol_name(config.evaluation, config.evaluation.protocol),
@@ -230,7 +230,7 @@ def _assemble(partial: Path, shards: ShardSet, job: Job) -> dict[str, Any]:
         else:
             for entry in view.shards:
                 with written_whole(partial / entry.name) as incoming:
-                    shutil.copyfile(entry.path, incoming)
+                    shutil.copyfile(shards.path_of(entry), incoming)
             parts = [view.table.select(SCHEMA.names).to_pydict()]
         for name in SCHEMA.names:
             columns[name] += [value for part in parts for value in part[name]]

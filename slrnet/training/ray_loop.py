@@ -373,7 +373,7 @@ def with_absolute_paths(config: Config) -> tuple[Config, ShardSet]:
     shards = load_dataset(config.data.path)
     weights = resolve_weights(config.model.encoder, config.model.encoder_weights)
     changes = {
-        "data": config.data.model_copy(update={"path": str(shards.folder)}),
+        "data": config.data.model_copy(update={"path": shards.location}),
         "model": config.model.model_copy(update={"encoder_weights": weights}),
     }
     return config.model_copy(update=changes), shards

@@ -525,11 +525,11 @@ def _split(batch: Batch, count: int) -> Iterator[Batch]:
 
 
 def _check_resumable(checkpoint: Checkpoint, state: TrainState, shards: ShardSet) -> None:
-    check_classes(checkpoint.state, state.classes, data=str(shards.folder))
+    check_classes(checkpoint.state, state.classes, data=shards.location)
     if checkpoint.state.data_fingerprint != state.data_fingerprint:
         raise CheckpointError(
             f"{checkpoint.path} was trained on other data (fingerprint {checkpoint.state.data_fingerprint[:12]}) than "
-            f"lies in {shards.folder} ({state.data_fingerprint[:12]}); resume with the same shards, or start a new run"
+            f"is in {shards.location} ({state.data_fingerprint[:12]}); resume with the same shards, or start a new run"
         )
 
 
