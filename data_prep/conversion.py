@@ -168,6 +168,7 @@ def _scan(source: Source[Item], item: Item) -> Sample | str:
 
 def add_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -> None:
     """Adds the options that all scripts share; with `name`, its default, also those of scripts that read images."""
+    parser.epilog = "Exit status: 0, 1 where --verify found damage, 2 for input that was refused, 130 after Ctrl-C."
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make; must not exist or be empty")
     parser.add_argument(
         "--verify", type=Path, metavar="DIR", help="instead of writing: compare the shards of DIR with its manifest"

@@ -31,7 +31,11 @@ def settings_page() -> str:
     for name, field in schema["properties"].items():
         if "$ref" in field:
             section = schema["$defs"][field["$ref"].rpartition("/")[2]]
-            lines += [f"## {name}\n", section["description"] + "\n", *table_of(section["properties"], prefix=f"{name}.")]
+            lines += [
+                f"## {name}\n",
+                section["description"] + "\n",
+                *table_of(section["properties"], prefix=f"{name}."),
+            ]
     return "\n".join(lines)
 
 

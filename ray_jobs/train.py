@@ -1,6 +1,7 @@
 """Trains one run: `ray job submit --working-dir . -- python ray_jobs/train.py --recipe NAME --data DIR`.
 
 Without --recipe and --data it trains the embedded demo, building its shards first if they are missing.
+Exit status: 0, 1 where the training failed, 2 where something was refused before it began.
 """
 
 from __future__ import annotations
@@ -29,23 +30,21 @@ def folder(text: str) -> Path:
 def parse_arguments(about: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--recipe", help=f"named configuration: {', '.join(RECIPES)}")
-    start.add_argument("--config", type=Path, help="configuration file, such as the config.json of another run")
-    parser.add_argument("--data", help="folder with shards from data_prep/ (default: the embedded demo data)")
+    start.add_argument("--recipe", metavar="NAME", help=f"named configuration (default: demo): {', '.join(RECIPES)}")
+    start.add_argument("--config", type=Path, metavar="FILE", help="configuration, such as another run's config.json")
+    parser.add_argument("--data", metavar="DIR", help="folder with shards from data_prep/ (default: the embedded demo)")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting")
-    parser.add_argument("--num-workers", type=int, help="training processes (default: one per GPU, else 1); 0: no Ray")
-    parser.add_argument("--cpus-per-worker", type=int, help="CPU cores each (default: an equal share)")
-    parser.add_argument("--max-failures", type=int, default=0, help="restarts of failed workers (default: 0)")
+    add = parser.add_argument
+    add("--num-workers", type=int, metavar="N", help="training processes (default: one per GPU, else 1); 0: no Ray")
+    add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
+    add("--max-failures", type=int, default=0, metavar="N", help="restarts of failed workers (default: 0)")
     name = parser.add_mutually_exclusive_group()
-    name.add_argument("--name", help="unique name of the run (default: recipe and time)")
+    name.add_argument("--name", metavar="NAME", help="unique name of the run (default: recipe and time)")
     name.add_argument("--resume", metavar="NAME", help="continue the run of that name from its last checkpoint")
-    parser.add_argument(
-        "--storage",
-        type=folder,
-        default=os.environ.get("SLRNET_STORAGE", "~/slrnet_runs"),
-        help="folder for runs, seen by all nodes (default: $SLRNET_STORAGE, else ~/slrnet_runs)",
-    )
-    parser.add_argument("--tracking-uri", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
+    where = os.environ.get("SLRNET_STORAGE", "~/slrnet_runs")
+    told = "folder for runs, seen by all nodes (default: $SLRNET_STORAGE, else ~/slrnet_runs)"
+    add("--storage", type=folder, default=where, metavar="DIR", help=told)
+    add("--tracking-uri", metavar="URI", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
     return parser.parse_args()
 
 
