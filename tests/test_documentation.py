@@ -1,4 +1,4 @@
-"""What the documentation says is so: places in the code exist, commands are accepted, examples run, links lead somewhere."""
+"""What the documentation says is so: places in the code exist, commands are accepted, examples run, links lead on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def parser_of(module: str) -> argparse.ArgumentParser:
         found.append(parser)
         raise SystemExit(0)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+    with pytest.MonkeyPatch.context() as patch, suppress(SystemExit):
         patch.setattr(argparse.ArgumentParser, "parse_args", take)
         runpy.run_module(module, run_name="__main__", alter_sys=False)
     return found[0]
@@ -337,8 +338,8 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     for words in (
         ["-c", f"import slrnet; assert slrnet.__file__.startswith({str(packages)!r}), slrnet.__file__"],
         ["-m", "slrnet.predict", "--help"],
-        "-m data_prep.demo --train 8 --val 4 --image-size 64 --out shards".split(),
-        [*"-m ray_jobs.train --recipe demo --data shards --num-workers 0 --name w --storage runs".split(), *changes],
+        shlex.split("-m data_prep.demo --train 8 --val 4 --image-size 64 --out shards"),
+        [*shlex.split("-m ray_jobs.train --recipe demo --data shards --num-workers 0 --name w --storage runs"), *changes],
     ):
         command = [str(tmp_path / "venv" / "bin" / "python"), *words]
         done = subprocess.run(command, cwd=elsewhere, env=alone(), capture_output=True, text=True, check=False)
