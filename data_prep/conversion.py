@@ -184,7 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -
         "--seed", type=int, default=0, metavar="N", help="seed of everything random (default: %(default)s)"
     )
     if name is not None:
-        parser.add_argument("--name", default=name, help="name of the data set (default: %(default)s)")
+        parser.add_argument("--name", default=name, metavar="NAME", help="name of the data set (default: %(default)s)")
         parser.add_argument(
             "--subset",
             action="append",
