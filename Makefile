@@ -7,9 +7,9 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-SOURCES := slrnet data_prep ray_jobs tests $(wildcard benchmarks)
+SOURCES := slrnet data_prep ray_jobs tests docs $(wildcard benchmarks)
 
-.PHONY: help demo test test-fast lint format chaos bench dist clean
+.PHONY: help demo test test-fast lint format docs chaos bench dist clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -20,7 +20,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	    + sys.version.split()[0] + "; name a newer one: make PYTHON=python3.11 ...")'
 	@echo "installing slrnet and its dependencies into .venv (several GB with PyTorch; some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@: > .venv/install.log; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,crf,coco,distill,export,sweep]' > .venv/install.log 2>&1 \
+	@: > .venv/install.log; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,crf,coco,distill,docs,export,sweep]' > .venv/install.log 2>&1 \
 	    & pip=$$!; trap "kill $$pip 2>/dev/null || true" INT TERM; \
 	    tail --pid=$$pip -n +1 -f .venv/install.log 2>/dev/null \
 	    | sed -u -n -E 's/^(Collecting [A-Za-z0-9._-]+).*/  \1/p; s/^(Building|Preparing|Installing collected packages).*/  \1/p'; \
@@ -49,6 +49,10 @@ format: $(STAMP) ## mend style and formatting
 chaos: $(STAMP) ## a training whose processes, storage and tracking server are killed, against one left in peace
 	@$(BIN)/python benchmarks/chaos.py
 
+docs: $(STAMP) ## the documentation in site/; broken links fail
+	@$(BIN)/python docs/generate.py
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(STAMP) ## every figure that the project claims, measured here
 	@for script in $(filter-out benchmarks/chaos.py,$(wildcard benchmarks/[a-z]*.py)); do \
 	    test -e "$$script" || { echo "benchmarks/ holds no scripts" >&2; exit 1; }; \
@@ -58,5 +62,5 @@ dist: $(STAMP) ## wheel and source archive in dist/
 	@$(BIN)/python -m build --outdir dist .
 
 clean: ## remove .venv and all caches
-	@rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

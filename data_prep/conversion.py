@@ -168,6 +168,7 @@ def _scan(source: Source[Item], item: Item) -> Sample | str:
 
 def add_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -> None:
     """Adds the options that all scripts share; with `name`, its default, also those of scripts that read images."""
+    parser.epilog = "Exit status: 0, 1 where --verify found damage, 2 for input that was refused, 130 after Ctrl-C."
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make; must not exist or be empty")
     parser.add_argument(
         "--verify", type=Path, metavar="DIR", help="instead of writing: compare the shards of DIR with its manifest"
@@ -183,7 +184,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -
         "--seed", type=int, default=0, metavar="N", help="seed of everything random (default: %(default)s)"
     )
     if name is not None:
-        parser.add_argument("--name", default=name, help="name of the data set (default: %(default)s)")
+        parser.add_argument("--name", default=name, metavar="NAME", help="name of the data set (default: %(default)s)")
         parser.add_argument(
             "--subset",
             action="append",

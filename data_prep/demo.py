@@ -475,7 +475,7 @@ def _finish(random: np.random.Generator, canvas: Floats) -> npt.NDArray[np.uint8
 
 def main() -> int:
     """Command line; see `--help`."""
-    parser = argparse.ArgumentParser(description="The embedded synthetic demo data set as tar shards with a manifest.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", type=int, default=240, metavar="N", help="training pictures (default: %(default)s)")
     parser.add_argument("--val", type=int, default=60, metavar="N", help="validation pictures (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=128, metavar="N", help="side, pixels (default: %(default)s)")

@@ -366,7 +366,7 @@ def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
 
 def main() -> int:
     """Command line; see `--help`."""
-    parser = argparse.ArgumentParser(description="PASCAL VOC 2012 (with SBD) as tar shards with a manifest.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder in VOC's layout, VOCdevkit/VOC2012")
     parser.add_argument("--sbd", type=Path, metavar="DIR", help="SBD's masks: SegmentationClassAug PNGs or cls/*.mat")
     parser.add_argument("--classes", metavar="A,B", help="keep these classes only; ids become 1, 2, ...")

@@ -23,11 +23,13 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("workers")
     count = "training processes (default: one per GPU, else 1), or fewest:most to follow the cluster's size; 0: no Ray"
     group.add_argument("--num-workers", type=workers, metavar="N[:MOST]", help=count)
-    group.add_argument("--cpus-per-worker", type=int, help="CPU cores each (default: an equal share)")
+    group.add_argument("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
     group.add_argument("--cpu-only", action="store_true", help="use no GPUs")
     wait = "time that a cluster which grows on demand has to get the nodes (default: 0, takes it as it is)"
     group.add_argument("--wait-for-nodes", type=float, default=0.0, metavar="MINUTES", help=wait)
-    group.add_argument("--max-failures", type=int, default=0, help="restarts of failed workers (default: 0)")
+    group.add_argument(
+        "--max-failures", type=int, default=0, metavar="N", help="restarts of failed workers (default: 0)"
+    )
     hang = "time that a worker may stand still before the attempt fails (default: 600; 0: no limit)"
     group.add_argument("--hang-limit", type=float, default=600.0, metavar="SECONDS", help=hang)
 
@@ -46,5 +48,8 @@ def data_location(text: str) -> str:
 def add_storage(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("results")
     where = "folder for runs, seen by all nodes (default: $SLRNET_STORAGE, else ~/slrnet_runs)"
-    group.add_argument("--storage", type=folder, default=os.environ.get("SLRNET_STORAGE", "~/slrnet_runs"), help=where)
-    group.add_argument("--tracking-uri", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
+    default = os.environ.get("SLRNET_STORAGE", "~/slrnet_runs")
+    group.add_argument("--storage", type=folder, default=default, metavar="DIR", help=where)
+    group.add_argument(
+        "--tracking-uri", metavar="URI", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)"
+    )

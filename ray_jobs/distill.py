@@ -1,7 +1,9 @@
 """Trains DeepLabV3+ on pseudo masks: `python ray_jobs/distill.py --recipe voc_distill_lite --data PSEUDO`.
 
 PSEUDO is a folder that ray_jobs/pseudo_label.py made with `--splits train`: training images with predicted masks, and
-the validation split with its true ones. Needs the extra `distill`. All else is as for ray_jobs/train.py.
+the validation split with its true ones. Needs the extra `distill`. All else is as for ray_jobs/train.py, but for the
+default recipe, voc_distill_lite.
+Exit status: 0, 1 where the training failed, 2 where something was refused before it began.
 """
 
 from __future__ import annotations

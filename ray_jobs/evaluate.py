@@ -3,6 +3,7 @@
 `ss` is one scale; `ms` the mean over five scales and their mirror images; `ms_crf` adds a dense CRF (the extra `crf`).
 Gating by class scores or by the true image labels, and the power of the background's probability, are off unless asked
 for; they become part of the protocol's name.
+Exit status: 0, 1 where a worker failed, 2 where something was refused.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from slrnet.config import GATINGS, PROTOCOLS, apply_overrides  # noqa: E402
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint, or a run's folder for its best one")
-    parser.add_argument("--data", help="folder with shards (default: what the checkpoint was trained on)")
-    parser.add_argument("--split", default="val", help="split to measure (default: val)")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="ss", help="default: ss")
-    parser.add_argument("--gating", choices=GATINGS, help="classes that may be predicted")
-    parser.add_argument("--set", action="append", default=[], metavar="evaluation.FIELD=VALUE", help="other settings")
-    parser.add_argument("--num-workers", type=int, default=0, help="Ray workers; 0 (default): in this process")
-    parser.add_argument("--cpus-per-worker", type=int, help="CPU cores each (default: an equal share)")
-    parser.add_argument("--out", type=Path, help="folder for evaluation.json (default: beside the checkpoint)")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="RUN", help="checkpoint, or a run's folder for its best")
+    add("--data", metavar="DIR", help="folder with shards (default: what the checkpoint was trained on)")
+    add("--split", default="val", metavar="NAME", help="split to measure (default: val)")
+    add("--protocol", choices=PROTOCOLS, default="ss", help="default: ss")
+    add("--gating", choices=GATINGS, help="classes that may be predicted (default: all, or as trained)")
+    add("--set", action="append", default=[], metavar="evaluation.FIELD=VALUE", help="other settings; repeatable")
+    add("--num-workers", type=int, default=0, metavar="N", help="Ray workers; 0 (default): in this process")
+    add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
+    add("--out", type=Path, metavar="DIR", help="folder for evaluation.json (default: beside the checkpoint)")
     return parser.parse_args(arguments)
 
 

@@ -2,6 +2,7 @@
 
 Writes shards like those of DIR, in whose train split (or --splits) the masks are the network's, and prints how good
 they are where there are true ones. A job that was stopped goes on when the same command is given again.
+Exit status: 0, 1 where a worker failed or --verify found damage, 2 where something was refused.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from slrnet.config import GATINGS, PROTOCOLS, apply_overrides  # noqa: E402
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint, or a run's folder for its best one")
-    parser.add_argument("--data", help="folder with shards (default: what the checkpoint was trained on)")
-    parser.add_argument("--out", type=Path, help="folder to make")
-    parser.add_argument("--splits", default="train", help="comma-separated, or all (default: train); others are copied")
-    parser.add_argument("--protocol", choices=PROTOCOLS, default="ms", help="default: ms")
-    parser.add_argument("--gating", choices=GATINGS, default="image_labels", help="default: image_labels")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="other settings")
-    parser.add_argument("--voc-folder", type=Path, metavar="DIR", help="also a folder in VOC's layout")
-    parser.add_argument("--num-workers", type=int, default=0, help="Ray workers; 0 (default): in this process")
-    parser.add_argument("--cpus-per-worker", type=int, help="CPU cores each (default: an equal share)")
-    parser.add_argument("--verify", type=Path, metavar="DIR", help="instead: compare its shards with its manifest")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, metavar="RUN", help="checkpoint, or a run's folder for its best one")
+    add("--data", metavar="DIR", help="folder with shards (default: what the checkpoint was trained on)")
+    add("--out", type=Path, metavar="DIR", help="folder to make")
+    add("--splits", default="train", metavar="A,B", help="or all (default: train); others are copied")
+    add("--protocol", choices=PROTOCOLS, default="ms", help="default: ms")
+    add("--gating", choices=GATINGS, default="image_labels", help="default: image_labels")
+    add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="other settings; repeatable")
+    add("--voc-folder", type=Path, metavar="DIR", help="also a folder in VOC's layout")
+    add("--num-workers", type=int, default=0, metavar="N", help="Ray workers; 0 (default): in this process")
+    add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
+    add("--verify", type=Path, metavar="DIR", help="instead: compare its shards with its manifest")
     options = parser.parse_args(arguments)
     if options.verify is None and (options.checkpoint is None or options.out is None):
         parser.error("give --checkpoint RUN and --out DIR, or --verify DIR")

@@ -1,6 +1,7 @@
 """Trains one run: `ray job submit --working-dir . -- python ray_jobs/train.py --recipe NAME --data DIR`.
 
 Without --recipe and --data it trains the embedded demo, building its shards first if they are missing.
+Exit status: 0, 1 where the training failed, 2 where something was refused before it began.
 """
 
 from __future__ import annotations
@@ -23,15 +24,14 @@ from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
 def parse_arguments(about: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--recipe", help=f"named configuration: {', '.join(RECIPES)}")
-    start.add_argument("--config", type=Path, help="configuration file, such as the config.json of another run")
-    parser.add_argument(
-        "--data", help="folder with shards from data_prep/, or its s3:// or gs:// location (default: the embedded demo)"
-    )
+    start.add_argument("--recipe", metavar="NAME", help=f"named configuration (default: demo): {', '.join(RECIPES)}")
+    start.add_argument("--config", type=Path, metavar="FILE", help="configuration, such as another run's config.json")
+    data = "folder with shards from data_prep/, or its s3:// or gs:// location (default: the embedded demo data)"
+    parser.add_argument("--data", metavar="DIR", help=data)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting")
     add_workers(parser)
     name = parser.add_mutually_exclusive_group()
-    name.add_argument("--name", help="unique name of the run (default: recipe and time)")
+    name.add_argument("--name", metavar="NAME", help="unique name of the run (default: recipe and time)")
     name.add_argument("--resume", metavar="NAME", help="continue the run of that name from its last checkpoint")
     add_storage(parser)
     return parser.parse_args()

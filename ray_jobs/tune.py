@@ -5,6 +5,7 @@
 
 By default lambda_reg, T, d and gamma are searched, and poor trials stopped early. --search adds a setting (KIND is
 uniform:LOW:HIGH, loguniform:LOW:HIGH, int:LOW:HIGH or choice:A,B,...) or leaves one out (fixed).
+Exit status: 0, 1 where no trial could be trained, 2 where something was refused before it began.
 """
 
 from __future__ import annotations
@@ -33,29 +34,31 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--recipe", default="voc_wsss", help=f"what all trials share: {', '.join(RECIPES)}")
-    start.add_argument("--config", type=Path, help="a configuration file instead of a recipe")
-    add("--data", type=data_location, help="folder with shards from data_prep/, or its s3:// or gs:// location")
+    told = f"what all trials share (default: voc_wsss): {', '.join(RECIPES)}"
+    start.add_argument("--recipe", default="voc_wsss", metavar="NAME", help=told)
+    start.add_argument("--config", type=Path, metavar="FILE", help="a configuration file instead of a recipe")
+    where = "folder with shards from data_prep/, or its s3:// or gs:// location"
+    add("--data", type=data_location, metavar="DIR", help=where)
     add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting of all trials")
-    add("--search", action="append", default=[], metavar="SECTION.FIELD=KIND:VALUES", help="see above")
-    add("--num-samples", type=int, default=20, help="trials (default: 20)")
-    add("--metric", default="val/miou", help="val/ or pseudo_mask/ with miou, mfdr or mfnr; or several, with commas")
-    add("--searcher", choices=["auto", "optuna", "random", "grid"], default="auto", help="auto: optuna if installed")
-    add("--scheduler", choices=["asha", "none"], default="asha", help="stop poor trials early, or none")
-    add("--grace-epochs", type=int, help="epochs before a trial may be stopped (default: one after pretraining)")
-    add("--seed", type=int, default=0, help="of the searcher (default: 0)")
+    add("--search", action="append", default=[], metavar="SECTION.FIELD=KIND:VALUES", help="see above; repeatable")
+    add("--num-samples", type=int, default=20, metavar="N", help="trials (default: 20)")
+    add("--metric", default="val/miou", metavar="A,B", help="val/ or pseudo_mask/ miou, mfdr, mfnr (default: val/miou)")
+    add("--searcher", choices=["auto", "optuna", "random", "grid"], default="auto", help="default: auto, optuna if any")
+    add("--scheduler", choices=["asha", "none"], default="asha", help="stop poor trials early (default: asha)")
+    add("--grace-epochs", type=int, metavar="N", help="epochs before a trial may be stopped (default: pretraining + 1)")
+    add("--seed", type=int, default=0, metavar="N", help="of the searcher (default: 0)")
     add("--ablation", choices=list(ABLATIONS), default="", help="a figure or table of the paper instead of a search")
-    add("--seeds", type=int, nargs="+", default=[0, 1], help="of an ablation's trials (default: 0 1)")
-    add("--num-workers", type=int, default=1, help="training processes of each trial")
-    add("--cpus-per-worker", type=int, help="CPU cores each")
-    add("--max-concurrent", type=int, help="trials at a time (default: as many as fit)")
-    add("--max-failures", type=int, default=1, help="restarts of a failed trial")
+    add("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="of an ablation's trials (default: 0 1)")
+    add("--num-workers", type=int, default=1, metavar="N", help="training processes of each trial (default: 1)")
+    add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
+    add("--max-concurrent", type=int, metavar="N", help="trials at a time (default: as many as fit)")
+    add("--max-failures", type=int, default=1, metavar="N", help="restarts of a failed trial (default: 1)")
     name = parser.add_mutually_exclusive_group()
-    name.add_argument("--name", help="unique name of the sweep (default: recipe and time)")
+    name.add_argument("--name", metavar="NAME", help="unique name of the sweep (default: recipe and time)")
     name.add_argument("--resume", metavar="NAME", help="go on with the sweep of that name")
     add_storage(parser)
     add("--dry-run", action="store_true", help="time a step here, say what the sweep would take, and stop")
-    add("--price-per-hour", type=float, help="of a worker, for --dry-run")
+    add("--price-per-hour", type=float, metavar="X", help="of a worker, in any currency, for --dry-run")
     return parser.parse_args()
 
 

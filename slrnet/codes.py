@@ -3,6 +3,8 @@
 For each image, NAME.codes.png has a row for each number of iterations (`--num-iters 1 2 6`: the paper's Fig. 7) and a
 column for each atom: the code map C_k over the image, from dark (0) to yellow (1). With CVLR an atom is a class, and
 the classes that the image's mask holds are drawn (Fig. 5); of other methods the most used atoms are.
+
+Exit status: 0, or 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -173,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint, or a run's folder for its best one")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--num-iters", type=int, nargs="+", metavar="T", help="default: the checkpoint's")
     parser.add_argument("--classes", nargs="+", metavar="NAME", help="default: those that the mask holds")
     return parser

@@ -3,6 +3,8 @@
 IMAGE is a file, a folder (its images, not those of folders in it) or a quoted pattern such as 'photos/**/*.jpg'. Each
 image NAME gives NAME.png, a palette PNG of class ids, NAME.overlay.jpg for people, and an entry in predictions.json:
 its classes, their share of the pixels and their scores.
+
+Exit status: 0, 1 where an image could not be read, 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -141,10 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint, or a run's folder for its best one")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the masks")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the masks")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the checkpoint's configuration says")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
-    parser.add_argument("--batch-size", type=_positive, default=1, help="images of one size at a time (default: 1)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="images at a time (default: 1)")
     parser.add_argument("--overwrite", action="store_true", help="replace masks that exist")
     return parser
 

@@ -286,9 +286,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR", help="folder with shards from data_prep/")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: browse/NAME)")
-    parser.add_argument("--samples", type=int, default=24, help="images on each contact sheet (default: %(default)s)")
-    parser.add_argument("--masks", type=int, default=1000, help="masks to measure per split (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of both (default: %(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=24, metavar="N", help="images on each sheet (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--masks", type=int, default=1000, metavar="N", help="masks to measure per split (default: 1000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of both (default: %(default)s)")
     parser.add_argument("--no-duplicates", action="store_true", help="do not read all images to find duplicates")
     return parser
 

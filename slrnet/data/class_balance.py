@@ -8,6 +8,7 @@ binds, or where classes always come together, the target is missed, and the tabl
 
 An epoch stays exact: it draws as many samples as without balancing, each as often as expected up to the fraction (see
 `slrnet.data.epoch_plan`). `python -m slrnet.data.class_balance SHARDS --strength 0.5` shows the table.
+Exit status: 0, or 2 where the data set or a value is refused.
 """
 
 from __future__ import annotations
@@ -151,9 +152,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the table of a data set; returns the exit status: 0, or 2 where the arguments do not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder with shards")
-    parser.add_argument("--split", default="train", help="default: train")
-    parser.add_argument("--strength", type=float, default=0.5, help="data.class_balance; default: 0.5")
-    parser.add_argument("--limit", type=float, default=10.0, help="data.balance_limit; default: 10")
+    parser.add_argument("--split", default="train", metavar="NAME", help="split to balance (default: train)")
+    parser.add_argument(
+        "--strength", type=float, default=0.5, metavar="X", help="data.class_balance, 0 to 1 (default: 0.5)"
+    )
+    parser.add_argument("--limit", type=float, default=10.0, metavar="X", help="data.balance_limit, >= 1 (default: 10)")
     options = parser.parse_args(arguments)
     try:
         shards = load_dataset(options.data)

@@ -7,6 +7,8 @@ run, as a model that `mlflow models serve` serves.
 
 Sizes: the sides of the images are multiples of the output stride, or one more where the training crop was; so
 export.json says. Several scales, gating and the CRF stay with `slrnet.load`.
+
+Exit status: 0, or 2 where something was refused or differs.
 """
 
 from __future__ import annotations
@@ -89,7 +91,7 @@ def require_onnx() -> None:
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise ValueError(f"ONNX needs {', '.join(missing)}; run `pip install 'slrnet[export]'`, or leave --onnx out")
+        raise ValueError(f"ONNX needs {', '.join(missing)}; run `pip install 'slrnet[export]'`, or give --no-onnx")
 
 
 def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> dict[str, Any]:
@@ -138,7 +140,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, or 2 where the network cannot be exported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint, or a run's folder for its best one")
-    parser.add_argument("--out", type=Path, required=True, help="folder for network.pt2, network.onnx and export.json")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="for network.pt2, network.onnx and export.json"
+    )
     parser.add_argument("--no-onnx", action="store_true", help="torch.export alone, without the extra `export`")
     parser.add_argument("--mlflow", metavar="NAME", help="also log the ONNX file to the training's run")
     options = parser.parse_args(arguments)
@@ -213,3 +217,7 @@ def _log(checkpoint: Checkpoint, name: str, file: Path) -> str:
             "--mlflow out"
         )
     return log_onnx_model(handle, name, file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,6 +8,8 @@ The setting shows in the heads: those of pixel labels and unlabelled images have
 1-Stage (Araslanov and Roth 2020, visinf/1-stage-wseg) is SLRNet's network less the auxiliary head and CVLR, with the
 encoder's modules at the top level; its checkpoints with WideResNet-38 can be read. Those with ResNets and VGG16 have
 other strides than the encoders here.
+
+Exit status: 0, or 2 where the file is refused.
 """
 
 from __future__ import annotations
@@ -163,8 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Converts a file; returns the exit status: 0, or 2 where it cannot be done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="published .pth file")
-    parser.add_argument("--out", type=Path, required=True, help="new folder for the run; the checkpoint goes below it")
-    parser.add_argument("--classes", help="comma-separated names, background first (default: VOC's 21)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new folder for the run, its checkpoint below"
+    )
+    parser.add_argument("--classes", metavar="A,B", help="comma-separated names, background first (default: VOC's 21)")
     options = parser.parse_args(arguments)
     try:
         if options.out.exists():

@@ -3,6 +3,8 @@
 IMAGES is a folder of JPEGs, or a VOC folder's JPEGImages with `--list test.txt` for the images to predict. The archive
 (.tgz) holds results/VOC2012/Segmentation/comp6_test_cls/ID.png: indexed PNGs of VOC's ids 0 to 20, of the images' own
 sizes. Before it takes its name it is read back and compared with the images: count, names, sizes, ids.
+
+Exit status: 0, or 2 where something was refused.
 """
 
 from __future__ import annotations
@@ -123,10 +125,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint, or a run's folder for its best one")
     parser.add_argument("images", type=Path, help="folder with ID.jpg, for instance VOC's JPEGImages")
-    parser.add_argument("--list", type=Path, help="file with an id a line, for instance test.txt (default: all images)")
-    parser.add_argument("--out", type=Path, required=True, help="archive to write, for instance results.tgz")
+    parser.add_argument(
+        "--list", type=Path, metavar="FILE", help="an id a line, such as test.txt (default: all images)"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="archive to write, for instance results.tgz"
+    )
     parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the checkpoint's configuration says")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
     options = parser.parse_args(arguments)
     try:
         if options.out.exists():

@@ -1,0 +1,353 @@
+"""What the documentation says is so: places in the code exist, commands are accepted, examples run, links lead on."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import slrnet
+from slrnet.config import apply_overrides
+from slrnet.data.manifest import SCHEMA, DatasetInfo
+from slrnet.recipes import get_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *PAGES]
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+# Programs that are not ours, and why their lines are not tried here.
+FOREIGN = {
+    "ray": "starts, stops or asks a cluster; what it submits is checked, and tests/ray_jobs/test_cluster.py submits",
+    "mlflow": "a server that does not end; tests/slrnet/training/test_tracking.py starts one",
+    "make": "its targets are checked; tests/test_repository.py has the Makefile's own tests",
+    "export": "sets a variable",
+    "pre-commit": "changes the checkout's hooks",
+}
+
+
+def blocks(path: Path) -> Iterator[tuple[str, str]]:
+    """Language and content of each fenced block."""
+    for _, language, content in FENCE.findall(path.read_text(encoding="utf-8")):
+        yield language, content
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every command line of the documentation, as (file, words) without variables set in front of it."""
+    found = []
+    for path in TEXTS:
+        for language, content in blocks(path):
+            for line in content.replace("\\\n", " ").splitlines() if language == "sh" else ():
+                words = shlex.split(line, comments=True)
+                while words and re.fullmatch(r"\w+=.*", words[0]):
+                    words = words[1:]
+                if words:
+                    found.append((path.relative_to(ROOT).as_posix(), words))
+    return found
+
+
+@cache
+def parser_of(module: str) -> argparse.ArgumentParser:
+    """The parser that a script builds, taken at the moment when it would parse."""
+    found: list[argparse.ArgumentParser] = []
+
+    def take(parser: argparse.ArgumentParser, *_: Any) -> argparse.Namespace:
+        found.append(parser)
+        raise SystemExit(0)
+
+    with pytest.MonkeyPatch.context() as patch, suppress(SystemExit):
+        patch.setattr(argparse.ArgumentParser, "parse_args", take)
+        runpy.run_module(module, run_name="__main__", alter_sys=False)
+    return found[0]
+
+
+def test_every_block_says_what_it_is() -> None:
+    unnamed = [path.name for path in TEXTS for language, _ in blocks(path) if language not in ("sh", "text", "python")]
+    assert unnamed == []
+
+
+@pytest.mark.parametrize(("file", "words"), commands(), ids=lambda value: value if isinstance(value, str) else "")
+def test_commands_are_accepted(file: str, words: list[str]) -> None:
+    program = words[0].removeprefix(".venv/bin/")
+    if program == "ray" and "--" in words:
+        words = words[words.index("--") + 1 :]
+        program = words[0]
+    if program != "python":
+        assert program in FOREIGN, words
+        if program == "make":
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        return
+    module = words[2] if words[1] == "-m" else words[1].removesuffix(".py").replace("/", ".")
+    arguments = words[3:] if words[1] == "-m" else words[2:]
+    if words[1] != "-m":
+        assert (ROOT / words[1]).is_file(), words
+    if module == "docs.generate":
+        return
+    arguments = arguments[: arguments.index(">")] if ">" in arguments else arguments
+    options = parse(module, arguments)
+    if module.startswith("ray_jobs.") and getattr(options, "recipe", None):
+        apply_overrides(get_recipe(options.recipe), options.set)
+
+
+def parse(module: str, arguments: list[str]) -> argparse.Namespace:
+    parser = parser_of(module)
+    return parser.parse_args(arguments)
+
+
+def test_a_wrong_option_is_found() -> None:
+    with pytest.raises(SystemExit):
+        parse("data_prep.folder", ["--image", "photos", "--labels-file", "x"])
+
+
+SCRIPTS = [
+    *(f"data_prep.{name}" for name in ("coco", "demo", "folder", "l2id", "voc")),
+    *(f"ray_jobs.{name}" for name in ("distill", "evaluate", "pseudo_label", "train", "tune")),
+    *(f"slrnet.{name}" for name in ("codes", "predict", "data.browse", "data.class_balance")),
+    *(f"slrnet.inference.{name}" for name in ("export", "released_weights", "voc_archive")),
+]
+
+
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_help_explains_every_option(module: str) -> None:
+    parser = parser_of(module)
+    assert parser.description is not None
+    assert "Exit status" in parser.format_help()
+    for action in parser._actions:
+        assert action.help, action.dest
+        stated = "default" in action.help or action.default in (None, [], False, argparse.SUPPRESS, "")
+        assert stated or "%(default)" in action.help, f"{action.dest} does not say its default"
+        if action.nargs != 0 and action.choices is None:
+            assert action.metavar or not action.option_strings, f"{action.dest} has no metavar"
+
+
+ANCHOR = re.compile(r"`((?:slrnet|data_prep|ray_jobs|docs)/[\w/]+\.py):([\w.]+)`")
+
+
+def anchors() -> list[tuple[str, str]]:
+    return sorted({match for path in TEXTS for match in ANCHOR.findall(path.read_text(encoding="utf-8"))})
+
+
+@pytest.mark.parametrize(("file", "name"), anchors())
+def test_places_in_the_code_exist(file: str, name: str) -> None:
+    body: list[ast.stmt] = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        node = next((node for node in body if part in names_of(node)), None)
+        assert node is not None, f"{file} does not define {name}"
+        body = getattr(node, "body", [])
+
+
+def names_of(node: ast.stmt) -> set[str]:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {ast.unparse(target) for target in targets}
+
+
+def test_paths_that_are_named_exist() -> None:
+    pattern = re.compile(r"`((?:slrnet|data_prep|ray_jobs|benchmarks|tests|docs)/[\w/]+\.(?:py|md))`")
+    named = {match for path in TEXTS for match in pattern.findall(path.read_text(encoding="utf-8"))}
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_links_lead_somewhere() -> None:
+    found = []
+    for path in TEXTS:
+        for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", path.read_text(encoding="utf-8"))):
+            file, _, anchor = target.partition("#")
+            place = path.parent / file if file else path
+            if "://" in target or (place.exists() and (not anchor or anchor in headings(place))):
+                continue
+            found.append(f"{path.name}: {target}")
+    assert found == []
+
+
+def headings(path: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_error_messages_that_are_explained_exist() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^### `(.*)`$", page, re.MULTILINE)
+    messages = list(raised())
+    assert len(quoted) > 25
+    patterns = {text: re.compile(".*".join(map(re.escape, text.split("...")))) for text in quoted}
+    assert [text for text, pattern in patterns.items() if not any(map(pattern.search, messages))] == []
+
+
+def raised() -> Iterator[str]:
+    """Texts in the code with `{}` for what varies."""
+    for folder in ("slrnet", "data_prep", "ray_jobs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [part.value if isinstance(part, ast.Constant) else "{}" for part in node.values]
+                    yield "".join(map(str, parts))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+
+
+def test_pages_from_the_code_are_fresh() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for name in ("settings", "recipes"):
+        written = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert written == getattr(generate, f"{name}_page")(), f"run `python docs/generate.py`: docs/{name}.md is stale"
+
+
+def table_after(heading: str) -> list[list[str]]:
+    """Cells of the rows of the first table below a heading of formats.md."""
+    page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    rest = page[page.index(f"\n{heading}\n") :].splitlines()
+    start = next(place for place, line in enumerate(rest) if line.startswith("| ---"))
+    rows = []
+    for line in rest[start + 1 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return rows
+
+
+def names_in(rows: list[list[str]]) -> list[str]:
+    return [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+
+
+class TestFormats:
+    def test_columns_of_the_manifest(self) -> None:
+        rows = table_after("### manifest.parquet")
+        assert names_in(rows) == SCHEMA.names
+        kinds = [re.sub(r"list<\w+: (\w+)>", r"list of \1", str(kind)) for kind in SCHEMA.types]
+        assert [row[1] for row in rows] == kinds
+
+    def test_entries_of_dataset_json(self) -> None:
+        assert names_in(table_after("### dataset.json")) == list(DatasetInfo.__dataclass_fields__)
+
+    def test_entries_of_state_json(self) -> None:
+        from slrnet.training.checkpoint import TrainState  # takes seconds, and the other tests need no network
+
+        page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+        rows = [
+            line.strip("|").split(" | ") for line in page.partition("| entry of `state.json`")[2].splitlines()[2:13]
+        ]
+        expected = {"schema_version", "sha256", *TrainState.__dataclass_fields__}
+        assert expected == set(names_in([row for row in rows if row[0].strip().startswith("`")]))
+
+    def test_entries_of_evaluation_json(self) -> None:
+        source = (ROOT / "slrnet/inference/evaluation.py").read_text(encoding="utf-8")
+        assert names_in(table_after("## evaluation.json")) == keys_of_record(source)
+
+    def test_entries_of_pseudo_labels_json(self) -> None:
+        source = (ROOT / "slrnet/inference/pseudo_label.py").read_text(encoding="utf-8")
+        assert names_in(table_after("## pseudo_labels.json")) == keys_of_record(source)
+
+
+def keys_of_record(source: str) -> list[str]:
+    """Keys of the dictionary that a module assigns to `record`."""
+    for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(node, ast.Assign)
+            and ast.unparse(node.targets[0]) == "record"
+            and isinstance(node.value, ast.Dict)
+        ):
+            return [key.value for key in node.value.keys if isinstance(key, ast.Constant)]
+    return []
+
+
+def test_examples_of_extending_run() -> None:
+    names: dict[str, Any] = {"__name__": "example"}
+    examples = [content for language, content in blocks(ROOT / "docs" / "extending.md") if language == "python"]
+    assert len(examples) == 3
+    for example in examples:
+        exec(example, names)
+    assert names["low_rank"].auxiliary_head is None
+
+
+def test_citation_and_changelog_have_the_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == slrnet.__version__
+    assert citation["license"] == "Apache-2.0"
+    assert f"## [{slrnet.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        assert yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="the extra `docs` is not installed")
+@pytest.mark.slow
+def test_the_pages_build_strictly(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "method" / "index.html").is_file()
+
+
+@pytest.mark.slow
+def test_own_data_runs_as_it_stands(tmp_path: Path) -> None:
+    for name in ("slrnet", "data_prep", "ray_jobs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    page = [content for language, content in blocks(ROOT / "docs" / "own-data.md") if language == "sh"]
+    for content in page:
+        for line in content.splitlines():
+            words = [sys.executable, *shlex.split(line)[1:]]
+            done = subprocess.run(words, cwd=tmp_path, env=alone(), capture_output=True, text=True, check=False)
+            assert done.returncode == 0, line + done.stdout + done.stderr
+    assert len(list((tmp_path / "masks").glob("*.png"))) == 32
+    assert set(json.loads((tmp_path / "masks" / "predictions.json").read_text())) == {
+        "checkpoint",
+        "protocol",
+        "images",
+    }
+
+
+@pytest.mark.slow
+def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    packages = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    wheel = next(tmp_path.glob("slrnet-*.whl"))
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(packages)], check=True)
+    # Dependencies are those of this environment; its own slrnet comes after the wheel's.
+    (packages / "dependencies.pth").write_text(str(Path(pytest.__file__).parents[1]) + "\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    settings = [
+        *("train.epochs=2", "train.pretrain_epochs=1", "train.batch_size=4", "evaluation.pseudo_mask_images=0"),
+        *("data.crop_size=64", "model.encoder=timm:test_efficientnet", "model.encoder_weights=none"),
+        *("model.decoder_dim=8", "model.frozen_stages=0"),
+    ]
+    changes = [word for setting in settings for word in ("--set", setting)]
+    train = "-m ray_jobs.train --recipe demo --data shards --num-workers 0 --name w --storage runs"
+    for words in (
+        ["-c", f"import slrnet; assert slrnet.__file__.startswith({str(packages)!r}), slrnet.__file__"],
+        ["-m", "slrnet.predict", "--help"],
+        shlex.split("-m data_prep.demo --train 8 --val 4 --image-size 64 --out shards"),
+        [*shlex.split(train), *changes],
+    ):
+        command = [str(tmp_path / "venv" / "bin" / "python"), *words]
+        done = subprocess.run(command, cwd=elsewhere, env=alone(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert list((elsewhere / "runs" / "w" / "checkpoints").glob("checkpoint-*"))
+
+
+def alone() -> dict[str, str]:
+    """The environment without what would lead to another checkout or another store."""
+    left_out = ("PYTHONPATH", "SLRNET_STORAGE", "MLFLOW_TRACKING_URI")
+    return {name: value for name, value in os.environ.items() if name not in left_out}
