@@ -105,7 +105,8 @@ class LaunchOptions:
     max_failures: int = 0
     """Times that a failed worker group is started again from the last checkpoint."""
     hang_limit: float = 600.0
-    """Seconds that a rank may stand still before the attempt ends with its name; 0 waits for ever."""
+    """Seconds that a rank may stand still before the attempt ends with its name; 0 waits for ever. Below 300 a storage
+    that fails for a while, for which a checkpoint waits, is taken for a hang."""
 
 
 @dataclass(frozen=True, kw_only=True)

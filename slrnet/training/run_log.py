@@ -75,11 +75,11 @@ class RunLog:
 
 
 def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Failure | None:
-    """Why an attempt failed: a hang, else a rank that died without a word, else the error that came first.
+    """Why the last attempt failed: a hang, else a rank that died without a word, else the error that came first.
 
     Args:
         folder: of the run.
-        since: seconds since the epoch; what was recorded earlier belongs to other attempts.
+        since: seconds since the epoch; what was recorded earlier belongs to another start of the run.
         dead: ranks whose process ended by itself.
     """
     after = datetime.fromtimestamp(since, UTC).isoformat(timespec="milliseconds")
@@ -90,6 +90,8 @@ def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Fai
         if record["time"] >= after
     ]
     records.sort(key=lambda record: record["time"])
+    processes = {record["rank"]: record["pid"] for record in records}  # the last of each rank
+    records = [record for record in records if record["pid"] in processes.values()]
     hangs = [record for record in records if record["event"] == "hang"]
     if hangs:
         return _failure(hangs[0])

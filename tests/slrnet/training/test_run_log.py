@@ -66,6 +66,18 @@ def test_failures_of_earlier_attempts_do_not_count(tmp_path: Path) -> None:
     assert found.message == "new"
 
 
+def test_of_several_attempts_the_last_one_counts(tmp_path: Path) -> None:
+    """Ray starts failed workers again: other processes, within the same start of the run."""
+    for pid in (100, 200):
+        for rank in (0, 1):
+            log = RunLog(tmp_path, rank=rank)
+            log._common["pid"] = pid + rank
+            fail(log, pid, f"attempt {pid}")
+    found = find_failure(tmp_path, since=0)
+    assert found is not None
+    assert (found.rank, found.message) == (0, "attempt 200")
+
+
 def test_a_rank_that_died_goes_before_the_errors_that_it_caused(tmp_path: Path) -> None:
     RunLog(tmp_path, rank=1).write("step", step=30)
     fail(RunLog(tmp_path, rank=0), 31, "connection closed by peer")
