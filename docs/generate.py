@@ -51,11 +51,20 @@ def allowed(field: dict[str, Any]) -> str:
     """What the schema of a field allows, in words."""
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
+    if "anyOf" in field:
+        return " or ".join(allowed(choice) for choice in field["anyOf"])
     if field["type"] == "array":
         return f"list of {allowed(field['items'] if 'items' in field else field['prefixItems'][0])}"
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     limits = [f"{sign} {field[name]:g}" for name, sign in bounds.items() if name in field and field[name] < 2**32]
-    kind = {"boolean": "true, false", "string": "text", "integer": "whole number", "number": "number"}[field["type"]]
+    kinds = {
+        "boolean": "true, false",
+        "string": "text",
+        "integer": "whole number",
+        "number": "number",
+        "null": "`null`",
+    }
+    kind = kinds[field["type"]]
     return " ".join([kind, ", ".join(limits)]).strip()
 
 

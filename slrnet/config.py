@@ -341,6 +341,9 @@ class CrfConfig(_Section):
     """Standard deviation of the appearance kernel in colour, of 255."""
     appearance_weight: NonNegativeFloat = 10.0
     """Weight of the appearance kernel."""
+    background_power: PositiveFloat | None = None
+    """Exponent on the background's probability before the CRF; none: that of `evaluation`. The CRF makes certain what
+    is only likely, so what serves the plain arg max need not serve it."""
 
 
 class InferenceConfig(_Section):
@@ -471,6 +474,13 @@ class Config(_Section):
     def to_json(self) -> str:
         """The whole configuration as JSON text that `load_config` reads back."""
         return self.model_dump_json(indent=2) + "\n"
+
+    def evaluation_for(self, protocol: Protocol) -> EvaluationConfig:
+        """The settings of a protocol's evaluation: with a CRF its own power of the background, if it has one."""
+        power = self.crf.background_power
+        if protocol != "ms_crf" or power is None:
+            return self.evaluation
+        return self.evaluation.model_copy(update={"background_power": power})
 
     def flat(self) -> dict[str, Any]:
         """All fields as {"section.field": value}, for logging."""

@@ -95,7 +95,8 @@ def measure(
         crf_processes: helpers for the CRF, >= 1; used by `ms_crf` only.
     """
     protocol = config.evaluation.protocol
-    name = protocol_name(config.evaluation, protocol)
+    settings = config.evaluation_for(protocol)
+    name = protocol_name(settings, protocol)
     gated = _gated_probs(model, loader, config=config, normalise=normalise, ranks=ranks)
     count = partial(count_masks, num_classes=model.num_classes, protocol=name, ranks=ranks)
     if protocol != "ms_crf":
@@ -110,7 +111,7 @@ def measure(
 
     refined = crf_masks(pictures(), config.crf, processes=crf_processes)
     quality = count((sample, torch.from_numpy(mask)) for sample, mask, _ in refined)
-    before = Quality(merge_over_ranks(plain, ranks), protocol_name(config.evaluation, "ms"), quality.images)
+    before = Quality(merge_over_ranks(plain, ranks), protocol_name(settings, "ms"), quality.images)
     return quality, before
 
 
@@ -142,11 +143,12 @@ def _gated_probs(
     model: Network, loader: EvalLoader, *, config: Config, normalise: Normalise, ranks: Ranks
 ) -> Iterator[tuple[EvalSample, Tensor]]:
     """Images with a true mask and their (K, H, W) probabilities."""
+    protocol = config.evaluation.protocol
+    settings = config.evaluation_for(protocol)
     for sample in loader:
         if sample.pixel_labels is not None:
-            image = sample.image.to(ranks.device)
-            probs, scores = predict(model, image, normalise, config, config.evaluation.protocol)
-            yield sample, gate(probs, scores, gating_labels(sample, config).to(ranks.device), config.evaluation)[0]
+            probs, scores = predict(model, sample.image.to(ranks.device), normalise, config, protocol)
+            yield sample, gate(probs, scores, gating_labels(sample, config).to(ranks.device), settings)[0]
 
 
 def _pixels(sample: EvalSample) -> npt.NDArray[np.uint8]:
@@ -175,7 +177,7 @@ def _evaluate(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
     if ranks.is_main:
         record = {
             "protocol": quality.protocol,
-            "evaluation": config.evaluation.model_dump(mode="json"),
+            "evaluation": config.evaluation_for(config.evaluation.protocol).model_dump(mode="json"),
             "crf": config.crf.model_dump(mode="json") if config.evaluation.protocol == "ms_crf" else None,
             "split": values["split"],
             "images": quality.images,

@@ -114,7 +114,8 @@ class Predictor:
         """Probabilities (N, K, H, W) by the whole protocol and sigmoids of scores (N, K - 1) of images of one size."""
         tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(self.device)
         probs, scores = predict(self._model, tensor, self._normalise, self.config, self.protocol)
-        gated = gate(probs, scores, probs.new_zeros(len(self.classes) - 1), self.config.evaluation)
+        settings = self.config.evaluation_for(self.protocol)
+        gated = gate(probs, scores, probs.new_zeros(len(self.classes) - 1), settings)
         maps = gated.float().cpu().numpy()
         if self.protocol == "ms_crf":
             maps = np.stack([dense_crf(image, own, self.config.crf) for image, own in zip(images, maps, strict=True)])

@@ -162,6 +162,7 @@ def _check(checkpoint: Checkpoint, shards: ShardSet, splits: Sequence[str], conf
 def _describe(checkpoint: Checkpoint, shards: ShardSet, splits: Sequence[str], config: Config) -> Job:
     """All that the masks depend on: what two runs must share to be one job."""
     crf = config.evaluation.protocol == "ms_crf"
+    settings = config.evaluation_for(config.evaluation.protocol)
     return {
         "checkpoint": str(checkpoint.path.resolve()),
         "epoch": checkpoint.state.epoch,
@@ -169,8 +170,8 @@ def _describe(checkpoint: Checkpoint, shards: ShardSet, splits: Sequence[str], c
         "data": shards.location,
         "data_fingerprint": shards.info.fingerprint,
         "splits": sorted(splits),
-        "protocol": protocol_name(config.evaluation, config.evaluation.protocol),
-        "evaluation": config.evaluation.model_dump(mode="json"),
+        "protocol": protocol_name(settings, settings.protocol),
+        "evaluation": settings.model_dump(mode="json"),
         "crf": config.crf.model_dump(mode="json") if crf else None,
         "void_below": config.inference.void_below,
     }
@@ -280,7 +281,7 @@ def _command(job: Job) -> str:
     evaluation = job["evaluation"]
     named = ("scales", "scale", "gating_threshold", "gating_top", "background_power")
     settings = {f"evaluation.{name}": evaluation[name] for name in named}
-    settings |= {f"crf.{name}": value for name, value in (job["crf"] or {}).items()}
+    settings |= {f"crf.{name}": value for name, value in (job["crf"] or {}).items() if value is not None}
     settings["inference.void_below"] = job["void_below"]
     arguments = {
         "--checkpoint": job["checkpoint"],
@@ -371,7 +372,7 @@ def _predict_all(
                 files, image, truth = reader.load(sample)
                 probs, scores = predict(model, image.to(ranks.device), normalise, config, protocol)
                 labels = index.image_labels(sample).to(ranks.device)
-                maps = gate(probs, scores, labels, config.evaluation)[0].float().cpu().numpy()
+                maps = gate(probs, scores, labels, config.evaluation_for(protocol))[0].float().cpu().numpy()
                 plain = _choose(maps)[0] if protocol == "ms_crf" and truth is not None else None
                 pixels = image.permute(1, 2, 0).contiguous().numpy()
                 yield _Source(split, shard, row, files, truth, plain), pixels, maps
@@ -392,7 +393,8 @@ def _write_shard(
 ) -> int:
     """Writes a shard and then its notes, each whole or not at all; returns the number of samples."""
     protocol = config.evaluation.protocol
-    name, void_below = protocol_name(config.evaluation, protocol), config.inference.void_below
+    settings, void_below = config.evaluation_for(protocol), config.inference.void_below
+    name = protocol_name(settings, protocol)
     tally = _Tally(len(classes))
     with written_whole(path) as incoming:
         with incoming.open("wb") as file, ShardWriter(file, path.name) as shard:
@@ -400,7 +402,7 @@ def _write_shard(
                 kept = np.where(confidence < void_below, np.uint8(IGNORE_INDEX), mask)
                 notes = {"protocol": name, "void_below": void_below, **_confidences(mask, confidence, kept, classes)}
                 _add(shard, source, encode_mask(kept, palette), {"pseudo_label": notes})
-                masks = {} if source.plain is None else {protocol_name(config.evaluation, "ms"): source.plain}
+                masks = {} if source.plain is None else {protocol_name(settings, "ms"): source.plain}
                 tally.add(source.truth, masks | {name: mask, f"{name}, void below {void_below:g}": kept})
         digest = sha256_of(incoming)
     counts = {protocol: matrix.counts.tolist() for protocol, matrix in tally.matrices.items()}

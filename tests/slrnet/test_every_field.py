@@ -147,6 +147,7 @@ CHANGES: dict[str, Change] = {
     "crf.appearance_xy": change_crf(5.0),
     "crf.appearance_rgb": change_crf(100.0),
     "crf.appearance_weight": change_crf(0.0),
+    "crf.background_power": change_crf(0.1),
     "inference.tile_above": Change(100, "prediction", given=("inference.tile_size=32", "inference.tile_overlap=8")),
     "inference.tile_size": Change(24, "prediction", given=TILES),
     "inference.tile_overlap": Change(16, "prediction", given=TILES),

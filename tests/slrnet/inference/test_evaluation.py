@@ -62,6 +62,13 @@ def test_protocols_differ(checkpoint: Checkpoint, tiny_data: ShardSet, tiny_conf
         evaluate(checkpoint, tiny_data, apply_overrides(tiny_config, [f"evaluation.protocol={name}"]), tmp_path / name)
         for name in PROTOCOLS
     ]
+    own = apply_overrides(tiny_config, ["evaluation.protocol=ms_crf", "crf.background_power=0.3"])
+    powered = evaluate(checkpoint, tiny_data, own, tmp_path / "powered")
+    assert powered["protocol"] == "ms_crf+background_power_0.3"
+    plain = apply_overrides(tiny_config, ["evaluation.protocol=ms", "evaluation.background_power=0.3"])
+    assert powered["before_crf"] == {
+        "ms+background_power_0.3": evaluate(checkpoint, tiny_data, plain, tmp_path / "plain")["metrics"]
+    }
     single, multi, crf = figures
     assert len({str(record["metrics"]) for record in figures}) == 3
     assert crf["before_crf"] == {"ms": multi["metrics"]}
