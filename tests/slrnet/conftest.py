@@ -195,6 +195,16 @@ def start_trainer(tiny_data: ShardSet, tmp_path: Path) -> StartTrainer:
 
 
 @pytest.fixture(scope="session")
+def tiny_run(tiny_data: ShardSet, tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished training of the tiny configuration, without MLflow; not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    Trainer(tiny_config, tiny_data, ranks=Ranks(), folder=folder, tracker=NullTracker()).fit(
+        report=lambda metrics: None
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
 def digest() -> Callable[[nn.Module | Mapping[str, Tensor]], str]:
     """sha256 over names and bytes of all tensors: equal only where weights are equal to the bit."""
 
