@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
@@ -72,7 +71,6 @@ def draw_grid(
     bottom = 0.08 + line * -(-len(legend) // per_line) + (0.3 if scale else 0)
     total = top + sum(heights) + bottom
     figure = Figure(figsize=(PAGE_WIDTH, total))
-    FigureCanvasAgg(figure)
     y = total - top
     for place, (row, height) in enumerate(zip(rows, heights, strict=True)):
         for column, tile in enumerate(row):

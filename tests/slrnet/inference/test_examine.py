@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -67,8 +70,8 @@ class TestExamine:
     def test_at_most_so_many(self, subject: Subject) -> None:
         assert len(examine(subject, "val", at_most=2).scores) == 2
 
-    def test_without_masks_it_says_so(self, checkpoint: Checkpoint, write_tiny: object, tmp_path: object) -> None:
-        bare = write_tiny(tmp_path / "bare", mask_bytes=lambda sample, png: None)  # type: ignore[operator]
+    def test_without_masks_it_says_so(self, checkpoint: Checkpoint, write_tiny: Any, tmp_path: Path) -> None:
+        bare = write_tiny(tmp_path / "bare", mask_bytes=lambda sample, png: None)
         with pytest.raises(DataError, match="no image with a mask"):
             examine(Subject.of(checkpoint, bare, "cpu"), "val")
         with pytest.raises(DataError, match="no training image"):
