@@ -10,8 +10,10 @@ from matplotlib.ticker import MaxNLocator
 
 __all__ = ["HEIGHT", "WIDTH", "Chart", "Line", "Series", "draw_chart", "limits_of"]
 
-WIDTH, HEIGHT = 420, 290
-"""Size of a chart in its own units, in which its text is 13 high."""
+WIDTH = 420
+"""Width of a chart in its own units, in which its text is 13 high."""
+HEIGHT = 290
+"""Its height in the same units."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 14, 44
 Limits = tuple[float, float]
 

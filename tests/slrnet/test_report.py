@@ -45,7 +45,8 @@ class Elements(HTMLParser):
 
 
 def assert_loads_nothing(text: str) -> None:
-    assert not re.search(r"https?:|//[a-z]|@import|url\(", text.replace("data:image", ""))
+    without_pictures = re.sub(r"data:image/webp;base64,[\w+/=]+", "", text)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", without_pictures)
     for _, attributes in Elements(text).found:
         for name in ("src", "href", "srcset", "data", "action"):
             assert (attributes.get(name) or "data:").startswith("data:")
@@ -94,7 +95,7 @@ class TestPage:
         notes = [re.search(r'<p class="protocol">(.+?)</p>', chart) for chart in charts]
         assert all(notes)
         assert protocol in text
-        assert "At the run&#39;s gamma of 0.9," in text
+        assert 'class="advice"' in text
         assert "out of reach" in text  # of the MLflow run
         assert elements.of("table")[0]["class"] == "sortable"
 
