@@ -217,9 +217,9 @@ def best_of_each_class(scores: Sequence[ImageScore]) -> dict[int, ImageScore]:
     """By foreground class, ascending, the image whose true mask holds it and on which its IoU is highest."""
     found: dict[int, ImageScore] = {}
     for score in scores:
-        for index in np.flatnonzero(score.true_pixels[1:]) + 1:
+        for index in (np.flatnonzero(score.true_pixels[1:]) + 1).tolist():
             if index not in found or score.iou[index] > found[index].iou[index]:
-                found[int(index)] = score
+                found[index] = score
     return dict(sorted(found.items()))
 
 

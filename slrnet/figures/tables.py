@@ -69,7 +69,8 @@ def read_results(folders: Sequence[Path]) -> tuple[list[Result], list[str]]:
     Raises:
         ValueError: a folder does not exist, or a record is damaged.
     """
-    results, unused = [], []
+    results: list[Result] = []
+    unused: list[str] = []
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder; give a run's folder, or one that holds runs")

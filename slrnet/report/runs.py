@@ -158,8 +158,8 @@ def _panels(folder: Path | None, handle: RunHandle | None) -> tuple[dict[str, di
     for file in sorted((folder / "panels").glob("*.png")) if folder else ():
         found = _PANEL.fullmatch(file.name)
         if found:
-            with Image.open(file) as picture:
-                panels.setdefault(found["key"], {})[int(found["epoch"])] = picture.convert("RGB")
+            with Image.open(file) as panel:
+                panels.setdefault(found["key"], {})[int(found["epoch"])] = panel.convert("RGB")
     if panels:
         return panels, "the run's folder panels"
     for (key, epoch), picture in (logged_pictures(handle, "panels") if handle else {}).items():

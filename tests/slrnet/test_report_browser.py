@@ -13,6 +13,9 @@ from slrnet.report.__main__ import main
 
 pytestmark = pytest.mark.slow
 
+PATIENCE = 600
+"""Seconds that the browser may take for anything."""
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
@@ -39,6 +42,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    # A busy machine must not fail a test.
+    started.set_page_load_timeout(PATIENCE)
+    started.set_script_timeout(PATIENCE)
+    started.command_executor.client_config.timeout = PATIENCE
     yield started
     started.quit()
 
