@@ -31,7 +31,7 @@ from slrnet.training.checkpoint import load_checkpoint
 from slrnet.training.evaluate import as_model, fit_image
 from slrnet.training.step import Normalise
 
-__all__ = ["CodeMaps", "code_maps", "draw_code_maps", "main"]
+__all__ = ["CodeMaps", "classes_of", "code_maps", "draw_code_maps", "heat", "main", "most_used"]
 
 MAX_COLUMNS = 6
 _TILE, _GAP, _LINE = 220, 8, 24
@@ -109,10 +109,10 @@ def draw_code_maps(
     for row, (count, codes) in enumerate(maps.codes.items()):
         top = _LINE + _GAP + row * (height + _GAP)
         draw.text((8, top + height / 2), f"T = {count}", (34, 34, 34), font, anchor="lm")
-        for column, tile in enumerate([image, *(_heat(codes[atom]) for atom in atoms)]):
+        for column, tile in enumerate([image, *(heat(codes[atom]) for atom in atoms)]):
             picture = Image.fromarray(tile).resize((_TILE, height), Image.Resampling.BILINEAR)
             page.paste(picture, (left + column * (_TILE + _GAP), top))
-    bar = _heat(np.linspace(0, 1, _TILE, dtype=np.float32)[None].repeat(12, axis=0))
+    bar = heat(np.linspace(0, 1, _TILE, dtype=np.float32)[None].repeat(12, axis=0))
     page.paste(Image.fromarray(bar), (left, page.height - 18))
     draw.text((left - 8, page.height - 12), "0", (34, 34, 34), font, anchor="rm")
     draw.text((left + _TILE + 8, page.height - 12), "1", (34, 34, 34), font, anchor="lm")
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tensor = fit_image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), checkpoint.config)
             maps = code_maps(model, tensor, normalise, options.num_iters or [checkpoint.config.cvlr.num_iters])
             named = model.cvlr is not None and model.cvlr.class_codes
-            atoms = _classes_of(maps, classes, options.classes) if named else _most_used(maps)
+            atoms = classes_of(maps, classes, options.classes) if named else most_used(maps)
             options.out.mkdir(parents=True, exist_ok=True)
             with written_whole(options.out / f"{name}.codes.png") as incoming:
                 draw_code_maps(pixels, maps, names=classes if named else None, atoms=atoms).save(incoming)
@@ -146,7 +146,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _classes_of(maps: CodeMaps, classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
+def classes_of(maps: CodeMaps, classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
+    """Atoms to draw where atoms are classes: the wanted ones, or the background and the largest classes of the mask.
+
+    Args:
+        maps: of the image.
+        classes: names of the K classes, background first.
+        wanted: names; None for those that the mask holds.
+
+    Raises:
+        ValueError: a wanted class is not among the classes.
+    """
     if wanted:
         unknown = [name for name in wanted if name not in classes]
         if unknown:
@@ -157,13 +167,14 @@ def _classes_of(maps: CodeMaps, classes: Sequence[str], wanted: Sequence[str] | 
     return [0, *present[: MAX_COLUMNS - 1]]
 
 
-def _most_used(maps: CodeMaps) -> list[int]:
+def most_used(maps: CodeMaps) -> list[int]:
+    """Atoms to draw where atoms have no names: those with the largest mean code."""
     codes = next(iter(maps.codes.values()))
     return [int(index) for index in np.argsort(-codes.mean(axis=(1, 2)), kind="stable")[:MAX_COLUMNS]]
 
 
-def _heat(codes: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """(h, w) in [0, 1], clipped, to (h, w, 3) colours."""
+def heat(codes: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Colours (h, w, 3) of codes (h, w) in [0, 1], which are clipped: from dark (0) to yellow (1)."""
     place = np.clip(codes, 0, 1) * (len(_STOPS) - 1)
     below = np.minimum(place.astype(np.intp), len(_STOPS) - 2)
     share = (place - below)[..., None]

@@ -31,7 +31,7 @@ from slrnet.data.images import encode_mask, upright_size
 from slrnet.data.overlay import draw_overlay
 from slrnet.inference.predictor import Prediction, rgb_array
 
-__all__ = ["batches", "find_images", "main", "summarise"]
+__all__ = ["batches", "find_images", "main", "positive", "summarise"]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 """Files of a folder that are taken for images."""
@@ -133,7 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number from 1, as an argument's `type`."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
     return int(text)
@@ -146,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the masks")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the checkpoint's configuration says")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
-    parser.add_argument("--batch-size", type=_positive, default=1, metavar="N", help="images at a time (default: 1)")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images at a time (default: 1)")
     parser.add_argument("--overwrite", action="store_true", help="replace masks that exist")
     return parser
 

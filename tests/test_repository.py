@@ -33,8 +33,10 @@ LAYERS = {
     "recipes": 1,
     "training": 2,
     "inference": 3,
-    "codes": 5,
     "predict": 4,
+    "codes": 5,
+    "report": 6,
+    "figures": 7,
 }
 # Which files may import a module (and everything below it); all other code may not.
 SEAMS = {

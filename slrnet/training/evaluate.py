@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slrnet.calibration.pseudo_labels import to_class_ids
+from slrnet.calibration.pseudo_labels import Calibrated, to_class_ids
 from slrnet.config import Config, EvaluationConfig
 from slrnet.data.batch import EvalSample
-from slrnet.data.manifest import DataError
+from slrnet.data.epoch_plan import choose_subset
+from slrnet.data.manifest import DataError, SplitView
+from slrnet.data.supervision import Supervision
 from slrnet.data.views import View, apply_view
 from slrnet.models.decoder import resize
 from slrnet.models.network import Network
@@ -30,6 +32,7 @@ __all__ = [
     "PseudoMask",
     "Quality",
     "as_model",
+    "calibrate_sample",
     "count_masks",
     "evaluate_masks",
     "fit_image",
@@ -38,6 +41,8 @@ __all__ = [
     "measure_pseudo_masks",
     "predict_single_scale",
     "protocol_name",
+    "pseudo_mask_protocol",
+    "pseudo_mask_subset",
     "quality_metrics",
 ]
 
@@ -212,9 +217,14 @@ def measure_pseudo_masks(
             dense.update(masks.refined, sample.pixel_labels)
             kept.update(masks.pseudo_labels, sample.pixel_labels)
             images += 1
-    gated = "not gated" if config.setting == "sss" else "gated by image labels"
-    protocol = f"fused {len(config.views.scales)} views, refined, {gated}"
+    protocol = pseudo_mask_protocol(config)
     return _merged(dense, protocol, images, ranks), _merged(kept, f"{protocol}, thresholded", images, ranks)
+
+
+def pseudo_mask_protocol(config: Config) -> str:
+    """Name of how a run's refined pseudo masks are made."""
+    gated = "not gated" if config.setting == "sss" else "gated by image labels"
+    return f"fused {len(config.views.scales)} views, refined, {gated}"
 
 
 def quality_metrics(prefix: str, quality: Quality, classes: tuple[str, ...]) -> dict[str, float]:
@@ -238,18 +248,49 @@ def _merged(matrix: ConfusionMatrix, protocol: str, images: int, ranks: Ranks) -
     return Quality(merge_over_ranks(matrix, ranks), protocol, total)
 
 
-def _pseudo_mask(
-    model: Network, sample: EvalSample, *, config: Config, normalise: Normalise, ranks: Ranks
-) -> PseudoMask:
-    images = fit_image(sample.image.to(ranks.device), config)
+def pseudo_mask_subset(split: SplitView, supervision: Supervision, config: Config) -> tuple[int, ...]:
+    """Indices of the fixed, seeded subset of training images on which pseudo masks are measured.
+
+    They are images with a mask to compare with that the training does not see.
+
+    Args:
+        split: that is trained on.
+        supervision: which labels the training sees of it.
+        config: of the run.
+    """
+    among = split.has_masks & supervision.members & ~supervision.pixel_labels
+    return choose_subset(split, config.evaluation.pseudo_mask_images, seed=config.train.seed, among=among)
+
+
+@torch.no_grad()
+def calibrate_sample(
+    model: Network, sample: EvalSample, *, config: Config, normalise: Normalise, device: torch.device
+) -> Calibrated:
+    """Fuses and refines the masks of one whole image, as they are measured: all views, no flip, no colour distortion.
+
+    Args:
+        model: in evaluation mode.
+        sample: a training image.
+        config: of the run.
+        normalise: of the encoder.
+        device: of the model.
+
+    Returns:
+        Probabilities of one image at the refinement's resolution, of the classes that it may show.
+    """
+    images = fit_image(sample.image.to(device), config)
     views = [View(scale=scale, flip=None) for scale in config.views.scales]
     inputs = [as_model(normalise(apply_view(images, view, stride=normalise.output_stride))) for view in views]
     logits = align(model(inputs), views).logits
     known = torch.tensor([sample.has_image_labels and config.setting != "sss"])
     labels = possible_classes(sample.image_labels[None], known)
-    calibrated = calibrate_views(
-        logits, images, labels.to(ranks.device), config.calibration, max_classes=int(labels.sum())
-    )
+    return calibrate_views(logits, images, labels.to(device), config.calibration, max_classes=int(labels.sum()))
+
+
+def _pseudo_mask(
+    model: Network, sample: EvalSample, *, config: Config, normalise: Normalise, ranks: Ranks
+) -> PseudoMask:
+    calibrated = calibrate_sample(model, sample, config=config, normalise=normalise, device=ranks.device)
     size = (sample.image.shape[-2], sample.image.shape[-1])
     raw, refined = (
         to_class_ids(resize(probs, size).argmax(dim=1), calibrated.classes)[0].cpu()

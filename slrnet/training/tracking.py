@@ -43,9 +43,11 @@ __all__ = [
     "environment_tags",
     "find_run",
     "log_onnx_model",
+    "logged_pictures",
     "metric_history",
     "metric_key",
     "resolve_uri",
+    "run_tags",
     "runs_below",
 ]
 
@@ -77,6 +79,8 @@ _FINAL_ERRORS = {
     "PERMISSION_DENIED",
     "RESOURCE_DOES_NOT_EXIST",
 }
+# How MLflow names the files of `log_image`; beside each lies a smaller copy, which ends in another way.
+_PICTURE = re.compile(r"(?P<key>[^+%]+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%](?P<time>\d+)[+%][^+%]+\.png")
 _log = logging.getLogger(__name__)
 
 
@@ -447,6 +451,27 @@ def metric_history(handle: RunHandle, key: str) -> list[tuple[int, float]]:
     points = _client(handle.uri).get_metric_history(handle.run_id, _clean_key(key))
     ordered = sorted(points, key=lambda point: (point.step, point.timestamp))
     return [(int(point.step), float(point.value)) for point in ordered]
+
+
+def run_tags(handle: RunHandle) -> dict[str, str]:
+    """The tags of a run."""
+    return dict(_client(handle.uri).get_run(handle.run_id).data.tags)
+
+
+def logged_pictures(handle: RunHandle, folder: str) -> dict[tuple[str, int], Image.Image]:
+    """The pictures that were logged as FOLDER/NAME, by (NAME, step); of those logged twice for a step, the last."""
+    client, latest = _client(handle.uri), dict[tuple[str, int], tuple[int, str]]()
+    for file in client.list_artifacts(handle.run_id, "images"):
+        found = _PICTURE.fullmatch(Path(file.path).name)
+        if found and found["key"].startswith(f"{folder}~"):
+            series = (found["key"].removeprefix(f"{folder}~"), int(found["step"]))
+            latest[series] = max(latest.get(series, (0, "")), (int(found["time"]), file.path))
+    pictures = {}
+    with tempfile.TemporaryDirectory() as place:
+        for series, (_, path) in latest.items():
+            with Image.open(client.download_artifacts(handle.run_id, path, place)) as picture:
+                pictures[series] = picture.convert("RGB")
+    return pictures
 
 
 def runs_below(parent: RunHandle) -> dict[str, tuple[RunHandle, str]]:

@@ -28,7 +28,7 @@ from slrnet.config import Config
 from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.files import written_whole
 from slrnet.data.manifest import ShardSet
-from slrnet.data.shards import EvalLoader, SkippedSample, TrainLoader, choose_subset
+from slrnet.data.shards import EvalLoader, SkippedSample, TrainLoader
 from slrnet.data.supervision import Supervision, plan_supervision
 from slrnet.models.network import Network
 from slrnet.models.slrnet import network_of
@@ -42,7 +42,13 @@ from slrnet.training.checkpoint import (
 )
 from slrnet.training.checkpoint_writer import CheckpointWriter
 from slrnet.training.distributed import Ranks, share_buffers, sum_over_ranks
-from slrnet.training.evaluate import PseudoMask, evaluate_masks, measure_pseudo_masks, quality_metrics
+from slrnet.training.evaluate import (
+    PseudoMask,
+    evaluate_masks,
+    measure_pseudo_masks,
+    pseudo_mask_subset,
+    quality_metrics,
+)
 from slrnet.training.gpu_monitor import GpuWatch
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
 from slrnet.training.panels import draw_panel
@@ -378,15 +384,10 @@ class Trainer:
         progress.note(_epoch_line(epoch + 1, self.config.train.epochs, metrics))
 
     def _pseudo_mask_samples(self) -> tuple[EvalLoader, tuple[str, ...]]:
-        """This rank's share of the fixed subset of training images, and the keys that are drawn.
-
-        They are images with a mask to compare with that the training does not see.
-        """
+        """This rank's share of the fixed subset of training images, and the keys that are drawn."""
         split = self.shards.split(self.config.data.train_split)
-        evaluation = self.config.evaluation
-        among = split.has_masks & self.supervision.members & ~self.supervision.pixel_labels
-        chosen = choose_subset(split, evaluation.pseudo_mask_images, seed=self.config.train.seed, among=among)
-        shown = tuple(split.key(index) for index in chosen[: evaluation.panel_images])
+        chosen = pseudo_mask_subset(split, self.supervision, self.config)
+        shown = tuple(split.key(index) for index in chosen[: self.config.evaluation.panel_images])
         return self._loader(self.config.data.train_split, indices=chosen), shown
 
     def _loader(self, split: str, indices: tuple[int, ...] | None = None) -> EvalLoader:

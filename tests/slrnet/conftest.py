@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from slrnet.config import (
 )
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import ShardSet, load_dataset
+from slrnet.models.slrnet import SLRNet
 from slrnet.training.distributed import Ranks
 from slrnet.training.tracking import NullTracker
 from slrnet.training.trainer import Trainer
@@ -198,6 +200,36 @@ def start_trainer(tiny_data: ShardSet, tmp_path: Path) -> StartTrainer:
         return made[-1]
 
     return start
+
+
+@pytest.fixture(scope="session")
+def spread_classes() -> Callable[[SLRNet], None]:
+    """Gives a network weights with which its masks show several classes, trained or not."""
+
+    def spread(model: SLRNet) -> None:
+        torch.nn.init.normal_(model.mask_head.classify.weight, std=3.0)
+        with torch.no_grad():  # no class dominates: on noise each has the background's logit on average
+            logits = model.eval()([torch.randn(4, 3, 64, 64)]).logits[0]
+            first = 0 if model.predict_background else 1
+            model.mask_head.classify.bias += 1 - logits[:, first:].mean(dim=(0, 2, 3))
+
+    return spread
+
+
+@pytest.fixture(scope="session")
+def tiny_run(
+    tiny_data: ShardSet,
+    tiny_config: Config,
+    spread_classes: Callable[[SLRNet], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The folder of a finished training of the tiny configuration, without MLflow; not to be changed."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    trainer = Trainer(tiny_config, tiny_data, ranks=Ranks(), folder=folder, tracker=NullTracker())
+    assert isinstance(trainer.model, SLRNet)
+    spread_classes(trainer.model)
+    trainer.fit(report=lambda metrics: None)
+    return folder
 
 
 @pytest.fixture(scope="session")

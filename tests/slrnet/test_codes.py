@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from slrnet.codes import CodeMaps, _heat, code_maps, draw_code_maps, main
+from slrnet.codes import CodeMaps, code_maps, draw_code_maps, heat, main
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import build_encoder
 from slrnet.models.slrnet import SLRNet
@@ -55,7 +55,7 @@ def test_the_picture_shows_each_map_in_its_place() -> None:
     image = np.full((20, 40, 3), 7, dtype=np.uint8)
     maps = CodeMaps({1: codes, 4: 1 - codes}, np.zeros((20, 40), dtype=np.int64))
     picture = np.asarray(draw_code_maps(image, maps, names=["background", "cat", "dog"], atoms=[0, 2]))
-    dark, bright = ([int(value) for value in _heat(np.full((1, 1), level, np.float32))[0, 0]] for level in (0, 1))
+    dark, bright = ([int(value) for value in heat(np.full((1, 1), level, np.float32))[0, 0]] for level in (0, 1))
     for row, (first, second) in enumerate(((dark, bright), (bright, dark))):
         y = 32 + row * (110 + 8) + 55
         colours = [picture[y, 60 + column * 228 + 110].tolist() for column in range(3)]

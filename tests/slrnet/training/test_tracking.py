@@ -33,9 +33,11 @@ from slrnet.training.tracking import (
     Tracker,
     create_run,
     environment_tags,
+    logged_pictures,
     metric_history,
     metric_key,
     resolve_uri,
+    run_tags,
 )
 
 
@@ -303,6 +305,20 @@ class TestTracker:
         assert sorted(pictures) == [f"panels~{name}" for name in ("a+step+10", "a+step+20", "a+step+30", "b+step+20")]
         Tracker(handle).log_metrics({"train/loss": 7.0}, 10)  # not a training's: figures that are measured again
         assert metric_history(handle, "train/loss")[:2] == [(10, 0.1), (10, 7.0)]
+
+    def test_pictures_and_tags_are_read_back(self, handle: RunHandle) -> None:
+        tracker = Tracker(handle)
+        for step, level in ((1, 10), (2, 20), (2, 200)):  # the second step twice, as after a restart
+            tracker.log_image("panels/2008_000001", np.full((4, 5, 3), level, np.uint8), step)
+            time.sleep(0.002)
+        tracker.log_image("other/2008_000001", np.zeros((4, 5, 3), np.uint8), 1)
+        tracker.set_tags({"git_commit": "abc"})
+        pictures = logged_pictures(handle, "panels")
+        assert {series: np.asarray(picture).max() for series, picture in pictures.items()} == {
+            ("2008_000001", 1): 10,
+            ("2008_000001", 2): 200,
+        }
+        assert run_tags(handle)["git_commit"] == "abc"
 
     def test_files_folders_and_texts(self, handle: RunHandle, tmp_path: Path) -> None:
         (tmp_path / "ckpt" / "deep").mkdir(parents=True)
