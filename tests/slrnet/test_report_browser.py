@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from slrnet.report.__main__ import main
 
@@ -53,7 +54,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def address(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("report") / "report.html"
-    assert main([str(tiny_run), str(tiny_run), "--out", str(out), "--images", "2"]) == 0
+    run = out.with_name("run")
+    shutil.copytree(tiny_run, run)
+    for place, panel in enumerate(sorted((run / "panels").iterdir())):  # that differ for certain
+        Image.new("RGB", (1200, 240), (60 * place, 90, 160)).save(panel)
+    assert main([str(run), str(run), "--out", str(out), "--images", "2"]) == 0
     return out.as_uri()
 
 
