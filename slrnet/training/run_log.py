@@ -20,6 +20,8 @@ from typing import Any
 __all__ = ["Failure", "RunLog", "find_failure"]
 
 FOLDER = "logs"
+LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "NCCL error")
+"""In the messages of gloo and NCCL: another rank is gone."""
 DIED = {
     "exception": "died",
     "message": "its process ended without a word: it was killed, ran out of memory, or its node was lost",
@@ -95,10 +97,14 @@ def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Fai
     hangs = [record for record in records if record["event"] == "hang"]
     if hangs:
         return _failure(hangs[0])
+    failures = [record for record in records if record["event"] == "failure"]
+    if not dead and failures and any(sign in failures[0]["message"] for sign in LOST_PEER):
+        # Ray may see the errors of the ranks that lost their peer before it sees the peer's end.
+        dead = sorted(set(processes) - {record["rank"] for record in failures})
     for rank in sorted(dead):
         last: dict[str, Any] = next((record for record in reversed(records) if record["rank"] == rank), {})
         return _failure({"node": "an unknown node", "step": 0} | last | {"rank": rank} | DIED)
-    return next((_failure(record) for record in records if record["event"] == "failure"), None)
+    return _failure(failures[0]) if failures else None
 
 
 def _failure(record: Mapping[str, Any]) -> Failure:

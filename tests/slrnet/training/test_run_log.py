@@ -40,7 +40,7 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 
 def test_the_first_error_is_the_cause(tmp_path: Path) -> None:
     """The other ranks fail later, as the connection to the first one breaks."""
-    for rank, message in ((1, "shard a.tar is damaged"), (0, "connection closed by peer")):
+    for rank, message in ((1, "shard a.tar is damaged"), (0, "another error")):
         fail(RunLog(tmp_path, rank=rank), 12, message)
     failure = find_failure(tmp_path, since=0)
     assert failure is not None
@@ -89,6 +89,19 @@ def test_a_rank_that_died_goes_before_the_errors_that_it_caused(tmp_path: Path) 
     unknown = find_failure(tmp_path, since=0, dead=[2])
     assert unknown is not None
     assert (unknown.rank, unknown.node) == (2, "an unknown node")
+
+
+def test_a_lost_peer_is_the_rank_that_says_nothing(tmp_path: Path) -> None:
+    """Ray reports rank 0 alone, whose connection broke."""
+    RunLog(tmp_path, rank=1).write("step", step=30)
+    fail(RunLog(tmp_path, rank=0), 31, "gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:58053")
+    found = find_failure(tmp_path, since=0)
+    assert found is not None
+    assert (found.rank, found.exception) == (1, "died")
+    fail(RunLog(tmp_path, rank=1), 30, "shard a.tar is damaged")
+    found = find_failure(tmp_path, since=0)
+    assert found is not None
+    assert (found.rank, found.exception) == (0, "DataError")
 
 
 def test_a_hang_goes_before_all(tmp_path: Path) -> None:
