@@ -78,7 +78,7 @@ class Storm:
             kind = kinds[index % len(kinds)] if index < len(kinds) else self.rng.choice(kinds)
             before, count, begun = self.step(), len(self.events()), time.monotonic()
             self.means()[kind]()
-            self.await_motion(count)
+            self.await_motion(count, other_process=kind in ("worker", "driver"))
             starts = [event["step"] for event in self.events()[count:] if event["event"] == "start"]
             again = max(0, before - starts[0]) if starts else 0
             self.kills.append((kind, before, again, time.monotonic() - begun))
@@ -128,8 +128,14 @@ class Storm:
         reached = self.step() + steps
         self.wait(lambda: self.step() >= reached)
 
-    def await_motion(self, count: int) -> None:
-        self.wait(lambda: any(event["event"] == "step" for event in self.events()[count:]))
+    def await_motion(self, count: int, *, other_process: bool) -> None:
+        """Waits for a step after the first `count` lines; of workers that were started since, where those died."""
+        old = {event["pid"] for event in self.events()[:count]} if other_process else set()
+
+        def moves() -> bool:
+            return any(event["event"] == "step" and event["pid"] not in old for event in self.events()[count:])
+
+        self.wait(moves)
 
     def wait(self, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -187,7 +193,7 @@ class Server:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="default: 20")
-    parser.add_argument("--epochs", type=int, default=40, help="of 8 steps (default: 40)")
+    parser.add_argument("--epochs", type=int, default=120, help="of 8 steps (default: 120)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims (default: 0)")
     parser.add_argument("--out", type=Path, help="folder for runs (default: a temporary one)")
     options = parser.parse_args()
