@@ -60,8 +60,7 @@ def _write_tables(options: argparse.Namespace) -> list[Path]:
 def _write_figure(options: argparse.Namespace) -> list[Path]:
     checkpoints = _checkpoints(options.what, options.checkpoints)
     config = checkpoints[-1].config
-    folder = options.data or Path(config.data.path)
-    shards = load_dataset(folder)
+    shards = load_dataset(options.data or config.data.path)
     subjects = [Subject.of(checkpoint, shards, options.device) for checkpoint in checkpoints]
     examination = examine(subjects[-1], config.data.val_split, at_most=options.measured)
     figure = _draw(options.what, subjects, examination, options)
@@ -93,7 +92,9 @@ def _checkpoints(what: str, paths: Sequence[Path]) -> list[Checkpoint]:
             raise ValueError(f"{len(paths)} checkpoints are given; {what} is of one")
         return [load_checkpoint(paths[0])]
     kept = sorted((paths[0] / "checkpoints").glob("checkpoint-*")) if len(paths) == 1 else list(paths)
-    found = sorted((load_checkpoint(path) for path in kept), key=lambda checkpoint: checkpoint.state.epoch)
+    found = sorted((load_checkpoint(path) for path in kept), key=lambda checkpoint: checkpoint.state.step)
+    if len(paths) == 1 and len(found) > 2:
+        found = [found[0], found[-1]]
     if len({checkpoint.state.epoch for checkpoint in found}) < 2 or len(found) > 2:
         raise ValueError(
             f"fig7 needs an early and a late checkpoint of a training, and {', '.join(map(str, paths))} "

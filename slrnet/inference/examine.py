@@ -75,7 +75,7 @@ class Subject:
         Raises:
             CheckpointError: the checkpoint is of other classes.
         """
-        check_classes(checkpoint.state, shards.info.classes, data=str(shards.folder))
+        check_classes(checkpoint.state, shards.info.classes, data=shards.location)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(checkpoint, shards, *restore_network(checkpoint, place), place)
 
@@ -195,7 +195,7 @@ def examine(subject: Subject, split: str, *, at_most: int | None = None) -> Exam
     view = subject.shards.split(split)
     chosen = choose_subset(view, view.num_samples if at_most is None else at_most, seed=0, among=view.has_masks)
     if not chosen:
-        raise DataError(f"split {split!r} of {subject.shards.folder} has no image with a mask to compare with")
+        raise DataError(f"split {split!r} of {subject.shards.location} has no image with a mask to compare with")
     matrix, confidence, scores = ConfusionMatrix(subject.model.num_classes), Bins(), []
     loader = EvalLoader(subject.shards, split=split, indices=chosen)
     for index, sample in zip(chosen, tqdm(loader, desc=f"{split} masks", unit="image", disable=None), strict=True):
@@ -265,7 +265,7 @@ def sweep_gamma(subject: Subject, *, at_most: int | None = None) -> GammaSweep:
     chosen = pseudo_mask_subset(view, plan_supervision(view, config.data, config.setting), config)[:at_most]
     if not chosen:
         raise DataError(
-            f"no training image of {subject.shards.folder} has a mask to compare pseudo labels with, or "
+            f"no training image of {subject.shards.location} has a mask to compare pseudo labels with, or "
             "evaluation.pseudo_mask_images is 0"
         )
     gammas = tuple(sorted({*GAMMAS, config.calibration.confidence_threshold}))

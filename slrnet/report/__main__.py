@@ -14,6 +14,7 @@ from pathlib import Path
 
 from slrnet.data.files import written_whole
 from slrnet.data.manifest import load_dataset
+from slrnet.data.remote import is_remote
 from slrnet.inference.examine import Subject
 from slrnet.predict import positive
 from slrnet.report.page import Findings, look, render
@@ -41,11 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _findings(run: Run, options: argparse.Namespace) -> Findings:
     """Measures a run on the data that were named, else on those that it was trained on, where they are still there."""
-    folder = options.data or Path(run.checkpoint.config.data.path)
-    if options.data is None and not (folder / "dataset.json").is_file():
+    location = str(options.data or run.checkpoint.config.data.path)
+    if options.data is None and not is_remote(location) and not (Path(location) / "dataset.json").is_file():
         reason = "the training's data are not at hand; give their folder with --data"
         return Findings(absent={"masks": reason, "codes": reason, "sweep": reason})
-    subject = Subject.of(run.checkpoint, load_dataset(folder), options.device)
+    subject = Subject.of(run.checkpoint, load_dataset(location), options.device)
     return look(subject, images=options.images, at_most=options.measured)
 
 

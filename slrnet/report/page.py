@@ -82,12 +82,12 @@ def look(subject: Subject, *, images: int, at_most: int | None = None) -> Findin
     found = Findings(palette=info.palette_array())
     if info.fingerprint != subject.checkpoint.state.data_fingerprint:
         found.note = (
-            f"The data in {subject.shards.folder} are not those of the training: their fingerprints differ, "
+            f"The data in {subject.shards.location} are not those of the training: their fingerprints differ, "
             "although the classes are the same."
         )
     split = config.data.val_split
     if split not in subject.shards.splits or not subject.shards.split(split).has_masks.any():
-        reason = f"the data in {subject.shards.folder} have no masks in split {split!r} to compare with"
+        reason = f"the data in {subject.shards.location} have no masks in split {split!r} to compare with"
         found.absent |= {"masks": reason, "codes": reason}
     else:
         found.examination = examine(subject, split, at_most=at_most)
@@ -160,7 +160,9 @@ def _sweep(subject: Subject, found: Findings, at_most: int | None) -> None:
     config = subject.checkpoint.config
     split = config.data.train_split
     if split not in subject.shards.splits or not subject.shards.split(split).has_masks.any():
-        found.absent["sweep"] = f"the data in {subject.shards.folder} have no masks in split {split!r} to compare with"
+        found.absent["sweep"] = (
+            f"the data in {subject.shards.location} have no masks in split {split!r} to compare with"
+        )
     elif not config.evaluation.pseudo_mask_images:
         found.absent["sweep"] = "evaluation.pseudo_mask_images is 0: the run measures no pseudo masks"
     else:

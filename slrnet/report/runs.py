@@ -121,8 +121,8 @@ def _curves(checkpoint: Checkpoint, handle: RunHandle | None) -> tuple[dict[str,
     """The run's curves over epochs: from MLflow, else the single points that the checkpoints hold."""
     keys = [f"pseudo_mask/{name}" for name in ("miou", "mfdr", "mfnr", "coverage")]
     keys += [val_key(checkpoint.config), "val/mfdr", "val/mfnr", "train/epoch_loss", "train/loss"]
-    if handle is not None:
-        steps = checkpoint.state.step / checkpoint.state.epoch
+    steps = _steps_per_epoch(checkpoint, handle)
+    if handle is not None and steps:
         # A step that was logged again after a restart has its last value.
         found = {key: dict(metric_history(handle, key)) for key in keys}
         curves = {key: [(step / steps, value) for step, value in points.items()] for key, points in found.items()}
@@ -135,16 +135,26 @@ def _curves(checkpoint: Checkpoint, handle: RunHandle | None) -> tuple[dict[str,
     return points, "the checkpoints that were kept; the MLflow run with the other epochs is out of reach"
 
 
+def _steps_per_epoch(checkpoint: Checkpoint, handle: RunHandle | None) -> float:
+    """Of a checkpoint within an epoch the run's curve says it; 0 where that is not known."""
+    state = checkpoint.state
+    if not state.unfinished:
+        return state.step / state.epoch
+    ends = metric_history(handle, "epoch") if handle else []
+    return ends[-1][0] / ends[-1][1] if ends else 0.0
+
+
 def _kept_metrics(checkpoint: Checkpoint) -> dict[int, Mapping[str, float]]:
     """Figures by epoch of the checkpoint and of those beside it; what cannot be read is left out."""
     found: dict[int, Mapping[str, float]] = {}
     for file in checkpoint.path.resolve().parent.glob(f"checkpoint-*/{STATE}"):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
-            found[int(record["epoch"])] = dict(record["metrics"])
+            if record["metrics"]:  # none within an epoch
+                found[int(record["epoch"])] = dict(record["metrics"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return found | {checkpoint.state.epoch: checkpoint.state.metrics}
+    return found | ({checkpoint.state.epoch: checkpoint.state.metrics} if checkpoint.state.metrics else {})
 
 
 def _environment(handle: RunHandle | None) -> dict[str, str]:

@@ -93,7 +93,7 @@ def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Fai
     ]
     records.sort(key=lambda record: record["time"])
     processes = {record["rank"]: record["pid"] for record in records}  # the last of each rank
-    records = [record for record in records if record["pid"] in processes.values()]
+    records = [record for record in records if record["pid"] == processes[record["rank"]]]
     hangs = [record for record in records if record["event"] == "hang"]
     if hangs:
         return _failure(hangs[0])

@@ -16,7 +16,7 @@ from PIL import Image
 from slrnet.codes import code_maps, heat
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.data.manifest import ShardSet
-from slrnet.figures.__main__ import main
+from slrnet.figures.__main__ import _checkpoints, main
 from slrnet.figures.paper import PAPER_TABLES
 from slrnet.figures.pictures import (
     best_of_each_class,
@@ -148,6 +148,15 @@ class TestCommand:
         out = tmp_path / "out"
         assert main(["fig7", str(two_epochs), "--out", str(out), "--images", "1", "--num-iters", "1", "2"]) == 0
         assert (out / "fig7.png").is_file()
+
+    def test_of_three_checkpoints_the_first_and_the_last_are_taken(self, two_epochs: Path) -> None:
+        first = load_checkpoint(two_epochs / "checkpoints" / "checkpoint-0001")
+        state = replace(first.state, epoch=2, step=9, unfinished={"loss": 1.0})
+        for epoch, step in ((1, 2), (2, 4)):
+            own = replace(first.state, epoch=epoch, step=step)
+            save_checkpoint(first.path.parent, config=first.config, state=own, model=first.model, optimizer={})
+        save_checkpoint(first.path.parent, config=first.config, state=state, model=first.model, optimizer={})
+        assert [found.state.step for found in _checkpoints("fig7", [two_epochs])] == [2, 9]
 
     def test_mistakes_are_named(
         self, tiny_run: Path, two_epochs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -195,6 +195,24 @@ def test_curves_and_pictures_of_the_mlflow_run(tiny_run: Path, tmp_path: Path, m
     assert run.panels_from == "the pictures in MLflow"
 
 
+def test_curves_of_a_checkpoint_within_an_epoch(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its steps and epochs do not give the length of an epoch; before the first epoch's end nothing does."""
+    handle = RunHandle(uri="sqlite:////x", run_id="a", experiment_id="0")
+    checkpoint = load_checkpoint(tiny_run)
+    for epoch, ends, expected in ((1, [(2, 1.0)], [(1.0, 0.3), (1.5, 0.5)]), (0, [], [])):
+        state = replace(checkpoint.state, epoch=epoch, step=2 * epoch + 1, unfinished={"loss": 1.0}, metrics={})
+        folder = tmp_path / str(epoch) / "checkpoints"
+        path = save_checkpoint(folder, config=checkpoint.config, state=state, model=checkpoint.model, optimizer={})
+        monkeypatch.setattr(runs, "training_run", lambda _: handle)
+        curves = {"epoch": ends, "train/loss": [(2, 0.3), (3, 0.5)]}
+        monkeypatch.setattr(runs, "metric_history", lambda _, key, curves=curves: curves.get(key, []))
+        monkeypatch.setattr(runs, "run_tags", lambda _: {})
+        monkeypatch.setattr(runs, "logged_pictures", lambda _, name: {})
+        assert read_run(path).curves["train/loss"] == expected
+
+
 def test_the_command_gives_the_same_configuration(tiny_run: Path, tmp_path: Path) -> None:
     changed = apply_overrides(
         get_recipe("voc_wsss_lite"), ["views.scales=1.0", "train.epochs=9", "evaluation.gating=none", "data.path=a b"]
