@@ -39,6 +39,7 @@ import psutil  # noqa: E402
 
 from ray_jobs.demo import free_ports, local_cluster  # noqa: E402
 from slrnet.training.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
+from slrnet.training.run_log import read_log  # noqa: E402
 from slrnet.training.tracking import RunHandle, metric_history  # noqa: E402
 
 CHECKPOINT_EVERY = 3
@@ -149,7 +150,7 @@ class Storm:
 
     def events(self, rank: int = 0) -> list[dict[str, Any]]:
         path = self.folder / "logs" / f"rank-{rank}.jsonl"
-        return list(_json_lines(path)) if path.exists() else []
+        return list(read_log(path)) if path.exists() else []
 
 
 class Server:
@@ -284,12 +285,6 @@ def _curves(server: Server) -> tuple[int, dict[str, dict[str, list[tuple[int, fl
             metric["key"]: metric_history(handle, metric["key"]) for metric in run["data"].get("metrics", [])
         }
     return len(runs), found
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with suppress(ValueError):
-            yield json.loads(line)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,7 @@ from slrnet.models.network import Network
 from slrnet.training.checkpoint import Checkpoint, check_classes
 from slrnet.training.evaluate import (
     calibrate_sample,
-    gate,
-    gating_labels,
-    predict_single_scale,
+    gated_probs,
     protocol_name,
     pseudo_mask_protocol,
     pseudo_mask_subset,
@@ -321,5 +319,4 @@ def _count_sample(
 def _gated_probs(subject: Subject, sample: EvalSample) -> Tensor:
     """(K, H, W) on the CPU, by the protocol of the training's validation."""
     config = subject.checkpoint.config
-    probs, scores = predict_single_scale(subject.model, sample.image.to(subject.device), subject.normalise, config)
-    return gate(probs, scores, gating_labels(sample, config).to(subject.device), config.evaluation)[0].cpu()
+    return gated_probs(subject.model, sample, config=config, normalise=subject.normalise, device=subject.device).cpu()

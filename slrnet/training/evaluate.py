@@ -37,6 +37,7 @@ __all__ = [
     "evaluate_masks",
     "fit_image",
     "gate",
+    "gated_probs",
     "gating_labels",
     "measure_pseudo_masks",
     "predict_single_scale",
@@ -96,9 +97,8 @@ def evaluate_masks(
     def masks() -> Iterator[tuple[EvalSample, Tensor]]:
         for sample in samples:
             if sample.pixel_labels is not None:
-                probs, scores = predict_single_scale(model, sample.image.to(ranks.device), normalise, config)
-                probs = gate(probs, scores, gating_labels(sample, config).to(ranks.device), config.evaluation)
-                yield sample, probs.argmax(dim=1)[0].cpu()
+                probs = gated_probs(model, sample, config=config, normalise=normalise, device=ranks.device)
+                yield sample, probs.argmax(dim=0).cpu()
 
     return count_masks(masks(), num_classes=model.num_classes, protocol=protocol_name(config.evaluation), ranks=ranks)
 
@@ -142,6 +142,25 @@ def predict_single_scale(
     outputs = model([as_model(inputs)])
     scores = outputs.class_scores[0] if outputs.class_scores else None
     return resize(outputs.logits[0].float().softmax(dim=1), image.shape[-2:]), scores
+
+
+def gated_probs(
+    model: Network, sample: EvalSample, *, config: Config, normalise: Normalise, device: torch.device
+) -> Tensor:
+    """(K, H, W) probabilities of an image by the protocol `ss`, after gating, on the device.
+
+    Args:
+        model: in evaluation mode.
+        sample: of H x W pixels.
+        config: of the run.
+        normalise: of the encoder.
+        device: of the model.
+
+    Raises:
+        DataError: the protocol gates by image labels, and they are not known.
+    """
+    probs, scores = predict_single_scale(model, sample.image.to(device), normalise, config)
+    return gate(probs, scores, gating_labels(sample, config).to(device), config.evaluation)[0]
 
 
 def gating_labels(sample: EvalSample, config: Config) -> Tensor:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Failure", "RunLog", "find_failure"]
+__all__ = ["Failure", "RunLog", "find_failure", "read_log"]
 
 FOLDER = "logs"
 LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "NCCL error")
@@ -88,7 +88,7 @@ def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Fai
     records = [
         record
         for path in sorted((folder / FOLDER).glob("rank-*.jsonl"))
-        for record in _records(path)
+        for record in read_log(path)
         if record["time"] >= after
     ]
     records.sort(key=lambda record: record["time"])
@@ -112,7 +112,8 @@ def _failure(record: Mapping[str, Any]) -> Failure:
     return Failure(**{name: record[name] for name in names})
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a rank's log, without what is no whole line."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)

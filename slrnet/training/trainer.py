@@ -256,8 +256,8 @@ class Trainer:
     def _save(self) -> None:
         if self.ranks.is_main:
             self.watchdog.alive()
-            self.state = replace(self.state, untracked=self.tracker.undelivered_points())
-            self.writer.save(self.state, model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+            state = replace(self.state, untracked=self.tracker.undelivered_points())
+            self.writer.save(state, model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
             self.log.write("checkpoint", step=self.state.step, name=self.state.name)
 
     def _summarise(self, tally: _Tally, *, seconds: float) -> dict[str, float]:
