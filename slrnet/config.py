@@ -85,6 +85,10 @@ class DataConfig(_Section):
     """Named subset of the training split whose masks the training may see; empty in setting `wsss`, which sees none."""
     pixel_oversampling: PositiveInt = 5
     """Times that an epoch draws each sample of `pixel_labeled_subset` (paper Sec. 4.4); the others come once."""
+    pretrain_on: Literal["all", "labelled"] = "all"
+    """What the first `train.pretrain_epochs` epochs draw: every image, or only those that grant a label, more often, so
+    that an epoch is as long as the later ones. Without pseudo labels an unlabelled image has the consistency terms
+    alone."""
     class_balance: Fraction = 0.0
     """0: images are drawn as they are; 1: so that all classes come equally often; between: shares p^(1 - this)."""
     balance_limit: Annotated[float, Field(strict=True, ge=1.0, allow_inf_nan=False)] = 10.0

@@ -398,7 +398,11 @@ class _TrainReader:
     def draws(self, steps: Iterable[int], epoch: int) -> list[tuple[int, int]]:
         """Samples and repeats of this rank's part of some global batches, in order."""
         plan = plan_epoch(
-            self.supervision.pools, self.index.firsts, seed=self.seed, epoch=epoch, window=self.shuffle_buffer
+            self.supervision.pools_in(epoch),
+            self.index.firsts,
+            seed=self.seed,
+            epoch=epoch,
+            window=self.shuffle_buffer,
         )
         starts = np.array(list(steps), dtype=np.int64) * self.batch_size
         places = (starts[:, None] + np.array(self.share)).ravel()

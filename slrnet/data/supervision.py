@@ -28,11 +28,19 @@ class Supervision:
         pixel_labels: (n,) bool, whose mask is granted.
         image_labels: (n,) bool, whose image labels are known and granted.
         pools: the samples that are drawn: those with granted masks, if there are any, and the others, if there are any.
+        first_pools: the same for the first epochs, with as many draws in all.
+        first_epochs: how many epochs draw from `first_pools`.
     """
 
     pixel_labels: npt.NDArray[np.bool_]
     image_labels: npt.NDArray[np.bool_]
     pools: tuple[Pool, ...]
+    first_pools: tuple[Pool, ...] = ()
+    first_epochs: int = 0
+
+    def pools_in(self, epoch: int) -> tuple[Pool, ...]:
+        """What an epoch, counted from 0, draws from."""
+        return self.first_pools if epoch < self.first_epochs else self.pools
 
     @property
     def draws(self) -> int:
@@ -55,16 +63,20 @@ class Supervision:
         found = ", ".join(f"{int(kind.sum())} with {name}" for name, kind in kinds.items() if kind.any())
         drawn = sum(pool.total for pool in self.pools if self.pixel_labels[pool.samples[0]])
         shares = f", {100 * drawn / self.draws:.1f} % of them with pixel labels" if drawn else ""
-        return f"training images: {found}; {self.draws} draws per epoch{shares}"
+        first = f"; epochs 1 to {self.first_epochs} draw labelled images alone" if self.first_epochs else ""
+        return f"training images: {found}; {self.draws} draws per epoch{shares}{first}"
 
 
-def plan_supervision(split: SplitView, config: DataConfig, setting: Setting) -> Supervision:
+def plan_supervision(
+    split: SplitView, config: DataConfig, setting: Setting, *, pretrain_epochs: int = 0
+) -> Supervision:
     """Decides what a training may see of a split.
 
     Args:
         split: to train on.
         config: subsets, oversampling and class balance.
         setting: `sss` grants no image labels, `wsss` no masks.
+        pretrain_epochs: epochs without pseudo labels, from which `config.pretrain_on` may keep unlabelled images.
 
     Raises:
         DataError: there is no such subset, a sample of `pixel_labeled_subset` has no mask, or nothing is left that
@@ -91,7 +103,9 @@ def plan_supervision(split: SplitView, config: DataConfig, setting: Setting) -> 
         )
         if len(samples)
     )
-    return Supervision(masks, names, pools)
+    if config.pretrain_on == "all" or not pretrain_epochs or (masks | names)[members].all():
+        return Supervision(masks, names, pools)
+    return Supervision(masks, names, pools, _labelled_alone(pools, masks | names), pretrain_epochs)
 
 
 def image_labels_only(split: SplitView) -> Supervision:
@@ -99,6 +113,19 @@ def image_labels_only(split: SplitView) -> Supervision:
     samples = np.arange(split.num_samples)
     none = np.zeros(split.num_samples, dtype=np.bool_)
     return Supervision(none, split.has_image_labels, (Pool(samples, np.ones(len(samples))),))
+
+
+def _labelled_alone(pools: tuple[Pool, ...], labelled: npt.NDArray[np.bool_]) -> tuple[Pool, ...]:
+    """The pools without the samples that grant no label, the others drawn more often: as many draws in all."""
+    kept = [(pool.samples[chosen], pool.draws[chosen]) for pool in pools if (chosen := labelled[pool.samples]).any()]
+    total = sum(pool.total for pool in pools)
+    # Each pool's draws are a whole number; the last one takes what rounding leaves.
+    shares = np.array([draws.sum() for _, draws in kept])
+    ends = np.rint(np.cumsum(shares) / shares.sum() * total)
+    totals = np.diff(ends, prepend=0)
+    return tuple(
+        Pool(samples, draws * (own / draws.sum())) for (samples, draws), own in zip(kept, totals, strict=True) if own
+    )
 
 
 def _draws(split: SplitView, samples: npt.NDArray[np.int64], config: DataConfig) -> npt.NDArray[np.float64]:

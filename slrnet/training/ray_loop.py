@@ -415,7 +415,12 @@ def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
 
     check_batch(config, world_size)
     shards.split(config.data.val_split)
-    supervision = plan_supervision(shards.split(config.data.train_split), config.data, config.setting)
+    supervision = plan_supervision(
+        shards.split(config.data.train_split),
+        config.data,
+        config.setting,
+        pretrain_epochs=config.train.pretrain_epochs,
+    )
     if supervision.draws < config.train.batch_size:
         raise ValueError(
             f"an epoch of split {config.data.train_split!r} has {supervision.draws} samples, fewer than "

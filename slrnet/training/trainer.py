@@ -121,7 +121,12 @@ class Trainer:
         self.model.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.normalise = Normalise.of(self.model.encoder)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
-        self.supervision = plan_supervision(shards.split(config.data.train_split), config.data, config.setting)
+        self.supervision = plan_supervision(
+            shards.split(config.data.train_split),
+            config.data,
+            config.setting,
+            pretrain_epochs=config.train.pretrain_epochs,
+        )
         self.loader = _train_loader(config, shards, ranks, self.supervision)
         self.state = TrainState(
             epoch=0,

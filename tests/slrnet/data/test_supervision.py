@@ -96,6 +96,25 @@ def test_unlabelled_images_among_others(write_tiny: WriteTiny, tmp_path: Path) -
         plan(nothing, "wsss")
 
 
+def test_pretraining_on_labelled_images_alone(split: SplitView, write_tiny: WriteTiny, tmp_path: Path) -> None:
+    settings = DataConfig(pixel_labeled_subset="pixels", pixel_oversampling=3, pretrain_on="labelled")
+    found = plan_supervision(split, settings, "sss", pretrain_epochs=2)
+    (first,) = found.pools_in(0)
+    assert found.pools_in(1) == (first,)
+    assert found.pools_in(2) is found.pools
+    assert {split.key(int(sample)) for sample in first.samples} == MASKS
+    assert first.total == found.draws == 17  # an epoch is as long as the others
+    assert "epochs 1 to 2 draw labelled images alone" in found.describe()
+    # Where every image has a label, and without pretraining, all epochs are alike.
+    assert plan_supervision(split, settings, "sss_image_labels", pretrain_epochs=2).first_epochs == 0
+    assert plan_supervision(split, settings, "sss", pretrain_epochs=0).first_epochs == 0
+    # Of the others, those with image labels stay, in the ratio that they had to the masks.
+    mixed = write_tiny(tmp_path / "mixed", image_labels=lambda key, classes: None if key >= "train_6" else classes)
+    rest = plan_supervision(mixed.split("train"), settings, "sss_image_labels", pretrain_epochs=1)
+    assert [len(pool.samples) for pool in rest.pools_in(0)] == [4, 2]
+    assert [pool.total for pool in rest.pools_in(0)] == [15, 2]  # 12 and 2 of 14, times 17 / 14
+
+
 def test_refusals(split: SplitView, write_tiny: WriteTiny, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no subset 'other'; it has: few, pixels; data_prep makes one with --subset"):
         plan(split, "sss", pixel_labeled_subset="other")
