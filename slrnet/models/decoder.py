@@ -31,7 +31,7 @@ def conv_norm_relu(inputs: int, outputs: int, kernel: int, *, dilation: int = 1)
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False),
         nn.BatchNorm2d(outputs, momentum=BATCH_NORM_MOMENTUM),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
     )
 
 
@@ -109,7 +109,7 @@ class GlobalCueInjection(nn.Module):
         """(N, skip_channels, H, W) and (N, dim, h, w) to (N, dim, H, W)."""
         cue = self.describe(deep).amax(dim=(2, 3))[..., None, None]  # (N, 2 dim, 1, 1)
         scale, shift = cue.chunk(2, dim=1)
-        return self.project(F.relu(self.shallow(skip) * (scale + 1) + shift))  # type: ignore[no-any-return]
+        return self.project(F.relu(self.shallow(skip) * (scale + 1) + shift, inplace=True))  # type: ignore[no-any-return]
 
 
 class StochasticGate(nn.Module):

@@ -18,6 +18,7 @@ from slrnet.models.encoders import Encoder, build_encoder
 from slrnet.models.heads import AuxiliaryHead, class_scores
 from slrnet.models.low_rank import LowRankModule, build_low_rank
 from slrnet.models.network import Network, Outputs
+from slrnet.models.winograd import use_winograd
 
 __all__ = ["Outputs", "SLRNet", "build_model", "network_of"]
 
@@ -120,6 +121,12 @@ def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int, predi
         ValueError: unknown encoder, a weights file that is missing or does not fit, or an architecture whose extra is
             not installed.
     """
+    network = _build(model, cvlr, num_classes=num_classes, predict_background=predict_background)
+    use_winograd(network)
+    return network
+
+
+def _build(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int, predict_background: bool) -> Network:
     encoder = build_encoder(
         model.encoder,
         weights=model.encoder_weights,

@@ -135,12 +135,12 @@ class PlainBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-        activated = F.relu(self.bn_branch2a(x))
+        activated = F.relu(self.bn_branch2a(x), inplace=True)
         # A block that changes the shape projects the activated input, one that keeps it adds the input itself.
         shortcut = x if self.conv_branch1 is None else self.conv_branch1(activated)
         branch = self.conv_branch2a(activated)
-        branch = self.conv_branch2b1(F.relu(self.bn_branch2b1(branch)))
-        return shortcut + branch  # type: ignore[no-any-return]
+        branch = self.conv_branch2b1(F.relu(self.bn_branch2b1(branch), inplace=True))
+        return branch.add_(shortcut)  # type: ignore[no-any-return]
 
 
 class BottleneckBlock(nn.Module):
@@ -170,11 +170,11 @@ class BottleneckBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-        activated = F.relu(self.bn_branch2a(x))
+        activated = F.relu(self.bn_branch2a(x), inplace=True)
         branch = self.conv_branch2a(activated)
-        branch = self.conv_branch2b1(self.dropout_2b1(F.relu(self.bn_branch2b1(branch))))
-        branch = self.conv_branch2b2(self.dropout_2b2(F.relu(self.bn_branch2b2(branch))))
-        return self.conv_branch1(activated) + branch  # type: ignore[no-any-return]
+        branch = self.conv_branch2b1(self.dropout_2b1(F.relu(self.bn_branch2b1(branch), inplace=True)))
+        branch = self.conv_branch2b2(self.dropout_2b2(F.relu(self.bn_branch2b2(branch), inplace=True)))
+        return branch.add_(self.conv_branch1(activated))  # type: ignore[no-any-return]
 
 
 def _make_block(
