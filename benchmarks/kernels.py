@@ -12,11 +12,11 @@ that neighbouring programs read at the same time come from the L2 cache after th
 from __future__ import annotations
 
 import argparse
+import io
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
-import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -38,6 +37,10 @@ TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 OF_FEATURES = {"features", "values", "codes", "source", "grad_codes", "reconstruction", "grad_first"}
 
 
+FIGURES = (r"Used (\d+) registers", r"(\d+) bytes spill")
+"""What ptxas says of a kernel: registers of a thread, bytes that it stores and loads for want of registers."""
+
+
 class Resources(NamedTuple):
     registers: int
     spilled: int
@@ -47,7 +50,7 @@ class Resources(NamedTuple):
 def main() -> int:
     args = parse_arguments()
     print(
-        f"{'kernel':<24}{'cc':>4}{'(d, k)':>12}{'type':>6}{'tile':>6}{'warps':>7}"
+        f"{'kernel':<24}{'cc':>4}{'(d, k)':>12}{'type':>6}{'tile':>6}{'stages':>8}{'warps':>7}"
         f"{'registers':>11}{'spilled':>9}{'shared':>9}"
     )
     spilling = 0
@@ -58,8 +61,8 @@ def main() -> int:
                 tile = config.kwargs.get("TILE", "-")
                 spilling += found.spilled > 0
                 print(
-                    f"{name:<24}{capability:>4}{f'({d}, {k})':>12}{TYPES[dtype]:>6}{tile:>6}{config.num_warps:>7}"
-                    f"{found.registers:>11}{found.spilled:>9}{found.shared:>9}",
+                    f"{name:<24}{capability:>4}{f'({d}, {k})':>12}{TYPES[dtype]:>6}{tile:>6}"
+                    f"{config.num_stages:>8}{config.num_warps:>7}{found.registers:>11}{found.spilled:>9}{found.shared:>9}",
                     flush=True,
                 )
     print(f"kernels that spill: {spilling} (claimed: 0)\n")
@@ -111,7 +114,7 @@ def launches(d: int, k: int, dtype: torch.dtype) -> Iterator[tuple[str, Any, dic
                     (name, kernel.fn, constants, config) for config in kernels.fitting_tiles(kernel.configs, constants)
                 )
             else:
-                yield name, kernel, constants, triton.Config({})
+                yield name, kernel, constants, triton.Config({}, num_warps=kernels.FINISHING_WARPS)
 
 
 def compile_kernel(
@@ -135,15 +138,13 @@ def compile_kernel(
         constexprs={(names.index(name),): value for name, value in constants.items()},
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return Resources(usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared)
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as said:
+        triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True  # a cached one has no log
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    log = said.getvalue()
+    if "Used" not in log:
+        raise SystemExit(f"ptxas did not say what {kernel.__name__} uses; this script needs another version of Triton")
+    return Resources(*(sum(map(int, re.findall(pattern, log))) for pattern in FIGURES), compiled.metadata.shared)
 
 
 def traffic(n: int, d: int, k: int, dtype: torch.dtype, num_iters: int) -> float:
@@ -153,8 +154,8 @@ def traffic(n: int, d: int, k: int, dtype: torch.dtype, num_iters: int) -> float
     least = (num_iters + 1) * features + codes + features + codes  # reads, first codes; reconstruction, last codes
     atoms = n * (d * k + k) * 4
     sums = 2 * plan.splits * atoms  # partial sums, written and read
-    finished = 3 * atoms  # dictionary, directions, masses written; directions read
-    return (least + num_iters * (sums + finished) + atoms) / least
+    finished = 2 * atoms  # the dictionary, written and read
+    return (least + num_iters * (sums + finished)) / least
 
 
 if __name__ == "__main__":

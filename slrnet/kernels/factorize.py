@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slrnet.models.factorization import MASS_FLOOR, NORM_FLOOR, directions_of
+from slrnet.models.factorization import MASS_FLOOR, NORM_FLOOR
 
 __all__ = ["INTERPRETED", "Plan", "backward", "forward", "misfit", "plan_of"]
 
@@ -34,12 +34,16 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_DIM, MAX_BASES = 1024, 1024
 SUMS = 8192
 """float32 sums that one program keeps in registers; with more of them, others are spilled to memory."""
+MANY_ATOMS = 256
+"""Atoms from which codes take so many registers that half as many sums fit, and loads run less far ahead."""
 CHUNK = 16
 """Rows of d that a product over d takes at once."""
 PARTIAL_SHARE = 0.1
 """Partial sums written and read again, at most, as a share of the features' bytes."""
 COLUMNS = 8
 """Atoms that a program of the finishing kernels works on."""
+FINISHING_WARPS = 8
+"""Of those; with fewer, the d rows of an atom take too many registers of each thread."""
 PROGRAMS = 264
 """Programs that fill the GPUs that this is meant for: two for each of the 132 multiprocessors of an H100."""
 
@@ -77,7 +81,7 @@ def plan_of(n: int, d: int, k: int, positions: int, dtype: torch.dtype) -> Plan:
     """
     single = dtype == torch.float32
     atoms = max(16, triton.next_power_of_2(k))
-    rows = max(16, min(triton.next_power_of_2(d), SUMS // atoms))
+    rows = max(16, min(triton.next_power_of_2(d), SUMS // atoms // (2 if atoms >= MANY_ATOMS else 1)))
     slices = triton.cdiv(d, rows)
     affordable = int(PARTIAL_SHARE * positions * dtype.itemsize / (2 * 4 * k))
     splits = max(1, min(triton.cdiv(PROGRAMS, n * slices), affordable, triton.cdiv(positions, 32)))
@@ -102,19 +106,25 @@ def misfit(features: Tensor, k: int) -> str | None:
 
 def fitting_tiles(configs: list[triton.Config], constants: dict[str, Any]) -> list[triton.Config]:
     """The tiles whose kernels spill no registers, by the constants that a kernel is compiled with."""
-    keeps_sums = constants.get("ROWS", 0) * constants["ATOMS"] == SUMS
-    small = keeps_sums and constants["PRECISION"] == "tf32x3"
-    return [config for config in configs if config.kwargs["TILE"] == 16 or not small]
+    sums, single = "ROWS" in constants, constants["PRECISION"] == "tf32x3"
+    if constants["ATOMS"] >= MANY_ATOMS:
+        fitting = [(16, 1)] if sums else [(16, 1), (16, 2)]
+    elif single:
+        fitting = [(16, 1), (16, 2)]
+    else:
+        fitting = [(16, 2), (32, 2)] if sums else [(16, 2), (16, 3), (32, 2)]
+    return [config for config in configs if (config.kwargs["TILE"], config.num_stages) in fitting]
 
 
 def _tuned(names: str, **options: Any) -> Callable[[Any], Any]:
-    """Picks tiles by time, but the first one where results must not depend on a timing.
+    """Picks tiles by time; those of one width alone where results must not depend on a timing.
 
-    That is in the interpreter, and where torch was told to be deterministic before this module was imported.
+    That is where torch was told to be deterministic before this module was imported. Stages, how far loads run ahead,
+    change no result; in the interpreter they mean nothing.
     """
-    tiles = [(16, 2), (16, 3), (32, 2)]
-    if INTERPRETED or torch.are_deterministic_algorithms_enabled():
-        tiles = tiles[:1]
+    tiles = [(16, 2)] if INTERPRETED else [(16, 1), (16, 2), (16, 3), (32, 2)]
+    if torch.are_deterministic_algorithms_enabled():
+        tiles = [(width, stages) for width, stages in tiles if width == 16]
     return triton.autotune(  # type: ignore[no-any-return]
         configs=[triton.Config({"TILE": tile}, num_warps=8, num_stages=stages) for tile, stages in tiles],
         key=names.split(),
@@ -131,6 +141,13 @@ def _load(base, row, column, height, width):
 
 
 @triton.jit
+def _load_turned(base, row, column, height, width):
+    """The same block with its columns along the first axis."""
+    inside = (column < width)[:, None] & (row < height)[None, :]
+    return tl.load(base + row[None, :] * width + column[:, None], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _store(base, row, column, height, width, block):
     """Writes the part of a block that lies in a (height, width) array, in the array's type."""
     inside = (row < height)[:, None] & (column < width)[None, :]
@@ -142,24 +159,26 @@ def _project(
     total, weights, values, where, d, k, positions,
     ATOMS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds W V for a tile of positions to `total` (ATOMS, TILE): `weights` W (k, d), `values` V (d, P)."""
+    """Adds W^T V for a tile of positions to `total` (ATOMS, TILE): `weights` W (d, k), `values` V (d, P)."""
     atom = tl.arange(0, ATOMS)
     for start in range(0, d, CHUNK):
         row = start + tl.arange(0, CHUNK)
         v = _load(values, row, where, d, positions)
-        total = tl.dot(_load(weights, atom, row, k, d), v, total, input_precision=PRECISION)
+        total = tl.dot(_load_turned(weights, row, atom, d, k), v, total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
 def _codes_of_tile(
-    features, directions, where, d, k, positions, inverse_temperature,
+    features, dictionary, scale, where, d, k, positions, inverse_temperature,
     ATOMS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Line 3 for a tile of positions: (ATOMS, TILE), zero outside."""
+    """Line 3 for a tile of positions: (ATOMS, TILE), zero outside. `scale` (k) makes unit atoms of the dictionary's."""
+    atom = tl.arange(0, ATOMS)
     logits = tl.zeros((ATOMS, TILE), dtype=tl.float32)
-    logits = _project(logits, directions, features, where, d, k, positions, ATOMS, CHUNK, PRECISION)
-    logits = tl.where((tl.arange(0, ATOMS) < k)[:, None], logits * inverse_temperature, float("-inf"))
+    logits = _project(logits, dictionary, features, where, d, k, positions, ATOMS, CHUNK, PRECISION)
+    logits *= (tl.load(scale + atom, mask=atom < k, other=0.0) * inverse_temperature)[:, None]
+    logits = tl.where((atom < k)[:, None], logits, float("-inf"))
     powers = tl.exp(logits - tl.max(logits, axis=0)[None, :])
     return tl.where((where < positions)[None, :], powers / tl.sum(powers, axis=0)[None, :], 0.0)
 
@@ -167,20 +186,21 @@ def _codes_of_tile(
 @_tuned("d k FIRST")
 @triton.jit
 def _sum_for_dictionary(
-    features, values, codes, directions, partial, partial_mass, d, k, positions, splits, inverse_temperature,
+    features, values, codes, dictionary, scale, partial, partial_mass, d, k, positions, splits, inverse_temperature,
     FIRST: tl.constexpr, ROWS: tl.constexpr, ATOMS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Line 2's sums over a stretch of positions: V C^T into `partial` (N, splits, d, k) and the codes' mass.
 
-    The codes are the first ones, or those of line 3 for the directions (N, k, d). V are the features; or, going
+    The codes are the first ones, or those of line 3 for the dictionary (N, d, k). V are the features; or, going
     backwards, the gradient of the reconstruction, which makes the sum the gradient of line 5's dictionary.
     """
     part, image, split = tl.program_id(0), tl.program_id(1) // splits, tl.program_id(1) % splits
     features += image.to(tl.int64) * d * positions
     values += image.to(tl.int64) * d * positions
     codes += image.to(tl.int64) * k * positions
-    directions += image * d * k
+    dictionary += image * d * k
+    scale += image * k
     atom = tl.arange(0, ATOMS)
     row = part * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, ATOMS), dtype=tl.float32)
@@ -192,7 +212,7 @@ def _sum_for_dictionary(
             own = _load(codes, atom, where, k, positions)
         else:
             own = _codes_of_tile(
-                features, directions, where, d, k, positions, inverse_temperature, ATOMS, CHUNK, TILE, PRECISION
+                features, dictionary, scale, where, d, k, positions, inverse_temperature, ATOMS, CHUNK, TILE, PRECISION
             )
         v = _load(values, row, where, d, positions)
         total = tl.dot(v, tl.trans(own), total, input_precision=PRECISION)
@@ -204,10 +224,10 @@ def _sum_for_dictionary(
 
 @triton.jit
 def _finish_dictionary(
-    partial, partial_mass, dictionary, masses, directions, d, k, splits,
+    partial, partial_mass, dictionary, masses, scale, d, k, splits,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Adds the partial sums in order; writes dictionary (N, d, k), masses (N, k) and directions (N, k, d)."""
+    """Adds the partial sums in order; writes dictionary (N, d, k), masses (N, k) and one over norms (N, k)."""
     image = tl.program_id(1)
     row = tl.arange(0, ROWS)
     atom = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -221,13 +241,13 @@ def _finish_dictionary(
     norm = tl.sqrt(tl.sum(total * total, axis=0))
     _store(dictionary + image * d * k, row, atom, d, k, total)
     tl.store(masses + image * k + atom, mass, mask=atom < k)
-    _store(directions + image * d * k, atom, row, k, d, tl.trans(total / tl.maximum(norm, NORM_LIMIT)[None, :]))
+    tl.store(scale + image * k + atom, 1 / tl.maximum(norm, NORM_LIMIT), mask=atom < k)
 
 
 @_tuned("d k")
 @triton.jit
 def _rebuild(
-    features, directions, dictionary, codes, reconstruction, d, k, positions, inverse_temperature,
+    features, dictionary, scale, codes, reconstruction, d, k, positions, inverse_temperature,
     ATOMS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Lines 3 and 5 for a tile: the last codes (N, k, P) and the reconstruction (N, d, P)."""
@@ -238,7 +258,7 @@ def _rebuild(
     atom = tl.arange(0, ATOMS)
     where = tl.program_id(0) * TILE + tl.arange(0, TILE)
     own = _codes_of_tile(
-        features, directions + image * d * k, where, d, k, positions, inverse_temperature,
+        features, dictionary + image * d * k, scale + image * k, where, d, k, positions, inverse_temperature,
         ATOMS, CHUNK, TILE, PRECISION,
     )  # fmt: skip
     _store(codes, atom, where, k, positions, own)
@@ -250,7 +270,7 @@ def _rebuild(
 
 @triton.jit
 def _grad_of_tile(
-    features, source, directions, weights, grad_mass, grad_codes, where, d, k, positions, inverse_temperature,
+    features, source, dictionary, scale, weights, grad_mass, grad_codes, where, d, k, positions, inverse_temperature,
     LAST: tl.constexpr, ATOMS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile's codes and the gradient of the logits of line 3 that made them, both (ATOMS, TILE).
@@ -267,7 +287,7 @@ def _grad_of_tile(
         grad -= tl.load(grad_mass + atom, mask=atom < k, other=0.0)[:, None]
     grad = _project(grad, weights, source, where, d, k, positions, ATOMS, CHUNK, PRECISION)
     own = _codes_of_tile(
-        features, directions, where, d, k, positions, inverse_temperature, ATOMS, CHUNK, TILE, PRECISION
+        features, dictionary, scale, where, d, k, positions, inverse_temperature, ATOMS, CHUNK, TILE, PRECISION
     )
     return own, own * (grad - tl.sum(own * grad, axis=0)[None, :]) * inverse_temperature
 
@@ -275,7 +295,7 @@ def _grad_of_tile(
 @_tuned("d k LAST")
 @triton.jit
 def _sum_for_directions(
-    features, source, directions, weights, grad_mass, grad_codes, partial, d, k, positions, splits,
+    features, source, dictionary, scale, weights, grad_mass, grad_codes, partial, d, k, positions, splits,
     inverse_temperature,
     LAST: tl.constexpr, ROWS: tl.constexpr, ATOMS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr,
@@ -285,7 +305,8 @@ def _sum_for_directions(
     features += image.to(tl.int64) * d * positions
     source += image.to(tl.int64) * d * positions
     grad_codes += image.to(tl.int64) * k * positions
-    directions += image * d * k
+    dictionary += image * d * k
+    scale += image * k
     weights += image * d * k
     row = part * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, ATOMS), dtype=tl.float32)
@@ -293,7 +314,7 @@ def _sum_for_directions(
     for start in range(split * length, tl.minimum((split + 1) * length, positions), TILE):
         where = start + tl.arange(0, TILE)
         _, grad = _grad_of_tile(
-            features, source, directions, weights, grad_mass + image * k, grad_codes, where, d, k, positions,
+            features, source, dictionary, scale, weights, grad_mass + image * k, grad_codes, where, d, k, positions,
             inverse_temperature, LAST, ATOMS, CHUNK, TILE, PRECISION,
         )  # fmt: skip
         x = _load(features, row, where, d, positions)
@@ -304,7 +325,7 @@ def _sum_for_directions(
 @_tuned("d k LAST", restore_value=["grad_features"])
 @triton.jit
 def _grad_of_features(
-    features, source, directions, weights, grad_mass, grad_codes, grad_features, d, k, positions,
+    features, source, dictionary, scale, weights, grad_mass, grad_codes, grad_features, d, k, positions,
     inverse_temperature,
     LAST: tl.constexpr, ATOMS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     TILE: tl.constexpr,
@@ -315,19 +336,21 @@ def _grad_of_features(
     source += image.to(tl.int64) * d * positions
     grad_features += image.to(tl.int64) * d * positions
     grad_codes += image.to(tl.int64) * k * positions
-    directions += image * d * k
+    dictionary += image * d * k
+    scale += image * k
     weights += image * d * k
     atom = tl.arange(0, ATOMS)
     where = tl.program_id(0) * TILE + tl.arange(0, TILE)
     own, grad = _grad_of_tile(
-        features, source, directions, weights, grad_mass + image * k, grad_codes, where, d, k, positions,
+        features, source, dictionary, scale, weights, grad_mass + image * k, grad_codes, where, d, k, positions,
         inverse_temperature, LAST, ATOMS, CHUNK, TILE, PRECISION,
     )  # fmt: skip
+    grad *= tl.load(scale + atom, mask=atom < k, other=0.0)[:, None]
     for start in range(0, d, CHUNK):
         row = start + tl.arange(0, CHUNK)
-        result = tl.dot(tl.trans(_load(directions, atom, row, k, d)), grad, input_precision=WIDE)
+        result = tl.dot(_load(dictionary, row, atom, d, k), grad, input_precision=WIDE)
         if not LAST:
-            result = tl.dot(tl.trans(_load(weights, atom, row, k, d)), own, result, input_precision=WIDE)
+            result = tl.dot(_load(weights, row, atom, d, k), own, result, input_precision=WIDE)
             result += _load(grad_features, row, where, d, positions)
         _store(grad_features, row, where, d, positions, result)
 
@@ -337,7 +360,7 @@ def _finish_gradient(
     partial, partial_last, grad_dictionary, dictionary, masses, weights, grad_mass, d, k, splits,
     LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Back through the norms and line 2's division: writes the gradients of line 2's sum (N, k, d) and of its mass."""
+    """Back through the norms and line 2's division: writes the gradients of line 2's sum (N, d, k) and of its mass."""
     image = tl.program_id(1)
     row = tl.arange(0, ROWS)
     atom = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -358,7 +381,7 @@ def _finish_gradient(
     along = tl.where(norm > NORM_LIMIT, tl.sum(unit * grad, axis=0), 0.0)
     direct += (grad - unit * along[None, :]) / safe[None, :]
     scaled = direct / tl.maximum(mass, MASS_LIMIT)[None, :]
-    _store(weights + image * d * k, atom, row, k, d, tl.trans(scaled))
+    _store(weights + image * d * k, row, atom, d, k, scaled)
     lost = tl.where(mass > MASS_LIMIT, tl.sum(scaled * atoms, axis=0), 0.0)
     tl.store(grad_mass + image * k + atom, lost, mask=atom < k)
 
@@ -381,14 +404,13 @@ def _backward_first_codes(
     own = _load(codes, atom, where, k, positions)
     grad = tl.zeros((ATOMS, TILE), dtype=tl.float32)
     grad -= tl.load(grad_mass + image * k + atom, mask=atom < k, other=0.0)[:, None]
+    grad = _project(grad, weights, features, where, d, k, positions, ATOMS, CHUNK, PRECISION)
+    _store(grad_first, atom, where, k, positions, grad)
     for start in range(0, d, CHUNK):
         row = start + tl.arange(0, CHUNK)
-        w = _load(weights, atom, row, k, d)
-        grad = tl.dot(w, _load(features, row, where, d, positions), grad, input_precision=PRECISION)
         result = _load(grad_features, row, where, d, positions)
-        result = tl.dot(tl.trans(w), own, result, input_precision=WIDE)
+        result = tl.dot(_load(weights, row, atom, d, k), own, result, input_precision=WIDE)
         _store(grad_features, row, where, d, positions, result)
-    _store(grad_first, atom, where, k, positions, grad)
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
@@ -408,20 +430,20 @@ def forward(
     k = codes.shape[1]
     plan = plan_of(n, d, k, positions, features.dtype)
     dictionaries, masses = _floats(features, num_iters, n, d, k), _floats(features, num_iters, n, k)
-    directions = _floats(features, n, k, d)
+    scale = _floats(features, n, k)
     partial, partial_mass = _floats(features, n, plan.splits, d, k), _floats(features, n, plan.splits, k)
     for t in range(num_iters):
         _sum_for_dictionary[plan.slices, n * plan.splits](
-            features, features, codes, directions, partial, partial_mass, d, k, positions, plan.splits,
-            1 / temperature, FIRST=t == 0, ROWS=plan.rows, **plan.tile(),
+            features, features, codes, dictionaries[t - 1], scale, partial, partial_mass, d, k, positions,
+            plan.splits, 1 / temperature, FIRST=t == 0, ROWS=plan.rows, **plan.tile(),
         )  # fmt: skip
         _finish_dictionary[triton.cdiv(k, COLUMNS), n](
-            partial, partial_mass, dictionaries[t], masses[t], directions, d, k, plan.splits,
-            ROWS=triton.next_power_of_2(d), COLUMNS=COLUMNS,
+            partial, partial_mass, dictionaries[t], masses[t], scale, d, k, plan.splits,
+            ROWS=triton.next_power_of_2(d), COLUMNS=COLUMNS, num_warps=FINISHING_WARPS,
         )  # fmt: skip
     last, reconstruction = torch.empty_like(codes), torch.empty_like(features)
     _rebuild[_grid(positions, n)](
-        features, directions, dictionaries[-1], last, reconstruction, d, k, positions, 1 / temperature,
+        features, dictionaries[-1], scale, last, reconstruction, d, k, positions, 1 / temperature,
         **plan.tile(), WIDE=plan.wide,
     )  # fmt: skip
     return dictionaries, masses, last, reconstruction
@@ -444,29 +466,30 @@ def backward(
     k = codes.shape[1]
     plan = plan_of(n, d, k, positions, features.dtype)
     grad_features, grad_first = _floats(features, n, d, positions), torch.empty_like(codes)
-    weights, grad_mass = dictionaries[-1].transpose(1, 2).contiguous(), _floats(features, n, k)
+    scales = 1 / dictionaries.norm(dim=2).clamp_min(NORM_FLOOR)
+    weights, grad_mass = dictionaries[-1].clone(), _floats(features, n, k)
     partial, partial_mass = _floats(features, n, plan.splits, d, k), _floats(features, n, plan.splits, k)
     partial_last = torch.empty_like(partial)
     for t in range(len(dictionaries) - 1, -1, -1):
         last = t == len(dictionaries) - 1
         source = grad_reconstruction if last else features
-        directions = directions_of(dictionaries[t]).transpose(1, 2).contiguous()  # as the kernels read them
+        dictionary, scale = dictionaries[t], scales[t]
         if last:
             _sum_for_dictionary[plan.slices, n * plan.splits](
-                features, grad_reconstruction, codes, directions, partial_last, partial_mass, d, k, positions,
+                features, grad_reconstruction, codes, dictionary, scale, partial_last, partial_mass, d, k, positions,
                 plan.splits, 1 / temperature, FIRST=False, ROWS=plan.rows, **plan.tile(),
             )  # fmt: skip
         _sum_for_directions[plan.slices, n * plan.splits](
-            features, source, directions, weights, grad_mass, grad_codes, partial, d, k, positions, plan.splits,
+            features, source, dictionary, scale, weights, grad_mass, grad_codes, partial, d, k, positions, plan.splits,
             1 / temperature, LAST=last, ROWS=plan.rows, **plan.tile(),
         )  # fmt: skip
         _grad_of_features[_grid(positions, n)](
-            features, source, directions, weights, grad_mass, grad_codes, grad_features, d, k, positions,
+            features, source, dictionary, scale, weights, grad_mass, grad_codes, grad_features, d, k, positions,
             1 / temperature, LAST=last, **plan.tile(), WIDE=plan.wide,
         )  # fmt: skip
         _finish_gradient[triton.cdiv(k, COLUMNS), n](
-            partial, partial_last, grad_dictionary.contiguous(), dictionaries[t], masses[t], weights, grad_mass,
-            d, k, plan.splits, LAST=last, ROWS=triton.next_power_of_2(d), COLUMNS=COLUMNS,
+            partial, partial_last, grad_dictionary.contiguous(), dictionary, masses[t], weights, grad_mass,
+            d, k, plan.splits, LAST=last, ROWS=triton.next_power_of_2(d), COLUMNS=COLUMNS, num_warps=FINISHING_WARPS,
         )  # fmt: skip
     _backward_first_codes[_grid(positions, n)](
         features, codes, weights, grad_mass, grad_features, grad_first, d, k, positions,
