@@ -499,5 +499,6 @@ def _cause(error: BaseException) -> BaseException:
     failures = getattr(error, "worker_failures", None)
     if failures:
         return _cause(failures[min(failures)])
-    inner = getattr(error, "_base_exc", None) or getattr(error, "cause", None)
-    return _cause(inner) if isinstance(inner, BaseException) and inner is not error else error
+    wrapped = (getattr(error, name, None) for name in ("_base_exc", "cause", "health_check_failure"))
+    inner = next((found for found in wrapped if isinstance(found, BaseException) and found is not error), None)
+    return error if inner is None else _cause(inner)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from typing import Any
 __all__ = ["Failure", "RunLog", "find_failure", "read_log"]
 
 FOLDER = "logs"
-LOST_PEER = ("closed by peer", "reset by peer", "remote process exited", "NCCL error")
-"""In the messages of gloo and NCCL: another rank is gone."""
+LOST_PEER = re.compile(r"(closed|reset) by peer|gloo.*(Broken pipe|not connected)|remote process exited|NCCL error")
+"""In the messages of gloo and NCCL: another rank is gone. What gloo says depends on what was under way."""
 DIED = {
     "exception": "died",
     "message": "its process ended without a word: it was killed, ran out of memory, or its node was lost",
@@ -98,10 +99,11 @@ def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Fai
     if hangs:
         return _failure(hangs[0])
     failures = [record for record in records if record["event"] == "failure"]
-    if not dead and failures and any(sign in failures[0]["message"] for sign in LOST_PEER):
+    if not dead and failures and LOST_PEER.search(failures[0]["message"]):
         # Ray may see the errors of the ranks that lost their peer before it sees the peer's end.
-        dead = sorted(set(processes) - {record["rank"] for record in failures})
-    for rank in sorted(dead):
+        dead = list(processes)
+    spoke = {record["rank"] for record in failures}  # and ended because of what they wrote
+    for rank in sorted(set(dead) - spoke):
         last: dict[str, Any] = next((record for record in reversed(records) if record["rank"] == rank), {})
         return _failure({"node": "an unknown node", "step": 0} | last | {"rank": rank} | DIED)
     return _failure(failures[0]) if failures else None

@@ -12,6 +12,7 @@ from slrnet.data.manifest import ShardSet
 from slrnet.training import ray_loop
 from slrnet.training.checkpoint import load_checkpoint
 from slrnet.training.ray_loop import LaunchOptions, RunResult, TrainingError, launch, resume_config
+from slrnet.training.run_log import RunLog
 from slrnet.training.tracking import metric_history
 
 
@@ -126,6 +127,27 @@ def test_no_space_for_checkpoints_is_refused(
     with pytest.raises(ValueError, match=r"0 MiB free.*--storage"):
         start(tiny_config, tmp_path)
     assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_killed_worker_that_ray_alone_has_noticed_is_named(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray stops rank 0 before that notices that its peer is gone; the peer's end is two layers deep in Ray's error."""
+    from ray.exceptions import ActorDiedError
+    from ray.train import WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    def lose_worker(*arguments: Any, folder: Path, **options: Any) -> None:
+        for rank in (0, 1):
+            RunLog(folder, rank=rank).write("step", step=7)
+        lost = WorkerHealthCheckFailedError("A worker health check failed.", failure=ActorDiedError())
+        raise WorkerGroupError("[Rank 1 Error Snippet]", {1: lost})
+
+    monkeypatch.setattr(ray_loop, "_run", lose_worker)
+    with pytest.raises(TrainingError, match=r"^died: its process ended without a word.*\(rank 1 on \S+, step 7\)$"):
+        start(tiny_config, tmp_path)
+    (run,) = runs(tmp_path)
+    assert (run.data.tags["failure.rank"], run.data.tags["failure.exception"]) == ("1", "died")
 
 
 def test_a_failed_training_is_marked_in_mlflow_with_its_cause(

@@ -91,10 +91,18 @@ def test_a_rank_that_died_goes_before_the_errors_that_it_caused(tmp_path: Path) 
     assert (unknown.rank, unknown.node) == (2, "an unknown node")
 
 
-def test_a_lost_peer_is_the_rank_that_says_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "message",
+    [
+        "gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:58053",
+        "gloo/transport/tcp/pair.cc:547] writev [127.0.0.1]:9375: Broken pipe",
+        "gloo/transport/tcp/pair.cc:320] Pair is not connected (127.0.0.1 <--> 127.0.0.1)",
+    ],
+)
+def test_a_lost_peer_is_the_rank_that_says_nothing(tmp_path: Path, message: str) -> None:
     """Ray reports rank 0 alone, whose connection broke."""
     RunLog(tmp_path, rank=1).write("step", step=30)
-    fail(RunLog(tmp_path, rank=0), 31, "gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:58053")
+    fail(RunLog(tmp_path, rank=0), 31, message)
     found = find_failure(tmp_path, since=0)
     assert found is not None
     assert (found.rank, found.exception) == (1, "died")
@@ -102,6 +110,17 @@ def test_a_lost_peer_is_the_rank_that_says_nothing(tmp_path: Path) -> None:
     found = find_failure(tmp_path, since=0)
     assert found is not None
     assert (found.rank, found.exception) == (0, "DataError")
+
+
+def test_a_rank_that_said_why_it_ended_did_not_die_without_a_word(tmp_path: Path) -> None:
+    fail(RunLog(tmp_path, rank=0), 4, "shard a.tar is damaged")
+    RunLog(tmp_path, rank=1).write("step", step=4)
+    found = find_failure(tmp_path, since=0, dead=[0])
+    assert found is not None
+    assert (found.rank, found.exception) == (0, "DataError")
+    found = find_failure(tmp_path, since=0, dead=[0, 1])
+    assert found is not None
+    assert (found.rank, found.exception) == (1, "died")
 
 
 def test_a_hang_goes_before_all(tmp_path: Path) -> None:
