@@ -26,6 +26,7 @@ from torch import Tensor
 
 from slrnet.config import Config, load_config
 from slrnet.data.files import sha256_of
+from slrnet.training.run_store import MARKER
 
 if TYPE_CHECKING:
     from slrnet.models.network import Network
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-WEIGHTS, TRAINER, STATE, CONFIG = "model.safetensors", "trainer.pt", "state.json", "config.json"
+WEIGHTS, TRAINER, STATE, CONFIG = "model.safetensors", "trainer.pt", MARKER, "config.json"
 KEEP_LAST = 2
 MOST_AT_A_TIME = KEEP_LAST + 2
 """Checkpoints of a run on the disk at most: the last ones, the best one, and the one being written."""
