@@ -547,7 +547,7 @@ def _restore(model: Network, optimizer: torch.optim.Optimizer, checkpoint: Check
     try:
         model.load_state_dict(checkpoint.model)
         optimizer.load_state_dict(checkpoint.optimizer)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{checkpoint.path} does not fit the network that the settings describe ({reason}); resume without --set "
