@@ -1,4 +1,4 @@
-"""What Ray costs: two workers through Ray Train against the same loop under torchrun: `python benchmarks/ray_overhead.py`.
+"""What Ray costs, two workers of Ray Train against the same loop under torchrun: `python benchmarks/ray_overhead.py`.
 
 Both train the same network on the embedded data with two processes of one thread (gloo), side after side in turn, on a
 private Ray cluster and without one. An epoch counts from one report to the next, the first one not at all. Claimed: the
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,7 @@ def _compare(rounds: int, epochs: int) -> int:
 
 
 def _report(found: Mapping[str, list[list[float]]]) -> int:
-    medians = {
-        side: statistics.median(speed for speeds in rounds for speed in speeds) for side, rounds in found.items()
-    }
+    medians = {side: statistics.median(chain(*rounds)) for side, rounds in found.items()}
     ratio = medians["ray"] / medians["torchrun"]
     pairs = [
         statistics.median(ours) / statistics.median(theirs)
@@ -112,8 +111,8 @@ def train(values: dict[str, Any], ranks: Any, report: Any) -> None:
     shards = load_dataset(config.data.path)
     trainer = Trainer(config, shards, ranks=ranks, folder=folder, tracker=NullTracker())
     trainer.fit(report=note)
-    if ranks.is_main:  # the last epoch is measured on images too
-        speeds = [IMAGES / (end - begin) for begin, end in zip(times[:-2], times[1:-1], strict=True)]
+    if ranks.is_main:
+        speeds = [IMAGES / (end - begin) for begin, end in pairwise(times[:-1])]  # the last one is measured too
         (folder / "speeds.json").write_text(json.dumps(speeds), encoding="utf-8")
 
 
