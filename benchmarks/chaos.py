@@ -45,8 +45,9 @@ from slrnet.training.tracking import RunHandle, metric_history  # noqa: E402
 CHECKPOINT_EVERY = 3
 SETTINGS = (
     "model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.decoder_dim=16",
-    "model.frozen_stages=0", "data.crop_size=32", "data.workers=0", "evaluation.every=4", "train.batch_size=8", "train.pretrain_epochs=2", "train.log_every=1",
-    f"train.checkpoint_every={CHECKPOINT_EVERY}", "evaluation.pseudo_mask_images=2", "evaluation.panel_images=1",
+    "model.frozen_stages=0", "data.crop_size=32", "data.workers=0", "evaluation.every=4", "train.batch_size=8",
+    "train.pretrain_epochs=2", "train.log_every=1", f"train.checkpoint_every={CHECKPOINT_EVERY}",
+    "evaluation.pseudo_mask_images=2", "evaluation.panel_images=1",
 )  # fmt: skip
 QUIET = ("perf/images_per_second", "perf/data_wait_fraction")
 """Curves of the clock."""
