@@ -45,8 +45,9 @@ from slrnet.training.tracking import RunHandle, metric_history  # noqa: E402
 CHECKPOINT_EVERY = 3
 SETTINGS = (
     "model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.decoder_dim=16",
-    "model.frozen_stages=0", "data.crop_size=64", "train.batch_size=8", "train.pretrain_epochs=2", "train.log_every=1",
-    f"train.checkpoint_every={CHECKPOINT_EVERY}", "evaluation.pseudo_mask_images=4", "evaluation.panel_images=1",
+    "model.frozen_stages=0", "data.crop_size=32", "data.workers=0", "evaluation.every=4", "train.batch_size=8",
+    "train.pretrain_epochs=2", "train.log_every=1", f"train.checkpoint_every={CHECKPOINT_EVERY}",
+    "evaluation.pseudo_mask_images=2", "evaluation.panel_images=1",
 )  # fmt: skip
 QUIET = ("perf/images_per_second", "perf/data_wait_fraction")
 """Curves of the clock."""
@@ -113,7 +114,7 @@ class Storm:
 
     def kill_tracking(self) -> None:
         self.server.kill()
-        time.sleep(self.rng.uniform(1, 6))
+        time.sleep(self.rng.uniform(1, 4))
         self.server.start()
 
     def take_storage(self) -> None:
@@ -121,7 +122,7 @@ class Storm:
         place, away = self.folder / "checkpoints", self.folder / "checkpoints-away"
         place.rename(away)
         place.touch()
-        time.sleep(self.rng.uniform(1, 6))
+        time.sleep(self.rng.uniform(1, 4))
         place.unlink()
         away.rename(place)
 
@@ -194,10 +195,11 @@ class Server:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="default: 20")
-    parser.add_argument("--epochs", type=int, default=120, help="of 8 steps (default: 120)")
+    parser.add_argument("--epochs", type=int, help="of 8 steps (default: 6 for each kill)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and victims (default: 0)")
     parser.add_argument("--out", type=Path, help="folder for runs (default: a temporary one)")
     options = parser.parse_args()
+    options.epochs = options.epochs or max(12, 6 * options.kills)
     with tempfile.TemporaryDirectory() as temporary, _surroundings(options, Path(temporary)) as storm:
         calm = storm.submit("calm", False)
         begun = time.monotonic()
@@ -219,7 +221,7 @@ def _surroundings(options: argparse.Namespace, temporary: Path) -> Iterator[Stor
     storage = (options.out or temporary / "runs").resolve()
     storage.mkdir(parents=True, exist_ok=True)
     data = temporary / "shards"
-    build_demo(data, num_train=64, num_val=8, image_size=80, samples_per_shard=8)
+    build_demo(data, num_train=64, num_val=4, image_size=48, samples_per_shard=8)
     server = Server(storage)
     server.start()
     settings = [word for setting in (*SETTINGS, f"train.epochs={options.epochs}") for word in ("--set", setting)]

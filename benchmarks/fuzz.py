@@ -14,14 +14,17 @@ import argparse
 import json
 import logging
 import multiprocessing
+import os
 import random
 import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +35,14 @@ import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
 from slrnet.config import Config, ConfigError, apply_overrides, config_from_dict  # noqa: E402
+from slrnet.data.batch import EvalSample  # noqa: E402
 from slrnet.data.manifest import DATASET_FILE, MANIFEST_FILE, DataError, fingerprint, load_dataset  # noqa: E402
 from slrnet.data.shards import EvalLoader  # noqa: E402
 from slrnet.recipes import RECIPES  # noqa: E402
 
 LIMIT = 20
 """Seconds that a case may take."""
-CHUNK = 200
+CHUNK = 50
 JUNK: tuple[Any, ...] = (
     None, True, -1, 0, 1, 10**30, -(2**63), 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "../../etc/passwd",
     "\x00", "ü" * 300, [], [1, 2], [None], {}, {"a": 1}, "1", "none", [[[]]], "s3://a/b", "; rm -r x",
@@ -50,14 +54,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=12_000, help="default: 12,000, a third of each kind")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
     options = parser.parse_args()
+    begun = time.monotonic()
     found: Counter[tuple[str, Outcome]] = Counter()
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         original = Path(temporary) / "original"
         _write(original)
         context = multiprocessing.get_context("spawn")
-        with context.Pool(maxtasksperchild=20) as pool:
+        with context.Pool(options.processes, maxtasksperchild=40) as pool:
             jobs = [
                 (kind, str(original), options.seed + start, min(CHUNK, options.cases // 3 - start))
                 for kind in ("configuration", "manifest", "tar")
@@ -71,13 +77,14 @@ def main() -> None:
     for failure in failures[:5]:
         print(failure)
     print(f"{'FAILS' if failures else 'holds'}: {len(failures)} of {sum(found.values())} cases without a clear end")
+    print(f"{time.monotonic() - begun:.0f} s")
     sys.exit(bool(failures))
 
 
 def _write(folder: Path) -> None:
     from data_prep.demo import build_demo
 
-    build_demo(folder, num_train=8, num_val=4, image_size=64, samples_per_shard=4)
+    build_demo(folder, num_train=4, num_val=2, image_size=32, samples_per_shard=2)
 
 
 def _chunk(job: tuple[str, str, int, int]) -> tuple[str, Counter[Outcome], list[str]]:
@@ -149,9 +156,7 @@ def _tar(rng: random.Random, original: Path) -> Outcome:
 
 def _read(folder: Path, original: Path, *, on_error: Any) -> Outcome:
     """Reads all samples; those that come must be the original ones, unless the manifest itself was changed."""
-    known = {
-        sample.key: sample for split in ("train", "val") for sample in EvalLoader(load_dataset(original), split=split)
-    }
+    known = _known(original)
     manifest = (folder / MANIFEST_FILE).read_bytes() == (original / MANIFEST_FILE).read_bytes()
     try:
         shards = load_dataset(folder)
@@ -164,6 +169,13 @@ def _read(folder: Path, original: Path, *, on_error: Any) -> Outcome:
     except DataError as error:
         return _refused(error)
     return "skipped" if skipped else "read"
+
+
+@cache
+def _known(original: Path) -> dict[str, EvalSample]:
+    return {
+        sample.key: sample for split in ("train", "val") for sample in EvalLoader(load_dataset(original), split=split)
+    }
 
 
 def _refused(error: ValueError) -> Outcome:

@@ -45,11 +45,26 @@ def data_location(text: str) -> str:
     return text if "://" in text else str(Path(text).expanduser().resolve())
 
 
-def add_storage(parser: argparse.ArgumentParser) -> None:
+def storage(text: str) -> str:
+    """A place for runs: a folder's absolute path, or a location in an object store."""
+    if "://" not in text:
+        return str(folder(text))
+    if not text.startswith(("s3://", "gs://")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no place for runs; allowed are folders, s3:// and gs://")
+    return text.rstrip("/")
+
+
+def add_storage(parser: argparse.ArgumentParser, *, remote: bool = False) -> None:
     group = parser.add_argument_group("results")
-    where = "folder for runs, seen by all nodes (default: $SLRNET_STORAGE, else ~/slrnet_runs)"
+    where = "folder for runs, seen by all nodes" + (", or its s3:// or gs:// location" if remote else "")
     default = os.environ.get("SLRNET_STORAGE", "~/slrnet_runs")
-    group.add_argument("--storage", type=folder, default=default, metavar="DIR", help=where)
+    group.add_argument(
+        "--storage",
+        type=storage if remote else folder,
+        default=default,
+        metavar="DIR",
+        help=f"{where} (default: $SLRNET_STORAGE, else ~/slrnet_runs)",
+    )
     group.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)"
     )

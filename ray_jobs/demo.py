@@ -28,6 +28,8 @@ from slrnet.training.tracking import environment_tags
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"
+WORKER_PORTS = ("--min-worker-port=0", "--max-worker-port=0")
+"""Any free ones: the usual range may be taken by another cluster on this machine."""
 START_LIMIT = 180.0
 """Seconds that the cluster may take to answer."""
 
@@ -58,13 +60,16 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def local_cluster() -> Iterator[tuple[str, dict[str, str]]]:
-    """A Ray head on loopback with its own token; yields the job server's address and the environment to talk to it."""
+def local_cluster(*options: str, port: int | None = None) -> Iterator[tuple[str, dict[str, str]]]:
+    """A Ray head on loopback with its own token; yields the job server's address and the environment to talk to it.
+
+    Further nodes join at `port`; `options` are more ones of `ray start`.
+    """
     folder = Path(tempfile.mkdtemp(prefix="slrnet-ray-"))
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32), encoding="utf-8")
-    port, dashboard, client = free_ports(3)
+    free, dashboard, client = free_ports(3)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_AUTH_MODE": "token",
@@ -75,9 +80,9 @@ def local_cluster() -> Iterator[tuple[str, dict[str, str]]]:
     }
     for inherited in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
         environment.pop(inherited, None)
-    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port or free}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    command += [f"--temp-dir={folder / 'ray'}", "--include-log-monitor=true"]
+    command += [f"--temp-dir={folder / 'ray'}", "--include-log-monitor=true", *WORKER_PORTS, *options]
     print("starting a local Ray cluster with token authentication", flush=True)
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(

@@ -18,12 +18,19 @@ sys.path.insert(0, str(ROOT))
 
 from ray_jobs.exit_codes import exit_code  # noqa: E402
 from slrnet.config import GATINGS, PROTOCOLS, apply_overrides  # noqa: E402
+from slrnet.training.run_store import run_argument  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="RUN", help="checkpoint, or a run's folder for its best")
+    add(
+        "--checkpoint",
+        type=run_argument,
+        required=True,
+        metavar="RUN",
+        help="checkpoint, or a run's folder for its best",
+    )
     add("--data", metavar="DIR", help="folder with shards (default: what the checkpoint was trained on)")
     add("--split", default="val", metavar="NAME", help="split to measure (default: val)")
     add("--protocol", choices=PROTOCOLS, default="ss", help="default: ss")

@@ -16,12 +16,13 @@ sys.path.insert(0, str(ROOT))
 
 from ray_jobs.exit_codes import exit_code  # noqa: E402
 from slrnet.config import GATINGS, PROTOCOLS, apply_overrides  # noqa: E402
+from slrnet.training.run_store import run_argument  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", type=Path, metavar="RUN", help="checkpoint, or a run's folder for its best one")
+    add("--checkpoint", type=run_argument, metavar="RUN", help="checkpoint, or a run's folder for its best one")
     add("--data", metavar="DIR", help="folder with shards (default: what the checkpoint was trained on)")
     add("--out", type=Path, metavar="DIR", help="folder to make")
     add("--splits", default="train", metavar="A,B", help="or all (default: train); others are copied")

@@ -33,15 +33,25 @@ def parse_arguments(about: str | None) -> argparse.Namespace:
     name = parser.add_mutually_exclusive_group()
     name.add_argument("--name", metavar="NAME", help="unique name of the run (default: recipe and time)")
     name.add_argument("--resume", metavar="NAME", help="continue the run of that name from its last checkpoint")
-    add_storage(parser)
+    add_storage(parser, remote=True)
     return parser.parse_args()
 
 
-def build_config(options: argparse.Namespace, storage: Path, recipe: str) -> Config:
+def local_storage(options: argparse.Namespace) -> tuple[Path, str]:
+    """The folder for runs, and the place in an object store that it is copied to, if any."""
+    from slrnet.data.remote import cached
+
+    remote = options.storage if "://" in options.storage else ""
+    return (cached(remote), remote) if remote else (Path(options.storage), "")
+
+
+def build_config(options: argparse.Namespace, recipe: str) -> Config:
     from slrnet.training.ray_loop import resume_config
 
+    storage, remote = local_storage(options)
+
     if options.resume and not (options.recipe or options.config):
-        config = resume_config(storage, options.resume)
+        config = resume_config(storage, options.resume, remote=remote)
     else:
         config = load_config(options.config) if options.config else get_recipe(options.recipe or recipe)
     data = options.data or config.data.path or demo_data(storage)
@@ -60,13 +70,15 @@ def demo_data(storage: Path) -> str:
 
 
 def train(options: argparse.Namespace, recipe: str, check: Callable[[Config], None]) -> None:
-    check(config := build_config(options, options.storage, recipe))  # before PyTorch and Ray, which take seconds
+    check(config := build_config(options, recipe))  # before PyTorch and Ray, which take seconds
     from slrnet.training.ray_loop import LaunchOptions, launch
     from slrnet.training.summary import quality_table
 
+    storage, remote = local_storage(options)
     run = LaunchOptions(
         name=options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
-        storage=options.storage,
+        storage=storage,
+        remote=remote,
         resume=bool(options.resume),
         num_workers=options.num_workers,
         cpus_per_worker=options.cpus_per_worker,

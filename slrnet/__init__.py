@@ -26,7 +26,7 @@ def load(
     """A predictor from a checkpoint directory, or from a run's folder: then its best checkpoint.
 
     Args:
-        checkpoint: path.
+        checkpoint: path, or location in an object store (s3://, gs://).
         protocol: `ss` (one scale), `ms` (several scales and their mirror images) or `ms_crf`; None for what the
             checkpoint's configuration says.
         device: for the network; None: a GPU where there is one.
@@ -37,5 +37,7 @@ def load(
     """
     from slrnet.inference.predictor import Predictor
     from slrnet.training.checkpoint import load_checkpoint
+    from slrnet.training.run_store import local_run
 
-    return Predictor(load_checkpoint(Path(checkpoint).expanduser()), protocol=protocol, device=device)
+    where = local_run(str(checkpoint)) if "://" in str(checkpoint) else Path(checkpoint).expanduser()
+    return Predictor(load_checkpoint(where), protocol=protocol, device=device)

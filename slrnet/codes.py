@@ -29,6 +29,7 @@ from slrnet.models.slrnet import SLRNet
 from slrnet.predict import find_images
 from slrnet.training.checkpoint import load_checkpoint
 from slrnet.training.evaluate import as_model, fit_image
+from slrnet.training.run_store import run_argument
 from slrnet.training.step import Normalise
 
 __all__ = ["CodeMaps", "classes_of", "code_maps", "draw_code_maps", "heat", "main", "most_used"]
@@ -184,7 +185,7 @@ def heat(codes: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="checkpoint, or a run's folder for its best one")
+    parser.add_argument("checkpoint", type=run_argument, help="checkpoint, or a run's folder for its best one")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--num-iters", type=int, nargs="+", metavar="T", help="default: the checkpoint's")

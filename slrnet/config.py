@@ -517,7 +517,7 @@ def load_config(path: str | Path) -> Config:
         raise ConfigError(
             f"cannot read the config file {path}: {error.strerror}; give the path of a config.json"
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}; a run writes its config as config.json") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}; a config file holds one JSON object")
@@ -561,7 +561,7 @@ def _parse_value(raw: str, current: Any) -> Any:
         return raw
     try:
         value = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         number = re.fullmatch(r"([+-]?)(\d*\.\d*|\d+)([eE][+-]?\d+)?", raw)  # .5, 5. and +5 are no JSON
         value = float(raw) if number and any(map(str.isdigit, raw)) else {"True": True, "False": False}.get(raw, raw)
     if isinstance(current, list) and isinstance(value, (str, int, float)):

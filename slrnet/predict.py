@@ -30,6 +30,7 @@ from slrnet.data.files import write_json, written_whole
 from slrnet.data.images import encode_mask, upright_size
 from slrnet.data.overlay import draw_overlay
 from slrnet.inference.predictor import Prediction, rgb_array
+from slrnet.training.run_store import run_argument
 
 __all__ = ["batches", "find_images", "main", "positive", "summarise"]
 
@@ -142,7 +143,7 @@ def positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="checkpoint, or a run's folder for its best one")
+    parser.add_argument("checkpoint", type=run_argument, help="checkpoint, or a run's folder for its best one")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the masks")
     parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the checkpoint's configuration says")

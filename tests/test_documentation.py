@@ -32,6 +32,7 @@ TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "RE
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 # Programs that are not ours, and why their lines are not tried here.
 FOREIGN = {
+    "aws": "needs an account",
     "ray": "starts, stops or asks a cluster; what it submits is checked, and tests/ray_jobs/test_cluster.py submits",
     "mlflow": "a server that does not end; tests/slrnet/training/test_tracking.py starts one",
     "make": "its targets are checked; tests/test_repository.py has the Makefile's own tests",

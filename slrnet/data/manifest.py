@@ -487,7 +487,7 @@ def _read_info(path: Path) -> DatasetInfo:
             f"`python data_prep/voc.py --root VOCdevkit/VOC2012 --out {path}`, "
             f"or the embedded synthetic data set with `python data_prep/demo.py --out {path}`"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {file}: {error}; make the data set anew with the scripts of data_prep/") from None
     version = values.get("version") if isinstance(values, dict) else None
     if not isinstance(version, int) or not 1 <= version <= MANIFEST_VERSION:

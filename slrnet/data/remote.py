@@ -22,16 +22,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from slrnet.data.files import written_whole
 
-__all__ = ["RemoteError", "cached", "is_remote", "open_cached"]
+__all__ = ["RemoteError", "cached", "copy_from", "filesystem_of", "is_remote", "locked", "open_cached", "patiently"]
 
 ATTEMPTS = 6
 FIRST_PAUSE = 1.0
 """Seconds before the second attempt; doubled each time."""
 SCHEMES = ("s3://", "gs://")
+
+Value = TypeVar("Value")
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ def open_cached(
         ValueError: the check refuses the second copy too.
     """
     path = cached(location) / name
-    with _locked(path):
+    with locked(path):
         if again or not path.exists():
             source = f"{location.rstrip('/')}/{name}"
             try:
@@ -90,6 +92,16 @@ def open_cached(
     return path
 
 
+def copy_from(source: str, target: Path) -> None:
+    """Copies a file of an object store, whole or not at all, into a folder that is made if missing.
+
+    Raises:
+        RemoteError: the store does not have the file, or refuses it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _copy(source, target, lambda path: None)
+
+
 def _copy(source: str, target: Path, check: Callable[[Path], None]) -> None:
     with written_whole(target) as incoming:
         _download(source, incoming)
@@ -97,8 +109,8 @@ def _copy(source: str, target: Path, check: Callable[[Path], None]) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time copies a file."""
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time has a path, which need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -106,27 +118,39 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _download(source: str, target: Path) -> None:
+    def copy() -> None:
+        system, path = filesystem_of(source)
+        with system.open_input_stream(path) as incoming, target.open("wb") as file:
+            shutil.copyfileobj(incoming, file, 2**22)
+
+    patiently(source, copy)
+
+
+def patiently(source: str, act: Callable[[], Value]) -> Value:
+    """What `act` gives, which asks an object store for `source` and is tried again where that fails for a while.
+
+    Raises:
+        RemoteError: the store does not have it, refuses it, or does not answer.
+    """
     pause = FIRST_PAUSE
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            system, path = _filesystem(source)
-            with system.open_input_stream(path) as incoming, target.open("wb") as file:
-                shutil.copyfileobj(incoming, file, 2**22)
-            return
+            return act()
         except FileNotFoundError:
             raise RemoteError(f"{source} does not exist; check the path, or upload the data set whole") from None
         except OSError as error:
             reason = " ".join(str(error).split())[:300]
             if attempt == ATTEMPTS or "ACCESS_DENIED" in reason:
-                raise RemoteError(
-                    f"{source} cannot be read: {reason}; check credentials (environment or role), region and endpoint"
-                ) from None
+                break
             _log.warning("%s cannot be read (%s); trying again in %.0f s", source, reason, pause)
             time.sleep(pause)
             pause *= 2
+    raise RemoteError(
+        f"{source} cannot be read: {reason}; check credentials (environment or role), region and endpoint"
+    )
 
 
-def _filesystem(source: str) -> tuple[Any, str]:
+def filesystem_of(source: str) -> tuple[Any, str]:
     """Arrow's file system for a location, and the path in it."""
     scheme, _, path = source.partition("://")
     return _open_filesystem(scheme, os.getpid()), path

@@ -22,6 +22,7 @@ from slrnet.figures.tables import read_results, write_tables
 from slrnet.inference.examine import Examination, Subject, choose_by_iou, examine, read_examples
 from slrnet.predict import positive
 from slrnet.training.checkpoint import Checkpoint, load_checkpoint
+from slrnet.training.run_store import run_argument
 
 __all__ = ["main"]
 
@@ -111,7 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("what", choices=(*FIGURES, "tables"), help="what to make")
     parser.add_argument(
-        "checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="a checkpoint, or a run's folder (its best one)"
+        "checkpoints",
+        type=run_argument,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="a checkpoint, or a run's folder (its best one)",
     )
     parser.add_argument("--data", type=Path, help="folder with shards (default: that of the training)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the PNG and PDF, or for tables.md")

@@ -33,6 +33,7 @@ from slrnet.models.decoder import resize
 from slrnet.models.low_rank import SeparateLowRank
 from slrnet.models.network import Network
 from slrnet.training.checkpoint import Checkpoint, load_checkpoint, restore_model
+from slrnet.training.run_store import run_argument
 from slrnet.training.step import Normalise
 from slrnet.training.tracking import log_onnx_model
 
@@ -139,7 +140,7 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, or 2 where the network cannot be exported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="checkpoint, or a run's folder for its best one")
+    parser.add_argument("checkpoint", type=run_argument, help="checkpoint, or a run's folder for its best one")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="for network.pt2, network.onnx and export.json"
     )

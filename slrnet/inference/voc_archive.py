@@ -30,6 +30,7 @@ from slrnet.data.files import written_whole
 from slrnet.data.images import encode_mask
 from slrnet.data.tars import tar_end, tar_members
 from slrnet.inference.predictor import Predictor
+from slrnet.training.run_store import run_argument
 
 __all__ = ["FOLDER", "check_voc_archive", "list_images", "main", "write_voc_archive"]
 
@@ -123,7 +124,7 @@ def check_voc_archive(path: Path, images: Mapping[str, Path]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, or 2 where the archive cannot be made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="checkpoint, or a run's folder for its best one")
+    parser.add_argument("checkpoint", type=run_argument, help="checkpoint, or a run's folder for its best one")
     parser.add_argument("images", type=Path, help="folder with ID.jpg, for instance VOC's JPEGImages")
     parser.add_argument(
         "--list", type=Path, metavar="FILE", help="an id a line, such as test.txt (default: all images)"

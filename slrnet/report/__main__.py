@@ -19,6 +19,7 @@ from slrnet.inference.examine import Subject
 from slrnet.predict import positive
 from slrnet.report.page import Findings, look, render
 from slrnet.report.runs import Run, read_run
+from slrnet.training.run_store import run_argument
 
 __all__ = ["main"]
 
@@ -55,7 +56,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m slrnet.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN_OR_CHECKPOINT", help="a run's folder (its best one), or a checkpoint"
+        "runs",
+        type=run_argument,
+        nargs="+",
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run's folder (its best one), or a checkpoint",
     )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="default: %(default)s")
     parser.add_argument("--data", type=Path, help="folder with shards (default: that of each training)")

@@ -14,6 +14,7 @@ import logging
 import math
 import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from slrnet.config import Config, load_config
 from slrnet.data.files import sha256_of
+from slrnet.training.run_store import MARKER
 
 if TYPE_CHECKING:
     from slrnet.models.network import Network
@@ -45,8 +47,10 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-WEIGHTS, TRAINER, STATE, CONFIG = "model.safetensors", "trainer.pt", "state.json", "config.json"
+WEIGHTS, TRAINER, STATE, CONFIG = "model.safetensors", "trainer.pt", MARKER, "config.json"
 KEEP_LAST = 2
+MOST_STATE = 2**28
+"""Bytes that `state.json` may have."""
 MOST_AT_A_TIME = KEEP_LAST + 2
 """Checkpoints of a run on the disk at most: the last ones, the best one, and the one being written."""
 
@@ -141,6 +145,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         tensors = load_file(path / WEIGHTS)
         optimizer = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
+        if not isinstance(optimizer, dict):
+            raise TypeError(f"{TRAINER} holds a {type(optimizer).__name__}")
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}; take another checkpoint of the run") from None
     return Checkpoint(path, load_config(path / CONFIG), state, tensors, optimizer)
@@ -275,8 +281,10 @@ def _choose(whole: list[tuple[Path, TrainState]], which: Literal["last", "best"]
 def _read_state(path: Path) -> TrainState:
     """Reads `state.json` and compares the other files with its checksums."""
     try:
+        if not stat.S_ISREG((status := (path / STATE).stat()).st_mode) or status.st_size > MOST_STATE:
+            raise ValueError(f"it is no file, or has more than {MOST_STATE >> 20} MiB")
         record = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / STATE} cannot be read: {error}; take another checkpoint of the run") from None
     version = record.pop("schema_version", None) if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
@@ -291,9 +299,26 @@ def _read_state(path: Path) -> TrainState:
             raise CheckpointError(f"{path / name} is damaged or missing; take another checkpoint of the run")
     try:
         untracked = tuple((step, values) for step, values in record.get("untracked", ()))
-        return TrainState(**{**record, "classes": tuple(record["classes"]), "untracked": untracked})
-    except (TypeError, KeyError, ValueError) as error:
+        state = TrainState(**{**record, "classes": tuple(record["classes"]), "untracked": untracked})
+        _check_types(state)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / STATE} lacks or has foreign fields: {error}") from None
+    return state
+
+
+def _check_types(state: TrainState) -> None:
+    """Values of other types would fail far from here."""
+    counts = (state.epoch, state.step, state.world_size, *(step for step, _ in state.untracked))
+    texts = (*state.classes, state.data_fingerprint, state.run_id)
+    tables = (state.metrics, state.unfinished, *(values for _, values in state.untracked))
+    numbers = [value for table in tables for value in table.values()]
+    numbers += [] if state.best_score is None else [state.best_score]
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError("epochs, steps and processes are whole numbers from 0")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("classes, fingerprint and run are texts")
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError("figures are numbers")
 
 
 def _score(state: TrainState) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,18 @@ class CheckpointWriter:
         folder: of the run's checkpoints.
         config: of the run.
         patience: seconds after which it gives up.
+        upload: copies what was written to where it shall stay; None where that is the folder.
     """
 
-    def __init__(self, folder: Path, config: Config, *, patience: float = PATIENCE) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        *,
+        patience: float = PATIENCE,
+        upload: Callable[[], None] | None = None,
+    ) -> None:
+        self._upload = upload
         self._folder = folder
         self._config = config
         self._patience = patience
@@ -67,22 +76,31 @@ class CheckpointWriter:
         self._thread.shutdown(wait=True)
 
     def _write(self, state: TrainState, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+        def save() -> None:
+            save_checkpoint(self._folder, config=self._config, state=state, model=model, optimizer=optimizer)
+
+        self._try(save, f"{state.name} could not be written to {self._folder}")
+        prune_checkpoints(self._folder)
+        if self._upload is not None:
+            self._try(self._upload, f"{state.name} could not be copied from {self._folder} to the run's storage")
+
+    def _try(self, act: Callable[[], None], failure: str) -> None:
+        """Until it works or the patience is at its end."""
         begun, pause = time.monotonic(), FIRST_PAUSE
         while True:
             try:
-                save_checkpoint(self._folder, config=self._config, state=state, model=model, optimizer=optimizer)
-                break
+                act()
+                return
             except OSError as error:
                 waited = time.monotonic() - begun
                 if waited + pause > self._patience:
                     raise CheckpointError(
-                        f"{state.name} could not be written to {self._folder} for {waited:.0f} s: {error}; free some "
-                        "space or mend the storage, then go on with --resume: earlier checkpoints are whole"
+                        f"{failure} for {waited:.0f} s: {error}; free some space or mend the storage, then go on with "
+                        "--resume: earlier checkpoints are whole"
                     ) from None
-                _log.warning("%s cannot be written (%s); trying again in %.0f s", state.name, error, pause)
+                _log.warning("%s (%s); trying again in %.0f s", failure, error, pause)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
-        prune_checkpoints(self._folder)
 
 
 def _copied(value: Any) -> Any:

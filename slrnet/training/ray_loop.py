@@ -2,7 +2,8 @@
 
 `launch` runs on the driver. It refuses everything that can be refused before work is lost (settings, data, weights,
 storage, tracking server, resources), creates the MLflow run, and then lets Ray Train start one process per worker.
-Checkpoints are written by rank 0 into the run's folder, which every node must see under the same path.
+Checkpoints are written by rank 0 into the run's folder, which every node must see under the same path, or which is
+copied to and from an object store.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ import torch
 from slrnet.config import Config, config_from_dict, load_config
 from slrnet.data.class_balance import ClassLists, shares, table
 from slrnet.data.manifest import ShardSet, load_dataset
+from slrnet.data.remote import filesystem_of
 from slrnet.data.supervision import Supervision, plan_supervision
 from slrnet.training.checkpoint import (
     MOST_AT_A_TIME,
@@ -32,8 +35,9 @@ from slrnet.training.checkpoint import (
     require_free_space,
 )
 from slrnet.training.cluster import Workers, plan_workers
-from slrnet.training.distributed import Ranks, current_ranks, tune_process
+from slrnet.training.distributed import Ranks, current_ranks, gather_over_ranks, tune_process
 from slrnet.training.run_log import RunLog, find_failure
+from slrnet.training.run_store import RunStore, run_folder
 from slrnet.training.tracking import NullTracker, RunHandle, Tracker, create_run, environment_tags, resolve_uri
 from slrnet.training.watchdog import Hang, Watchdog, dump_stacks, shared_store
 
@@ -77,6 +81,8 @@ CONFIG = "config.json"
 """Configuration in the run's folder."""
 HANG_EXIT_CODE = 75
 """Exit code of a worker whose rank, or one that it waits for, hangs."""
+LAST_WORDS = 30.0
+"""Seconds that such a worker has to copy its log to an object store."""
 
 
 class TrainingError(RuntimeError):
@@ -90,7 +96,10 @@ class LaunchOptions:
     name: str
     """Unique name of the run; its folder is storage/name."""
     storage: Path
-    """Absolute folder for runs, visible to all nodes."""
+    """Absolute folder for runs, visible to all nodes; with `remote` this machine's own."""
+    remote: str = ""
+    """Where runs stay in an object store, such as s3://BUCKET/RUNS; then `storage` is `run_folder` of it, less the
+    name, and nodes share no folder. Empty: they stay in `storage`."""
     resume: bool = False
     """Continue the run of that name from its last checkpoint."""
     num_workers: int | tuple[int, int] | None = None
@@ -107,6 +116,11 @@ class LaunchOptions:
     hang_limit: float = 600.0
     """Seconds that a rank may stand still before the attempt ends with its name; 0 waits for ever. Below 300 a storage
     that fails for a while, for which a checkpoint waits, is taken for a hang."""
+
+    @property
+    def location(self) -> str:
+        """Of the run in the object store; empty where it is a folder."""
+        return self.remote and f"{self.remote.rstrip('/')}/{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +149,20 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     """
     config, shards = with_absolute_paths(config)
     folder = options.storage / options.name
+    store = RunStore(options.location, folder) if options.remote else None
+    if store is not None:
+        store.fetch() if options.resume else store.start()
     last = _check_folder(folder, resume=options.resume)
     workers = _plan_workers(options, say)
     supervision = check_run(config, shards, max(1, workers.most))
     require_free_space(folder, MOST_AT_A_TIME * _checkpoint_bytes(config, shards))
     handle = _create_run(config, options, shards, workers=workers, resume=options.resume)
     (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
+    if store is not None:
+        store.upload(checkpoints=False)
     say(
         f"run {options.name}: {shards.info.name}, setting {config.setting}, {supervision.describe()}; "
-        f"{workers}, folder {folder}"
+        f"{workers}, folder {options.location or folder}"
     )
     if config.data.class_balance:
         say(_class_balance(config, shards, supervision))
@@ -154,6 +173,8 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     elif options.resume:
         say("resuming a run that has no checkpoint yet: from the beginning")
     driver = _train_tracked(config, handle, options, workers)
+    if store is not None:
+        store.fetch()
     return _conclude(folder, handle, driver)
 
 
@@ -178,12 +199,20 @@ def train_trial(config: Config, options: LaunchOptions, *, parent: RunHandle, wo
     _train_tracked(config, handle, options, workers, callbacks=[TuneReportCallback()]).finish()
 
 
-def resume_config(storage: Path, name: str) -> Config:
+def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
     """The configuration with which a run was started: its last checkpoint's, or before there is one the run's own.
+
+    Args:
+        storage: folder for runs.
+        name: of the run.
+        remote: place of runs in an object store, from which it is brought to the folder first; empty for none.
 
     Raises:
         CheckpointError: there is no such run.
+        RemoteError: the object store refuses it.
     """
+    if remote:
+        RunStore(f"{remote.rstrip('/')}/{name}", storage / name).fetch()
     last = _check_folder(storage / name, resume=True)
     return load_config(storage / name / CONFIG) if last is None else load_checkpoint(last).config
 
@@ -215,14 +244,18 @@ def _train_tracked(
     driver = Tracker(handle)
     folder = options.storage / options.name
     values = {"config": config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
+    values["location"] = options.location
     values["hang_limit"] = options.hang_limit if workers.most else 0.0  # this process is the user's
     begun = time.time()
     try:
-        _run(_train, values, folder=folder, workers=workers, failures=options.max_failures, callbacks=callbacks)
+        place = options.location or folder
+        _run(_train, values, folder=place, workers=workers, failures=options.max_failures, callbacks=callbacks)
     except KeyboardInterrupt:
         driver.finish("KILLED", "interrupted")
         raise
     except Exception as error:
+        if options.remote:
+            RunStore(options.location, folder).fetch_logs()
         failure = find_failure(folder, since=begun, dead=_dead_ranks(error))
         cause = f"{type(_cause(error)).__name__}: {_cause(error)}" if failure is None else str(failure)
         driver.set_tags({} if failure is None else failure.tags())
@@ -236,11 +269,12 @@ def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
 
     config = config_from_dict(values["config"])
     handle: RunHandle = values["handle"]
-    folder = Path(values["folder"])
+    store = _open_store(values["location"], ranks)
+    folder = Path(values["folder"]) if store is None else store.folder
     log = RunLog(folder, rank=ranks.rank)
     tracker = Tracker(handle, once=True) if ranks.is_main else NullTracker()
     watchdog = Watchdog(
-        ranks, limit=values["hang_limit"], store=shared_store(ranks), on_hang=lambda hang: _end_hang(hang, log)
+        ranks, limit=values["hang_limit"], store=shared_store(ranks), on_hang=lambda hang: _end_hang(hang, log, store)
     )
     try:
         trainer = Trainer(
@@ -252,6 +286,7 @@ def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
             run_id=handle.run_id,
             log=log,
             watchdog=watchdog,
+            upload=None if store is None else store.upload,
         )
         trainer.resume()
         log.write("start", step=trainer.state.step, world_size=ranks.world_size)
@@ -269,13 +304,28 @@ def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
         raise
     finally:
         watchdog.close()
+        if store is not None:
+            store.upload_rest()
 
 
-def _end_hang(hang: Hang, log: RunLog) -> None:
+def _open_store(location: str, ranks: Ranks) -> RunStore | None:
+    """The run's place in an object store, from which all ranks bring the same checkpoints to their nodes."""
+    if not location:
+        return None
+    store = RunStore(location, run_folder(location), rank=ranks.rank)
+    store.fetch(gather_over_ranks(store.checkpoints() if ranks.is_main else [], ranks)[0])
+    return store
+
+
+def _end_hang(hang: Hang, log: RunLog, store: RunStore | None) -> None:
     """Ends this process: its main thread waits where no exception can reach it."""
     log.write("hang", rank=hang.rank, node=hang.node, step=hang.step, exception="hang", message=hang.message)
     print(f"{hang.message}; ending this rank. Its threads:", file=sys.stderr, flush=True)
     dump_stacks()
+    if store is not None:
+        last = threading.Thread(target=store.upload_rest, daemon=True)
+        last.start()
+        last.join(LAST_WORDS)
     os._exit(HANG_EXIT_CODE)
 
 
@@ -283,12 +333,15 @@ def _run(
     job: Job,
     values: dict[str, Any],
     *,
-    folder: Path,
+    folder: Path | str,
     workers: Workers,
     failures: int = 0,
     callbacks: Sequence[Any] = (),
 ) -> None:
-    """Runs a job in this process (no workers) or in Ray Train's workers; `callbacks` are Ray Train's."""
+    """Runs a job in this process (no workers) or in Ray Train's workers; `callbacks` are Ray Train's.
+
+    Ray keeps its own state in `folder`, a path or a location in an object store.
+    """
     if workers.most == 0:
         tune_process(None)
         job(values, Ranks(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")), Report())
@@ -297,6 +350,7 @@ def _run(
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    system, place = filesystem_of(folder) if isinstance(folder, str) else (None, str(folder))
     TorchTrainer(
         _on_worker,
         train_loop_config={"job": job, "values": values, "cpus": workers.cpus},
@@ -309,7 +363,8 @@ def _run(
         # A new name each time: Ray would take a second start in the same folder for a continuation of the first.
         run_config=RunConfig(
             name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=str(folder / "ray"),
+            storage_path=f"{place}/ray",
+            storage_filesystem=system,
             failure_config=FailureConfig(max_failures=failures),
             callbacks=list(callbacks),
         ),
@@ -462,10 +517,10 @@ def _create_run(
         "slrnet.global_batch": str(config.train.batch_size),
         "slrnet.setting": config.setting,
         "slrnet.recipe": config.recipe,
-        "slrnet.folder": str(options.storage / options.name),
+        "slrnet.folder": options.location or str(options.storage / options.name),
     }
     return create_run(
-        resolve_uri(config.tracking.uri, options.storage) if parent is None else parent.uri,
+        resolve_uri(config.tracking.uri, options.remote or options.storage) if parent is None else parent.uri,
         config.tracking.experiment,
         options.name,
         params=config.flat(),

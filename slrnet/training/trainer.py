@@ -94,6 +94,7 @@ class Trainer:
         run_id: MLflow run, for the checkpoint's record.
         log: of this rank; None for none.
         watchdog: is told where this rank is; None for none.
+        upload: copies what lies in the folder to where it shall stay, after each checkpoint; None where that is there.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Trainer:
         run_id: str = "",
         log: RunLog | None = None,
         watchdog: Watchdog | None = None,
+        upload: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.shards = shards
@@ -115,7 +117,7 @@ class Trainer:
         self.tracker = tracker
         self.log = log or RunLog(None, rank=ranks.rank)
         self.watchdog = watchdog or Watchdog(ranks, limit=0, store=None, on_hang=lambda hang: None)
-        self.writer = CheckpointWriter(folder / "checkpoints", config)
+        self.writer = CheckpointWriter(folder / "checkpoints", config, upload=upload)
         torch.manual_seed(config.train.seed)
         self.model = network_of(config, num_classes=shards.info.num_classes)
         self.model.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -545,7 +547,7 @@ def _restore(model: Network, optimizer: torch.optim.Optimizer, checkpoint: Check
     try:
         model.load_state_dict(checkpoint.model)
         optimizer.load_state_dict(checkpoint.optimizer)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{checkpoint.path} does not fit the network that the settings describe ({reason}); resume without --set "

@@ -20,8 +20,9 @@ import pytest
 from mlflow import MlflowClient
 
 from ray_jobs.demo import local_cluster
-from slrnet.config import load_config
+from slrnet.config import apply_overrides, load_config
 from slrnet.training.checkpoint import find_checkpoint, load_checkpoint
+from slrnet.training.ray_loop import LaunchOptions, launch, resume_config
 
 ROOT = Path(__file__).resolve().parents[2]
 Submit = Callable[..., subprocess.CompletedProcess[str]]
@@ -79,7 +80,7 @@ def test_the_cluster_turns_strangers_away(cluster: tuple[str, dict[str, str]]) -
 
 
 def test_a_killed_worker_is_named_and_the_run_goes_on(submit: Submit, data: Path, tmp_path: Path) -> None:
-    """Two workers, one of which is killed in the middle of an epoch; then the same run, resumed."""
+    """Two workers, one of which is killed in the middle of an epoch; then the same run, resumed by one process."""
     settings = [word for setting in (*TINY, *EVERY_STEP) for word in ("--set", setting)]
     log = tmp_path / "two" / "logs" / "rank-1.jsonl"
     with killed_when(lambda: len(events(log, "step")) >= 4, lambda: events(log, "step")[-1]["pid"]):
@@ -89,31 +90,28 @@ def test_a_killed_worker_is_named_and_the_run_goes_on(submit: Submit, data: Path
         )  # fmt: skip
     assert failed.returncode != 0
     printed = failed.stdout + failed.stderr
-    assert "error: died: its process ended without a word" in printed
-    assert re.search(r"\(rank 1 on \S+, step \d+\)", printed)
+    said = printed[-3000:] + "".join(path.read_text()[-1500:] for path in sorted(log.parent.glob("*.jsonl")))
+    assert "error: died: its process ended without a word" in printed, said
+    assert re.search(r"\(rank 1 on \S+, step \d+\)", printed), said
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = search(client)
     assert run.info.status == "FAILED"
     assert (run.data.tags["failure.rank"], run.data.tags["failure.exception"]) == ("1", "died")
     reached = int(run.data.tags["failure.step"])
 
-    epochs = reached // 3 + 2
-    result = submit(
-        "ray_jobs/train.py", "--storage", str(tmp_path), "--resume", "two", "--num-workers", "2",
-        "--set", f"train.epochs={epochs}",
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert "best checkpoint" in result.stdout
+    epochs = reached // 3 + 1
+    config = apply_overrides(resume_config(tmp_path, "two"), [f"train.epochs={epochs}"])
+    launch(config, LaunchOptions(name="two", storage=tmp_path, resume=True, num_workers=0), say=lambda line: None)
     first, second = (event["step"] for event in events(tmp_path / "two" / "logs" / "rank-0.jsonl", "start"))
     assert first == 0 < second
     assert reached - 2 <= second <= reached + 1  # a checkpoint every step, which may have been half written
     last = find_checkpoint(tmp_path / "two" / "checkpoints")
     assert last is not None
     state = load_checkpoint(last).state
-    assert (state.world_size, state.step) == (2, 3 * epochs)
+    assert (state.world_size, state.step) == (1, 3 * epochs)
     (run,) = search(client)
     assert run.info.status == "FINISHED"
-    assert run.data.tags["slrnet.world_size"] == "2"
+    assert run.data.tags["slrnet.world_size"] == "1"
     steps = [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")]
     assert sorted(steps) == list(range(1, 3 * epochs + 1))  # each once
 
@@ -144,10 +142,10 @@ def search(client: MlflowClient) -> list[Any]:
 def test_a_sweep_goes_on_after_its_driver_was_stopped(
     cluster: tuple[str, dict[str, str]], submit: Submit, data: Path, tmp_path: Path
 ) -> None:
-    """Three trials, one of which cannot work, one after the other; the job is stopped during the second one."""
+    """Two trials one after the other, the second of which cannot work; the job is stopped during it."""
     settings = [word for setting in (*TINY, "data.workers=0") for word in ("--set", setting)]
     fixed = ["weights.consistency", "cvlr.num_iters", "cvlr.dim", "calibration.confidence_threshold"]
-    space = ["optim.lr=choice:0.01,1e30,0.02", *(f"{key}=fixed" for key in fixed)]
+    space = ["optim.lr=choice:0.01,1e30", *(f"{key}=fixed" for key in fixed)]
     started = submit(
         "ray_jobs/tune.py", "--recipe", "demo", "--data", str(data), "--storage", str(tmp_path), "--name", "sweep",
         "--searcher", "grid", "--scheduler", "none", "--max-concurrent", "1", "--max-failures", "0",
@@ -155,8 +153,8 @@ def test_a_sweep_goes_on_after_its_driver_was_stopped(
     )  # fmt: skip
     assert started.returncode == 0, started.stderr
     trials = tmp_path / "sweep" / "trials"
-    wait_until(lambda: len(list(trials.glob("*"))) == 2)
     (job,) = re.findall(r"'(raysubmit_\w+)' submitted", started.stdout)
+    wait_until(lambda: len(list(trials.glob("*"))) == 2)
     subprocess.run(
         ["ray", "job", "stop", "--address", cluster[0], job],
         env=cluster[1],
@@ -171,18 +169,18 @@ def test_a_sweep_goes_on_after_its_driver_was_stopped(
     assert "| failed: " in resumed.stdout
     found = json.loads((tmp_path / "sweep" / "results" / "trials.json").read_text())["trials"]
     assert sorted((trial["values"]["optim.lr"], trial["status"]) for trial in found) == [
-        (0.01, "finished"), (0.02, "finished"), (1e30, "failed"),
+        (0.01, "finished"), (1e30, "failed"),
     ]  # fmt: skip
     assert "not finite" in next(trial["error"] for trial in found if trial["status"] == "failed")
     assert finished in [path.stat().st_mtime_ns for path in trials.glob("*/checkpoints/checkpoint-0002/state.json")]
-    assert load_config(tmp_path / "sweep" / "results" / "best_config.json").optim.lr in (0.01, 0.02)
+    assert load_config(tmp_path / "sweep" / "results" / "best_config.json").optim.lr == 0.01
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     (parent,) = [run for run in runs if run.info.run_name == "sweep"]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
-    assert len(runs) == 4
+    assert len(runs) == 3
     assert sorted((float(run.data.params["optim.lr"]), run.info.status) for run in children) == [
-        (0.01, "FINISHED"), (0.02, "FINISHED"), (1e30, "FAILED"),
+        (0.01, "FINISHED"), (1e30, "FAILED"),
     ]  # fmt: skip
     assert parent.info.status == "FINISHED"
 
@@ -192,13 +190,3 @@ def wait_until(ready: Callable[[], bool], *, seconds: float = 120) -> None:
     while not ready():
         assert time.monotonic() < deadline, "it did not come"
         time.sleep(0.5)
-
-
-def test_more_workers_than_the_cluster_has_are_refused_at_once(submit: Submit, data: Path, tmp_path: Path) -> None:
-    result = submit(
-        "ray_jobs/train.py", "--recipe", "demo", "--data", str(data), "--storage", str(tmp_path),
-        "--num-workers", "512",
-    )  # fmt: skip
-    assert result.returncode != 0
-    assert "512 workers" in result.stdout + result.stderr
-    assert "the cluster has" in result.stdout + result.stderr

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
+from pyarrow import fs
 from torch import Tensor, nn
 
 from data_prep.shard_writer import Sample, write_dataset
@@ -26,6 +28,7 @@ from slrnet.config import (
     OptimConfig,
     TrainConfig,
 )
+from slrnet.data import remote
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.models.slrnet import SLRNet
@@ -182,6 +185,41 @@ class RecordingTracker(NullTracker):
 def tracker() -> RecordingTracker:
     """Records what is logged."""
     return RecordingTracker()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 server on loopback."""
+    moto_server = pytest.importorskip("moto.server", reason="needs moto's server, of the extra `dev`")
+    found = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    found.start()
+    host, port = found.get_host_and_port()
+    yield f"http://{host}:{port}"
+    found.stop()
+
+
+@pytest.fixture
+def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty S3 that the environment leads to, and a cache of the test's own; Arrow's file system for it."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": s3_server,
+        "SLRNET_CACHE": str(tmp_path / "cache"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    remote._open_filesystem.cache_clear()
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/moto-api/reset", method="POST"), timeout=30).close()
+    return fs.S3FileSystem(
+        access_key="testing",
+        secret_key="testing",
+        endpoint_override=s3_server,
+        region="us-east-1",
+        allow_bucket_creation=True,
+    )
 
 
 StartTrainer: TypeAlias = Callable[..., Trainer]

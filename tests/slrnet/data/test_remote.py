@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import pytest
-from pyarrow import fs
 
 from slrnet.config import Config, apply_overrides
 from slrnet.data import remote
@@ -19,48 +19,17 @@ from slrnet.data.shards import EvalLoader, TrainLoader
 from slrnet.training.checkpoint import load_checkpoint
 from slrnet.training.ray_loop import LaunchOptions, launch
 
-moto_server = pytest.importorskip("moto.server", reason="needs moto's server, of the extra `dev`")
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    found = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    found.start()
-    host, port = found.get_host_and_port()
-    yield f"http://{host}:{port}"
-    found.stop()
-
 
 @pytest.fixture
-def bucket(
-    server: str, tiny_data: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str, bytes | None], None]:
+def bucket(s3: Any, tiny_data: ShardSet) -> Callable[[str, bytes | None], None]:
     """Uploads the tiny data set to s3://data/tiny; the function replaces or removes one of its files."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": server,
-        "SLRNET_CACHE": str(tmp_path / "cache"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
-    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
-    remote._open_filesystem.cache_clear()
-    system = fs.S3FileSystem(
-        access_key="testing",
-        secret_key="testing",
-        endpoint_override=server,
-        region="us-east-1",
-        allow_bucket_creation=True,
-    )
-    system.create_dir("data/tiny")
+    s3.create_dir("data/tiny")
 
     def put(name: str, content: bytes | None) -> None:
         if content is None:
-            system.delete_file(f"data/tiny/{name}")
+            s3.delete_file(f"data/tiny/{name}")
             return
-        with system.open_output_stream(f"data/tiny/{name}") as file:
+        with s3.open_output_stream(f"data/tiny/{name}") as file:
             file.write(content)
 
     for path in tiny_data.folder.iterdir():
@@ -174,21 +143,21 @@ def test_what_is_not_there_is_said(bucket: Put) -> None:
 def test_a_store_that_fails_for_a_while_is_tried_again(
     bucket: Put, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real, failures = remote._filesystem, iter([True, True])
+    real, failures = remote.filesystem_of, iter([True, True])
 
     def filesystem(source: str) -> object:
         if next(failures, False):
             raise OSError("When reading: SLOW_DOWN")
         return real(source)
 
-    monkeypatch.setattr(remote, "_filesystem", filesystem)
+    monkeypatch.setattr(remote, "filesystem_of", filesystem)
     assert load_dataset(PLACE).location == PLACE
     assert caplog.text.count("SLOW_DOWN); trying again") == 2
 
     def gone(source: str) -> object:
         raise OSError("no route to host")
 
-    monkeypatch.setattr(remote, "_filesystem", gone)
+    monkeypatch.setattr(remote, "filesystem_of", gone)
     with pytest.raises(RemoteError, match=r"cannot be read: no route to host; check credentials .* and endpoint"):
         load_dataset(PLACE)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from slrnet.training.checkpoint import (
     load_checkpoint,
     prune_checkpoints,
     require_free_space,
+    restore_model,
     save_checkpoint,
 )
 
@@ -199,6 +201,117 @@ def test_pickled_code_is_refused_even_with_right_checksums(tmp_path: Path) -> No
     assert not (tmp_path / "made").exists()
     torch.load(path / "trainer.pt", weights_only=False)  # the trap would have worked
     assert (tmp_path / "made").exists()
+
+
+def sign(path: Path) -> None:
+    """Right checksums for whatever lies in the folder, as a stranger with bad intent would make them."""
+    files = ("model.safetensors", "trainer.pt", "config.json")
+    sums = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in files}
+    edit_state(path, lambda record: record | {"sha256": sums})
+
+
+def header(content: dict[str, Any], data: bytes = b"") -> bytes:
+    text = json.dumps(content).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def tensor(shape: list[int], begin: int, end: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x08",
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 2**64 - 1) + b"{}",
+        struct.pack("<Q", 10**8) + b"{}",
+        struct.pack("<Q", 200_000) + b"[" * 200_000,
+        header({"a": tensor([2], 0, 8)}, b"\0" * 4),
+        header({"a": tensor([2], 0, 8)}, b"\0" * 12),
+        header({"a": tensor([2], 0, 8), "b": tensor([2], 4, 12)}, b"\0" * 12),
+        header({"a": tensor([2], 2**62, 2**62 + 8)}, b"\0" * 8),
+        header({"a": tensor([2], 8, 0)}, b"\0" * 8),
+        header({"a": tensor([2**40, 2**40], 0, 8)}, b"\0" * 8),
+        header({"a": tensor([3], 0, 8)}, b"\0" * 8),
+        header({"a": tensor([-1], 0, 8)}, b"\0" * 8),
+        header({"a": tensor([2], 0, 8, "PICKLE")}, b"\0" * 8),
+        header({"a": [1]}),
+    ],
+)  # fmt: skip
+def test_weights_that_are_none_are_refused_even_with_right_checksums(tmp_path: Path, content: bytes) -> None:
+    path = save(tmp_path, 1)
+    (path / "model.safetensors").write_bytes(content)
+    sign(path)
+    with pytest.raises(CheckpointError, match=r"checkpoint-0001 cannot be read: .*; take another checkpoint"):
+        load_checkpoint(path)
+
+
+def test_weights_of_another_shape_or_name_do_not_fit(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="does not fit its own configuration"):
+        restore_model(load_checkpoint(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02", b"\0" * 1000])
+def test_an_optimiser_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = save(tmp_path, 1)
+    (path / "trainer.pt").write_bytes(content)
+    sign(path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(path)
+
+
+def test_an_optimiser_of_another_type_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    torch.save([1, 2], path / "trainer.pt")
+    sign(path)
+    with pytest.raises(CheckpointError, match=r"trainer\.pt holds a list"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "[" * 1000 + "]" * 1000, "1" * 10_000, "\0", "NaN"])
+def test_json_that_is_made_to_break_readers_is_refused(tmp_path: Path, text: str) -> None:
+    path = save(tmp_path, 1)
+    (path / "state.json").write_text(text)
+    assert find_checkpoint(tmp_path) is None
+    shutil.rmtree(path)
+    path = save(tmp_path, 1)
+    (path / "config.json").write_text(text)
+    sign(path)
+    with pytest.raises(ValueError, match=r"config\.json (is not JSON|holds a)"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"step": "7"}, {"step": -1}, {"step": 1.5}, {"epoch": None}, {"epoch": True}, {"world_size": [1]},
+        {"classes": [1, 2]}, {"classes": "ab", "run_id": 3}, {"data_fingerprint": {}}, {"best_score": "high"},
+        {"metrics": {"val/miou_ss": "high"}}, {"metrics": [1]}, {"unfinished": {"loss": None}}, {"unfinished": 3},
+        {"untracked": [[1]]}, {"untracked": [["x", {}]]}, {"untracked": [[1, [2]]]}, {"untracked": 5},
+    ],
+)  # fmt: skip
+def test_values_of_other_types_are_refused_where_they_are_read(tmp_path: Path, values: dict[str, Any]) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2, 0.5)
+    edit_state(path, lambda record: record | values)
+    with pytest.raises(CheckpointError, match="lacks or has foreign fields"):
+        load_checkpoint(path)
+    assert find_checkpoint(tmp_path) == tmp_path / "checkpoint-0001"
+    assert find_checkpoint(tmp_path, which="best") == tmp_path / "checkpoint-0001"
+    prune_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "model.safetensors", "config.json"])
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe", "."])
+def test_what_has_no_end_is_not_read(tmp_path: Path, name: str, target: str) -> None:
+    path = save(tmp_path / "checkpoints", 1)
+    os.mkfifo(tmp_path / "pipe")
+    (path / name).unlink()
+    (path / name).symlink_to(target if target != "pipe" else tmp_path / "pipe")
+    assert find_checkpoint(tmp_path / "checkpoints") is None
 
 
 class TestChoice:

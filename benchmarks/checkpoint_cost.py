@@ -1,0 +1,94 @@
+"""What checkpoints cost a training: `python benchmarks/checkpoint_cost.py [--recipe voc_wsss_lite]`.
+
+In turn, as many optimiser steps with a checkpoint before them and without: the checkpoint is copied in the training's
+thread and written beside it, so that the difference is all it costs. Claimed: at the default interval
+(`train.checkpoint_every` steps) at most 1 % of the time. Crops are small, so that steps are short and the share is an
+upper bound: a checkpoint costs the same whatever the size of the images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from slrnet.config import Config, apply_overrides  # noqa: E402
+from slrnet.data.manifest import load_dataset  # noqa: E402
+from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
+from slrnet.training.distributed import Ranks  # noqa: E402
+from slrnet.training.tracking import NullTracker  # noqa: E402
+from slrnet.training.trainer import Trainer  # noqa: E402
+
+GOAL = 0.01
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=RECIPES, default="voc_wsss_lite", help="default: voc_wsss_lite")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting")
+    parser.add_argument("--rounds", type=int, default=7, help="of each kind (default: 7)")
+    parser.add_argument("--steps", type=int, default=4, help="of a round (default: 4)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        trainer = _trainer(options, Path(temporary))
+        extra, step = _measure(trainer, options.rounds, options.steps)
+        size = sum(file.stat().st_size for file in next((Path(temporary) / "run").rglob("checkpoint-*")).iterdir())
+    every = apply_overrides(Config(), []).train.checkpoint_every
+    cost = statistics.median(extra)
+    share = cost / (every * step + cost)
+    print(f"{options.recipe}: a step {step:.3f} s (median), a checkpoint of {size / 2**20:.1f} MiB")
+    print(f"a checkpoint costs {cost:.3f} s (median; {min(extra):.3f} to {max(extra):.3f})")
+    print(f"{'holds' if share <= GOAL else 'FAILS'}: {100 * share:.2f} % of the time at every {every} steps (<= 1 %)")
+    sys.exit(share > GOAL)
+
+
+def _trainer(options: argparse.Namespace, folder: Path) -> Trainer:
+    from data_prep.demo import build_demo
+
+    build_demo(folder / "data", num_train=64, num_val=4, image_size=160, samples_per_shard=8)
+    small = ["model.encoder_weights=none", "data.crop_size=128", "data.workers=0", "train.batch_size=4"]
+    config = apply_overrides(get_recipe(options.recipe), [*small, f"data.path={folder / 'data'}", *options.set])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = Ranks(device=device)
+    return Trainer(config, load_dataset(folder / "data"), ranks=ranks, folder=folder / "run", tracker=NullTracker())
+
+
+def _measure(trainer: Trainer, rounds: int, steps: int) -> tuple[list[float], float]:
+    """Seconds that each checkpoint cost, and the median seconds of a step without one."""
+    trainer.wrapped.train()
+    batch = next(iter(trainer.loader.epoch(0)))
+    for _ in range(2):
+        trainer._step(batch, 0, pretraining=False)  # to warm up; the second one has momentum
+    extra, plain = [], []
+    for number in range(rounds):
+        seconds = {}
+        for saves in (False, True) if number % 2 else (True, False):
+            begun = time.perf_counter()
+            if saves:
+                trainer.state = replace(trainer.state, step=number + 1, unfinished={"loss": 1.0})
+                trainer._save()
+            for step in range(steps):
+                trainer._step(batch, step, pretraining=False)
+            if saves:
+                trainer.writer.wait()  # what the steps were too short for counts
+            if trainer.ranks.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[saves] = time.perf_counter() - begun
+        extra.append(seconds[True] - seconds[False])
+        plain.append(seconds[False] / steps)
+    trainer.writer.close()
+    trainer.loader.close()
+    return extra, statistics.median(plain)
+
+
+if __name__ == "__main__":
+    main()
