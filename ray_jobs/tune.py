@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--grace-epochs", type=int, metavar="N", help="epochs before a trial may be stopped (default: pretraining + 1)")
     add("--seed", type=int, default=0, metavar="N", help="of the searcher (default: 0)")
     add("--ablation", choices=list(ABLATIONS), default="", help="a figure or table of the paper instead of a search")
+    add("--variants", nargs="+", default=[], metavar="LABEL", help="some of an ablation's variants (default: all)")
     add("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="of an ablation's trials (default: 0 1)")
     add("--num-workers", type=int, default=1, metavar="N", help="training processes of each trial (default: 1)")
     add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
@@ -73,7 +74,7 @@ def build_plan(args: argparse.Namespace) -> SweepPlan:
     named = {name: value for name, value in vars(args).items() if name in SweepOptions.__dataclass_fields__}
     named["name"] = args.name or f"{args.ablation or 'sweep'}-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     options = SweepOptions(metrics=tuple(args.metric.split(",")), **named)
-    return plan_sweep(config, options, space=space, ablation=args.ablation, seeds=args.seeds)
+    return plan_sweep(config, options, space=space, ablation=args.ablation, seeds=args.seeds, variants=args.variants)
 
 
 def tune(args: argparse.Namespace) -> None:

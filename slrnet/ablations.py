@@ -6,11 +6,12 @@ has a plot and no numbers, there is none here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slrnet.config import ConfigError
 
-__all__ = ["ABLATIONS", "Ablation", "Variant", "get_ablation"]
+__all__ = ["ABLATIONS", "Ablation", "Variant", "choose_variants", "get_ablation"]
 
 
 @dataclass(frozen=True)
@@ -116,3 +117,26 @@ def get_ablation(name: str) -> Ablation:
     if name not in ABLATIONS:
         raise ConfigError(f"unknown ablation {name!r}; known are {', '.join(ABLATIONS)}")
     return ABLATIONS[name]
+
+
+def choose_variants(name: str, labels: Sequence[str] = ()) -> tuple[int, ...]:
+    """The places of variants in an ablation, in the paper's order.
+
+    Args:
+        name: of the ablation.
+        labels: as the paper names them, in any case and without the dash before those of a group; none: all.
+
+    Raises:
+        ConfigError: there is no such ablation or variant.
+    """
+    known = [_plain_label(variant.label) for variant in get_ablation(name).variants]
+    for label in labels:
+        if _plain_label(label) not in known:
+            listed = ", ".join(repr(variant.label) for variant in get_ablation(name).variants)
+            raise ConfigError(f"ablation {name!r} has no variant {label!r}; it has {listed}")
+    wanted = {_plain_label(label) for label in labels} or set(known)
+    return tuple(index for index, label in enumerate(known) if label in wanted)
+
+
+def _plain_label(label: str) -> str:
+    return label.removeprefix("- ").casefold().strip()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slrnet.ablations import get_ablation
 from slrnet.search import Domain
 from slrnet.training.checkpoint import find_checkpoint
 from slrnet.training.cluster import ClusterError, Workers, cluster_resources
@@ -167,8 +166,7 @@ def _param_space(plan: SweepPlan) -> dict[str, Any]:
     from ray import tune
 
     if plan.ablation:
-        variants = list(range(len(get_ablation(plan.ablation).variants)))
-        return {"variant": tune.grid_search(variants), "train.seed": tune.grid_search(list(plan.seeds))}
+        return {"variant": tune.grid_search(list(plan.variants)), "train.seed": tune.grid_search(list(plan.seeds))}
     return {domain.key: _tune_domain(domain, grid=plan.options.searcher == "grid") for domain in plan.space}
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from slrnet.ablations import get_ablation
+from slrnet.ablations import Variant, choose_variants, get_ablation
 from slrnet.config import Config, ConfigError, apply_overrides, config_from_dict
 from slrnet.data.files import write_json
 from slrnet.search import Domain, apply_values, check_space, parse_domain
@@ -80,6 +80,14 @@ class SweepPlan:
     """Name of the ablation; empty for a search."""
     seeds: tuple[int, ...]
     """Of an ablation's trials."""
+    variants: tuple[int, ...] = ()
+    """Places in the ablation of those that are run."""
+
+    @property
+    def chosen_variants(self) -> tuple[Variant, ...]:
+        """The ablation's variants that are run."""
+        known = get_ablation(self.ablation).variants
+        return tuple(known[index] for index in self.variants)
 
     @property
     def folder(self) -> Path:
@@ -102,7 +110,7 @@ class SweepPlan:
     def trials(self) -> int:
         """How many trials there will be."""
         if self.ablation:
-            return len(get_ablation(self.ablation).variants) * len(self.seeds)
+            return len(self.variants) * len(self.seeds)
         if self.options.searcher == "grid":
             return math.prod(len(grid_of(domain)) for domain in self.space)
         return self.options.num_samples
@@ -115,6 +123,7 @@ def plan_sweep(
     space: Sequence[Domain] = (),
     ablation: str = "",
     seeds: Sequence[int] = (),
+    variants: Sequence[str] = (),
 ) -> SweepPlan:
     """Checks a sweep before anything is started.
 
@@ -124,16 +133,20 @@ def plan_sweep(
         space: what a search tries.
         ablation: instead of a space, a name of `slrnet.ablations`.
         seeds: of an ablation's trials.
+        variants: labels of an ablation's variants; none: all of them.
 
     Raises:
         ValueError: a setting, domain, metric or the data does not allow the sweep, or its folder exists.
     """
     config, shards = with_absolute_paths(config)
     check_run(config, shards, options.num_workers)
-    if ablation:
-        for variant in get_ablation(ablation).variants:
-            check_run(apply_overrides(config, variant.changes), shards, options.num_workers)
-    else:
+    chosen = choose_variants(ablation, variants) if ablation else ()
+    for index in chosen:
+        changes = get_ablation(ablation).variants[index].changes
+        check_run(apply_overrides(config, changes), shards, options.num_workers)
+    if variants and not ablation:
+        raise ConfigError("variants are those of an ablation; give --ablation NAME with --variants, or leave them out")
+    if not ablation:
         check_space(config, space)
     options = _settled(config, options, space, ablation)
     folder = options.storage / options.name
@@ -142,7 +155,12 @@ def plan_sweep(
             f"sweep folder {folder} exists; continue that sweep with --resume {options.name}, or choose another --name"
         )
     return SweepPlan(
-        config=config, options=options, space=tuple(space), ablation=ablation, seeds=tuple(seeds) if ablation else ()
+        config=config,
+        options=options,
+        space=() if ablation else tuple(space),
+        ablation=ablation,
+        seeds=tuple(seeds) if ablation else (),
+        variants=chosen,
     )
 
 
@@ -165,6 +183,7 @@ def resume_plan(storage: Path, name: str) -> SweepPlan:
         space=tuple(parse_domain(text) for text in record["space"]),
         ablation=record["ablation"],
         seeds=tuple(record["seeds"]),
+        variants=tuple(record["variants"]),
     )
 
 
@@ -173,8 +192,8 @@ def describe(plan: SweepPlan) -> str:
     options = plan.options
     if plan.ablation:
         ablation = get_ablation(plan.ablation)
-        lines = [f"{ablation.title}: {len(ablation.variants)} variants, seeds {', '.join(map(str, plan.seeds))}"]
-        lines += [f"  {variant.label}: {' '.join(variant.changes)}" for variant in ablation.variants]
+        lines = [f"{ablation.title}: {len(plan.variants)} variants, seeds {', '.join(map(str, plan.seeds))}"]
+        lines += [f"  {variant.label}: {' '.join(variant.changes)}" for variant in plan.chosen_variants]
         return "\n".join([*lines, f"{plan.trials} trials, all trained to the end"])
     stop = (
         f"ASHA may stop trials after {options.grace_epochs} epochs, one in {options.reduction:g} goes on"
@@ -231,6 +250,7 @@ def write_plan(plan: SweepPlan) -> None:
         "space": [str(domain) for domain in plan.space],
         "ablation": plan.ablation,
         "seeds": list(plan.seeds),
+        "variants": list(plan.variants),
     }
     write_json(plan.folder / _RECORD, record)
 

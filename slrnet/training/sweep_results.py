@@ -170,10 +170,15 @@ class AblationRow:
 
 
 def ablation_rows(ablation: Ablation, trials: Sequence[Trial], metrics: Sequence[str]) -> list[AblationRow]:
-    """Puts an ablation's trials (settings `variant` and `train.seed`) together, in the paper's order."""
+    """Puts an ablation's trials (settings `variant` and `train.seed`) together, in the paper's order.
+
+    Variants without a trial are left out.
+    """
     rows = []
     for index, variant in enumerate(ablation.variants):
         own = [trial for trial in trials if trial.values["variant"] == index]
+        if not own:
+            continue
         found = {m: [t.metrics[m] for t in own if math.isfinite(t.metrics.get(m, math.nan))] for m in metrics}
         means = {metric: statistics.mean(values) if values else math.nan for metric, values in found.items()}
         spreads = {metric: statistics.stdev(values) if len(values) > 1 else 0.0 for metric, values in found.items()}
