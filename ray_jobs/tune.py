@@ -4,7 +4,8 @@
     ray job submit --working-dir . -- python ray_jobs/tune.py --recipe NAME --data DIR --ablation fig4 --seeds 0 1
 
 By default lambda_reg, T, d and gamma are searched, and poor trials stopped early. --search adds a setting (KIND is
-uniform:LOW:HIGH, loguniform:LOW:HIGH, int:LOW:HIGH or choice:A,B,...) or leaves one out (fixed).
+uniform:LOW:HIGH, loguniform:LOW:HIGH, int:LOW:HIGH or choice:A,B,...) or leaves one out (fixed). --scheduler pbt is
+population-based training: lambda_reg and gamma change while the trials train.
 Exit status: 0, 1 where no trial could be trained, 2 where something was refused before it began.
 """
 
@@ -44,10 +45,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--num-samples", type=int, default=20, metavar="N", help="trials (default: 20)")
     add("--metric", default="val/miou", metavar="A,B", help="val/ or pseudo_mask/ miou, mfdr, mfnr (default: val/miou)")
     add("--searcher", choices=["auto", "optuna", "random", "grid"], default="auto", help="default: auto, optuna if any")
-    add("--scheduler", choices=["asha", "none"], default="asha", help="stop poor trials early (default: asha)")
-    add("--grace-epochs", type=int, metavar="N", help="epochs before a trial may be stopped (default: pretraining + 1)")
+    add("--scheduler", choices=["asha", "pbt", "none"], default="asha", help="poor trials: stop, or take over")
+    add("--grace-epochs", type=int, metavar="N", help="epochs before that (default: pretraining + 1)")
+    add("--perturb-every", type=int, default=1, metavar="N", help="epochs between take-overs of pbt (default: 1)")
     add("--seed", type=int, default=0, metavar="N", help="of the searcher (default: 0)")
     add("--ablation", choices=list(ABLATIONS), default="", help="a figure or table of the paper instead of a search")
+    add("--variants", nargs="+", default=[], metavar="LABEL", help="some of an ablation's variants (default: all)")
     add("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="of an ablation's trials (default: 0 1)")
     add("--num-workers", type=int, default=1, metavar="N", help="training processes of each trial (default: 1)")
     add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
@@ -67,13 +70,14 @@ def build_plan(args: argparse.Namespace) -> SweepPlan:
     data = [f"data.path={args.data}"] if args.data else []
     tracking = [f"tracking.uri={args.tracking_uri}"] if args.tracking_uri else []
     config = apply_overrides(config, [*data, *tracking, *args.set])
-    space = space_with(get_space(config.recipe) if config.recipe in RECIPES else DEFAULT_SPACE, args.search)
-    from slrnet.training.sweep_plan import SweepOptions, plan_sweep
+    from slrnet.training.sweep_plan import SweepOptions, may_change, plan_sweep
 
+    base = get_space(config.recipe) if config.recipe in RECIPES else DEFAULT_SPACE
+    space = space_with([domain for domain in base if args.scheduler != "pbt" or may_change(domain.key)], args.search)
     named = {name: value for name, value in vars(args).items() if name in SweepOptions.__dataclass_fields__}
     named["name"] = args.name or f"{args.ablation or 'sweep'}-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     options = SweepOptions(metrics=tuple(args.metric.split(",")), **named)
-    return plan_sweep(config, options, space=space, ablation=args.ablation, seeds=args.seeds)
+    return plan_sweep(config, options, space=space, ablation=args.ablation, seeds=args.seeds, variants=args.variants)
 
 
 def tune(args: argparse.Namespace) -> None:

@@ -6,11 +6,12 @@ has a plot and no numbers, there is none here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slrnet.config import ConfigError
 
-__all__ = ["ABLATIONS", "Ablation", "Variant", "get_ablation"]
+__all__ = ["ABLATIONS", "Ablation", "Variant", "choose_variants", "get_ablation"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Ablation:
     """In the paper's order."""
     logarithmic: bool = False
     """Whether the axis is."""
+    chosen: float | None = None
+    """The position on a plot's axis that the paper settles on (Sec. 4.1)."""
 
 
 def _series(key: str, values: tuple[int, ...]) -> tuple[Variant, ...]:
@@ -61,6 +64,7 @@ ABLATIONS: dict[str, Ablation] = {
         "Strength of the cross-view supervision (paper Fig. 4, left)",
         "lambda_reg",
         _series("weights.consistency", (0, 1, 2, 4, 8)),
+        chosen=4,
     ),
     "fig4-right": Ablation(
         "Cross-view supervision (paper Fig. 4, right)",
@@ -71,13 +75,14 @@ ABLATIONS: dict[str, Ablation] = {
         ),
     ),
     "fig6-left": Ablation(
-        "Iterations of CVLR (paper Fig. 6, left)", "T", _series("cvlr.num_iters", (1, 2, 3, 4, 5, 6))
+        "Iterations of CVLR (paper Fig. 6, left)", "T", _series("cvlr.num_iters", (1, 2, 3, 4, 5, 6)), chosen=1
     ),
     "fig6-right": Ablation(
         "Dimension of the dictionary (paper Fig. 6, right)",
         "d",
         _series("cvlr.dim", (64, 128, 256, 512, 1024)),
         logarithmic=True,
+        chosen=256,
     ),
     "table7": Ablation(
         "Augmentations of the views (paper Table 7)",
@@ -116,3 +121,26 @@ def get_ablation(name: str) -> Ablation:
     if name not in ABLATIONS:
         raise ConfigError(f"unknown ablation {name!r}; known are {', '.join(ABLATIONS)}")
     return ABLATIONS[name]
+
+
+def choose_variants(name: str, labels: Sequence[str] = ()) -> tuple[int, ...]:
+    """The places of variants in an ablation, in the paper's order.
+
+    Args:
+        name: of the ablation.
+        labels: as the paper names them, in any case and without the dash before those of a group; none: all.
+
+    Raises:
+        ConfigError: there is no such ablation or variant.
+    """
+    known = [_plain_label(variant.label) for variant in get_ablation(name).variants]
+    for label in labels:
+        if _plain_label(label) not in known:
+            listed = ", ".join(repr(variant.label) for variant in get_ablation(name).variants)
+            raise ConfigError(f"ablation {name!r} has no variant {label!r}; it has {listed}")
+    wanted = {_plain_label(label) for label in labels} or set(known)
+    return tuple(index for index, label in enumerate(known) if label in wanted)
+
+
+def _plain_label(label: str) -> str:
+    return label.removeprefix("- ").casefold().strip()

@@ -7,6 +7,8 @@ A domain is written `section.field=KIND:VALUES`, for instance `weights.consisten
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -44,6 +46,33 @@ class Domain:
             return self.values
         low, high = self.values
         return (low, high) if self.kind == "int" else (low, low + 0.37 * (high - low), high)
+
+    def draw(self, rng: random.Random) -> Any:
+        """A value at random."""
+        if self.kind == "choice":
+            return rng.choice(self.values)
+        low, high = self.values
+        if self.kind == "int":
+            return rng.randint(low, high)
+        if self.kind == "loguniform":
+            return min(max(math.exp(rng.uniform(math.log(low), math.log(high))), low), high)
+        return rng.uniform(low, high)
+
+    def neighbour(self, value: Any, rng: random.Random) -> Any:
+        """A value near another one, above or below it, within the domain.
+
+        The next choice or whole number, a tenth of the range of `uniform` away, or 1.2 times as much or as little for
+        `loguniform`.
+        """
+        up = rng.random() < 0.5
+        if self.kind == "choice":
+            place = self.values.index(value) + (1 if up else -1)
+            return self.values[min(max(place, 0), len(self.values) - 1)]
+        low, high = self.values
+        if self.kind == "loguniform":
+            return min(max(value * 1.2 if up else value / 1.2, low), high)
+        step = 1 if self.kind == "int" else 0.1 * (high - low)
+        return min(max(value + step if up else value - step, low), high)
 
 
 DEFAULT_SPACE: tuple[Domain, ...] = (

@@ -178,7 +178,15 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     return _conclude(folder, handle, driver)
 
 
-def train_trial(config: Config, options: LaunchOptions, *, parent: RunHandle, workers: Workers) -> None:
+def train_trial(
+    config: Config,
+    options: LaunchOptions,
+    *,
+    parent: RunHandle,
+    workers: Workers,
+    until: int | None = None,
+    notes: Mapping[str, float] | None = None,
+) -> None:
     """Trains one trial of a sweep within a Tune session, which receives the figures of every epoch.
 
     A trial that was interrupted goes on from its last checkpoint, in the MLflow run that it has.
@@ -188,6 +196,8 @@ def train_trial(config: Config, options: LaunchOptions, *, parent: RunHandle, wo
         options: name and storage of the trial.
         parent: the sweep's run.
         workers: of the trial.
+        until: stop when so many epochs are finished; None: all of them.
+        notes: figures for the trial's curves at the step from which it goes on.
 
     Raises:
         TrainingError: a worker failed; the trial's run says why.
@@ -196,7 +206,10 @@ def train_trial(config: Config, options: LaunchOptions, *, parent: RunHandle, wo
 
     shards = load_dataset(config.data.path)
     handle = _create_run(config, options, shards, workers=workers, resume=None, parent=parent)
-    _train_tracked(config, handle, options, workers, callbacks=[TuneReportCallback()]).finish()
+    if notes:
+        last = find_checkpoint(options.storage / options.name / "checkpoints")
+        Tracker(handle, once=True).log_metrics(notes, 0 if last is None else load_checkpoint(last).state.step)
+    _train_tracked(config, handle, options, workers, until=until, callbacks=[TuneReportCallback()]).finish()
 
 
 def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
@@ -238,13 +251,19 @@ def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
 
 
 def _train_tracked(
-    config: Config, handle: RunHandle, options: LaunchOptions, workers: Workers, *, callbacks: Sequence[Any] = ()
+    config: Config,
+    handle: RunHandle,
+    options: LaunchOptions,
+    workers: Workers,
+    *,
+    until: int | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> Tracker:
     """Trains; a run that fails says why. Returns the run's tracker, the run not yet ended."""
     driver = Tracker(handle)
     folder = options.storage / options.name
     values = {"config": config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
-    values["location"] = options.location
+    values |= {"location": options.location, "until": until}
     values["hang_limit"] = options.hang_limit if workers.most else 0.0  # this process is the user's
     begun = time.time()
     try:
@@ -290,7 +309,7 @@ def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
         )
         trainer.resume()
         log.write("start", step=trainer.state.step, world_size=ranks.world_size)
-        trainer.fit(report=report, notice=report.notice)
+        trainer.fit(report=report, notice=report.notice, until=values.get("until"))
         tracker.drain()
     except Exception as error:
         position = watchdog.position

@@ -2,28 +2,31 @@
 
 Each trial is a whole distributed training, started by a small actor that takes no CPU core and sits on the head node,
 so that only workers compete for cores and GPUs. Trials keep their runs under `STORAGE/SWEEP/trials`; a sweep that was
-killed goes on with finished trials kept and interrupted ones from their last checkpoint.
+killed goes on with finished trials kept and interrupted ones from their last checkpoint. Figures of trials are read
+from those folders.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slrnet.ablations import get_ablation
 from slrnet.search import Domain
 from slrnet.training.checkpoint import find_checkpoint
 from slrnet.training.cluster import ClusterError, Workers, cluster_resources
+from slrnet.training.population import Population, member_name, train_population
 from slrnet.training.ray_loop import LaunchOptions, TrainingError, train_trial
 from slrnet.training.sweep_plan import SweepOptions, SweepPlan, grid_of, trial_config, write_plan
-from slrnet.training.sweep_results import Trial, best_trial, mode_of, write_results
+from slrnet.training.sweep_results import Mode, Trial, best_trial, mode_of, trial_from_rows, trial_rows, write_results
 from slrnet.training.tracking import RunHandle, Tracker, create_run, environment_tags, resolve_uri, runs_below
 
-__all__ = ["SweepResult", "run_sweep"]
+__all__ = ["SweepResult", "replay_asha", "run_sweep"]
 
 _HEAD = {"node:__internal_head__": 0.001}
 
@@ -63,14 +66,13 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
     say(f"curves and pictures: {parent.how_to_open()}")
     driver = Tracker(parent)
     try:
-        results = _fit(plan, parent, workers, concurrent=concurrent, resume=resume)
+        trials = _run_trials(plan, parent, workers, concurrent=concurrent, resume=resume, say=say)
     except KeyboardInterrupt:
         driver.finish("KILLED", "interrupted")
         raise
     except Exception as error:
         driver.finish("FAILED", str(error))
         raise
-    trials = [_trial_of(plan, result) for result in results]
     best = best_trial(trials, options.metrics[0])
     _finish_children(plan, parent, trials, best)
     if best is None:
@@ -79,7 +81,15 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         raise TrainingError(f"no trial of sweep {options.name} has {options.metrics[0]}; the first error: {cause}")
     folder = plan.folder / "results"
     config = None if plan.ablation else trial_config(plan, best.values)
-    table = write_results(trials, plan.options.metrics, folder, ablation=plan.ablation, best_config=config)
+    table = write_results(
+        trials,
+        options.metrics,
+        folder,
+        ablation=plan.ablation,
+        best_config=config,
+        replay=_replay(plan, trials, concurrent),
+        default=plan.recipe_point,
+    )
     driver.log_artifacts(folder)
     driver.log_metrics({name: value for name, value in best.metrics.items() if "/iou/" not in name}, 0)
     driver.set_tags({"slrnet.best_trial": best.name})
@@ -118,6 +128,35 @@ def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
     )
 
 
+def _run_trials(
+    plan: SweepPlan,
+    parent: RunHandle,
+    workers: Workers,
+    *,
+    concurrent: int,
+    resume: bool,
+    say: Callable[[str], None],
+) -> list[Trial]:
+    job = {"plan": plan, "parent": parent, "workers": workers}
+    if plan.options.scheduler != "pbt":
+        start = {"param_space": _param_space(plan), "tune_config": _tune_config(plan, concurrent)}
+        results = _fit(plan, _trial, job, "tune", resume=resume, **start)
+        return [_trial_of(plan, result) for result in results]
+
+    def train_round(until: int, settings: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+        from ray import tune
+
+        start = {
+            "param_space": {"member": tune.grid_search(list(settings))},
+            "tune_config": tune.TuneConfig(search_alg=_in_turn(concurrent), trial_dirname_creator=_trial_id),
+        }
+        state = f"tune-{until:04d}"
+        results = _fit(plan, _member, job | {"until": until, "settings": settings}, state, resume=True, **start)
+        return {result.config["member"]: "" if result.error is None else _last_line(result.error) for result in results}
+
+    return train_population(plan, train_round, say=say, record=lambda found: _record_sources(plan, parent, found))
+
+
 def _trial(values: dict[str, Any], *, job: dict[str, Any]) -> None:
     """What a trial's actor runs."""
     from ray import tune
@@ -129,30 +168,57 @@ def _trial(values: dict[str, Any], *, job: dict[str, Any]) -> None:
     train_trial(trial_config(plan, values), options, parent=job["parent"], workers=job["workers"])
 
 
+def _member(values: dict[str, Any], *, job: dict[str, Any]) -> None:
+    """What the actor of a population's member runs in a round; its settings become curves."""
+    plan: SweepPlan = job["plan"]
+    settings = job["settings"][values["member"]]
+    notes = {f"setting/{key}": value for key, value in settings.items() if isinstance(value, (int, float))}
+    train_trial(
+        trial_config(plan, settings),
+        LaunchOptions(name=member_name(plan, values["member"]), storage=plan.folder / "trials"),
+        parent=job["parent"],
+        workers=job["workers"],
+        until=job["until"],
+        notes=notes,
+    )
+
+
+def _record_sources(plan: SweepPlan, parent: RunHandle, population: Population) -> None:
+    """Says in the runs of members from whom they took over, and when."""
+    children = runs_below(parent)
+    for member in population.members:
+        taken = [change for change in member.schedule if change.source is not None]
+        name = member_name(plan, member.index)
+        if taken and name in children:
+            shown = [f"{member_name(plan, change.source or 0)} after epoch {change.epoch}" for change in taken]
+            Tracker(children[name][0]).set_tags({"slrnet.exploited_from": ", ".join(shown)})
+
+
 def _fit(
     plan: SweepPlan,
-    parent: RunHandle,
-    workers: Workers,
+    trial: Callable[..., None],
+    job: dict[str, Any],
+    name: str,
     *,
-    concurrent: int,
+    param_space: dict[str, Any],
+    tune_config: Any,
     resume: bool,
 ) -> Iterable[Any]:
-    """Runs all trials; Tune's results, one for each."""
+    """Runs trials with Tune, whose state has a name in the sweep's folder; its results, one for each."""
     from ray import tune
 
-    job = {"plan": plan, "parent": parent, "workers": workers}
-    trainable = tune.with_resources(tune.with_parameters(_trial, job=job), _HEAD)
-    state = plan.folder / "tune"
+    trainable = tune.with_resources(tune.with_parameters(trial, job=job), _HEAD)
+    state = plan.folder / name
     if resume and tune.Tuner.can_restore(str(state)):
         tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
     else:
         shutil.rmtree(state, ignore_errors=True)  # a sweep killed before its first trial
         tuner = tune.Tuner(
             trainable,
-            param_space=_param_space(plan),
-            tune_config=_tune_config(plan, concurrent),
+            param_space=param_space,
+            tune_config=tune_config,
             run_config=tune.RunConfig(
-                name="tune",
+                name=name,
                 storage_path=str(plan.folder),
                 failure_config=tune.FailureConfig(max_failures=plan.options.max_failures),
                 callbacks=[_progress(plan)],
@@ -167,8 +233,7 @@ def _param_space(plan: SweepPlan) -> dict[str, Any]:
     from ray import tune
 
     if plan.ablation:
-        variants = list(range(len(get_ablation(plan.ablation).variants)))
-        return {"variant": tune.grid_search(variants), "train.seed": tune.grid_search(list(plan.seeds))}
+        return {"variant": tune.grid_search(list(plan.variants)), "train.seed": tune.grid_search(list(plan.seeds))}
     return {domain.key: _tune_domain(domain, grid=plan.options.searcher == "grid") for domain in plan.space}
 
 
@@ -188,7 +253,6 @@ def _tune_domain(domain: Domain, *, grid: bool) -> Any:
 def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search import BasicVariantGenerator
 
     options = plan.options
     whole = plan.ablation or options.searcher == "grid"
@@ -201,10 +265,7 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
         many = {} if len(modes) == 1 else {"metric": list(options.metrics), "mode": modes}
         search: Any = OptunaSearch(points_to_evaluate=start, seed=options.seed, **many)
     else:
-        # Tune's own limit does not reach this one.
-        search = BasicVariantGenerator(
-            points_to_evaluate=start or None, random_state=options.seed, max_concurrent=concurrent
-        )
+        search = _in_turn(concurrent, points_to_evaluate=start or None, random_state=options.seed)
     scheduler = None
     if options.scheduler == "asha":
         scheduler = ASHAScheduler(
@@ -217,10 +278,21 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
         search_alg=search,
         scheduler=scheduler,
         num_samples=1 if whole else options.num_samples,
-        max_concurrent_trials=None if isinstance(search, BasicVariantGenerator) else concurrent,
-        trial_dirname_creator=lambda trial: trial.trial_id,
+        max_concurrent_trials=concurrent if options.searcher == "optuna" and not whole else None,
+        trial_dirname_creator=_trial_id,
         **aim,
     )
+
+
+def _trial_id(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
+def _in_turn(concurrent: int, **options: Any) -> Any:
+    """Grids and random draws, so many trials at a time; Tune's own limit does not reach this searcher."""
+    from ray.tune.search import BasicVariantGenerator
+
+    return BasicVariantGenerator(max_concurrent=concurrent, **options)
 
 
 def _progress(plan: SweepPlan) -> Any:
@@ -250,20 +322,70 @@ def _progress(plan: SweepPlan) -> Any:
 def _trial_of(plan: SweepPlan, result: Any) -> Trial:
     name = f"{plan.options.name}-{Path(result.path).name}"
     values = dict(result.config)
-    if result.error is not None:
-        return Trial(name=name, values=values, status="failed", epochs=0, metrics={}, error=_last_line(result.error))
-    frame = result.metrics_dataframe
-    metric = plan.options.metrics[0]
-    rows = [] if frame is None else frame.to_dict("records")
-    figures = [
-        {key: value for key, value in row.items() if key.partition("/")[0] in ("pseudo_mask", "val")} for row in rows
-    ]
-    sign = 1 if mode_of(metric) == "max" else -1
-    scored = [row for row in figures if math.isfinite(row.get(metric, math.nan))]
-    best = max(scored, key=lambda row: sign * row[metric], default={})
-    epochs = max((int(row["epoch"]) for row in rows), default=0)
-    done = epochs >= trial_config(plan, values).train.epochs
-    return Trial(name=name, values=values, status="finished" if done else "stopped early", epochs=epochs, metrics=best)
+    return trial_from_rows(
+        name,
+        values,
+        trial_rows(plan.folder / "trials" / name),
+        metric=plan.options.metrics[0],
+        planned=trial_config(plan, values).train.epochs,
+        error="" if result.error is None else _last_line(result.error),
+    )
+
+
+def _replay(plan: SweepPlan, trials: Sequence[Trial], concurrent: int) -> dict[str, int]:
+    """What ASHA would have made of a search whose trials were all trained to the end; empty for other sweeps."""
+    options = plan.options
+    if plan.ablation or options.scheduler != "none" or len(options.metrics) > 1:
+        return {}
+    curves = {trial.name: trial.curve for trial in trials if trial.status == "finished" and None not in trial.curve}
+    lengths = {len(curve) for curve in curves.values()}
+    if len(curves) < 2 or len(lengths) > 1:
+        return {}
+    return replay_asha(
+        curves, mode=mode_of(options.metrics[0]), grace=options.grace_epochs or 1, reduction=options.reduction,
+        concurrent=concurrent,
+    )  # fmt: skip
+
+
+def replay_asha(
+    curves: Mapping[str, Sequence[float | None]], *, mode: Mode, grace: int, reduction: float, concurrent: int
+) -> dict[str, int]:
+    """Shows ASHA the curves of whole trials, as if they were trained now, all at the same speed.
+
+    Args:
+        curves: figure after each epoch, by trial, in the order in which trials start; all of one length.
+        mode: whether more of the figure is better.
+        grace: epochs before a trial may be stopped.
+        reduction: one in so many goes on.
+        concurrent: trials at a time.
+
+    Returns:
+        Epochs that each trial would have been trained.
+    """
+    from ray.tune.schedulers import ASHAScheduler
+
+    longest = max(map(len, curves.values()))
+    scheduler = ASHAScheduler(
+        time_attr="epoch", metric="figure", mode=mode, max_t=longest, grace_period=grace, reduction_factor=reduction
+    )
+    waiting, running, trained = deque(_Replayed(name) for name in curves), list[_Replayed](), dict.fromkeys(curves, 0)
+    while waiting or running:
+        while waiting and len(running) < concurrent:
+            running.append(waiting.popleft())
+            scheduler.on_trial_add(None, running[-1])
+        for trial in tuple(running):
+            epoch = trained[trial.trial_id] = trained[trial.trial_id] + 1
+            result = {"epoch": epoch, "figure": curves[trial.trial_id][epoch - 1]}
+            if scheduler.on_trial_result(None, trial, result) == scheduler.STOP or epoch == longest:
+                running.remove(trial)
+    return trained
+
+
+@dataclass(frozen=True)
+class _Replayed:
+    """What ASHA asks of a trial."""
+
+    trial_id: str
 
 
 def _last_line(error: BaseException) -> str:
@@ -279,6 +401,8 @@ def _finish_children(plan: SweepPlan, parent: RunHandle, trials: Sequence[Trial]
         if handle is None:
             continue
         tracker = Tracker(handle)
+        if trial.schedule:
+            tracker.log_text(json.dumps(list(trial.schedule), indent=2), "schedule.json")
         tracker.set_tags({"slrnet.trial_status": trial.status})
         if status == "RUNNING":
             tracker.finish("FAILED" if trial.status == "failed" else "FINISHED", trial.error)

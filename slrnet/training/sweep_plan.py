@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from slrnet.ablations import get_ablation
+from slrnet.ablations import Variant, choose_variants, get_ablation
 from slrnet.config import Config, ConfigError, apply_overrides, config_from_dict
 from slrnet.data.files import write_json
 from slrnet.search import Domain, apply_values, check_space, parse_domain
@@ -23,6 +23,7 @@ __all__ = [
     "describe",
     "estimate",
     "grid_of",
+    "may_change",
     "plan_sweep",
     "resume_plan",
     "trial_config",
@@ -30,8 +31,10 @@ __all__ = [
 ]
 
 Searcher = Literal["auto", "optuna", "random", "grid"]
-Scheduler = Literal["asha", "none"]
+Scheduler = Literal["asha", "pbt", "none"]
 _RECORD = "sweep.json"
+_CHANGEABLE = ("weights.", "calibration.", "losses.", "optim.")
+"""Sections whose settings a training may change between epochs: they shape neither network nor epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +52,14 @@ class SweepOptions:
     searcher: Searcher = "auto"
     """`optuna` (TPE), `random` or `grid`; `auto` is `optuna` where it is installed, else `random`."""
     scheduler: Scheduler = "asha"
-    """`asha` stops poor trials early; `none` trains all of them to the end."""
+    """`asha` stops poor trials early; `pbt` lets poor ones go on from the weights and settings of good ones
+    (`slrnet.training.population`); `none` trains all of them to the end."""
     grace_epochs: int | None = None
-    """Epochs before a trial may be stopped; None: one more than the pretraining has."""
+    """Epochs before a trial may be stopped or take over; None: one more than the pretraining has."""
+    perturb_every: int = 1
+    """Epochs from one take-over of `pbt` to the next."""
+    quantile: float = 0.25
+    """Share of the trials that take over each time, and share from which they do."""
     reduction: float = 3.0
     """Of the trials at a rung of ASHA, one in so many goes on."""
     num_workers: int = 1
@@ -80,6 +88,14 @@ class SweepPlan:
     """Name of the ablation; empty for a search."""
     seeds: tuple[int, ...]
     """Of an ablation's trials."""
+    variants: tuple[int, ...] = ()
+    """Places in the ablation of those that are run."""
+
+    @property
+    def chosen_variants(self) -> tuple[Variant, ...]:
+        """The ablation's variants that are run."""
+        known = get_ablation(self.ablation).variants
+        return tuple(known[index] for index in self.variants)
 
     @property
     def folder(self) -> Path:
@@ -102,7 +118,7 @@ class SweepPlan:
     def trials(self) -> int:
         """How many trials there will be."""
         if self.ablation:
-            return len(get_ablation(self.ablation).variants) * len(self.seeds)
+            return len(self.variants) * len(self.seeds)
         if self.options.searcher == "grid":
             return math.prod(len(grid_of(domain)) for domain in self.space)
         return self.options.num_samples
@@ -115,6 +131,7 @@ def plan_sweep(
     space: Sequence[Domain] = (),
     ablation: str = "",
     seeds: Sequence[int] = (),
+    variants: Sequence[str] = (),
 ) -> SweepPlan:
     """Checks a sweep before anything is started.
 
@@ -124,16 +141,20 @@ def plan_sweep(
         space: what a search tries.
         ablation: instead of a space, a name of `slrnet.ablations`.
         seeds: of an ablation's trials.
+        variants: labels of an ablation's variants; none: all of them.
 
     Raises:
         ValueError: a setting, domain, metric or the data does not allow the sweep, or its folder exists.
     """
     config, shards = with_absolute_paths(config)
     check_run(config, shards, options.num_workers)
-    if ablation:
-        for variant in get_ablation(ablation).variants:
-            check_run(apply_overrides(config, variant.changes), shards, options.num_workers)
-    else:
+    chosen = choose_variants(ablation, variants) if ablation else ()
+    for index in chosen:
+        changes = get_ablation(ablation).variants[index].changes
+        check_run(apply_overrides(config, changes), shards, options.num_workers)
+    if variants and not ablation:
+        raise ConfigError("variants are those of an ablation; give --ablation NAME with --variants, or leave them out")
+    if not ablation:
         check_space(config, space)
     options = _settled(config, options, space, ablation)
     folder = options.storage / options.name
@@ -142,7 +163,12 @@ def plan_sweep(
             f"sweep folder {folder} exists; continue that sweep with --resume {options.name}, or choose another --name"
         )
     return SweepPlan(
-        config=config, options=options, space=tuple(space), ablation=ablation, seeds=tuple(seeds) if ablation else ()
+        config=config,
+        options=options,
+        space=() if ablation else tuple(space),
+        ablation=ablation,
+        seeds=tuple(seeds) if ablation else (),
+        variants=chosen,
     )
 
 
@@ -165,6 +191,7 @@ def resume_plan(storage: Path, name: str) -> SweepPlan:
         space=tuple(parse_domain(text) for text in record["space"]),
         ablation=record["ablation"],
         seeds=tuple(record["seeds"]),
+        variants=tuple(record["variants"]),
     )
 
 
@@ -173,14 +200,15 @@ def describe(plan: SweepPlan) -> str:
     options = plan.options
     if plan.ablation:
         ablation = get_ablation(plan.ablation)
-        lines = [f"{ablation.title}: {len(ablation.variants)} variants, seeds {', '.join(map(str, plan.seeds))}"]
-        lines += [f"  {variant.label}: {' '.join(variant.changes)}" for variant in ablation.variants]
+        lines = [f"{ablation.title}: {len(plan.variants)} variants, seeds {', '.join(map(str, plan.seeds))}"]
+        lines += [f"  {variant.label}: {' '.join(variant.changes)}" for variant in plan.chosen_variants]
         return "\n".join([*lines, f"{plan.trials} trials, all trained to the end"])
-    stop = (
-        f"ASHA may stop trials after {options.grace_epochs} epochs, one in {options.reduction:g} goes on"
-        if options.scheduler == "asha"
-        else "all trained to the end"
-    )
+    stop = {
+        "asha": f"ASHA may stop trials after {options.grace_epochs} epochs, one in {options.reduction:g} goes on",
+        "pbt": f"population-based: after {options.grace_epochs} epochs and every {options.perturb_every} from there "
+        f"the worst {100 * options.quantile:g} % take over weights and settings of the best, which are then changed",
+        "none": "all trained to the end",
+    }[options.scheduler]
     head = f"{plan.trials} trials, {options.searcher} search for {', '.join(options.metrics)}; {stop}"
     return "\n".join([head, *(f"  {domain}" for domain in plan.space)])
 
@@ -231,6 +259,7 @@ def write_plan(plan: SweepPlan) -> None:
         "space": [str(domain) for domain in plan.space],
         "ablation": plan.ablation,
         "seeds": list(plan.seeds),
+        "variants": list(plan.variants),
     }
     write_json(plan.folder / _RECORD, record)
 
@@ -251,6 +280,8 @@ def trial_config(plan: SweepPlan, values: Mapping[str, Any]) -> Config:
 def _settled(config: Config, options: SweepOptions, space: Sequence[Domain], ablation: str) -> SweepOptions:
     """Options with everything decided that could be left open."""
     searcher = options.searcher
+    if options.scheduler == "pbt" and not ablation:
+        searcher = _check_population(options, space)
     if searcher == "auto":
         searcher = "optuna" if find_spec("optuna") else "random"
     if searcher == "optuna" and not find_spec("optuna"):
@@ -258,21 +289,48 @@ def _settled(config: Config, options: SweepOptions, space: Sequence[Domain], abl
     if searcher == "grid":
         for domain in space:
             grid_of(domain)
-    if config.evaluation.every != 1:
+    if config.evaluation.every != 1 and not ablation:
         raise ConfigError(
-            f"evaluation.every is {config.evaluation.every}; a sweep needs figures of each epoch: set it to 1"
+            f"evaluation.every is {config.evaluation.every}; a search needs figures of each epoch: set it to 1"
         )
     metrics = tuple(_logged_name(metric, config) for metric in options.metrics)
     scheduler: Scheduler = "none" if ablation or len(metrics) > 1 else options.scheduler
     least = config.train.pretrain_epochs + 1
     grace = options.grace_epochs if options.grace_epochs is not None else least
-    if scheduler == "asha":
-        _check_asha(config, grace, least, space)
+    if scheduler != "none":
+        _check_grace(config, grace, least, space)
     changes = {"searcher": searcher, "scheduler": scheduler, "grace_epochs": grace, "metrics": metrics}
     return SweepOptions(**{**asdict(options), **changes})
 
 
-def _check_asha(config: Config, grace: int, least: int, space: Sequence[Domain]) -> None:
+def may_change(key: str) -> bool:
+    """Whether a training may change a setting between epochs, as population-based training does."""
+    return key.startswith(_CHANGEABLE)
+
+
+def _check_population(options: SweepOptions, space: Sequence[Domain]) -> Searcher:
+    """Refuses what population-based training cannot do; its first settings are drawn at random."""
+    if options.searcher not in ("auto", "random"):
+        raise ConfigError(f"scheduler pbt draws its first settings at random; leave out searcher {options.searcher!r}")
+    if len(options.metrics) > 1:
+        raise ConfigError(f"scheduler pbt goes by one metric, not by {len(options.metrics)}; give one")
+    if options.num_samples < 2:
+        raise ConfigError(f"a population of {options.num_samples} has nobody to take over from; use 2 samples or more")
+    if options.perturb_every < 1 or not 0 < options.quantile <= 0.5:
+        raise ConfigError(
+            f"perturb_every is {options.perturb_every} and quantile {options.quantile}; allowed are 1 epoch or more, "
+            "and shares up to 0.5"
+        )
+    for domain in space:
+        if not may_change(domain.key):
+            raise ConfigError(
+                f"{domain.key} cannot change while a network trains, as scheduler pbt would; leave it out "
+                f"({domain.key}=fixed), or use --scheduler asha. It can change {', '.join(_CHANGEABLE)}*"
+            )
+    return "random"
+
+
+def _check_grace(config: Config, grace: int, least: int, space: Sequence[Domain]) -> None:
     if grace < least:
         raise ConfigError(
             f"grace_epochs is {grace}, and the first {config.train.pretrain_epochs} epochs have no pseudo labels: "
@@ -281,7 +339,7 @@ def _check_asha(config: Config, grace: int, least: int, space: Sequence[Domain])
     for domain in space:
         if domain.key in ("train.epochs", "train.pretrain_epochs"):
             raise ConfigError(
-                f"{domain.key} cannot be searched while trials are stopped by epochs; use --scheduler none"
+                f"{domain.key} cannot be searched while trials are compared by epochs; use --scheduler none"
             )
 
 

@@ -171,6 +171,7 @@ class Trainer:
         *,
         report: Callable[[Mapping[str, float]], None],
         notice: Callable[[], str] = lambda: "",
+        until: int | None = None,
     ) -> TrainState:
         """Trains to the last epoch.
 
@@ -178,6 +179,7 @@ class Trainer:
             report: called on every rank after each epoch, with its figures and, as `epoch`, its number from 1 on.
             notice: called on every rank with each logged step; says why the training may be stopped soon, the same on
                 all ranks, and "" otherwise. While it does, each such step ends with a checkpoint.
+            until: stop when so many epochs are finished; the schedule remains that of all of them.
 
         Returns:
             The final state.
@@ -191,7 +193,8 @@ class Trainer:
         progress = Progress(total, done=self.state.step, show=self.ranks.is_main)
         try:
             self.tracker.set_tags(self.gpus.start())
-            for epoch in range(self.state.epoch, self.config.train.epochs):
+            end = self.config.train.epochs if until is None else min(until, self.config.train.epochs)
+            for epoch in range(self.state.epoch, end):
                 metrics = self._train_epoch(epoch, progress, notice)
                 if (epoch + 1) % self.config.evaluation.every == 0 or epoch + 1 == self.config.train.epochs:
                     metrics |= self._measure(epoch, progress)
