@@ -48,7 +48,7 @@ SETTINGS = (
     "model.frozen_stages=0", "data.crop_size=64", "train.batch_size=8", "train.pretrain_epochs=2", "train.log_every=1",
     f"train.checkpoint_every={CHECKPOINT_EVERY}", "evaluation.pseudo_mask_images=4", "evaluation.panel_images=1",
 )  # fmt: skip
-QUIET = ("perf/images_per_second", "perf/data_wait_fraction")
+QUIET = ("speed/images_per_second", "speed/data_wait_fraction")
 """Curves of the clock."""
 PATIENCE = 240.0
 """Seconds after which a training that does not move has not survived."""
