@@ -9,7 +9,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 SOURCES := slrnet data_prep ray_jobs tests docs $(wildcard benchmarks)
 
-.PHONY: help demo test test-fast lint format docs chaos bench dist clean
+PORT ?=
+RUN ?=
+
+.PHONY: help demo dashboard app test test-fast lint format docs chaos bench dist clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -20,7 +23,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	    + sys.version.split()[0] + "; name a newer one: make PYTHON=python3.11 ...")'
 	@echo "installing slrnet and its dependencies into .venv (several GB with PyTorch; some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@: > .venv/install.log; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,crf,coco,distill,docs,export,sweep]' > .venv/install.log 2>&1 \
+	@: > .venv/install.log; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,app,completion,crf,coco,distill,docs,export,sweep]' > .venv/install.log 2>&1 \
 	    & pip=$$!; trap "kill $$pip 2>/dev/null || true" INT TERM; \
 	    tail --pid=$$pip -n +1 -f .venv/install.log 2>/dev/null \
 	    | sed -u -n -E 's/^(Collecting [A-Za-z0-9._-]+).*/  \1/p; s/^(Building|Preparing|Installing collected packages).*/  \1/p'; \
@@ -29,6 +32,12 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 
 demo: $(STAMP) ## train on the embedded data set through a local Ray cluster, from shards to scores
 	@$(BIN)/python ray_jobs/demo.py
+
+dashboard: $(STAMP) ## MLflow's page over the runs of the default storage; PORT=5000
+	@$(BIN)/python -m slrnet.dashboard $(if $(PORT),--port $(PORT))
+
+app: $(STAMP) ## a page where an image gets its mask by the newest run, or by RUN=...; PORT=7860
+	@$(BIN)/python -m slrnet.app $(if $(PORT),--port $(PORT)) $(RUN)
 
 test: test-fast ## all tests
 	@$(BIN)/python -m pytest -m slow

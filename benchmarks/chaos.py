@@ -49,7 +49,7 @@ SETTINGS = (
     "train.pretrain_epochs=2", "train.log_every=1", f"train.checkpoint_every={CHECKPOINT_EVERY}",
     "evaluation.pseudo_mask_images=2", "evaluation.panel_images=1",
 )  # fmt: skip
-QUIET = ("perf/images_per_second", "perf/data_wait_fraction")
+QUIET = ("speed/images_per_second", "speed/data_wait_fraction")
 """Curves of the clock."""
 PATIENCE = 240.0
 """Seconds after which a training that does not move has not survived."""

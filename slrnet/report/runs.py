@@ -17,6 +17,7 @@ from slrnet.inference.evaluation import training_run
 from slrnet.recipes import RECIPES, get_recipe
 from slrnet.training.checkpoint import STATE, Checkpoint, load_checkpoint
 from slrnet.training.evaluate import protocol_name
+from slrnet.training.summary import PICTURES
 from slrnet.training.tracking import RunHandle, logged_pictures, metric_history, metric_key, run_tags
 
 __all__ = ["Curve", "Run", "find_records", "read_run", "training_command", "val_key"]
@@ -64,7 +65,7 @@ def read_run(path: Path) -> Run:
     folder = place.parents[1] if place.parent.name == "checkpoints" else None
     handle = training_run(checkpoint) if folder else None
     curves, curves_from = _curves(checkpoint, handle)
-    panels, panels_from = _panels(folder, handle)
+    panels, panels_from = _panels(folder, handle, checkpoint.config)
     return Run(
         name=(folder or place).name,
         checkpoint=checkpoint,
@@ -163,7 +164,9 @@ def _environment(handle: RunHandle | None) -> dict[str, str]:
     return {key: value for key, value in sorted(tags.items()) if key.startswith(wanted)}
 
 
-def _panels(folder: Path | None, handle: RunHandle | None) -> tuple[dict[str, dict[int, Image.Image]], str]:
+def _panels(
+    folder: Path | None, handle: RunHandle | None, config: Config
+) -> tuple[dict[str, dict[int, Image.Image]], str]:
     panels: dict[str, dict[int, Image.Image]] = {}
     for file in sorted((folder / "panels").glob("*.png")) if folder else ():
         found = _PANEL.fullmatch(file.name)
@@ -172,8 +175,8 @@ def _panels(folder: Path | None, handle: RunHandle | None) -> tuple[dict[str, di
                 panels.setdefault(found["key"], {})[int(found["epoch"])] = panel.convert("RGB")
     if panels:
         return panels, "the run's folder panels"
-    for (key, epoch), picture in (logged_pictures(handle, "panels") if handle else {}).items():
-        panels.setdefault(key, {})[epoch] = picture
+    for (key, step), picture in (logged_pictures(handle, PICTURES) if handle else {}).items():
+        panels.setdefault(key, {})[min((step + 1) * config.evaluation.every, config.train.epochs)] = picture
     if panels:
         return panels, "the pictures in MLflow"
     where = "beside the checkpoint and its MLflow run has none" if handle else "and no MLflow run can be reached"

@@ -8,7 +8,7 @@ colour distortion. They are gated by image labels, as in the paper's Table 1, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +45,7 @@ __all__ = [
     "pseudo_mask_protocol",
     "pseudo_mask_subset",
     "quality_metrics",
+    "view_logits",
 ]
 
 
@@ -297,13 +298,31 @@ def calibrate_sample(
     Returns:
         Probabilities of one image at the refinement's resolution, of the classes that it may show.
     """
-    images = fit_image(sample.image.to(device), config)
-    views = [View(scale=scale, flip=None) for scale in config.views.scales]
-    inputs = [as_model(normalise(apply_view(images, view, stride=normalise.output_stride))) for view in views]
-    logits = align(model(inputs), views).logits
+    logits, images = view_logits(model, sample.image.to(device), config=config, normalise=normalise)
     known = torch.tensor([sample.has_image_labels and config.setting != "sss"])
     labels = possible_classes(sample.image_labels[None], known)
     return calibrate_views(logits, images, labels.to(device), config.calibration, max_classes=int(labels.sum()))
+
+
+@torch.no_grad()
+def view_logits(
+    model: Network, image: Tensor, *, config: Config, normalise: Normalise
+) -> tuple[Sequence[Tensor], Tensor]:
+    """The logits of one whole image in all views of the run, un-warped; no flip, no colour distortion.
+
+    Args:
+        model: in evaluation mode.
+        image: (3, H, W) uint8 on the model's device.
+        config: of the run.
+        normalise: of the encoder.
+
+    Returns:
+        Per view (1, K, h, w), and the image as the network saw it, (1, 3, H', W') in [0, 1].
+    """
+    images = fit_image(image, config)
+    views = [View(scale=scale, flip=None) for scale in config.views.scales]
+    inputs = [as_model(normalise(apply_view(images, view, stride=normalise.output_stride))) for view in views]
+    return align(model(inputs), views).logits, images
 
 
 def _pseudo_mask(

@@ -1,8 +1,9 @@
 """Watches the GPU of each rank through NVML: the one module that imports `pynvml` (package nvidia-ml-py).
 
 Every rank samples its own GPU in a thread, so that all nodes of a run are covered. At the end of an epoch rank 0 gets
-what all ranks saw during its training steps (measuring and saving are left out), for MLflow: `gpu/rank_R/NAME` for each
-rank, and `gpu/NAME` over the ranks that have the figure (the largest where NAME ends on `_max`, else the mean).
+what all ranks saw during its training steps (measuring and saving are left out), for MLflow, whose page has a tab for
+what begins with `system`: `system/gpu/rank_R/NAME` for each rank, and `system/gpu/NAME` over the ranks that have the
+figure (the largest where NAME ends on `_max`, else the mean).
 
 - `utilisation`, `utilisation_max`: share of the time in which some kernel ran, [0, 1]
 - `memory_used`, `memory_used_max`, `memory_total`: GiB, of all processes together, caches included
@@ -221,12 +222,12 @@ class GpuWatch:
         warnings = {}
         for rank, (figures, causes) in enumerate(gathered):
             for name, value in figures.items():
-                metrics[f"gpu/rank_{rank}/{name}"] = value
+                metrics[f"system/gpu/rank_{rank}/{name}"] = value
                 by_name[name].append(value)
             for cause, text in causes.items():
                 warnings[f"gpu.rank_{rank}.{cause}"] = f"GPU of rank {rank} ({self._names[rank]}): {text}"
         for name, values in by_name.items():
-            metrics[f"gpu/{name}"] = max(values) if name.endswith("_max") else fmean(values)
+            metrics[f"system/gpu/{name}"] = max(values) if name.endswith("_max") else fmean(values)
         return metrics, warnings
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of one image's way from mask to pseudo label, side by side, for MLflow's page and for the demo."""
+"""Pictures for MLflow's page and the demo: an image's way from mask to pseudo label, and the scores of all classes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.overlay import check_mask, draw_overlay, void_stripes
 
-__all__ = ["draw_panel"]
+__all__ = ["draw_class_scores", "draw_panel"]
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 Mask: TypeAlias = npt.NDArray[Any]
@@ -27,6 +27,9 @@ _GAP = 10
 _FONT_SIZE = 15
 _LINE = 24
 _SWATCH = 14
+_ROWS = 51
+"""Classes below each other, the background with 50 others."""
+_NAME, _BAR, _NUMBER = 150, 150, 52
 
 
 def draw_panel(
@@ -69,6 +72,57 @@ def draw_panel(
         tiles[name] = np.asarray(draw_overlay(_enlarge(image, factor), _enlarge_mask(mask, factor), palette))
     occurring = sorted(set(np.unique(np.stack(list(masks.values()))).tolist()))
     return _compose(tiles, _legend_entries(occurring, palette, class_names), title)
+
+
+def draw_class_scores(
+    iou: Sequence[float],
+    fdr: Sequence[float],
+    fnr: Sequence[float],
+    *,
+    palette: Pixels,
+    class_names: Sequence[str],
+    title: str = "",
+) -> Image.Image:
+    """Draws IoU as bars, and IoU, FDR and FNR in percent, a row for each class and 51 rows to a column.
+
+    Args:
+        iou: by class, shares in [0, 1]; NaN where the class occurs nowhere.
+        fdr: likewise.
+        fnr: likewise.
+        palette: (C, 3) uint8 colours by class id, C >= the number of classes.
+        class_names: K names, background first.
+        title: Line above.
+    """
+    font, bold = ImageFont.load_default(_FONT_SIZE - 2), ImageFont.load_default(_FONT_SIZE + 2)
+    column = _NAME + _BAR + 3 * _NUMBER + 3 * _GAP
+    rows, columns = min(_ROWS, len(class_names)), -(-len(class_names) // _ROWS)
+    page = Image.new("RGB", (columns * column + _GAP, 2 * _LINE + rows * (_LINE - 4) + 2 * _GAP), _PAGE)
+    draw = ImageDraw.Draw(page)
+    draw.text((_GAP, _GAP), title, fill=_INK, font=bold)
+    for place, name in enumerate(class_names):
+        left, top = _GAP + place // _ROWS * column, _GAP + 2 * _LINE + place % _ROWS * (_LINE - 4)
+        start, end = left + _NAME, left + _NAME + _BAR
+        if place % _ROWS == 0:
+            for number, text in enumerate(("IoU %", "FDR", "FNR")):
+                draw.text((end + (number + 1) * _NUMBER, top - _LINE / 2), text, fill=_INK, font=font, anchor="rm")
+        draw.text((left, top + 8), _shortened(name, font), fill=_INK, font=font, anchor="lm")
+        draw.rectangle((start, top, end, top + 15), outline=_FAINT)
+        if iou[place] == iou[place]:
+            colour = tuple(int(value) for value in palette[place]) if place else (70, 70, 70)
+            draw.rectangle((start, top, start + round(_BAR * iou[place]), top + 15), fill=colour, outline=_INK)
+        for number, values in enumerate((iou, fdr, fnr)):
+            text = f"{100 * values[place]:.1f}" if values[place] == values[place] else "-"
+            draw.text((end + (number + 1) * _NUMBER, top + 8), text, fill=_INK, font=font, anchor="rm")
+    return page
+
+
+def _shortened(name: str, font: Any) -> str:
+    """The name, cut where it does not fit its column."""
+    if font.getlength(name) <= _NAME - _GAP:
+        return name
+    while name and font.getlength(name + "…") > _NAME - _GAP:
+        name = name[:-1]
+    return name + "…"
 
 
 def _enlarge(image: Pixels, factor: int) -> Pixels:

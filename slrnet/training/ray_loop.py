@@ -38,7 +38,16 @@ from slrnet.training.cluster import Workers, plan_workers
 from slrnet.training.distributed import Ranks, current_ranks, gather_over_ranks, tune_process
 from slrnet.training.run_log import RunLog, find_failure
 from slrnet.training.run_store import RunStore, run_folder
-from slrnet.training.tracking import NullTracker, RunHandle, Tracker, create_run, environment_tags, resolve_uri
+from slrnet.training.summary import description, result_text
+from slrnet.training.tracking import (
+    NOTE_TAG,
+    NullTracker,
+    RunHandle,
+    Tracker,
+    create_run,
+    environment_tags,
+    resolve_uri,
+)
 from slrnet.training.watchdog import Hang, Watchdog, dump_stacks, shared_store
 
 # The network and the trainer are imported where they are used: Ray's controller reads this module and needs neither.
@@ -156,12 +165,13 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     workers = _plan_workers(options, say)
     supervision = check_run(config, shards, max(1, workers.most))
     require_free_space(folder, MOST_AT_A_TIME * _checkpoint_bytes(config, shards))
-    handle = _create_run(config, options, shards, workers=workers, resume=options.resume)
+    labels = supervision.describe()
+    handle = _create_run(config, options, shards, labels=labels, workers=workers, resume=options.resume)
     (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
     if store is not None:
         store.upload(checkpoints=False)
     say(
-        f"run {options.name}: {shards.info.name}, setting {config.setting}, {supervision.describe()}; "
+        f"run {options.name}: {shards.info.name}, setting {config.setting}, {labels}; "
         f"{workers}, folder {options.location or folder}"
     )
     if config.data.class_balance:
@@ -175,7 +185,7 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     driver = _train_tracked(config, handle, options, workers)
     if store is not None:
         store.fetch()
-    return _conclude(folder, handle, driver)
+    return _conclude(config, folder, handle, driver)
 
 
 def train_trial(
@@ -205,11 +215,17 @@ def train_trial(
     from ray.tune.integration.ray_train import TuneReportCallback
 
     shards = load_dataset(config.data.path)
-    handle = _create_run(config, options, shards, workers=workers, resume=None, parent=parent)
+    labels = _supervision(config, shards).describe()
+    handle = _create_run(config, options, shards, labels=labels, workers=workers, resume=None, parent=parent)
+    folder = options.storage / options.name
     if notes:
-        last = find_checkpoint(options.storage / options.name / "checkpoints")
+        last = find_checkpoint(folder / "checkpoints")
         Tracker(handle, once=True).log_metrics(notes, 0 if last is None else load_checkpoint(last).state.step)
-    _train_tracked(config, handle, options, workers, until=until, callbacks=[TuneReportCallback()]).finish()
+    driver = _train_tracked(config, handle, options, workers, until=until, callbacks=[TuneReportCallback()])
+    best = find_checkpoint(folder / "checkpoints", which="best")
+    if best is not None:
+        driver.describe(_result(config, folder, load_checkpoint(best).state))
+    driver.finish()
 
 
 def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
@@ -425,16 +441,22 @@ def _silence_reports() -> None:
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _conclude(folder: Path, handle: RunHandle, driver: Tracker) -> RunResult:
+def _conclude(config: Config, folder: Path, handle: RunHandle, driver: Tracker) -> RunResult:
     checkpoints = folder / "checkpoints"
     last, best = find_checkpoint(checkpoints), find_checkpoint(checkpoints, which="best")
     if last is None or best is None:
         raise TrainingError(
             f"the training ended without a checkpoint in {checkpoints}; is the folder shared by all nodes?"
         )
+    state = load_checkpoint(best).state
     driver.log_artifacts(best, "checkpoint")
+    driver.describe(_result(config, folder, state))
     driver.finish()
-    return RunResult(folder=folder, last=last, best=best, state=load_checkpoint(best).state, run=handle)
+    return RunResult(folder=folder, last=last, best=best, state=state, run=handle)
+
+
+def _result(config: Config, folder: Path, state: TrainState) -> str:
+    return result_text(state.metrics, state.classes, epoch=state.epoch, folder=folder, data=config.data.path)
 
 
 def with_absolute_paths(config: Config) -> tuple[Config, ShardSet]:
@@ -489,18 +511,18 @@ def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
 
     check_batch(config, world_size)
     shards.split(config.data.val_split)
-    supervision = plan_supervision(
-        shards.split(config.data.train_split),
-        config.data,
-        config.setting,
-        pretrain_epochs=config.train.pretrain_epochs,
-    )
+    supervision = _supervision(config, shards)
     if supervision.draws < config.train.batch_size:
         raise ValueError(
             f"an epoch of split {config.data.train_split!r} has {supervision.draws} samples, fewer than "
             f"train.batch_size {config.train.batch_size}; use a batch of {supervision.draws} or less"
         )
     return supervision
+
+
+def _supervision(config: Config, shards: ShardSet) -> Supervision:
+    split = shards.split(config.data.train_split)
+    return plan_supervision(split, config.data, config.setting, pretrain_epochs=config.train.pretrain_epochs)
 
 
 def _class_balance(config: Config, shards: ShardSet, supervision: Supervision) -> str:
@@ -525,18 +547,23 @@ def _create_run(
     options: LaunchOptions,
     shards: ShardSet,
     *,
+    labels: str,
     workers: Workers,
     resume: bool | None,
     parent: RunHandle | None = None,
 ) -> RunHandle:
-    tags = environment_tags() | {
+    environment, folder = environment_tags(), options.storage / options.name
+    note = description(config, data=shards.info.name, labels=labels, commit=environment["git_commit"], folder=folder)
+    tags = environment | {
+        NOTE_TAG: note,
         "slrnet.data": shards.info.name,
         "slrnet.data_fingerprint": shards.info.fingerprint,
         "slrnet.world_size": workers.count,
         "slrnet.global_batch": str(config.train.batch_size),
         "slrnet.setting": config.setting,
+        "slrnet.encoder": config.model.encoder,
         "slrnet.recipe": config.recipe,
-        "slrnet.folder": options.location or str(options.storage / options.name),
+        "slrnet.folder": options.location or str(folder),
     }
     return create_run(
         resolve_uri(config.tracking.uri, options.remote or options.storage) if parent is None else parent.uri,

@@ -24,7 +24,7 @@ from slrnet.training.population import Population, member_name, train_population
 from slrnet.training.ray_loop import LaunchOptions, TrainingError, train_trial
 from slrnet.training.sweep_plan import SweepOptions, SweepPlan, grid_of, trial_config, write_plan
 from slrnet.training.sweep_results import Mode, Trial, best_trial, mode_of, trial_from_rows, trial_rows, write_results
-from slrnet.training.tracking import RunHandle, Tracker, create_run, environment_tags, resolve_uri, runs_below
+from slrnet.training.tracking import NOTE_TAG, RunHandle, Tracker, create_run, environment_tags, resolve_uri, runs_below
 
 __all__ = ["SweepResult", "replay_asha", "run_sweep"]
 
@@ -93,6 +93,8 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
     driver.log_artifacts(folder)
     driver.log_metrics({name: value for name, value in best.metrics.items() if "/iou/" not in name}, 0)
     driver.set_tags({"slrnet.best_trial": best.name})
+    following = "" if config is None else f"\n\nNext: `python ray_jobs/train.py --config {folder / 'best_config.json'}`"
+    driver.describe(f"Best trial: {best.name}{following}\n\n{table}")
     driver.finish()
     path = folder / "best_config.json" if config is not None else None
     return SweepResult(trials=trials, best=best, best_config=path, table=table, run=parent)
@@ -117,6 +119,12 @@ def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
     tracking = plan.config.tracking
     tags = environment_tags() | {"slrnet.recipe": plan.config.recipe, "slrnet.folder": str(plan.folder)}
     tags["slrnet.sweep"] = plan.ablation or "search"
+    asked = f"ablation {plan.ablation}" if plan.ablation else "search over " + ", ".join(d.key for d in plan.space)
+    tags[NOTE_TAG] = (
+        f"- {asked}: {plan.trials} trials of recipe **{plan.config.recipe}**, setting **{plan.config.setting}**, "
+        f"encoder **{plan.config.model.encoder}**\n- data `{plan.config.data.path}`\n"
+        f"- commit {tags['git_commit'][:12]}, folder `{plan.folder}`"
+    )
     return create_run(
         resolve_uri(tracking.uri, plan.options.storage),
         tracking.experiment,

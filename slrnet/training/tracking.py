@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import tempfile
 import time
@@ -34,8 +35,10 @@ import numpy as np
 from PIL import Image
 
 from slrnet import __version__
+from slrnet.dashboard import PORT
 
 __all__ = [
+    "NOTE_TAG",
     "NullTracker",
     "RunHandle",
     "Tracker",
@@ -65,6 +68,12 @@ SERVER_TIMEOUT = 5.0
 """Seconds that a tracking server may take to answer before a run starts."""
 PARENT_TAG = "mlflow.parentRunId"
 """MLflow's own tag for the run that another one belongs to."""
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+"""With it MLflow's page shows runs and charts, and not what it has for language models."""
+NOTE_TAG = "mlflow.note.content"
+"""MLflow's own tag for a run's description, in Markdown."""
+RESULT = "## Result"
+"""Heading of what the end of a run writes into its description."""
 PATIENCE = 120.0
 """Seconds that the end of a run waits for a store that does not answer."""
 PENDING_LIMIT = 10_000
@@ -99,7 +108,8 @@ class RunHandle:
         """One line that says where the run can be looked at: an address, or the command that serves it."""
         if self.uri.startswith("http"):
             return f"{_public(self.uri)}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return f"mlflow server --backend-store-uri {self.uri}  (then open run {self.run_id} in the browser)"
+        place = f"http://127.0.0.1:{PORT}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        return f"{place} after `{_dashboard_command(self.uri)}`"
 
 
 def resolve_uri(uri: str, storage: str | Path) -> str:
@@ -314,6 +324,20 @@ class Tracker:
         """Sets tags; one that exists takes the new value."""
         for key, value in tags.items():
             self._set_tag(key, str(value))
+
+    def describe(self, result: str) -> None:
+        """Writes what came out at the end of the run's description, in place of what an earlier end wrote there.
+
+        Args:
+            result: Markdown, below the heading `RESULT`; all of it is cut to MLflow's 5,000 characters.
+        """
+
+        def send(client: Any, run_id: str) -> None:
+            above = client.get_run(run_id).data.tags.get(NOTE_TAG, "").partition(RESULT)[0].rstrip()
+            note = f"{above}\n\n{RESULT}\n\n{result}".lstrip()
+            client.set_tag(run_id, NOTE_TAG, note[:MAX_TAG_LENGTH])
+
+        self._send(send)
 
     def flush(self) -> int:
         """Tries once more to deliver what is pending, without waiting for `retry_after`.
@@ -597,6 +621,13 @@ def _is_final(error: Exception) -> bool:
     return code in _FINAL_ERRORS or isinstance(error, (FileNotFoundError, PermissionError))
 
 
+def _dashboard_command(uri: str) -> str:
+    database = Path(uri.removeprefix(_SQLITE))
+    if database.name == "mlflow.db":
+        return shlex.join(["python", "-m", "slrnet.dashboard", "--storage", str(database.parent)])
+    return shlex.join(["mlflow", "server", "--host", "127.0.0.1", "--backend-store-uri", uri])
+
+
 def _public(uri: str) -> str:
     """The URI without the credentials that it may hold."""
     return re.sub(r"//[^/@]*@", "//", uri)
@@ -608,12 +639,14 @@ def _experiment(client: Any, uri: str, name: str) -> str:
         location = None
         if uri.startswith(_SQLITE):
             location = Path(uri.removeprefix(_SQLITE)).with_name("mlartifacts").as_uri()
-        return str(client.create_experiment(name, artifact_location=location))
+        return str(client.create_experiment(name, artifact_location=location, tags={KIND_TAG: KIND}))
     if found.lifecycle_stage != "active":
         raise ValueError(
             f"the experiment {name!r} was deleted from the tracking store; restore it with "
             f"`mlflow experiments restore --experiment-id {found.experiment_id}`, or set another tracking.experiment"
         )
+    if KIND_TAG not in found.tags:
+        client.set_experiment_tag(found.experiment_id, KIND_TAG, KIND)
     return str(found.experiment_id)
 
 
@@ -646,6 +679,8 @@ def _log_start(client: Any, run_id: str, params: Mapping[str, Any], tags: Mappin
     for start in range(0, len(new), MAX_PARAMS_PER_BATCH):
         client.log_batch(run_id, params=new[start : start + MAX_PARAMS_PER_BATCH])
     changed = {f"resumed.{key}": value for key, value in values.items() if known.get(key, value) != value}
+    if NOTE_TAG in earlier.tags:  # people may have added to it
+        tags = {key: value for key, value in tags.items() if key != NOTE_TAG}
     for key, value in {**tags, **changed}.items():
         client.set_tag(run_id, key, str(value)[:MAX_TAG_LENGTH])
     client.log_text(run_id, config, "config.json")

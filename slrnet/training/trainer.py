@@ -51,10 +51,11 @@ from slrnet.training.evaluate import (
 )
 from slrnet.training.gpu_monitor import GpuWatch
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
-from slrnet.training.panels import draw_panel
+from slrnet.training.panels import draw_class_scores, draw_panel
 from slrnet.training.progress import Progress
 from slrnet.training.run_log import RunLog
 from slrnet.training.step import Normalise, find_pseudo_rows, step_generator, step_losses
+from slrnet.training.summary import PICTURES, class_scores, curves
 from slrnet.training.tracking import Tracker, metric_key
 from slrnet.training.watchdog import Watchdog
 
@@ -278,9 +279,9 @@ class Trainer:
         steps = self.loader.steps_per_epoch  # the sums are of the whole epoch, the clock only of what was done here
         means = {_loss_key(name, "epoch_"): value / steps for name, value in tally.parts.items()}
         return means | {
-            "perf/images_per_second": self.config.train.batch_size * tally.steps * self.ranks.world_size / total,
-            "perf/data_wait_fraction": waited / total,
-            "perf/skipped_samples": skipped,
+            "speed/images_per_second": self.config.train.batch_size * tally.steps * self.ranks.world_size / total,
+            "speed/data_wait_fraction": waited / total,
+            "speed/skipped_samples": skipped,
         }
 
     def _log_gpus(self, steps: int, epoch: int, progress: Progress) -> None:
@@ -389,7 +390,10 @@ class Trainer:
             unfinished={},
         )
         self.log.write("epoch", step=self.state.step, epoch=epoch + 1, **self.state.metrics)
-        self.tracker.log_metrics(metrics | {"epoch": float(epoch + 1)}, self.state.step)
+        shown = curves(metrics, self.shards.info.classes)
+        self.tracker.log_metrics(shown | {"epoch": float(epoch + 1)}, self.state.step)
+        if self.ranks.is_main:
+            self._log_class_scores(metrics, epoch)
         self._save()
         progress.note(_epoch_line(epoch + 1, self.config.train.epochs, metrics))
 
@@ -430,7 +434,7 @@ class Trainer:
             ground_truth=None if masks.sample.pixel_labels is None else masks.sample.pixel_labels.numpy(),
             palette=self.shards.info.palette_array(),
             class_names=self.shards.info.classes,
-            title=masks.sample.key,
+            title=f"{masks.sample.key}, after epoch {epoch + 1}",
         )
         path = self._panel_path(masks.sample.key, epoch)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -443,7 +447,25 @@ class Trainer:
             path = self._panel_path(key, epoch)
             if path.is_file():  # not so where the sample is damaged and skipped
                 with Image.open(path) as panel:
-                    self.tracker.log_image(f"panels/{key}", panel.copy(), epoch + 1)
+                    self.tracker.log_image(f"{PICTURES}/{key}", panel.copy(), self._picture_step(epoch))
+
+    def _picture_step(self, epoch: int) -> int:
+        """Counts measurements from 0, where the sliders of MLflow's page stand at first."""
+        return epoch // self.config.evaluation.every
+
+    def _log_class_scores(self, metrics: Mapping[str, float], epoch: int) -> None:
+        """One picture of all classes, however many, for each kind of masks that was measured."""
+        classes = self.shards.info.classes
+        for group in ("pseudo_mask", "val"):
+            scores = class_scores(metrics, group, classes)
+            if any(value == value for value in scores["iou"]):
+                picture = draw_class_scores(
+                    **scores,
+                    palette=self.shards.info.palette_array(),
+                    class_names=classes,
+                    title=f"{group} after epoch {epoch + 1}",
+                )
+                self.tracker.log_image(f"quality/{group}", picture, self._picture_step(epoch))
 
     def _panel_path(self, key: str, epoch: int) -> Path:
         return self.folder / "panels" / f"{key}-epoch-{epoch + 1:03d}.png"
@@ -574,8 +596,8 @@ def _first_step_line(seconds: float, ranks: Ranks) -> str:
 
 
 def _epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
-    shown = [f"loss {metrics['train/epoch_loss']:.3f}", f"{metrics['perf/images_per_second']:.2f} images/s"]
-    shown.append(f"waiting for data {100 * metrics['perf/data_wait_fraction']:.1f} %")
+    shown = [f"loss {metrics['train/epoch_loss']:.3f}", f"{metrics['speed/images_per_second']:.2f} images/s"]
+    shown.append(f"waiting for data {100 * metrics['speed/data_wait_fraction']:.1f} %")
     for name in ("pseudo_mask/miou", "pseudo_mask/coverage", "val/mfdr", "val/mfnr"):
         if name in metrics:
             shown.append(f"{name} {100 * metrics[name]:.1f} %")

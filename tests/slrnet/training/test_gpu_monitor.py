@@ -434,13 +434,13 @@ class TestRanks:
         figures = {"utilisation": 0.9, "temperature_max": 91.0, "energy_per_image": 40.0}
         others[:] = [(figures, {"memory": "nearly full"}), ({}, {})]
         metrics, warnings = watch.end(4)
-        assert metrics["gpu/rank_0/utilisation"] == 0.5
-        assert metrics["gpu/rank_1/utilisation"] == 0.9
-        assert metrics["gpu/utilisation"] == pytest.approx(0.7)
-        assert metrics["gpu/temperature_max"] == 91.0
-        assert metrics["gpu/energy_per_image"] == pytest.approx(30.0)
-        assert metrics["gpu/power"] == 70.0  # of the one rank that has it
-        assert not any(name.startswith("gpu/rank_2/") for name in metrics)
+        assert metrics["system/gpu/rank_0/utilisation"] == 0.5
+        assert metrics["system/gpu/rank_1/utilisation"] == 0.9
+        assert metrics["system/gpu/utilisation"] == pytest.approx(0.7)
+        assert metrics["system/gpu/temperature_max"] == 91.0
+        assert metrics["system/gpu/energy_per_image"] == pytest.approx(30.0)
+        assert metrics["system/gpu/power"] == 70.0  # of the one rank that has it
+        assert not any(name.startswith("system/gpu/rank_2/") for name in metrics)
         assert warnings["gpu.rank_1.memory"] == "GPU of rank 1 (NVIDIA T4, GPU-2): nearly full"
         assert list(warnings) == ["gpu.rank_0.ecc_errors", "gpu.rank_1.memory"]
         watch.close()
@@ -455,13 +455,13 @@ class TestTraining:
     def fit(self, trainer: Any) -> None:
         reports: list[dict[str, float]] = []
         trainer.fit(report=reports.append)
-        assert not any(name.startswith("gpu") for report in reports for name in report)
+        assert not any(name.startswith("system/") for report in reports for name in report)
 
     def test_on_a_cpu_there_are_no_figures(
         self, config: Config, start_trainer: Callable[..., Any], tracker: Any, capsys: pytest.CaptureFixture[str]
     ) -> None:
         self.fit(start_trainer(config, tracker=tracker))
-        assert not any(name.startswith("gpu") for _, values in tracker.points for name in values)
+        assert not any(name.startswith("system/") for _, values in tracker.points for name in values)
         assert tracker.tags == {}
         assert "GPU" not in capsys.readouterr().out
 
@@ -489,10 +489,10 @@ class TestTraining:
         nvml.nvmlDeviceGetTotalEnergyConsumption = counting  # type: ignore[method-assign]
         gpu.reasons = pynvml.nvmlClocksEventReasonHwThermalSlowdown
         self.fit(start_trainer(config, tracker=tracker))
-        assert tracker.curve("gpu/rank_0/utilisation") == [(2, 0.5), (4, 0.5)]
-        assert tracker.curve("gpu/throttled") == [(2, 1.0), (4, 1.0)]
+        assert tracker.curve("system/gpu/rank_0/utilisation") == [(2, 0.5), (4, 0.5)]
+        assert tracker.curve("system/gpu/throttled") == [(2, 1.0), (4, 1.0)]
         # Two steps of four images between the two samples.
-        assert tracker.curve("gpu/energy_per_image") == [(2, 2.0), (4, 2.0)]
+        assert tracker.curve("system/gpu/energy_per_image") == [(2, 2.0), (4, 2.0)]
         assert tracker.tags.pop("gpu.rank_0") == f"NVIDIA L4, GPU-{UUID}"
         assert list(tracker.tags) == ["gpu.rank_0.hardware_thermal_slowdown"]
         assert capsys.readouterr().out.count(tracker.tags["gpu.rank_0.hardware_thermal_slowdown"]) == 1
@@ -514,5 +514,5 @@ class TestTraining:
         gpu.errors[""] = pynvml.NVMLError_GpuIsLost()
         self.fit(start_trainer(config, tracker=tracker))
         assert [step for step, values in tracker.points if "train/epoch_loss" in values] == [2, 4]
-        assert not any(name.startswith("gpu") for _, values in tracker.points for name in values)
+        assert not any(name.startswith("system/") for _, values in tracker.points for name in values)
         assert capsys.readouterr().out.count("NVML gives no more figures") == 1

@@ -25,7 +25,7 @@ from slrnet.training.trainer import NonFiniteLossError, Trainer, check_batch
 Digest = Callable[[nn.Module | Mapping[str, Tensor]], str]
 StartTrainer = Callable[..., Trainer]
 
-PERFORMANCE = ("perf/images_per_second", "perf/data_wait_fraction")
+PERFORMANCE = ("speed/images_per_second", "speed/data_wait_fraction")
 
 
 def fit(trainer: Trainer) -> list[dict[str, float]]:
@@ -219,10 +219,15 @@ class TestWhatIsLogged:
             curve = tracker.curve(f"pseudo_mask/{key}")
             assert [step for step, _ in curve] == [2, 4]
             assert all(0 <= value <= 1 for _, value in curve)
-        for key in ("val/miou_ss", "perf/images_per_second", "perf/data_wait_fraction", "train/epoch_loss", "epoch"):
+        for key in ("val/miou_ss", "speed/images_per_second", "speed/data_wait_fraction", "train/epoch_loss", "epoch"):
             assert [step for step, _ in tracker.curve(key)] == [2, 4]
-        assert tracker.curve("val/images") == [(2, 5), (4, 5)]
-        assert tracker.curve("pseudo_mask/images") == [(2, 9), (4, 9)]
+        # What is no curve is in the checkpoint.
+        for key, value in (("val/images", 5), ("pseudo_mask/images", 9)):
+            assert trainer.state.metrics[key] == value
+            assert not tracker.curve(key)
+        assert "val/fnr/ant" in trainer.state.metrics
+        assert not tracker.curve("val/fnr/ant")
+        assert [step for key, step, _ in tracker.pictures if key == "quality/val"] == [0, 1]
 
     def test_total_is_the_weighted_sum_of_the_parts_and_the_epoch_their_mean(
         self, tiny_config: Config, start_trainer: StartTrainer, tracker: Any
@@ -259,16 +264,16 @@ class TestWhatIsLogged:
         assert len(keys) == 2
         assert all(re.fullmatch(r"train_\d", key) for key in keys)
         assert files == sorted(f"{key}-epoch-{epoch:03d}.png" for key in keys for epoch in (1, 2))
-        assert sorted((key, step) for key, step, _ in tracker.pictures) == sorted(
-            (f"panels/{key}", epoch) for key in keys for epoch in (1, 2)
-        )
+        # Steps count measurements from 0, at which MLflow's sliders stand.
+        logged = [(key, step) for key, step, _ in tracker.pictures if key.startswith("pseudo_mask_pictures/")]
+        assert sorted(logged) == sorted((f"pseudo_mask_pictures/{key}", step) for key in keys for step in (0, 1))
 
     def test_no_panels_and_no_pseudo_masks_where_they_are_off(
         self, quiet: Config, start_trainer: StartTrainer, tracker: Any
     ) -> None:
         trainer = start_trainer(quiet, tracker=tracker)
         fit(trainer)
-        assert not tracker.pictures
+        assert {key for key, _, _ in tracker.pictures} <= {"quality/val"}
         assert not (trainer.folder / "panels").exists()
         assert not [key for _, values in tracker.points for key in values if key.startswith("pseudo_mask")]
         assert [step for step, _ in tracker.curve("val/miou_ss")] == [4]  # the last epoch alone
@@ -364,9 +369,10 @@ class TestDamage:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         config = apply_overrides(quiet, ["train.batch_size=9", "data.on_error=skip"])
-        fit(start_trainer(config, shards=damaged, tracker=tracker))
-        assert [value for _, value in tracker.curve("perf/skipped_samples")] == [1.0, 1.0]
-        assert tracker.curve("val/images") == [(2, 4)]
+        trainer = start_trainer(config, shards=damaged, tracker=tracker)
+        fit(trainer)
+        assert [value for _, value in tracker.curve("speed/skipped_samples")] == [1.0, 1.0]
+        assert trainer.state.metrics["val/images"] == 4
         printed = capsys.readouterr().out
         assert re.search(r"epoch 1: skipped train_\d of train-000000\.tar: .*JPEG", printed)
         assert re.search(r"epoch 2: skipped val_\d of val-000000\.tar: ", printed)
