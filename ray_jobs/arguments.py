@@ -68,3 +68,11 @@ def add_storage(parser: argparse.ArgumentParser, *, remote: bool = False) -> Non
     group.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)"
     )
+
+
+def local_storage(options: argparse.Namespace) -> tuple[Path, str]:
+    """The folder for runs, and the place in an object store that it is copied to, if any."""
+    from slrnet.data.remote import cached
+
+    remote = options.storage if "://" in options.storage else ""
+    return (cached(remote), remote) if remote else (Path(options.storage), "")

@@ -187,11 +187,11 @@ def test_curves_and_pictures_of_the_mlflow_run(tiny_run: Path, tmp_path: Path, m
     monkeypatch.setattr(runs, "metric_history", lambda _, key: [(2, 0.1), (2, 0.3), (4, 0.5)])
     monkeypatch.setattr(runs, "run_tags", lambda _: {"git_commit": "abc", "mlflow.user": "somebody"})
     picture = Image.new("RGB", (4, 4))
-    monkeypatch.setattr(runs, "logged_pictures", lambda _, name: {("cat", 3): picture})
+    monkeypatch.setattr(runs, "logged_pictures", lambda _, name: {("cat", 1): picture})
     run = read_run(folder)
     assert run.curves["val/mfdr"] == [(1.0, 0.3), (2.0, 0.5)]
     assert run.environment == {"git_commit": "abc"}
-    assert run.panels == {"cat": {3: picture}}
+    assert run.panels == {"cat": {2: picture}}  # MLflow counts the grids from 0
     assert run.panels_from == "the pictures in MLflow"
 
 
