@@ -35,16 +35,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     start = parser.add_mutually_exclusive_group()
-    told = f"what all trials share (default: voc_wsss): {', '.join(RECIPES)}"
-    start.add_argument("--recipe", default="voc_wsss", metavar="NAME", help=told)
+    start.add_argument("--recipe", default="voc_wsss", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
     start.add_argument("--config", type=Path, metavar="FILE", help="a configuration file instead of a recipe")
-    where = "folder with shards from data_prep/, or its s3:// or gs:// location"
-    add("--data", type=data_location, metavar="DIR", help=where)
+    add("--data", type=data_location, metavar="DIR", help="folder of data_prep's shards, or an s3:// or gs:// location")
     add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting of all trials")
     add("--search", action="append", default=[], metavar="SECTION.FIELD=KIND:VALUES", help="see above; repeatable")
     add("--num-samples", type=int, default=20, metavar="N", help="trials (default: 20)")
     add("--metric", default="val/miou", metavar="A,B", help="val/ or pseudo_mask/ miou, mfdr, mfnr (default: val/miou)")
-    add("--searcher", choices=["auto", "optuna", "random", "grid"], default="auto", help="default: auto, optuna if any")
+    add("--searcher", choices=["auto", "optuna", "random", "grid"], default="auto", help="auto: optuna if there is one")
     add("--scheduler", choices=["asha", "pbt", "none"], default="asha", help="poor trials: stop, or take over")
     add("--grace-epochs", type=int, metavar="N", help="epochs before that (default: pretraining + 1)")
     add("--perturb-every", type=int, default=1, metavar="N", help="epochs between take-overs of pbt (default: 1)")

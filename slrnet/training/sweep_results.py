@@ -289,6 +289,8 @@ def draw_schedules(trials: Sequence[Trial], path: Path) -> None:
             line = [*epochs, trial.epochs], [*values, values[-1]]
             axis.step(*line, where="post", color=colour, label=trial.name)
             axis.scatter(epochs[1:], values[1:], color=colour)
+        if _spread_out([change["values"][key] for trial in trials for change in trial.schedule]):
+            axis.set_yscale("log")
         axis.set_xlabel("epoch")
         axis.set_ylabel(key)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -395,7 +397,8 @@ def _draw_bars(axis: Any, rows: Sequence[AblationRow], metrics: Sequence[str], *
     for number, metric in enumerate(metrics):
         places = [place + width * (number + 0.5) - 0.4 for place in range(len(rows))]
         heights, errors = [100 * row.means[metric] for row in rows], [100 * row.spreads[metric] for row in rows]
-        axis.bar(places, heights, width=width, yerr=errors, capsize=3, label=metric)
+        bars = axis.bar(places, heights, width=width, yerr=errors, capsize=3, label=metric)
+        axis.bar_label(bars, fmt="%.1f", label_type="center", color="white", fontsize="small")
     known = [(place, row.paper) for place, row in enumerate(rows) if row.paper is not None]
     if paper and known:
         axis.scatter(*zip(*known, strict=True), marker="D", color="black", zorder=3, label="paper: mIoU on VOC val")
@@ -556,16 +559,22 @@ def _axes(count: int, *, same_height: bool = True) -> tuple[Any, list[Any]]:
 def _places(axis: Any, values: Sequence[Any]) -> list[float]:
     """Where values stand on an axis: numbers by size, on a logarithmic one where they differ much, others in turn."""
     if all(isinstance(value, (int, float)) for value in values):
-        low, high = min(values, default=0), max(values, default=0)
-        if low > 0 and high / low >= 8:
+        if _spread_out(values):
             axis.set_xscale("log")
-        if len(set(values)) <= 6 and all(isinstance(value, int) for value in values):
-            axis.set_xticks(sorted(set(values)), [str(value) for value in sorted(set(values))])
+        few = sorted(set(values))
+        if len(few) <= 6 and all(isinstance(value, int) for value in few):
+            axis.set_xticks(few, [str(value) for value in few])
             axis.minorticks_off()
         return list(values)
     names = sorted({str(value) for value in values})
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
     return [float(names.index(str(value))) for value in values]
+
+
+def _spread_out(values: Sequence[Any]) -> bool:
+    """Whether a logarithmic axis shows numbers better."""
+    numbers = [value for value in values if isinstance(value, (int, float))]
+    return len(numbers) == len(values) > 0 and min(numbers) > 0 and max(numbers) / min(numbers) >= 8
 
 
 def _label(axes: Sequence[Any], metric: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,3 +104,35 @@ def test_values_become_settings() -> None:
     config = apply_values(get_recipe("voc_wsss"), values)
     flat = config.flat()
     assert {key: flat[key] for key in values} == values
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "near"),
+    [
+        ("optim.lr=loguniform:0.1:1", 0.5, {0.6, 0.5 / 1.2}),
+        ("optim.lr=loguniform:0.1:1", 1.0, {1.0, 1.0 / 1.2}),
+        ("calibration.floor=uniform:0:1", 0.5, {0.6, 0.4}),
+        ("calibration.floor=uniform:0:1", 0.0, {0.1, 0.0}),
+        ("cvlr.num_iters=int:1:6", 6, {5, 6}),
+        ("cvlr.dim=choice:64,256,512", 256, {64, 512}),
+        ("cvlr.dim=choice:64,256,512", 64, {64, 256}),
+    ],
+)
+def test_neighbours_lie_on_both_sides_and_within(text: str, value: float, near: set[float]) -> None:
+    rng = random.Random(0)
+    assert {parse_domain(text).neighbour(value, rng) for _ in range(30)} == near
+
+
+@pytest.mark.parametrize(
+    "domain", [*DEFAULT_SPACE, parse_domain("cvlr.num_iters=int:1:6")], ids=lambda found: found.kind
+)
+def test_draws_fill_the_domain(domain: Domain) -> None:
+    rng = random.Random(0)
+    found = [domain.draw(rng) for _ in range(300)]
+    if domain.kind in ("choice", "int"):
+        assert set(found) == set(domain.values if domain.kind == "choice" else range(1, 7))
+        return
+    low, high = domain.values
+    assert low <= min(found) < max(found) <= high
+    middle = (low * high) ** 0.5 if domain.kind == "loguniform" else (low + high) / 2
+    assert 100 < sum(value < middle for value in found) < 200

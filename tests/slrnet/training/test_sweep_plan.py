@@ -123,3 +123,55 @@ def test_a_dry_run_times_a_step_and_multiplies(tiny_config: Config, tmp_path: Pa
     assert "10 trials x 4 steps x 1 worker(s): at most" in said
     assert "at 2 an hour" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_an_ablation_can_have_some_of_its_variants(tiny_config: Config, tmp_path: Path) -> None:
+    made = plan_sweep(
+        tiny_config, options(tmp_path), ablation="table8", seeds=(0, 1), variants=("w/o cvlr", "CVLR", "- EMAU")
+    )
+    assert [variant.label for variant in made.chosen_variants] == ["CVLR", "- w/o CVLR", "EMAU"]
+    assert made.trials == 6
+    assert "EMAU" in describe(made)
+    assert "Ham." not in describe(made)
+    write_plan(made)
+    assert resume_plan(tmp_path, "s") == made
+    with pytest.raises(ConfigError, match=r"no variant 'CVL'; it has 'CVLR', "):
+        plan_sweep(tiny_config, options(tmp_path, name="t"), ablation="table8", seeds=(0,), variants=("CVL",))
+    with pytest.raises(ConfigError, match="give --ablation NAME"):
+        plan_sweep(tiny_config, options(tmp_path, name="t"), space=SPACE, variants=("CVLR",))
+
+
+def test_an_ablation_may_measure_only_at_the_end(tiny_config: Config, tmp_path: Path) -> None:
+    config = apply_overrides(tiny_config, ["evaluation.every=2"])
+    assert plan_sweep(config, options(tmp_path), ablation="fig4", seeds=(0,)).options.scheduler == "none"
+
+
+WEIGHTS = (SPACE[0],)
+
+
+def test_a_population_draws_at_random_and_waits_for_pretraining(tiny_config: Config, tmp_path: Path) -> None:
+    made = plan(tiny_config, tmp_path, space=WEIGHTS, scheduler="pbt", searcher="auto", num_samples=4)
+    assert (made.options.searcher, made.options.scheduler) == ("random", "pbt")
+    assert made.options.grace_epochs == tiny_config.train.pretrain_epochs + 1
+    assert "the worst 25 % take over" in describe(made)
+    write_plan(made)
+    assert resume_plan(tmp_path, "s") == made
+
+
+@pytest.mark.parametrize(
+    ("changes", "space", "message"),
+    [
+        ({"searcher": "grid"}, WEIGHTS, "leave out searcher 'grid'"),
+        ({"metrics": ("val/mfdr", "val/mfnr")}, WEIGHTS, "goes by one metric"),
+        ({"num_samples": 1}, WEIGHTS, "use 2 samples or more"),
+        ({"perturb_every": 0}, WEIGHTS, "allowed are 1 epoch or more"),
+        ({"quantile": 0.6}, WEIGHTS, "shares up to 0.5"),
+        ({"grace_epochs": 1}, WEIGHTS, "have no pseudo labels"),
+        ({}, SPACE, r"cvlr.dim cannot change while a network trains.*cvlr.dim=fixed"),
+    ],
+)
+def test_what_a_population_cannot_do_is_refused(
+    tiny_config: Config, tmp_path: Path, changes: dict[str, Any], space: tuple[Domain, ...], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(tiny_config, tmp_path, space=space, **{"scheduler": "pbt", **changes})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from slrnet.training.sweep_results import (
     ablation_rows,
     ablation_table,
     best_trial,
+    epochs_trained,
     importances,
     mode_of,
     pareto_front,
+    replay_text,
+    trial_from_rows,
+    trial_rows,
     trial_table,
     write_results,
 )
@@ -114,8 +119,11 @@ def test_seeds_are_put_together() -> None:
 
 
 def test_the_papers_figures_stand_beside() -> None:
-    rows = ablation_rows(get_ablation("table8"), [], ["val/miou"])
+    """Of the variants that were run."""
+    failed = trial("e", {"variant": 4, "train.seed": 0}, "failed")
+    rows = ablation_rows(get_ablation("table8"), [failed], ["val/miou"])
     assert "| EMAU | 61.76 | - | 0 |" in ablation_table(get_ablation("table8"), rows, ["val/miou"])
+    assert [row.label for row in rows] == ["EMAU"]
 
 
 def test_a_search_leaves_files(tmp_path: Path) -> None:
@@ -126,7 +134,8 @@ def test_a_search_leaves_files(tmp_path: Path) -> None:
     config = get_recipe("voc_wsss_lite")
     summary = write_results(trials, ["val/miou", "val/mfdr"], tmp_path / "results", ablation="", best_config=config)
     names = {path.name for path in (tmp_path / "results").iterdir()}
-    assert names >= {"trials.json", "summary.md", "trials.png", "trials.svg", "best_config.json"}
+    pictures = {f"{name}.{suffix}" for name in ("trials", "curves", "front") for suffix in ("png", "svg")}
+    assert names >= {"trials.json", "summary.md", "best_config.json", *pictures}
     assert (tmp_path / "results" / "summary.md").read_text() == summary
     assert "Beaten by no other trial" in summary
     assert load_config(tmp_path / "results" / "best_config.json") == config
@@ -140,3 +149,71 @@ def test_an_ablation_leaves_files(name: str, tmp_path: Path) -> None:
     write_results(ablation_trials(), ["val/miou"], tmp_path, ablation=name, best_config=None)
     assert {path.name for path in tmp_path.iterdir()} == {"trials.json", "summary.md", f"{name}.png", f"{name}.svg"}
     assert "±" in (tmp_path / "summary.md").read_text()
+
+
+def curves(*values: list[float], planned: int = 4) -> list[Trial]:
+    return [
+        trial_from_rows(
+            f"t{number}",
+            {"weights.consistency": 1.0 + number},
+            {epoch: {"val/miou": value} for epoch, value in enumerate(found, 1)},
+            metric="val/miou",
+            planned=planned,
+        )
+        for number, found in enumerate(values)
+    ]
+
+
+def test_a_trial_is_its_best_epoch_and_keeps_its_curve() -> None:
+    (found,) = curves([0.1, 0.3, 0.2])
+    assert (found.status, found.epochs, found.planned) == ("stopped early", 3, 4)
+    assert found.metrics == {"val/miou": 0.3}
+    assert found.curve == (0.1, 0.3, 0.2)
+    broken = trial_from_rows("b", {}, {1: {"val/miou": 0.1}}, metric="val/miou", planned=4, error="nan")
+    assert (broken.status, broken.epochs, broken.metrics) == ("failed", 1, {})
+
+
+def test_figures_come_from_the_log_each_epoch_once(tmp_path: Path) -> None:
+    lines = [
+        {"event": "epoch", "epoch": 1, "val/miou_ss": 0.1, "train/epoch_loss": 2.0},
+        {"event": "step", "step": 1, "loss": 1.0},
+        {"event": "epoch", "epoch": 1, "val/miou_ss": 0.2},
+        {"event": "epoch", "epoch": 2, "pseudo_mask/miou": 0.3},
+    ]
+    (tmp_path / "logs").mkdir()
+    text = "\n".join(json.dumps({"time": "", **line}) for line in lines)
+    (tmp_path / "logs" / "rank-0.jsonl").write_text(text + '\n{"event": "ep')
+    assert trial_rows(tmp_path) == {1: {"val/miou_ss": 0.2}, 2: {"pseudo_mask/miou": 0.3}}
+    assert trial_rows(tmp_path / "nowhere") == {}
+
+
+def test_the_share_of_epochs_saved(tmp_path: Path) -> None:
+    trials = curves([0.1, 0.2, 0.3, 0.4], [0.1, 0.1])
+    assert epochs_trained(trials) == {"trained": 6, "planned": 8, "saved": 0.25}
+    summary = write_results(trials, ["val/miou"], tmp_path, ablation="", best_config=None)
+    assert "Epochs trained: 6 of 8 planned, 25.0 % saved" in summary
+    assert json.loads((tmp_path / "trials.json").read_text())["epochs"]["saved"] == 0.25
+
+
+def test_the_fate_of_the_best_trial_under_early_stopping() -> None:
+    trials = curves([0.1, 0.2, 0.3, 0.4], [0.2, 0.3, 0.3, 0.3])
+    text = replay_text(trials, {"t0": 2, "t1": 4}, "val/miou")
+    assert "6 of 8 epochs trained, 25.0 % saved" in text
+    assert "best trial t0 would have been stopped after epoch 2" in text
+    assert "best trial t0 would have been trained to its end" in replay_text(trials, {"t0": 4, "t1": 2}, "val/miou")
+
+
+def test_the_recipes_own_settings_are_compared_with_the_best(tmp_path: Path) -> None:
+    default = {"weights.consistency": 1.0}
+    summary = write_results(
+        curves([0.25], [0.5], planned=1), ["val/miou"], tmp_path, ablation="", best_config=None, default=default
+    )
+    assert "(t0) have 25.00 %, the best trial t1 50.00 %: +25.00 points" in summary
+
+
+def test_a_population_is_drawn(tmp_path: Path) -> None:
+    schedule = tuple({"epoch": epoch, "values": {"optim.lr": 0.1 / (1 + epoch)}, "from": ""} for epoch in (0, 2))
+    trials = [replace(found, schedule=schedule) for found in curves([0.1, 0.2, 0.3, 0.4])]
+    write_results(trials, ["val/miou"], tmp_path, ablation="", best_config=None)
+    with Image.open(tmp_path / "schedules.png") as picture:
+        assert min(picture.size) > 300

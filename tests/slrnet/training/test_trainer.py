@@ -53,6 +53,18 @@ def quiet(tiny_config: Config) -> Config:
 
 
 class TestDeterminism:
+    def test_a_training_in_two_parts_is_the_same_to_the_bit(
+        self, quiet: Config, start_trainer: StartTrainer, digest: Digest, tmp_path: Path
+    ) -> None:
+        whole = start_trainer(quiet)
+        fit(whole)
+        first = start_trainer(quiet, folder=tmp_path / "parts")
+        assert first.fit(report=lambda metrics: None, until=1).epoch == 1
+        second = start_trainer(quiet, folder=tmp_path / "parts")
+        assert second.resume()
+        assert second.fit(report=lambda metrics: None, until=99).epoch == quiet.train.epochs
+        assert digest(second.model) == digest(whole.model)
+
     def test_the_same_seed_gives_the_same_weights_and_figures_to_the_bit(
         self, tiny_config: Config, start_trainer: StartTrainer, digest: Digest
     ) -> None:
