@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--recipe", default="voc_wsss", metavar="NAME", help=f"one of {', '.join(RECIPES)}")
+    start.add_argument("--recipe", default="voc_wsss", metavar="NAME", help=f"{', '.join(RECIPES)} (default: voc_wsss)")
     start.add_argument("--config", type=Path, metavar="FILE", help="a configuration file instead of a recipe")
     add("--data", type=data_location, metavar="DIR", help="folder of data_prep's shards, or an s3:// or gs:// location")
     add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting of all trials")

@@ -186,8 +186,9 @@ def train_population(
         record: is told of the population whenever settings have changed.
     """
     options, folder = plan.options, plan.folder
-    start = {"size": options.num_samples, "first": plan.recipe_point, "seed": options.seed}
-    population = Population.load(folder) or start_population(plan.space, **start)
+    population = Population.load(folder) or start_population(
+        plan.space, size=options.num_samples, first=plan.recipe_point, seed=options.seed
+    )
     assert options.grace_epochs is not None
     ends = boundaries(plan.config.train.epochs, first=options.grace_epochs, every=options.perturb_every)
     for until in ends[population.rounds :]:

@@ -301,7 +301,7 @@ def draw_schedules(trials: Sequence[Trial], path: Path) -> None:
 def draw_importances(found: Mapping[str, float], metric: str, path: Path) -> None:
     """Draws the share of the variance that each setting explains, as bars."""
     figure, axes = _axes(1)
-    names = list(reversed(found))
+    names = list(found)[::-1]
     bars = axes[0].barh(names, [100 * found[name] for name in names])
     axes[0].bar_label(bars, fmt="%.0f %%", padding=3)
     axes[0].set_xlim(0, 110)
