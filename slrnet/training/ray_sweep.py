@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slrnet.ablations import get_ablation
 from slrnet.search import Domain
 from slrnet.training.checkpoint import find_checkpoint
 from slrnet.training.cluster import ClusterError, Workers, cluster_resources
@@ -412,6 +413,8 @@ def _finish_children(plan: SweepPlan, parent: RunHandle, trials: Sequence[Trial]
         if trial.schedule:
             tracker.log_text(json.dumps(list(trial.schedule), indent=2), "schedule.json")
         tracker.set_tags({"slrnet.trial_status": trial.status})
+        if plan.ablation:
+            tracker.set_tags({"slrnet.variant": get_ablation(plan.ablation).variants[trial.values["variant"]].label})
         if status == "RUNNING":
             tracker.finish("FAILED" if trial.status == "failed" else "FINISHED", trial.error)
     if best is not None and best.name in children:

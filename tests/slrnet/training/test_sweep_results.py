@@ -187,12 +187,11 @@ def test_figures_come_from_the_log_each_epoch_once(tmp_path: Path) -> None:
     assert trial_rows(tmp_path / "nowhere") == {}
 
 
-def test_the_share_of_epochs_saved(tmp_path: Path) -> None:
-    trials = curves([0.1, 0.2, 0.3, 0.4], [0.1, 0.1])
+def test_the_share_of_epochs_saved() -> None:
+    broken = trial("broken", status="failed")
+    trials = [*curves([0.1, 0.2, 0.3, 0.4], [0.1, 0.1]), broken]
     assert epochs_trained(trials) == {"trained": 6, "planned": 8, "saved": 0.25}
-    summary = write_results(trials, ["val/miou"], tmp_path, ablation="", best_config=None)
-    assert "Epochs trained: 6 of 8 planned, 25.0 % saved" in summary
-    assert json.loads((tmp_path / "trials.json").read_text())["epochs"]["saved"] == 0.25
+    assert epochs_trained([broken])["saved"] == 0
 
 
 def test_the_fate_of_the_best_trial_under_early_stopping() -> None:
@@ -203,17 +202,23 @@ def test_the_fate_of_the_best_trial_under_early_stopping() -> None:
     assert "best trial t0 would have been trained to its end" in replay_text(trials, {"t0": 4, "t1": 2}, "val/miou")
 
 
-def test_the_recipes_own_settings_are_compared_with_the_best(tmp_path: Path) -> None:
-    default = {"weights.consistency": 1.0}
+def test_a_summary_tells_of_epochs_the_recipe_early_stopping_and_schedules(tmp_path: Path) -> None:
+    schedule = tuple({"epoch": epoch, "values": {"optim.lr": 1.0 / (1 + epoch)}, "from": ""} for epoch in (0, 2))
+    trials = [replace(found, schedule=schedule) for found in curves([0.1, 0.25, 0.2], [0.1, 0.2, 0.3, 0.5])]
     summary = write_results(
-        curves([0.25], [0.5], planned=1), ["val/miou"], tmp_path, ablation="", best_config=None, default=default
+        trials,
+        ["val/miou"],
+        tmp_path,
+        ablation="",
+        best_config=None,
+        replay={"t0": 2, "t1": 4},
+        default={"weights.consistency": 1.0},
     )
+    assert "Epochs trained: 7 of 8 planned, 12.5 % saved" in summary
     assert "(t0) have 25.00 %, the best trial t1 50.00 %: +25.00 points" in summary
-
-
-def test_a_population_is_drawn(tmp_path: Path) -> None:
-    schedule = tuple({"epoch": epoch, "values": {"optim.lr": 0.1 / (1 + epoch)}, "from": ""} for epoch in (0, 2))
-    trials = [replace(found, schedule=schedule) for found in curves([0.1, 0.2, 0.3, 0.4])]
-    write_results(trials, ["val/miou"], tmp_path, ablation="", best_config=None)
+    assert "6 of 7 epochs trained" in summary
+    record = json.loads((tmp_path / "trials.json").read_text())
+    assert record["epochs"]["saved"] == 0.125
+    assert record["epochs_under_asha"] == {"t0": 2, "t1": 4}
     with Image.open(tmp_path / "schedules.png") as picture:
         assert min(picture.size) > 300
