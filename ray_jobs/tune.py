@@ -43,9 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--num-samples", type=int, default=20, metavar="N", help="trials (default: 20)")
     add("--metric", default="val/miou", metavar="A,B", help="val/ or pseudo_mask/ miou, mfdr, mfnr (default: val/miou)")
     add("--searcher", choices=["auto", "optuna", "random", "grid"], default="auto", help="default: auto, optuna if any")
-    add(
-        "--scheduler", choices=["asha", "pbt", "none"], default="asha", help="poor trials: stop (default), or take over"
-    )
+    add("--scheduler", choices=["asha", "pbt", "none"], default="asha", help="stop poor trials (default), or take over")
     add("--grace-epochs", type=int, metavar="N", help="epochs before that (default: pretraining + 1)")
     add("--perturb-every", type=int, default=1, metavar="N", help="epochs between take-overs of pbt (default: 1)")
     add("--seed", type=int, default=0, metavar="N", help="of the searcher (default: 0)")
