@@ -17,6 +17,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import psutil  # noqa: E402
-from mlflow import MlflowClient  # noqa: E402
 
 from data_prep.demo import build_demo  # noqa: E402
 from ray_jobs.demo import local_cluster  # noqa: E402
@@ -107,13 +107,14 @@ class Bench:
         path = self.storage / name / "results" / "trials.json"
         return list(json.loads(path.read_text(encoding="utf-8"))["trials"]) if path.is_file() else []
 
-    def children(self, name: str) -> list[Any]:
-        """MLflow's runs under those that have the sweep's name, which is one if all is well, and that many names."""
-        client = MlflowClient(f"sqlite:///{self.storage / 'mlflow.db'}")
-        runs = client.search_runs([found.experiment_id for found in client.search_experiments()])
-        parents = [run.info.run_id for run in runs if run.info.run_name == name]
-        assert len(parents) == 1, f"{len(parents)} parent runs of {name}"
-        return [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0]]
+    def children(self, name: str) -> list[str]:
+        """States of the runs that MLflow's database has below those of the sweep's name, which must be one."""
+        below = "SELECT status FROM runs JOIN tags USING (run_uuid) WHERE key = 'mlflow.parentRunId' AND value = ?"
+        with sqlite3.connect(f"file:{self.storage / 'mlflow.db'}?mode=ro", uri=True) as database:
+            parents = database.execute("SELECT run_uuid FROM runs WHERE name = ?", (name,)).fetchall()
+            if len(parents) != 1:
+                raise SystemExit(f"error: MLflow has {len(parents)} runs of the name {name}")
+            return sorted(status for (status,) in database.execute(below, parents[0]))
 
 
 def wait(found: Callable[[], Any], what: str) -> Any:
@@ -155,7 +156,7 @@ def disturbed(bench: Bench) -> dict[str, bool]:
         ),
         f"the same trials with the same figures as undisturbed ({len(storm)} of {len(calm)})": calm == storm != [],
         f"one child run a trial ({len(children)} of {TRIALS})": len(children) == len(bench.children("calm")) == TRIALS,
-        "all child runs are finished": all(run.info.status == "FINISHED" for run in children),
+        "all child runs are finished": set(children) == {"FINISHED"},
     }
 
 
@@ -174,7 +175,7 @@ def without_retry(bench: Bench) -> dict[str, bool]:
             lost["status"] == "failed" and "died" in lost["error"] and not lost["metrics"]
         ),
         f"one child run a trial, one of them failed ({len(children)} of {TRIALS})": (
-            sorted(run.info.status for run in children) == ["FAILED", *["FINISHED"] * 3]
+            children == ["FAILED", *["FINISHED"] * 3]
         ),
     }
 
