@@ -54,6 +54,13 @@ def storage(text: str) -> str:
     return text.rstrip("/")
 
 
+def places_of(storage: str) -> tuple[Path, str]:
+    """The folder of this machine for runs, and the location in an object store that it is copied to, or ""."""
+    from slrnet.data.remote import cached
+
+    return (cached(storage), storage) if "://" in storage else (Path(storage), "")
+
+
 def add_storage(parser: argparse.ArgumentParser, *, remote: bool = False) -> None:
     group = parser.add_argument_group("results")
     where = "folder for runs, seen by all nodes" + (", or its s3:// or gs:// location" if remote else "")

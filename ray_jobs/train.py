@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ray_jobs.arguments import add_storage, add_workers, data_location  # noqa: E402
+from ray_jobs.arguments import add_storage, add_workers, data_location, places_of  # noqa: E402
 from ray_jobs.exit_codes import exit_code  # noqa: E402
 from slrnet.config import Config, apply_overrides, load_config  # noqa: E402
 from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
@@ -37,18 +37,10 @@ def parse_arguments(about: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def local_storage(options: argparse.Namespace) -> tuple[Path, str]:
-    """The folder for runs, and the place in an object store that it is copied to, if any."""
-    from slrnet.data.remote import cached
-
-    remote = options.storage if "://" in options.storage else ""
-    return (cached(remote), remote) if remote else (Path(options.storage), "")
-
-
 def build_config(options: argparse.Namespace, recipe: str) -> Config:
     from slrnet.training.ray_loop import resume_config
 
-    storage, remote = local_storage(options)
+    storage, remote = places_of(options.storage)
 
     if options.resume and not (options.recipe or options.config):
         config = resume_config(storage, options.resume, remote=remote)
@@ -74,7 +66,7 @@ def train(options: argparse.Namespace, recipe: str, check: Callable[[Config], No
     from slrnet.training.ray_loop import LaunchOptions, launch
     from slrnet.training.summary import quality_table
 
-    storage, remote = local_storage(options)
+    storage, remote = places_of(options.storage)
     run = LaunchOptions(
         name=options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
         storage=storage,
