@@ -54,6 +54,13 @@ def storage(text: str) -> str:
     return text.rstrip("/")
 
 
+def places_of(storage: str) -> tuple[Path, str]:
+    """The folder of this machine for runs, and the location in an object store that it is copied to, or ""."""
+    from slrnet.data.remote import cached
+
+    return (cached(storage), storage) if "://" in storage else (Path(storage), "")
+
+
 def add_storage(parser: argparse.ArgumentParser, *, remote: bool = False) -> None:
     group = parser.add_argument_group("results")
     where = "folder for runs, seen by all nodes" + (", or its s3:// or gs:// location" if remote else "")
@@ -68,11 +75,3 @@ def add_storage(parser: argparse.ArgumentParser, *, remote: bool = False) -> Non
     group.add_argument(
         "--tracking-uri", metavar="URI", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)"
     )
-
-
-def local_storage(options: argparse.Namespace) -> tuple[Path, str]:
-    """The folder for runs, and the place in an object store that it is copied to, if any."""
-    from slrnet.data.remote import cached
-
-    remote = options.storage if "://" in options.storage else ""
-    return (cached(remote), remote) if remote else (Path(options.storage), "")

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from ray_jobs.arguments import add_storage, add_workers, data_location, local_storage  # noqa: E402
+from ray_jobs.arguments import add_storage, add_workers, data_location, places_of  # noqa: E402
 from ray_jobs.exit_codes import exit_code  # noqa: E402
 from slrnet.config import Config, apply_overrides, load_config  # noqa: E402
 from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
@@ -40,7 +40,7 @@ def parse_arguments(about: str | None) -> argparse.Namespace:
 def build_config(options: argparse.Namespace, recipe: str) -> Config:
     from slrnet.training.ray_loop import resume_config
 
-    storage, remote = local_storage(options)
+    storage, remote = places_of(options.storage)
     if options.resume and not (options.recipe or options.config):
         config = resume_config(storage, options.resume, remote=remote)
     else:
@@ -65,7 +65,7 @@ def train(options: argparse.Namespace, recipe: str, check: Callable[[Config], No
     from slrnet.training.ray_loop import LaunchOptions, launch
     from slrnet.training.summary import quality_table
 
-    storage, remote = local_storage(options)
+    storage, remote = places_of(options.storage)
     run = LaunchOptions(
         name=options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
         storage=storage,

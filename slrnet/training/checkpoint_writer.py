@@ -79,12 +79,12 @@ class CheckpointWriter:
         def save() -> None:
             save_checkpoint(self._folder, config=self._config, state=state, model=model, optimizer=optimizer)
 
-        self._try(save, f"{state.name} could not be written to {self._folder}")
+        self._try(save, state.name, str(self._folder))
         prune_checkpoints(self._folder)
         if self._upload is not None:
-            self._try(self._upload, f"{state.name} could not be copied from {self._folder} to the run's storage")
+            self._try(self._upload, f"the copy of {state.name}", "the run's storage")
 
-    def _try(self, act: Callable[[], None], failure: str) -> None:
+    def _try(self, act: Callable[[], None], what: str, place: str) -> None:
         """Until it works or the patience is at its end."""
         begun, pause = time.monotonic(), FIRST_PAUSE
         while True:
@@ -95,10 +95,10 @@ class CheckpointWriter:
                 waited = time.monotonic() - begun
                 if waited + pause > self._patience:
                     raise CheckpointError(
-                        f"{failure} for {waited:.0f} s: {error}; free some space or mend the storage, then go on with "
-                        "--resume: earlier checkpoints are whole"
+                        f"{what} could not be written to {place} for {waited:.0f} s: {error}; free some space or mend "
+                        "the storage, then go on with --resume: earlier checkpoints are whole"
                     ) from None
-                _log.warning("%s (%s); trying again in %.0f s", failure, error, pause)
+                _log.warning("%s cannot be written (%s); trying again in %.0f s", what, error, pause)
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 

@@ -217,7 +217,7 @@ def test_the_writer_uploads_beside_the_training_and_tries_again(
     monkeypatch.setattr(RunStore, "_put", lambda store, path: (_ for _ in ()).throw(OSError("gone")))
     impatient = CheckpointWriter(run.folder / "checkpoints", Config(), upload=run.upload, patience=0)
     impatient.save(state, model={"a": torch.ones(2)}, optimizer={})
-    with pytest.raises(CheckpointError, match=r"could not be copied .* to the run's storage for .* gone"):
+    with pytest.raises(CheckpointError, match=r"the copy of .* could not be written to the run's storage for .* gone"):
         impatient.wait()
     for each in (writer, impatient):
         each.close()
