@@ -291,6 +291,7 @@ def draw_schedules(trials: Sequence[Trial], path: Path) -> None:
             axis.scatter(epochs[1:], values[1:], color=colour)
         if _spread_out([change["values"][key] for trial in trials for change in trial.schedule]):
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("epoch")
         axis.set_ylabel(key)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -544,10 +545,10 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _axes(count: int, *, same_height: bool = True) -> tuple[Any, list[Any]]:
-    """Panels side by side, three in a row."""
+    """Panels side by side, three in a row, four in two rows."""
     from matplotlib.figure import Figure  # without pyplot, which would look for a display
 
-    columns = min(3, count)
+    columns = 2 if count == 4 else min(3, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(max(7.0, 4.0 * columns), 4.2 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, sharey=same_height, squeeze=False).flat)
@@ -561,6 +562,7 @@ def _places(axis: Any, values: Sequence[Any]) -> list[float]:
     if all(isinstance(value, (int, float)) for value in values):
         if _spread_out(values):
             axis.set_xscale("log")
+            axis.xaxis.set_major_formatter("{x:g}")
         few = sorted(set(values))
         if len(few) <= 6 and all(isinstance(value, int) for value in few):
             axis.set_xticks(few, [str(value) for value in few])
@@ -578,8 +580,9 @@ def _spread_out(values: Sequence[Any]) -> bool:
 
 
 def _label(axes: Sequence[Any], metric: str) -> None:
-    for axis in axes[::3]:
-        axis.set_ylabel(f"{_broken(metric, 40)}, %")
+    for axis in axes:
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel(f"{_broken(metric, 40)}, %")
     handles, labels = axes[0].get_legend_handles_labels()
     if handles:
         axes[0].figure.legend(handles, labels, loc="outside upper center", ncols=len(handles), fontsize="small")
