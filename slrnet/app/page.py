@@ -108,8 +108,13 @@ class _Visit:
             slider = ui.slider(min=low, max=max(high, value), step=step, value=value).classes(f"control-{control}")
             slider.props(f'aria-label="{name}: {text}"').tooltip(text)
             shown.bind_text_from(slider, "value", lambda now: f"{name} = {now:g}")
-        # When it is let go: each answer may take a second.
-        slider.on("change", lambda: self._change(**{control: kind(slider.value)}))
+        # Not at every place that it passes: an answer may take a second.
+        slider.on(
+            "update:model-value",
+            lambda event: self._change(**{control: kind(event.args)}),
+            throttle=0.5,
+            leading_events=False,
+        )
         return slider
 
     async def _upload(self, event: events.UploadEventArguments) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -282,3 +283,41 @@ def digest() -> Callable[[nn.Module | Mapping[str, Tensor]], str]:
         return total.hexdigest()
 
     return compute
+
+
+BROWSER_PATIENCE = 600
+"""Seconds that the browser may take for anything."""
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A headless Chromium that keeps what its console and its network say; skips where there is none."""
+    chrome = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
+    )
+    driver = shutil.which("chromedriver")
+    if not chrome or not driver:
+        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, of the extra dev")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chrome
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={profile}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    # A busy machine must not fail a test.
+    started.set_page_load_timeout(BROWSER_PATIENCE)
+    started.set_script_timeout(BROWSER_PATIENCE)
+    started.command_executor.client_config.timeout = BROWSER_PATIENCE
+    yield started
+    started.quit()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +12,6 @@ from PIL import Image
 from slrnet.report.__main__ import main
 
 pytestmark = pytest.mark.slow
-
-PATIENCE = 600
-"""Seconds that the browser may take for anything."""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    chrome = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""
-    )
-    driver = shutil.which("chromedriver")
-    if not chrome or not driver:
-        pytest.skip("needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, of the extra dev")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chrome
-    profile = tmp_path_factory.mktemp("profile")
-    for argument in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-sync",
-        "--disable-dev-shm-usage",
-        f"--user-data-dir={profile}",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    started = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    # A busy machine must not fail a test.
-    started.set_page_load_timeout(PATIENCE)
-    started.set_script_timeout(PATIENCE)
-    started.command_executor.client_config.timeout = PATIENCE
-    yield started
-    started.quit()
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +28,8 @@ def address(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def opened(browser: Any, address: str) -> Any:
     show(browser, width=1400)
+    for log in ("browser", "performance"):  # of pages before
+        browser.get_log(log)
     browser.get(address)
     return browser
 
