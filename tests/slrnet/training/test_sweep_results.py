@@ -83,6 +83,8 @@ def test_importances_find_the_setting_that_acts() -> None:
     assert found["optim.lr"] > 0.8
     assert sum(found.values()) == pytest.approx(1)
     assert importances(trials[:3], "val/miou") == {}, "too few"
+    equals = [replace(found, metrics={"val/miou": 0.2}) for found in trials]
+    assert importances(equals, "val/miou") == {}, "nothing to explain"
 
 
 def test_the_table_is_ranked_and_names_failures() -> None:
