@@ -61,8 +61,10 @@ class Machines:
         self.address, self.environment = self.stack.enter_context(local_cluster("--num-cpus=0", port=self.port))
 
     def add(self, name: str) -> None:
+        (agent,) = free_ports(1)
         command = ["ray", "start", "--block", f"--address=127.0.0.1:{self.port}", "--node-ip-address=127.0.0.1"]
-        command += ["--num-cpus=1", f'--resources={{"{name}": 1}}', "--dashboard-agent-listen-port=0", *WORKER_PORTS]
+        command += ["--num-cpus=1", f'--resources={{"{name}": 1}}', f"--dashboard-agent-listen-port={agent}"]
+        command += WORKER_PORTS
         with (self.folder / f"{name}.log").open("w") as log:
             self.nodes[name] = subprocess.Popen(
                 command, env=self.environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True

@@ -69,7 +69,7 @@ def local_cluster(*options: str, port: int | None = None) -> Iterator[tuple[str,
     token = folder / "token"
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32), encoding="utf-8")
-    free, dashboard, client = free_ports(3)
+    free, dashboard, client, agent = free_ports(4)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_AUTH_MODE": "token",
@@ -82,7 +82,8 @@ def local_cluster(*options: str, port: int | None = None) -> Iterator[tuple[str,
         environment.pop(inherited, None)
     command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port or free}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    command += [f"--temp-dir={folder / 'ray'}", "--include-log-monitor=true", *WORKER_PORTS, *options]
+    command += [f"--temp-dir={folder / 'ray'}", "--include-log-monitor=true"]
+    command += [f"--dashboard-agent-listen-port={agent}", *WORKER_PORTS, *options]  # the agent takes the jobs
     print("starting a local Ray cluster with token authentication", flush=True)
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(
