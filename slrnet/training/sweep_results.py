@@ -185,8 +185,8 @@ def importances(trials: Sequence[Trial], metric: str) -> dict[str, float]:
     """Share of a figure's variance that each setting explains (fANOVA), largest first.
 
     Returns:
-        Shares that sum to 1; empty without the extra `sweep`, with fewer than four trials that have the figure, or where
-        it is the same in all of them.
+        Shares that sum to 1; empty without the extra `sweep`, with fewer than four trials that have the figure, or
+        where it is the same in all of them.
     """
     scored = [trial for trial in trials if math.isfinite(trial.metrics.get(metric, math.nan))]
     different = len({trial.metrics[metric] for trial in scored}) > 1
