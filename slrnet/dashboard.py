@@ -16,11 +16,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["PORT", "check_port", "default_storages", "main", "serve_command"]
+__all__ = ["PORT", "WORKFLOW", "check_port", "default_storages", "main", "serve_command"]
 
 DATABASE = "mlflow.db"
 PORT = 5000
 """Where the page is unless told otherwise."""
+WORKFLOW = "workflowType=machine_learning"
+"""With it the page shows trainings, and not what it has for language models."""
 
 
 def default_storages() -> list[Path]:
@@ -44,10 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(
-        f"runs of {database.parent}: http://127.0.0.1:{options.port} (some seconds to start; Ctrl-C ends it)",
-        flush=True,
-    )
+    place = f"http://127.0.0.1:{options.port}/#/experiments?{WORKFLOW}"
+    print(f"runs of {database.parent}: {place} (some seconds to start; Ctrl-C ends it)", flush=True)
     # MLflow's jobs are for language models, and take five processes.
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(serve_command(database, options.port), env=os.environ | quiet)

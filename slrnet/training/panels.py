@@ -43,17 +43,19 @@ def draw_panel(
     class_names: Sequence[str],
     title: str = "",
 ) -> Image.Image:
-    """Draws image, raw mask, refined mask, pseudo label and ground truth in a row, with captions and a legend.
+    """Draws image, raw mask, refined mask, pseudo label and ground truth in two rows, with captions and a legend.
+
+    Two rows, because MLflow's page and small screens give a picture a square.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         raw_mask: (H, W) class ids of the fused masks before refinement; 255 is void here and below.
         refined_mask: (H, W) class ids after refinement.
         pseudo_labels: (H, W) class ids after the thresholds.
-        ground_truth: (H, W) class ids, or None where there are none: then the row has four pictures.
+        ground_truth: (H, W) class ids, or None where there are none: then there are four pictures.
         palette: (C, 3) uint8 colours by class id, C >= the number of classes.
         class_names: Names by class id, background first.
-        title: Line above the row, for instance the image's key; empty for none.
+        title: Line above, for instance the image's key; empty for none.
 
     Returns:
         RGB picture; small images are enlarged by a whole factor so that details can be seen.
@@ -154,19 +156,21 @@ def _legend_entries(
 def _compose(tiles: dict[str, Pixels], legend: list[tuple[str, Image.Image]], title: str) -> Image.Image:
     font = ImageFont.load_default(_FONT_SIZE)
     height, width = next(iter(tiles.values())).shape[:2]
-    total_width = _GAP + len(tiles) * (width + _GAP)
+    columns = -(-len(tiles) // 2)
+    total_width = _GAP + columns * (width + _GAP)
     positions = _legend_positions([font.getlength(name) for name, _ in legend], total_width)
     top = _GAP + (_LINE if title else 0)
-    legend_top = top + _LINE + height + _GAP
+    row_height = _LINE + height + _GAP
+    legend_top = top + -(-len(tiles) // columns) * row_height
     total_height = legend_top + (positions[-1][1] + 1) * _LINE + _GAP // 2
     page = Image.new("RGB", (total_width, total_height), _PAGE)
     draw = ImageDraw.Draw(page)
     if title:
         draw.text((_GAP, top - _LINE + 2), title, fill=_INK, font=ImageFont.load_default(_FONT_SIZE + 2))
     for place, (caption, tile) in enumerate(tiles.items()):
-        left = _GAP + place * (width + _GAP)
-        draw.text((left + width / 2, top + _LINE / 2), caption, fill=_INK, font=font, anchor="mm")
-        page.paste(Image.fromarray(tile), (left, top + _LINE))
+        left, row_top = _GAP + place % columns * (width + _GAP), top + place // columns * row_height
+        draw.text((left + width / 2, row_top + _LINE / 2), caption, fill=_INK, font=font, anchor="mm")
+        page.paste(Image.fromarray(tile), (left, row_top + _LINE))
     for (name, swatch), (left, line) in zip(legend, positions, strict=True):
         y = legend_top + line * _LINE
         draw.rectangle((left - 1, y + 4, left + _SWATCH, y + 5 + _SWATCH), outline=_FAINT)

@@ -14,8 +14,9 @@ __all__ = ["MOST_CURVES", "PICTURES", "class_scores", "curves", "description", "
 
 MOST_CURVES = 30
 """Classes up to which each has a curve of its IoU: MLflow's page draws a chart for each, and hangs over thousands."""
-PICTURES = "pseudo_mask_pictures"
-"""Folder of the pictures that show an image's way to its pseudo label; after pseudo_mask in the page's order."""
+PICTURES = "samples"
+"""Folder of the pictures that show an image's way to its pseudo label. MLflow's page sorts folders by name, and these
+come after the curves of the pseudo masks; its cards have room for twenty letters, folder included."""
 _FEW = 10
 """Rows of a description's table where there are more than `MOST_CURVES` classes."""
 _KINDS = ("iou", "fdr", "fnr")

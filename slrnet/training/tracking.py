@@ -35,7 +35,7 @@ import numpy as np
 from PIL import Image
 
 from slrnet import __version__
-from slrnet.dashboard import PORT
+from slrnet.dashboard import PORT, WORKFLOW
 
 __all__ = [
     "NOTE_TAG",
@@ -108,7 +108,7 @@ class RunHandle:
         """One line that says where the run can be looked at: an address, or the command that serves it."""
         if self.uri.startswith("http"):
             return f"{_public(self.uri)}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        place = f"http://127.0.0.1:{PORT}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        place = f"http://127.0.0.1:{PORT}/#/experiments/{self.experiment_id}/runs/{self.run_id}?{WORKFLOW}"
         return f"{place} after `{_dashboard_command(self.uri)}`"
 
 

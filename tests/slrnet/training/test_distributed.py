@@ -402,9 +402,9 @@ class TestTraining:
         first, second = (result["training"]["pictures"] for result in results)
         assert second == []
         files = {path.name for path in (folder / "run" / "panels").iterdir()}
-        shown = [key for key in first if key.startswith("pseudo_mask_pictures/")]
+        shown = [key for key in first if key.startswith("samples/")]
         assert len(files) == len(shown) == 4 * 3
-        assert {f"pseudo_mask_pictures/{name.split('-epoch-')[0]}" for name in files} == set(shown)
+        assert {f"samples/{name.split('-epoch-')[0]}" for name in files} == set(shown)
 
     def test_only_the_first_writes_checkpoints(self, folder: Path) -> None:
         state = json.loads((folder / "run" / "checkpoints" / "checkpoint-0003" / "state.json").read_text())

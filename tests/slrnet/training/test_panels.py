@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 from slrnet.data.catalog import VOC_CLASSES, voc_palette
 from slrnet.data.overlay import draw_overlay
 from slrnet.training import panels
-from slrnet.training.panels import draw_panel
+from slrnet.training.panels import draw_class_scores, draw_panel
 
 PALETTE = voc_palette()
 NAMES = ("background", "cat", "dog", "horse")
@@ -25,16 +26,16 @@ class TestDrawPanel:
         mask = np.zeros((200, 300), dtype=np.int64)
         with_truth = draw_panel(image, mask, mask, mask, mask, palette=PALETTE, class_names=NAMES)
         without = draw_panel(image, mask, mask, mask, None, palette=PALETTE, class_names=NAMES)
-        assert with_truth.width == 10 + 5 * 310
-        assert without.width == 10 + 4 * 310
+        assert with_truth.width == 10 + 3 * 310
+        assert without.width == 10 + 2 * 310
         assert with_truth.height == without.height
 
     def test_order_and_place_of_the_tiles(self) -> None:
         image = grey_image(240, 240)
         masks = [np.full((240, 240), index) for index in (1, 2, 3, 0)]
         page = np.asarray(draw_panel(image, *masks, palette=PALETTE, class_names=NAMES))
-        top = 10 + 24
-        tiles = [page[top : top + 240, 10 + i * 250 : 250 + i * 250] for i in range(5)]
+        corners = [(34 + row * (24 + 240 + 10), 10 + column * 250) for row in range(2) for column in range(3)]
+        tiles = [page[top : top + 240, left : left + 240] for top, left in corners[:5]]
         assert (tiles[0] == image).all()
         for tile, mask in zip(tiles[1:], masks, strict=True):
             assert (tile == np.asarray(draw_overlay(image, mask, PALETTE))).all()
@@ -43,7 +44,7 @@ class TestDrawPanel:
         mask = np.zeros((48, 64), dtype=np.int64)
         mask[:, 32:] = 1
         page = draw_panel(grey_image(48, 64), mask, mask, mask, None, palette=PALETTE, class_names=NAMES)
-        assert page.width == 10 + 4 * (4 * 64 + 10)
+        assert page.width == 10 + 2 * (4 * 64 + 10)
         tile = np.asarray(page)[34 : 34 + 4 * 48, 10 + 266 : 10 + 266 + 256]
         assert (tile[:, :128] == 55).all()
         assert (tile[:, 128 + 1 :] == [117, 38, 38]).all()
@@ -63,7 +64,7 @@ class TestDrawPanel:
         refined = mask.copy()
         refined[100:200, 100:200] = 3
         page = np.asarray(draw_panel(image, mask, refined, mask, None, palette=PALETTE, class_names=NAMES))
-        legend = page[34 + 240 :].reshape(-1, 3).tolist()
+        legend = page[10 + 2 * (24 + 240 + 10) :].reshape(-1, 3).tolist()
         assert PALETTE[3].tolist() in legend
         assert PALETTE[1].tolist() not in legend
 
@@ -96,3 +97,25 @@ class TestDrawPanel:
         found = {tuple(c) for c in np.asarray(page)[-40:].reshape(-1, 3).tolist()}
         for index in set(np.unique(truth).tolist()) - {0, 255}:
             assert tuple(PALETTE[index].tolist()) in found
+
+
+class TestDrawClassScores:
+    def drawn(self, iou: list[float], names: tuple[str, ...] = NAMES) -> np.ndarray:
+        scores = {"iou": iou, "fdr": [0.5] * len(iou), "fnr": [0.25] * len(iou)}
+        return np.asarray(draw_class_scores(**scores, palette=PALETTE, class_names=names, title="val"))
+
+    def test_bars_are_as_long_as_the_shares(self) -> None:
+        page = self.drawn([0.0, 0.5, 1.0, math.nan])
+        for place, length in ((1, 75), (2, 150), (3, 0)):
+            row = page[10 + 2 * 24 + 20 * place + 8, 160:311]
+            assert abs((row == PALETTE[place]).all(axis=1).sum() - length) <= 2
+
+    @pytest.mark.parametrize(("classes", "columns"), [(21, 1), (51, 1), (81, 2), (201, 4)])
+    def test_many_classes_stand_in_columns(self, classes: int, columns: int) -> None:
+        names = tuple(f"a class with a name too long for its column {i}" for i in range(classes))
+        page = self.drawn([0.5] * classes, names)
+        assert page.shape[1] == columns * (150 + 150 + 3 * 52 + 30) + 10
+        assert page.shape[0] <= 2 * 24 + 51 * 20 + 20
+        for column in range(columns):  # a name ends before its bar
+            left = 10 + column * 486
+            assert (page[60:, left + 142 : left + 149] == 255).all()

@@ -28,6 +28,7 @@ from PIL import Image
 
 from slrnet.training import tracking
 from slrnet.training.tracking import (
+    NOTE_TAG,
     NullTracker,
     RunHandle,
     Tracker,
@@ -225,6 +226,12 @@ class TestCreateRun:
         handle = RunHandle(uri="https://me:secret@host:5000", run_id="r", experiment_id="7")
         assert handle.how_to_open() == "https://host:5000/#/experiments/7/runs/r"
 
+    def test_how_to_open_a_file(self) -> None:
+        handle = RunHandle(uri="sqlite:////data/my runs/mlflow.db", run_id="r", experiment_id="7")
+        place, command = handle.how_to_open().split(" after ")
+        assert place.startswith("http://127.0.0.1:5000/#/experiments/7/runs/r")
+        assert command == "`python -m slrnet.dashboard --storage '/data/my runs'`"
+
 
 class TestTracker:
     def test_history(self, handle: RunHandle) -> None:
@@ -319,6 +326,20 @@ class TestTracker:
             ("2008_000001", 2): 200,
         }
         assert run_tags(handle)["git_commit"] == "abc"
+
+    def test_a_description_keeps_what_people_wrote_above_the_result(self, uri: str) -> None:
+        handle = create_run(uri, "exp", "described", params={}, tags={NOTE_TAG: "- setting wsss"}, resume=False)
+        tracker = Tracker(handle)
+        tracker.describe("first")
+        assert run_tags(handle)[NOTE_TAG] == "- setting wsss\n\n## Result\n\nfirst"
+        tracker.set_tags({NOTE_TAG: "- setting wsss\n\nMine.\n\n## Result\n\nfirst"})
+        create_run(uri, "exp", "described", params={}, tags={NOTE_TAG: "- another"}, resume=True)
+        tracker.describe("second" + 9000 * "!")
+        note = run_tags(handle)[NOTE_TAG]
+        assert note.startswith("- setting wsss\n\nMine.\n\n## Result\n\nsecond!")
+        assert len(note) == 5000
+        experiment = tracking._client(uri).get_experiment(handle.experiment_id)
+        assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
     def test_files_folders_and_texts(self, handle: RunHandle, tmp_path: Path) -> None:
         (tmp_path / "ckpt" / "deep").mkdir(parents=True)

@@ -277,8 +277,8 @@ class TestWhatIsLogged:
         assert all(re.fullmatch(r"train_\d", key) for key in keys)
         assert files == sorted(f"{key}-epoch-{epoch:03d}.png" for key in keys for epoch in (1, 2))
         # Steps count measurements from 0, at which MLflow's sliders stand.
-        logged = [(key, step) for key, step, _ in tracker.pictures if key.startswith("pseudo_mask_pictures/")]
-        assert sorted(logged) == sorted((f"pseudo_mask_pictures/{key}", step) for key in keys for step in (0, 1))
+        logged = [(key, step) for key, step, _ in tracker.pictures if key.startswith("samples/")]
+        assert sorted(logged) == sorted((f"samples/{key}", step) for key in keys for step in (0, 1))
 
     def test_no_panels_and_no_pseudo_masks_where_they_are_off(
         self, quiet: Config, start_trainer: StartTrainer, tracker: Any
