@@ -185,7 +185,7 @@ def test_a_sweep_goes_on_after_its_driver_was_stopped(
     assert parent.info.status == "FINISHED"
 
 
-def wait_until(ready: Callable[[], bool], *, seconds: float = 120) -> None:
+def wait_until(ready: Callable[[], bool], *, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         assert time.monotonic() < deadline, "it did not come"
