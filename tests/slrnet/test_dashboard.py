@@ -1,8 +1,9 @@
-"""The MLflow page: what is served, and in a browser the curves and pictures of a run."""
+"""MLflow's page over a store that the tracker has written: what a visitor finds there without a click."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,104 +13,97 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from slrnet.config import Config, apply_overrides
-from slrnet.dashboard import default_storages, main
-from slrnet.data.manifest import ShardSet
-from slrnet.training.ray_loop import LaunchOptions, RunResult, launch
+from slrnet.config import Config
+from slrnet.dashboard import default_storages, main, serve_command
+from slrnet.training.summary import PICTURES
+from slrnet.training.tracking import RunHandle, Tracker, create_run, resolve_uri
 
 ROOT = Path(__file__).resolve().parents[2]
+CURVES = ("pseudo_mask/miou", "pseudo_mask/mfdr", "pseudo_mask/mfnr")
 
 
-def test_nothing_to_show_is_said(
+def test_places_without_runs_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("SLRNET_STORAGE", str(tmp_path / "usual"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SLRNET_STORAGE", str(tmp_path / "store"))
-    assert default_storages() == [tmp_path / "store", tmp_path / "runs"]
+    assert default_storages() == [tmp_path / "usual", tmp_path / "runs"]
     assert main([]) == 2
     said = capsys.readouterr().err
-    assert f"no mlflow.db in {tmp_path}/store or {tmp_path}/runs" in said
+    assert f"no mlflow.db in {tmp_path / 'usual'} or {tmp_path / 'runs'}" in said
     assert "make demo" in said
-    assert main(["--storage", "elsewhere"]) == 2
-    assert f"no mlflow.db in {tmp_path}/elsewhere;" in capsys.readouterr().err
 
 
-def test_a_taken_port_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mlflow.db").touch()
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
         port = taken.getsockname()[1]
         assert main(["--storage", str(tmp_path), "--port", str(port)]) == 2
     assert f"port {port} is taken" in capsys.readouterr().err
 
 
-@pytest.fixture
-def trained(tiny_data: ShardSet, tiny_config: Config, tmp_path: Path) -> RunResult:
-    """A training of two epochs in this process, with its MLflow run."""
-    options = LaunchOptions(name="tiny", storage=tmp_path, num_workers=0)
-    return launch(apply_overrides(tiny_config, ["evaluation.pseudo_mask_images=9"]), options)
+def test_it_listens_on_loopback_alone(tmp_path: Path) -> None:
+    command = serve_command(tmp_path / "mlflow.db", 5000)
+    assert command[command.index("--host") + 1] == "127.0.0.1"
 
 
 @pytest.fixture
-def address(trained: RunResult, tmp_path: Path) -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
+def run(tmp_path: Path, tiny_config: Config) -> RunHandle:
+    """Three epochs of curves and one picture each, as a training logs them."""
+    handle = create_run(resolve_uri("", tmp_path), "slrnet", "seen", params=tiny_config.flat(), tags={}, resume=False)
+    tracker = Tracker(handle)
+    for epoch in range(3):
+        tracker.log_metrics(dict.fromkeys(CURVES, 0.3 + 0.1 * epoch), step=10 * epoch)
+        tracker.log_image(f"{PICTURES}/photo", np.full((24, 48, 3), 80 * epoch, np.uint8), step=epoch)
+    tracker.finish()
+    return handle
+
+
+@pytest.fixture
+def address(run: RunHandle, tmp_path: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "slrnet.dashboard", "--storage", str(tmp_path), "--port", str(port)]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/health", server)
-        yield f"http://127.0.0.1:{port}/#/experiments/{trained.run.experiment_id}/runs/{trained.run.run_id}"
-    finally:
-        os.killpg(server.pid, 15)
-        server.wait()
-
-
-def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    with (
+        (tmp_path / "log").open("w") as log,
+        subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True) as server,
+    ):
         try:
-            with urllib.request.urlopen(address, timeout=10):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError("the server did not come")
+            deadline = time.monotonic() + 300
+            while server.poll() is None and time.monotonic() < deadline:
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10):
+                        break
+                except OSError:
+                    time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
 
 
 @pytest.mark.slow
-def test_a_run_in_the_browser(address: str, browser: Any, trained: RunResult, tmp_path: Path) -> None:
-    """Keeps screenshots in the folder that SLRNET_SCREENSHOTS names, else in the test's own."""
+def test_a_visitor_finds_curves_and_pictures(address: str, browser: Any, tmp_path: Path) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
-    shots = Path(os.environ.get("SLRNET_SCREENSHOTS", tmp_path))
-    size = {"width": 1500, "height": 1200, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    screen = {"width": 1400, "height": 1600, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.get(f"{address}/model-metrics")
 
     def text() -> str:
         return str(browser.execute_script("return document.body.innerText"))
 
-    def wait(condition: Any) -> None:
-        WebDriverWait(browser, 120, poll_frequency=0.2).until(lambda _: condition(), "what was waited for")
-
-    browser.get(address)
-    wait(lambda: "Result" in text() and "slrnet.report" in text())
-    assert "setting wsss (image labels)" in text()
-    assert browser.save_screenshot(str(shots / "run.png"))
-    browser.get(f"{address}/model-metrics")
-    # Without a click: the curves of the pseudo masks come first, and pictures below them.
-    wait(
-        lambda: browser.execute_script(
-            "return document.querySelectorAll('.js-plotly-plot .scatterlayer .trace').length"
-        )
-    )
-    wait(lambda: "samples" in text() and "Step" in text())
-    shown = text()
-    assert shown.index("\npseudo_mask\n") < shown.index("\nsamples\n")
-    assert 0 < shown.index("tiny (pseudo_mask/miou)") < shown.index("\nsamples\n")
-    assert browser.save_screenshot(str(shots / "curves.png"))
-    for heading in browser.find_elements("xpath", "//*[starts-with(text(), 'samples/')]")[:1]:
-        browser.execute_script("arguments[0].scrollIntoView()", heading)
-    pictures = "return [...document.images].filter(i => i.src.includes('samples')).map(i => i.naturalWidth)"
-    wait(lambda: any(browser.execute_script(pictures)))
-    assert browser.save_screenshot(str(shots / "samples.png"))
+    wait = WebDriverWait(browser, 300, poll_frequency=0.5)
+    drawn = "return document.querySelectorAll('.js-plotly-plot .main-svg').length"
+    wait.until(lambda _: browser.execute_script(drawn), "curves")
+    wait.until(lambda _: all(key in text() for key in CURVES), "names of the curves")
+    shown = "return [...document.images].filter(i => i.src.includes('photo') && i.naturalWidth > 1).length"
+    wait.until(lambda _: browser.execute_script(shown), "the picture")
+    kept = Path(os.environ.get("SLRNET_SCREENSHOTS", "") or tmp_path)
+    kept.mkdir(parents=True, exist_ok=True)
+    assert browser.save_screenshot(str(kept / "dashboard.png"))
