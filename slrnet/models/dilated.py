@@ -12,32 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slrnet.models.convolutions import StandInConv2d, keeps_size, replace_convolutions
+
 __all__ = ["InterleavedConv2d", "interleave_dilated"]
 
 
-class InterleavedConv2d(nn.Conv2d):
-    """A dilated depthwise convolution that works on interleaved maps on CPUs.
-
-    Parameters have the names of `nn.Conv2d`, so state dicts of either fit the other.
-    """
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        """Takes over the parameters of a convolution that `can_interleave`.
-
-        Args:
-            conv: depthwise, of stride 1 and one dilation above 1.
-        """
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            _pair(conv.kernel_size),
-            padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
-            dilation=_pair(conv.dilation),
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            device="meta",
-        )
-        self.weight, self.bias = conv.weight, conv.bias
+class InterleavedConv2d(StandInConv2d):
+    """A dilated depthwise convolution that works on interleaved maps on CPUs."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
@@ -63,24 +44,9 @@ def interleave_dilated(root: nn.Module) -> None:
     Args:
         root: module that holds convolutions; changed in place. Parameters stay the same objects.
     """
-    for name, module in list(root.named_modules()):
-        if type(module) is nn.Conv2d and _can_interleave(module):
-            root.set_submodule(name, InterleavedConv2d(module))
+    replace_convolutions(root, _can_interleave, InterleavedConv2d)
 
 
 def _can_interleave(conv: nn.Conv2d) -> bool:
-    """Depthwise, keeping the size of the map, with an odd kernel and one dilation for rows and columns."""
-    rate, side = _pair(conv.dilation), _pair(conv.kernel_size)
-    same = tuple((size - 1) * step // 2 for size, step in zip(side, rate, strict=True))
-    return (
-        rate[0] == rate[1] > 1
-        and all(size % 2 for size in side)
-        and _pair(conv.stride) == (1, 1)
-        and conv.groups == conv.in_channels == conv.out_channels
-        and conv.padding_mode == "zeros"
-        and conv.padding in ("same", same)
-    )
-
-
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    return values[0], values[-1]
+    """Depthwise, dilated, keeping the size of the map."""
+    return keeps_size(conv) and conv.dilation[0] > 1 and conv.groups == conv.in_channels == conv.out_channels

@@ -18,6 +18,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from slrnet.models.convolutions import StandInConv2d, keeps_size, replace_convolutions
+
 __all__ = ["WinogradConv2d", "use_winograd"]
 
 _TILE = 4
@@ -39,6 +41,8 @@ _FILTER = torch.tensor(
 _OUTPUT = torch.tensor(
     [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], dtype=torch.float64
 )
+_TO_INPUT, _TO_FILTER, _TO_OUTPUT = (torch.kron(side, side) for side in (_INPUT, _FILTER, _OUTPUT))
+"""The transforms of whole tiles, rows and columns at once."""
 _GAIN = 2.0
 """Least ratio of multiplications, direct over this form, at which this one is taken: its transforms move memory."""
 _BUFFER = 2**20
@@ -47,11 +51,11 @@ _FEW_TILES = 512
 """Tiles below which parts are not made smaller, whatever their size: each part reads all filters."""
 
 
-class WinogradConv2d(nn.Conv2d):
+class WinogradConv2d(StandInConv2d):
     """A 3x3 convolution that is fast on CPUs where no gradient is wanted.
 
-    Parameters have the names of `nn.Conv2d`, so state dicts of either fit the other. The transformed filters are kept
-    until the weights change or the module is told to train: four times the weights' memory.
+    The transformed filters are kept until the weights change or the module is told to train: four times the weights'
+    memory.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -60,16 +64,7 @@ class WinogradConv2d(nn.Conv2d):
         Args:
             conv: 3x3, of stride 1, one group, and a padding of zeros that keeps the size of the map.
         """
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            3,
-            padding=conv.padding if isinstance(conv.padding, str) else (conv.padding[0], conv.padding[1]),
-            dilation=(conv.dilation[0], conv.dilation[1]),
-            bias=conv.bias is not None,
-            device="meta",
-        )
-        self.weight, self.bias = conv.weight, conv.bias
+        super().__init__(conv)
         self._filters: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -106,8 +101,7 @@ class WinogradConv2d(nn.Conv2d):
         of = (self.weight.data_ptr(), self.weight._version)
         if self._filters is None or self._filters[0] != of:
             taps = self.weight.detach().permute(2, 3, 1, 0).reshape(9, -1)
-            matrix = torch.kron(_FILTER, _FILTER).to(taps)
-            self._filters = of, (matrix @ taps).view(36, self.in_channels, self.out_channels)
+            self._filters = of, (_TO_FILTER.to(taps) @ taps).view(36, self.in_channels, self.out_channels)
         return self._filters[1]
 
 
@@ -117,20 +111,11 @@ def use_winograd(root: nn.Module) -> None:
     Args:
         root: module that holds convolutions; changed in place. Parameters stay the same objects.
     """
-    for name, module in list(root.named_modules()):
-        if type(module) is nn.Conv2d and _fits(module):
-            root.set_submodule(name, WinogradConv2d(module))
+    replace_convolutions(root, _fits, WinogradConv2d)
 
 
 def _fits(conv: nn.Conv2d) -> bool:
-    return (
-        tuple(conv.kernel_size) == (3, 3)
-        and tuple(conv.stride) == (1, 1)
-        and conv.groups == 1
-        and conv.dilation[0] == conv.dilation[1]
-        and conv.padding_mode == "zeros"
-        and conv.padding in ("same", tuple(conv.dilation))
-    )
+    return keeps_size(conv) and conv.groups == 1 and tuple(conv.kernel_size) == (3, 3)
 
 
 def _tiles(size: int, rate: int) -> int:
@@ -170,7 +155,7 @@ def _convolve(maps: Tensor, filters: Tensor, rate: int) -> Tensor:
     )
     out = maps.new_empty(images, rows, columns, targets)
     places = out.view(images, down, _TILE, rate, across, _TILE, rate, targets).permute(0, 1, 3, 4, 6, 2, 5, 7)
-    to_input, to_output = (torch.kron(matrix, matrix).to(maps.dtype) for matrix in (_INPUT, _OUTPUT))
+    to_input, to_output = _TO_INPUT.to(maps.dtype), _TO_OUTPUT.to(maps.dtype)
     for first in range(0, images, images_of_part):
         for top in range(0, down, height_of_part):
             part = (slice(first, first + images_of_part), slice(top, top + height_of_part))

@@ -1,0 +1,62 @@
+"""Convolutions that stand in for those of PyTorch: same parameters, same numbers up to rounding, another way there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+__all__ = ["StandInConv2d", "keeps_size", "replace_convolutions"]
+
+
+class StandInConv2d(nn.Conv2d):
+    """Takes over the parameters of a convolution that `keeps_size`, for a subclass with a `forward` of its own.
+
+    Parameters have the names of `nn.Conv2d`, so state dicts of either fit the other.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        """Makes no parameters: it has those of `conv`, the same objects."""
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            _pair(conv.kernel_size),
+            padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
+            dilation=_pair(conv.dilation),
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+
+
+def keeps_size(conv: nn.Conv2d) -> bool:
+    """Whether the map keeps its size: stride 1, odd kernel, a padding of zeros, one dilation for rows and columns."""
+    rate, side = _pair(conv.dilation), _pair(conv.kernel_size)
+    same = tuple((size - 1) * step // 2 for size, step in zip(side, rate, strict=True))
+    return (
+        rate[0] == rate[1]
+        and all(size % 2 for size in side)
+        and _pair(conv.stride) == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.padding in ("same", same)
+    )
+
+
+def replace_convolutions(
+    root: nn.Module, fits: Callable[[nn.Conv2d], bool], make: Callable[[nn.Conv2d], nn.Module]
+) -> None:
+    """Replaces the convolutions within a module that fit.
+
+    Args:
+        root: module that holds convolutions; changed in place.
+        fits: says which; it is asked of plain `nn.Conv2d` alone.
+        make: gives what stands in for one.
+    """
+    for name, module in list(root.named_modules()):
+        if type(module) is nn.Conv2d and fits(module):
+            root.set_submodule(name, make(module))
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    return values[0], values[-1]
