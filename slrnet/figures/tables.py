@@ -13,7 +13,8 @@ from slrnet.data.catalog import VOC_CLASSES
 from slrnet.figures.paper import PAPER_TABLES, PaperTable
 from slrnet.inference.pseudo_label import RECORD
 from slrnet.report.runs import find_records
-from slrnet.training.checkpoint import CONFIG, STATE
+from slrnet.training.checkpoint import STATE
+from slrnet.training.run_store import CONFIG
 
 __all__ = ["Result", "read_results", "write_tables"]
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from slrnet.config import Config, load_config
 from slrnet.data.files import sha256_of
-from slrnet.training.run_store import MARKER
+from slrnet.training.run_store import CONFIG, MARKER, PAYLOAD
 
 if TYPE_CHECKING:
     from slrnet.models.network import Network
@@ -41,13 +41,15 @@ __all__ = [
     "find_checkpoint",
     "load_checkpoint",
     "prune_checkpoints",
+    "read_state",
     "require_free_space",
     "restore_model",
     "save_checkpoint",
 ]
 
 SCHEMA_VERSION = 1
-WEIGHTS, TRAINER, STATE, CONFIG = "model.safetensors", "trainer.pt", MARKER, "config.json"
+WEIGHTS, TRAINER, _ = PAYLOAD
+STATE = MARKER
 KEEP_LAST = 2
 MOST_STATE = 2**28
 """Bytes that `state.json` may have."""
@@ -252,7 +254,7 @@ def _bring_to_disk(path: Path) -> None:
 def _resolve(path: Path) -> tuple[Path, TrainState]:
     """The checkpoint directory that is meant and its state; each file is compared with its checksum once."""
     if (path / STATE).is_file():
-        return path, _read_state(path)
+        return path, read_state(path)
     whole = _whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
     best = _choose(whole, "best")
     if best is None:
@@ -267,7 +269,7 @@ def _whole_checkpoints(folder: Path) -> list[tuple[Path, TrainState]]:
     whole = []
     for path in sorted(folder.glob("checkpoint-*")):
         try:
-            whole.append((path, _read_state(path)))
+            whole.append((path, read_state(path)))
         except CheckpointError as error:
             _log.warning("passing over a checkpoint: %s", error)
     return whole
@@ -278,8 +280,12 @@ def _choose(whole: list[tuple[Path, TrainState]], which: Literal["last", "best"]
     return max(ranked)[2] if ranked else None
 
 
-def _read_state(path: Path) -> TrainState:
-    """Reads `state.json` and compares the other files with its checksums."""
+def read_state(path: Path) -> TrainState:
+    """Reads a checkpoint's `state.json` and compares the other files with its checksums; no weights are loaded.
+
+    Raises:
+        CheckpointError: it is missing, of another version, or a file is damaged.
+    """
     try:
         if not stat.S_ISREG((status := (path / STATE).stat()).st_mode) or status.st_size > MOST_STATE:
             raise ValueError(f"it is no file, or has more than {MOST_STATE >> 20} MiB")

@@ -32,12 +32,13 @@ from slrnet.training.checkpoint import (
     TrainState,
     find_checkpoint,
     load_checkpoint,
+    read_state,
     require_free_space,
 )
 from slrnet.training.cluster import Workers, plan_workers
 from slrnet.training.distributed import Ranks, current_ranks, gather_over_ranks, tune_process
 from slrnet.training.run_log import RunLog, find_failure
-from slrnet.training.run_store import RunStore, run_folder
+from slrnet.training.run_store import CONFIG, RunStore, run_folder
 from slrnet.training.summary import description, result_text
 from slrnet.training.tracking import (
     NOTE_TAG,
@@ -86,8 +87,6 @@ Job = Callable[[dict[str, Any], Ranks, Report], None]
 _MOST_CLASSES = 20
 """Rows of the table of classes that a start prints."""
 
-CONFIG = "config.json"
-"""Configuration in the run's folder."""
 HANG_EXIT_CODE = 75
 """Exit code of a worker whose rank, or one that it waits for, hangs."""
 LAST_WORDS = 30.0
@@ -178,7 +177,7 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
         say(_class_balance(config, shards, supervision))
     say(f"curves and pictures: {handle.how_to_open()}")
     if last is not None:
-        state = load_checkpoint(last).state
+        state = read_state(last)
         say(f"resuming after {state.epoch} epochs ({state.step} steps) from {last}")
     elif options.resume:
         say("resuming a run that has no checkpoint yet: from the beginning")
@@ -220,11 +219,11 @@ def train_trial(
     folder = options.storage / options.name
     if notes:
         last = find_checkpoint(folder / "checkpoints")
-        Tracker(handle, once=True).log_metrics(notes, 0 if last is None else load_checkpoint(last).state.step)
+        Tracker(handle, once=True).log_metrics(notes, 0 if last is None else read_state(last).step)
     driver = _train_tracked(config, handle, options, workers, until=until, callbacks=[TuneReportCallback()])
     best = find_checkpoint(folder / "checkpoints", which="best")
     if best is not None:
-        driver.describe(_result(config, folder, load_checkpoint(best).state))
+        driver.describe(_result(config, folder, read_state(best)))
     driver.finish()
 
 
@@ -325,7 +324,7 @@ def _train(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
         )
         trainer.resume()
         log.write("start", step=trainer.state.step, world_size=ranks.world_size)
-        trainer.fit(report=report, notice=report.notice, until=values.get("until"))
+        trainer.fit(report=report, notice=report.notice, until=values["until"])
         tracker.drain()
     except Exception as error:
         position = watchdog.position
@@ -448,7 +447,7 @@ def _conclude(config: Config, folder: Path, handle: RunHandle, driver: Tracker) 
         raise TrainingError(
             f"the training ended without a checkpoint in {checkpoints}; is the folder shared by all nodes?"
         )
-    state = load_checkpoint(best).state
+    state = read_state(best)
     driver.log_artifacts(best, "checkpoint")
     driver.describe(_result(config, folder, state))
     driver.finish()

@@ -20,12 +20,14 @@ from typing import Any
 
 from slrnet.data.remote import RemoteError, cached, copy_from, filesystem_of, locked, patiently
 
-__all__ = ["MARKER", "RunStore", "local_run", "run_argument", "run_folder"]
+__all__ = ["CONFIG", "MARKER", "PAYLOAD", "RunStore", "local_run", "run_argument", "run_folder"]
 
 MARKER = "state.json"
 """Of a checkpoint, the file whose presence says that it is whole."""
-PAYLOAD = ("model.safetensors", "trainer.pt", "config.json")
 CONFIG = "config.json"
+"""The configuration, of a run and of each of its checkpoints."""
+PAYLOAD = ("model.safetensors", "trainer.pt", CONFIG)
+"""The other files of a checkpoint: weights, optimiser, configuration."""
 _CHECKPOINT = re.compile(r"checkpoint-\d{4,9}(-\d{8,12})?")
 _LOG = re.compile(r"rank-\d{1,6}\.jsonl")
 
