@@ -12,12 +12,12 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from slrnet.config import DataConfig, Setting
+from slrnet.config import Config, DataConfig, Setting
 from slrnet.data.class_balance import ClassLists, balance
 from slrnet.data.epoch_plan import Pool
-from slrnet.data.manifest import DataError, SplitView
+from slrnet.data.manifest import DataError, ShardSet, SplitView
 
-__all__ = ["Supervision", "image_labels_only", "plan_supervision"]
+__all__ = ["Supervision", "image_labels_only", "plan_supervision", "supervision_of"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,16 @@ def plan_supervision(
     if config.pretrain_on == "all" or not pretrain_epochs or (masks | names)[members].all():
         return Supervision(masks, names, pools)
     return Supervision(masks, names, pools, _labelled_alone(pools, masks | names), pretrain_epochs)
+
+
+def supervision_of(config: Config, shards: ShardSet) -> Supervision:
+    """What a run sees of its training split.
+
+    Raises:
+        DataError: there is no such split; see `plan_supervision`.
+    """
+    split = shards.split(config.data.train_split)
+    return plan_supervision(split, config.data, config.setting, pretrain_epochs=config.train.pretrain_epochs)
 
 
 def image_labels_only(split: SplitView) -> Supervision:

@@ -18,7 +18,7 @@ from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.epoch_plan import choose_subset
 from slrnet.data.manifest import DataError, ShardSet
 from slrnet.data.shards import EvalLoader
-from slrnet.data.supervision import plan_supervision
+from slrnet.data.supervision import supervision_of
 from slrnet.inference.predictor import restore_network
 from slrnet.models.decoder import resize
 from slrnet.models.network import Network
@@ -260,7 +260,7 @@ def sweep_gamma(subject: Subject, *, at_most: int | None = None) -> GammaSweep:
     """
     config = subject.checkpoint.config
     view = subject.shards.split(config.data.train_split)
-    chosen = pseudo_mask_subset(view, plan_supervision(view, config.data, config.setting), config)[:at_most]
+    chosen = pseudo_mask_subset(view, supervision_of(config, subject.shards), config)[:at_most]
     if not chosen:
         raise DataError(
             f"no training image of {subject.shards.location} has a mask to compare pseudo labels with, or "

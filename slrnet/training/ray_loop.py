@@ -25,7 +25,7 @@ from slrnet.config import Config, config_from_dict, load_config
 from slrnet.data.class_balance import ClassLists, shares, table
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.remote import filesystem_of
-from slrnet.data.supervision import Supervision, plan_supervision
+from slrnet.data.supervision import Supervision, supervision_of
 from slrnet.training.checkpoint import (
     MOST_AT_A_TIME,
     CheckpointError,
@@ -214,7 +214,7 @@ def train_trial(
     from ray.tune.integration.ray_train import TuneReportCallback
 
     shards = load_dataset(config.data.path)
-    labels = _supervision(config, shards).describe()
+    labels = supervision_of(config, shards).describe()
     handle = _create_run(config, options, shards, labels=labels, workers=workers, resume=None, parent=parent)
     folder = options.storage / options.name
     if notes:
@@ -510,18 +510,13 @@ def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
 
     check_batch(config, world_size)
     shards.split(config.data.val_split)
-    supervision = _supervision(config, shards)
+    supervision = supervision_of(config, shards)
     if supervision.draws < config.train.batch_size:
         raise ValueError(
             f"an epoch of split {config.data.train_split!r} has {supervision.draws} samples, fewer than "
             f"train.batch_size {config.train.batch_size}; use a batch of {supervision.draws} or less"
         )
     return supervision
-
-
-def _supervision(config: Config, shards: ShardSet) -> Supervision:
-    split = shards.split(config.data.train_split)
-    return plan_supervision(split, config.data, config.setting, pretrain_epochs=config.train.pretrain_epochs)
 
 
 def _class_balance(config: Config, shards: ShardSet, supervision: Supervision) -> str:

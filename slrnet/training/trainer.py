@@ -29,7 +29,7 @@ from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.files import written_whole
 from slrnet.data.manifest import ShardSet
 from slrnet.data.shards import EvalLoader, SkippedSample, TrainLoader
-from slrnet.data.supervision import Supervision, plan_supervision
+from slrnet.data.supervision import Supervision, supervision_of
 from slrnet.models.network import Network
 from slrnet.models.slrnet import network_of
 from slrnet.training.checkpoint import (
@@ -124,12 +124,7 @@ class Trainer:
         self.model.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.normalise = Normalise.of(self.model.encoder)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
-        self.supervision = plan_supervision(
-            shards.split(config.data.train_split),
-            config.data,
-            config.setting,
-            pretrain_epochs=config.train.pretrain_epochs,
-        )
+        self.supervision = supervision_of(config, shards)
         self.loader = _train_loader(config, shards, ranks, self.supervision)
         self.state = TrainState(
             epoch=0,
