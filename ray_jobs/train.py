@@ -37,10 +37,9 @@ def parse_arguments(about: str | None) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build_config(options: argparse.Namespace, recipe: str) -> Config:
+def build_config(options: argparse.Namespace, storage: Path, remote: str, recipe: str) -> Config:
     from slrnet.training.ray_loop import resume_config
 
-    storage, remote = places_of(options.storage)
     if options.resume and not (options.recipe or options.config):
         config = resume_config(storage, options.resume, remote=remote)
     else:
@@ -61,11 +60,11 @@ def demo_data(storage: Path) -> str:
 
 
 def train(options: argparse.Namespace, recipe: str, check: Callable[[Config], None]) -> None:
-    check(config := build_config(options, recipe))  # before PyTorch and Ray, which take seconds
+    storage, remote = places_of(options.storage)
+    check(config := build_config(options, storage, remote, recipe))  # before PyTorch and Ray, which take seconds
     from slrnet.training.ray_loop import LaunchOptions, launch
     from slrnet.training.summary import quality_table
 
-    storage, remote = places_of(options.storage)
     run = LaunchOptions(
         name=options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
         storage=storage,

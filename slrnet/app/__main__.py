@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 from slrnet.dashboard import check_port, default_storages
-from slrnet.training.checkpoint import find_checkpoint, load_checkpoint
+from slrnet.training.checkpoint import CheckpointError, load_checkpoint, read_state
+from slrnet.training.run_store import run_argument
 
 __all__ = ["main", "newest_run"]
 
@@ -30,9 +32,11 @@ def newest_run(storages: Sequence[Path]) -> Path:
         ValueError: there is none.
     """
     for storage in storages:
-        found = {run.parent: last for run in storage.glob("*/checkpoints") if (last := find_checkpoint(run))}
-        if found:
-            return max(found, key=lambda run: found[run].stat().st_mtime)
+        found = sorted(storage.glob("*/checkpoints/checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        for path in reversed(found):
+            with suppress(CheckpointError):
+                read_state(path)  # the others are not looked into: they may be many and large
+                return path.parents[1]
     raise ValueError(
         f"there is no run with a checkpoint in {' or '.join(map(str, storages))}; train one with `make demo`, or name "
         "one: python -m slrnet.app CHECKPOINT_OR_RUN"
@@ -66,7 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m slrnet.app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "checkpoint", type=Path, nargs="?", metavar="CHECKPOINT_OR_RUN", help="default: the newest run, see above"
+        "checkpoint",
+        type=run_argument,
+        nargs="?",
+        metavar="CHECKPOINT_OR_RUN",
+        help="default: the newest run, see above",
     )
     parser.add_argument("--port", type=int, default=PORT, metavar="N", help="on 127.0.0.1 (default: %(default)s)")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")

@@ -268,11 +268,13 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
     modes = [mode_of(metric) for metric in options.metrics]
     aim: dict[str, Any] = {"metric": options.metrics[0], "mode": modes[0]} if len(modes) == 1 else {}
     start = [] if whole else [plan.recipe_point]
+    most = None
     if options.searcher == "optuna" and not whole:
         from ray.tune.search.optuna import OptunaSearch
 
         many = {} if len(modes) == 1 else {"metric": list(options.metrics), "mode": modes}
         search: Any = OptunaSearch(points_to_evaluate=start, seed=options.seed, **many)
+        most = concurrent
     else:
         search = _in_turn(concurrent, points_to_evaluate=start or None, random_state=options.seed)
     scheduler = None
@@ -287,7 +289,7 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
         search_alg=search,
         scheduler=scheduler,
         num_samples=1 if whole else options.num_samples,
-        max_concurrent_trials=concurrent if options.searcher == "optuna" and not whole else None,
+        max_concurrent_trials=most,
         trial_dirname_creator=_trial_id,
         **aim,
     )
