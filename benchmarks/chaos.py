@@ -35,18 +35,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import psutil  # noqa: E402
-
+from benchmarks._cluster import NETWORK, events_of, kill_driver, submission, words_of  # noqa: E402
 from ray_jobs.demo import free_ports, local_cluster  # noqa: E402
 from slrnet.training.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
-from slrnet.training.run_log import read_log  # noqa: E402
 from slrnet.training.tracking import RunHandle, metric_history  # noqa: E402
 
 CHECKPOINT_EVERY = 3
 SETTINGS = (
-    "model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.decoder_dim=16",
-    "model.frozen_stages=0", "data.crop_size=32", "data.workers=0", "evaluation.every=4", "train.batch_size=8",
-    "train.pretrain_epochs=2", "train.log_every=1", f"train.checkpoint_every={CHECKPOINT_EVERY}",
+    *NETWORK, "model.decoder_dim=16", "data.crop_size=64", "evaluation.every=4", "train.pretrain_epochs=2",
+    "train.log_every=1", f"train.checkpoint_every={CHECKPOINT_EVERY}",
     "evaluation.pseudo_mask_images=2", "evaluation.panel_images=1",
 )  # fmt: skip
 QUIET = ("speed/images_per_second", "speed/data_wait_fraction")
@@ -104,10 +101,7 @@ class Storm:
         os.kill(pid, signal.SIGKILL)
 
     def kill_driver(self) -> None:
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if "ray_jobs/train.py" in words and "storm" in words and "submit" not in words:
-                process.kill()
+        kill_driver("ray_jobs/train.py", "storm")
         assert self.job is not None
         self.job.wait(timeout=120)
         self.job = self.submit("storm", True)
@@ -150,8 +144,7 @@ class Storm:
         return max((event["step"] for event in self.events() if event["event"] == "step"), default=0)
 
     def events(self, rank: int = 0) -> list[dict[str, Any]]:
-        path = self.folder / "logs" / f"rank-{rank}.jsonl"
-        return list(read_log(path)) if path.exists() else []
+        return events_of(self.folder, rank)
 
 
 class Server:
@@ -221,15 +214,15 @@ def _surroundings(options: argparse.Namespace, temporary: Path) -> Iterator[Stor
     storage = (options.out or temporary / "runs").resolve()
     storage.mkdir(parents=True, exist_ok=True)
     data = temporary / "shards"
-    build_demo(data, num_train=64, num_val=4, image_size=48, samples_per_shard=8)
+    build_demo(data, num_train=64, num_val=4, image_size=64, samples_per_shard=8)
     server = Server(storage)
     server.start()
-    settings = [word for setting in (*SETTINGS, f"train.epochs={options.epochs}") for word in ("--set", setting)]
+    settings = words_of((*SETTINGS, f"train.epochs={options.epochs}"))
     with local_cluster() as (address, environment):
 
         def submit(name: str, resume: bool) -> subprocess.Popen[bytes]:
-            command = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python"]
-            command += ["ray_jobs/train.py", "--resume" if resume else "--name", name, "--storage", str(storage)]
+            command = [*submission(address), "ray_jobs/train.py", "--storage", str(storage)]
+            command += ["--resume" if resume else "--name", name]
             command += ["--num-workers", "2", "--cpus-per-worker", "1", "--max-failures", "-1"]
             command += ["--tracking-uri", server.address]
             command += [] if resume else ["--recipe", "demo", "--data", str(data), *settings]

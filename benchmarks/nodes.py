@@ -10,6 +10,7 @@ About 6 minutes on two cores.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -29,18 +30,17 @@ sys.path.insert(0, str(ROOT))
 
 import psutil  # noqa: E402
 
+from benchmarks._cluster import NETWORK, events_of, submission, words_of  # noqa: E402
 from ray_jobs.demo import WORKER_PORTS, free_ports, local_cluster, session_of  # noqa: E402
 from slrnet.training.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
-from slrnet.training.run_log import read_log  # noqa: E402
 from slrnet.training.tracking import RunHandle, metric_history  # noqa: E402
 
 CHECKPOINT_EVERY = 3
 PATIENCE = 300.0
 """Seconds within which a training must move after something happened to it."""
 SETTINGS = (
-    "model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.decoder_dim=8",
-    "model.frozen_stages=0", "data.crop_size=32", "data.workers=0", "train.batch_size=8", "train.pretrain_epochs=1",
-    "train.log_every=1", f"train.checkpoint_every={CHECKPOINT_EVERY}", "evaluation.every=1000", "train.epochs=100000",
+    *NETWORK, "model.decoder_dim=8", "data.crop_size=64", "train.pretrain_epochs=1", "train.log_every=1",
+    f"train.checkpoint_every={CHECKPOINT_EVERY}", "evaluation.every=1000", "train.epochs=100000",
 )  # fmt: skip
 LIST_NODES = "import json, ray; ray.init(logging_level='error'); print(json.dumps(ray.nodes()))"
 
@@ -111,15 +111,14 @@ class Story:
     findings: dict[str, bool] = field(default_factory=dict)
 
     def submit(self, *arguments: str) -> None:
-        command = ["ray", "job", "submit", "--address", self.machines.address, "--working-dir", ".", "--", "python"]
-        command += ["ray_jobs/train.py", "--storage", str(self.storage), "--num-workers", "1:2"]
+        command = [*submission(self.machines.address), "ray_jobs/train.py", "--storage", str(self.storage)]
+        command += ["--num-workers", "1:2"]
         command += ["--cpus-per-worker", "1", "--max-failures", "1", *arguments]
         with (self.storage / "job.log").open("a") as log:
             self.job = subprocess.Popen(command, env=self.machines.environment, cwd=ROOT, stdout=log, stderr=log)
 
     def events(self) -> list[dict[str, Any]]:
-        path = self.storage / "nodes" / "logs" / "rank-0.jsonl"
-        return list(read_log(path)) if path.exists() else []
+        return events_of(self.storage / "nodes")
 
     def step(self) -> int:
         return max((event["step"] for event in self.events() if event["event"] == "step"), default=0)
@@ -179,6 +178,7 @@ def _first_start(events: list[dict[str, Any]]) -> int:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         machines = Machines(folder)
@@ -195,14 +195,14 @@ def main() -> None:
 def _tell(machines: Machines, folder: Path) -> Story:
     from data_prep.demo import build_demo
 
-    build_demo(folder / "data", num_train=64, num_val=4, image_size=48, samples_per_shard=8)
+    build_demo(folder / "data", num_train=64, num_val=4, image_size=64, samples_per_shard=8)
     story = Story(machines, folder / "runs", folder / "data")
     story.storage.mkdir()
     machines.open()
     for name in ("a", "b"):
         machines.add(name)
-    settings = [word for setting in SETTINGS for word in ("--set", setting)]
-    first = ("--recipe", "demo", "--data", str(story.data), "--name", "nodes", "--wait-for-nodes", "3", *settings)
+    first = ["--recipe", "demo", "--data", str(story.data), "--name", "nodes", "--wait-for-nodes", "3"]
+    first += words_of(SETTINGS)
     at_most = 2 * CHECKPOINT_EVERY
     story.await_workers("two nodes", 2, lambda: story.submit(*first), lost=0)
     story.await_workers("a node is taken away with notice", 1, lambda: story.take_node("b"), lost=at_most)

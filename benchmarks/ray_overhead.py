@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks._cluster import NETWORK, submission  # noqa: E402
 from ray_jobs.demo import local_cluster  # noqa: E402
 from slrnet.config import Config, apply_overrides  # noqa: E402
 from slrnet.recipes import demo  # noqa: E402
@@ -30,9 +31,8 @@ from slrnet.recipes import demo  # noqa: E402
 GOAL = 0.98
 IMAGES = 64
 SETTINGS = (
-    "model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.decoder_dim=32",
-    "model.frozen_stages=0", "data.crop_size=128", "data.workers=0", "train.batch_size=8", "train.pretrain_epochs=1",
-    "train.checkpoint_every=0", "evaluation.every=1000", "evaluation.pseudo_mask_images=2", "evaluation.panel_images=1",
+    *NETWORK, "model.decoder_dim=32", "data.crop_size=128", "train.pretrain_epochs=1", "train.checkpoint_every=0",
+    "evaluation.every=1000", "evaluation.pseudo_mask_images=2", "evaluation.panel_images=1",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def _compare(rounds: int, epochs: int) -> int:
     found: dict[str, list[list[float]]] = {"ray": [], "torchrun": []}
     with tempfile.TemporaryDirectory() as temporary, local_cluster("--num-cpus=2") as (address, environment):
         build_demo(Path(temporary) / "data", num_train=IMAGES, num_val=4, image_size=160, samples_per_shard=8)
-        submit = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python"]
+        submit = submission(address)
         run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
         for number in range(rounds):
             for side in ("ray", "torchrun") if number % 2 else ("torchrun", "ray"):

@@ -32,15 +32,14 @@ sys.path.insert(0, str(ROOT))
 
 import psutil  # noqa: E402
 
+from benchmarks._cluster import NETWORK, events_of, kill_driver, submission, words_of  # noqa: E402
 from data_prep.demo import build_demo  # noqa: E402
 from ray_jobs.demo import local_cluster  # noqa: E402
-from slrnet.training.run_log import read_log  # noqa: E402
 
 TRIALS = 4
 SETTINGS = (
-    "model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.decoder_dim=8",
-    "model.frozen_stages=0", "data.crop_size=64", "data.workers=0", "train.epochs=8", "train.pretrain_epochs=1",
-    "train.batch_size=8", "train.log_every=1", "train.checkpoint_every=1", "evaluation.pseudo_mask_images=4",
+    *NETWORK, "model.decoder_dim=8", "data.crop_size=64", "train.epochs=8", "train.pretrain_epochs=1",
+    "train.log_every=1", "train.checkpoint_every=1", "evaluation.pseudo_mask_images=4",
     "evaluation.panel_images=0", "evaluation.background_power=8",
 )  # fmt: skip
 """So short a training predicts background alone unless that is held down, and all trials would have the same score."""
@@ -70,16 +69,18 @@ class Bench:
             words += ["--num-samples", str(TRIALS), "--max-concurrent", "2", "--max-failures", str(retries)]
             words += ["--perturb-every", "3", "--cpus-per-worker", "1"]
             words += [word for text in SPACES[self.scheduler] for word in ("--search", text)]
-            words += [word for text in SETTINGS for word in ("--set", text)]
-        command = ["ray", "job", "submit", "--address", self.address, "--working-dir", ".", "--", "python"]
+            words += words_of(SETTINGS)
         log = (self.storage / f"{name}{'-resumed' if resume else ''}.log").open("wb")
         return subprocess.Popen(
-            [*command, "ray_jobs/tune.py", *words], env=self.environment, cwd=ROOT, stdout=log, stderr=log
+            [*submission(self.address), "ray_jobs/tune.py", *words],
+            env=self.environment,
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
         )
 
     def events(self, trial: Path, kind: str) -> list[dict[str, Any]]:
-        path = trial / "logs" / "rank-0.jsonl"
-        return [event for event in read_log(path) if event["event"] == kind] if path.is_file() else []
+        return [event for event in events_of(trial) if event["event"] == kind]
 
     def moving(self, name: str, steps: int) -> Path | None:
         """A trial of a sweep that has taken so many steps and has not reached its end."""
@@ -98,10 +99,7 @@ class Bench:
         return trial, int(last["step"])
 
     def kill_driver(self, name: str) -> None:
-        for process in psutil.process_iter(["cmdline"]):
-            words = process.info["cmdline"] or []
-            if "ray_jobs/tune.py" in words and name in words and str(self.storage) in words and "submit" not in words:
-                process.kill()
+        kill_driver("ray_jobs/tune.py", name, str(self.storage))
         print(f"{name}: killed the driver", flush=True)
 
     def trials(self, name: str) -> list[dict[str, Any]]:

@@ -1,0 +1,40 @@
+"""What the benchmarks share that train on a private Ray cluster, and let processes die there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from slrnet.training.run_log import read_log
+
+NETWORK = (
+    "model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.frozen_stages=0", "data.workers=0",
+    "train.batch_size=8",
+)  # fmt: skip
+"""Settings of a network so small that a step takes milliseconds."""
+
+
+def words_of(settings: tuple[str, ...]) -> list[str]:
+    """Settings as arguments of a job."""
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def submission(address: str) -> list[str]:
+    """The command that submits a script to a cluster, less the script."""
+    return ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python"]
+
+
+def events_of(run: Path, rank: int = 0) -> list[dict[str, Any]]:
+    """What a rank of a run has logged so far."""
+    path = run / "logs" / f"rank-{rank}.jsonl"
+    return list(read_log(path)) if path.is_file() else []
+
+
+def kill_driver(script: str, *words: str) -> None:
+    """Kills (SIGKILL) the process of a job that runs a script with these words among its arguments."""
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if script in line and "submit" not in line and all(word in line for word in words):
+            process.kill()
