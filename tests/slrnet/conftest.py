@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +25,7 @@ from pyarrow import fs
 from torch import Tensor, nn
 
 from data_prep.shard_writer import Sample, write_dataset
+from ray_jobs.demo import free_ports
 from slrnet.config import (
     CalibrationConfig,
     Config,
@@ -321,3 +328,51 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     started.command_executor.client_config.timeout = BROWSER_PATIENCE
     yield started
     started.quit()
+
+
+Serve: TypeAlias = Callable[..., AbstractContextManager[str]]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Serve:
+    """Runs a module that serves a page on `--port`, until the block ends; gives the page's address once `path` answers.
+
+    Without the variables by which libraries know pytest.
+    """
+
+    @contextmanager
+    def run(*words: str, path: str = "") -> Iterator[str]:
+        (port,) = free_ports(1)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        with (
+            (tmp_path / "server.log").open("w+") as log,
+            subprocess.Popen(
+                [sys.executable, "-m", *words, "--port", str(port)],
+                cwd=Path(__file__).resolve().parents[2],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            ) as server,
+        ):
+            try:
+                deadline = time.monotonic() + 300
+                while not _answers(f"http://127.0.0.1:{port}/{path}"):
+                    log.seek(0)
+                    assert server.poll() is None, log.read()
+                    assert time.monotonic() < deadline, log.read()
+                    time.sleep(0.2)
+                yield f"http://127.0.0.1:{port}/"
+            finally:
+                with suppress(ProcessLookupError):
+                    os.killpg(server.pid, signal.SIGTERM)
+
+    return run
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=10):
+            return True
+    except OSError:
+        return False

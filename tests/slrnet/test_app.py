@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ from slrnet.app.__main__ import main, newest_run
 from slrnet.app.studio import MAX_SIDE, Studio, shrunk
 from slrnet.training.checkpoint import load_checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -99,30 +95,9 @@ def test_refusals(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.fixture
-def address(tiny_run: Path, tmp_path: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # Without the variable by which nicegui knows pytest.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    command = [sys.executable, "-m", "slrnet.app", str(tiny_run), "--port", str(port)]
-    with (tmp_path / "log").open("w") as log, subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log) as app:
-        try:
-            wait_for(f"http://127.0.0.1:{port}/", app)
-            yield f"http://127.0.0.1:{port}/"
-        finally:
-            app.terminate()
-
-
-def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(address, timeout=10):
-                return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError("the page did not come")
+def address(tiny_run: Path, serve: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
+    with serve("slrnet.app", str(tiny_run)) as found:
+        yield found
 
 
 @pytest.mark.slow

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,6 @@ from slrnet.dashboard import default_storages, main, serve_command
 from slrnet.training.summary import PICTURES
 from slrnet.training.tracking import RunHandle, Tracker, create_run, resolve_uri
 
-ROOT = Path(__file__).resolve().parents[2]
 CURVES = ("pseudo_mask/miou", "pseudo_mask/mfdr", "pseudo_mask/mfnr")
 
 
@@ -65,26 +60,9 @@ def run(tmp_path: Path, tiny_config: Config) -> RunHandle:
 
 
 @pytest.fixture
-def address(run: RunHandle, tmp_path: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "slrnet.dashboard", "--storage", str(tmp_path), "--port", str(port)]
-    with (
-        (tmp_path / "log").open("w") as log,
-        subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True) as server,
-    ):
-        try:
-            deadline = time.monotonic() + 300
-            while server.poll() is None and time.monotonic() < deadline:
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10):
-                        break
-                except OSError:
-                    time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}/#/experiments/{run.experiment_id}/runs/{run.run_id}"
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)
+def address(run: RunHandle, tmp_path: Path, serve: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
+    with serve("slrnet.dashboard", "--storage", str(tmp_path), path="health") as found:
+        yield f"{found}#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
 
 @pytest.mark.slow
