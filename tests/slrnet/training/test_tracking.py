@@ -338,6 +338,14 @@ class TestTracker:
         note = run_tags(handle)[NOTE_TAG]
         assert note.startswith("- setting wsss\n\nMine.\n\n## Result\n\nsecond!")
         assert len(note) == 5000
+        for step in (0, 1):
+            tracker.log_image("samples/a", np.zeros((4, 4, 3), np.uint8), step)
+        tracker.describe("third", "samples")
+        shown = re.findall(
+            r"!\[(\w+)\]\(get-artifact\?path=images%2Fsamples~a%2Bstep%2B1\S+\.png&run_uuid=(\w+)\)",
+            run_tags(handle)[NOTE_TAG],
+        )
+        assert shown == [("a", handle.run_id)]
         experiment = tracking._client(uri).get_experiment(handle.experiment_id)
         assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
