@@ -32,6 +32,7 @@ from slrnet.training.tracking import (
     NullTracker,
     RunHandle,
     Tracker,
+    comparison,
     create_run,
     environment_tags,
     logged_pictures,
@@ -225,6 +226,12 @@ class TestCreateRun:
     def test_how_to_open_hides_credentials(self) -> None:
         handle = RunHandle(uri="https://me:secret@host:5000", run_id="r", experiment_id="7")
         assert handle.how_to_open() == "https://host:5000/#/experiments/7/runs/r"
+
+    def test_runs_are_compared_by_their_ids(self) -> None:
+        handles = [RunHandle(uri="", run_id=name, experiment_id="7") for name in ("a", "b")]
+        page, _, query = comparison(handles).partition("?")
+        assert page == "#/compare-runs"
+        assert urllib.parse.parse_qs(query) == {"runs": ['["a","b"]'], "experiments": ['["7"]']}
 
     def test_how_to_open_a_file(self) -> None:
         handle = RunHandle(uri="sqlite:////data/my runs/mlflow.db", run_id="r", experiment_id="7")
