@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """COCO 2014 or 2017 as tar shards.
 
     python data_prep/coco.py --root COCO --out DIR [--year 2014] [--fraction 0.5]

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.shard_writer import Sample, check_output, map_parallel, report_problems, verify, write_dataset
+from slrnet.completion import parse
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 
 __all__ = ["Output", "Source", "add_arguments", "convert_items", "parse_named_files", "run_command"]
@@ -207,7 +208,7 @@ def run_command(parser: argparse.ArgumentParser, make: Callable[[argparse.Namesp
     Returns:
         Exit status: 0, 1 when `--verify` found damage, 2 for input that was refused, 130 after Ctrl-C.
     """
-    args = parser.parse_args()
+    args = parse(parser)
     if (args.out is None) == (args.verify is None):
         parser.error("give either --out DIR to make a data set or --verify DIR to check one")
     signal.signal(signal.SIGTERM, _interrupt)

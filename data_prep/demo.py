@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The embedded demo data set: synthetic pictures of fish, kites, ladybirds and mushrooms, drawn from a seed.
 
     python data_prep/demo.py --out DIR [--voc-folder DIR] [--train 240] [--val 60] [--image-size 128] [--seed 0]

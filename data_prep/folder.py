@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Your own images as tar shards: with masks, with a table of labels, with both, or with neither.
 
     python data_prep/folder.py --images DIR --masks DIR --classes cat,dog --val-fraction 0.1 --out DIR

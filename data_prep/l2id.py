@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The weakly supervised track of the L2ID challenge (ILSVRC DET images, 200 classes) as tar shards.
 
     python data_prep/l2id.py --root ILSVRC --val-images LID_track1/val --val-masks track1_val_annotations_raw --out DIR

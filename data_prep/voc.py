@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """PASCAL VOC 2012, with or without SBD's masks, as tar shards.
 
     python data_prep/voc.py --root VOCdevkit/VOC2012 --out DIR [--sbd DIR] [--classes cat,dog] [--subset NAME=LISTFILE]

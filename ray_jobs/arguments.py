@@ -6,6 +6,10 @@ import argparse
 import os
 from pathlib import Path
 
+from slrnet.completion import parse
+
+__all__ = ["add_storage", "add_workers", "data_location", "folder", "parse", "workers"]
+
 
 def workers(text: str) -> int | tuple[int, int]:
     try:

@@ -163,10 +163,10 @@ def conclude(name: str) -> None:
         overlay = RUNS / name / "overlay.png"
         shutil.copyfile(first, overlay)
         print(f"picture (image, raw, refined, pseudo label, truth): {overlay}")
-    print(
-        "MLflow page: .venv/bin/mlflow server --host 127.0.0.1 --port 5000 "
-        f"--backend-store-uri sqlite:///{RUNS / 'mlflow.db'}  and open http://127.0.0.1:5000"
-    )
+    python = Path(sys.executable)
+    shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
+    print(f"MLflow page: {shown} -m slrnet.dashboard --storage {RUNS}")
+    print(f"masks of your own images, in a page: {shown} -m slrnet.app {RUNS / name}")
 
 
 if __name__ == "__main__":

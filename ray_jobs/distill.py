@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Trains DeepLabV3+ on pseudo masks: `python ray_jobs/distill.py --recipe voc_distill_lite --data PSEUDO`.
 
 PSEUDO is a folder that ray_jobs/pseudo_label.py made with `--splits train`: training images with predicted masks, and

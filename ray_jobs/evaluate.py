@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Measures a checkpoint: `python ray_jobs/evaluate.py --checkpoint RUN --data DIR --split val --protocol ss`.
 
 `ss` is one scale; `ms` the mean over five scales and their mirror images; `ms_crf` adds a dense CRF (the extra `crf`).
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ray_jobs.exit_codes import exit_code  # noqa: E402
+from slrnet.completion import parse  # noqa: E402
 from slrnet.config import GATINGS, PROTOCOLS, apply_overrides  # noqa: E402
 from slrnet.training.run_store import run_argument  # noqa: E402
 
@@ -39,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, metavar="N", help="Ray workers; 0 (default): in this process")
     add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
     add("--out", type=Path, metavar="DIR", help="folder for evaluation.json (default: beside the checkpoint)")
-    return parser.parse_args(arguments)
+    return parse(parser, arguments)
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Pseudo masks for a data set: `python ray_jobs/pseudo_label.py --checkpoint RUN --data DIR --out PSEUDO`.
 
 Writes shards like those of DIR, in whose train split (or --splits) the masks are the network's, and prints how good
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ray_jobs.exit_codes import exit_code  # noqa: E402
+from slrnet.completion import parse  # noqa: E402
 from slrnet.config import GATINGS, PROTOCOLS, apply_overrides  # noqa: E402
 from slrnet.training.run_store import run_argument  # noqa: E402
 
@@ -33,7 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--num-workers", type=int, default=0, metavar="N", help="Ray workers; 0 (default): in this process")
     add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
     add("--verify", type=Path, metavar="DIR", help="instead: compare its shards with its manifest")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     if options.verify is None and (options.checkpoint is None or options.out is None):
         parser.error("give --checkpoint RUN and --out DIR, or --verify DIR")
     return options

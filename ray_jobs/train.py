@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Trains one run: `ray job submit --working-dir . -- python ray_jobs/train.py --recipe NAME --data DIR`.
 
 Without --recipe and --data it trains the embedded demo, building its shards first if they are missing.
@@ -17,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from ray_jobs.arguments import add_storage, add_workers, data_location, places_of  # noqa: E402
 from ray_jobs.exit_codes import exit_code  # noqa: E402
+from slrnet.completion import parse  # noqa: E402
 from slrnet.config import Config, apply_overrides, load_config  # noqa: E402
 from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
 
@@ -34,7 +36,7 @@ def parse_arguments(about: str | None) -> argparse.Namespace:
     name.add_argument("--name", metavar="NAME", help="unique name of the run (default: recipe and time)")
     name.add_argument("--resume", metavar="NAME", help="continue the run of that name from its last checkpoint")
     add_storage(parser, remote=True)
-    return parser.parse_args()
+    return parse(parser)
 
 
 def build_config(options: argparse.Namespace, storage: Path, remote: str, recipe: str) -> Config:

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Searches settings, or runs one of the paper's ablations.
 
     ray job submit --working-dir . -- python ray_jobs/tune.py --recipe NAME --data DIR --num-samples 20
@@ -17,15 +18,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ray_jobs.arguments import add_storage, data_location  # noqa: E402
-from ray_jobs.exit_codes import exit_code  # noqa: E402
-from slrnet.ablations import ABLATIONS  # noqa: E402
-from slrnet.config import apply_overrides, load_config  # noqa: E402
-from slrnet.recipes import RECIPES, get_recipe, get_space  # noqa: E402
-from slrnet.search import DEFAULT_SPACE, space_with  # noqa: E402
+from ray_jobs.arguments import add_storage, data_location, parse
+from ray_jobs.exit_codes import exit_code
+from slrnet.ablations import ABLATIONS
+from slrnet.config import apply_overrides, load_config
+from slrnet.recipes import RECIPES, get_recipe, get_space
+from slrnet.search import DEFAULT_SPACE, space_with
 
 if TYPE_CHECKING:
     from slrnet.training.sweep_plan import SweepPlan
@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     add_storage(parser)
     add("--dry-run", action="store_true", help="time a step here, say what the sweep would take, and stop")
     add("--price-per-hour", type=float, metavar="X", help="of a worker, in any currency, for --dry-run")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def build_plan(args: argparse.Namespace) -> SweepPlan:

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Draws what the dictionary's atoms stand for: `python -m slrnet.codes CHECKPOINT IMAGE... --out DIR`.
 
 For each image, NAME.codes.png has a row for each number of iterations (`--num-iters 1 2 6`: the paper's Fig. 7) and a
@@ -22,6 +23,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from slrnet.completion import parse
 from slrnet.data.files import written_whole
 from slrnet.inference.predictor import restore_network, rgb_array
 from slrnet.models.decoder import resize
@@ -122,7 +124,7 @@ def draw_code_maps(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, or 2 for wrong arguments."""
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), arguments)
     try:
         images = find_images(options.images)
         checkpoint = load_checkpoint(options.checkpoint)

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The MLflow page over the runs of a storage folder: `python -m slrnet.dashboard`. `make dashboard` runs it.
 
 Serves on loopback only, until Ctrl-C. Without --storage it takes $SLRNET_STORAGE, else ~/slrnet_runs; where neither
@@ -15,6 +16,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from slrnet.completion import parse
 
 __all__ = ["PORT", "WORKFLOW", "check_port", "default_storages", "main", "serve_command"]
 
@@ -39,7 +42,7 @@ def serve_command(database: Path, port: int) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command until the server ends; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), arguments)
     try:
         database = _database(options.storage)
         check_port(options.port)

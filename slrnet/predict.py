@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Masks for images on the command line: `python -m slrnet.predict CHECKPOINT IMAGE... --out DIR`.
 
 IMAGE is a file, a folder (its images, not those of folders in it) or a quoted pattern such as 'photos/**/*.jpg'. Each
@@ -24,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from slrnet import load
+from slrnet.completion import parse
 from slrnet.config import PROTOCOLS
 from slrnet.data.catalog import voc_palette
 from slrnet.data.files import write_json, written_whole
@@ -106,7 +108,7 @@ def batches(images: Mapping[str, Path], size: int) -> Iterator[list[str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, 1 where an image could not be read, 2 for wrong arguments."""
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), arguments)
     try:
         images = find_images(options.images)
         existing = [path for name in images if (path := options.out / f"{name}.png").exists()]

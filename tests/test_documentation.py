@@ -36,6 +36,7 @@ FOREIGN = {
     "ray": "starts, stops or asks a cluster; what it submits is checked, and tests/ray_jobs/test_cluster.py submits",
     "mlflow": "a server that does not end; tests/slrnet/training/test_tracking.py starts one",
     "make": "its targets are checked; tests/test_repository.py has the Makefile's own tests",
+    "eval": "changes the shell",
     "export": "sets a variable",
     "pre-commit": "changes the checkout's hooks",
 }
@@ -117,7 +118,8 @@ def test_a_wrong_option_is_found() -> None:
 SCRIPTS = [
     *(f"data_prep.{name}" for name in ("coco", "demo", "folder", "l2id", "voc")),
     *(f"ray_jobs.{name}" for name in ("distill", "evaluate", "pseudo_label", "train", "tune")),
-    *(f"slrnet.{name}" for name in ("codes", "predict", "data.browse", "data.class_balance")),
+    *(f"slrnet.{name}" for name in ("codes", "dashboard", "predict", "data.browse", "data.class_balance")),
+    *(f"slrnet.{name}.__main__" for name in ("app", "figures", "report")),
     *(f"slrnet.inference.{name}" for name in ("export", "released_weights", "voc_archive")),
 ]
 
@@ -133,6 +135,37 @@ def test_help_explains_every_option(module: str) -> None:
         assert stated or "%(default)" in action.help, f"{action.dest} does not say its default"
         if action.nargs != 0 and action.choices is None:
             assert action.metavar or not action.option_strings, f"{action.dest} has no metavar"
+
+
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_shells_know_that_they_may_ask(module: str) -> None:
+    source = ROOT / f"{module.replace('.', '/')}.py"
+    assert "PYTHON_ARGCOMPLETE_OK" in source.read_text(encoding="utf-8")[:1024]
+
+
+def completions(words: str, answers: Path) -> list[str]:
+    """What a script offers to a shell for the last of these words, as argcomplete's shell function asks."""
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": words, "COMP_POINT": str(len(words))}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "_ARGCOMPLETE_STDOUT_FILENAME": str(answers), **asked}
+    script = words.split()[0]
+    done = subprocess.run(
+        [sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return sorted(word.strip() for word in re.split(r"[\v\n]", answers.read_text()) if word.strip())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("argcomplete") is None, reason="the extra `completion` is not installed")
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("ray_jobs/train.py --num", ["--num-workers"]),
+        ("ray_jobs/evaluate.py --protocol m", ["ms", "ms_crf"]),
+        ("data_prep/voc.py --sb", ["--sbd"]),
+    ],
+)
+def test_arguments_are_completed(words: str, expected: list[str], tmp_path: Path) -> None:
+    assert completions(words, tmp_path / "answers") == expected
 
 
 ANCHOR = re.compile(r"`((?:slrnet|data_prep|ray_jobs|docs)/[\w/]+\.py):([\w.]+)`")

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """A page that shows what a checkpoint sees in an image: `python -m slrnet.app [CHECKPOINT_OR_RUN]`.
 
 Drop an image: mask, class scores, code maps per class, and what T, gamma and the refinement do to the pseudo label.
@@ -16,6 +17,7 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+from slrnet.completion import parse
 from slrnet.dashboard import check_port, default_storages
 from slrnet.training.checkpoint import CheckpointError, load_checkpoint, read_state
 from slrnet.training.run_store import run_argument
@@ -45,7 +47,7 @@ def newest_run(storages: Sequence[Path]) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command until the page is closed down; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), arguments)
     try:
         if find_spec("nicegui") is None:
             raise ValueError("the app needs nicegui, which is not installed: pip install 'slrnet[app]'")

@@ -86,7 +86,7 @@ class _Visit:
         iterations = max(usual.refine_iters, 1)
         switch = ui.switch("refinement", value=usual.refine_iters > 0).classes("refinement")
         slider = self._slider(
-            "refinement", "iterations (calibration.refine_iters)", 1, 30, 1, iterations, "refine_iters"
+            "iterations", "of the refinement (calibration.refine_iters)", 1, 30, 1, iterations, "refine_iters"
         )
         slider.bind_enabled_from(switch, "value")
         switch.on_value_change(lambda event: self._change(refine_iters=int(slider.value) if event.value else 0))

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Looks at a prepared data set: `python -m slrnet.data.browse DIR [--out FOLDER]`.
 
 For every split it writes SPLIT.jpg, a contact sheet of images beside their masks with the names of their labels, and
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from slrnet.completion import parse
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.epoch_plan import choose_subset
 from slrnet.data.files import written_whole
@@ -247,7 +249,7 @@ def contact_sheet(shard_set: ShardSet, name: str, *, number: int, seed: int = 0)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; the module's docstring has the exit statuses."""
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), arguments)
     out = options.out or Path("browse") / options.folder.resolve().name
     try:
         if options.samples < 1 or options.masks < 0:

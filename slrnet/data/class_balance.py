@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Class-balanced sampling for long-tailed data: how often to draw each image so that classes come in wanted shares.
 
 The share of a class is the share of its occurrences among all image labels that an epoch draws. The target lies between
@@ -22,6 +23,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from slrnet.completion import parse
 from slrnet.data.manifest import SplitView, load_dataset
 
 __all__ = ["Balance", "ClassLists", "balance", "main", "shares", "table"]
@@ -157,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--strength", type=float, default=0.5, metavar="X", help="data.class_balance, 0 to 1 (default: 0.5)"
     )
     parser.add_argument("--limit", type=float, default=10.0, metavar="X", help="data.balance_limit, >= 1 (default: 10)")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     try:
         shards = load_dataset(options.data)
         split = shards.split(options.split)

@@ -1,9 +1,12 @@
+# PYTHON_ARGCOMPLETE_OK
 """The paper's figures and tables: `python -m slrnet.figures fig2|fig3|fig5|fig7|tables CHECKPOINT... --out DIR`.
 
 fig2 draws the features before and after the low-rank module, fig3 the masks of simple and hard images, fig5 the codes
 of the classes, each of one checkpoint. fig7 draws codes over T at an early and a late epoch: of two checkpoints of a
 training, or of the first and the last one that a run's folder holds. Images are those of the validation split, chosen
 by IoU. tables writes tables 1 to 6 with our figures from the records below the folders that are given.
+
+Exit status: 0, or 2 for wrong arguments and damaged files.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from slrnet.completion import parse
 from slrnet.data.files import written_whole
 from slrnet.data.manifest import load_dataset
 from slrnet.figures.pictures import code_figure, feature_figure, iteration_figure, mask_figure
@@ -33,7 +37,7 @@ DEFAULT_IMAGES = {"fig2": 2, "fig3": 4, "fig5": 9, "fig7": 2}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, or 2 for wrong arguments and damaged files."""
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), arguments)
     try:
         if options.what == "tables":
             written = _write_tables(options)
@@ -118,14 +122,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="a checkpoint, or a run's folder (its best one)",
     )
-    parser.add_argument("--data", type=Path, help="folder with shards (default: that of the training)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the PNG and PDF, or for tables.md")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with shards (default: that of the training)")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for PNG and PDF, or for tables.md"
+    )
     parser.add_argument("--images", type=positive, metavar="N", help=f"defaults: {DEFAULT_IMAGES}")
     parser.add_argument("--measured", type=positive, metavar="N", help="images to choose from (default: all)")
     parser.add_argument(
         "--num-iters", type=positive, nargs="+", default=[1, 2, 3, 6], metavar="T", help="of fig7 (default: 1 2 3 6)"
     )
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
     return parser
 
 

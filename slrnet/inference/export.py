@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """A network as a file for other programs: `python -m slrnet.inference.export RUN --out FOLDER`.
 
 `torch.export` (network.pt2) and ONNX (network.onnx, the extra `export`) of one view: images in [0, 1] in,
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from slrnet.completion import parse
 from slrnet.config import Config
 from slrnet.data.files import write_json, written_whole
 from slrnet.inference.evaluation import training_run
@@ -146,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--no-onnx", action="store_true", help="torch.export alone, without the extra `export`")
     parser.add_argument("--mlflow", metavar="NAME", help="also log the ONNX file to the training's run")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     if options.mlflow and options.no_onnx:
         parser.error("--mlflow logs the ONNX file; leave --no-onnx out")
     try:

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The authors' published checkpoints (WideResNet-38, any of the three settings) as ours, and those of 1-Stage.
 
 `released_checkpoint` reads a file and renames its tensors; `python -m slrnet.inference.released_weights FILE --out DIR`
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from slrnet.completion import parse
 from slrnet.config import CalibrationConfig, Config, CvlrConfig, DataConfig, EvaluationConfig, LossConfig, Setting
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.models.encoders import describe_misfit, read_tensors
@@ -169,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, required=True, metavar="DIR", help="new folder for the run, its checkpoint below"
     )
     parser.add_argument("--classes", metavar="A,B", help="comma-separated names, background first (default: VOC's 21)")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     try:
         if options.out.exists():
             raise ValueError(f"{options.out} exists; name a new folder")

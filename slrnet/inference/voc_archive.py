@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The archive that VOC's evaluation server takes: `python -m slrnet.inference.voc_archive RUN IMAGES --out FILE`.
 
 IMAGES is a folder of JPEGs, or a VOC folder's JPEGImages with `--list test.txt` for the images to predict. The archive
@@ -24,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from slrnet import load
+from slrnet.completion import parse
 from slrnet.config import PROTOCOLS
 from slrnet.data.catalog import VOC_CLASSES, voc_ids, voc_palette
 from slrnet.data.files import written_whole
@@ -134,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the checkpoint's configuration says")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     try:
         if options.out.exists():
             raise ValueError(f"{options.out} exists; name a new file")

@@ -1,8 +1,11 @@
+# PYTHON_ARGCOMPLETE_OK
 """One HTML file about one run or several: `python -m slrnet.report RUN_OR_CHECKPOINT... [--out FILE.html]`.
 
 Settings, curves, scores per class, confusions, best and worst images, the way from mask to pseudo label over the
 epochs, code maps, calibration. The file needs no network and nothing beside it. What a run does not have is named with
 the reason.
+
+Exit status: 0, or 2 for wrong arguments and damaged files.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from slrnet.completion import parse
 from slrnet.data.files import written_whole
 from slrnet.data.manifest import load_dataset
 from slrnet.data.remote import is_remote
@@ -26,7 +30,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status: 0, or 2 for wrong arguments and damaged files."""
-    options = _parser().parse_args(arguments)
+    options = parse(_parser(), arguments)
     try:
         runs = [read_run(path) for path in options.runs]
         findings = [_findings(run, options) for run in runs]
@@ -62,13 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RUN_OR_CHECKPOINT",
         help="a run's folder (its best one), or a checkpoint",
     )
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="default: %(default)s")
-    parser.add_argument("--data", type=Path, help="folder with shards (default: that of each training)")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with shards (default: that of each training)")
     parser.add_argument(
-        "--images", type=positive, default=4, help="best, worst and code maps, each (default: %(default)s)"
+        "--images", type=positive, default=4, metavar="N", help="best, worst and code maps, each (default: %(default)s)"
     )
     parser.add_argument("--measured", type=positive, metavar="N", help="images to measure at most (default: all)")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
     return parser
 
 

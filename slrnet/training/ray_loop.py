@@ -39,7 +39,7 @@ from slrnet.training.cluster import Workers, plan_workers
 from slrnet.training.distributed import Ranks, current_ranks, gather_over_ranks, tune_process
 from slrnet.training.run_log import RunLog, find_failure
 from slrnet.training.run_store import CONFIG, RunStore, run_folder
-from slrnet.training.summary import description, result_text
+from slrnet.training.summary import PICTURES, description, result_text
 from slrnet.training.tracking import (
     NOTE_TAG,
     NullTracker,
@@ -223,7 +223,7 @@ def train_trial(
     driver = _train_tracked(config, handle, options, workers, until=until, callbacks=[TuneReportCallback()])
     best = find_checkpoint(folder / "checkpoints", which="best")
     if best is not None:
-        driver.describe(_result(config, folder, read_state(best)))
+        driver.describe(_result(config, folder, read_state(best)), PICTURES)
     driver.finish()
 
 
@@ -449,7 +449,7 @@ def _conclude(config: Config, folder: Path, handle: RunHandle, driver: Tracker) 
         )
     state = read_state(best)
     driver.log_artifacts(best, "checkpoint")
-    driver.describe(_result(config, folder, state))
+    driver.describe(_result(config, folder, state), PICTURES)
     driver.finish()
     return RunResult(folder=folder, last=last, best=best, state=state, run=handle)
 

@@ -25,10 +25,21 @@ from slrnet.training.population import Population, member_name, train_population
 from slrnet.training.ray_loop import LaunchOptions, TrainingError, train_trial
 from slrnet.training.sweep_plan import SweepOptions, SweepPlan, grid_of, trial_config, write_plan
 from slrnet.training.sweep_results import Mode, Trial, best_trial, mode_of, trial_from_rows, trial_rows, write_results
-from slrnet.training.tracking import NOTE_TAG, RunHandle, Tracker, create_run, environment_tags, resolve_uri, runs_below
+from slrnet.training.tracking import (
+    NOTE_TAG,
+    RunHandle,
+    Tracker,
+    comparison,
+    create_run,
+    environment_tags,
+    resolve_uri,
+    runs_below,
+)
 
 __all__ = ["SweepResult", "replay_asha", "run_sweep"]
 
+_COMPARED = 30
+"""Trials in the link of a sweep's description, which has 5,000 characters."""
 _HEAD = {"node:__internal_head__": 0.001}
 
 
@@ -92,10 +103,12 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         default=plan.recipe_point,
     )
     driver.log_artifacts(folder)
-    driver.log_metrics({name: value for name, value in best.metrics.items() if "/iou/" not in name}, 0)
+    driver.log_metrics({name: value for name, value in best.metrics.items() if name.count("/") == 1}, 0)
     driver.set_tags({"slrnet.best_trial": best.name})
     following = "" if config is None else f"\n\nNext: `python ray_jobs/train.py --config {folder / 'best_config.json'}`"
-    driver.describe(f"Best trial: {best.name}{following}\n\n{table}")
+    trial_runs = [handle for handle, _ in runs_below(parent).values()][:_COMPARED]
+    link = f"[Trials side by side, with parallel coordinates]({comparison(trial_runs)})"
+    driver.describe(f"Best trial: {best.name}{following}\n\n{link}\n\n{table}")
     driver.finish()
     path = folder / "best_config.json" if config is not None else None
     return SweepResult(trials=trials, best=best, best_config=path, table=table, run=parent)

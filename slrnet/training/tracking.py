@@ -22,9 +22,10 @@ import subprocess
 import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -42,6 +43,7 @@ __all__ = [
     "NullTracker",
     "RunHandle",
     "Tracker",
+    "comparison",
     "create_run",
     "environment_tags",
     "find_run",
@@ -72,6 +74,8 @@ KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 """With it MLflow's page shows runs and charts, and not what it has for language models."""
 NOTE_TAG = "mlflow.note.content"
 """MLflow's own tag for a run's description, in Markdown."""
+DESCRIBED = 2
+"""Pictures in a run's description."""
 RESULT = "## Result"
 """Heading of what the end of a run writes into its description."""
 PATIENCE = 120.0
@@ -325,16 +329,17 @@ class Tracker:
         for key, value in tags.items():
             self._set_tag(key, str(value))
 
-    def describe(self, result: str) -> None:
+    def describe(self, result: str, pictures: str = "") -> None:
         """Writes what came out at the end of the run's description, in place of what an earlier end wrote there.
 
         Args:
             result: Markdown, below the heading `RESULT`; all of it is cut to MLflow's 5,000 characters.
+            pictures: Folder of pictures, of which the first are shown below; empty for none.
         """
 
         def send(client: Any, run_id: str) -> None:
             above = client.get_run(run_id).data.tags.get(NOTE_TAG, "").partition(RESULT)[0].rstrip()
-            note = f"{above}\n\n{RESULT}\n\n{result}".lstrip()
+            note = f"{above}\n\n{RESULT}\n\n{result}{_last_pictures(client, run_id, pictures)}".lstrip()
             client.set_tag(run_id, NOTE_TAG, note[:MAX_TAG_LENGTH])
 
         self._send(send)
@@ -484,18 +489,38 @@ def run_tags(handle: RunHandle) -> dict[str, str]:
 
 def logged_pictures(handle: RunHandle, folder: str) -> dict[tuple[str, int], Image.Image]:
     """The pictures that were logged as FOLDER/NAME, by (NAME, step); of those logged twice for a step, the last."""
-    client, latest = _client(handle.uri), dict[tuple[str, int], tuple[int, str]]()
-    for file in client.list_artifacts(handle.run_id, "images"):
+    client, pictures = _client(handle.uri), {}
+    paths = _picture_paths(client, handle.run_id, folder)
+    with tempfile.TemporaryDirectory() as place:
+        for series, path in paths.items():
+            with Image.open(client.download_artifacts(handle.run_id, path, place)) as picture:
+                pictures[series] = picture.convert("RGB")
+    return pictures
+
+
+def comparison(handles: Sequence[RunHandle]) -> str:
+    """Where MLflow's page compares runs of one experiment: with parallel coordinates over the settings that differ."""
+    ids = json.dumps([handle.run_id for handle in handles], separators=(",", ":"))
+    experiment = json.dumps(sorted({handle.experiment_id for handle in handles}))
+    return f"#/compare-runs?{urllib.parse.urlencode({'runs': ids, 'experiments': experiment})}"
+
+
+def _picture_paths(client: Any, run_id: str, folder: str) -> dict[tuple[str, int], str]:
+    latest = dict[tuple[str, int], tuple[int, str]]()
+    for file in client.list_artifacts(run_id, "images"):
         found = _PICTURE.fullmatch(Path(file.path).name)
         if found and found["key"].startswith(f"{folder}~"):
             series = (found["key"].removeprefix(f"{folder}~"), int(found["step"]))
             latest[series] = max(latest.get(series, (0, "")), (int(found["time"]), file.path))
-    pictures = {}
-    with tempfile.TemporaryDirectory() as place:
-        for series, (_, path) in latest.items():
-            with Image.open(client.download_artifacts(handle.run_id, path, place)) as picture:
-                pictures[series] = picture.convert("RGB")
-    return pictures
+    return {series: path for series, (_, path) in latest.items()}
+
+
+def _last_pictures(client: Any, run_id: str, folder: str) -> str:
+    """Markdown that shows the first pictures of a folder, each at its last step; MLflow's page serves them."""
+    paths = _picture_paths(client, run_id, folder) if folder else {}
+    last = {name: paths[name, step] for name, step in sorted(paths)}
+    queries = {name: urllib.parse.urlencode({"path": path, "run_uuid": run_id}) for name, path in last.items()}
+    return "".join(f"\n\n![{name}](get-artifact?{queries[name]})" for name in sorted(queries)[:DESCRIBED])
 
 
 def runs_below(parent: RunHandle) -> dict[str, tuple[RunHandle, str]]:

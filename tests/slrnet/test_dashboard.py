@@ -55,6 +55,7 @@ def run(tmp_path: Path, tiny_config: Config) -> RunHandle:
     for epoch in range(3):
         tracker.log_metrics(dict.fromkeys(CURVES, 0.3 + 0.1 * epoch), step=10 * epoch)
         tracker.log_image(f"{PICTURES}/photo", np.full((24, 48, 3), 80 * epoch, np.uint8), step=epoch)
+    tracker.describe("Best checkpoint: epoch 3.", PICTURES)
     tracker.finish()
     return handle
 
@@ -71,17 +72,21 @@ def test_a_visitor_finds_curves_and_pictures(address: str, browser: Any, tmp_pat
 
     screen = {"width": 1400, "height": 1600, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    browser.get(f"{address}/model-metrics")
 
     def text() -> str:
         return str(browser.execute_script("return document.body.innerText"))
 
     wait = WebDriverWait(browser, 300, poll_frequency=0.5)
+    shown = "return [...document.images].filter(i => i.src.includes('photo') && i.naturalWidth > 1).length"
+    browser.get(address)
+    wait.until(lambda _: "Best checkpoint: epoch 3." in text(), "the description")
+    wait.until(lambda _: browser.execute_script(shown), "its picture")
+    browser.get(f"{address}/model-metrics")
     drawn = "return document.querySelectorAll('.js-plotly-plot .main-svg').length"
     wait.until(lambda _: browser.execute_script(drawn), "curves")
     wait.until(lambda _: all(key in text() for key in CURVES), "names of the curves")
-    shown = "return [...document.images].filter(i => i.src.includes('photo') && i.naturalWidth > 1).length"
     wait.until(lambda _: browser.execute_script(shown), "the picture")
+    assert text().index(CURVES[0]) < text().index(f"{PICTURES}/photo")
     kept = Path(os.environ.get("SLRNET_SCREENSHOTS", "") or tmp_path)
     kept.mkdir(parents=True, exist_ok=True)
     assert browser.save_screenshot(str(kept / "dashboard.png"))

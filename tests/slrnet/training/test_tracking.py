@@ -32,6 +32,7 @@ from slrnet.training.tracking import (
     NullTracker,
     RunHandle,
     Tracker,
+    comparison,
     create_run,
     environment_tags,
     logged_pictures,
@@ -226,6 +227,12 @@ class TestCreateRun:
         handle = RunHandle(uri="https://me:secret@host:5000", run_id="r", experiment_id="7")
         assert handle.how_to_open() == "https://host:5000/#/experiments/7/runs/r"
 
+    def test_runs_are_compared_by_their_ids(self) -> None:
+        handles = [RunHandle(uri="", run_id=name, experiment_id="7") for name in ("a", "b")]
+        page, _, query = comparison(handles).partition("?")
+        assert page == "#/compare-runs"
+        assert urllib.parse.parse_qs(query) == {"runs": ['["a","b"]'], "experiments": ['["7"]']}
+
     def test_how_to_open_a_file(self) -> None:
         handle = RunHandle(uri="sqlite:////data/my runs/mlflow.db", run_id="r", experiment_id="7")
         place, command = handle.how_to_open().split(" after ")
@@ -338,6 +345,14 @@ class TestTracker:
         note = run_tags(handle)[NOTE_TAG]
         assert note.startswith("- setting wsss\n\nMine.\n\n## Result\n\nsecond!")
         assert len(note) == 5000
+        for step in (0, 1):
+            tracker.log_image("samples/a", np.zeros((4, 4, 3), np.uint8), step)
+        tracker.describe("third", "samples")
+        shown = re.findall(
+            r"!\[(\w+)\]\(get-artifact\?path=images%2Fsamples~a%2Bstep%2B1\S+\.png&run_uuid=(\w+)\)",
+            run_tags(handle)[NOTE_TAG],
+        )
+        assert shown == [("a", handle.run_id)]
         experiment = tracking._client(uri).get_experiment(handle.experiment_id)
         assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
