@@ -45,7 +45,7 @@ from slrnet.training.tracking import RunHandle, metric_history  # noqa: E402
 CHECKPOINT_EVERY = 3
 SETTINGS = (
     "model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.decoder_dim=16",
-    "model.frozen_stages=0", "data.crop_size=32", "data.workers=0", "evaluation.every=4", "train.batch_size=8",
+    "model.frozen_stages=0", "data.crop_size=64", "data.workers=0", "evaluation.every=4", "train.batch_size=8",
     "train.pretrain_epochs=2", "train.log_every=1", f"train.checkpoint_every={CHECKPOINT_EVERY}",
     "evaluation.pseudo_mask_images=2", "evaluation.panel_images=1",
 )  # fmt: skip
@@ -221,7 +221,7 @@ def _surroundings(options: argparse.Namespace, temporary: Path) -> Iterator[Stor
     storage = (options.out or temporary / "runs").resolve()
     storage.mkdir(parents=True, exist_ok=True)
     data = temporary / "shards"
-    build_demo(data, num_train=64, num_val=4, image_size=48, samples_per_shard=8)
+    build_demo(data, num_train=64, num_val=4, image_size=72, samples_per_shard=8)
     server = Server(storage)
     server.start()
     settings = [word for setting in (*SETTINGS, f"train.epochs={options.epochs}") for word in ("--set", setting)]
