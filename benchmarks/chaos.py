@@ -214,7 +214,7 @@ def _surroundings(options: argparse.Namespace, temporary: Path) -> Iterator[Stor
     storage = (options.out or temporary / "runs").resolve()
     storage.mkdir(parents=True, exist_ok=True)
     data = temporary / "shards"
-    build_demo(data, num_train=64, num_val=4, image_size=64, samples_per_shard=8)
+    build_demo(data, num_train=64, num_val=4, image_size=72, samples_per_shard=8)
     server = Server(storage)
     server.start()
     settings = words_of((*SETTINGS, f"train.epochs={options.epochs}"))

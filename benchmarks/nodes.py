@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import psutil  # noqa: E402
 
-from benchmarks._cluster import NETWORK, events_of, submission, words_of  # noqa: E402
+from benchmarks._cluster import NETWORK, events_of, words_of  # noqa: E402
 from ray_jobs.demo import WORKER_PORTS, free_ports, local_cluster, session_of  # noqa: E402
 from slrnet.training.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
 from slrnet.training.tracking import RunHandle, metric_history  # noqa: E402
@@ -51,14 +51,13 @@ class Machines:
 
     folder: Path
     port: int = 0
-    address: str = ""
     environment: dict[str, str] = field(default_factory=dict)
     nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     stack: ExitStack = field(default_factory=ExitStack)
 
     def open(self) -> None:
         (self.port,) = free_ports(1)
-        self.address, self.environment = self.stack.enter_context(local_cluster("--num-cpus=0", port=self.port))
+        _, self.environment = self.stack.enter_context(local_cluster("--num-cpus=0", port=self.port))
 
     def add(self, name: str) -> None:
         (agent,) = free_ports(1)
@@ -69,6 +68,11 @@ class Machines:
             self.nodes[name] = subprocess.Popen(
                 command, env=self.environment, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
             )
+        deadline = time.monotonic() + PATIENCE
+        while "Ray runtime started" not in (self.folder / f"{name}.log").read_text(encoding="utf-8"):
+            if time.monotonic() > deadline or self.nodes[name].poll() is not None:
+                raise SystemExit(f"node {name} did not start:\n{(self.folder / f'{name}.log').read_text()[-2000:]}")
+            time.sleep(0.2)  # one at a time: two that start together may take the same sockets
 
     def identity(self, name: str) -> str:
         """Ray's name of a node."""
@@ -111,11 +115,12 @@ class Story:
     findings: dict[str, bool] = field(default_factory=dict)
 
     def submit(self, *arguments: str) -> None:
-        command = [*submission(self.machines.address), "ray_jobs/train.py", "--storage", str(self.storage)]
-        command += ["--num-workers", "1:2"]
-        command += ["--cpus-per-worker", "1", "--max-failures", "1", *arguments]
+        # Not through the job server: nodes of one machine would unpack the project over each other.
+        command = [sys.executable, "ray_jobs/train.py", "--storage", str(self.storage), "--num-workers", "1:2"]
+        command += ["--cpus-per-worker", "1", "--cpu-only", "--max-failures", "1", *arguments]
         with (self.storage / "job.log").open("a") as log:
-            self.job = subprocess.Popen(command, env=self.machines.environment, cwd=ROOT, stdout=log, stderr=log)
+            environment = self.machines.environment | {"RAY_ADDRESS": f"127.0.0.1:{self.machines.port}"}
+            self.job = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
 
     def events(self) -> list[dict[str, Any]]:
         return events_of(self.storage / "nodes")
@@ -147,7 +152,7 @@ class Story:
         while not ready():
             ended = self.job is not None and self.job.poll() is not None
             if time.monotonic() > deadline or ended:
-                log = (self.storage / "job.log").read_text(encoding="utf-8")[-3000:]
+                log = (self.storage / "job.log").read_text(encoding="utf-8")[-6000:]
                 raise SystemExit(f"FAILS: {what}: the training {'ended' if ended else 'does not move'}:\n{log}")
             time.sleep(0.2)
 
@@ -195,7 +200,7 @@ def main() -> None:
 def _tell(machines: Machines, folder: Path) -> Story:
     from data_prep.demo import build_demo
 
-    build_demo(folder / "data", num_train=64, num_val=4, image_size=64, samples_per_shard=8)
+    build_demo(folder / "data", num_train=64, num_val=4, image_size=72, samples_per_shard=8)
     story = Story(machines, folder / "runs", folder / "data")
     story.storage.mkdir()
     machines.open()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-__all__ = ["ClusterError", "Workers", "cluster_resources", "plan_workers"]
+__all__ = ["ClusterError", "Workers", "await_lost_nodes", "cluster_resources", "plan_workers"]
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 LOOK_EVERY = 5.0
@@ -97,6 +99,36 @@ def plan_workers(
             "GPUs; lower --num-workers or --cpus-per-worker, add nodes, or wait for them with --wait-for-nodes"
         )
     return Workers(least=least, most=most, cpus=share, gpu=gpu)
+
+
+def await_lost_nodes(*, seconds: float = 60.0) -> set[str]:
+    """Waits until Ray has noticed which of its nodes are gone; at once where all of them answer.
+
+    Ray asks its nodes every few seconds and gives up after several silent times. Until then it would place new workers
+    on a node that is gone, and count their end as one more failure.
+
+    Args:
+        seconds: that it waits at most.
+
+    Returns:
+        Names of the nodes that do not answer and that Ray still counts on.
+    """
+    import ray
+
+    silent = {node["NodeID"] for node in ray.nodes() if node["Alive"] and not _answers(node)}
+    deadline = time.monotonic() + seconds
+    while silent and time.monotonic() < deadline:
+        time.sleep(LOOK_EVERY / 10)
+        silent &= {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return silent
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=3).close()
+    except OSError:
+        return False
+    return True
 
 
 def _await_nodes(

@@ -35,7 +35,7 @@ from slrnet.training.checkpoint import (
     read_state,
     require_free_space,
 )
-from slrnet.training.cluster import Workers, plan_workers
+from slrnet.training.cluster import Workers, await_lost_nodes, plan_workers
 from slrnet.training.distributed import Ranks, current_ranks, gather_over_ranks, tune_process
 from slrnet.training.run_log import RunLog, find_failure
 from slrnet.training.run_store import CONFIG, RunStore, run_folder
@@ -400,9 +400,20 @@ def _run(
             storage_path=f"{place}/ray",
             storage_filesystem=system,
             failure_config=FailureConfig(max_failures=failures),
-            callbacks=list(callbacks),
+            callbacks=[_knows_lost_nodes(), *callbacks],
         ),
     ).fit()
+
+
+def _knows_lost_nodes() -> Any:
+    """A callback of Ray Train, called before workers that failed are started again."""
+    from ray.train import UserCallback
+
+    class KnowsLostNodes(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            await_lost_nodes()
+
+    return KnowsLostNodes()
 
 
 def _on_worker(arguments: dict[str, Any]) -> None:

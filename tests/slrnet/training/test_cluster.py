@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 import pytest
 
 from slrnet.training import cluster as cluster_module
-from slrnet.training.cluster import ClusterError, Workers, plan_workers
+from slrnet.training.cluster import ClusterError, Workers, await_lost_nodes, plan_workers
 
 
 @pytest.fixture
@@ -93,3 +94,29 @@ def test_a_cluster_that_does_not_grow_in_time_is_given_up(cluster: dict[str, Any
 def test_what_is_there_is_not_waited_for(cluster: dict[str, Any]) -> None:
     assert str(plan_workers(2, cpus=2, cpu_only=True, wait_minutes=5)) == "2 worker(s) x 2 CPU(s)"
     assert cluster["now"] == 0
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_it_waits_until_ray_has_noticed_that_a_node_is_gone(monkeypatch: pytest.MonkeyPatch, noticed: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as answering, socket.create_server(("127.0.0.1", 0)) as gone:
+        ports = {"here": answering.getsockname()[1], "gone": gone.getsockname()[1], "long gone": 1}
+        gone.close()
+        looks, now = [0], [0.0]
+
+        def nodes() -> list[dict[str, Any]]:
+            looks[0] += 1
+            alive = {"here": True, "gone": not noticed or looks[0] < 4, "long gone": False}
+            return [
+                {"NodeID": name, "Alive": alive[name], "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+                for name, port in ports.items()
+            ]
+
+        monkeypatch.setattr("ray.nodes", nodes)
+        monkeypatch.setattr(cluster_module.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(cluster_module.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+        assert await_lost_nodes(seconds=20) == (set() if noticed else {"gone"})
+        assert looks[0] == (4 if noticed else 1 + 40)
+        ports.pop("gone")
+        looks[0] = 0
+        assert await_lost_nodes(seconds=20) == set()
+        assert looks[0] == 1
