@@ -414,7 +414,8 @@ class _Replayed:
 
 def _last_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:500]
+    last = lines[-1] if lines else type(error).__name__
+    return last.removeprefix(f"{TrainingError.__module__}.{TrainingError.__name__}: ")[:500]
 
 
 def _finish_children(plan: SweepPlan, parent: RunHandle, trials: Sequence[Trial], best: Trial | None) -> None:
