@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from slrnet.calibration.pseudo_labels import Calibrated, calibrate, threshold, to_class_ids
 from slrnet.config import CalibrationConfig, Config, ViewsConfig
@@ -28,6 +29,7 @@ __all__ = [
     "align",
     "calibrate_views",
     "find_pseudo_rows",
+    "losses_of",
     "make_pseudo_labels",
     "make_views",
     "possible_classes",
@@ -202,20 +204,51 @@ def step_losses(
         pseudo_rows: of the batch.
         pretraining: leave out pseudo labels and their loss.
     """
-    images = batch.images.float() / 255
-    inputs, views = make_views(images, config.views, normalise, generator)
-    if images.is_contiguous(memory_format=torch.channels_last):
-        inputs = [view.contiguous(memory_format=torch.channels_last) for view in inputs]
-    aligned = align(model(inputs), views)
-    labels = Labels(
-        image_labels=batch.image_labels,
-        has_image_labels=None if config.setting == "sss" else batch.has_image_labels,
-        pixel_labels=None if config.setting == "wsss" else _pixel_labels(batch),
-        has_pixel_labels=batch.has_pixel_labels,
-        pseudo_labels=None if pretraining else _pseudo_labels(aligned, images, batch, config, pseudo_rows),
-    )
-    divergence = config.calibration.supervision == "kl"
-    return objective(aligned, labels, weights=config.weights, losses=config.losses, divergence=divergence)
+    with record_function("slrnet: views"):
+        images = batch.images.float() / 255
+        inputs, views = make_views(images, config.views, normalise, generator)
+        if images.is_contiguous(memory_format=torch.channels_last):
+            inputs = [view.contiguous(memory_format=torch.channels_last) for view in inputs]
+    with record_function("slrnet: network"):
+        outputs = model(inputs)
+    return losses_of(outputs, views, images, batch, config=config, pseudo_rows=pseudo_rows, pretraining=pretraining)
+
+
+def losses_of(
+    outputs: Outputs,
+    views: Sequence[View],
+    images: Tensor,
+    batch: Batch,
+    *,
+    config: Config,
+    pseudo_rows: PseudoRows,
+    pretraining: bool,
+) -> Objective:
+    """From the network's outputs to the loss parts.
+
+    Args:
+        outputs: of the network, for all views.
+        views: how to undo each.
+        images: (N, 3, H, W) float in [0, 1], the crops.
+        batch: of the crops.
+        config: of the run.
+        pseudo_rows: of the batch.
+        pretraining: leave out pseudo labels and their loss.
+    """
+    with record_function("slrnet: alignment"):
+        aligned = align(outputs, views)
+    with record_function("slrnet: calibration"):
+        pseudo_labels = None if pretraining else _pseudo_labels(aligned, images, batch, config, pseudo_rows)
+    with record_function("slrnet: losses"):
+        labels = Labels(
+            image_labels=batch.image_labels,
+            has_image_labels=None if config.setting == "sss" else batch.has_image_labels,
+            pixel_labels=None if config.setting == "wsss" else _pixel_labels(batch),
+            has_pixel_labels=batch.has_pixel_labels,
+            pseudo_labels=pseudo_labels,
+        )
+        divergence = config.calibration.supervision == "kl"
+        return objective(aligned, labels, weights=config.weights, losses=config.losses, divergence=divergence)
 
 
 def _pixel_labels(batch: Batch) -> Tensor:

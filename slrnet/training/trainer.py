@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from slrnet.config import Config
 from slrnet.data.batch import Batch, EvalSample
@@ -210,15 +211,27 @@ class Trainer:
         Args:
             steps: how many are timed.
         """
-        self.wrapped.train()
-        batches, times = self.loader.epoch(0), []
-        for step, batch in zip(range(min(steps + 1, self.loader.steps_per_epoch)), batches, strict=False):
-            begun = time.perf_counter()
-            self._set_rate(step)
-            self._step(batch, step, pretraining=False)
-            times.append(time.perf_counter() - begun)
-        self.loader.close()
+        times = list(self.try_steps(steps + 1))
         return statistics.median(times[1:] or times)
+
+    def try_steps(self, steps: int) -> Iterator[float]:
+        """Takes optimiser steps with pseudo labels, for their own sake: nothing is logged or saved.
+
+        Args:
+            steps: how many at most; the epoch may have fewer.
+
+        Yields:
+            Seconds of each step, without those of its batch.
+        """
+        self.wrapped.train()
+        try:
+            for step, batch in zip(range(steps), self.loader.epoch(0), strict=False):
+                begun = time.perf_counter()
+                self._set_rate(step)
+                self._step(batch, step, pretraining=False)
+                yield time.perf_counter() - begun
+        finally:
+            self.loader.close()
 
     def _train_epoch(self, epoch: int, progress: Progress, notice: Callable[[], str]) -> dict[str, float]:
         self.wrapped.train()
@@ -302,12 +315,15 @@ class Trainer:
                 self.watchdog.at("going forward", step)
                 losses = self._losses(part, generator, pretraining=pretraining)
                 self.watchdog.at("going backward", step)
-                (losses["loss"] * weight).backward()
+                with record_function("slrnet: backward"):
+                    (losses["loss"] * weight).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.detach() * weight
         self.watchdog.at("comparing losses", step)
-        values = self._agree(totals, step)
-        self.optimizer.step()
+        with record_function("slrnet: agreement"):
+            values = self._agree(totals, step)
+        with record_function("slrnet: optimiser"):
+            self.optimizer.step()
         return values
 
     def _losses(self, batch: Batch, generator: torch.Generator, *, pretraining: bool) -> dict[str, Tensor]:
