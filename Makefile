@@ -62,10 +62,8 @@ docs: $(STAMP) ## the documentation in site/; broken links fail
 	@$(BIN)/python docs/generate.py
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(STAMP) ## every figure that the project claims, measured here
-	@for script in $(filter-out benchmarks/chaos.py benchmarks/nodes.py,$(wildcard benchmarks/[a-z]*.py)); do \
-	    test -e "$$script" || { echo "benchmarks/ holds no scripts" >&2; exit 1; }; \
-	    echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(STAMP) ## every figure that the project claims, measured here into benchmarks/RESULTS.md; PEER=DIR compares
+	@$(BIN)/python benchmarks/results.py $(if $(PEER),--peer-dir "$(PEER)")
 
 dist: $(STAMP) ## wheel and source archive in dist/
 	@$(BIN)/python -m build --outdir dist .

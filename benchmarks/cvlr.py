@@ -12,7 +12,6 @@ images the module is at least 1.3 times as fast as the released one.
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
 import subprocess
 import sys
@@ -24,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor, nn
 
+from benchmarks._memory import forget_peak, peak_memory
+from benchmarks._released import released_module
 from benchmarks._turns import times_in_turn
 from slrnet.models.cvlr import CrossViewLowRank, Implementation, factorize
 
 N, DIM, POSITIONS = 2, 256, 8242
-RELEASED = "models.slrnet"
 BASES = (21, 81, 201)
 ITERATIONS = (1, 3, 6)
 CLAIMED_TIME, CLAIMED_MEMORY, CLAIMED_KEPT, CLAIMED_RELEASED = 1.15, 1 / 3, 1.05, 1.3
@@ -38,7 +38,7 @@ def main() -> int:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
     if args.peak:
-        print(peak_memory(args.peak))
+        print(step_memory(args.peak))
         return 0
     missed = [
         *compare_times(args.repeats),
@@ -92,11 +92,11 @@ def compare_peaks(threads: int) -> list[str]:
     peaks = {}
     for name in ("reference", "recompute"):
         command = [sys.executable, __file__, "--peak", name, "--threads", str(threads)]
-        peaks[name] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        peaks[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     ratio = peaks["recompute"] / peaks["reference"]
     print(
-        f"k 201, T 6: a step needs {peaks['reference'] / 2**20:.0f} MiB by reference and "
-        f"{peaks['recompute'] / 2**20:.0f} MiB by recompute above its inputs, outputs and gradients, ratio {ratio:.2f} "
+        f"k 201, T 6: a step needs {peaks['reference']:.0f} MiB by reference and "
+        f"{peaks['recompute']:.0f} MiB by recompute above its inputs, outputs and gradients, ratio {ratio:.2f} "
         f"(claimed: at most {CLAIMED_MEMORY:.2f})"
     )
     return ["peak memory"] if ratio > CLAIMED_MEMORY else []
@@ -146,23 +146,17 @@ def kept_bytes(k: int, num_iters: int) -> int:
     return sum(kept.values())
 
 
-def peak_memory(implementation: Implementation) -> int:
-    """Bytes that a step at k = 201 and T = 6 needs at most above inputs, outputs and their gradients."""
+def step_memory(implementation: Implementation) -> float:
+    """MiB that a step at k = 201 and T = 6 needs at most above inputs, outputs and their gradients."""
     k = 201
     step_of(implementation, k, 6, positions=100)()  # what libraries set up at their first use is not the step's
     step = step_of(implementation, k, 6)
     results = [tensor.detach().clone() for tensor in inputs(k) * 2]  # as large as what comes out, and allocated once
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the highest memory use so far
-    before = highest_memory()
+    forget_peak()
+    before = peak_memory()
     del results
     step()
-    return max(0, highest_memory() - before)
-
-
-def highest_memory() -> int:
-    """Bytes of this process's memory, at most, since that was last forgotten."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) * 1024
+    return max(0.0, peak_memory() - before)
 
 
 def module_step(num_iters: int) -> Callable[[], None]:
@@ -172,13 +166,7 @@ def module_step(num_iters: int) -> Callable[[], None]:
 
 
 def released_step(folder: Path, num_iters: int) -> Callable[[], None]:
-    sys.path.insert(0, str(folder))
-    try:
-        released = importlib.import_module(RELEASED)
-    except ImportError as error:
-        raise SystemExit(
-            f"{folder}/models/slrnet.py cannot be imported ({error}); is it a checkout of DesertsP/SLRNet?"
-        ) from None
+    released = released_module(folder, "models.slrnet")
     module = released.FactorizationReconstruction(DIM, num_iters=num_iters)
     first = released.DictionaryInitialization()
     views, logits = module_inputs()

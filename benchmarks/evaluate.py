@@ -12,7 +12,6 @@ The goal for `ms` is 1.5 times the released speed. Claimed: the networks' probab
 from __future__ import annotations
 
 import argparse
-import importlib
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks._released import released_network
 from benchmarks._turns import times_in_turn
 from slrnet.config import Protocol
 from slrnet.inference.predictor import Predictor
@@ -38,7 +38,6 @@ from slrnet.training.checkpoint import Checkpoint, restore_model
 
 GOAL = 1.5
 CLAIMED_DIFFERENCE = 1e-4
-PEER_MODULE = "models.slrnet"
 SCALES = (1.0, 1.5, 2.0, 0.5, 0.75)
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
 Infer = Callable[[Picture], Picture]
@@ -49,7 +48,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (args.height, args.width, 3), dtype=np.uint8) for _ in range(args.images)]
-    peer = None if args.peer_dir is None else load_released(args.peer_dir)
+    peer = None if args.peer_dir is None else released_network(args.peer_dir, training=False)
     checkpoint = our_checkpoint(peer)
     print(
         f"{args.images} images of {args.width} x {args.height}, {args.threads} thread(s), {args.repeats} runs in turn"
@@ -88,17 +87,6 @@ def parse_arguments() -> argparse.Namespace:
 def infer_all(infer: Infer, images: list[Picture]) -> None:
     for image in images:
         infer(image)
-
-
-def load_released(folder: Path) -> nn.Module:
-    if not (folder / "models" / "slrnet.py").is_file():
-        raise SystemExit(f"{folder} holds no models/slrnet.py; give a checkout of DesertsP/SLRNet as --peer-dir")
-    sys.path.insert(0, str(folder))
-    peer = importlib.import_module(PEER_MODULE)
-    torch.manual_seed(0)
-    network: nn.Module = peer.Net(pretrained=None, num_classes=21, scale_factor=0.5)
-    network.eval()  # which does not return it, there
-    return network
 
 
 def our_checkpoint(peer: nn.Module | None) -> Checkpoint:

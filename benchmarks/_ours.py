@@ -1,0 +1,65 @@
+"""A training step of this project on random images, as the trainer takes it, without its data and its run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from slrnet.config import Config
+from slrnet.data.batch import Batch
+from slrnet.models.slrnet import network_of
+from slrnet.training.optim import build_optimizer
+from slrnet.training.step import Normalise, find_pseudo_rows, step_generator, step_losses
+
+
+def random_batch(*, batch: int, crop: int, num_classes: int, present: int) -> Batch:
+    """Images with flat, smooth and noisy parts, each with `present` of the foreground classes."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(batch, 3, 8, 8, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, size=(crop, crop), mode="bilinear", align_corners=True)
+    images = (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+    labels = torch.zeros(batch, num_classes - 1)
+    for row in labels:
+        row[torch.randperm(num_classes - 1, generator=generator)[:present]] = 1
+    none = torch.zeros(batch, dtype=torch.bool)
+    keys = tuple(str(index) for index in range(batch))
+    return Batch((images * 255).to(torch.uint8), labels, ~none, keys, none)
+
+
+def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], float]:
+    """Takes an optimiser step with pseudo labels on the same batch whenever it is called, and gives the loss."""
+    torch.manual_seed(0)
+    model = network_of(config, num_classes=num_classes, weights=False)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train()
+    optimizer = build_optimizer(model, config.optim, batch_size=len(batch.images))
+    normalise, images = Normalise.of(model.encoder), batch.images.contiguous(memory_format=torch.channels_last)
+    seen = Batch(images, batch.image_labels, batch.has_image_labels, batch.keys, batch.has_pixel_labels)
+    count = iter(range(2**31))
+
+    def step() -> float:
+        number = next(count)
+        torch.manual_seed(number)
+        optimizer.zero_grad(set_to_none=True)
+        losses = step_losses(
+            model,
+            seen,
+            config=config,
+            normalise=normalise,
+            generator=step_generator(number),
+            pseudo_rows=find_pseudo_rows(seen),
+            pretraining=False,
+        )
+        losses.total.backward()
+        loss = float(losses.total.detach())
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def floats(batch: Batch) -> Tensor:
+    """(N, 3, H, W) images in [0, 1]."""
+    return batch.images.float() / 255

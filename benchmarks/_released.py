@@ -1,0 +1,131 @@
+"""The authors' code (GitHub DesertsP/SLRNet), run from a checkout that the user names and never copied."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slrnet.calibration.refine import DILATIONS
+from slrnet.models.encoders import IMAGENET_MEAN, IMAGENET_STD
+
+LOSS_WEIGHTS = (1.0, 4.0, 4.0, 1.0)
+"""Of classification, mask and code consistency, and segmentation, in its file for VOC."""
+
+
+def released_module(folder: Path, name: str) -> ModuleType:
+    """One of its modules, such as `models.slrnet`."""
+    file = folder / Path(*name.split(".")).with_suffix(".py")
+    if not file.is_file():
+        raise SystemExit(f"{file} does not exist; give the folder of a checkout of DesertsP/SLRNet as --peer-dir")
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    package, _, _ = name.rpartition(".")
+    if package == "datasets" and package not in sys.modules:  # whose own start imports what it alone needs
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [str(folder / package)]
+    return importlib.import_module(name)
+
+
+def released_network(folder: Path, *, num_classes: int = 21, training: bool = True) -> nn.Module:
+    """Its SLRNet with WideResNet-38 and random weights."""
+    torch.manual_seed(0)
+    module = released_module(folder, "models.slrnet")
+    network: nn.Module = module.Net(pretrained=None, num_classes=num_classes, scale_factor=0.5)
+    network.train(training)  # which does not return it, there
+    return network
+
+
+def released_network_lite(folder: Path, *, num_classes: int) -> nn.Module:
+    """Its SLRNet with EfficientNet-Lite0 at stride 16 and random weights: two stages and all batch norms frozen.
+
+    The encoder is timm's; where the released layers expect the 256 shallow channels of WideResNet-38, they get as many
+    as this encoder has. Its ASPP has the dilations for this stride.
+    """
+    import timm
+
+    class Backbone(nn.Module):
+        def __init__(self, **_: Any) -> None:
+            super().__init__()
+            create: Any = timm.create_model
+            self.features = create("tf_efficientnet_lite0", features_only=True, output_stride=16)
+            stem, blocks = [self.features.conv_stem, self.features.bn1], self.features.blocks
+            self.fixed_layers = nn.ModuleList([*stem, blocks[0], blocks[1]])
+            self.channels = self.features.feature_info.channels()
+
+        def fan_out(self) -> int:
+            return int(self.channels[-1])
+
+        def forward_as_dict(self, images: Tensor) -> dict[str, Tensor]:
+            maps = self.features(images)
+            return {"conv3": maps[2], "conv6": maps[-1]}
+
+    base, mods = released_module(folder, "models.single_stage"), released_module(folder, "models.mods.aspp")
+    kept = base.resnet38d, base.ASPP
+    base.resnet38d, base.ASPP = Backbone, lambda channels, stride, norm: mods.ASPP(channels, 16, norm)
+    try:
+        network = released_network(folder, num_classes=num_classes)
+    finally:
+        base.resnet38d, base.ASPP = kept
+    shallow = int(network.backbone.channels[2])  # type: ignore[index, union-attr]
+    network.fc8_skip[0] = nn.Conv2d(shallow, 48, 1, bias=False)  # type: ignore[operator, index]
+    network.shallow_mask.fc_skip[0] = nn.Conv2d(shallow, 256, 1, bias=False)  # type: ignore[operator, index, union-attr]
+    network.train()
+    return network
+
+
+def released_step(network: nn.Module, images: Tensor, image_labels: Tensor) -> Callable[[], float]:
+    """A training step of its tools/train_voc_wss.py after pretraining, without the anomaly detection that is on there.
+
+    Args:
+        network: in training mode.
+        images: (N, 3, H, W) in [0, 1].
+        image_labels: (N, K - 1) multi-hot.
+
+    Returns:
+        Takes a step and gives the loss.
+    """
+    groups = network.parameter_groups()  # type: ignore[operator]
+    rate = 1e-6
+    optimizer = torch.optim.SGD(
+        [
+            {"params": group, "lr": rate * factor, "weight_decay": decay}
+            for group, factor, decay in zip(groups, (1, 2, 10, 20), (5e-4, 0, 5e-4, 0), strict=True)
+            if group
+        ],
+        lr=rate,
+        momentum=0.9,
+        nesterov=True,
+    )
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def step() -> float:
+        normed = (images - mean) / std
+        *losses, _, _ = network(normed, images.clone(), image_labels)
+        classification, segmentation, masks, codes = (loss.mean() for loss in losses)
+        weights = LOSS_WEIGHTS
+        loss = weights[0] * classification + weights[1] * masks + weights[2] * codes + weights[3] * segmentation
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def released_refinement(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
+    """Its refinement of masks (N, K, H, W) by images (N, 3, H, W), 10 iterations."""
+    module = released_module(folder, "models.mods.pamr").PAMR(num_iter=10, dilations=list(DILATIONS))
+
+    def run(images: Tensor, probs: Tensor) -> Tensor:
+        with torch.no_grad():
+            return module(images, probs)  # type: ignore[no-any-return]
+
+    return run

@@ -1,0 +1,155 @@
+"""Speed of the loader: from shards to batches of crops, on one core.
+
+    python benchmarks/loader.py --peer-dir FOLDER
+
+FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet), whose data set class and transforms read the same
+images from files. Images are 500x375 JPEGs with the bytes of photographs, crops 321x321, each shard's samples in random
+order; all sides use one thread, in turn. Also shown: the loader together with the changes of colour, which the training
+step makes in batch on its device, and the released class makes image by image. Claimed: at least 4 times the images of
+the released class, and 80 % of what decoding the same bytes alone would give.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._turns import times_in_turn
+from benchmarks.conversion_speed import draw_pair
+from data_prep.shard_writer import Sample, write_dataset
+from slrnet.config import ViewsConfig
+from slrnet.data.catalog import voc_palette
+from slrnet.data.colour import apply_colour, draw_colour
+from slrnet.data.manifest import load_dataset
+from slrnet.data.shards import TrainLoader
+from slrnet.data.transforms import decode_image
+
+CLAIMED_RATIO, CLAIMED_SHARE = 4.0, 0.8
+SIZE, CROP, BATCH, SCALE = (500, 375), 321, 16, (0.9, 1.0)
+
+
+def main() -> int:
+    args = parse_arguments()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="loader-") as temporary:
+        folder = Path(temporary)
+        images = write_shards(folder, args.images)
+        size = statistics.mean(len(data) for data in images) / 1e3
+        print(f"{len(images)} images of {SIZE[0]} x {SIZE[1]}, {size:.0f} kB each, one thread, {args.repeats} runs")
+        loader = TrainLoader(
+            load_dataset(folder / "shards"),
+            split="train",
+            batch_size=BATCH,
+            crop_size=CROP,
+            crop_scale=SCALE,
+            flip=0.5,
+            seed=0,
+        )
+        forms: dict[str, Callable[[], object]] = {
+            "decoding alone": lambda: [decode_image(data) for data in images],
+            "loader": lambda: [None for _ in loader.epoch(0)],
+            "loader and colours": lambda: [colours(batch.images) for batch in loader.epoch(0)],
+        }
+        if args.peer_dir is not None:
+            released = released_dataset(args.peer_dir, folder, images)
+            forms["released class"] = lambda: [released[index] for index in range(len(images))]
+        for form in forms.values():
+            form()
+        times = times_in_turn(forms, repeats=args.repeats)
+    rates = {name: len(images) / statistics.median(values) for name, values in times.items()}
+    for name, values in times.items():
+        slowest, fastest = len(images) / max(values), len(images) / min(values)
+        print(f"{name:>18}: {rates[name]:6.0f} images/s ({slowest:.0f} to {fastest:.0f})")
+    share = rates["loader"] / rates["decoding alone"]
+    print(f"loader over decoding alone {share:.2f} (claimed: at least {CLAIMED_SHARE})")
+    held = share >= CLAIMED_SHARE
+    if args.peer_dir is not None:
+        ratio = rates["loader"] / rates["released class"]
+        print(f"loader over the released class {ratio:.1f} (claimed: at least {CLAIMED_RATIO:.0f})")
+        print(f"with colours on the CPU too {rates['loader and colours'] / rates['released class']:.1f}")
+        held = held and ratio >= CLAIMED_RATIO
+    return 0 if held else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-dir", type=Path, help="checkout of the authors' code to compare with")
+    parser.add_argument("--images", type=int, default=320, help=f"a multiple of {BATCH} (default: 320)")
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args()
+
+
+def write_shards(folder: Path, count: int) -> list[bytes]:
+    """Writes the images as shards, each with a mask that says its class; returns their bytes."""
+    random = np.random.default_rng(0)
+    pairs = [draw_pair(random, SIZE) for _ in range(count)]
+    samples = [
+        Sample(key=f"{index:06}", split="train", width=SIZE[0], height=SIZE[1], classes=(1,), subsets=(), source=index)
+        for index in range(count)
+    ]
+    write_dataset(
+        folder / "shards",
+        samples,
+        lambda sample: pairs[sample.source],
+        name="random",
+        classes=("background", "cat", "dog", "horse"),
+        palette=voc_palette()[:4],
+        made_by="benchmarks/loader.py",
+        samples_per_shard=64,
+    )
+    for index, (image, mask) in enumerate(pairs):
+        (folder / f"{index}.jpg").write_bytes(image)
+        (folder / f"{index}.png").write_bytes(mask)
+    return [image for image, _ in pairs]
+
+
+def colours(images: torch.Tensor) -> torch.Tensor:
+    """What one view's colours cost: those that the released class changes too."""
+    config = ViewsConfig()
+    drawn = draw_colour(
+        len(images),
+        brightness=config.brightness,
+        contrast=config.contrast,
+        saturation=config.saturation,
+        hue=config.hue,
+        generator=torch.Generator().manual_seed(0),
+    )
+    return apply_colour(images.float() / 255, drawn)
+
+
+def released_dataset(peer: Path, folder: Path, images: list[bytes]) -> torch.utils.data.Dataset[object]:
+    """Its training set over these files; its constructor takes VOC's own lists alone."""
+    from benchmarks._released import released_module
+
+    vars(Image).setdefault("CUBIC", Image.Resampling.BICUBIC)  # its name in older versions of Pillow
+    module, transforms = (released_module(peer, f"datasets.{name}") for name in ("pascal_voc", "transforms"))
+
+    class Normalise(transforms.MaskNormalise):  # type: ignore[misc, name-defined]
+        """With the mask's conversion as NumPy 2 allows it."""
+
+        def _MaskNormalise__toByteTensor(self, mask: Image.Image) -> torch.Tensor:
+            return torch.from_numpy(np.asarray(mask, np.int32))
+
+    dataset = module.VOCSegmentation.__new__(module.VOCSegmentation)
+    module.PascalVOC.__init__(dataset)
+    dataset.images = [os.fspath(folder / f"{index}.jpg") for index in range(len(images))]
+    dataset.masks = [os.fspath(folder / f"{index}.png") for index in range(len(images))]
+    steps = [transforms.MaskRandResizedCrop(crop_size=CROP, scale=SCALE), transforms.MaskHFlip()]
+    steps += [transforms.MaskColourJitter(p=1.0), Normalise(dataset.MEAN, dataset.STD)]
+    dataset.transform = transforms.Compose([*steps, transforms.MaskToTensor()])
+    return dataset  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""Time and memory of a whole training step, against the released code with the same encoder.
+
+    python benchmarks/train_step.py --peer-dir FOLDER [--only wide|lite|classes|views|share]
+
+FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet). A step is views, network, calibration, losses,
+backward and optimiser, on random images and weights; each side is a process of its own with two threads, and they act
+in turn. Ratios are of median times and of peaks of resident memory. Without the option only this project is measured.
+Claimed, each with image labels alone:
+    wide     WideResNet-38, crop 321, batch 2: at most 0.75 of the released time and 0.7 of its memory
+    lite     EfficientNet-Lite0, crop 192, batch 8: at most 0.5 of the released time
+    classes  the same at 201 classes of which 4 are present: at most 1.15 times the step at 21 classes
+    views    a third view: at most 1.05 times what the pixels of all views ask for
+    share    alignment, calibration and losses, forward and backward, are less than 10 % of the lite step
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._ours import floats, our_step, random_batch
+from benchmarks._sides import Seen, run_in_turn, serve_side
+from benchmarks._turns import times_in_turn
+from slrnet.config import Config
+from slrnet.models.slrnet import network_of
+from slrnet.recipes import voc_wsss, voc_wsss_lite
+from slrnet.search import apply_values
+from slrnet.training.optim import build_optimizer
+from slrnet.training.step import Normalise, find_pseudo_rows, losses_of, make_views, step_generator
+
+PARTS = ("wide", "lite", "classes", "views", "share")
+SCALES = {2: (1.0, 0.5), 3: (1.0, 0.5, 0.75)}
+
+
+def main() -> int:
+    args = parse_arguments()
+    torch.set_num_threads(args.threads)
+    if args.side:
+        serve_side(_side(args))
+        return 0
+    held = [CLAIMS[name](args) for name in args.only or PARTS]
+    return 0 if all(held) else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-dir", type=Path, help="checkout of the authors' code to compare with")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="some of the claims (default: all)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--side", choices=("slrnet", "released"), help=argparse.SUPPRESS)
+    parser.add_argument("--encoder", choices=("wide", "lite"), default="lite", help=argparse.SUPPRESS)
+    parser.add_argument("--classes", type=int, default=21, help=argparse.SUPPRESS)
+    parser.add_argument("--present", type=int, default=2, help=argparse.SUPPRESS)
+    parser.add_argument("--views", type=int, choices=list(SCALES), default=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _config(encoder: str, views: int = 2) -> Config:
+    recipe = voc_wsss() if encoder == "wide" else voc_wsss_lite()
+    return apply_values(recipe, {"views.scales": SCALES[views], "data.crop_size": 321 if encoder == "wide" else 192})
+
+
+def _side(args: argparse.Namespace) -> Callable[[], object]:
+    config = _config(args.encoder, args.views)
+    size = {"batch": 2 if args.encoder == "wide" else 8, "crop": config.data.crop_size}
+    batch = random_batch(**size, num_classes=args.classes, present=args.present)
+    if args.side == "slrnet":
+        return our_step(config, batch, num_classes=args.classes)
+    from benchmarks._released import released_network, released_network_lite, released_step
+
+    build = released_network if args.encoder == "wide" else released_network_lite
+    return released_step(build(args.peer_dir, num_classes=args.classes), floats(batch), batch.image_labels)
+
+
+def _compare(args: argparse.Namespace, sides: dict[str, list[str]]) -> dict[str, Seen]:
+    """Runs sides by name; each has its arguments."""
+    common = [sys.executable, str(Path(__file__).resolve()), "--threads", str(args.threads)]
+    common += [] if args.peer_dir is None else ["--peer-dir", str(args.peer_dir)]
+    seen = run_in_turn({name: [*common, *options] for name, options in sides.items()}, repeats=args.repeats)
+    width = max(map(len, seen))
+    for name, one in seen.items():
+        print(f"{name:>{width}}: {one}", flush=True)
+    return seen
+
+
+def _claim(text: str, value: float, limit: float) -> bool:
+    held = value <= limit
+    print(f"{text}: {value:.3f} (claimed: at most {limit:g}){'' if held else '  NOT HELD'}", flush=True)
+    return held
+
+
+def _against_released(args: argparse.Namespace, encoder: str) -> dict[str, Seen]:
+    sides = {"slrnet": ["--side", "slrnet", "--encoder", encoder]}
+    if args.peer_dir is not None:
+        sides["released"] = ["--side", "released", "--encoder", encoder]
+    return _compare(args, sides)
+
+
+def wide(args: argparse.Namespace) -> bool:
+    print("\nWideResNet-38, crop 321, batch 2")
+    seen = _against_released(args, "wide")
+    if len(seen) < 2:
+        return True
+    time = _claim("time over released", seen["slrnet"].median / seen["released"].median, 0.75)
+    return _claim("peak memory over released", seen["slrnet"].peak / seen["released"].peak, 0.7) and time
+
+
+def lite(args: argparse.Namespace) -> bool:
+    print("\nEfficientNet-Lite0, crop 192, batch 8")
+    seen = _against_released(args, "lite")
+    if len(seen) < 2:
+        return True
+    return _claim("time over released", seen["slrnet"].median / seen["released"].median, 0.5)
+
+
+def classes(args: argparse.Namespace) -> bool:
+    print("\nEfficientNet-Lite0, crop 192, batch 8, 4 classes present in each image")
+    sides = {}
+    for name in ("slrnet",) if args.peer_dir is None else ("slrnet", "released"):
+        for count in (21, 201):
+            sides[f"{name}, {count} classes"] = ["--side", name, "--classes", str(count), "--present", "4"]
+    seen = _compare(args, sides)
+    growth = {name: seen[f"{name}, 201 classes"].median / seen[f"{name}, 21 classes"].median for name in ("slrnet",)}
+    if args.peer_dir is not None:
+        theirs = seen["released, 201 classes"].median / seen["released, 21 classes"].median
+        print(f"released: 201 classes over 21: {theirs:.3f}")
+    return _claim("slrnet: 201 classes over 21", growth["slrnet"], 1.15)
+
+
+def views(args: argparse.Namespace) -> bool:
+    print("\nEfficientNet-Lite0, crop 192, batch 8, views of scales 1, 0.5 and then 0.75")
+    seen = _compare(args, {f"{n} views": ["--side", "slrnet", "--views", str(n)] for n in SCALES})
+    pixels = {n: sum(scale**2 for scale in scales) for n, scales in SCALES.items()}
+    return _claim(
+        "time over what the pixels ask for",
+        seen["3 views"].median / seen["2 views"].median / (pixels[3] / pixels[2]),
+        1.05,
+    )
+
+
+def share(args: argparse.Namespace) -> bool:
+    """From the network's outputs to their gradients, as leaves; against the whole step."""
+    print("\nEfficientNet-Lite0, crop 192, batch 8: alignment, calibration and losses, forward and backward")
+    config, num_classes = _config("lite"), 21
+    batch = random_batch(batch=8, crop=192, num_classes=num_classes, present=2)
+    model = network_of(config, num_classes=num_classes, weights=False).train()
+    build_optimizer(model, config.optim, batch_size=8)
+    images = floats(batch)
+    inputs, drawn = make_views(images, config.views, Normalise.of(model.encoder), step_generator(0))
+    with torch.no_grad():
+        outputs = model(inputs)
+
+    def after_the_network() -> None:
+        leaves = replace(
+            outputs,
+            **{
+                name: [one.detach().requires_grad_() for one in value]
+                for name, value in vars(outputs).items()
+                if isinstance(value, list) and all(isinstance(one, Tensor) for one in value)
+            },
+        )
+        rows = find_pseudo_rows(batch)
+        losses_of(leaves, drawn, images, batch, config=config, pseudo_rows=rows, pretraining=False).total.backward()
+
+    forms: dict[str, Callable[[], object]] = {
+        "after the network": after_the_network,
+        "whole step": our_step(config, batch, num_classes=num_classes),
+    }
+    for form in forms.values():
+        form()
+    times = times_in_turn(forms, repeats=2 * args.repeats)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, value in medians.items():
+        print(f"{name:>17}: median {value:.3f} s", flush=True)
+    return _claim("share", medians["after the network"] / medians["whole step"], 0.1)
+
+
+CLAIMS: dict[str, Callable[[argparse.Namespace], bool]] = {
+    "wide": wide, "lite": lite, "classes": classes, "views": views, "share": share,
+}  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())
