@@ -95,9 +95,12 @@ def threshold(probs: Tensor, *, confidence_threshold: float, background_threshol
     share = probs.new_full((probs.shape[1], 1, 1), confidence_threshold)
     share[0] = background_threshold
     limit = (probs.amax(dim=(2, 3), keepdim=True) * share).clamp_min(floor)
-    claimed = probs > limit  # (N, K, H, W)
-    label = claimed.to(torch.uint8).argmax(dim=1)
-    return torch.where(claimed.sum(dim=1) == 1, label, IGNORE_INDEX)
+    claimed = (probs > limit).to(torch.uint8)  # (N, K, H, W); K is at most 255, and so are the sums
+    ids = torch.arange(probs.shape[1], dtype=torch.uint8, device=probs.device).view(-1, 1, 1)
+    label = (claimed * ids).sum(
+        dim=1, dtype=torch.uint8
+    )  # of the class that claims the pixel, where it is the only one
+    return torch.where(claimed.sum(dim=1, dtype=torch.uint8) == 1, label.long(), IGNORE_INDEX)
 
 
 def present_classes(image_labels: Tensor, *, max_classes: int) -> Tensor:

@@ -125,7 +125,8 @@ class TestRefine:
 
     def test_images_do_not_mix(self) -> None:
         images, probs = draw(2, 3, 8, 7)
-        assert torch.equal(refine(images[1:], probs[1:], num_iters=3), refine(images, probs, num_iters=3)[1:])
+        alone, together = refine(images[1:], probs[1:], num_iters=3), refine(images, probs, num_iters=3)[1:]
+        torch.testing.assert_close(alone, together, atol=1e-7, rtol=0)  # threads may share the work otherwise
 
     def test_mirroring_commutes(self) -> None:
         images, probs = draw(1, 3, 8, 7)

@@ -6,11 +6,13 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.losses import segmentation
 from slrnet.losses.segmentation import balanced_cross_entropy
 from slrnet.models.decoder import resize
 
@@ -76,6 +78,47 @@ def test_logits_are_resized_to_the_labels() -> None:
     _, labels = random_case(2, 3, 7, 9, seed=1)
     loss = balanced_cross_entropy(logits, labels)
     assert loss.tolist() == pytest.approx(loss_in_loops(resize(logits, (7, 9)), labels, None), abs=1e-5)
+
+
+@pytest.mark.parametrize(("small", "large"), [((3, 4), (7, 9)), ((5, 5), (5, 5)), ((1, 4), (6, 1)), ((7, 9), (3, 4))])
+@pytest.mark.parametrize("part", [1, 2**21])
+def test_equals_resizing_and_then_comparing(
+    small: tuple[int, int], large: tuple[int, int], part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradient, worked on image by image and all at once, are those of PyTorch's own operators."""
+    monkeypatch.setattr(segmentation, "_PART", {"cpu": part})
+    logits, _ = random_case(3, 4, *small, seed=0)
+    _, labels = random_case(3, 4, *large, seed=1)
+    gradients = []
+    for one in (balanced_cross_entropy, resized_cross_entropy):
+        own = logits.clone().requires_grad_()
+        loss = one(own, labels)
+        (loss * torch.tensor([1.0, -2.0, 0.5])).sum().backward()  # type: ignore[no-untyped-call]
+        gradients.append((loss.detach(), own.grad))
+    for fast, slow in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, slow, atol=2e-6, rtol=2e-5)
+
+
+def resized_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The same with a map of all classes at the labels' resolution."""
+    losses = F.cross_entropy(resize(logits, labels.shape[-2:]), labels, ignore_index=VOID, reduction="none")
+    weights = torch.zeros_like(losses)
+    for image, weight in zip(labels, weights, strict=True):
+        total = (image != VOID).sum()
+        for k in range(logits.shape[1]):
+            weight[image == k] = (total - (image == k).sum()) / (1 + total)
+    return (losses * weights).flatten(1).mean(dim=1)
+
+
+def test_half_precision_logits_get_a_gradient_of_their_type() -> None:
+    logits, labels = random_case(2, 3, 4, 4, seed=0)
+    own = logits.bfloat16().requires_grad_()
+    loss = balanced_cross_entropy(own, labels)
+    loss.sum().backward()  # type: ignore[no-untyped-call]
+    assert loss.dtype == torch.float32
+    assert own.grad is not None
+    assert own.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(loss, balanced_cross_entropy(own.detach().float(), labels))
 
 
 @pytest.mark.parametrize(
