@@ -10,6 +10,7 @@ from torch import Tensor
 from slrnet.config import Config
 from slrnet.data.batch import Batch
 from slrnet.models.slrnet import network_of
+from slrnet.training.distributed import spare_memory
 from slrnet.training.optim import build_optimizer
 from slrnet.training.step import Normalise, find_pseudo_rows, step_generator, step_losses
 
@@ -32,6 +33,7 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
     """Takes an optimiser step with pseudo labels on the same batch whenever it is called, and gives the loss."""
     torch.manual_seed(0)
     model = network_of(config, num_classes=num_classes, weights=False)
+    spare_memory(model)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     optimizer = build_optimizer(model, config.optim, batch_size=len(batch.images))

@@ -35,6 +35,7 @@ LAYERS = {
     "inference": 3,
     "predict": 4,
     "codes": 5,
+    "profile": 5,
     "app": 6,
     "report": 6,
     "figures": 7,

@@ -13,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["ASPP", "GlobalCueInjection", "MaskHead", "SkipFusion", "StochasticGate", "conv_norm_relu", "resize"]
+from slrnet.models.dropout import RectifiedDropout
+
+__all__ = [
+    "ASPP",
+    "GlobalCueInjection",
+    "MaskHead",
+    "SkipFusion",
+    "StochasticGate",
+    "conv_norm",
+    "conv_norm_relu",
+    "resize",
+]
 
 BATCH_NORM_MOMENTUM = 0.05
 
@@ -25,14 +36,18 @@ def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
-def conv_norm_relu(inputs: int, outputs: int, kernel: int, *, dilation: int = 1) -> nn.Sequential:
-    """A size-keeping convolution without bias, batch norm and ReLU."""
+def conv_norm(inputs: int, outputs: int, kernel: int, *, dilation: int = 1) -> nn.Sequential:
+    """A size-keeping convolution without bias, and batch norm."""
     padding = dilation * (kernel // 2)
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False),
         nn.BatchNorm2d(outputs, momentum=BATCH_NORM_MOMENTUM),
-        nn.ReLU(inplace=True),
     )
+
+
+def conv_norm_relu(inputs: int, outputs: int, kernel: int, *, dilation: int = 1) -> nn.Sequential:
+    """A size-keeping convolution without bias, batch norm and ReLU."""
+    return conv_norm(inputs, outputs, kernel, dilation=dilation).append(nn.ReLU(inplace=True))
 
 
 class ASPP(nn.Module):
@@ -98,7 +113,7 @@ class GlobalCueInjection(nn.Module):
 
     def __init__(self, skip_channels: int, *, dim: int) -> None:
         super().__init__()
-        self.describe = conv_norm_relu(dim, 2 * dim, 1)
+        self.describe = conv_norm(dim, 2 * dim, 1)
         self.shallow = nn.Sequential(
             nn.Conv2d(skip_channels, dim, 1, bias=False),
             nn.BatchNorm2d(dim, momentum=BATCH_NORM_MOMENTUM, affine=False),
@@ -107,7 +122,8 @@ class GlobalCueInjection(nn.Module):
 
     def forward(self, skip: Tensor, deep: Tensor) -> Tensor:
         """(N, skip_channels, H, W) and (N, dim, h, w) to (N, dim, H, W)."""
-        cue = self.describe(deep).amax(dim=(2, 3))[..., None, None]  # (N, 2 dim, 1, 1)
+        # The largest values after a ReLU, without a map of it: they are those before it, rectified.
+        cue = self.describe(deep).flatten(2).max(dim=2).values.relu()[..., None, None]  # (N, 2 dim, 1, 1)
         scale, shift = cue.chunk(2, dim=1)
         return self.project(F.relu(self.shallow(skip) * (scale + 1) + shift, inplace=True))  # type: ignore[no-any-return]
 
@@ -151,7 +167,7 @@ class MaskHead(nn.Module):
         super().__init__()
         self.predict_background = predict_background
         self.convs = nn.Sequential(
-            conv_norm_relu(dim, dim, 3), nn.Dropout(dropout), conv_norm_relu(dim, dim, 3), nn.Dropout(dropout / 5)
+            conv_norm(dim, dim, 3), RectifiedDropout(dropout), conv_norm(dim, dim, 3), RectifiedDropout(dropout / 5)
         )
         self.classify = nn.Conv2d(dim, num_classes - (not predict_background), 1)
 

@@ -5,8 +5,8 @@ each pair of channels instead of 144, after linear transforms of the input (6x6)
 libraries have no such path that is fast for large maps (benchmarks/winograd.py). At dilation r a position meets only
 those whose row and column differ from its own by multiples of r, so tiles are taken at that distance.
 
-Numbers differ from the direct form by rounding, about 1e-5 of the largest output. Training takes the direct form: its
-gradients need what this one does not keep. On other devices nothing changes.
+Numbers differ from the direct form by rounding, about 1e-5 of the largest output. Training does without, as its
+gradients need what this form does not keep. On other devices nothing changes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from slrnet.models.convolutions import StandInConv2d, keeps_size, replace_convolutions
+from slrnet.models.convolutions import keeps_size, replace_convolutions
+from slrnet.models.few_taps import FewTapsConv2d
 
 __all__ = ["WinogradConv2d", "use_winograd"]
 
@@ -51,8 +52,8 @@ _FEW_TILES = 512
 """Tiles below which parts are not made smaller, whatever their size: each part reads all filters."""
 
 
-class WinogradConv2d(StandInConv2d):
-    """A 3x3 convolution that is fast on CPUs where no gradient is wanted.
+class WinogradConv2d(FewTapsConv2d):
+    """A 3x3 convolution that is fast on CPUs where no gradient is wanted, and elsewhere where there is much padding.
 
     The transformed filters are kept until the weights change or the module is told to train: four times the weights'
     memory.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,11 +19,16 @@ __all__ = [
     "gather_over_ranks",
     "merge_over_ranks",
     "share_buffers",
+    "spare_memory",
     "sum_over_ranks",
     "tune_process",
 ]
 
 Value = TypeVar("Value")
+
+LARGE_NETWORK = 2**28
+"""Bytes of weights from which on `spare_memory` acts."""
+_M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 @dataclass(frozen=True)
@@ -90,3 +96,19 @@ def tune_process(threads: int | None) -> None:
     if threads is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, threads))
     torch.set_flush_denormal(True)
+
+
+def spare_memory(model: nn.Module) -> None:
+    """Lets a CPU process with a large network give memory back to the system as soon as a map is done with.
+
+    glibc keeps what is freed below 32 MiB for itself, in pieces that later maps of other sizes do not fit into: a sixth
+    of a training step's peak with WideResNet-38. Taking every map from the system anew costs that network's step
+    nothing that can be measured, but half of a small network's, which stays as it is. Other C libraries are left alone.
+
+    Args:
+        model: of the process.
+    """
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    setting = getattr(ctypes.CDLL(None), "mallopt", None)
+    if weights >= LARGE_NETWORK and setting is not None:
+        setting(_M_MMAP_THRESHOLD, 2**20)

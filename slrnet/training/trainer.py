@@ -42,7 +42,7 @@ from slrnet.training.checkpoint import (
     load_checkpoint,
 )
 from slrnet.training.checkpoint_writer import CheckpointWriter
-from slrnet.training.distributed import Ranks, share_buffers, sum_over_ranks
+from slrnet.training.distributed import Ranks, share_buffers, spare_memory, sum_over_ranks
 from slrnet.training.evaluate import (
     PseudoMask,
     evaluate_masks,
@@ -122,6 +122,8 @@ class Trainer:
         self.writer = CheckpointWriter(folder / "checkpoints", config, upload=upload)
         torch.manual_seed(config.train.seed)
         self.model = network_of(config, num_classes=shards.info.num_classes)
+        if ranks.device.type == "cpu":
+            spare_memory(self.model)
         self.model.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.normalise = Normalise.of(self.model.encoder)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)

@@ -34,7 +34,7 @@ class TestAuxiliaryHead:
     def test_the_background_may_be_predicted_like_any_class(self) -> None:
         head = AuxiliaryHead(4, num_classes=4, predict_background=True).eval()
         features = torch.randn(2, 4, 5, 6)
-        assert torch.equal(head(features), head.classify(head.conv(features)))
+        assert torch.equal(head(features), head.classify(head.conv(features).relu()))
         assert head(features).shape == (2, 4, 5, 6)
 
     @torch.no_grad()
@@ -44,7 +44,7 @@ class TestAuxiliaryHead:
         features = torch.randn(2, 4, 5, 6)
         logits = head(features)
         assert logits.shape == (2, 4, 5, 6)
-        foreground = head.classify(head.conv(features))
+        foreground = head.classify(head.conv(features).relu())
         assert torch.equal(logits[:, 1:], foreground)
         for n in range(2):
             for y in range(5):

@@ -70,8 +70,8 @@ def test_block_equals_slow_reference(kind: str) -> None:
 def test_bottleneck_drops_whole_channels_in_training_only() -> None:
     block = BottleneckBlock(3, mid_channels=16, out_channels=8, dropout=0.5)
     dropped: list[Tensor] = []
-    for dropout in (block.dropout_2b1, block.dropout_2b2):
-        dropout.register_forward_hook(lambda module, inputs, output: dropped.append(output))
+    for convolution in (block.conv_branch2b1, block.conv_branch2b2):  # what they are given
+        convolution.register_forward_pre_hook(lambda module, inputs: dropped.append(inputs[0]))
     # Positive everywhere, so that a channel is zero only where it was dropped.
     for norm in (block.bn_branch2b1, block.bn_branch2b2):
         nn.init.constant_(norm.bias, 100.0)

@@ -444,3 +444,29 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # the other process may be waiting in a collective: do not wait for it
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures memory as Linux shows it")
+def test_a_large_network_gives_memory_back() -> None:
+    """Small tensors between large ones keep these from leaving the heap, unless they never were in it."""
+    script = """
+import re, sys, torch
+from slrnet.training import distributed
+
+def resident():
+    return int(re.search(r"VmRSS:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
+
+distributed.LARGE_NETWORK = 4 * int(sys.argv[1])
+torch.zeros(2**22)  # 16 MiB: from now on glibc keeps what is smaller
+distributed.spare_memory(torch.nn.Linear(99, 1))  # 400 bytes
+pairs = [(torch.ones(2**20), torch.ones(2**10)) for _ in range(40)]  # 160 MiB
+before, kept = resident(), [small for _, small in pairs]
+del pairs
+print(before - resident())
+"""
+    freed = [
+        float(subprocess.run([sys.executable, "-c", script, size], check=True, capture_output=True, text=True).stdout)
+        for size in ("100", "101")
+    ]
+    assert freed[0] > 120, "a network that counts as large"
+    assert freed[1] < 60, "one that does not"

@@ -1,0 +1,56 @@
+"""Dropout after a ReLU, in the place of its input.
+
+Apart, the two keep three maps for the backward pass: what the ReLU gave, what was drawn, and what is left of it. The
+last one alone says where the gradient passes, and the convolution that follows keeps it too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["RectifiedDropout", "RectifiedDropout2d"]
+
+
+class RectifiedDropout(nn.Dropout):
+    """`dropout(relu(x))`, where each element is dropped by itself; x is overwritten."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape and dtype."""
+        return _rectify_and_drop(input, self, drawn=input)
+
+
+class RectifiedDropout2d(nn.Dropout2d):
+    """`dropout(relu(x))`, where each channel of an image is dropped as a whole; x is overwritten."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape and dtype."""
+        return _rectify_and_drop(input, self, drawn=input[:, :, :1, :1])
+
+
+def _rectify_and_drop(x: Tensor, dropout: nn.Dropout | nn.Dropout2d, *, drawn: Tensor) -> Tensor:
+    """Draws once for each element of a tensor like `drawn`."""
+    if not (dropout.training and dropout.p):
+        return F.relu(x, inplace=True)
+    kept = torch.empty_like(drawn).bernoulli_(1 - dropout.p)
+    return _RectifyAndDrop.apply(x, kept, 1 / (1 - dropout.p) if dropout.p < 1 else 0.0)  # type: ignore[no-any-return]
+
+
+class _RectifyAndDrop(torch.autograd.Function):
+    """relu(x) * kept * scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor, scale: float) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.scale = scale
+        out = x.relu_().mul_(kept.mul_(scale))
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (out,) = ctx.saved_tensors
+        return torch.where(out > 0, gradients[0] * ctx.scale, 0), None, None

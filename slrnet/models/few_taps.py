@@ -1,0 +1,94 @@
+"""Dilated 3x3 convolutions for CPUs whose taps mostly lie outside the map.
+
+At stride 8 a crop of 321 pixels is a map of 41x41: of a tap 36 positions away, five rows or columns are left, and on
+the map of a view of half the size nothing but the centre is. Each tap is a product of matrices over the positions that
+it does meet; CPU libraries multiply the padding's zeros as well, or copy the map once for each tap
+(benchmarks/few_taps.py). Numbers differ from theirs by rounding. On other devices nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slrnet.models.convolutions import StandInConv2d
+
+__all__ = ["FewTapsConv2d"]
+
+_MOST_TAPS = 0.7
+"""Largest share of the products that are not with padding, up to which this form is taken."""
+
+
+class FewTapsConv2d(StandInConv2d):
+    """A 3x3 convolution that multiplies no padding on CPUs, where there is much of it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, K, H, W)."""
+        if not self._few_taps(input):
+            return super().forward(input)
+        out: Tensor = _FewTaps.apply(input, self.weight, self.dilation[0])
+        return out if self.bias is None else out + self.bias[:, None, None]
+
+    def _few_taps(self, input: Tensor) -> bool:
+        if (
+            input.device.type != "cpu"
+            or input.dtype != self.weight.dtype
+            or input.ndim != 4
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+            or torch.compiler.is_exporting()
+        ):
+            return False
+        height, width = (1 + 2 * max(0, side - self.dilation[0]) / side for side in input.shape[-2:])
+        return height * width <= _MOST_TAPS * 9
+
+
+class _FewTaps(torch.autograd.Function):
+    """The convolution of (N, C, H, W) by (K, C, 3, 3), with channels last within."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rate: int) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rate = rate
+        maps = x.permute(0, 2, 3, 1)
+        out = maps.new_zeros(*maps.shape[:3], len(weight))
+        for i, j, seen, met in _taps(maps.shape[1], maps.shape[2], rate):
+            out[seen] += maps[met] @ weight[:, :, i, j].T
+        return out.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        maps, slopes = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1)
+        of_maps = torch.zeros_like(maps) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i, j, seen, met in _taps(maps.shape[1], maps.shape[2], ctx.rate):
+            slope = slopes[seen]
+            if of_maps is not None:
+                of_maps[met] += slope @ weight[:, :, i, j]
+            if of_weight is not None:
+                of_weight[:, :, i, j] = slope.flatten(0, 2).T @ maps[met].flatten(0, 2)
+        return None if of_maps is None else of_maps.permute(0, 3, 1, 2), of_weight, None
+
+
+def _taps(height: int, width: int, rate: int) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:
+    """Row and column of each tap that meets the map, the outputs that it adds to, and the inputs that it meets."""
+    for i in range(3):
+        for j in range(3):
+            down, across = (i - 1) * rate, (j - 1) * rate
+            if abs(down) < height and abs(across) < width:
+                yield (
+                    i,
+                    j,
+                    (slice(None), _part(height, -down), _part(width, -across)),
+                    (slice(None), _part(height, down), _part(width, across)),
+                )
+
+
+def _part(size: int, shift: int) -> slice:
+    return slice(max(0, shift), size + min(0, shift))
