@@ -308,7 +308,7 @@ def draw_importances(found: Mapping[str, float], metric: str, path: Path) -> Non
     bars = axes[0].barh(names, [100 * found[name] for name in names])
     axes[0].bar_label(bars, fmt="%.0f %%", padding=3)
     axes[0].set_xlim(0, 110)
-    axes[0].set_xlabel(f"share of the variance of {_broken(metric, 60)}, %")
+    axes[0].set_xlabel(f"share of the variance of\n{_broken(metric, 60)}, %")
     _save(figure, path)
 
 
