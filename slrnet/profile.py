@@ -32,7 +32,7 @@ from slrnet.training.distributed import Ranks
 from slrnet.training.tracking import NullTracker
 from slrnet.training.trainer import Trainer
 
-__all__ = ["Profile", "main", "profile_steps", "stage_table"]
+__all__ = ["PREFIX", "Profile", "main", "named_stages", "profile_steps", "stage_table"]
 
 PREFIX = "slrnet: "
 """Of the names of all stages, here and in `slrnet.training`."""
@@ -92,7 +92,7 @@ def profile_steps(config: Config, *, steps: int, device: str) -> Profile:
             )
         taken = trainer.try_steps(steps + 1)
         next(taken)
-        with _named_stages(trainer.model), profile(activities=activities) as seen:
+        with named_stages(trainer.model), profile(activities=activities) as seen:
             seconds = list(taken)
     return Profile(seconds, seen, device)
 
@@ -114,8 +114,12 @@ def stage_table(found: Profile) -> str:
 
 
 @contextlib.contextmanager
-def _named_stages(model: nn.Module) -> Iterator[None]:
-    """While it lasts, what each part of the network does going forward is a stage of its name."""
+def named_stages(model: nn.Module) -> Iterator[None]:
+    """While it lasts, what each part of a network does going forward is a range of the profiler, named after it.
+
+    Args:
+        model: whose direct children are the parts.
+    """
     handles, open_stages = [], []
 
     def begin(name: str) -> None:

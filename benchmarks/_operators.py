@@ -1,0 +1,397 @@
+"""Counts what the operators of a training step compute and move, by stage, without computing them.
+
+Tensors are PyTorch's fake ones: shapes and types without memory. The step is the trainer's own; the stages are the
+ranges that it opens for the profiler, and each part of the network going forward. What goes backward is also counted by
+the stage whose gradient it is. Where the code asks for the device, it takes the way of a GPU.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from slrnet.config import Config
+from slrnet.data.batch import Batch
+from slrnet.losses import segmentation
+from slrnet.models.dilated import InterleavedConv2d
+from slrnet.models.network import Network
+from slrnet.models.slrnet import network_of
+from slrnet.models.winograd import WinogradConv2d
+from slrnet.profile import PREFIX, named_stages
+from slrnet.training.distributed import Ranks
+from slrnet.training.evaluate import predict_single_scale
+from slrnet.training.optim import build_optimizer
+from slrnet.training.step import Normalise
+from slrnet.training.trainer import Trainer
+from slrnet.training.watchdog import Watchdog
+
+Kind = Literal["bf16", "tf32", "tf32x3", "fp32"]
+"""What a GPU computes an operator with: tensor cores by type (`tf32x3`: three products each), or plain float32."""
+BETWEEN = "between"
+"""The stage of what runs in no range."""
+BACKWARD = "backward"
+
+FREE = {"aten::detach", "aten::alias", "aten::lift_fresh", "aten::promote_types", "aten::as_strided_", "aten::_unsafe_view"}
+"""Operators that move nothing, beside views and those that only ask for memory (`empty`)."""
+OVERWRITES = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::bernoulli_"}
+"""Operators in place that do not read what they write."""
+PICKS = {"aten::gather", "aten::index", "aten::index_select"}
+"""Operators that read of their first argument no more than they return."""
+READ_TWICE = {"aten::native_batch_norm_backward": ("grad_out", "input")}
+"""Arguments that are read for sums over the map, and again for each of its positions."""
+PER_ELEMENT = {
+    "aten::upsample_bilinear2d": 9, "aten::upsample_bilinear2d_backward": 9, "aten::_softmax": 5,
+    "aten::_log_softmax": 5, "aten::_softmax_backward_data": 4, "aten::_log_softmax_backward_data": 4,
+    "aten::native_batch_norm": 4, "aten::native_batch_norm_backward": 8, "aten::addcmul_": 2, "aten::lerp": 3,
+}  # fmt: skip
+"""FLOPs for each element of the largest tensor; 1 for other operators."""
+COPIES = {"copy_", "_to_copy", "clone", "cat", "stack", "fill_", "zero_", "zeros_like", "ones_like", "new_zeros", "flip",
+          "gather", "index", "replication_pad2d", "constant_pad_nd", "where", "slice_backward"}  # fmt: skip
+"""Names of operators that compute nothing."""
+CHUNK = 2**24
+"""Elements of a list of tensors that one kernel of PyTorch's `_foreach` operators takes, about."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """What one operator costs.
+
+    Attributes:
+        name: PyTorch's, with its namespace.
+        stage: innermost range that it ran in, as in `slrnet.profile.Profile.stages`; `BETWEEN` for none.
+        source: the stage going forward whose gradient it belongs to; its own stage if it is none.
+        kind: what computes it.
+        flops: additions and multiplications, each counted.
+        moved: bytes of all tensors that it reads and writes, as if there were no cache.
+        kernels: that it starts, at least.
+        outputs: values of a matrix product or convolution that tiles share out among a GPU's processors; 0 for what has
+            no such limit: elementwise operators, and gradients of weights, whose long sums are shared out instead.
+    """
+
+    name: str
+    stage: str
+    source: str
+    kind: Kind
+    flops: int
+    moved: int
+    kernels: int
+    outputs: int = 0
+
+
+@dataclass(frozen=True)
+class Count:
+    """The operators of a training step of `images` images on one GPU.
+
+    Attributes:
+        operators: in the order in which they ran.
+        images: in the step.
+        gradients: bytes of the gradients of all trainable parameters, which ranks exchange.
+        parameters: bytes of all parameters.
+        kept: bytes that going forward keeps for going backward, parameters left out.
+    """
+
+    operators: tuple[Operator, ...]
+    images: int
+    gradients: int
+    parameters: int
+    kept: int
+
+    @property
+    def memory(self) -> int:
+        """Bytes that a step needs at least: parameters, gradients, momentum and what is kept; no workspace."""
+        return self.parameters + 2 * self.gradients + self.kept
+
+
+class OperatorCounter(TorchDispatchMode):
+    """While it is on, every operator that moves data is noted, with the stage that it belongs to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[Operator] = []
+        self._open: list[str] = []
+        self._borders: list[tuple[int, str]] = []  # autograd's next number at each change of stage, and the stage
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name == "aten::_local_scalar_dense" and isinstance(args[0], FakeTensor):
+            return 0.0  # a check of values that are not there
+        out = func(*args, **kwargs)
+        if name == "profiler::_record_function_enter_new":
+            self._change(lambda: self._open.append(args[0]))
+        elif name == "profiler::_record_function_exit":
+            self._change(self._open.pop)
+        elif not (func.is_view or name in FREE or "empty" in name or name.startswith("prim::")):
+            self._note(func, args, kwargs, out)
+        return out
+
+    def _change(self, change: Callable[[], Any]) -> None:
+        change()
+        self._borders.append((torch._C._autograd._get_sequence_nr(), self._stage()))
+
+    def _stage(self) -> str:
+        names = [name for name in self._open if name.startswith(PREFIX)]
+        return names[-1].removeprefix(PREFIX) if names else BETWEEN
+
+    def _source(self, stage: str) -> str:
+        node = torch._C._current_autograd_node()
+        if stage != BACKWARD or node is None:
+            return stage
+        place = bisect.bisect_right(self._borders, node._sequence_nr(), key=lambda border: border[0])
+        return self._borders[place - 1][1] if 0 < place < len(self._borders) else stage
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
+        name, stage = func._schema.name, self._stage()
+        ranges, (kind, flops) = (stage, self._source(stage)), _work(name, args, out)
+        if name == "aten::convolution_backward":
+            for moved, outputs in _gradients(args, out):
+                self.operators.append(Operator(name, *ranges, kind, flops, moved, 1, outputs))
+            return
+        moved = OWN_BYTES[name](args) if name in OWN_BYTES else moved_bytes(func, args, kwargs, out)
+        if moved:
+            outputs = out.numel() if name in MATRICES and isinstance(out, Tensor) else 0
+            self.operators.append(Operator(name, *ranges, kind, flops, moved, _kernels(name, args), outputs))
+
+
+def moved_bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    """Bytes of all tensors that an operator reads and writes."""
+    name, schema, total = func._schema.name, func._schema, 0
+    for place, argument in enumerate(schema.arguments):
+        value = args[place] if place < len(args) else kwargs.get(argument.name)
+        size = sum(map(_size, _tensors(value)))
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        read = not (argument.is_out or (written and name in OVERWRITES))
+        if place == 0 and name in PICKS:
+            size = min(size, sum(map(_size, _tensors(out))))
+        twice = argument.name in READ_TWICE.get(name, ())
+        total += size * (written + read + twice)
+    returned = out if isinstance(out, tuple) and len(schema.returns) > 1 else (out,)
+    new = [value for value, kind in zip(returned, schema.returns, strict=False) if kind.alias_info is None]
+    return total + sum(map(_size, _tensors(new)))
+
+
+def _gradients(args: tuple[Any, ...], out: tuple[Tensor | None, ...]) -> Iterator[tuple[int, int]]:
+    """Bytes and limiting outputs of the gradients of a convolution's input and weight, each a kernel."""
+    slopes, inputs, weight = args[:3]
+    if out[0] is not None:
+        yield _size(slopes) + _size(weight) + _size(out[0]), out[0].numel()
+    if out[1] is not None:
+        yield _size(slopes) + _size(inputs) + _size(out[1]), 0
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes in memory; what is repeated by a stride of 0 lies there once."""
+    sides = zip(tensor.shape, tensor.stride(), strict=True)
+    return math.prod(side if stride else min(side, 1) for side, stride in sides) * tensor.element_size()
+
+
+def _product(left: Tensor, right: Tensor) -> int:
+    """FLOPs of a matrix product, of any number of matrices."""
+    return 2 * left.numel() * right.shape[-1]
+
+
+def _convolution(output: Tensor, weight: Tensor) -> int:
+    return 2 * output.numel() * math.prod(weight.shape[1:])
+
+
+MATRICES: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
+    "aten::mm": lambda args, out: _product(args[0], args[1]),
+    "aten::bmm": lambda args, out: _product(args[0], args[1]),
+    "aten::addmm": lambda args, out: _product(args[1], args[2]),
+    "aten::baddbmm": lambda args, out: _product(args[1], args[2]),
+    "aten::convolution": lambda args, out: _convolution(out, args[1]),
+    "aten::convolution_backward": lambda args, out: _convolution(args[0], args[2]),  # of each
+    "slrnet::factorize": lambda args, out: (2 * args[2] + 1) * _passes(args),
+    "slrnet::factorize_backward": lambda args, out: (7 * len(args[2]) + 3) * _passes(args),
+}
+
+
+def _passes(args: tuple[Any, ...]) -> int:
+    """FLOPs of one product of all features (N, d, P) with all atoms of codes (N, k, P)."""
+    return 2 * int(args[0].numel()) * int(args[1].shape[1])
+
+
+def _factorize_bytes(args: tuple[Any, ...]) -> int:
+    """T sums over the positions, the first of which reads the codes, and one more pass that writes both results."""
+    features, codes = _size(args[0]), _size(args[1])
+    return (int(args[2]) + 2) * features + 2 * codes
+
+
+def _factorize_backward_bytes(args: tuple[Any, ...]) -> int:
+    """Passes over features, their gradients and codes as `slrnet.kernels.factorize.backward` starts them."""
+    features, codes, steps = _size(args[0]), _size(args[1]), len(args[2])
+    last = (2 + 2 + 3) * features + 2 * codes  # sums for the dictionary; for its directions; gradient of the features
+    earlier = (1 + 3) * features
+    return last + (steps - 1) * earlier + 3 * features + 2 * codes
+
+
+OWN_BYTES: dict[str, Callable[[tuple[Any, ...]], int]] = {
+    "slrnet::factorize": _factorize_bytes,
+    "slrnet::factorize_backward": _factorize_backward_bytes,
+}
+
+
+def _work(name: str, args: tuple[Any, ...], out: Any) -> tuple[Kind, int]:
+    if name in MATRICES:
+        return _kind(name, args), MATRICES[name](args, out)
+    if name.partition("::")[2] in COPIES:
+        return "fp32", 0
+    elements = max((tensor.numel() for tensor in _tensors((args, out))), default=0)
+    if name.startswith("aten::_foreach"):
+        elements = sum(tensor.numel() for tensor in _tensors(args[0]))
+    return "fp32", PER_ELEMENT.get(name, 1) * elements
+
+
+def _kind(name: str, args: tuple[Any, ...]) -> Kind:
+    """cuDNN takes TF32 for float32, cuBLAS does not unless told to; convolutions of single channels take neither."""
+    if name.startswith("slrnet::"):
+        return "tf32x3" if args[0].dtype == torch.float32 else "tf32"
+    first = args[1] if name in ("aten::addmm", "aten::baddbmm") else args[0]
+    if "convolution" in name:
+        weight = args[2] if name.endswith("backward") else args[1]
+        if weight.shape[1] == 1:
+            return "fp32"
+        return "bf16" if first.dtype in (torch.bfloat16, torch.float16) else "tf32"
+    return "bf16" if first.dtype in (torch.bfloat16, torch.float16) else "fp32"
+
+
+def _kernels(name: str, args: tuple[Any, ...]) -> int:
+    if name == "slrnet::factorize":
+        return 2 * int(args[2]) + 1
+    if name == "slrnet::factorize_backward":
+        return 3 * len(args[2]) + 2
+    if name.startswith("aten::_foreach"):
+        return 1 + sum(tensor.numel() for tensor in _tensors(args[0])) // CHUNK
+    return 1
+
+
+def count_step(
+    config: Config, *, num_classes: int, images: int, classes_per_image: int, masks_share: float = 0.0
+) -> Count:
+    """Counts an optimiser step with pseudo labels, in seconds and without memory for its tensors.
+
+    Args:
+        config: of the run; `train.precision` other than fp32 means bf16 autocast.
+        num_classes: K with the background.
+        images: of the step on one GPU.
+        classes_per_image: foreground classes of each image's label; where labels are unknown all count.
+        masks_share: share of the images that come with a true mask.
+    """
+    precision = "fp32" if config.train.precision == "fp32" else "bf16"
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model = network_of(config, num_classes=num_classes, weights=False)
+        model.train()
+    batch = _batch(config, mode, num_classes, images, classes_per_image, round(masks_share * images))
+    trainer = _trainer(config, model, images)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        trainer.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter)
+    owned = {_storage(parameter) for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in owned:
+            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    counter = OperatorCounter()
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with as_on_gpu(), named_stages(model), hooks, counter:
+        trainer._step(batch, 0, pretraining=False)
+    sizes = [sum(map(_size, tensors)) for tensors in (trainable, list(model.parameters()))]
+    return Count(tuple(counter.operators), images, sizes[0], sizes[1], sum(kept.values()))
+
+
+def count_validation(config: Config, *, num_classes: int, size: tuple[int, int]) -> tuple[Operator, ...]:
+    """Counts what one image of `size` = (height, width) costs when masks are measured after an epoch."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model = network_of(config, num_classes=num_classes, weights=False)
+        model.eval()
+        image = torch.empty(3, *size, dtype=torch.uint8)
+    counter = OperatorCounter()
+    with as_on_gpu(), named_stages(model), counter:
+        predict_single_scale(model, image, Normalise.of(model.encoder), config)
+    return tuple(counter.operators)
+
+
+def count_classifier(model: Callable[[], nn.Module], *, images: int, size: int, bf16: bool) -> tuple[Operator, ...]:
+    """Counts a training step of an image classifier with SGD, for a comparison with figures that others measured."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        network = model()
+        inputs = torch.empty(images, 3, size, size).contiguous(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, foreach=True)
+    for parameter in network.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter)
+    labels, counter = torch.zeros(images, dtype=torch.int64), OperatorCounter()
+    with counter:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            loss = nn.functional.cross_entropy(network(inputs).float(), labels)
+        loss.backward()
+        optimizer.step()
+    return tuple(counter.operators)
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _batch(
+    config: Config, mode: FakeTensorMode, num_classes: int, images: int, classes_per_image: int, masks: int
+) -> Batch:
+    """Labels that are there, as the code looks at them on the CPU, and images and masks that are not."""
+    size = (images, config.data.crop_size, config.data.crop_size)
+    with mode:
+        pixels = torch.empty(size[0], 3, *size[1:], dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        pixel_labels = torch.empty(size, dtype=torch.uint8) if masks else None
+    known = torch.full((images,), config.setting != "sss")
+    labels = torch.zeros(images, num_classes - 1)
+    labels[:, :classes_per_image] = float(config.setting != "sss")
+    keys = tuple(str(number) for number in range(images))
+    return Batch(pixels, labels, known, keys, torch.arange(images) < masks, pixel_labels)
+
+
+def _trainer(config: Config, model: Network, images: int) -> Trainer:
+    """As much of a trainer as takes a step: its constructor asks for data, and moves weights that are not there."""
+    trainer = Trainer.__new__(Trainer)
+    trainer.config, trainer.ranks = config, Ranks()
+    trainer.model = trainer.wrapped = model
+    trainer.normalise = Normalise.of(model.encoder)
+    trainer.optimizer = build_optimizer(model, config.optim, batch_size=images)
+    for group in trainer.optimizer.param_groups:
+        group["foreach"] = True  # PyTorch's choice on GPUs
+    trainer.watchdog = Watchdog(trainer.ranks, limit=0, store=None, on_hang=lambda hang: None)
+    return trainer
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """While it lasts, code that asks for the device of a CPU tensor takes the way that it takes for a GPU's."""
+    with (
+        mock.patch("slrnet.models.cvlr._choose", lambda *_: "triton"),
+        mock.patch("slrnet.models.cvlr._require_triton", lambda *_: None),
+        mock.patch.object(WinogradConv2d, "_pays", lambda *_: False),
+        mock.patch.object(InterleavedConv2d, "forward", nn.Conv2d.forward),
+        mock.patch.dict(segmentation._PART, cpu=segmentation._PART["cuda"]),
+    ):
+        yield
