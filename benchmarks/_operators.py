@@ -42,13 +42,16 @@ BETWEEN = "between"
 """The stage of what runs in no range."""
 BACKWARD = "backward"
 
-FREE = {"aten::detach", "aten::alias", "aten::lift_fresh", "aten::promote_types", "aten::as_strided_", "aten::_unsafe_view"}
-"""Operators that move nothing, beside views and those that only ask for memory (`empty`)."""
+FREE = {
+    "aten::detach", "aten::alias", "aten::lift_fresh", "aten::promote_types", "aten::as_strided_", "aten::_unsafe_view",
+    "aten::_local_scalar_dense",
+}  # fmt: skip
+"""Operators that move nothing, beside views and those that only ask for memory (`empty`); checks of single values."""
 OVERWRITES = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::bernoulli_"}
 """Operators in place that do not read what they write."""
 PICKS = {"aten::gather", "aten::index", "aten::index_select"}
 """Operators that read of their first argument no more than they return."""
-READ_TWICE = {"aten::native_batch_norm_backward": ("grad_out", "input")}
+READ_TWICE = {"aten::native_batch_norm": ("input",), "aten::native_batch_norm_backward": ("grad_out", "input")}
 """Arguments that are read for sums over the map, and again for each of its positions."""
 PER_ELEMENT = {
     "aten::upsample_bilinear2d": 9, "aten::upsample_bilinear2d_backward": 9, "aten::_softmax": 5,
@@ -56,8 +59,10 @@ PER_ELEMENT = {
     "aten::native_batch_norm": 4, "aten::native_batch_norm_backward": 8, "aten::addcmul_": 2, "aten::lerp": 3,
 }  # fmt: skip
 """FLOPs for each element of the largest tensor; 1 for other operators."""
-COPIES = {"copy_", "_to_copy", "clone", "cat", "stack", "fill_", "zero_", "zeros_like", "ones_like", "new_zeros", "flip",
-          "gather", "index", "replication_pad2d", "constant_pad_nd", "where", "slice_backward"}  # fmt: skip
+COPIES = {
+    "copy_", "_to_copy", "clone", "cat", "stack", "fill_", "zero_", "zeros_like", "ones_like", "new_zeros", "flip",
+    "gather", "index", "replication_pad2d", "constant_pad_nd", "where", "slice_backward",
+}  # fmt: skip
 """Names of operators that compute nothing."""
 CHUNK = 2**24
 """Elements of a list of tensors that one kernel of PyTorch's `_foreach` operators takes, about."""
@@ -75,8 +80,8 @@ class Operator:
         flops: additions and multiplications, each counted.
         moved: bytes of all tensors that it reads and writes, as if there were no cache.
         kernels: that it starts, at least.
-        outputs: values of a matrix product or convolution that tiles share out among a GPU's processors; 0 for what has
-            no such limit: elementwise operators, and gradients of weights, whose long sums are shared out instead.
+        outputs: values of a convolution that tiles share out among a GPU's processors; 0 for what has no such limit:
+            elementwise operators, and products and gradients of weights, whose long sums can be shared out instead.
     """
 
     name: str
@@ -162,7 +167,7 @@ class OperatorCounter(TorchDispatchMode):
             return
         moved = OWN_BYTES[name](args) if name in OWN_BYTES else moved_bytes(func, args, kwargs, out)
         if moved:
-            outputs = out.numel() if name in MATRICES and isinstance(out, Tensor) else 0
+            outputs = out.numel() if name == "aten::convolution" else 0
             self.operators.append(Operator(name, *ranges, kind, flops, moved, _kernels(name, args), outputs))
 
 
@@ -176,11 +181,16 @@ def moved_bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out
         read = not (argument.is_out or (written and name in OVERWRITES))
         if place == 0 and name in PICKS:
             size = min(size, sum(map(_size, _tensors(out))))
-        twice = argument.name in READ_TWICE.get(name, ())
+        twice = argument.name in READ_TWICE.get(name, ()) and _trains(name, args)
         total += size * (written + read + twice)
     returned = out if isinstance(out, tuple) and len(schema.returns) > 1 else (out,)
     new = [value for value, kind in zip(returned, schema.returns, strict=False) if kind.alias_info is None]
     return total + sum(map(_size, _tensors(new)))
+
+
+def _trains(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a batch norm measures its input; its gradients' sums are needed in either case."""
+    return name == "aten::native_batch_norm_backward" or bool(args[5])
 
 
 def _gradients(args: tuple[Any, ...], out: tuple[Tensor | None, ...]) -> Iterator[tuple[int, int]]:
@@ -388,9 +398,9 @@ def _trainer(config: Config, model: Network, images: int) -> Trainer:
 def as_on_gpu() -> Iterator[None]:
     """While it lasts, code that asks for the device of a CPU tensor takes the way that it takes for a GPU's."""
     with (
-        mock.patch("slrnet.models.cvlr._choose", lambda *_: "triton"),
-        mock.patch("slrnet.models.cvlr._require_triton", lambda *_: None),
-        mock.patch.object(WinogradConv2d, "_pays", lambda *_: False),
+        mock.patch("slrnet.models.cvlr._choose", return_value="triton"),
+        mock.patch("slrnet.models.cvlr._require_triton"),
+        mock.patch.object(WinogradConv2d, "_pays", return_value=False),
         mock.patch.object(InterleavedConv2d, "forward", nn.Conv2d.forward),
         mock.patch.dict(segmentation._PART, cpu=segmentation._PART["cuda"]),
     ):

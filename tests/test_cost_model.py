@@ -1,0 +1,365 @@
+"""The cost model: counters against hand-worked numbers and a real step, the roofline, runs, the measuring script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import _operators, cost_model, gpu
+from benchmarks._operators import (
+    BACKWARD,
+    MATRICES,
+    Count,
+    Operator,
+    OperatorCounter,
+    as_on_gpu,
+    count_step,
+)
+from benchmarks.cost_model import A100, H100, WORKLOADS, Counts, Workload
+from data_prep.demo import build_demo
+from slrnet.config import (
+    CalibrationConfig,
+    Config,
+    ConfigError,
+    CvlrConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    TrainConfig,
+    apply_overrides,
+)
+from slrnet.models.slrnet import network_of
+from slrnet.recipes import get_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = 5
+
+
+def tiny(*changes: str) -> Config:
+    config = Config(
+        recipe="tiny",
+        data=DataConfig(crop_size=64, workers=0),
+        model=ModelConfig(
+            encoder="timm:test_resnet",
+            encoder_weights="none",
+            output_stride=16,
+            decoder_dim=8,
+            skip_dim=4,
+            aspp_dilations=(1, 2, 3),
+        ),
+        cvlr=CvlrConfig(dim=8),
+        calibration=CalibrationConfig(refine_iters=2, refine_dilations=(1, 2)),
+        train=TrainConfig(epochs=2, pretrain_epochs=1, batch_size=2),
+        evaluation=EvaluationConfig(pseudo_mask_images=3),
+    )
+    return apply_overrides(config, list(changes))
+
+
+@pytest.fixture(scope="module")
+def counts() -> Counts:
+    load = Workload(classes=CLASSES, draws=5000, validation=10, present=2)
+    return Counts(get=lambda _: tiny(), loads={"voc_wsss": load})
+
+
+@pytest.fixture(scope="module")
+def counted(counts: Counts) -> Count:
+    return counts.step("voc_wsss", 2)
+
+
+def counted_operators(work: Callable[[], Any]) -> list[Operator]:
+    with FakeTensorMode(), OperatorCounter() as counter:
+        work()
+    return counter.operators
+
+
+class TestCounter:
+    def test_a_convolution_by_hand(self) -> None:
+        def work() -> None:
+            images = torch.empty(2, 3, 10, 12, dtype=torch.bfloat16, requires_grad=True)
+            weight = torch.empty(8, 3, 3, 3, dtype=torch.bfloat16, requires_grad=True)
+            nn.functional.conv2d(images, weight).backward(torch.empty(2, 8, 8, 10, dtype=torch.bfloat16))
+
+        forward, of_input, of_weight = counted_operators(work)
+        flops = 2 * (2 * 8 * 8 * 10) * (3 * 3 * 3)  # a product and a sum for each output and each weight of its channel
+        image, weight, output = 2 * 2 * 3 * 10 * 12, 2 * 8 * 3 * 3 * 3, 2 * 2 * 8 * 8 * 10
+        assert [operator.flops for operator in (forward, of_input, of_weight)] == [flops] * 3
+        assert forward.moved == of_input.moved == of_weight.moved == image + weight + output
+        assert {operator.kind for operator in (forward, of_input, of_weight)} == {"bf16"}
+        assert [operator.outputs for operator in (forward, of_input, of_weight)] == [1280, 720, 0]
+
+    def test_channels_by_themselves_are_no_work_for_tensor_cores(self) -> None:
+        (found,) = counted_operators(
+            lambda: nn.functional.conv2d(torch.empty(1, 4, 6, 6), torch.empty(4, 1, 3, 3), padding=1, groups=4)
+        )
+        assert (found.kind, found.flops) == ("fp32", 2 * 4 * 36 * 9)
+
+    @pytest.mark.parametrize(
+        ("work", "flops", "moved"),
+        [
+            (lambda: torch.empty(3, 5) @ torch.empty(5, 7), 2 * 3 * 5 * 7, 4 * (15 + 35 + 21)),
+            (lambda: torch.bmm(torch.empty(2, 3, 5), torch.empty(2, 5, 7)), 2 * 2 * 3 * 5 * 7, 4 * 2 * (15 + 35 + 21)),
+            (lambda: torch.empty(6).add_(torch.empty(6)), 6, 4 * (6 + 6 + 6)),
+            (lambda: torch.empty(6).copy_(torch.empty(6)), 0, 4 * (6 + 6)),
+            (lambda: torch.empty(6, 1).expand(6, 9) + torch.empty(6, 9), 54, 4 * (6 + 54 + 54)),
+            (lambda: torch.empty(5, 9).gather(1, torch.empty(5, 2, dtype=torch.int64)), 0, 4 * 10 + 8 * 10 + 4 * 10),
+            (
+                lambda: nn.functional.interpolate(torch.empty(1, 2, 3, 3), size=(6, 6), mode="bilinear"),
+                9 * 72,
+                4 * (18 + 72),
+            ),
+        ],
+    )
+    def test_operators_by_hand(self, work: Callable[[], Any], flops: int, moved: int) -> None:
+        (found,) = counted_operators(work)
+        assert (found.flops, found.moved, found.kernels) == (flops, moved, 1)
+
+    def test_what_moves_nothing_is_left_out(self) -> None:
+        assert counted_operators(lambda: torch.empty(4, 6).view(2, 12).t()[1:].detach()) == []
+
+    @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    def test_a_step_without_data_costs_what_a_real_one_does(self, precision: str) -> None:
+        config = tiny(f"train.precision={precision}", "cvlr.implementation=reference")
+        found = count_step(config, num_classes=CLASSES, images=2, classes_per_image=2)
+        model = network_of(config, num_classes=CLASSES, weights=False)
+        model.train()
+        batch = _operators._batch(config, FakeTensorMode(), CLASSES, 2, 2, 0)
+        batch = replace(batch, images=torch.randint(256, batch.images.shape, dtype=torch.uint8))
+        batch = replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last))
+        trainer = _operators._trainer(config, model, 2)
+        with as_on_gpu():
+            trainer._step(batch, 0, pretraining=False)  # momentum exists from then on
+            with FlopCounterMode(display=False) as flops, OperatorCounter() as real:
+                trainer._step(batch, 1, pretraining=False)
+        ours = [operator for operator in found.operators if operator.name in MATRICES]
+        assert sum(operator.flops for operator in ours) == flops.get_total_flops()
+        # No ranges for parts of the network were asked for; all else is equal, one operator after the other.
+        expected = [(operator.name, operator.kind, operator.flops, operator.moved) for operator in real.operators]
+        assert [(o.name, o.kind, o.flops, o.moved) for o in found.operators] == expected
+
+    def test_stages_are_those_of_the_profile(self, counted: Count) -> None:
+        assert {o.stage for o in counted.operators} - {BACKWARD} == set(cost_model.STAGES)
+        backward = {o.source for o in counted.operators if o.stage == BACKWARD}
+        assert set(cost_model.STAGES[1:11]) <= backward, "every part of the network and the alignment have gradients"
+        assert "optimiser" not in backward
+
+    def test_gradients_cost_twice_the_forward_pass(self, counted: Count) -> None:
+        for stage in ("aspp", "fusion", "mask_head"):
+            own = [o for o in counted.operators if o.source == stage and "convolution" in o.name]
+            forward = sum(o.flops for o in own if o.stage == stage)
+            assert sum(o.flops for o in own if o.stage == BACKWARD) == 2 * forward
+
+    def test_factorisation_by_hand(self, counted: Count) -> None:
+        positions = 8 * 8 + 4 * 4  # stride 8: crops of 64 and of 32 pixels
+        product, features, codes = 2 * 2 * 8 * CLASSES * positions, 4 * 2 * 8 * positions, 4 * 2 * CLASSES * positions
+        by_name = {o.name: o for o in counted.operators if o.name.startswith("slrnet::")}
+        forward, backward = by_name["slrnet::factorize"], by_name["slrnet::factorize_backward"]
+        assert (forward.flops, forward.moved) == (3 * product, 3 * features + 2 * codes)
+        assert (backward.flops, backward.moved) == (10 * product, 10 * features + 4 * codes)
+        assert forward.stage == backward.source == "cvlr"
+
+    def test_more_images_cost_more_but_to_the_optimiser(self, counts: Counts) -> None:
+        fewer, more = counts.step("voc_wsss", 1), counts.step("voc_wsss", 2)
+
+        def flops(of: Count, stage: str) -> int:
+            return sum(o.flops for o in of.operators if o.source == stage and o.name in MATRICES)
+
+        assert flops(more, "encoder") == 2 * flops(fewer, "encoder") > 0
+        steps = [[o for o in of.operators if o.stage == "optimiser"] for of in (fewer, more)]
+        assert steps[0] == steps[1]
+        assert more.gradients == fewer.gradients
+        assert more.kept > fewer.kept > 0
+
+    def test_masks_leave_images_out_of_the_calibration(self) -> None:
+        config = tiny("setting=sss", "data.pixel_labeled_subset=some")
+        full, half = (
+            count_step(config, num_classes=CLASSES, images=4, classes_per_image=2, masks_share=share)
+            for share in (0.0, 0.5)
+        )
+        moved = [sum(o.moved for o in of.operators if o.name == "aten::addcmul_") for of in (full, half)]
+        assert moved[1] == moved[0] // 2
+
+    def test_bytes_of_gradients_and_parameters(self, counted: Count) -> None:
+        model = network_of(tiny(), num_classes=CLASSES, weights=False)
+        sizes = [(p.numel() * 4, p.requires_grad) for p in model.parameters()]
+        assert counted.parameters == sum(size for size, _ in sizes)
+        assert counted.gradients == sum(size for size, trains in sizes if trains) < counted.parameters
+
+    def test_validation_is_in_float32_without_gradients(self, counts: Counts) -> None:
+        found = counts.validation("voc_wsss")
+        assert {o.kind for o in found if "convolution" in o.name} == {"tf32"}
+        assert not any("backward" in o.name for o in found)
+
+
+def operator(**fields: Any) -> Operator:
+    usual = {"name": "x", "stage": "aspp", "source": "aspp", "kind": "bf16", "flops": 0, "moved": 0, "kernels": 1}
+    return Operator(**(usual | fields))
+
+
+class TestRoofline:
+    def test_the_slowest_counts(self) -> None:
+        flops = 10**12
+        assert cost_model.seconds_of(operator(flops=flops, moved=1), A100) == pytest.approx(1 / 312 / 0.7)
+        moved = 10**9
+        assert cost_model.seconds_of(operator(flops=1, moved=moved), A100) == pytest.approx(1 / 2039 / 0.85)
+        assert cost_model.seconds_of(operator(flops=1, moved=1, kernels=3), A100) == pytest.approx(15e-6)
+        assert cost_model.seconds_of(operator(flops=flops, kind="fp32"), H100) == pytest.approx(1 / 66.9 / 0.7)
+
+    def test_few_tiles_leave_processors_idle(self) -> None:
+        full = cost_model.seconds_of(operator(flops=10**12, outputs=108 * 128 * 64), A100)
+        assert cost_model.seconds_of(operator(flops=10**12, outputs=108 * 128 * 16), A100) == pytest.approx(4 * full)
+        assert cost_model.seconds_of(operator(flops=10**12, outputs=10**9), A100) == full
+
+    def test_nothing_is_faster_than_the_roofline(self, counted: Count) -> None:
+        for one in cost_model.GPUS:
+            least = cost_model.least_seconds(counted.operators, one)
+            assert 0 < least < cost_model.seconds(counted.operators, one)
+        listed = [operator(flops=624 * 10**12), operator(flops=156 * 10**12, kind="tf32", moved=2039 * 10**9)]
+        assert cost_model.least_seconds(listed, A100) == pytest.approx(2 + 1)
+
+    def test_an_all_reduce_by_hand(self) -> None:
+        size = 100 * 2**20  # four buckets
+        assert cost_model.all_reduce_seconds(size, 1, A100) == 0
+        two = cost_model.all_reduce_seconds(size, 2, A100)
+        assert two == pytest.approx(size / (0.8 * 300e9) + 4 * 2 * 1 * 10e-6)
+        eight = cost_model.all_reduce_seconds(size, 8, H100)
+        assert eight == pytest.approx(2 * 7 / 8 * size / (0.8 * 450e9) + 4 * 2 * 3 * 10e-6)
+        many = cost_model.all_reduce_seconds(size, 64, A100)
+        assert many == pytest.approx(2 * 63 / 64 * size / (0.8 * 50e9) + 4 * 2 * 6 * 10e-6), "through the network"
+
+    def test_both_bounds_of_a_step(self) -> None:
+        operators = (operator(moved=2039 * 85 * 10**5), operator(stage=BACKWARD, moved=2039 * 170 * 10**5))
+        of = Count(operators, images=3, gradients=240 * 10**6, parameters=0, kept=0)
+        step = cost_model.step_of(of, 2, A100)
+        exchange = cost_model.all_reduce_seconds(240 * 10**6, 2, A100)
+        assert (step.forward, step.backward) == (pytest.approx(0.01), pytest.approx(0.02))
+        assert (step.hidden, step.exposed) == (pytest.approx(0.03), pytest.approx(0.03 + exchange))
+        assert step.images == 6
+        assert replace(step, exchange=0.5).hidden == pytest.approx(0.51)
+
+    def test_hours_by_hand(self) -> None:
+        step = cost_model.Step(forward=1.0, backward=2.0, exchange=1.0, images=4)
+        load = Workload(classes=CLASSES, draws=103, validation=10, present=2)
+        measured = 10 + 2 * 3  # pseudo masks of three images in two views
+        expected = 2 * (25 * 4 + math.ceil(measured / 4) * 0.5) / 3600  # two epochs; the rest of a batch is left out
+        assert cost_model.hours_of(tiny(), load, step, 4, 0.5, hidden=False) == pytest.approx(expected)
+        assert cost_model.hours_of(tiny(), load, step, 4, 0.5, hidden=True) < expected
+
+
+class TestTables:
+    def test_runs(self, counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cost_model, "SCALES", ((2, 4), (64, 64)))
+        cheap, dear = (
+            [
+                [cell.strip() for cell in line.strip("|").split("|")]
+                for line in cost_model.runs_table("voc_wsss", counts, {"A100": price, "H100": price}).splitlines()[2:]
+            ]
+            for price in (1e5, 2e5)
+        )
+        assert [row[0] for row in cheap] == ["2 A100", "64 A100", "2 H100", "64 H100"]
+        assert [row[1] for row in cheap[:2]] == ["4 (2)", "64 (1)"]
+        assert [row[2] for row in cheap[:2]] == ["0.000125", "0.002"], "the rate follows the batch"
+        dollars = [[float(row[7].split(" to ")[0].replace(",", "")) for row in rows] for rows in (cheap, dear)]
+        assert dollars[1] == pytest.approx([2 * value for value in dollars[0]], rel=0.01)
+
+    def test_stages_add_up(self, counted: Count) -> None:
+        rows = [line.split("|") for line in cost_model.stage_costs(counted).splitlines()[2:]]
+        assert len(rows) == len(cost_model.STAGES) + 1
+        assert sum(int(row[6]) for row in rows[:-1]) == int(rows[-1][6]) == sum(o.kernels for o in counted.operators)
+        times = [line.split("|") for line in cost_model.stage_seconds(counted).splitlines()[2:]]
+        total = sum(float(row[2]) + float(row[3]) for row in times[:-1])
+        assert float(times[-1][2]) + float(times[-1][3]) == pytest.approx(total, abs=0.01 * len(times))
+
+    def test_the_paper_has_a_workload_for_each_recipe(self) -> None:
+        for name, load in WORKLOADS.items():
+            assert get_recipe(name).train.epochs == 20
+            assert (load.masks > 0) == (get_recipe(name).setting != "wsss")
+        assert WORKLOADS["voc_sss"].draws == 16438
+
+    def test_the_documentation_has_the_assumptions(self) -> None:
+        assert cost_model.assumptions() in (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--recipe", "nothing"], "nothing"),
+            (["--recipe", "demo"], "voc_wsss"),
+            (["--images", "0"], "--images"),
+            (["--a100-price", "-1"], "prices"),
+        ],
+    )
+    def test_mistakes_are_named(self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert cost_model.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize("held", [True, False])
+    def test_the_report_says_what_it_is(
+        self,
+        held: bool,
+        counts: Counts,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.setattr(cost_model, "Counts", lambda: counts)
+        monkeypatch.setattr(cost_model, "compare_resnet50", lambda: ("compared", held))
+        monkeypatch.setattr(cost_model, "SCALES", ((2, 4),))
+        assert cost_model.main(["--recipe", "voc_wsss", "--images", "2", "--out", str(tmp_path)]) == int(not held)
+        written = (tmp_path / "cost.md").read_text(encoding="utf-8")
+        assert "none of these figures has been measured on a GPU" in written
+        assert written.strip() in capsys.readouterr().out
+
+
+class TestMeasuring:
+    def test_without_a_gpu(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert gpu.main([]) == 2
+        said = capsys.readouterr()
+        assert "no GPU here" in said.err
+        assert said.out == ""
+
+    def test_a_fake_profile_beside_its_prediction(self, counted: Count) -> None:
+        predicted = gpu.predict(counted, A100)
+        measured = gpu.Measured({name: 2 * value for name, value in predicted.items()}, step=0.25, memory=3 * 10**9)
+        lines = gpu.comparison(measured, predicted, counted, A100, name="a GPU").splitlines()
+        assert "predicted for A100" in lines[0]
+        rows = {line.split("|")[1].strip(): line.split("|") for line in lines[2:-3]}
+        assert len(rows) == 8 + 8 + 1
+        assert {row[4].strip() for name, row in rows.items() if name != "**step**"} == {"2.00"}
+        parts = sum(float(row[2]) for name, row in rows.items() if name.startswith("network: "))
+        assert parts < float(rows["network"][2])
+        whole = sum(cost_model.seconds_of(o, A100) for o in counted.operators)
+        assert float(rows["**step**"][2]) == pytest.approx(1e3 * whole, abs=0.01)
+        assert "measured 8.0" in lines[-2], "two images in a quarter of a second"
+        assert "measured at most 3.0" in lines[-1]
+
+    def test_a_real_step_on_the_processor_has_the_predicted_stages(
+        self, counted: Count, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(gpu, "WARM_UP", 1)
+        build_demo(tmp_path / "data", num_train=6, num_val=1, image_size=72)
+        config = tiny(f"data.path={tmp_path / 'data'}")
+        found = gpu.measure(config, steps=2, device="cpu", clock=gpu.PROCESSOR_CLOCK)
+        assert set(found.stages) == set(gpu.predict(counted, A100)) - {"between"}
+        assert sum(found.stages[part] for part in gpu.PARTS) <= found.stages["network"]
+        assert 0 < found.stages["network"] < found.step * 2
+
+    def test_which_gpu(self) -> None:
+        assert gpu.model_of("NVIDIA H100 80GB HBM3", None) is H100
+        assert gpu.model_of("NVIDIA L4", "A100") is A100
+        with pytest.raises(ValueError, match="knows nothing of NVIDIA L4; compare it with --like A100 or H100"):
+            gpu.model_of("NVIDIA L4", None)
+
+    def test_which_recipe(self, tmp_path: Path) -> None:
+        config = gpu.configuration("voc_wsss", crop=161, images=3, data=tmp_path)
+        assert (config.data.crop_size, config.train.batch_size, config.model.encoder_weights) == (161, 3, "none")
+        with pytest.raises(ConfigError, match="needs masks"):
+            gpu.configuration("voc_sss", crop=161, images=3, data=tmp_path)
