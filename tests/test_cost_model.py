@@ -141,9 +141,11 @@ class TestCounter:
                 trainer._step(batch, 1, pretraining=False)
         ours = [operator for operator in found.operators if operator.name in MATRICES]
         assert sum(operator.flops for operator in ours) == flops.get_total_flops()
-        # No ranges for parts of the network were asked for; all else is equal, one operator after the other.
-        expected = [(operator.name, operator.kind, operator.flops, operator.moved) for operator in real.operators]
-        assert [(o.name, o.kind, o.flops, o.moved) for o in found.operators] == expected
+        seen, expected = ([(o.name, o.kind, o.flops) for o in of] for of in (found.operators, real.operators))
+        assert seen == expected, "one operator after the other"
+        # Batch norms keep their statistics in another type where nothing is computed.
+        moved = [[o.moved for o in of] for of in (found.operators, real.operators)]
+        assert moved[0] == pytest.approx(moved[1], rel=0.01)
 
     def test_stages_are_those_of_the_profile(self, counted: Count) -> None:
         assert {o.stage for o in counted.operators} - {BACKWARD} == set(cost_model.STAGES)
