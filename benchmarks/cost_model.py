@@ -63,8 +63,9 @@ class Gpu:
 
 # Peaks, bandwidths, memory and NVLink (600 and 900 GB/s, both directions together): NVIDIA's data sheets of the A100
 # 80GB SXM and the H100 SXM, without sparsity. `tf32x3` is a third of `tf32`: three products stand for one. Networks:
-# AWS's lists of instance types, 400 Gb/s for p4de.24xlarge and 3,200 Gb/s for p5.48xlarge. Prices: on-demand list prices of
-# these nodes, 27.45 and 55.04 dollars an hour for eight GPUs, as public copies of the list had them in November 2026.
+# AWS's lists of instance types, 400 Gb/s for p4de.24xlarge and 3,200 Gb/s for p5.48xlarge. Prices: on-demand list
+# prices of these nodes, 27.45 and 55.04 dollars an hour for eight GPUs, as public copies of the list had them in
+# November 2026.
 A100 = Gpu(
     name="A100", peak={"bf16": 312e12, "tf32": 156e12, "tf32x3": 52e12, "fp32": 19.5e12}, bandwidth=2.039e12,
     memory=80e9, processors=108, share=0.7, link=300e9, network=50e9, node="p4de.24xlarge", price=27.45 / 8,

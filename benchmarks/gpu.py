@@ -195,8 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if not torch.cuda.is_available():
         print(
-            "error: no GPU here: torch.cuda.is_available() is False. This measures on an NVIDIA GPU, with driver 580 or "
-            "newer for PyTorch's CUDA 13; benchmarks/cost_model.py prints the predictions without one",
+            "error: no GPU here: torch.cuda.is_available() is False. This measures on an NVIDIA GPU, with driver 580 "
+            "or newer for PyTorch's CUDA 13; benchmarks/cost_model.py prints the predictions without one",
             file=sys.stderr,
         )
         return 2
