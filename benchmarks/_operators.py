@@ -25,6 +25,7 @@ from slrnet.config import Config
 from slrnet.data.batch import Batch
 from slrnet.losses import segmentation
 from slrnet.models.dilated import InterleavedConv2d
+from slrnet.models.few_taps import FewTapsConv2d
 from slrnet.models.network import Network
 from slrnet.models.slrnet import network_of
 from slrnet.models.winograd import WinogradConv2d
@@ -401,6 +402,7 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch("slrnet.models.cvlr._choose", return_value="triton"),
         mock.patch("slrnet.models.cvlr._require_triton"),
         mock.patch.object(WinogradConv2d, "_pays", return_value=False),
+        mock.patch.object(FewTapsConv2d, "_few_taps", return_value=False),
         mock.patch.object(InterleavedConv2d, "forward", nn.Conv2d.forward),
         mock.patch.dict(segmentation._PART, cpu=segmentation._PART["cuda"]),
     ):

@@ -145,7 +145,21 @@ class TestCounter:
         assert seen == expected, "one operator after the other"
         # Batch norms keep their statistics in another type where nothing is computed.
         moved = [[o.moved for o in of] for of in (found.operators, real.operators)]
-        assert moved[0] == pytest.approx(moved[1], rel=0.01)
+        names = {o.name for o, *pair in zip(found.operators, *moved, strict=True) if pair[0] != pair[1]}
+        assert names <= {"aten::native_batch_norm", "aten::native_batch_norm_backward"}
+        assert moved[0] == pytest.approx(moved[1], rel=0.02)
+
+    def test_all_code_that_asks_for_the_device_is_known(self) -> None:
+        asking = {
+            path.name
+            for folder in ("models", "losses", "calibration", "data")
+            for path in (ROOT / "slrnet" / folder).rglob("*.py")
+            for line in path.read_text(encoding="utf-8").splitlines()
+            if ".device.type" in line and "autocast(" not in line
+        }
+        checks = {"pseudo_labels.py"}  # of labels, which are real
+        patched = {"cvlr.py", "dilated.py", "few_taps.py", "segmentation.py", "winograd.py"}
+        assert asking == patched | checks, "let `as_on_gpu` take a GPU's way there"
 
     def test_stages_are_those_of_the_profile(self, counted: Count) -> None:
         assert {o.stage for o in counted.operators} - {BACKWARD} == set(cost_model.STAGES)
