@@ -123,7 +123,7 @@ class OperatorCounter(TorchDispatchMode):
     """While it is on, every operator that moves data is noted, with the stage that it belongs to."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[Operator] = []
         self._open: list[str] = []
         self._borders: list[tuple[int, str]] = []  # autograd's next number at each change of stage, and the stage

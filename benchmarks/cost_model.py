@@ -328,16 +328,16 @@ def runs_table(recipe: str, counts: Counts, prices: Mapping[str, float]) -> str:
             rate = config.optim.lr * batch / config.optim.reference_batch_size
             lines.append(
                 f"| {gpus} {gpu.name} | {batch} ({batch // gpus}) | {rate:g} | {1e3 * step.exchange:.1f} "
-                f"| {_bounds(1e3 * step.hidden, 1e3 * step.exposed, 1)} "
-                f"| {_bounds(batch / step.exposed, batch / step.hidden, 0)} | {_bounds(*hours, 2)} "
-                f"| {_bounds(*(hour * gpus * prices[gpu.name] for hour in hours), 0)} | {count.memory / 1e9:.1f} |"
+                f"| {_bounds([1e3 * step.hidden, 1e3 * step.exposed], 1)} "
+                f"| {_bounds([batch / step.exposed, batch / step.hidden], 0)} | {_bounds(hours, 2)} "
+                f"| {_bounds([hour * gpus * prices[gpu.name] for hour in hours], 0)} | {count.memory / 1e9:.1f} |"
             )
     return "\n".join(lines)
 
 
-def _bounds(low: float, high: float, digits: int) -> str:
-    texts = f"{low:,.{digits}f}", f"{high:,.{digits}f}"
-    return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+def _bounds(values: Sequence[float], digits: int) -> str:
+    """The lower and the upper bound, or one where they look the same."""
+    return " to ".join(dict.fromkeys(f"{value:,.{digits}f}" for value in values))
 
 
 def compare_resnet50(gpu: Gpu = A100) -> tuple[str, bool]:

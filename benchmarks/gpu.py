@@ -72,7 +72,7 @@ def cuda_clock() -> Clock:
 
     def between(first: torch.cuda.Event, last: torch.cuda.Event) -> float:
         last.synchronize()
-        return first.elapsed_time(last) / 1e3
+        return float(first.elapsed_time(last)) / 1e3
 
     return Clock(now, between)
 

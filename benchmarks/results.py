@@ -28,11 +28,11 @@ from slrnet.data.files import written_whole  # noqa: E402
 from slrnet.training.tracking import environment_tags  # noqa: E402
 
 NAMES = (
-    "train_step", "evaluate", "refine", "cvlr", "kernels", "winograd", "dilated", "few_taps", "loader", "workers", "startup",
-    "conversion_speed", "conversion_memory", "checkpoint_cost", "ray_overhead",
+    "train_step", "evaluate", "refine", "cvlr", "kernels", "winograd", "dilated", "few_taps", "loader", "workers",
+    "startup", "conversion_speed", "conversion_memory", "checkpoint_cost", "ray_overhead",
 )  # fmt: skip
-LONGER = ("chaos", "nodes", "sweep_faults", "fuzz")
-"""Not of speed, and minutes each: they run when they are named."""
+LONGER = ("chaos", "nodes", "sweep_faults", "fuzz", "cost_model", "gpu")
+"""Not of speed, and minutes each; predictions; in need of a GPU: they run when they are named."""
 WITH_PEER = ("train_step", "evaluate", "refine", "cvlr", "loader")
 FILE, TRIED = ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "TRIED.md"
 OUTCOMES = {0: "ended well", 1: "**a claim did not hold**"}

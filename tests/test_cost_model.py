@@ -76,7 +76,8 @@ def counted(counts: Counts) -> Count:
 
 
 def counted_operators(work: Callable[[], Any]) -> list[Operator]:
-    with FakeTensorMode(), OperatorCounter() as counter:
+    counter = OperatorCounter()
+    with FakeTensorMode(), counter:
         work()
     return counter.operators
 
@@ -216,8 +217,7 @@ class TestCounter:
 
 
 def operator(**fields: Any) -> Operator:
-    usual = {"name": "x", "stage": "aspp", "source": "aspp", "kind": "bf16", "flops": 0, "moved": 0, "kernels": 1}
-    return Operator(**(usual | fields))
+    return replace(Operator("x", "aspp", "aspp", "bf16", flops=0, moved=0, kernels=1), **fields)
 
 
 class TestRoofline:
@@ -256,8 +256,8 @@ class TestRoofline:
         of = Count(operators, images=3, gradients=240 * 10**6, parameters=0, kept=0)
         step = cost_model.step_of(of, 2, A100)
         exchange = cost_model.all_reduce_seconds(240 * 10**6, 2, A100)
-        assert (step.forward, step.backward) == (pytest.approx(0.01), pytest.approx(0.02))
-        assert (step.hidden, step.exposed) == (pytest.approx(0.03), pytest.approx(0.03 + exchange))
+        assert [step.forward, step.backward] == pytest.approx([0.01, 0.02])
+        assert [step.hidden, step.exposed] == pytest.approx([0.03, 0.03 + exchange])
         assert step.images == 6
         assert replace(step, exchange=0.5).hidden == pytest.approx(0.51)
 
