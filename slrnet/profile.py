@@ -5,7 +5,7 @@ Takes some optimiser steps in this process, on the GPU where there is one, and w
     trace.json.gz   every operation on a time line; opens in https://ui.perfetto.dev and chrome://tracing
     stages.md       seconds of each stage per step, and its share
 The table is printed too. Stages of the network are what going forward takes; going backward is one stage. On a GPU the
-seconds are the device's.
+seconds are the device's, and may lack what another thread has started going backward (`benchmarks/gpu.py` times that).
 
 Exit status: 0, or 2 for wrong arguments.
 """
