@@ -115,7 +115,7 @@ def survey_split(shard_set: ShardSet, name: str, *, measured: int, seed: int = 0
         DataError: there is no such split, or a sample that is read is damaged.
     """
     view, num_classes = shard_set.split(name), shard_set.info.num_classes
-    chosen = choose_subset(view, measured, seed=seed, among=view.has_masks)
+    chosen = choose_subset(view, measured, seed=seed, among=view.with_masks)
     counts = np.zeros(256, dtype=np.int64)
     all_void, beyond = [], []
     for index, _, mask in _samples(shard_set, view, chosen):

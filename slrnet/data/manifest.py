@@ -43,6 +43,7 @@ import pyarrow.parquet as pq
 
 from slrnet.data.catalog import voc_palette
 from slrnet.data.remote import cached, is_remote, open_cached
+from slrnet.data.sample_set import SampleSet
 
 __all__ = [
     "DATASET_FILE",
@@ -197,6 +198,16 @@ class SplitView:
     def has_image_labels(self) -> npt.NDArray[np.bool_]:
         """(num_samples,) whether each sample's image labels are known; where not, `image_labels` gives zeros."""
         return _numpy(self.table, "has_image_labels").astype(np.bool_)
+
+    @cached_property
+    def with_masks(self) -> SampleSet:
+        """The samples that come with a mask."""
+        return SampleSet.of(self.has_masks)
+
+    @cached_property
+    def with_image_labels(self) -> SampleSet:
+        """The samples whose image labels are known."""
+        return SampleSet.of(self.has_image_labels)
 
     @cached_property
     def sizes(self) -> npt.NDArray[np.int32]:
