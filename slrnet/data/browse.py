@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.samples < 1 or options.masks < 0:
             raise DataError(f"--samples {options.samples}, --masks {options.masks}: at least 1 and 0 are allowed")
-        shard_set = load_dataset(options.folder)
+        shard_set = load_dataset(options.folder, check=True)
         text, errors = _examine(shard_set, measured=options.masks, seed=options.seed, hashes=not options.no_duplicates)
         sheets = {
             f"{name}.jpg": contact_sheet(shard_set, name, number=options.samples, seed=options.seed)

@@ -214,14 +214,15 @@ class EvalLoader:
     ) -> None:
         _check_readers(rank=rank, world_size=world_size, workers=workers, on_error=on_error)
         view = shard_set.split(split)
-        wanted = np.arange(view.num_samples) if indices is None else np.asarray(indices, dtype=np.int64)
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= view.num_samples):
+        wanted = None if indices is None else np.asarray(indices, dtype=np.int64)
+        if wanted is not None and len(wanted) and (wanted.min() < 0 or wanted.max() >= view.num_samples):
             raise ValueError(
                 f"indices run from {wanted.min()} to {wanted.max()}; split {split!r} has the samples 0 to "
                 f"{view.num_samples - 1}"
             )
-        self.total = len(wanted)
-        mine = wanted[self.total * rank // world_size : self.total * (rank + 1) // world_size]
+        self.total = view.num_samples if wanted is None else len(wanted)
+        first, stop = self.total * rank // world_size, self.total * (rank + 1) // world_size
+        mine = np.arange(first, stop) if wanted is None else wanted[first:stop]
         self.num_samples = len(mine)
         index = index_split(shard_set, view, on_error=on_error, checksums=pixel_labels)
         reader = _EvalReader(index=index, indices=mine, readers=max(1, workers), pixel_labels=pixel_labels)
@@ -498,7 +499,7 @@ class _EvalReader:
             image=image,
             pixel_labels=self.index.decode_mask(found, image),
             image_labels=self.index.image_labels(sample),
-            has_image_labels=bool(self.index.has_image_labels[sample]),
+            has_image_labels=self.index.has_image_labels(sample),
         )
 
 
