@@ -288,9 +288,11 @@ def shard_rows(pa: Any, shard: int, rng: np.random.Generator) -> Any:
 def open_manifest(*, folder: str) -> Figures:
     """Opens a manifest as a training does, plans its supervision, and then reads the rows of some shards."""
     import psutil
+    import pyarrow as pa
 
     from slrnet.data.manifest import load_dataset
 
+    pa.table({"a": [0]}).take(np.arange(1))  # arrow imports much when it is first used, which reads files too
     process = psutil.Process()
     before, wall, begun = peak(), time.perf_counter(), time.process_time()
     read = process.io_counters().read_chars

@@ -184,7 +184,7 @@ class SplitView:
         self._rows = rows
         self._places = np.flatnonzero(pc.equal(rows.shards["split"], name).to_numpy(zero_copy_only=False))
         self._table = rows.shards.take(self._places).combine_chunks()
-        self._recent: OrderedDict[int, list[SampleRow]] = OrderedDict()
+        self._recent: OrderedDict[int, tuple[pa.Table, dict[int, SampleRow]]] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Without what has been read."""
@@ -226,12 +226,15 @@ class SplitView:
         """
         shard = self.shard_of(sample)
         if shard not in self._recent:
-            rows = self.shard_rows(shard).select(_ROW_COLUMNS).to_pylist()
-            self._recent[shard] = [SampleRow(**row | {"classes": tuple(row["classes"] or ())}) for row in rows]
+            self._recent[shard] = self.shard_rows(shard).select(_ROW_COLUMNS), {}
             if len(self._recent) > _SHARDS_KEPT:
                 self._recent.popitem(last=False)
         self._recent.move_to_end(shard)
-        return self._recent[shard][sample - int(self.firsts[shard])]
+        rows, made = self._recent[shard]
+        if sample not in made:
+            values = rows.slice(sample - int(self.firsts[shard]), 1).to_pylist()[0]
+            made[sample] = SampleRow(**values | {"classes": tuple(values["classes"] or ())})
+        return made[sample]
 
     @cached_property
     def shards(self) -> tuple[ShardEntry, ...]:

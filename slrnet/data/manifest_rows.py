@@ -73,7 +73,7 @@ SHARD_NAME = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.tar$"
 """What shards are named: files within the folder."""
 _KEY = r"^[^./\\\x00-\x1f]+$"
 _SHARDS_KEY = "slrnet.shards"
-_GROUP_ROWS = 1 << 15
+_GROUP_ROWS = 1 << 14
 """Rows of a group at least. A reader decodes a group for a sample of it; the footer has some hundred bytes for each."""
 _GROUPS_KEPT = 4
 _ALIKE = ["split", "shard", "subsets.list.element"]
