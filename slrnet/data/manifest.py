@@ -389,6 +389,16 @@ class ShardSet:
         return open_cached(self.location, entry.name) if is_remote(self.location) else entry.path
 
     @property
+    def table(self) -> pa.Table:
+        """The whole manifest, with the columns of `SCHEMA`.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        parts = [self.rows.of_shard(place) for place in range(self.rows.shards.num_rows)]
+        return pa.concat_tables(parts or [SCHEMA.empty_table()])
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits."""
         return tuple(self.info.counts)
