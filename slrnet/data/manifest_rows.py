@@ -76,6 +76,8 @@ _SHARDS_KEY = "slrnet.shards"
 _GROUP_ROWS = 1 << 14
 """Rows of a group at least. A reader decodes a group for a sample of it; the footer has some hundred bytes for each."""
 _GROUPS_KEPT = 4
+_TABLES_APART = 1000
+"""Small tables that a writer keeps before it makes them one: each takes kilobytes, whatever it holds."""
 _ALIKE = ["split", "shard", "subsets.list.element"]
 """Columns whose values repeat."""
 
@@ -262,6 +264,8 @@ class ManifestWriter:
         """Adds the rows of whole shards, ordered by shard and offset, behind those of all shards before."""
         shards = shards_of(rows)
         self._shards.append(shards)
+        if len(self._shards) > _TABLES_APART:
+            self._shards = [pa.concat_tables(self._shards).combine_chunks()]
         begin = 0
         for end in np.cumsum(numpy_of(shards, "samples")).tolist():
             if sum(part.num_rows for part in self._waiting) + end - begin >= _GROUP_ROWS:
