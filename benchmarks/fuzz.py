@@ -36,7 +36,14 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from slrnet.config import Config, ConfigError, apply_overrides, config_from_dict  # noqa: E402
 from slrnet.data.batch import EvalSample  # noqa: E402
-from slrnet.data.manifest import DATASET_FILE, MANIFEST_FILE, DataError, fingerprint, load_dataset  # noqa: E402
+from slrnet.data.manifest import (  # noqa: E402
+    DATASET_FILE,
+    MANIFEST_FILE,
+    DataError,
+    ManifestWriter,
+    fingerprint,
+    load_dataset,
+)
 from slrnet.data.shards import EvalLoader  # noqa: E402
 from slrnet.recipes import RECIPES  # noqa: E402
 
@@ -216,7 +223,7 @@ def _scrambled(rng: random.Random, text: str) -> str:
 
 
 def _change_rows(rng: random.Random, folder: Path, *, fitting: bool) -> None:
-    """Other values in the manifest; `fitting` ones come with the fingerprint that belongs to them."""
+    """Other values in the manifest; `fitting` ones come with the table of shards and the fingerprint that belong."""
     table = pq.read_table(folder / MANIFEST_FILE)
     columns = table.to_pydict()
     for _ in range(rng.randint(1, 3)):
@@ -231,14 +238,15 @@ def _change_rows(rng: random.Random, folder: Path, *, fitting: bool) -> None:
             choices += [-1, 0, 1, 7, 2**31 - 1, 512, 10**6]
         values[row] = rng.choice(choices)
     changed = pa.table(columns, schema=table.schema)
-    pq.write_table(changed, folder / MANIFEST_FILE)
-    if fitting:
-        description = json.loads((folder / DATASET_FILE).read_text())
-        try:
-            description["fingerprint"] = fingerprint(description["classes"], changed)
-        except (TypeError, pa.ArrowException):  # empty values have none
-            return
-        (folder / DATASET_FILE).write_text(json.dumps(description))
+    if not fitting:
+        pq.write_table(changed, folder / MANIFEST_FILE)
+        return
+    writer = ManifestWriter(folder / MANIFEST_FILE)
+    writer.add(changed.replace_schema_metadata(None))
+    writer.close()
+    description = json.loads((folder / DATASET_FILE).read_text())
+    description["fingerprint"] = fingerprint(description["classes"], changed)
+    (folder / DATASET_FILE).write_text(json.dumps(description))
 
 
 def _damage(rng: random.Random, path: Path) -> None:

@@ -29,7 +29,7 @@ from slrnet.training.tracking import environment_tags  # noqa: E402
 
 NAMES = (
     "train_step", "evaluate", "refine", "cvlr", "kernels", "winograd", "dilated", "few_taps", "loader", "workers",
-    "startup", "conversion_speed", "conversion_memory", "checkpoint_cost", "ray_overhead",
+    "startup", "scale", "conversion_speed", "conversion_memory", "checkpoint_cost", "ray_overhead",
 )  # fmt: skip
 LONGER = ("chaos", "nodes", "sweep_faults", "fuzz", "cost_model", "gpu")
 """Not of speed, and minutes each; predictions; in need of a GPU: they run when they are named."""

@@ -31,7 +31,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from tqdm import tqdm
 
-from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, ShardEntry, ShardSet, load_dataset, save_dataset
+from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, ShardEntry, SplitView, load_dataset, save_dataset
 from slrnet.data.tars import ShardWriter, tar_end, tar_members
 
 __all__ = [
@@ -149,8 +149,9 @@ def verify(folder: str | os.PathLike[str], *, processes: int = 1) -> list[Damage
     Raises:
         DataError: the manifest or the description itself cannot be used.
     """
-    dataset = load_dataset(folder)
-    tasks = [_verify_task(dataset, split, entry) for split in dataset.splits for entry in dataset.split(split).shards]
+    dataset = load_dataset(folder, check=True)
+    views = [dataset.split(split) for split in dataset.splits]
+    tasks = [_verify_task(view, place, entry) for view in views for place, entry in enumerate(view.shards)]
     weights = [len(task.keys) for task in tasks]
     found = map_parallel(_verify_shard, tasks, weights=weights, processes=processes, label="verifying")
     strangers = sorted({path.name for path in dataset.folder.glob("*.tar")} - {task.path.name for task in tasks})
@@ -327,8 +328,8 @@ class _VerifyTask:
     sizes: npt.NDArray[np.int64]
 
 
-def _verify_task(dataset: ShardSet, split: str, entry: ShardEntry) -> _VerifyTask:
-    rows = dataset.split(split).table.slice(entry.first, entry.num_samples)
+def _verify_task(view: SplitView, place: int, entry: ShardEntry) -> _VerifyTask:
+    rows = view.shard_rows(place)
     keys, digests = tuple(rows["key"].to_pylist()), tuple(rows["sha256"].to_pylist())
     return _VerifyTask(entry.path, keys, digests, entry.offsets, entry.sizes)
 

@@ -115,7 +115,7 @@ def survey_split(shard_set: ShardSet, name: str, *, measured: int, seed: int = 0
         DataError: there is no such split, or a sample that is read is damaged.
     """
     view, num_classes = shard_set.split(name), shard_set.info.num_classes
-    chosen = choose_subset(view, measured, seed=seed, among=view.has_masks)
+    chosen = choose_subset(view, measured, seed=seed, among=view.with_masks)
     counts = np.zeros(256, dtype=np.int64)
     all_void, beyond = [], []
     for index, _, mask in _samples(shard_set, view, chosen):
@@ -254,7 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.samples < 1 or options.masks < 0:
             raise DataError(f"--samples {options.samples}, --masks {options.masks}: at least 1 and 0 are allowed")
-        shard_set = load_dataset(options.folder)
+        shard_set = load_dataset(options.folder, check=True)
         text, errors = _examine(shard_set, measured=options.masks, seed=options.seed, hashes=not options.no_duplicates)
         sheets = {
             f"{name}.jpg": contact_sheet(shard_set, name, number=options.samples, seed=options.seed)

@@ -3,13 +3,18 @@
 Samples lie in pools, one for each kind of label. Every sample of a pool has an expected number of draws per epoch;
 an epoch draws it that often, up to the fraction, which other epochs make up for. So all epochs have the same length.
 
-A pool's draws follow the shards in an order that is a pure function of (seed, epoch), each shard's samples in the
-order of the tar; repeated draws of a sample lie evenly apart in the epoch. Each draw then moves by a random distance
-within a window, so that reading stays local to a few shards. The pools' draws alternate in the ratio of their numbers:
-every batch, and every rank's part of it, has both kinds in that ratio, up to rounding.
+A pool's draws are passes over its shards, in an order that is a pure function of (seed, epoch), each shard's samples in
+the order of the tar; repeated draws of a sample lie evenly apart, in different passes. Each draw then moves by a random
+distance within a window, so that reading stays local to a few shards. The pools' draws alternate in the ratio of their
+numbers: every batch, and every rank's part of it, has both kinds in that ratio, up to rounding.
 
 Step s of global batch B takes draws s B to (s + 1) B - 1, whatever the number of ranks and readers; the rest of less
 than a batch at the end is left out, other draws every epoch.
+
+Any part of the order is computed without the rest. A place in the passes is arithmetic on the shards' numbers of
+samples; how far a draw moves is a hash of its place; draw i of the order comes from less than a window around place i,
+so sorting that neighbourhood finds it. What is kept is a few numbers for each shard, and one for each sample only where
+samples differ in how often they are drawn.
 """
 
 from __future__ import annotations
@@ -22,11 +27,20 @@ import numpy as np
 import numpy.typing as npt
 
 from slrnet.data.manifest import SplitView
+from slrnet.data.sample_set import SampleSet
 
-__all__ = ["EpochPlan", "Pool", "choose_subset", "plan_epoch"]
+__all__ = ["Draws", "EpochPlan", "Pool", "choose_subset", "plan_epoch"]
+
+Places = npt.NDArray[np.int64]
 
 _GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, fill the unit interval most evenly."""
+_FINE = 16
+"""Bits of a draw's time after the point: draws of equal times keep their order."""
+_PHASE = 16
+"""Bits of a sample's phase among the passes."""
+_AT_ONCE = 1 << 20
+"""Samples whose draws are counted at a time."""
 
 
 @dataclass(frozen=True)
@@ -34,35 +48,74 @@ class Pool:
     """Samples of one kind and how often an epoch draws each of them.
 
     Attributes:
-        samples: (n,) int64 places in the split, ascending, n >= 1.
-        draws: (n,) float64 expected draws per epoch, 0 or more; their sum is a whole number up to rounding.
+        samples: places in the split, at least one.
+        draws: expected draws per epoch, 0 or more: one number for all samples, or (n,) float64 for each; their sum is a
+            whole number up to rounding.
     """
 
-    samples: npt.NDArray[np.int64]
-    draws: npt.NDArray[np.float64]
+    samples: SampleSet
+    draws: float | npt.NDArray[np.float64]
 
     @property
     def total(self) -> int:
         """Draws per epoch, the same in all epochs."""
-        return round(float(self.draws.sum()))
+        each = self.draws
+        return round(float(each.sum() if isinstance(each, np.ndarray) else each * len(self.samples)))
 
 
 @dataclass(frozen=True)
-class EpochPlan:
-    """The draws of an epoch in order.
+class Draws:
+    """Some draws of an epoch in order.
 
     Attributes:
-        samples: (T,) int64 places in the split.
-        repeats: (T,) int64 counts the draws of each sample from 0, in no particular order.
+        samples: (n,) int64 places in the split.
+        repeats: (n,) int64 counts the draws of each sample in the epoch from 0.
     """
 
-    samples: npt.NDArray[np.int64]
-    repeats: npt.NDArray[np.int64]
+    samples: Places
+    repeats: Places
 
 
-def plan_epoch(
-    pools: Sequence[Pool], firsts: npt.NDArray[np.int64], *, seed: int, epoch: int, window: int
-) -> EpochPlan:
+class EpochPlan:
+    """The draws of an epoch in order, computed piece by piece; `plan_epoch` makes one."""
+
+    def __init__(self, orders: Sequence[_PoolOrder]) -> None:
+        self._orders = orders
+
+    def __len__(self) -> int:
+        """Draws of the epoch."""
+        return sum(order.total for order in self._orders)
+
+    def draws(self, start: int, stop: int) -> Draws:
+        """Draws `start` to `stop` - 1, 0 <= start <= stop <= len(self); work for those and two windows of each pool."""
+        total, spare = len(self), len(self._orders) + 1
+        samples, repeats = np.empty(stop - start, dtype=np.int64), np.empty(stop - start, dtype=np.int64)
+        for place, order in enumerate(self._orders):
+            first = max(0, start * order.total // total - spare)
+            numbers = np.arange(first, min(order.total, stop * order.total // total + spare))
+            places = self._merged(numbers, place) - start
+            chosen = np.flatnonzero((places >= 0) & (places < stop - start))
+            if len(chosen):
+                found = order.draws(first + int(chosen[0]), first + int(chosen[-1]) + 1)
+                samples[places[chosen]], repeats[places[chosen]] = found.samples, found.repeats
+        return Draws(samples, repeats)
+
+    def _merged(self, numbers: Places, place: int) -> Places:
+        """Places in the epoch of some draws of one pool: draw k of T is due at the time (k + 1/2) / T.
+
+        Of draws due at the same time that of the first pool comes first.
+        """
+        own = self._orders[place].total
+        merged = numbers.copy()
+        for other, order in enumerate(self._orders):
+            if other != place:
+                # Draws j of the other pool with (2 j + 1) own < (2 k + 1) theirs; also equal ones of an earlier pool.
+                ahead = (2 * numbers + 1) * order.total - own
+                merged += ahead // (2 * own) + 1 if other < place else -(-ahead // (2 * own))
+        return merged
+
+
+def plan_epoch(pools: Sequence[Pool], firsts: Places, *, seed: int, epoch: int, window: int) -> EpochPlan:
     """Puts the draws of an epoch in order.
 
     Args:
@@ -72,59 +125,134 @@ def plan_epoch(
         epoch: from 0.
         window: draws of its pool over which a draw's place is spread, >= 1; 1 keeps the order of the shards.
     """
-    drawn = [
-        _order_pool(pool, firsts, rng=_generator(seed, epoch, place), shift=_shift(seed, epoch), window=window)
+    orders = [
+        _PoolOrder(pool, firsts, rng=_generator(seed, epoch, place), shift=_shift(seed, epoch), window=window)
         for place, pool in enumerate(pools)
     ]
-    times = [(np.arange(len(samples)) + 0.5) / max(1, len(samples)) for samples, _ in drawn]
-    order = np.argsort(np.concatenate(times), kind="stable")
-    samples, repeats = (np.concatenate([part[i] for part in drawn])[order] for i in (0, 1))
-    return EpochPlan(samples, repeats)
+    return EpochPlan([order for order in orders if order.total])
 
 
-def choose_subset(
-    split: SplitView, n: int, *, seed: int, among: npt.NDArray[np.bool_] | None = None
-) -> tuple[int, ...]:
+def choose_subset(split: SplitView, n: int, *, seed: int, among: SampleSet | None = None) -> tuple[int, ...]:
     """Chooses a fixed subset of a split's samples.
 
     Args:
         split: to choose from.
         n: how many; all of them where there are fewer.
         seed: the same seed gives the same subset.
-        among: (num_samples,) bool, which samples may be chosen, for instance `split.has_masks`; None for all.
+        among: which samples may be chosen, for instance `split.with_masks`; None for all.
 
     Returns:
         Indices within the split, ascending.
     """
-    allowed = range(split.num_samples) if among is None else np.flatnonzero(among).tolist()
-    return tuple(sorted(random.Random(f"subset {seed}").sample(allowed, min(n, len(allowed)))))
+    allowed = SampleSet.all(split.num_samples) if among is None else among
+    places = random.Random(f"subset {seed}").sample(range(len(allowed)), min(n, len(allowed)))
+    return tuple(allowed.at(sorted(places)).tolist())
 
 
-def _order_pool(
-    pool: Pool, firsts: npt.NDArray[np.int64], *, rng: np.random.Generator, shift: float, window: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """A pool's draws in order: samples and repeats."""
-    rank_of_shard = rng.permutation(len(firsts) - 1)
-    shards = np.searchsorted(firsts, pool.samples, side="right") - 1
-    order = np.argsort(rank_of_shard[shards], kind="stable")
-    place = np.empty(len(order), dtype=np.int64)
-    place[order] = np.arange(len(order))
-    counts = _count_draws(pool, shift)
-    rows = np.repeat(np.arange(len(counts)), counts)
-    repeats = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-    # Times in [0, 1): the place in the order of shards, plus equal steps for further draws of the same sample.
-    times = place[rows] / len(place) + repeats / counts[rows] + rng.random(len(rows)) * (window / max(1, len(rows)))
-    along = np.argsort(times % 1.0, kind="stable")
-    return pool.samples[rows[along]], repeats[along]
+class _PoolOrder:
+    """The order of one pool's draws.
+
+    Its passes are cut into cells, one for each shard in each pass; a cell holds the draws of that shard's samples whose
+    turn comes in that pass. Where all samples are drawn equally often, each has its turn in every pass.
+    """
+
+    def __init__(self, pool: Pool, firsts: Places, *, rng: np.random.Generator, shift: float, window: int) -> None:
+        self.total = pool.total
+        self._samples = pool.samples
+        self._keys = rng.integers(1 << 64, size=2, dtype=np.uint64)
+        self._window = min(window, self.total)
+        # Samples of the pool, counted in its own order, that lie in each shard; shards without any are left out.
+        bounds = pool.samples.below(firsts)
+        shards = rng.permutation(np.flatnonzero(np.diff(bounds)))
+        self._begins = bounds[shards]
+        self._lengths = bounds[shards + 1] - self._begins
+        self._counts = _count_draws(pool, shift)
+        if self._counts is None:
+            self._passes = self.total // len(pool.samples)
+            cells = np.tile(self._lengths, self._passes)
+        else:
+            self._passes = int(self._counts.max())
+            cells = self._count_cells(self._counts)
+        self._cells = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(cells)])
+
+    def draws(self, start: int, stop: int) -> Draws:
+        """Draws `start` to `stop` - 1 of the pool.
+
+        The order is that of place + u window with u in [0, 1), and goes on for ever, epoch after the same epoch. What
+        comes at `start` or later has a place no more than a window before it, and those are as many as the window.
+        """
+        places = np.arange(start - self._window, stop + self._window)
+        moves = _uniform(self._keys[0], places % self.total) * (self._window << _FINE)
+        times = (np.arange(len(places)) << _FINE) + moves.astype(np.int64)
+        order = np.argsort(times, kind="stable")[self._window : self._window + stop - start]
+        return self._at(places[order] % self.total)
+
+    def _at(self, places: Places) -> Draws:
+        """The draws at some places of the passes, each from 0 to total - 1."""
+        cells = np.searchsorted(self._cells, places, side="right") - 1
+        within = places - self._cells[cells]
+        if self._counts is None:
+            repeats, shards = np.divmod(cells, len(self._begins))
+            return Draws(self._samples.at(self._begins[shards] + within), repeats)
+        touched, which = np.unique(cells, return_inverse=True)
+        members, repeats = self._members(touched, self._counts)
+        lengths = self._cells[touched + 1] - self._cells[touched]
+        found = (np.cumsum(lengths) - lengths)[which] + within
+        return Draws(self._samples.at(members[found]), repeats[found])
+
+    def _members(self, cells: Places, counts: Places) -> tuple[Places, Places]:
+        """All draws of some cells: samples, counted in the pool, and repeats."""
+        passes, shards = np.divmod(cells, len(self._begins))
+        lengths = self._lengths[shards]
+        within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        samples, turn = np.repeat(self._begins[shards], lengths) + within, np.repeat(passes, lengths)
+        own, phase = counts[samples], self._phases(samples)
+        # The first repeat that does not come before this pass (see _pass_of), if it comes in it.
+        repeats = np.maximum(0, -((phase * self._passes - (turn * own << _PHASE)) // (self._passes << _PHASE)))
+        here = (repeats < own) & (((repeats << _PHASE) + phase) * self._passes < ((turn + 1) * own << _PHASE))
+        return samples[here], repeats[here]
+
+    def _count_cells(self, counts: Places) -> Places:
+        """Draws in each cell."""
+        number = len(self._begins)
+        cells = np.zeros(number * self._passes, dtype=np.int64)
+        by_place = np.argsort(self._begins)
+        for first in range(0, len(counts), _AT_ONCE):
+            own = counts[first : first + _AT_ONCE]
+            samples = np.repeat(np.arange(first, first + len(own)), own)
+            repeats = np.arange(len(samples)) - np.repeat(np.cumsum(own) - own, own)
+            # _pass_of: the repeats of a sample are spread evenly over the passes, from a phase of its own on.
+            turns = ((repeats << _PHASE) + self._phases(samples)) * self._passes // (counts[samples] << _PHASE)
+            shards = by_place[np.searchsorted(self._begins[by_place], samples, side="right") - 1]
+            cells += np.bincount(turns * number + shards, minlength=len(cells))
+        return cells
+
+    def _phases(self, samples: Places) -> Places:
+        return (_uniform(self._keys[1], samples) * (1 << _PHASE)).astype(np.int64)
 
 
-def _count_draws(pool: Pool, shift: float) -> npt.NDArray[np.int64]:
-    """(n,) draws of each sample: its expectation rounded down or up, so that the sum is exact (systematic sampling)."""
-    ends = np.minimum(np.cumsum(pool.draws), pool.total)
-    ends[-1] = pool.total
-    whole = np.floor(ends + shift).astype(np.int64)
-    counts: npt.NDArray[np.int64] = whole - np.concatenate([np.zeros(1, dtype=np.int64), whole[:-1]])
-    return counts
+def _count_draws(pool: Pool, shift: float) -> Places | None:
+    """(n,) draws of each sample: its expectation rounded down or up, so that the sum is exact (systematic sampling).
+
+    None where all samples have the same whole number.
+    """
+    total, number = pool.total, len(pool.samples)
+    if isinstance(pool.draws, np.ndarray):
+        ends = np.minimum(np.floor(np.cumsum(pool.draws) + shift).astype(np.int64), total)
+        ends[-1] = total
+        return np.diff(ends, prepend=0)
+    if total % number == 0:
+        return None
+    return np.diff((np.arange(number + 1) * total + int(shift * number)) // number)
+
+
+def _uniform(key: np.uint64, numbers: Places) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each whole number: the generator SplitMix64 (Steele, Lea, Flood 2014) at that place."""
+    bits = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    bits ^= bits >> np.uint64(31)
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _generator(seed: int, epoch: int, place: int) -> np.random.Generator:

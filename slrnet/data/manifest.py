@@ -20,7 +20,9 @@ one) and KEY.json, and beside them these two files. Columns of the manifest, row
 A sample with neither a mask nor image labels is an unlabelled image; one with image labels and no classes shows the
 background alone. Version 1 of the files has no column `has_image_labels`: every sample has image labels there.
 
-All columns stay in arrow or numpy arrays, so that a manifest of millions of rows costs tens of bytes a row.
+Since version 3 the manifest's footer has a table of the shards, and the fingerprint is one over that table, which holds
+a sha256 of each shard's rows. A large manifest is opened without its rows; those of a shard are compared when they are
+read (`slrnet.data.manifest_rows`). Older files are read whole.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ import hashlib
 import json
 import os
 import shlex
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,57 +45,57 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from slrnet.data.catalog import voc_palette
+from slrnet.data.manifest_rows import (
+    SCHEMA,
+    SHARD_NAME,
+    DataError,
+    FileRows,
+    ManifestWriter,
+    Rows,
+    TableRows,
+    array_of,
+    foreign_columns,
+    hash_values,
+    numpy_of,
+    problem_of,
+    shards_of,
+)
 from slrnet.data.remote import cached, is_remote, open_cached
+from slrnet.data.sample_set import SampleSet
 
 __all__ = [
+    "CHECKED_ROWS",
     "DATASET_FILE",
     "MANIFEST_FILE",
     "MANIFEST_VERSION",
     "SCHEMA",
     "DataError",
     "DatasetInfo",
+    "ManifestWriter",
+    "SampleRow",
     "ShardEntry",
     "ShardSet",
     "SplitView",
     "fingerprint",
     "load_dataset",
     "save_dataset",
+    "write_description",
 ]
 
-MANIFEST_VERSION = 2
-"""Version of the two files' format that is written; version 1 is read as well, others are refused."""
+MANIFEST_VERSION = 3
+"""Version of the two files' format that is written; versions 1 and 2 are read as well, others are refused."""
+
+CHECKED_ROWS = 200_000
+"""Manifests of up to so many rows are compared with the fingerprint whole when they are opened: that takes a second."""
 
 DATASET_FILE = "dataset.json"
 """File that says what a data set is."""
 MANIFEST_FILE = "manifest.parquet"
 """File with a row per sample."""
 
-SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("split", pa.string()),
-        ("subsets", pa.list_(pa.string())),
-        ("shard", pa.string()),
-        ("offset", pa.int64()),
-        ("width", pa.int32()),
-        ("height", pa.int32()),
-        ("classes", pa.list_(pa.int16())),
-        ("has_mask", pa.bool_()),
-        ("has_image_labels", pa.bool_()),
-        ("bytes", pa.int64()),
-        ("sha256", pa.string()),
-    ]
-)
-"""Names and types of the manifest's columns."""
-
 _SINCE_VERSION_2 = "has_image_labels"
-_KEY = r"^[^./\\\x00-\x1f]+$"
-_SHARD = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.tar$"
-"""Keys and shards name files within the folder."""
-
-
-class DataError(ValueError):
-    """The data is not as it must be; the message names the file, the value and the remedy."""
+_SHARDS_KEPT = 128
+"""Shards whose rows a view keeps: more than the shuffling reaches at a time with shards of common size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,64 +147,145 @@ class ShardEntry:
     """(num_samples,) bytes that each sample takes in the tar from its offset on."""
 
 
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What the manifest says about one sample; its columns are described above."""
+
+    key: str
+    offset: int
+    bytes: int
+    width: int
+    height: int
+    classes: tuple[int, ...]
+    has_mask: bool
+    has_image_labels: bool
+    sha256: str
+
+
+_ROW_COLUMNS = [field.name for field in fields(SampleRow)]
+
+
 class SplitView:
     """One split of a data set: its samples in the order of shards and offsets, its shards and its image labels.
 
+    What is asked of one sample or shard reads that part of the manifest alone; arrays over all samples read a column.
+
     Args:
         name: The split.
-        table: Rows of the manifest that belong to it.
+        rows: The manifest, with those of other splits.
         folder: Folder that holds the shards.
         num_classes: K, background included.
     """
 
-    def __init__(self, name: str, *, table: pa.Table, folder: Path, num_classes: int) -> None:
+    def __init__(self, name: str, *, rows: Rows, folder: Path, num_classes: int) -> None:
         self.name = name
-        self.table = table.sort_by([("shard", "ascending"), ("offset", "ascending")]).combine_chunks()
         self.folder = folder
         self.num_classes = num_classes
+        self._rows = rows
+        self._places = np.flatnonzero(pc.equal(rows.shards["split"], name).to_numpy(zero_copy_only=False))
+        self._table = rows.shards.take(self._places).combine_chunks()
+        self._recent: OrderedDict[int, tuple[pa.Table, dict[int, SampleRow]]] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without what has been read."""
+        made = partial(SplitView, rows=self._rows, folder=self.folder, num_classes=self.num_classes)
+        return made, (self.name,)
+
+    @cached_property
+    def firsts(self) -> npt.NDArray[np.int64]:
+        """(S + 1,) first sample of each shard; the last entry is the number of samples."""
+        return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(numpy_of(self._table, "samples"))])
 
     @property
     def num_samples(self) -> int:
         """Number of samples in the split."""
-        return int(self.table.num_rows)
+        return int(self.firsts[-1])
+
+    @property
+    def shard_names(self) -> pa.StringArray:
+        """(S) file names of the shards, in order."""
+        return array_of(self._table, "shard")
+
+    def shard_of(self, sample: int) -> int:
+        """Place among the shards of the one that holds a sample."""
+        return int(np.searchsorted(self.firsts, sample, side="right")) - 1
+
+    def shard_rows(self, shard: int) -> pa.Table:
+        """All columns of the manifest for the samples of the shard at a place.
+
+        Raises:
+            DataError: the manifest is damaged there.
+        """
+        return self._rows.of_shard(int(self._places[shard]))
+
+    def row(self, sample: int) -> SampleRow:
+        """What the manifest says about a sample, 0 <= sample < num_samples.
+
+        Raises:
+            DataError: the manifest is damaged there.
+        """
+        shard = self.shard_of(sample)
+        if shard not in self._recent:
+            self._recent[shard] = self.shard_rows(shard).select(_ROW_COLUMNS), {}
+            if len(self._recent) > _SHARDS_KEPT:
+                self._recent.popitem(last=False)
+        self._recent.move_to_end(shard)
+        rows, made = self._recent[shard]
+        if sample not in made:
+            values = rows.slice(sample - int(self.firsts[shard]), 1).to_pylist()[0]
+            made[sample] = SampleRow(**values | {"classes": tuple(values["classes"] or ())})
+        return made[sample]
 
     @cached_property
     def shards(self) -> tuple[ShardEntry, ...]:
         """The tar files in order of their names."""
-        names = _array(self.table, "shard").dictionary_encode()
-        codes = names.indices.to_numpy()
-        firsts = np.flatnonzero(np.diff(codes, prepend=-1))
-        lasts = np.append(firsts[1:], len(codes))
-        offsets, sizes = _numpy(self.table, "offset"), _numpy(self.table, "bytes")
-        texts = names.dictionary.to_pylist()
+        offsets, sizes = self._numpy("offset"), self._numpy("bytes")
+        firsts = self.firsts.tolist()
         return tuple(
-            self._shard(texts[codes[first]], first=int(first), offsets=offsets[first:last], sizes=sizes[first:last])
-            for first, last in zip(firsts, lasts, strict=True)
+            ShardEntry(
+                name=name,
+                path=self.folder / name,
+                num_samples=stop - first,
+                first=first,
+                offsets=offsets[first:stop],
+                sizes=sizes[first:stop],
+            )
+            for name, first, stop in zip(self.shard_names.to_pylist(), firsts, firsts[1:], strict=False)
         )
 
     @cached_property
     def keys(self) -> pa.StringArray:
         """Keys of all samples as an arrow array; `key(i)` gives one as text."""
-        return _array(self.table, "key")
+        return self._column("key")
 
     def key(self, index: int) -> str:
         """Key of the sample at `index`, 0 <= index < num_samples."""
-        return str(self.keys[index].as_py())
+        return self.row(index).key
 
     @cached_property
     def has_masks(self) -> npt.NDArray[np.bool_]:
         """(num_samples,) whether each sample comes with a mask."""
-        return _numpy(self.table, "has_mask").astype(np.bool_)
+        return self._numpy("has_mask").astype(np.bool_)
 
     @cached_property
     def has_image_labels(self) -> npt.NDArray[np.bool_]:
         """(num_samples,) whether each sample's image labels are known; where not, `image_labels` gives zeros."""
-        return _numpy(self.table, "has_image_labels").astype(np.bool_)
+        return self._numpy("has_image_labels").astype(np.bool_)
+
+    @cached_property
+    def with_masks(self) -> SampleSet:
+        """The samples that come with a mask."""
+        return self._having("masks", "has_mask")
+
+    @cached_property
+    def with_image_labels(self) -> SampleSet:
+        """The samples whose image labels are known."""
+        return self._having("image_labels", "has_image_labels")
 
     @cached_property
     def sizes(self) -> npt.NDArray[np.int32]:
         """(num_samples, 2) width and height of each image, pixels."""
-        return np.stack([_numpy(self.table, "width"), _numpy(self.table, "height")], axis=1)
+        return np.stack([self._numpy("width"), self._numpy("height")], axis=1)
 
     def image_labels(self, indices: npt.ArrayLike | None = None) -> npt.NDArray[np.float32]:
         """Which foreground classes each image shows.
@@ -226,7 +310,7 @@ class SplitView:
     @cached_property
     def subset_names(self) -> tuple[str, ...]:
         """Names of the subsets that occur in the split, sorted."""
-        return tuple(sorted(pc.list_flatten(_array(self.table, "subsets")).unique().to_pylist()))
+        return tuple(sorted(pc.list_flatten(self._column("subsets")).unique().to_pylist()))
 
     def in_subset(self, name: str) -> npt.NDArray[np.bool_]:
         """Which samples belong to the named subset.
@@ -243,7 +327,7 @@ class SplitView:
                 f"split {self.name!r} of {self.folder} has no subset {name!r}; it has: {known}; "
                 f"data_prep makes one with --subset {name}=LISTFILE"
             )
-        subsets = _array(self.table, "subsets")
+        subsets = self._column("subsets")
         hits = pc.equal(pc.list_flatten(subsets), name).to_numpy(zero_copy_only=False)
         member = np.zeros(self.num_samples, dtype=np.bool_)
         member[pc.list_parent_indices(subsets).to_numpy()[hits]] = True
@@ -252,22 +336,32 @@ class SplitView:
     @cached_property
     def class_lists(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(num_samples + 1,) starts and (E,) foreground ids: sample i shows the ids from starts[i] to starts[i + 1]."""
-        column = _array(self.table, "classes")
+        column = self._column("classes")
         lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
         return starts, pc.list_flatten(column).to_numpy().astype(np.int64)
 
-    def _shard(
-        self, name: str, *, first: int, offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
-    ) -> ShardEntry:
-        return ShardEntry(
-            name=name,
-            path=self.folder / name,
-            num_samples=len(offsets),
-            first=first,
-            offsets=offsets,
-            sizes=sizes,
-        )
+    def _having(self, number: str, column: str) -> SampleSet:
+        """Samples for which a column holds; it is read only if it holds for a part of some shard."""
+        having, of = numpy_of(self._table, number), numpy_of(self._table, "samples")
+        if ((having > 0) & (having < of)).any():
+            return SampleSet.of(self._numpy(column).astype(np.bool_))
+        whole = SampleSet.of(having == of)
+        return SampleSet(self.firsts[whole.starts], self.firsts[whole.stops])
+
+    def _numpy(self, name: str) -> npt.NDArray[Any]:
+        values: npt.NDArray[Any] = self._column(name).to_numpy(zero_copy_only=False)
+        return values
+
+    def _column(self, name: str) -> pa.Array:
+        """A column of all samples."""
+        ends = np.cumsum(numpy_of(self._rows.shards, "samples"))
+        runs = SampleSet.of(self._places)
+        parts = [
+            self._rows.columns([name], int(ends[start - 1]) if start else 0, int(ends[stop - 1]))
+            for start, stop in zip(runs.starts.tolist(), runs.stops.tolist(), strict=True)
+        ]
+        return array_of(pa.concat_tables(parts or [SCHEMA.empty_table().select([name])]), name)
 
 
 class ShardSet:
@@ -276,15 +370,15 @@ class ShardSet:
     Args:
         folder: Absolute path of the folder; of a data set in an object store, of its copies on this machine.
         info: Content of `dataset.json`.
-        table: The manifest, with the columns of `SCHEMA`.
+        rows: The manifest.
         location: Where the data set is, as `load_dataset` takes it; empty: `folder`.
     """
 
-    def __init__(self, folder: Path, *, info: DatasetInfo, table: pa.Table, location: str = "") -> None:
+    def __init__(self, folder: Path, *, info: DatasetInfo, rows: Rows, location: str = "") -> None:
         self.folder = folder
         self.location = location or str(folder)
         self.info = info
-        self.table = table
+        self.rows = rows
 
     def path_of(self, entry: ShardEntry) -> Path:
         """A shard's file on this machine; of a data set in an object store a copy, made if need be.
@@ -293,6 +387,16 @@ class ShardSet:
             RemoteError: the object store does not have it, or refuses it.
         """
         return open_cached(self.location, entry.name) if is_remote(self.location) else entry.path
+
+    @property
+    def table(self) -> pa.Table:
+        """The whole manifest, with the columns of `SCHEMA`.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        parts = [self.rows.of_shard(place) for place in range(self.rows.shards.num_rows)]
+        return pa.concat_tables(parts or [SCHEMA.empty_table()])
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -319,15 +423,16 @@ class ShardSet:
         """
         if name not in self.splits:
             raise DataError(f"{self.folder} has no split {name!r}; it has: {', '.join(self.splits)}")
-        rows = self.table.filter(pc.equal(self.table["split"], name))
-        return SplitView(name, table=rows, folder=self.folder, num_classes=self.info.num_classes)
+        return SplitView(name, rows=self.rows, folder=self.folder, num_classes=self.info.num_classes)
 
 
-def load_dataset(folder: str | os.PathLike[str]) -> ShardSet:
+def load_dataset(folder: str | os.PathLike[str], *, check: bool | None = None) -> ShardSet:
     """Reads the description and the manifest of a prepared data set; shards are not touched.
 
     Args:
         folder: Path of a folder, or its location in an object store (see `slrnet.data.remote`).
+        check: Compare all rows of the manifest with its fingerprint now; False leaves it to the reading of each shard's
+            rows. None: where there are at most `CHECKED_ROWS` of them. Manifests before version 3 are always compared.
 
     Raises:
         RemoteError: the object store does not have it, or refuses it.
@@ -336,48 +441,64 @@ def load_dataset(folder: str | os.PathLike[str]) -> ShardSet:
     """
     location = str(folder)
     if is_remote(location):
-        return _load_remote(location)
-    return _load(Path(folder).absolute())
+        return _load_remote(location, check)
+    return _load(Path(folder).absolute(), check)
 
 
-def _load_remote(location: str) -> ShardSet:
+def _load_remote(location: str, check: bool | None) -> ShardSet:
     """The description is copied each time; the manifest where it is not the one that belongs to the description."""
     info = _read_info(open_cached(location, DATASET_FILE, again=True).parent)
     mark = cached(location) / f".{MANIFEST_FILE}.of"
     same = mark.exists() and mark.read_text(encoding="utf-8") == info.fingerprint
     path = open_cached(location, MANIFEST_FILE, again=not same).parent
-    shards = _load(path)
+    shards = _load(path, check)
     mark.write_text(info.fingerprint, encoding="utf-8")
     if not same:  # shards of another version may lie there
         for copy in path.glob("*.tar"):
             copy.unlink()
-    return ShardSet(path, info=shards.info, table=shards.table, location=location)
+    return ShardSet(path, info=shards.info, rows=shards.rows, location=location)
 
 
-def _load(path: Path) -> ShardSet:
+def _load(path: Path, check: bool | None) -> ShardSet:
     info = _read_info(path)
+    if info.version < MANIFEST_VERSION:
+        return ShardSet(path, info=info, rows=_load_older(path, info))
+    rows = FileRows(path / MANIFEST_FILE, num_classes=info.num_classes, advice=_remedy(path, info))
+    _refuse(path, _problem(rows.shards, info))
+    _compare(path, info, _fingerprint_of(info.classes, rows.shards))
+    if check or (check is None and sum(info.counts.values()) <= CHECKED_ROWS):
+        for place in range(rows.shards.num_rows):
+            rows.of_shard(place)
+    return ShardSet(path, info=info, rows=rows)
+
+
+def _load_older(path: Path, info: DatasetInfo) -> TableRows:
+    """The rows of a manifest of version 1 or 2, read and compared as a whole."""
+    file, schema = path / MANIFEST_FILE, _schema(info.version)
     try:
-        table = pq.read_table(path / MANIFEST_FILE)
+        table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"cannot read {path / MANIFEST_FILE}: {error}; {_remedy(path, info)}") from None
-    if not table.schema.equals(_schema(info.version)):
-        raise DataError(
-            f"{path / MANIFEST_FILE} has the columns {table.schema.names} of types "
-            f"{[str(kind) for kind in table.schema.types]}, not those of a manifest; {_remedy(path, info)}"
-        )
-    problem = _problem(table, info)
+        raise DataError(f"cannot read {file}: {error}; {_remedy(path, info)}") from None
+    if not table.schema.equals(schema):
+        raise foreign_columns(file, table.schema, _remedy(path, info))
+    _refuse(path, problem_of(table, num_classes=info.num_classes))
+    rows = TableRows(_as_now(table))
+    _refuse(path, _problem(rows.shards, info))
+    _compare(path, info, fingerprint(info.classes, table, version=info.version))
+    return rows
+
+
+def _refuse(path: Path, problem: str) -> None:
     if problem:
         raise DataError(f"{path / MANIFEST_FILE} is no manifest of {path / DATASET_FILE}: {problem}; get it anew")
-    found = fingerprint(info.classes, table, version=info.version)
+
+
+def _compare(path: Path, info: DatasetInfo, found: str) -> None:
     if found != info.fingerprint:
         raise DataError(
             f"{path / MANIFEST_FILE} does not belong to {path / DATASET_FILE}: its fingerprint is {found[:12]}, "
             f"expected {info.fingerprint[:12]}; {_remedy(path, info)}"
         )
-    if info.version == 1:
-        known = pa.array(np.ones(table.num_rows, dtype=np.bool_))
-        table = table.append_column(_SINCE_VERSION_2, known).select(SCHEMA.names)
-    return ShardSet(path, info=info, table=table)
 
 
 def save_dataset(
@@ -403,17 +524,38 @@ def save_dataset(
         What was written to `dataset.json`.
     """
     rows = columns if isinstance(columns, pa.Table) else pa.table(dict(columns), schema=SCHEMA)
-    table = rows.sort_by([("shard", "ascending"), ("offset", "ascending")])
-    counts = {item["values"]: item["counts"] for item in pc.value_counts(table["split"]).to_pylist()}
+    writer = ManifestWriter(Path(folder) / MANIFEST_FILE)
+    writer.add(rows.sort_by([("shard", "ascending"), ("offset", "ascending")]))
+    return write_description(folder, writer.close(), name=name, classes=classes, palette=palette, made_by=made_by)
+
+
+def write_description(
+    folder: str | os.PathLike[str],
+    shards: pa.Table,
+    *,
+    name: str,
+    classes: Sequence[str],
+    palette: npt.NDArray[np.uint8],
+    made_by: str,
+) -> DatasetInfo:
+    """Writes `dataset.json` beside a manifest that a `ManifestWriter` wrote.
+
+    Args:
+        folder: Where to write.
+        shards: What the writer's `close` returned.
+        name: Short name of the data set.
+        classes: Names of all K classes, background first.
+        palette: (K or more, 3) uint8 RGB by id.
+        made_by: The command that makes the data set, without `--out`.
+    """
     info = DatasetInfo(
         name=name,
         classes=tuple(classes),
         palette=tuple((int(r), int(g), int(b)) for r, g, b in palette[: len(classes)]),
-        counts=dict(sorted(counts.items())),
-        fingerprint=fingerprint(classes, table),
+        counts=_counts(shards),
+        fingerprint=_fingerprint_of(classes, shards),
         made_by=made_by,
     )
-    pq.write_table(table, Path(folder) / MANIFEST_FILE)
     (Path(folder) / DATASET_FILE).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
     return info
 
@@ -429,52 +571,51 @@ def fingerprint(classes: Sequence[str], table: pa.Table, *, version: int = MANIF
     Returns:
         64 hexadecimal digits.
     """
-    digest = hashlib.sha256(json.dumps([version, *classes]).encode())
-    for name in _schema(version).names:
-        column = _array(table, name)
+    if version > 2:
+        return _fingerprint_of(classes, shards_of(table))
+    return _hashed(table.select(_schema(version).names), [version, *classes])
+
+
+def _fingerprint_of(classes: Sequence[str], shards: pa.Table) -> str:
+    """The fingerprint of version 3, from the table of shards."""
+    return _hashed(shards, [MANIFEST_VERSION, *classes])
+
+
+def _hashed(table: pa.Table, values: Sequence[object]) -> str:
+    digest = hashlib.sha256(json.dumps(values).encode())
+    for name in table.column_names:
+        column = array_of(table, name)
         digest.update(f"\n{name} {len(column)}\n".encode())
-        _hash_values(digest, column)
+        hash_values(digest, column)
     return digest.hexdigest()
 
 
-def _problem(table: pa.Table, info: DatasetInfo) -> str:
-    """What no manifest of ours has; "" where it has none of that. A stranger's may be made to do harm."""
-    for name in table.column_names:
-        column = _array(table, name)
-        if column.null_count or (pa.types.is_list(column.type) and pc.list_flatten(column).null_count):
-            return f"column {name} has empty values"
-    for name, pattern in (("key", _KEY), ("shard", _SHARD), ("sha256", "^[0-9a-f]{64}$")):
-        wrong = table.filter(pc.invert(pc.match_substring_regex(table[name], pattern)))
-        if wrong.num_rows:
-            return f"{name} {wrong[name][0].as_py()!r} is not of the form {pattern}"
-    ranges = {"offset": (0, 2**62), "bytes": (1, 2**40), "width": (1, 2**20), "height": (1, 2**20)}
-    for name, (low, high) in ranges.items():
-        values = _numpy(table, name)
-        if len(values) and not low <= values.min() <= values.max() <= high:
-            return f"{name} runs from {values.min()} to {values.max()}; allowed are {low} to {high}"
-    classes = pc.list_flatten(_array(table, "classes")).to_numpy()
-    if len(classes) and not 1 <= classes.min() <= classes.max() < info.num_classes:
-        return f"classes run from {classes.min()} to {classes.max()}; allowed are 1 to {info.num_classes - 1}"
-    counts = {item["values"]: item["counts"] for item in pc.value_counts(table["split"]).to_pylist()}
-    if counts != dict(info.counts):
-        return f"it has {counts} samples, {DATASET_FILE} says {dict(info.counts)}"
+def _problem(shards: pa.Table, info: DatasetInfo) -> str:
+    """What no table of shards of ours has; "" where it has none of that."""
+    wrong = shards.filter(pc.invert(pc.match_substring_regex(shards["shard"], SHARD_NAME)))
+    if wrong.num_rows:
+        return f"shard {wrong['shard'][0].as_py()!r} is not of the form {SHARD_NAME}"
+    if _counts(shards) != dict(info.counts):
+        return f"it has {_counts(shards)} samples, {DATASET_FILE} says {dict(info.counts)}"
     return ""
+
+
+def _counts(shards: pa.Table) -> dict[str, int]:
+    """Samples by split."""
+    sums = shards.group_by("split").aggregate([("samples", "sum")]).to_pylist()
+    return dict(sorted((row["split"], row["samples_sum"]) for row in sums))
 
 
 def _schema(version: int) -> pa.Schema:
     return SCHEMA if version > 1 else SCHEMA.remove(SCHEMA.get_field_index(_SINCE_VERSION_2))
 
 
-def _hash_values(digest: hashlib._Hash, column: pa.Array) -> None:
-    """Adds the lengths of lists and strings, then the values, as little-endian bytes."""
-    if pa.types.is_list(column.type):
-        digest.update(pc.list_value_length(column).to_numpy().astype("<i8").tobytes())
-        _hash_values(digest, pc.list_flatten(column))
-    elif pa.types.is_string(column.type):
-        digest.update(pc.binary_length(column).to_numpy().astype("<i8").tobytes())
-        digest.update("".join(column.to_pylist()).encode())
-    else:
-        digest.update(column.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+def _as_now(table: pa.Table) -> pa.Table:
+    """A table of an older version in order, with the columns of this one."""
+    if _SINCE_VERSION_2 not in table.column_names:
+        known = pa.array(np.ones(table.num_rows, dtype=np.bool_))
+        table = table.append_column(_SINCE_VERSION_2, known).select(SCHEMA.names)
+    return table.sort_by([("shard", "ascending"), ("offset", "ascending")])
 
 
 def _read_info(path: Path) -> DatasetInfo:
@@ -521,15 +662,3 @@ def _class_names(values: Any) -> tuple[str, ...]:
 
 def _remedy(path: Path, info: DatasetInfo) -> str:
     return f"make the data set anew: rm -r {shlex.quote(str(path))} && {info.made_by} --out {shlex.quote(str(path))}"
-
-
-def _array(table: pa.Table, name: str) -> pa.Array:
-    """A column as one array, whatever chunks it lies in."""
-    column = table[name]
-    # A single chunk is used as it is: no copy, however often a caller asks.
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
-
-
-def _numpy(table: pa.Table, name: str) -> npt.NDArray[Any]:
-    values: npt.NDArray[Any] = _array(table, name).to_numpy(zero_copy_only=False)
-    return values

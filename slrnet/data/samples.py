@@ -18,7 +18,6 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -52,57 +51,50 @@ class SkippedSample:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleIndex:
-    """What readers need of a split's manifest, in arrays; samples 0 to n - 1 are counted in the manifest's order.
+    """What readers know of a split; samples 0 to n - 1 are counted in the manifest's order.
 
     Attributes:
         folder: that holds the shards, or the copies of those in an object store.
         location: of the data set; another than the folder where that holds copies.
-        shards: (S) file names in the order of the manifest.
-        firsts: (S + 1,) first sample of each shard; the last entry is n.
-        offsets: (n,) byte in its shard at which a sample starts.
-        sizes: (n,) bytes that it takes there.
-        image_sizes: (n, 2) width and height, pixels.
-        has_masks: (n,) whether it comes with a mask.
-        has_image_labels: (n,) whether its image labels are known.
-        keys: (n) names.
-        checksums: (n) hex sha256 over a sample's files; None where nothing is to be compared with them.
-        compare: samples that are read whole are compared with them.
-        labels: the split, for its image labels.
+        split: what the manifest says.
+        compare: samples that are read whole are compared with their sha256.
         on_error: what damage does.
         advice: the commands that find and repair damage.
     """
 
     folder: Path
     location: str
-    shards: tuple[str, ...]
-    firsts: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-    image_sizes: npt.NDArray[np.int32]
-    has_masks: npt.NDArray[np.bool_]
-    has_image_labels: npt.NDArray[np.bool_]
-    keys: pa.StringArray
-    checksums: pa.StringArray | None
+    split: SplitView
     compare: bool
-    labels: SplitView
     on_error: OnError
     advice: str
 
+    @property
+    def firsts(self) -> npt.NDArray[np.int64]:
+        """(S + 1,) first sample of each shard; the last entry is n."""
+        return self.split.firsts
+
     def key(self, sample: int) -> str:
         """Name of a sample."""
-        return str(self.keys[sample].as_py())
+        return self.split.key(sample)
 
-    def shard_of(self, sample: int) -> int:
-        """Place in `shards` of the shard that holds a sample."""
-        return int(np.searchsorted(self.firsts, sample, side="right")) - 1
+    def shard_name(self, sample: int) -> str:
+        """File name of the shard that holds a sample."""
+        return str(self.split.shard_names[self.split.shard_of(sample)].as_py())
+
+    def has_image_labels(self, sample: int) -> bool:
+        """Whether a sample's image labels are known."""
+        return self.split.row(sample).has_image_labels
 
     def image_labels(self, sample: int) -> Tensor:
         """Image labels of a sample: (K-1,) float32 of 0 and 1, from the manifest."""
-        return torch.from_numpy(self.labels.image_labels(np.array([sample])))[0]
+        labels = self.no_image_labels()
+        labels[[label - 1 for label in self.split.row(sample).classes]] = 1.0
+        return labels
 
     def no_image_labels(self) -> Tensor:
         """(K-1,) float32 of 0, for a sample whose image labels are not known or not granted."""
-        return torch.zeros(self.labels.num_classes - 1)
+        return torch.zeros(self.split.num_classes - 1)
 
     def damage(self, sample: int, error: DataError) -> SkippedSample:
         """Describes a damaged sample where those are skipped.
@@ -111,7 +103,7 @@ class SampleIndex:
             DataError: they are not: what is wrong where, and what to do.
         """
         if self.on_error == "skip":
-            return SkippedSample(self.shards[self.shard_of(sample)], self.key(sample), str(error))
+            return SkippedSample(self.shard_name(sample), self.key(sample), str(error))
         raise self._described(sample, error) from None
 
     @contextmanager
@@ -133,7 +125,8 @@ class SampleIndex:
             DataError: it cannot be decoded, or has another size than in the manifest.
         """
         image = decode_image(files["jpg"])
-        width, height = self.image_sizes[sample].tolist()
+        row = self.split.row(sample)
+        width, height = row.width, row.height
         if image.shape != (3, height, width):
             found = f"{image.shape[2]} x {image.shape[1]}"
             raise DataError(f"the image has {found} pixels, the manifest says {width} x {height}")
@@ -153,7 +146,7 @@ class SampleIndex:
         return mask
 
     def _described(self, sample: int, error: DataError) -> DataError:
-        path = self.folder / self.shards[self.shard_of(sample)]
+        path = self.folder / self.shard_name(sample)
         return DataError(f"shard {path}: sample {self.key(sample)!r}: {error}; {self.advice}")
 
 
@@ -178,20 +171,20 @@ class ShardFiles:
             DataError: what is missing or damaged; neither the sample nor its shard is named.
         """
         index = self.index
-        file, length = self._open(index.shard_of(sample))
-        start = int(index.offsets[sample])
-        end = start + int(index.sizes[sample])
+        row = index.split.row(sample)
+        file, length = self._open(index.split.shard_of(sample))
+        end = row.offset + row.bytes
         if end > length:
             raise DataError(f"the shard is cut off: it has {length} bytes, the sample ends at byte {end}")
         try:
-            found = dict(_members(file, start, end, key=index.key(sample), only=None if masks else "jpg"))
+            found = dict(_members(file, row.offset, end, key=row.key, only=None if masks else "jpg"))
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror or error}") from None
         if "jpg" not in found:
             raise DataError("its image is missing from the tar")
-        if masks and index.compare and index.checksums is not None:
+        if masks and index.compare:
             digest = hashlib.sha256(b"".join(found.values())).hexdigest()
-            if digest != index.checksums[sample].as_py():
+            if digest != row.sha256:
                 raise DataError(f"its files have the sha256 {digest[:12]}..., not that of the manifest")
         return found
 
@@ -224,7 +217,7 @@ class ShardFiles:
 
     def _path(self, shard: int) -> Path:
         """The shard on this machine; a copy of an object store's is made if need be, and compared with the manifest."""
-        index, name = self.index, self.index.shards[shard]
+        index, name = self.index, str(self.index.split.shard_names[shard].as_py())
         if not is_remote(index.location):
             return index.folder / name
         try:
@@ -234,19 +227,19 @@ class ShardFiles:
 
     def _compare(self, shard: int, path: Path) -> None:
         """Raises DataError where a sample is not the manifest's."""
-        index = self.index
+        view = self.index.split
         length = path.stat().st_size
         with path.open("rb") as file:
-            for sample in range(int(index.firsts[shard]), int(index.firsts[shard + 1])):
-                start = int(index.offsets[sample])
-                end = start + int(index.sizes[sample])
+            for sample in range(int(view.firsts[shard]), int(view.firsts[shard + 1])):
+                row = view.row(sample)
+                end = row.offset + row.bytes
                 if end > length:
                     raise DataError(f"the shard is cut off: it has {length} bytes, the sample ends at byte {end}")
                 digest = hashlib.sha256()
-                for _, data in _members(file, start, end, key=index.key(sample), only=None):
+                for _, data in _members(file, row.offset, end, key=row.key, only=None):
                     digest.update(data)
-                if index.checksums is not None and digest.hexdigest() != index.checksums[sample].as_py():
-                    raise DataError(f"sample {index.key(sample)!r} has another sha256 than in the manifest")
+                if digest.hexdigest() != row.sha256:
+                    raise DataError(f"sample {row.key!r} has another sha256 than in the manifest")
 
 
 def _members(file: BinaryIO, start: int, end: int, *, key: str, only: str | None) -> Iterator[tuple[str, bytes]]:
@@ -283,22 +276,11 @@ def index_split(shard_set: ShardSet, view: SplitView, *, on_error: OnError, chec
         on_error: what damage does.
         checksums: compare samples that are read whole with the manifest's sha256.
     """
-    entries = view.shards
-    labels = view.table.select(["shard", "offset", "classes"])
     return SampleIndex(
         folder=shard_set.folder,
         location=shard_set.location,
-        shards=tuple(entry.name for entry in entries),
-        firsts=np.array([*(entry.first for entry in entries), view.num_samples], dtype=np.int64),
-        offsets=np.concatenate([entry.offsets for entry in entries]),
-        sizes=np.concatenate([entry.sizes for entry in entries]),
-        image_sizes=view.sizes,
-        has_masks=view.has_masks,
-        has_image_labels=view.has_image_labels,
-        keys=view.keys,
-        checksums=view.table["sha256"].combine_chunks() if checksums or is_remote(shard_set.location) else None,
+        split=view,
         compare=checksums,
-        labels=SplitView(view.name, table=labels, folder=view.folder, num_classes=view.num_classes),
         on_error=on_error,
         advice=(
             f"find all damage with `{shard_set.verify_command}`, "

@@ -214,14 +214,15 @@ class EvalLoader:
     ) -> None:
         _check_readers(rank=rank, world_size=world_size, workers=workers, on_error=on_error)
         view = shard_set.split(split)
-        wanted = np.arange(view.num_samples) if indices is None else np.asarray(indices, dtype=np.int64)
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= view.num_samples):
+        wanted = None if indices is None else np.asarray(indices, dtype=np.int64)
+        if wanted is not None and len(wanted) and (wanted.min() < 0 or wanted.max() >= view.num_samples):
             raise ValueError(
                 f"indices run from {wanted.min()} to {wanted.max()}; split {split!r} has the samples 0 to "
                 f"{view.num_samples - 1}"
             )
-        self.total = len(wanted)
-        mine = wanted[self.total * rank // world_size : self.total * (rank + 1) // world_size]
+        self.total = view.num_samples if wanted is None else len(wanted)
+        first, stop = self.total * rank // world_size, self.total * (rank + 1) // world_size
+        mine = np.arange(first, stop) if wanted is None else wanted[first:stop]
         self.num_samples = len(mine)
         index = index_split(shard_set, view, on_error=on_error, checksums=pixel_labels)
         reader = _EvalReader(index=index, indices=mine, readers=max(1, workers), pixel_labels=pixel_labels)
@@ -395,8 +396,11 @@ class _TrainReader:
             skipped.clear()
         yield _Delivery(None, skipped=tuple(skipped))
 
-    def draws(self, steps: Iterable[int], epoch: int) -> list[tuple[int, int]]:
-        """Samples and repeats of this rank's part of some global batches, in order."""
+    def draws(self, steps: range, epoch: int) -> Iterator[tuple[int, int]]:
+        """Samples and repeats of this rank's part of some global batches, in order.
+
+        The plan is asked for one step, or for several where they lie within the reach of the shuffling.
+        """
         plan = plan_epoch(
             self.supervision.pools_in(epoch),
             self.index.firsts,
@@ -404,16 +408,20 @@ class _TrainReader:
             epoch=epoch,
             window=self.shuffle_buffer,
         )
-        starts = np.array(list(steps), dtype=np.int64) * self.batch_size
-        places = (starts[:, None] + np.array(self.share)).ravel()
-        return list(zip(plan.samples[places].tolist(), plan.repeats[places].tolist(), strict=True))
+        at_once = max(1, self.shuffle_buffer // (steps.step * self.batch_size))
+        for first in range(0, len(steps), at_once):
+            starts = np.array(steps[first : first + at_once], dtype=np.int64) * self.batch_size
+            places = (starts[:, None] + np.array(self.share)).ravel()
+            found = plan.draws(int(places[0]), int(places[-1]) + 1)
+            samples, repeats = (part[places - places[0]].tolist() for part in (found.samples, found.repeats))
+            yield from zip(samples, repeats, strict=True)
 
     def _read(self, draws: Iterable[tuple[int, int]]) -> Iterator[_Item]:
         """One item per draw, come what may: damage does not shift the order of the others."""
         with ShardFiles(self.index) as files:
             for sample, repeat in draws:
                 try:
-                    yield _Item(sample, repeat, files.read(sample, masks=bool(self.supervision.pixel_labels[sample])))
+                    yield _Item(sample, repeat, files.read(sample, masks=sample in self.supervision.pixel_labels))
                 except DataError as error:
                     yield _Item(sample, repeat, damage=self.index.damage(sample, error))
 
@@ -456,7 +464,7 @@ class _TrainReader:
         image = self.index.decode(item.sample, item.files)
         crop = draw_crop(image.shape[-2], image.shape[-1], scale=self.crop.scale, flip=self.crop.flip, rng=rng)
         mask = self.index.decode_mask(item.files, image)
-        labelled = bool(self.supervision.image_labels[item.sample])
+        labelled = item.sample in self.supervision.image_labels
         return TrainSample(
             key=self.index.key(item.sample),
             image=crop_image(image, crop, size=self.crop.size),
@@ -491,7 +499,7 @@ class _EvalReader:
             image=image,
             pixel_labels=self.index.decode_mask(found, image),
             image_labels=self.index.image_labels(sample),
-            has_image_labels=bool(self.index.has_image_labels[sample]),
+            has_image_labels=self.index.has_image_labels(sample),
         )
 
 

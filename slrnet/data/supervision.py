@@ -7,7 +7,8 @@ that trains asks here, and nothing else decides: loaders read no mask and no ima
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 
 import numpy as np
 import numpy.typing as npt
@@ -16,24 +17,25 @@ from slrnet.config import Config, DataConfig, Setting
 from slrnet.data.class_balance import ClassLists, balance
 from slrnet.data.epoch_plan import Pool
 from slrnet.data.manifest import DataError, ShardSet, SplitView
+from slrnet.data.sample_set import SampleSet
 
 __all__ = ["Supervision", "image_labels_only", "plan_supervision", "supervision_of"]
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """What a training sees of a split of n samples.
+    """What a training sees of a split.
 
     Attributes:
-        pixel_labels: (n,) bool, whose mask is granted.
-        image_labels: (n,) bool, whose image labels are known and granted.
+        pixel_labels: whose mask is granted.
+        image_labels: whose image labels are known and granted.
         pools: the samples that are drawn: those with granted masks, if there are any, and the others, if there are any.
         first_pools: the same for the first epochs, with as many draws in all.
         first_epochs: how many epochs draw from `first_pools`.
     """
 
-    pixel_labels: npt.NDArray[np.bool_]
-    image_labels: npt.NDArray[np.bool_]
+    pixel_labels: SampleSet
+    image_labels: SampleSet
     pools: tuple[Pool, ...]
     first_pools: tuple[Pool, ...] = ()
     first_epochs: int = 0
@@ -48,20 +50,17 @@ class Supervision:
         return sum(pool.total for pool in self.pools)
 
     @cached_property
-    def members(self) -> npt.NDArray[np.bool_]:
-        """(n,) bool, which samples are trained on at all."""
-        found = np.zeros(len(self.pixel_labels), dtype=np.bool_)
-        for pool in self.pools:
-            found[pool.samples] = True
-        return found
+    def members(self) -> SampleSet:
+        """Which samples are trained on at all."""
+        return reduce(or_, (pool.samples for pool in self.pools))
 
     def describe(self) -> str:
         """Numbers of images by the labels they grant, and what an epoch draws, for people."""
-        masks, names = self.pixel_labels & self.members, self.image_labels & self.members & ~self.pixel_labels
-        rest = self.members & ~masks & ~names
+        masks, names = self.pixel_labels & self.members, (self.image_labels & self.members) - self.pixel_labels
+        rest = self.members - masks - names
         kinds = {"pixel labels": masks, "image labels": names, "no labels": rest}
-        found = ", ".join(f"{int(kind.sum())} with {name}" for name, kind in kinds.items() if kind.any())
-        drawn = sum(pool.total for pool in self.pools if self.pixel_labels[pool.samples[0]])
+        found = ", ".join(f"{len(kind)} with {name}" for name, kind in kinds.items() if len(kind))
+        drawn = sum(pool.total for pool in self.pools if pool.samples.first in self.pixel_labels)
         shares = f", {100 * drawn / self.draws:.1f} % of them with pixel labels" if drawn else ""
         first = f"; epochs 1 to {self.first_epochs} draw labelled images alone" if self.first_epochs else ""
         return f"training images: {found}; {self.draws} draws per epoch{shares}{first}"
@@ -82,30 +81,27 @@ def plan_supervision(
         DataError: there is no such subset, a sample of `pixel_labeled_subset` has no mask, or nothing is left that
             could be trained on.
     """
-    members = np.ones(split.num_samples, dtype=np.bool_)
-    if config.train_subset:
-        members = split.in_subset(config.train_subset)
-    masks = np.zeros(split.num_samples, dtype=np.bool_)
+    everything, nothing = SampleSet.all(split.num_samples), SampleSet.all(0)
+    members = SampleSet.of(split.in_subset(config.train_subset)) if config.train_subset else everything
+    masks = nothing
     if setting != "wsss":
-        masks = split.in_subset(config.pixel_labeled_subset) & members
+        masks = SampleSet.of(split.in_subset(config.pixel_labeled_subset)) & members
         _check_masks(split, masks, config)
-    names = split.has_image_labels if setting != "sss" else np.zeros_like(masks)
-    if setting == "wsss" and not (names & members).any():
+    names = split.with_image_labels if setting != "sss" else nothing
+    if setting == "wsss" and not len(names & members):
         raise DataError(
             f"no sample of split {split.name!r} of {split.folder} that is trained on has image labels, and setting "
             "'wsss' needs them; prepare the data with labels, or train on masks with setting=sss"
         )
     pools = tuple(
         Pool(samples, _draws(split, samples, config) * times)
-        for samples, times in (
-            (np.flatnonzero(masks), config.pixel_oversampling),
-            (np.flatnonzero(members & ~masks), 1),
-        )
+        for samples, times in ((masks, config.pixel_oversampling), (members - masks, 1))
         if len(samples)
     )
-    if config.pretrain_on == "all" or not pretrain_epochs or (masks | names)[members].all():
+    labelled = masks | names
+    if config.pretrain_on == "all" or not pretrain_epochs or not len(members - labelled):
         return Supervision(masks, names, pools)
-    return Supervision(masks, names, pools, _labelled_alone(pools, masks | names), pretrain_epochs)
+    return Supervision(masks, names, pools, _labelled_alone(pools, labelled), pretrain_epochs)
 
 
 def supervision_of(config: Config, shards: ShardSet) -> Supervision:
@@ -120,42 +116,48 @@ def supervision_of(config: Config, shards: ShardSet) -> Supervision:
 
 def image_labels_only(split: SplitView) -> Supervision:
     """All samples of a split once per epoch, with the image labels that they have."""
-    samples = np.arange(split.num_samples)
-    none = np.zeros(split.num_samples, dtype=np.bool_)
-    return Supervision(none, split.has_image_labels, (Pool(samples, np.ones(len(samples))),))
+    everything = SampleSet.all(split.num_samples)
+    return Supervision(SampleSet.all(0), split.with_image_labels, (Pool(everything, 1.0),))
 
 
-def _labelled_alone(pools: tuple[Pool, ...], labelled: npt.NDArray[np.bool_]) -> tuple[Pool, ...]:
+def _labelled_alone(pools: tuple[Pool, ...], labelled: SampleSet) -> tuple[Pool, ...]:
     """The pools without the samples that grant no label, the others drawn more often: as many draws in all."""
-    kept = [(pool.samples[chosen], pool.draws[chosen]) for pool in pools if (chosen := labelled[pool.samples]).any()]
+    kept = [(chosen, _draws_of(pool, chosen)) for pool in pools if len(chosen := pool.samples & labelled)]
     total = sum(pool.total for pool in pools)
     # Each pool's draws are a whole number; the last one takes what rounding leaves.
-    shares = np.array([draws.sum() for _, draws in kept])
+    shares = np.array([np.sum(draws) if isinstance(draws, np.ndarray) else draws * len(own) for own, draws in kept])
     ends = np.rint(np.cumsum(shares) / shares.sum() * total)
     totals = np.diff(ends, prepend=0)
     return tuple(
-        Pool(samples, draws * (own / draws.sum())) for (samples, draws), own in zip(kept, totals, strict=True) if own
+        Pool(samples, draws * float(own / share))
+        for (samples, draws), own, share in zip(kept, totals, shares, strict=True)
+        if own
     )
 
 
-def _draws(split: SplitView, samples: npt.NDArray[np.int64], config: DataConfig) -> npt.NDArray[np.float64]:
+def _draws_of(pool: Pool, samples: SampleSet) -> float | npt.NDArray[np.float64]:
+    """How often some of a pool's samples are drawn."""
+    return pool.draws[pool.samples.below(samples.array)] if isinstance(pool.draws, np.ndarray) else pool.draws
+
+
+def _draws(split: SplitView, samples: SampleSet, config: DataConfig) -> float | npt.NDArray[np.float64]:
     if not config.class_balance:
-        return np.ones(len(samples))
-    lists = ClassLists.of(split, samples)
+        return 1.0
+    lists = ClassLists.of(split, samples.array)
     return balance(lists, strength=config.class_balance, limit=config.balance_limit).draws
 
 
-def _check_masks(split: SplitView, masks: npt.NDArray[np.bool_], config: DataConfig) -> None:
+def _check_masks(split: SplitView, masks: SampleSet, config: DataConfig) -> None:
     name = config.pixel_labeled_subset
-    if not masks.any():
+    if not len(masks):
         raise DataError(
             f"data.pixel_labeled_subset {name!r} and data.train_subset {config.train_subset!r} of split {split.name!r} "
             "have no sample in common; name subsets that overlap"
         )
-    without = np.flatnonzero(masks & ~split.has_masks)
+    without = masks - split.with_masks
     if len(without):
         raise DataError(
-            f"{len(without)} of {int(masks.sum())} samples of subset {name!r} of split {split.name!r} have no mask, "
-            f"for instance {split.key(int(without[0]))!r}; data.pixel_labeled_subset must name samples with masks: "
+            f"{len(without)} of {len(masks)} samples of subset {name!r} of split {split.name!r} have no mask, "
+            f"for instance {split.key(without.first)!r}; data.pixel_labeled_subset must name samples with masks: "
             "prepare the data with them, or leave them out of the subset"
         )

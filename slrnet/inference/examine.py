@@ -191,7 +191,7 @@ def examine(subject: Subject, split: str, *, at_most: int | None = None) -> Exam
     """
     config = subject.checkpoint.config
     view = subject.shards.split(split)
-    chosen = choose_subset(view, view.num_samples if at_most is None else at_most, seed=0, among=view.has_masks)
+    chosen = choose_subset(view, view.num_samples if at_most is None else at_most, seed=0, among=view.with_masks)
     if not chosen:
         raise DataError(f"split {split!r} of {subject.shards.location} has no image with a mask to compare with")
     matrix, confidence, scores = ConfusionMatrix(subject.model.num_classes), Bins(), []

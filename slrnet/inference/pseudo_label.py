@@ -232,7 +232,7 @@ def _assemble(partial: Path, shards: ShardSet, job: Job) -> dict[str, Any]:
             for entry in view.shards:
                 with written_whole(partial / entry.name) as incoming:
                     shutil.copyfile(shards.path_of(entry), incoming)
-            parts = [view.table.select(SCHEMA.names).to_pydict()]
+            parts = [view.shard_rows(place).to_pydict() for place in range(len(view.shards))]
         for name in SCHEMA.names:
             columns[name] += [value for part in parts for value in part[name]]
     for leftover in partial.glob(".incoming.*"):
@@ -364,9 +364,9 @@ def _predict_all(
     indices = {split: index_split(shards, view, on_error="stop", checksums=True) for split, view in views.items()}
     for split, shard in todo:
         index = indices[split]
-        place = index.shards.index(shard)
+        place = views[split].shard_names.index(shard).as_py()
         samples = range(int(index.firsts[place]), int(index.firsts[place + 1]))
-        rows = views[split].table.slice(samples.start, len(samples)).to_pylist()
+        rows = views[split].shard_rows(place).to_pylist()
         with ShardFiles(index) as reader:
             for sample, row in zip(samples, rows, strict=True):
                 files, image, truth = reader.load(sample)

@@ -278,7 +278,7 @@ def pseudo_mask_subset(split: SplitView, supervision: Supervision, config: Confi
         supervision: which labels the training sees of it.
         config: of the run.
     """
-    among = split.has_masks & supervision.members & ~supervision.pixel_labels
+    among = (split.with_masks & supervision.members) - supervision.pixel_labels
     return choose_subset(split, config.evaluation.pseudo_mask_images, seed=config.train.seed, among=among)
 
 

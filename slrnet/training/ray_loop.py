@@ -532,7 +532,8 @@ def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
 
 def _class_balance(config: Config, shards: ShardSet, supervision: Supervision) -> str:
     """What class balancing will do, as a table."""
-    samples, draws = (np.concatenate([getattr(pool, of) for pool in supervision.pools]) for of in ("samples", "draws"))
+    samples = np.concatenate([pool.samples.array for pool in supervision.pools])
+    draws = np.concatenate([np.broadcast_to(pool.draws, len(pool.samples)) for pool in supervision.pools])
     lists = ClassLists.of(shards.split(config.data.train_split), samples)
     return table(shares(lists, draws, strength=config.data.class_balance), shards.info.classes, most=_MOST_CLASSES)
 

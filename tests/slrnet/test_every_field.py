@@ -52,6 +52,8 @@ change_crf = partial(Change, differs="prediction", given=CRF)
 SEMI = ("setting=sss_image_labels", "data.pixel_labeled_subset=pixels", "data.pixel_oversampling=1")
 ALONE = ("setting=sss", "data.pixel_labeled_subset=pixels", "cvlr.enabled=false")
 TILES = ("inference.tile_above=100", "inference.tile_size=32", "inference.tile_overlap=8")
+REORDERED = ("train.seed=4",)
+"""The three images come in another order than without shuffling; with the default seed they happen not to."""
 LONG = ("train.epochs=4", "train.batch_size=1")
 GATED = ("evaluation.gating=scores", "evaluation.gating_threshold=0.0")
 
@@ -64,8 +66,8 @@ CHANGES: dict[str, Change] = {
     "data.crop_size": change_weights(80),
     "data.crop_scale": change_weights([0.3, 0.4]),
     "data.flip": change_weights(1.0, given=("data.flip=0.0",)),
-    "data.shuffle_buffer": change_weights(1),
-    "data.train_subset": change_weights("few"),
+    "data.shuffle_buffer": change_weights(1, given=REORDERED),
+    "data.train_subset": change_weights("few", given=REORDERED),
     "data.pixel_labeled_subset": change_weights("few", given=SEMI),
     "data.pixel_oversampling": Change(3, "steps", given=SEMI),
     "data.pretrain_on": change_weights(

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections import Counter
+from fractions import Fraction
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slrnet.data.epoch_plan import EpochPlan, Pool, plan_epoch
+from slrnet.data.epoch_plan import Draws, Pool, plan_epoch
+from slrnet.data.sample_set import SampleSet
 
 
 def pool(samples: list[int] | range, draws: float | list[float] = 1.0) -> Pool:
-    ids = np.array(samples, dtype=np.int64)
-    return Pool(ids, np.broadcast_to(np.asarray(draws, dtype=np.float64), ids.shape))
+    return Pool(SampleSet.of(list(samples)), draws if isinstance(draws, float | int) else np.array(draws))
 
 
 def firsts(counts: list[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
-def plan(pools: list[Pool], counts: list[int], *, seed: int = 1, epoch: int = 0, window: int = 1) -> EpochPlan:
-    return plan_epoch(pools, firsts(counts), seed=seed, epoch=epoch, window=window)
+def plan(pools: list[Pool], counts: list[int], *, seed: int = 1, epoch: int = 0, window: int = 1) -> Draws:
+    found = plan_epoch(pools, firsts(counts), seed=seed, epoch=epoch, window=window)
+    return found.draws(0, len(found))
 
 
 @given(
@@ -94,11 +99,12 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     assert len({order(*of) for of in ((1, 2), (2, 1), (1, 3), (2, 2))}) == 4
 
 
-def test_a_million_samples_in_ten_thousand_shards() -> None:
-    counts = [100] * 10_000
-    found = plan([pool(range(0, 1_000_000, 10), 5.0), pool(range(1, 1_000_000, 10))], counts, window=1000)
-    assert len(found.samples) == 600_000
-    assert (np.bincount(found.samples, minlength=1_000_000)[:20:10] == 5).all()
+def test_two_pools_over_many_shards() -> None:
+    counts = [100] * 1000
+    labelled = SampleSet.of(np.arange(0, 100_000, 10))
+    found = plan([Pool(labelled, 5.0), Pool(SampleSet.all(100_000) - labelled, 1.0)], counts, window=1000)
+    assert len(found.samples) == 140_000
+    assert np.bincount(found.samples).tolist() == [5, *[1] * 9] * 10_000
 
 
 @pytest.mark.parametrize("draws", [[0.5, 0.5, 1.0], [3.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
@@ -106,3 +112,117 @@ def test_totals_are_whole(draws: list[float]) -> None:
     wanted = pool(range(3), draws)
     for epoch in range(10):
         assert len(plan([wanted], [3], epoch=epoch).samples) == wanted.total == round(sum(draws))
+
+
+# The twin: the whole order, by sorting all draws, in Python's whole numbers.
+
+
+def twin(pools: list[Pool], counts: list[int], *, seed: int, epoch: int, window: int) -> list[tuple[int, int]]:
+    """Samples and repeats of the whole epoch."""
+    due = []
+    for number, wanted in enumerate(pools):
+        rng = np.random.Generator(np.random.PCG64([seed, epoch, number]))
+        moves, phases = (int(key) for key in rng.integers(1 << 64, size=2, dtype=np.uint64))
+        shift = (random.Random(f"shift {seed}").random() + epoch * 0.6180339887498949) % 1.0
+        draws = passes_of(wanted, counts, rng=rng, phases=phases, shift=shift)
+        total = len(draws)
+        reach = min(window, total) << 16
+        times = [(place << 16) + int(split_mix(moves, place) * 2.0**-53 * reach) for place in range(total)]
+        # The epochs before and after this one, all alike, make a circle of it.
+        around = sorted((time + (turn * total << 16), turn, k) for k, time in enumerate(times) for turn in (-1, 0, 1))
+        order = [draws[k] for _, _, k in around[total : 2 * total]]
+        due += [(Fraction(2 * k + 1, 2 * total), number, draw) for k, draw in enumerate(order)]
+    return [draw for _, _, draw in sorted(due)]
+
+
+def passes_of(
+    wanted: Pool, counts: list[int], *, rng: np.random.Generator, phases: int, shift: float
+) -> list[tuple[int, int]]:
+    """A pool's draws as one pass over the shards after the other."""
+    ids = wanted.samples.array.tolist()
+    shards = [[i for i, sample in enumerate(ids) if a <= sample < b] for a, b in pairwise(firsts(counts).tolist())]
+    shards = [shard for shard in shards if shard]
+    shards = [shards[k] for k in rng.permutation(len(shards))]
+    ends = np.cumsum(np.broadcast_to(wanted.draws, len(ids))).tolist()
+    ends = [min(wanted.total, math.floor(end + shift)) for end in ends[:-1]] + [wanted.total]
+    own = [end - before for before, end in pairwise([0, *ends])]
+    found = []
+    for turn in range(max(own)):
+        for i in chain.from_iterable(shards):
+            phase = split_mix(phases, i) >> 37
+            turns = [((repeat << 16) + phase) * max(own) // (own[i] << 16) for repeat in range(own[i])]
+            found += [(ids[i], repeat) for repeat, of in enumerate(turns) if of == turn]
+    return found
+
+
+def split_mix(key: int, number: int) -> int:
+    """53 bits of SplitMix64 at a place."""
+    whole = (1 << 64) - 1
+    bits = ((number + 1) * 0x9E3779B97F4A7C15 + key) & whole
+    bits = ((bits ^ bits >> 30) * 0xBF58476D1CE4E5B9) & whole
+    bits = ((bits ^ bits >> 27) * 0x94D049BB133111EB) & whole
+    return (bits ^ bits >> 31) >> 11
+
+
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    weights=st.sampled_from([[1.0], [2.0], [1.5], [0.3, 1.7], [0.0, 2.5, 0.5, 1.0]]),
+    every=st.integers(1, 4),
+    window=st.sampled_from([1, 3, 7, 1000]),
+    epoch=st.integers(0, 3),
+    cuts=st.lists(st.integers(0, 200), max_size=6),
+)
+@settings(max_examples=150, deadline=None)
+def test_slices_joined_are_the_order_sorted_as_a_whole(
+    counts: list[int], weights: list[float], every: int, window: int, epoch: int, cuts: list[int]
+) -> None:
+    number = sum(counts)
+    first, others = list(range(0, number, every)), [i for i in range(number) if i % every]
+    draws = np.resize(weights, len(first))
+    draws[-1] += max(1, np.ceil(draws.sum())) - draws.sum()
+    pools = [Pool(SampleSet.of(first), draws), *([pool(others, 3)] if others else [])]
+    if len(weights) == 1 and weights[0] % 1 == 0:
+        pools[0] = pool(first, weights[0])
+    expected = twin(pools, counts, seed=5, epoch=epoch, window=window)
+    found = plan_epoch(pools, firsts(counts), seed=5, epoch=epoch, window=window)
+    assert len(found) == len(expected)
+    joined = []
+    for start, stop in pairwise(sorted({0, len(found), *(cut % len(found) for cut in cuts)})):
+        part = found.draws(start, stop)
+        joined += list(zip(part.samples.tolist(), part.repeats.tolist(), strict=True))
+    assert joined == expected
+
+
+def test_an_equal_fraction_for_all_needs_no_weights() -> None:
+    """120 draws of 80 samples: each once or twice, another half of them twice in other epochs."""
+    twice = []
+    for epoch in range(2):
+        found = plan([pool(range(80), 1.5)], [20] * 4, epoch=epoch, window=5)
+        drawn = np.bincount(found.samples, minlength=80)
+        assert drawn.sum() == 120
+        assert set(drawn.tolist()) == {1, 2}
+        assert (np.bincount(drawn.reshape(4, 20).sum(axis=1)) > 0).nonzero()[0].tolist() == [30]
+        twice.append(frozenset(np.flatnonzero(drawn == 2).tolist()))
+    assert twice[0] != twice[1]
+
+
+def test_repeats_do_not_spread_the_reading_over_the_shards() -> None:
+    """Weights differ, but at any time the draws are of the few shards that the pass has reached."""
+    weights = np.resize([0.5, 1.0, 4.5], 3000)
+    found = plan([Pool(SampleSet.all(3000), weights)], [30] * 100, window=60)
+    for start in range(0, len(found.samples) - 120, 60):
+        assert len(set((found.samples[start : start + 60] // 30).tolist())) <= 12
+    often = [np.flatnonzero(found.samples == sample) for sample in range(2, 300, 3)]
+    gaps = np.concatenate([np.diff(places) for places in often])
+    assert gaps.min() > 500, "a pass has about 1200 draws"
+
+
+def test_a_slice_of_a_hundred_million_draws() -> None:
+    """Nothing of the length of the epoch is made: this would take minutes and gigabytes."""
+    counts = np.full(100_000, 1000)
+    found = plan_epoch([Pool(SampleSet.all(10**8), 2.0)], firsts(counts), seed=0, epoch=7, window=1000)
+    assert len(found) == 2 * 10**8
+    part, again = found.draws(123_456_000, 123_460_000), found.draws(123_458_000, 123_462_000)
+    assert np.array_equal(part.samples[2000:], again.samples[:2000])
+    assert len(set((part.samples // 1000).tolist())) <= 8
+    assert set(part.repeats.tolist()) == {1}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slrnet.data import manifest_rows
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import (
     SCHEMA,
     DataError,
     DatasetInfo,
+    ManifestWriter,
     SplitView,
     fingerprint,
     load_dataset,
     save_dataset,
 )
+from slrnet.data.manifest_rows import FileRows, TableRows
+from slrnet.data.sample_set import SampleSet
+from slrnet.data.supervision import image_labels_only
 
 CLASSES = ("background", "fish", "kite", "ladybird")
-VERSION_1_FINGERPRINT = "a99d74a32c16cde9f8e651f749ed194e21e3332ac2410b05b8f103ff5d366139"
-"""What the program that wrote version 1 gave the samples of `_columns`."""
+FINGERPRINTS = {
+    1: "a99d74a32c16cde9f8e651f749ed194e21e3332ac2410b05b8f103ff5d366139",
+    2: "6adb39a8ffa8a6a4a544c77ed356ad4c1adac928d4542bdbb98b207004651bda",
+}
+"""What the programs that wrote these versions gave the samples of `_columns`."""
 
 
 def _columns(**changes: Any) -> dict[str, Any]:
@@ -57,6 +66,11 @@ def _save(folder: Path, **changes: Any) -> DatasetInfo:
         palette=voc_palette(),
         made_by="python data_prep/demo.py --seed 0",
     )
+
+
+def _saved(folder: Path, **changes: Any) -> Path:
+    _save(folder, **changes)
+    return folder
 
 
 @pytest.fixture
@@ -109,8 +123,13 @@ def test_image_labels_equal_a_slow_loop(classes: list[set[int]], data: st.DataOb
     count = len(classes)
     indices = data.draw(st.lists(st.integers(0, count - 1)))
     columns = {name: [None] * count for name in SCHEMA.names}
-    columns |= {"shard": ["s"] * count, "offset": list(range(count)), "classes": [sorted(ids) for ids in classes]}
-    view = SplitView("train", table=_table(columns), folder=Path(), num_classes=6)
+    columns |= {
+        "split": ["train"] * count,
+        "shard": ["s"] * count,
+        "offset": list(range(count)),
+        "classes": [sorted(ids) for ids in classes],
+    }
+    view = SplitView("train", rows=TableRows(_table(columns)), folder=Path(), num_classes=6)
     expected = np.zeros((len(indices), 5), dtype=np.float32)
     for row, index in enumerate(indices):
         for label in classes[index]:
@@ -151,19 +170,32 @@ def test_folder_without_shards_is_refused_with_the_commands_that_make_them(tmp_p
 
 def test_foreign_version_is_refused(folder: Path) -> None:
     _rewrite(folder, version=7)
-    with pytest.raises(DataError, match="format version 7, this program reads versions 1 to 2"):
+    with pytest.raises(DataError, match="format version 7, this program reads versions 1 to 3"):
         load_dataset(folder)
 
 
-def test_a_folder_of_version_1_has_image_labels_everywhere_and_keeps_its_fingerprint(folder: Path) -> None:
-    table = pq.read_table(folder / "manifest.parquet").drop_columns(["has_image_labels"])
-    pq.write_table(table, folder / "manifest.parquet")
-    _rewrite(folder, version=1, fingerprint=VERSION_1_FINGERPRINT)
-    dataset = load_dataset(folder)
-    assert dataset.info.version == 1
-    assert dataset.info.fingerprint == VERSION_1_FINGERPRINT
-    assert dataset.table.schema.equals(SCHEMA)
-    np.testing.assert_array_equal(dataset.split("train").has_image_labels, [True] * 4)
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_older_folder_is_read_and_keeps_its_fingerprint(folder: Path, version: int) -> None:
+    """Version 1 has image labels everywhere; neither has a table of shards."""
+    table = pq.read_table(folder / "manifest.parquet").replace_schema_metadata(None)
+    old = table.drop_columns(["has_image_labels"]) if version == 1 else table
+    pq.write_table(old, folder / "manifest.parquet")
+    _rewrite(folder, version=version, fingerprint=FINGERPRINTS[version])
+    dataset, now = load_dataset(folder), load_dataset(_saved(folder.parent / "now"))
+    assert (dataset.info.version, now.info.version) == (version, 3)
+    assert dataset.info.fingerprint == fingerprint(CLASSES, table, version=version) == FINGERPRINTS[version]
+    for split in ("train", "val"):
+        for place in range(len(dataset.split(split).shards)):
+            row = dataset.split(split).shard_rows(place)
+            assert row.schema.equals(SCHEMA)
+            assert row.drop_columns(["has_image_labels"]) == now.split(split).shard_rows(place).drop_columns(
+                ["has_image_labels"]
+            )
+    labelled = [True] * 4 if version == 1 else [False, True, True, True]
+    np.testing.assert_array_equal(dataset.split("train").has_image_labels, labelled)
+    pq.write_table(old.slice(1), folder / "manifest.parquet")
+    with pytest.raises(DataError, match="samples, dataset.json says"):
+        load_dataset(folder)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "{}"])
@@ -281,17 +313,158 @@ def _rewrite(folder: Path, **changes: Any) -> None:
 def test_a_manifest_made_to_do_harm_is_refused_though_its_fingerprint_fits(
     folder: Path, column: str, value: object, message: str
 ) -> None:
-    table = pq.read_table(folder / "manifest.parquet")
-    columns = table.to_pydict()
+    columns = pq.read_table(folder / "manifest.parquet").to_pydict()
     columns[column][0] = value
-    changed = pa.table(columns, schema=table.schema)
-    pq.write_table(changed, folder / "manifest.parquet")
-    description = json.loads((folder / "dataset.json").read_text())
-    if value is not None and value != [None]:
-        description["fingerprint"] = fingerprint(description["classes"], changed)
-    (folder / "dataset.json").write_text(json.dumps(description))
+    _write_as_a_stranger(folder, pa.table(columns, schema=SCHEMA))
     with pytest.raises(DataError, match=message):
         load_dataset(folder)
+
+
+def _write_as_a_stranger(folder: Path, table: pa.Table) -> None:
+    """With the table of shards and the fingerprint that belong to it."""
+    writer = ManifestWriter(folder / "manifest.parquet")
+    writer.add(table)
+    writer.close()
+    _rewrite(folder, fingerprint=fingerprint(CLASSES, table))
+
+
+def test_rows_in_memory_are_those_of_the_file(folder: Path) -> None:
+    table = pq.read_table(folder / "manifest.parquet").replace_schema_metadata(None)
+    for name in ("train", "val"):
+        memory = SplitView(name, rows=TableRows(table), folder=folder, num_classes=4)
+        file = load_dataset(folder, check=False).split(name)
+        assert [memory.row(i) for i in range(memory.num_samples)] == [file.row(i) for i in range(file.num_samples)]
+        assert memory.keys == file.keys
+        assert memory.class_lists[1].tolist() == file.class_lists[1].tolist()
+        assert memory.with_masks == file.with_masks == SampleSet.of(file.has_masks)
+        assert memory.with_image_labels == file.with_image_labels == SampleSet.of(file.has_image_labels)
+
+
+def test_labels_that_whole_shards_have_or_lack_are_known_without_a_column(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = [True, True, True, False, True, False]  # v1, v0, c, a, d, b: shard 1 has them, shard 0 does not
+    split = load_dataset(_saved(tmp_path / "shards", has_mask=masks)).split("train")
+    monkeypatch.setattr(FileRows, "columns", None)
+    assert split.with_masks == SampleSet.of([2, 3])
+
+
+@pytest.fixture
+def in_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Twenty shards of one to three samples, in groups of four rows or more."""
+    monkeypatch.setattr(manifest_rows, "_GROUP_ROWS", 4)
+    sizes = [1 + shard % 3 for shard in range(20)]
+    shards = [f"train-{shard:06d}.tar" for shard, size in enumerate(sizes) for _ in range(size)]
+    number = len(shards)
+    return _saved(
+        tmp_path / "many",
+        key=[f"k{i}" for i in range(number)],
+        split=["train"] * number,
+        subsets=[["third"] if i % 3 == 0 else [] for i in range(number)],
+        shard=shards,
+        offset=list(range(number)),
+        width=[100 + i for i in range(number)],
+        height=[7] * number,
+        classes=[[1 + i % 3] for i in range(number)],
+        has_mask=[i % 2 == 0 for i in range(number)],
+        has_image_labels=[True] * number,
+        bytes=[512] * number,
+        sha256=[f"{i:064x}" for i in range(number)],
+    )
+
+
+def test_groups_end_where_shards_end(in_groups: Path) -> None:
+    metadata = pq.read_metadata(in_groups / "manifest.parquet")
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert groups[:4] == [6, 6, 6, 6]
+    split = load_dataset(in_groups, check=False).split("train")
+    assert [entry.num_samples for entry in split.shards] == [1 + shard % 3 for shard in range(20)]
+    assert [split.row(i).key for i in range(split.num_samples)] == split.keys.to_pylist()
+    assert [split.row(i).width for i in (38, 0, 17)] == [138, 100, 117]
+    assert np.flatnonzero(split.in_subset("third")).tolist() == list(range(0, split.num_samples, 3))
+
+
+def test_opening_and_a_sample_read_no_more_than_they_need(in_groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    reading = FileRows._read
+
+    def noting(self: FileRows, group: int, names: list[str]) -> pa.Table:
+        read.append(group)
+        return reading(self, group, names)
+
+    monkeypatch.setattr(FileRows, "_read", noting)
+    split = load_dataset(in_groups, check=False).split("train")
+    supervision = image_labels_only(split)
+    assert (split.num_samples, supervision.draws, len(supervision.image_labels)) == (39, 39, 39)
+    assert read == []
+    assert split.key(20) == "k20"
+    assert split.row(19).width == 119
+    assert pickle.loads(pickle.dumps(split)).row(20) == split.row(20)
+    assert read == [3, 3], "one group for both; the copy of another process reads it again"
+    load_dataset(in_groups)
+    assert sorted(read[2:]) == list(range(7)), "a small manifest is compared whole when it is opened, group by group"
+
+
+def test_damaged_rows_are_found_when_they_are_read(in_groups: Path) -> None:
+    """A bit of a page: opening does not see it, what reads it says so, and the other groups stay readable."""
+    file = in_groups / "manifest.parquet"
+    data = bytearray(file.read_bytes())
+    keys = pq.read_metadata(file).row_group(3).column(0)
+    data[keys.data_page_offset + keys.total_compressed_size - 1] ^= 1
+    file.write_bytes(data)
+    split = load_dataset(in_groups, check=False).split("train")
+    assert split.key(0) == "k0"
+    for use in (lambda: split.row(20), lambda: split.keys, lambda: load_dataset(in_groups)):
+        with pytest.raises(DataError, match=r"cannot read .*manifest.parquet: .*make the data set anew: rm -r"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("classes", [2, 3], "not those of the data set: their sha256 is another; make the data set anew: rm -r"),
+        ("has_mask", False, "not those of the data set: their sha256 is another"),
+        ("key", "../k20", r"key '\.\./k20' is not of the form"),
+        ("width", None, "column width has empty values"),
+    ],
+)
+def test_changed_rows_are_found_when_they_are_read(in_groups: Path, column: str, value: object, message: str) -> None:
+    """A whole file with the right table of shards, but other rows."""
+    file = in_groups / "manifest.parquet"
+    columns = pq.read_table(file).to_pydict()
+    columns[column][20] = value
+    _rewrite_rows(file, pa.table(columns, schema=SCHEMA), _footer(file))
+    split = load_dataset(in_groups, check=False).split("train")
+    assert split.key(0) == "k0"
+    for use in (lambda: split.row(20), lambda: load_dataset(in_groups)):
+        with pytest.raises(DataError, match=f"in the rows of shard 'train-000010.tar': .*{message}"):
+            use()
+
+
+@pytest.mark.parametrize("footer", [None, b"", b"%", b"AAAA", "cut"])
+def test_a_manifest_without_a_good_table_of_shards_is_refused(folder: Path, footer: Any) -> None:
+    file = folder / "manifest.parquet"
+    _rewrite_rows(file, pq.read_table(file), _footer(file)[:-40] if footer == "cut" else footer)
+    with pytest.raises(DataError, match="has no table of shards .*make the data set anew"):
+        load_dataset(folder)
+
+
+def test_a_table_of_shards_of_other_rows_is_refused(folder: Path) -> None:
+    file = folder / "manifest.parquet"
+    _rewrite_rows(file, pq.read_table(file).slice(1), _footer(file))
+    with pytest.raises(DataError, match="has 5 rows, its table of shards says 6"):
+        load_dataset(folder)
+
+
+def _footer(file: Path) -> bytes:
+    footer: bytes = pq.read_metadata(file).metadata[b"slrnet.shards"]
+    return footer
+
+
+def _rewrite_rows(file: Path, rows: pa.Table, footer: bytes | None) -> None:
+    """As another program might, keeping the table of shards or not."""
+    kept = None if footer is None else {b"slrnet.shards": footer}
+    pq.write_table(rows.replace_schema_metadata(kept), file, row_group_size=6)
 
 
 @pytest.mark.parametrize("classes", [["background"], ["background", "a", "a"], ["background", 3], []])

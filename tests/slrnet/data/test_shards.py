@@ -23,6 +23,7 @@ from slrnet.data.batch import Batch
 from slrnet.data.catalog import voc_palette
 from slrnet.data.epoch_plan import Pool, choose_subset
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
+from slrnet.data.sample_set import SampleSet
 from slrnet.data.shards import EvalLoader, TrainLoader
 from slrnet.data.supervision import Supervision
 
@@ -102,9 +103,9 @@ def _equal(one: list[Batch], two: list[Batch]) -> bool:
 
 def test_subsets_are_fixed_and_sorted(data: ShardSet) -> None:
     split = data.split("train")
-    chosen = choose_subset(split, 6, seed=1, among=split.has_masks)
-    assert chosen == choose_subset(split, 6, seed=1, among=split.has_masks)
-    assert chosen != choose_subset(split, 6, seed=2, among=split.has_masks)
+    chosen = choose_subset(split, 6, seed=1, among=split.with_masks)
+    assert chosen == choose_subset(split, 6, seed=1, among=split.with_masks)
+    assert chosen != choose_subset(split, 6, seed=2, among=split.with_masks)
     assert list(chosen) == sorted(set(chosen))
     assert len(chosen) == 6
     assert split.has_masks[list(chosen)].all()
@@ -237,10 +238,8 @@ def _half_labelled(data: ShardSet, *, image_labels: bool = True) -> Supervision:
     split = data.split("train")
     numbers = np.array([int(split.key(i).removeprefix("train_")) for i in range(NUM_TRAIN)])
     masks = (numbers % 2 == 0) & (numbers % 3 != 0) & (numbers < 14)
-    pools = tuple(
-        Pool(np.flatnonzero(which), np.full(int(which.sum()), draws)) for which, draws in ((masks, 2.0), (~masks, 1.0))
-    )
-    return Supervision(masks, np.full(NUM_TRAIN, image_labels), pools)
+    pools = tuple(Pool(SampleSet.of(which), draws) for which, draws in ((masks, 2.0), (~masks, 1.0)))
+    return Supervision(SampleSet.of(masks), SampleSet.all(NUM_TRAIN if image_labels else 0), pools)
 
 
 def test_granted_labels_come_with_their_images_and_no_others(data: ShardSet) -> None:

@@ -11,18 +11,23 @@ import pytest
 
 from slrnet.config import DataConfig
 from slrnet.data.manifest import DataError, ShardSet, SplitView
+from slrnet.data.sample_set import SampleSet
 from slrnet.data.supervision import Supervision, image_labels_only, plan_supervision
 
 WriteTiny = Callable[..., ShardSet]
 
 
-def granted(split: SplitView, which: np.ndarray) -> set[str]:
-    return {split.key(int(i)) for i in np.flatnonzero(which)}
+def granted(split: SplitView, which: SampleSet) -> set[str]:
+    return {split.key(int(i)) for i in which.array}
 
 
 def draws(split: SplitView, found: Supervision) -> list[dict[str, float]]:
     return [
-        {split.key(int(i)): float(n) for i, n in zip(pool.samples, pool.draws, strict=True)} for pool in found.pools
+        {
+            split.key(int(i)): float(n)
+            for i, n in zip(pool.samples.array, np.broadcast_to(pool.draws, len(pool.samples)), strict=True)
+        }
+        for pool in found.pools
     ]
 
 
@@ -41,12 +46,12 @@ def plan(split: SplitView, setting: Any, **data: Any) -> Supervision:
 
 def test_image_labels(split: SplitView) -> None:
     found = plan(split, "wsss")
-    assert not found.pixel_labels.any()
+    assert not len(found.pixel_labels)
     assert granted(split, found.image_labels) == granted(split, found.members) == ALL
     assert draws(split, found) == [dict.fromkeys(ALL, 1.0)]
     assert found.describe() == "training images: 9 with image labels; 9 draws per epoch"
     same = image_labels_only(split)
-    assert (same.pixel_labels == found.pixel_labels).all()
+    assert same.pixel_labels == found.pixel_labels
     assert draws(split, same) == draws(split, found)
 
 
@@ -62,7 +67,7 @@ def test_pixel_and_image_labels(split: SplitView) -> None:
 def test_pixel_labels_and_unlabelled_images(split: SplitView) -> None:
     found = plan(split, "sss", pixel_labeled_subset="pixels")
     assert granted(split, found.pixel_labels) == MASKS
-    assert not found.image_labels.any()
+    assert not len(found.image_labels)
     assert draws(split, found) == [dict.fromkeys(MASKS, 5.0), dict.fromkeys(ALL - MASKS, 1.0)]
     assert "4 with pixel labels, 5 with no labels" in found.describe()
 
@@ -82,7 +87,7 @@ def test_a_subset_to_train_on(split: SplitView) -> None:
 def test_balanced_classes_keep_the_length_of_the_epoch(split: SplitView) -> None:
     found = plan(split, "sss_image_labels", pixel_labeled_subset="pixels", class_balance=1.0)
     assert [pool.total for pool in found.pools] == [20, 5]
-    assert len(set(found.pools[1].draws.tolist())) > 1
+    assert len(set(np.asarray(found.pools[1].draws).tolist())) > 1
 
 
 def test_unlabelled_images_among_others(write_tiny: WriteTiny, tmp_path: Path) -> None:
@@ -102,7 +107,7 @@ def test_pretraining_on_labelled_images_alone(split: SplitView, write_tiny: Writ
     (first,) = found.pools_in(0)
     assert found.pools_in(1) == (first,)
     assert found.pools_in(2) is found.pools
-    assert {split.key(int(sample)) for sample in first.samples} == MASKS
+    assert {split.key(int(sample)) for sample in first.samples.array} == MASKS
     assert first.total == found.draws == 17  # an epoch is as long as the others
     assert "epochs 1 to 2 draw labelled images alone" in found.describe()
     # Where every image has a label, and without pretraining, all epochs are alike.
