@@ -3,7 +3,8 @@
 A head without work on it and nodes of one core each, as processes of this machine. A training with `--num-workers 1:2`
 and a checkpoint every three steps loses a node with notice (drained, then killed), gets another one, loses that without
 notice (SIGKILL), and then loses the head and all nodes; on a new cluster it is submitted again with --resume. Claimed:
-after each of these it goes on with as many workers as there are nodes, takes at most two intervals of steps again (with
+after each of these it goes on with as many workers as there are nodes, at the price of one failure for each node that
+goes (`--max-failures 2`), takes at most two intervals of steps again (with
 notice none that was finished when the notice was heard), ends at its last step, and MLflow has one value per step.
 About 6 minutes on two cores.
 """
@@ -117,7 +118,7 @@ class Story:
     def submit(self, *arguments: str) -> None:
         # Not through the job server: nodes of one machine would unpack the project over each other.
         command = [sys.executable, "ray_jobs/train.py", "--storage", str(self.storage), "--num-workers", "1:2"]
-        command += ["--cpus-per-worker", "1", "--cpu-only", "--max-failures", "1", *arguments]
+        command += ["--cpus-per-worker", "1", "--cpu-only", "--max-failures", "2", *arguments]
         with (self.storage / "job.log").open("a") as log:
             environment = self.machines.environment | {"RAY_ADDRESS": f"127.0.0.1:{self.machines.port}"}
             self.job = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
