@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-dir", type=Path, help="checkout of the authors' code to compare with")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="some of the claims (default: all)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--side", choices=("slrnet", "released"), help=argparse.SUPPRESS)
     parser.add_argument("--encoder", choices=("wide", "lite"), default="lite", help=argparse.SUPPRESS)
