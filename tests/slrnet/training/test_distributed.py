@@ -449,7 +449,7 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc what it has taken by mmap")
 def test_a_large_network_takes_its_maps_from_the_system() -> None:
-    """Maps of 4 MiB come from the heap, which keeps them, unless the network is large."""
+    """Maps of 8 MiB come from the heap, which keeps them, unless the network is large."""
     script = """
 import ctypes, sys, torch
 from slrnet.training import distributed
@@ -467,7 +467,7 @@ distributed.LARGE_NETWORK = 4 * int(sys.argv[1])
 torch.zeros(2**22)  # 16 MiB: from now on glibc takes what is smaller from the heap
 distributed.spare_memory(torch.nn.Linear(99, 1))  # 400 bytes
 before = mapped()
-maps = [torch.ones(2**20) for _ in range(40)]  # 160 MiB
+maps = [torch.ones(2**21) for _ in range(20)]  # 160 MiB
 print(mapped() - before)
 """
     large, small = (
