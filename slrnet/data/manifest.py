@@ -646,7 +646,7 @@ def _read_info(path: Path) -> DatasetInfo:
             made_by=str(values["made_by"]),
             version=version,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # the last one: Infinity is valid JSON to Python
         raise DataError(
             f"{file} is incomplete or malformed ({type(error).__name__}: {error}); "
             "make the data set anew with the scripts of data_prep/"
