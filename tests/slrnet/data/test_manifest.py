@@ -293,6 +293,14 @@ def _rewrite(folder: Path, **changes: Any) -> None:
     (folder / "dataset.json").write_text(json.dumps(values | changes))
 
 
+@pytest.mark.parametrize("count", [float("inf"), float("nan"), "many", None])
+def test_counts_that_are_no_numbers_of_samples(count: object, tmp_path: Path) -> None:
+    _save(tmp_path / "shards")
+    _rewrite(tmp_path / "shards", counts={"train": 4, "val": count})
+    with pytest.raises(DataError, match=r"dataset.json is incomplete or malformed"):
+        load_dataset(tmp_path / "shards")
+
+
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
