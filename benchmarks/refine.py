@@ -25,6 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks._claims import at_most
 from benchmarks._memory import forget_peak, peak_memory
 from benchmarks._released import released_refinement
 from benchmarks._turns import times_in_turn
@@ -81,10 +82,10 @@ def _at_masks_size(args: argparse.Namespace) -> bool:
     difference = float((outputs["slrnet"] - outputs["released"]).abs().max())
     return all(
         (
-            _claim("time over released", medians["slrnet"] / medians["released"], CLAIMED_TIME),
-            _claim(f"{args.present} classes", medians["slrnet, few classes"] / medians["released"], CLAIMED_FEW),
-            _claim("memory over released", peaks["slrnet"] / peaks["released"], CLAIMED_MEMORY),
-            _claim("largest difference", difference, CLAIMED_DIFFERENCE),
+            at_most("time over released", medians["slrnet"] / medians["released"], CLAIMED_TIME),
+            at_most(f"{args.present} classes", medians["slrnet, few classes"] / medians["released"], CLAIMED_FEW),
+            at_most("memory over released", peaks["slrnet"] / peaks["released"], CLAIMED_MEMORY),
+            at_most("largest difference", difference, CLAIMED_DIFFERENCE),
         )
     )
 
@@ -98,13 +99,7 @@ def _at_full_size(args: argparse.Namespace) -> bool:
         # Its neighbours of all classes, (1, K, 48, H, W), once gathered and once weighted.
         gathered = 2 * classes * 8 * len(DILATIONS) * FULL_SIZE**2 * 4 / 2**30
         print(f"the released form of {classes} classes: its neighbours of all classes are {gathered:.1f} GiB")
-    return _claim("memory at that size, MiB", peak, CLAIMED_FULL_SIZE)
-
-
-def _claim(text: str, value: float, limit: float) -> bool:
-    held = value <= limit
-    print(f"{text}: {value:.3g} (claimed: at most {limit:g}){'' if held else '  NOT HELD'}")
-    return held
+    return at_most("memory at that size, MiB", peak, CLAIMED_FULL_SIZE)
 
 
 def _measure_peak(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks._claims import at_most
 from benchmarks._ours import floats, our_step, random_batch
 from benchmarks._sides import Seen, run_in_turn, serve_side
 from benchmarks._turns import times_in_turn
@@ -93,12 +94,6 @@ def _compare(args: argparse.Namespace, sides: dict[str, list[str]]) -> dict[str,
     return seen
 
 
-def _claim(text: str, value: float, limit: float) -> bool:
-    held = value <= limit
-    print(f"{text}: {value:.3f} (claimed: at most {limit:g}){'' if held else '  NOT HELD'}", flush=True)
-    return held
-
-
 def _against_released(args: argparse.Namespace, encoder: str) -> dict[str, Seen]:
     sides = {"slrnet": ["--side", "slrnet", "--encoder", encoder]}
     if args.peer_dir is not None:
@@ -111,8 +106,8 @@ def wide(args: argparse.Namespace) -> bool:
     seen = _against_released(args, "wide")
     if len(seen) < 2:
         return True
-    time = _claim("time over released", seen["slrnet"].median / seen["released"].median, 0.75)
-    return _claim("peak memory over released", seen["slrnet"].peak / seen["released"].peak, 0.7) and time
+    time = at_most("time over released", seen["slrnet"].median / seen["released"].median, 0.75)
+    return at_most("peak memory over released", seen["slrnet"].peak / seen["released"].peak, 0.7) and time
 
 
 def lite(args: argparse.Namespace) -> bool:
@@ -120,7 +115,7 @@ def lite(args: argparse.Namespace) -> bool:
     seen = _against_released(args, "lite")
     if len(seen) < 2:
         return True
-    return _claim("time over released", seen["slrnet"].median / seen["released"].median, 0.5)
+    return at_most("time over released", seen["slrnet"].median / seen["released"].median, 0.5)
 
 
 def classes(args: argparse.Namespace) -> bool:
@@ -134,14 +129,14 @@ def classes(args: argparse.Namespace) -> bool:
     if args.peer_dir is not None:
         theirs = seen["released, 201 classes"].median / seen["released, 21 classes"].median
         print(f"released: 201 classes over 21: {theirs:.3f}")
-    return _claim("slrnet: 201 classes over 21", growth["slrnet"], 1.15)
+    return at_most("slrnet: 201 classes over 21", growth["slrnet"], 1.15)
 
 
 def views(args: argparse.Namespace) -> bool:
     print("\nEfficientNet-Lite0, crop 192, batch 8, views of scales 1, 0.5 and then 0.75")
     seen = _compare(args, {f"{n} views": ["--side", "slrnet", "--views", str(n)] for n in SCALES})
     pixels = {n: sum(scale**2 for scale in scales) for n, scales in SCALES.items()}
-    return _claim(
+    return at_most(
         "time over what the pixels ask for",
         seen["3 views"].median / seen["2 views"].median / (pixels[3] / pixels[2]),
         1.05,
@@ -182,7 +177,7 @@ def share(args: argparse.Namespace) -> bool:
     medians = {name: statistics.median(values) for name, values in times.items()}
     for name, value in medians.items():
         print(f"{name:>17}: median {value:.3f} s", flush=True)
-    return _claim("share", medians["after the network"] / medians["whole step"], 0.1)
+    return at_most("share", medians["after the network"] / medians["whole step"], 0.1)
 
 
 CLAIMS: dict[str, Callable[[argparse.Namespace], bool]] = {
