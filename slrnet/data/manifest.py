@@ -55,7 +55,8 @@ from slrnet.data.manifest_rows import (
     TableRows,
     array_of,
     foreign_columns,
-    hash_values,
+    hash_columns,
+    in_order,
     numpy_of,
     problem_of,
     shards_of,
@@ -525,7 +526,7 @@ def save_dataset(
     """
     rows = columns if isinstance(columns, pa.Table) else pa.table(dict(columns), schema=SCHEMA)
     writer = ManifestWriter(Path(folder) / MANIFEST_FILE)
-    writer.add(rows.sort_by([("shard", "ascending"), ("offset", "ascending")]))
+    writer.add(in_order(rows))
     return write_description(folder, writer.close(), name=name, classes=classes, palette=palette, made_by=made_by)
 
 
@@ -583,10 +584,7 @@ def _fingerprint_of(classes: Sequence[str], shards: pa.Table) -> str:
 
 def _hashed(table: pa.Table, values: Sequence[object]) -> str:
     digest = hashlib.sha256(json.dumps(values).encode())
-    for name in table.column_names:
-        column = array_of(table, name)
-        digest.update(f"\n{name} {len(column)}\n".encode())
-        hash_values(digest, column)
+    hash_columns(digest, table)
     return digest.hexdigest()
 
 
@@ -615,7 +613,7 @@ def _as_now(table: pa.Table) -> pa.Table:
     if _SINCE_VERSION_2 not in table.column_names:
         known = pa.array(np.ones(table.num_rows, dtype=np.bool_))
         table = table.append_column(_SINCE_VERSION_2, known).select(SCHEMA.names)
-    return table.sort_by([("shard", "ascending"), ("offset", "ascending")])
+    return in_order(table)
 
 
 def _read_info(path: Path) -> DatasetInfo:

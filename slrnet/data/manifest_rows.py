@@ -32,7 +32,8 @@ __all__ = [
     "TableRows",
     "array_of",
     "foreign_columns",
-    "hash_values",
+    "hash_columns",
+    "in_order",
     "numpy_of",
     "problem_of",
     "shards_of",
@@ -356,6 +357,19 @@ def foreign_columns(path: Path, schema: pa.Schema, advice: str) -> DataError:
     )
 
 
+def hash_columns(digest: hashlib._Hash, table: pa.Table) -> None:
+    """Adds names, lengths and values of a table's columns to a digest."""
+    for name in table.column_names:
+        column = array_of(table, name)
+        digest.update(f"\n{name} {len(column)}\n".encode())
+        hash_values(digest, column)
+
+
+def in_order(table: pa.Table) -> pa.Table:
+    """A manifest's rows in the order of shards, and within them of the tar."""
+    return table.sort_by([("shard", "ascending"), ("offset", "ascending")])
+
+
 def hash_values(digest: hashlib._Hash, column: pa.Array) -> None:
     """Adds the lengths of lists and strings, then the values, as little-endian bytes; empty values count as 0."""
     if pa.types.is_list(column.type):
@@ -389,10 +403,7 @@ def numpy_of(table: pa.Table, name: str) -> npt.NDArray[Any]:
 
 def _digest(rows: pa.Table) -> bytes:
     digest = hashlib.sha256()
-    for name in SCHEMA.names:
-        column = array_of(rows, name)
-        digest.update(f"\n{name} {len(column)}\n".encode())
-        hash_values(digest, column)
+    hash_columns(digest, rows.select(SCHEMA.names))
     return digest.digest()
 
 
