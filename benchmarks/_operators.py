@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from slrnet.config import Config
 from slrnet.data.batch import Batch
 from slrnet.losses import segmentation
-from slrnet.models.dilated import InterleavedConv2d
+from slrnet.models.depthwise import DepthwiseConv2d
 from slrnet.models.few_taps import FewTapsConv2d
 from slrnet.models.network import Network
 from slrnet.models.slrnet import network_of
@@ -403,7 +403,7 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch("slrnet.models.cvlr._require_triton"),
         mock.patch.object(WinogradConv2d, "_pays", return_value=False),
         mock.patch.object(FewTapsConv2d, "_few_taps", return_value=False),
-        mock.patch.object(InterleavedConv2d, "forward", nn.Conv2d.forward),
+        mock.patch.object(DepthwiseConv2d, "forward", nn.Conv2d.forward),
         mock.patch.dict(segmentation._PART, cpu=segmentation._PART["cuda"]),
     ):
         yield

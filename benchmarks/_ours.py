@@ -12,7 +12,7 @@ from slrnet.data.batch import Batch
 from slrnet.models.slrnet import network_of
 from slrnet.training.distributed import spare_memory
 from slrnet.training.optim import build_optimizer
-from slrnet.training.step import Normalise, find_pseudo_rows, step_generator, step_losses
+from slrnet.training.step import Normalise, find_pseudo_rows, mixed_precision, step_generator, step_losses
 
 
 def random_batch(*, batch: int, crop: int, num_classes: int, present: int) -> Batch:
@@ -45,15 +45,16 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
         number = next(count)
         torch.manual_seed(number)
         optimizer.zero_grad(set_to_none=True)
-        losses = step_losses(
-            model,
-            seen,
-            config=config,
-            normalise=normalise,
-            generator=step_generator(number),
-            pseudo_rows=find_pseudo_rows(seen),
-            pretraining=False,
-        )
+        with mixed_precision(config.train.precision, torch.device("cpu")):
+            losses = step_losses(
+                model,
+                seen,
+                config=config,
+                normalise=normalise,
+                generator=step_generator(number),
+                pseudo_rows=find_pseudo_rows(seen),
+                pretraining=False,
+            )
         losses.total.backward()
         loss = float(losses.total.detach())
         optimizer.step()

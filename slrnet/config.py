@@ -284,7 +284,7 @@ class TrainConfig(_Section):
     accumulation: PositiveInt = 1
     """Backward passes per optimiser step; divides the memory that a batch takes."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 autocast on GPUs that have it (`auto`), never (`fp32`), or always (`bf16`)."""
+    """bf16 autocast on GPUs that have it and on CPUs with AMX (`auto`), never (`fp32`), or always (`bf16`)."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Seed of weights, order, crops, colours, dropout and gates."""
     log_every: PositiveInt = 10

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["StandInConv2d", "keeps_size", "replace_convolutions"]
+__all__ = ["StandInConv2d", "keeps_size", "replace_convolutions", "working_dtype"]
 
 
 class StandInConv2d(nn.Conv2d):
-    """Takes over the parameters of a convolution that `keeps_size`, for a subclass with a `forward` of its own.
+    """Takes over the parameters of a convolution that pads with zeros, for a subclass with a `forward` of its own.
 
     Parameters have the names of `nn.Conv2d`, so state dicts of either fit the other.
     """
@@ -21,6 +22,7 @@ class StandInConv2d(nn.Conv2d):
             conv.in_channels,
             conv.out_channels,
             _pair(conv.kernel_size),
+            stride=_pair(conv.stride),
             padding=conv.padding if isinstance(conv.padding, str) else _pair(conv.padding),
             dilation=_pair(conv.dilation),
             groups=conv.groups,
@@ -43,18 +45,28 @@ def keeps_size(conv: nn.Conv2d) -> bool:
     )
 
 
+def working_dtype(input: Tensor) -> torch.dtype:
+    """What a convolution on the CPU works in: autocast's dtype where it is on, else that of its input."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+
+
 def replace_convolutions(
-    root: nn.Module, fits: Callable[[nn.Conv2d], bool], make: Callable[[nn.Conv2d], nn.Module]
+    root: nn.Module,
+    fits: Callable[[nn.Conv2d], bool],
+    make: Callable[[nn.Conv2d], nn.Module],
+    *,
+    of: tuple[type[nn.Conv2d], ...] = (nn.Conv2d,),
 ) -> None:
     """Replaces the convolutions within a module that fit.
 
     Args:
         root: module that holds convolutions; changed in place.
-        fits: says which; it is asked of plain `nn.Conv2d` alone.
+        fits: says which.
         make: gives what stands in for one.
+        of: classes whose own instances `fits` is asked of, not those of their subclasses.
     """
     for name, module in list(root.named_modules()):
-        if type(module) is nn.Conv2d and fits(module):
+        if type(module) in of and fits(module):
             root.set_submodule(name, make(module))
 
 

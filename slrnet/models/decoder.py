@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slrnet.models.dropout import RectifiedDropout
+from slrnet.models.dropout import RectifiedDropout, draw_kept
 
 __all__ = [
     "ASPP",
@@ -148,7 +148,7 @@ class StochasticGate(nn.Module):
         deep, shallow = deep.to(dtype), shallow.to(dtype)
         if not self.training or self.rate == 0:
             return torch.lerp(deep, shallow, self.rate)
-        keep = torch.empty_like(deep).bernoulli_(1 - self.rate)
+        keep = draw_kept(deep, 1 - self.rate)
         centred = (deep - self.rate * shallow) / (1 - self.rate)
         return torch.lerp(shallow, centred, keep)
 

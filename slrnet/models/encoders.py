@@ -38,7 +38,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import ResNet50_Weights, ResNet101_Weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from slrnet.models.dilated import interleave_dilated
+from slrnet.models.depthwise import use_fast_depthwise
 from slrnet.models.frozen_norm import freeze_batch_norms
 from slrnet.models.wide_resnet38 import WideResNet38
 
@@ -206,7 +206,7 @@ def build_encoder(
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output_stride is {output_stride}; allowed are 8, 16 and 32")
     encoder = family.build(model, output_stride)
-    interleave_dilated(encoder.backbone)
+    use_fast_depthwise(encoder.backbone)
     if weights != "none":
         tensors, source = family.auto_tensors(model) if weights == "auto" else read_tensors(Path(weights))
         family.load(encoder.backbone, model, tensors, source)

@@ -32,6 +32,7 @@ __all__ = [
     "losses_of",
     "make_pseudo_labels",
     "make_views",
+    "mixed_precision",
     "possible_classes",
     "step_generator",
     "step_losses",
@@ -181,6 +182,27 @@ def find_pseudo_rows(batch: Batch) -> PseudoRows:
 def possible_classes(image_labels: Tensor, has_image_labels: Tensor) -> Tensor:
     """(N, K - 1) multi-hot: the image labels, or every class where they are unknown."""
     return torch.where(has_image_labels[:, None], image_labels, 1.0)
+
+
+def mixed_precision(precision: str, device: torch.device) -> torch.autocast:
+    """The context of a training's forward passes: autocast to bfloat16, or none.
+
+    Args:
+        precision: `train.precision`. `auto` is bfloat16 where the hardware multiplies matrices of it, as GPUs do from
+            Ampere on, and CPUs with AMX.
+        device: where the network is.
+    """
+    if device.type == "cuda":
+        capable = torch.cuda.is_bf16_supported()
+    else:
+        capable = device.type == "cpu" and _cpu_multiplies_bfloat16()
+    wanted = precision == "bf16" or (precision == "auto" and capable)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases do not tell
+    return capabilities.get("amx_bf16", False)
 
 
 def step_losses(

@@ -55,7 +55,7 @@ from slrnet.training.optim import build_optimizer, rate_factor, set_rate
 from slrnet.training.panels import draw_class_scores, draw_panel
 from slrnet.training.progress import Progress
 from slrnet.training.run_log import RunLog
-from slrnet.training.step import Normalise, find_pseudo_rows, step_generator, step_losses
+from slrnet.training.step import Normalise, find_pseudo_rows, mixed_precision, step_generator, step_losses
 from slrnet.training.summary import PICTURES, class_scores, curves
 from slrnet.training.tracking import Tracker, metric_key
 from slrnet.training.watchdog import Watchdog
@@ -331,7 +331,7 @@ class Trainer:
     def _losses(self, batch: Batch, generator: torch.Generator, *, pretraining: bool) -> dict[str, Tensor]:
         rows = find_pseudo_rows(batch)
         moved = batch.to(self.ranks.device, non_blocking=True)
-        with torch.autocast(self.ranks.device.type, dtype=torch.bfloat16, enabled=self._autocast()):
+        with mixed_precision(self.config.train.precision, self.ranks.device):
             result = step_losses(
                 self.wrapped,
                 moved,
@@ -514,11 +514,6 @@ class Trainer:
     def _no_sync(self, wanted: bool) -> Any:
         wrapped = self.wrapped
         return wrapped.no_sync() if wanted and isinstance(wrapped, DistributedDataParallel) else nullcontext()
-
-    def _autocast(self) -> bool:
-        precision = self.config.train.precision
-        capable = self.ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return precision == "bf16" or (precision == "auto" and capable)
 
 
 def check_batch(config: Config, world_size: int) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks._turns import times_in_turn
-from slrnet.models.dilated import InterleavedConv2d
+from slrnet.models.depthwise import DepthwiseConv2d
 
 CLAIMED = {2: 2.0, 4: 5.0}
 CHANNELS, KERNEL = 1152, 5
@@ -37,7 +37,7 @@ def main() -> int:
         conv = nn.Conv2d(
             CHANNELS, CHANNELS, KERNEL, padding=rate * (KERNEL // 2), dilation=rate, groups=CHANNELS, bias=False
         )
-        forms = {"dilated": conv, "interleaved": InterleavedConv2d(conv)}
+        forms = {"dilated": conv, "interleaved": DepthwiseConv2d(conv)}
         maps = torch.randn(4, CHANNELS, 7 * rate, 7 * rate).contiguous(memory_format=torch.channels_last)
         difference = float((forms["dilated"](maps) - forms["interleaved"](maps)).detach().abs().max())
         steps = {name: step_of(form, maps) for name, form in forms.items()}

@@ -1,4 +1,4 @@
-"""Interleaved convolutions against the dilated ones that they stand for."""
+"""Depthwise convolutions against the plain ones that they stand for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from slrnet.models.dilated import InterleavedConv2d, interleave_dilated
+from slrnet.models.depthwise import DepthwiseConv2d, use_fast_depthwise
 from slrnet.models.encoders import build_encoder
 
 
@@ -22,7 +22,7 @@ def test_equals_the_dilated_convolution(kernel: int, rate: int, size: tuple[int,
     conv = depthwise(kernel=kernel, rate=rate, bias=True)
     maps = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
     inputs = [maps, *conv.parameters()]
-    plain, interleaved = conv(maps), InterleavedConv2d(conv)(maps)
+    plain, interleaved = conv(maps), DepthwiseConv2d(conv)(maps)
     assert torch.allclose(plain, interleaved, atol=1e-12)
     weight = torch.randn_like(plain)
     for left, right in zip(
@@ -43,20 +43,20 @@ def test_only_convolutions_that_qualify_are_replaced() -> None:
     ]
     for conv in kept:
         holder = nn.Sequential(conv)
-        interleave_dilated(holder)
+        use_fast_depthwise(holder)
         assert holder[0] is conv
     holder = nn.Sequential(depthwise())
     weight = holder[0].weight
-    interleave_dilated(holder)
-    assert isinstance(holder[0], InterleavedConv2d)
+    use_fast_depthwise(holder)
+    assert isinstance(holder[0], DepthwiseConv2d)
     assert holder[0].weight is weight
 
 
 def test_an_encoder_gives_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = build_encoder("efficientnet_lite0", weights="none", output_stride=8).eval()
-    assert sum(isinstance(module, InterleavedConv2d) for module in encoder.modules()) >= 4
+    assert sum(isinstance(module, DepthwiseConv2d) for module in encoder.modules()) >= 4
     images = torch.randn(1, 3, 168, 136)
     interleaved = encoder(images).deep
-    monkeypatch.setattr(InterleavedConv2d, "forward", nn.Conv2d.forward)
+    monkeypatch.setattr(DepthwiseConv2d, "forward", nn.Conv2d.forward)
     plain = encoder(images).deep
     assert torch.allclose(plain, interleaved, atol=1e-5 * float(plain.detach().abs().max()))
