@@ -403,7 +403,8 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch("slrnet.models.cvlr._require_triton"),
         mock.patch.object(WinogradConv2d, "_pays", return_value=False),
         mock.patch.object(FewTapsConv2d, "_few_taps", return_value=False),
-        mock.patch.object(DepthwiseConv2d, "forward", nn.Conv2d.forward),
+        mock.patch.object(DepthwiseConv2d, "_own_way", return_value=False),
+        mock.patch("slrnet.models.dropout._four_at_once", return_value=False),
         mock.patch.dict(segmentation._PART, cpu=segmentation._PART["cuda"]),
     ):
         yield

@@ -28,7 +28,7 @@ from slrnet.data.files import written_whole  # noqa: E402
 from slrnet.training.tracking import environment_tags  # noqa: E402
 
 NAMES = (
-    "train_step", "evaluate", "refine", "cvlr", "kernels", "winograd", "dilated", "few_taps", "loader", "workers",
+    "train_step", "evaluate", "refine", "cvlr", "kernels", "winograd", "depthwise", "few_taps", "loader", "workers",
     "startup", "scale", "conversion_speed", "conversion_memory", "checkpoint_cost", "ray_overhead",
 )  # fmt: skip
 LONGER = ("chaos", "nodes", "sweep_faults", "fuzz", "cost_model", "gpu")

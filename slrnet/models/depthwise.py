@@ -41,14 +41,17 @@ class DepthwiseConv2d(StandInConv2d):
         """(N, C, H, W) to the shape that the convolution gives."""
         if self.pads_itself:
             input = pad_same(input, list(self.kernel_size), list(self.stride))
-        if input.device.type != "cpu" or torch.compiler.is_exporting() or torch.compiler.is_compiling():
+        if not self._own_way(input):
             return super().forward(input)
         maps, rate = input.to(working_dtype(input)), self.dilation[0]
         if rate > 1:
             out = _interleaved(maps, self.weight, rate)
         else:
-            out = _Depthwise.apply(maps, self.weight, self.stride, self.padding)
+            out = _undilated(maps, self.weight, self.stride, self.padding)
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
+
+    def _own_way(self, input: Tensor) -> bool:
+        return input.device.type == "cpu" and not (torch.compiler.is_exporting() or torch.compiler.is_compiling())
 
 
 def _interleaved(maps: Tensor, weight: Tensor, rate: int) -> Tensor:
@@ -59,9 +62,20 @@ def _interleaved(maps: Tensor, weight: Tensor, rate: int) -> Tensor:
     parts = parts.reshape(-1, rows, rate, columns, rate, channels).permute(2, 4, 0, 1, 3, 5)
     parts = parts.reshape(-1, rows, columns, channels).permute(0, 3, 1, 2)
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-    out: Tensor = _Depthwise.apply(parts, weight, (1, 1), padding)
+    out = _undilated(parts, weight, (1, 1), padding)
     out = out.permute(0, 2, 3, 1).reshape(rate, rate, -1, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
     return out.reshape(-1, rows * rate, columns * rate, channels).permute(0, 3, 1, 2)[..., :height, :width]
+
+
+def _undilated(maps: Tensor, weight: Tensor, stride: tuple[int, ...], padding: str | tuple[int, ...]) -> Tensor:
+    if maps.dtype == torch.bfloat16 or (stride == (1, 1) and _small(maps)):
+        return _Depthwise.apply(maps, weight, stride, padding)  # type: ignore[no-any-return]
+    return F.conv2d(maps, weight, None, stride, padding, groups=len(weight))
+
+
+def _small(maps: Tensor) -> bool:
+    """Whether maps are fit to be kernels; if they are larger, the library is faster."""
+    return maps[0, 0].numel() <= (32 * 32 if maps.dtype == torch.bfloat16 else 8 * 8)
 
 
 class _Depthwise(torch.autograd.Function):
@@ -83,21 +97,14 @@ class _Depthwise(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dtype = maps.dtype if ctx.stride == (1, 1) else wide
             of_maps = conv2d_input(maps.shape, weight.to(dtype), slopes.to(dtype), **where).to(maps.dtype)
-        if ctx.needs_input_grad[1]:
-            if ctx.stride == (1, 1) and slopes[0, 0].numel() <= _largest_kernel(maps.dtype):
-                of_weight = _by_maps(maps, slopes, ctx.padding)
-            else:
-                of_weight = conv2d_weight(maps.to(wide), weight.shape, slopes.to(wide), **where)
-            of_weight = of_weight.to(weight.dtype)
+        if ctx.needs_input_grad[1] and ctx.stride == (1, 1) and _small(slopes):
+            of_weight = _by_maps(maps, slopes, ctx.padding).to(weight.dtype)
+        elif ctx.needs_input_grad[1]:
+            of_weight = conv2d_weight(maps.to(wide), weight.shape, slopes.to(wide), **where).to(weight.dtype)
         return of_maps, of_weight, None, None
 
 
-def _largest_kernel(dtype: torch.dtype) -> int:
-    """Positions of the largest maps that are taken as kernels; beyond, the library is faster."""
-    return 32 * 32 if dtype == torch.bfloat16 else 8 * 8
-
-
-def _by_maps(maps: Tensor, slopes: Tensor, padding: tuple[int, int]) -> Tensor:
+def _by_maps(maps: Tensor, slopes: Tensor, padding: tuple[int, ...]) -> Tensor:
     """(C, 1, I, J): each map of each image is a channel, and the slopes of its outputs are the kernel."""
     images, channels, height, width = maps.shape
     each = images * channels

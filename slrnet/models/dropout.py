@@ -44,11 +44,15 @@ def draw_kept(like: Tensor, probability: float) -> Tensor:
     """
     kept = torch.empty_like(like)
     below = round(probability * 2**16) - 2**15
-    if like.device.type != "cpu" or below == 2**15:
+    if not _four_at_once(like) or below == 2**15:
         return kept.bernoulli_(probability)
     draws = torch.empty(-(-kept.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     ones = draws.view(torch.int16)[: kept.numel()] < below
     return kept.copy_(ones.as_strided(kept.shape, kept.stride()))
+
+
+def _four_at_once(like: Tensor) -> bool:
+    return like.device.type == "cpu"
 
 
 def _rectify_and_drop(x: Tensor, dropout: nn.Dropout | nn.Dropout2d, *, drawn: Tensor) -> Tensor:

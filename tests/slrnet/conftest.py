@@ -155,7 +155,7 @@ def tiny_config(tiny_data: ShardSet) -> Config:
             refine_iters=2, refine_dilations=(1, 2), confidence_threshold=0.9, background_threshold=0.9, floor=0.0
         ),
         optim=OptimConfig(lr=0.01),
-        train=TrainConfig(epochs=2, pretrain_epochs=1, batch_size=4, log_every=1),
+        train=TrainConfig(epochs=2, pretrain_epochs=1, batch_size=4, log_every=1, precision="fp32"),
         evaluation=EvaluationConfig(pseudo_mask_images=3, panel_images=2),
     )
 

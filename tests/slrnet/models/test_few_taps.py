@@ -53,6 +53,31 @@ def test_only_what_is_asked_for_has_a_gradient() -> None:
 def test_it_is_taken_where_the_padding_is_large(size: int, rate: int, few: bool) -> None:
     conv, x = conv_of(rate, dtype=torch.float32), torch.zeros(1, 3, size, size)
     assert conv._few_taps(x) == few
-    assert not conv._few_taps(x.bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert conv._few_taps(x) == few
+    with torch.autocast("cpu", dtype=torch.float16):
         assert not conv._few_taps(x)
+
+
+@pytest.mark.parametrize(("channels", "rate", "taken"), [(2048, 4, True), (2048, 1, False), (1024, 4, False)])
+def test_in_half_precision_it_is_taken_for_many_channels(channels: int, rate: int, taken: bool) -> None:
+    conv = FewTapsConv2d(nn.Conv2d(channels, 2, 3, padding=rate, dilation=rate))
+    x = torch.zeros(1, channels, 30, 30)
+    assert not conv._few_taps(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert conv._few_taps(x) == taken
+
+
+def test_half_precision_is_near_the_full_one() -> None:
+    conv = conv_of(4, bias=True, dtype=torch.float32)
+    x = torch.randn(2, 3, 7, 9)
+    results = []
+    for autocast in (False, True):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = conv(leaf)
+        assert out.dtype == (torch.bfloat16 if autocast else torch.float32)
+        results.append([out.float(), *torch.autograd.grad(out.float().square().sum(), [leaf, *conv.parameters()])])
+    for full, half in zip(*results, strict=True):
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, full, rtol=0, atol=2e-2 * float(full.detach().abs().max()))
