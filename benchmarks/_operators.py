@@ -404,7 +404,9 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch.object(WinogradConv2d, "_pays", return_value=False),
         mock.patch.object(FewTapsConv2d, "_few_taps", return_value=False),
         mock.patch.object(DepthwiseConv2d, "_own_way", return_value=False),
+        mock.patch("slrnet.calibration.refine._sparse_pays", return_value=False),
         mock.patch("slrnet.models.dropout._four_at_once", return_value=False),
+        mock.patch.object(segmentation, "_known_to_weigh_nothing", return_value=False),
         mock.patch.dict(segmentation._PART, cpu=segmentation._PART["cuda"]),
     ):
         yield

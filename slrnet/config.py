@@ -317,6 +317,9 @@ class EvaluationConfig(_Section):
     CRF. Training always measures `ss`."""
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 1.5, 2.0, 0.5, 0.75)
     """Scales of `ms` and `ms_crf`, as multiples of `scale`."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Of the network when masks are measured or predicted, as `train.precision`. bf16 is faster on hardware for it, and
+    moves figures in the last digit that is given."""
     scale: PositiveFloat = 1.0
     """Scale at which whole images enter the network when masks are measured; 1 is their own size. Crops that shrink
     their images (crop_size below the image's side) call for the same scale here."""

@@ -18,7 +18,7 @@ from slrnet.inference.tiles import predict_tiles
 from slrnet.models.decoder import resize
 from slrnet.models.network import Network
 from slrnet.training.checkpoint import Checkpoint, restore_model
-from slrnet.training.evaluate import as_model, fit_image, gate, predict_single_scale
+from slrnet.training.evaluate import fit_image, gate, network_outputs, predict_single_scale
 from slrnet.training.step import Normalise
 
 __all__ = ["Prediction", "Predictor", "predict", "predict_multi_scale", "restore_network", "rgb_array"]
@@ -194,11 +194,11 @@ def predict_multi_scale(
     scores = []
     for scale in scales:
         upright = normalise(fit_image(image, config, scale))
-        outputs = model([as_model(torch.cat([upright, upright.flip(-1)]))])
+        outputs = network_outputs(model, [torch.cat([upright, upright.flip(-1)])], config)
         straight, mirrored = outputs.logits[0].float().softmax(dim=1).chunk(2)
         maps = resize((straight + mirrored.flip(-1)) / (2 * len(scales)), image.shape[-2:])
         probs = maps if probs is None else probs + maps
-        scores += [torch.stack(view.chunk(2)).mean(dim=0) for view in outputs.class_scores]
+        scores += [torch.stack(view.float().chunk(2)).mean(dim=0) for view in outputs.class_scores]
     assert probs is not None
     return probs, torch.stack(scores).mean(dim=0) if scores else None
 

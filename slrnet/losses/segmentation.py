@@ -9,6 +9,7 @@ map of all classes at the labels' resolution is kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from slrnet.data.catalog import IGNORE_INDEX
 __all__ = ["balanced_cross_entropy"]
 
 _PART = {"cpu": 2**21, "cuda": 2**26}
-"""Elements of resized logits that are worked on at a time: 8 MiB fit the cache of a core."""
+"""Elements of resized logits that are worked on at a time: on CPUs what fits the caches."""
 
 
 def balanced_cross_entropy(
@@ -55,11 +56,12 @@ def balanced_cross_entropy(
     if plain is not None:
         weights = torch.where(plain[:, None], 1.0, weights)
     weights = F.pad(weights, (0, 1)).gather(1, ids)  # void weighs 0
-    loss: Tensor = _WeightedCrossEntropy.apply(logits, torch.where(valid, labels, 0), weights.view_as(labels))
-    if image_labels is None:
-        return loss
-    complete = (pixels > 0).sum(dim=1) == image_labels.sum(dim=1).long() + 1
-    return loss * (complete if checked is None else complete | ~checked)
+    if image_labels is not None:
+        complete = (pixels > 0).sum(dim=1) == image_labels.sum(dim=1).long() + 1
+        weights = weights * (complete if checked is None else complete | ~checked)[:, None]
+    return _WeightedCrossEntropy.apply(  # type: ignore[no-any-return]
+        logits, torch.where(valid, labels, 0), weights.view_as(labels)
+    )
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -74,27 +76,46 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             rows, columns = (
                 _interpolation(old, new, small) for old, new in zip(small.shape[2:], labels.shape[1:], strict=True)
             )
-            gradient = torch.empty_like(small) if wanted else None
-            losses = []
-            count = max(1, _PART.get(logits.device.type, 2**21) // (small.shape[1] * labels[0].numel()))
-            for start in range(0, len(labels), count):
-                part = slice(start, start + count)
-                label = labels[part].unsqueeze(1)
-                weight = weights[part].unsqueeze(1) / labels[0].numel()
-                logs = (rows @ small[part] @ columns.mT).log_softmax(dim=1)
-                losses.append((logs.gather(1, label) * -weight).flatten(1).sum(dim=1))
+            gradient = torch.zeros_like(small) if wanted else None
+            loss = small.new_zeros(len(small))
+            weights = weights / labels[0].numel()
+            for part, top in _parts(weights, small.shape[1]):
+                label, weight = labels[part, top].unsqueeze(1), weights[part, top].unsqueeze(1)
+                own = rows[top]
+                scores = own @ small[part] @ columns.mT
+                scores -= scores.amax(dim=1, keepdim=True)
+                right = scores.gather(1, label)
+                total = scores.exp_().sum(dim=1, keepdim=True)
+                loss[part] += ((total.log() - right) * weight).flatten(1).sum(dim=1)
                 if gradient is not None:
-                    slope = logs.exp_().mul_(weight).scatter_add_(1, label, -weight)
-                    torch.matmul(rows.mT @ slope, columns, out=gradient[part])
+                    slope = scores.mul_(weight / total).scatter_add_(1, label, -weight)
+                    gradient[part] += own.mT @ (slope @ columns)
         if gradient is not None:
             ctx.save_for_backward(gradient.to(logits.dtype))
-        return torch.cat(losses)
+        return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * slopes.view(-1, 1, 1, 1).to(gradient.dtype), None, None
+
+
+def _parts(weights: Tensor, num_classes: int) -> Iterator[tuple[slice, slice]]:
+    """Images and rows to work on at a time; on CPUs, where it costs nothing to ask, without images that weigh 0."""
+    images, height, width = weights.shape
+    at_once = max(1, _PART.get(weights.device.type, 2**21) // (num_classes * width))  # rows
+    together, rows = max(1, at_once // height), min(height, at_once)
+    for start in range(0, images, together):
+        part = slice(start, start + together)
+        if _known_to_weigh_nothing(weights[part]):
+            continue
+        for top in range(0, height, rows):
+            yield part, slice(top, top + rows)
+
+
+def _known_to_weigh_nothing(weights: Tensor) -> bool:
+    return weights.device.type == "cpu" and not weights.any()
 
 
 def _interpolation(old: int, new: int, like: Tensor) -> Tensor:

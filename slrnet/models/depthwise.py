@@ -98,9 +98,11 @@ class _Depthwise(torch.autograd.Function):
             dtype = maps.dtype if ctx.stride == (1, 1) else wide
             of_maps = conv2d_input(maps.shape, weight.to(dtype), slopes.to(dtype), **where).to(maps.dtype)
         if ctx.needs_input_grad[1] and ctx.stride == (1, 1) and _small(slopes):
-            of_weight = _by_maps(maps, slopes, ctx.padding).to(weight.dtype)
+            of_weight = _by_maps(maps, slopes, ctx.padding)
         elif ctx.needs_input_grad[1]:
-            of_weight = conv2d_weight(maps.to(wide), weight.shape, slopes.to(wide), **where).to(weight.dtype)
+            of_weight = conv2d_weight(maps.to(wide), weight.shape, slopes.to(wide), **where)
+        if of_weight is not None:
+            of_weight = torch.empty_like(weight).copy_(of_weight)  # DDP asks for the strides of the weight
         return of_maps, of_weight, None, None
 
 

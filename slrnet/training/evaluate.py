@@ -22,10 +22,17 @@ from slrnet.data.manifest import DataError, SplitView
 from slrnet.data.supervision import Supervision
 from slrnet.data.views import View, apply_view
 from slrnet.models.decoder import resize
-from slrnet.models.network import Network
+from slrnet.models.network import Network, Outputs
 from slrnet.training.distributed import Ranks, merge_over_ranks, sum_over_ranks
 from slrnet.training.metrics import ConfusionMatrix
-from slrnet.training.step import Normalise, align, calibrate_views, make_pseudo_labels, possible_classes
+from slrnet.training.step import (
+    Normalise,
+    align,
+    calibrate_views,
+    make_pseudo_labels,
+    mixed_precision,
+    possible_classes,
+)
 from slrnet.training.tracking import metric_key
 
 __all__ = [
@@ -40,6 +47,7 @@ __all__ = [
     "gated_probs",
     "gating_labels",
     "measure_pseudo_masks",
+    "network_outputs",
     "predict_single_scale",
     "protocol_name",
     "pseudo_mask_protocol",
@@ -140,7 +148,7 @@ def predict_single_scale(
         (N, K, H, W) probabilities and (N, K - 1) class scores before the sigmoid; None where the network has none.
     """
     inputs = normalise(fit_image(image, config))
-    outputs = model([as_model(inputs)])
+    outputs = network_outputs(model, [inputs], config)
     scores = outputs.class_scores[0] if outputs.class_scores else None
     return resize(outputs.logits[0].float().softmax(dim=1), image.shape[-2:]), scores
 
@@ -321,8 +329,8 @@ def view_logits(
     """
     images = fit_image(image, config)
     views = [View(scale=scale, flip=None) for scale in config.views.scales]
-    inputs = [as_model(normalise(apply_view(images, view, stride=normalise.output_stride))) for view in views]
-    return align(model(inputs), views).logits, images
+    inputs = [normalise(apply_view(images, view, stride=normalise.output_stride)) for view in views]
+    return align(network_outputs(model, inputs, config), views).logits, images
 
 
 def _pseudo_mask(
@@ -354,6 +362,18 @@ def fit_image(image: Tensor, config: Config, scale: float = 1.0) -> Tensor:
     size = [max(1, round((side * scale - rest) / stride)) * stride + rest for side in image.shape[-2:]]
     images = image[None] if image.ndim == 3 else image
     return resize(images.float() / 255, (size[0], size[1]))
+
+
+def network_outputs(model: Network, views: Sequence[Tensor], config: Config) -> Outputs:
+    """What a network gives for views when masks are measured or predicted, in `evaluation.precision`.
+
+    Args:
+        model: in evaluation mode.
+        views: each (N, 3, H, W), normalised, on the model's device.
+        config: of the run.
+    """
+    with mixed_precision(config.evaluation.precision, views[0].device):
+        return model([as_model(view) for view in views])  # type: ignore[no-any-return]
 
 
 def as_model(images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ values over all ranks before the optimiser steps. Curves, pictures and checkpoin
 
 from __future__ import annotations
 
+import inspect
 import math
 import resource
 import statistics
@@ -556,7 +557,9 @@ def _distribute(model: Network, ranks: Ranks) -> torch.nn.Module:
     # Every parameter takes part in every step: mask consistency and classification or true masks reach all of them,
     # and a kind of label that a rank's batch lacks leaves zeros with a graph. Buffers are read by no step, and shared
     # before the network is measured.
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **sync)
 
 
 def _split(batch: Batch, count: int) -> Iterator[Batch]:

@@ -141,6 +141,7 @@ CHANGES: dict[str, Change] = {
     "evaluation.panel_images": Change(1, "pictures", given=("evaluation.pseudo_mask_images=2",)),
     "evaluation.protocol": Change("ms", "prediction"),
     "evaluation.scales": Change([1.0, 0.5], "prediction", given=MS),
+    "evaluation.precision": Change("bf16", "validation"),
     "evaluation.scale": Change(0.5, "validation"),
     "evaluation.gating": Change("image_labels", "validation"),
     "evaluation.gating_threshold": Change(1.0, "validation", given=GATED),

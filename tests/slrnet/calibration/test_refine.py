@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,17 @@ class TestRefine:
         arguments, options = change(*draw(2, 3, 4, 4))
         with pytest.raises(ValueError, match=message):
             refine(*arguments, **options)
+
+
+@pytest.mark.parametrize("size", [(9, 14), (1, 30), (31, 2)])
+@pytest.mark.parametrize("channels", [1, 4, 7])
+def test_both_forms_agree(channels: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    images, probs = draw(2, channels, *size)
+    results = []
+    for sparse in (True, False):
+        monkeypatch.setattr(sys.modules["slrnet.calibration.refine"], "_sparse_pays", lambda _, answer=sparse: answer)
+        results.append(refine(images, probs, num_iters=3))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
 class TestFlatRegions:

@@ -81,13 +81,14 @@ def test_logits_are_resized_to_the_labels() -> None:
 
 
 @pytest.mark.parametrize(("small", "large"), [((3, 4), (7, 9)), ((5, 5), (5, 5)), ((1, 4), (6, 1)), ((7, 9), (3, 4))])
-@pytest.mark.parametrize("part", [1, 2**21])
+@pytest.mark.parametrize("part", [1, 100, 2**21])
+@pytest.mark.parametrize("scale", [1.0, 200.0])
 def test_equals_resizing_and_then_comparing(
-    small: tuple[int, int], large: tuple[int, int], part: int, monkeypatch: pytest.MonkeyPatch
+    small: tuple[int, int], large: tuple[int, int], part: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss and gradient, worked on image by image and all at once, are those of PyTorch's own operators."""
+    """Loss and gradient, worked on by rows, by images and all at once, are those of PyTorch's own operators."""
     monkeypatch.setattr(segmentation, "_PART", {"cpu": part})
-    logits, _ = random_case(3, 4, *small, seed=0)
+    logits = scale * random_case(3, 4, *small, seed=0)[0]
     _, labels = random_case(3, 4, *large, seed=1)
     gradients = []
     for one in (balanced_cross_entropy, resized_cross_entropy):
@@ -97,6 +98,25 @@ def test_equals_resizing_and_then_comparing(
         gradients.append((loss.detach(), own.grad))
     for fast, slow in zip(*gradients, strict=True):
         torch.testing.assert_close(fast, slow, atol=2e-6, rtol=2e-5)
+
+
+def test_images_that_weigh_nothing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others' losses and gradients stay what they are."""
+    monkeypatch.setattr(segmentation, "_PART", {"cpu": 1})
+    logits, labels = random_case(3, 4, 5, 6, seed=0)
+    labels[1] = VOID
+    results = []
+    for leave_out in (True, False):
+        if not leave_out:
+            monkeypatch.setattr(segmentation, "_known_to_weigh_nothing", lambda weights: False)
+        parts = list(segmentation._parts((labels != VOID).float(), 4))
+        assert {part.start for part, _ in parts} == ({0, 2} if leave_out else {0, 1, 2})
+        own = logits.clone().requires_grad_()
+        loss = balanced_cross_entropy(own, labels)
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        results.append((loss.detach(), own.grad))
+    for left_out, computed in zip(*results, strict=True):
+        assert torch.equal(left_out, computed)
 
 
 def resized_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
