@@ -87,6 +87,9 @@ Job = Callable[[dict[str, Any], Ranks, Report], None]
 _MOST_CLASSES = 20
 """Rows of the table of classes that a start prints."""
 
+WORKER_ENVIRONMENT = {"env_vars": {"RAY_worker_niceness": "0"}}
+"""Of training workers: they run at the job's own priority. At Ray's usual one for workers, 15, its daemons push them
+aside whenever they wake up."""
 HANG_EXIT_CODE = 75
 """Exit code of a worker whose rank, or one that it waits for, hangs."""
 LAST_WORDS = 30.0
@@ -400,6 +403,7 @@ def _run(
             storage_path=f"{place}/ray",
             storage_filesystem=system,
             failure_config=FailureConfig(max_failures=failures),
+            worker_runtime_env=WORKER_ENVIRONMENT,
             callbacks=[_knows_lost_nodes(), *callbacks],
         ),
     ).fit()
