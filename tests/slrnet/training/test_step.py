@@ -23,6 +23,7 @@ from slrnet.training.step import (
     find_pseudo_rows,
     make_pseudo_labels,
     make_views,
+    mixed_precision,
     step_generator,
     step_losses,
 )
@@ -349,6 +350,31 @@ class TestStepLosses:
             assert low.parts[name].item() == pytest.approx(value.item(), rel=0.05, abs=0.02)
         labelled.total.backward()  # type: ignore[no-untyped-call]
         assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "enabled"),
+    [
+        ("auto", {"amx_bf16": True}, True),
+        ("auto", {"amx_bf16": False, "avx512_bf16": True}, False),
+        ("auto", {}, False),
+        ("fp32", {"amx_bf16": True}, False),
+        ("bf16", {}, True),
+    ],
+)
+def test_precision_follows_the_processor(
+    precision: str, capabilities: dict[str, bool], enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    with mixed_precision(precision, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") == enabled
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def test_precision_of_a_release_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    with mixed_precision("auto", torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu")
 
 
 class TestKindsOfLabels:
