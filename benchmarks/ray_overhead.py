@@ -34,6 +34,7 @@ IMAGES = 512
 """Of an epoch: the workers report once in each, and wait for each other."""
 SETTINGS = (
     *NETWORK, "model.decoder_dim=32", "data.crop_size=128", "train.pretrain_epochs=1", "train.checkpoint_every=0",
+    "train.precision=fp32",
     "evaluation.every=1000", "evaluation.pseudo_mask_images=2", "evaluation.panel_images=1",
 )  # fmt: skip
 
