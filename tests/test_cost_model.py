@@ -159,8 +159,7 @@ class TestCounter:
             if ".device.type" in line and "autocast(" not in line
         }
         checks = {"pseudo_labels.py"}  # of labels, which are real
-        patched = {"cvlr.py", "depthwise.py", "dropout.py", "few_taps.py", "refine.py"}
-        patched |= {"segmentation.py", "winograd.py"}
+        patched = {"cvlr.py", "convolutions.py", "dropout.py", "refine.py", "segmentation.py"}
         assert asking == patched | checks, "let `as_on_gpu` take a GPU's way there"
 
     def test_stages_are_those_of_the_profile(self, counted: Count) -> None:

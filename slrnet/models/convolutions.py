@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["StandInConv2d", "keeps_size", "replace_convolutions", "working_dtype"]
+__all__ = ["StandInConv2d", "eager_on_cpu", "keeps_size", "replace_convolutions", "working_dtype"]
 
 
 class StandInConv2d(nn.Conv2d):
@@ -42,6 +42,15 @@ def keeps_size(conv: nn.Conv2d) -> bool:
         and _pair(conv.stride) == (1, 1)
         and conv.padding_mode == "zeros"
         and conv.padding in ("same", same)
+    )
+
+
+def eager_on_cpu(input: Tensor) -> bool:
+    """Whether a batch of maps is worked on by a CPU, operator by operator: not compiled, not exported."""
+    return (
+        input.device.type == "cpu"
+        and input.ndim == 4
+        and not (torch.compiler.is_compiling() or torch.compiler.is_exporting())
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from slrnet.models.convolutions import StandInConv2d, keeps_size, replace_convolutions, working_dtype
+from slrnet.models.convolutions import StandInConv2d, eager_on_cpu, keeps_size, replace_convolutions, working_dtype
 
 __all__ = ["DepthwiseConv2d", "use_fast_depthwise"]
 
@@ -51,7 +51,7 @@ class DepthwiseConv2d(StandInConv2d):
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
 
     def _own_way(self, input: Tensor) -> bool:
-        return input.device.type == "cpu" and not (torch.compiler.is_exporting() or torch.compiler.is_compiling())
+        return eager_on_cpu(input)
 
 
 def _interleaved(maps: Tensor, weight: Tensor, rate: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slrnet.models.convolutions import StandInConv2d, working_dtype
+from slrnet.models.convolutions import StandInConv2d, eager_on_cpu, working_dtype
 
 __all__ = ["FewTapsConv2d"]
 
@@ -38,13 +38,7 @@ class FewTapsConv2d(StandInConv2d):
 
     def _few_taps(self, input: Tensor) -> bool:
         dtype, rate = working_dtype(input), self.dilation[0]
-        if (
-            input.device.type != "cpu"
-            or input.ndim != 4
-            or dtype not in (torch.bfloat16, self.weight.dtype)
-            or torch.compiler.is_compiling()
-            or torch.compiler.is_exporting()
-        ):
+        if not eager_on_cpu(input) or dtype not in (torch.bfloat16, self.weight.dtype):
             return False
         if dtype == torch.bfloat16 and rate > 1 and max(self.in_channels, self.out_channels) >= _MANY_CHANNELS:
             return True
