@@ -22,6 +22,8 @@ CONTRAST_SHARE = 0.1
 """Share of the local standard deviation that a difference of colour is measured against."""
 _SEVERAL = 4
 """Channels from which the sparse product is faster (benchmarks/refine.py)."""
+_LARGEST = 2**18
+"""Pixels of the largest map for which it is made: it takes 0.4 kB for each, twice the weights themselves."""
 
 
 def refine(images: Tensor, probs: Tensor, *, num_iters: int = 10, dilations: tuple[int, ...] = DILATIONS) -> Tensor:
@@ -98,7 +100,8 @@ def _weighted_neighbours(maps: Tensor, weights: Tensor, dilations: tuple[int, ..
 
 
 def _sparse_pays(probs: Tensor) -> bool:
-    return probs.device.type == "cpu" and probs.shape[1] >= _SEVERAL and torch.backends.mkl.is_available()
+    several, fits = probs.shape[1] >= _SEVERAL, probs[0, 0].numel() <= _LARGEST
+    return probs.device.type == "cpu" and several and fits and torch.backends.mkl.is_available()
 
 
 def _refine_by_products(probs: Tensor, weights: Tensor, num_iters: int, dilations: tuple[int, ...]) -> Tensor:
