@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -34,11 +35,12 @@ from benchmarks._ours import floats, our_step, random_batch
 from benchmarks._sides import Seen, run_in_turn, serve_side
 from benchmarks._turns import times_in_turn
 from slrnet.config import Config
+from slrnet.losses import segmentation
 from slrnet.models.slrnet import network_of
 from slrnet.recipes import voc_wsss, voc_wsss_lite
 from slrnet.search import apply_values
 from slrnet.training.optim import build_optimizer
-from slrnet.training.step import Normalise, find_pseudo_rows, losses_of, make_views, step_generator
+from slrnet.training.step import Normalise, find_pseudo_rows, losses_of, make_views, mixed_precision, step_generator
 
 PARTS = ("wide", "lite", "classes", "views", "share")
 SCALES = {2: (1.0, 0.5), 3: (1.0, 0.5, 0.75)}
@@ -164,7 +166,7 @@ def share(args: argparse.Namespace) -> bool:
     build_optimizer(model, config.optim, batch_size=8)
     images = floats(batch)
     inputs, drawn = make_views(images, config.views, Normalise.of(model.encoder), step_generator(0))
-    with torch.no_grad():
+    with torch.no_grad(), mixed_precision("auto", torch.device("cpu")):
         outputs = model(inputs)
 
     def after_the_network() -> None:
@@ -177,7 +179,9 @@ def share(args: argparse.Namespace) -> bool:
             },
         )
         rows = find_pseudo_rows(batch)
-        losses_of(leaves, drawn, images, batch, config=config, pseudo_rows=rows, pretraining=False).total.backward()
+        with mock.patch.object(segmentation, "_known_to_weigh_nothing", return_value=False):  # as in the whole step
+            losses = losses_of(leaves, drawn, images, batch, config=config, pseudo_rows=rows, pretraining=False)
+        losses.total.backward()
 
     forms: dict[str, Callable[[], object]] = {
         "after the network": after_the_network,
