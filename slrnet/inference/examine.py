@@ -42,6 +42,7 @@ __all__ = [
     "Subject",
     "choose_by_iou",
     "examine",
+    "measured_images",
     "read_examples",
     "sweep_gamma",
 ]
@@ -246,6 +247,13 @@ def read_examples(subject: Subject, split: str, scores: Sequence[ImageScore]) ->
     return [found[score.key] for score in scores]
 
 
+def measured_images(subject: Subject) -> list[int]:
+    """Rows of the training split whose pseudo masks the run measures: masks that it does not train on, a subset."""
+    config = subject.checkpoint.config
+    view = subject.shards.split(config.data.train_split)
+    return list(pseudo_mask_subset(view, supervision_of(config, subject.shards), config))
+
+
 def sweep_gamma(subject: Subject, *, at_most: int | None = None) -> GammaSweep:
     """Thresholds the refined masks of the run's measured training images with many values of gamma.
 
@@ -259,8 +267,7 @@ def sweep_gamma(subject: Subject, *, at_most: int | None = None) -> GammaSweep:
         DataError: no training image has a mask to compare with, or one is damaged.
     """
     config = subject.checkpoint.config
-    view = subject.shards.split(config.data.train_split)
-    chosen = pseudo_mask_subset(view, supervision_of(config, subject.shards), config)[:at_most]
+    chosen = measured_images(subject)[:at_most]
     if not chosen:
         raise DataError(
             f"no training image of {subject.shards.location} has a mask to compare pseudo labels with, or "

@@ -25,6 +25,7 @@ from slrnet.inference.examine import (
     Subject,
     choose_by_iou,
     examine,
+    measured_images,
     read_examples,
     sweep_gamma,
 )
@@ -165,6 +166,8 @@ def _sweep(subject: Subject, found: Findings, at_most: int | None) -> None:
         )
     elif not config.evaluation.pseudo_mask_images:
         found.absent["sweep"] = "evaluation.pseudo_mask_images is 0: the run measures no pseudo masks"
+    elif not measured_images(subject):
+        found.absent["sweep"] = "the run trains on every true mask of its training images: none is left to compare with"
     else:
         found.sweep = sweep_gamma(subject, at_most=at_most)
 

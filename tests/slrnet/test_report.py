@@ -145,6 +145,13 @@ class TestAbsent:
         assert "have no masks in split &#39;train&#39;" in text
         assert "are not those of the training" in text
 
+    def test_where_the_training_sees_every_mask(self, tiny_run: Path, tiny_config: Config, tmp_path: Path) -> None:
+        seen = tiny_config.data.model_copy(update={"train_subset": "pixels", "pixel_labeled_subset": "pixels"})
+        folder = saved(tmp_path / "seen", tiny_run, config={"setting": "sss_image_labels", "data": seen})
+        out = tmp_path / "out.html"
+        assert main([str(folder), "--out", str(out)]) == 0
+        assert "the run trains on every true mask of its training images" in out.read_text(encoding="utf-8")
+
 
 def test_several_runs_have_a_column_each(tiny_run: Path, tmp_path: Path) -> None:
     other = saved(tmp_path / "other", tiny_run)
