@@ -134,6 +134,7 @@ class TestAbsent:
         assert text.count("the training&#39;s data are not at hand; give their folder with --data") == 5
         assert "there is no folder panels with pictures and no MLflow run can be reached" in text
         assert "neither pseudo masks nor validation masks were measured" in text
+        assert text.count("not measured in this run") == 3  # pseudo masks, validation, losses
         assert_loads_nothing(text)
 
     def test_without_masks(self, tiny_run: Path, write_tiny: Any, tmp_path: Path) -> None:
