@@ -4,7 +4,7 @@
 
 Both sides run in turn on eight images of layers of EfficientNet-Lite0 at crop 192, in float32 and, where the processor
 multiplies matrices of it, in bfloat16; ratios are of median times. Claimed: results equal up to rounding; the dilated
-layers 1.3 times as fast, all others not slower, and in bfloat16 all of them twice as fast.
+layers 1.1 times as fast, all others not slower, and in bfloat16 all of them twice as fast.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def compare(layer: Layer, dtype: torch.dtype, repeats: int) -> bool:
     )
     times = times_in_turn(steps, repeats=repeats)
     own, theirs = (1e3 * statistics.median(times[name]) for name in ("own", "theirs"))
-    claimed = 2.0 if dtype == torch.bfloat16 else 1.3 if layer.dilation > 1 else 1.0 - SLACK
+    claimed = 2.0 if dtype == torch.bfloat16 else 1.1 if layer.dilation > 1 else 1.0 - SLACK
     held = theirs / own >= claimed and difference <= CLAIMED_DIFFERENCE[dtype]
     print(
         f"{layer.channels} channels, {layer.size}x{layer.size}, kernel {layer.kernel}, dilation {layer.dilation}, "
