@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks._ours import no_image_left_out
 from slrnet.config import Config
 from slrnet.data.batch import Batch
 from slrnet.losses import segmentation
@@ -406,7 +407,7 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch.object(DepthwiseConv2d, "_own_way", return_value=False),
         mock.patch("slrnet.calibration.refine._sparse_pays", return_value=False),
         mock.patch("slrnet.models.dropout._four_at_once", return_value=False),
-        mock.patch.object(segmentation, "_known_to_weigh_nothing", return_value=False),
+        no_image_left_out(),
         mock.patch.dict(segmentation._PART, cpu=segmentation._PART["cuda"]),
     ):
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import torch
@@ -52,7 +53,7 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
         optimizer.zero_grad(set_to_none=True)
         with (
             mixed_precision(config.train.precision, torch.device("cpu")),
-            mock.patch.object(segmentation, "_known_to_weigh_nothing", return_value=False),
+            no_image_left_out(),
         ):
             losses = step_losses(
                 model,
@@ -69,6 +70,11 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
         return loss
 
     return step
+
+
+def no_image_left_out() -> AbstractContextManager[object]:
+    """While it lasts, the cross entropy also computes images that weigh nothing in it."""
+    return mock.patch.object(segmentation, "_known_to_weigh_nothing", return_value=False)
 
 
 def floats(batch: Batch) -> Tensor:

@@ -23,7 +23,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,11 +30,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._claims import at_most
-from benchmarks._ours import floats, our_step, random_batch
+from benchmarks._ours import floats, no_image_left_out, our_step, random_batch
 from benchmarks._sides import Seen, run_in_turn, serve_side
 from benchmarks._turns import times_in_turn
 from slrnet.config import Config
-from slrnet.losses import segmentation
 from slrnet.models.slrnet import network_of
 from slrnet.recipes import voc_wsss, voc_wsss_lite
 from slrnet.search import apply_values
@@ -179,7 +177,7 @@ def share(args: argparse.Namespace) -> bool:
             },
         )
         rows = find_pseudo_rows(batch)
-        with mock.patch.object(segmentation, "_known_to_weigh_nothing", return_value=False):  # as in the whole step
+        with no_image_left_out():  # as in the whole step
             losses = losses_of(leaves, drawn, images, batch, config=config, pseudo_rows=rows, pretraining=False)
         losses.total.backward()
 

@@ -52,6 +52,8 @@ PositiveFloat = Annotated[float, Field(strict=True, gt=0.0, allow_inf_nan=False)
 
 Setting = Literal["wsss", "sss_image_labels", "sss"]
 """Image labels; pixel and image labels; pixel labels and unlabelled images."""
+Precision = Literal["auto", "fp32", "bf16"]
+"""What networks compute in: see `train.precision`."""
 Protocol = Literal["ss", "ms", "ms_crf"]
 """How masks are predicted: one scale; several scales, each also mirrored; or those and a dense CRF."""
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
@@ -283,7 +285,7 @@ class TrainConfig(_Section):
     """Global batch: images per optimiser step over all workers and accumulation steps."""
     accumulation: PositiveInt = 1
     """Backward passes per optimiser step; divides the memory that a batch takes."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     """bf16 autocast on GPUs that have it and on CPUs with AMX (`auto`), never (`fp32`), or always (`bf16`)."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Seed of weights, order, crops, colours, dropout and gates."""
@@ -317,7 +319,7 @@ class EvaluationConfig(_Section):
     CRF. Training always measures `ss`."""
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 1.5, 2.0, 0.5, 0.75)
     """Scales of `ms` and `ms_crf`, as multiples of `scale`."""
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Of the network when masks are measured or predicted, as `train.precision`. bf16 is faster on hardware for it, and
     moves figures in the last digit that is given."""
     scale: PositiveFloat = 1.0

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["StandInConv2d", "eager_on_cpu", "keeps_size", "replace_convolutions", "working_dtype"]
+__all__ = ["StandInConv2d", "convolution_dtype", "eager_on_cpu", "keeps_size", "replace_convolutions"]
 
 
 class StandInConv2d(nn.Conv2d):
@@ -54,7 +54,7 @@ def eager_on_cpu(input: Tensor) -> bool:
     )
 
 
-def working_dtype(input: Tensor) -> torch.dtype:
+def convolution_dtype(input: Tensor) -> torch.dtype:
     """What a convolution on the CPU works in: autocast's dtype where it is on, else that of its input."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
 

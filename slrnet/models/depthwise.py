@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from slrnet.models.convolutions import StandInConv2d, eager_on_cpu, keeps_size, replace_convolutions, working_dtype
+from slrnet.models.convolutions import StandInConv2d, convolution_dtype, eager_on_cpu, keeps_size, replace_convolutions
+from slrnet.models.factorization import working_dtype
 
 __all__ = ["DepthwiseConv2d", "use_fast_depthwise"]
 
@@ -43,7 +44,7 @@ class DepthwiseConv2d(StandInConv2d):
             input = pad_same(input, list(self.kernel_size), list(self.stride))
         if not self._own_way(input):
             return super().forward(input)
-        maps, rate = input.to(working_dtype(input)), self.dilation[0]
+        maps, rate = input.to(convolution_dtype(input)), self.dilation[0]
         if rate > 1:
             out = _interleaved(maps, self.weight, rate)
         else:
@@ -92,7 +93,7 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         maps, weight = ctx.saved_tensors
         where = {"stride": ctx.stride, "padding": ctx.padding, "groups": len(weight)}
-        wide = torch.promote_types(maps.dtype, torch.float32)  # half precision has no fast form
+        wide = working_dtype(maps)  # half precision has no fast form
         of_maps = of_weight = None
         if ctx.needs_input_grad[0]:
             dtype = maps.dtype if ctx.stride == (1, 1) else wide

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slrnet.models.convolutions import StandInConv2d, eager_on_cpu, working_dtype
+from slrnet.models.convolutions import StandInConv2d, convolution_dtype, eager_on_cpu
+from slrnet.models.factorization import working_dtype
 
 __all__ = ["FewTapsConv2d"]
 
@@ -33,11 +34,11 @@ class FewTapsConv2d(StandInConv2d):
         """(N, C, H, W) to (N, K, H, W)."""
         if not self._few_taps(input):
             return super().forward(input)
-        out: Tensor = _FewTaps.apply(input.to(working_dtype(input)), self.weight, self.dilation[0])
+        out: Tensor = _FewTaps.apply(input.to(convolution_dtype(input)), self.weight, self.dilation[0])
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
 
     def _few_taps(self, input: Tensor) -> bool:
-        dtype, rate = working_dtype(input), self.dilation[0]
+        dtype, rate = convolution_dtype(input), self.dilation[0]
         if not eager_on_cpu(input) or dtype not in (torch.bfloat16, self.weight.dtype):
             return False
         if dtype == torch.bfloat16 and rate > 1 and max(self.in_channels, self.out_channels) >= _MANY_CHANNELS:
@@ -54,7 +55,7 @@ class _FewTaps(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.rate = rate
         maps, filters = x.permute(0, 2, 3, 1), _filters(weight, x.dtype)
-        out = maps.new_zeros(*maps.shape[:3], len(weight), dtype=_sum_dtype(x.dtype))
+        out = maps.new_zeros(*maps.shape[:3], len(weight), dtype=working_dtype(x))
         for i, j, seen, met in _taps(maps.shape[1], maps.shape[2], rate):
             part = out[seen]
             part += (maps[met].flatten(0, 2) @ filters[i, j].T).view(part.shape)
@@ -65,7 +66,7 @@ class _FewTaps(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         maps, slopes, filters = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), _filters(weight, x.dtype)
-        of_maps = torch.zeros_like(maps, dtype=_sum_dtype(x.dtype)) if ctx.needs_input_grad[0] else None
+        of_maps = torch.zeros_like(maps, dtype=working_dtype(x)) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i, j, seen, met in _taps(maps.shape[1], maps.shape[2], ctx.rate):
             slope = slopes[seen].flatten(0, 2)
@@ -81,10 +82,6 @@ def _filters(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """(3, 3, K, C), in one piece for each tap in half precision, whose products would copy them otherwise."""
     filters = weight.permute(2, 3, 0, 1).to(dtype)
     return filters.contiguous() if dtype == torch.bfloat16 else filters
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _taps(height: int, width: int, rate: int) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:

@@ -18,7 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from slrnet.models.convolutions import eager_on_cpu, keeps_size, replace_convolutions, working_dtype
+from slrnet.models.convolutions import convolution_dtype, eager_on_cpu, keeps_size, replace_convolutions
 from slrnet.models.few_taps import FewTapsConv2d
 
 __all__ = ["WinogradConv2d", "use_winograd"]
@@ -82,7 +82,7 @@ class WinogradConv2d(FewTapsConv2d):
         return super().train(mode)
 
     def _pays(self, input: Tensor) -> bool:
-        single = working_dtype(input) in (torch.float32, torch.float64)
+        single = convolution_dtype(input) in (torch.float32, torch.float64)
         if not (eager_on_cpu(input) and single) or torch.is_grad_enabled():
             return False
         rate, (height, width) = self.dilation[0], input.shape[-2:]

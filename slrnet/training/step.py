@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from slrnet.calibration.pseudo_labels import Calibrated, calibrate, threshold, to_class_ids
-from slrnet.config import CalibrationConfig, Config, ViewsConfig
+from slrnet.config import CalibrationConfig, Config, Precision, ViewsConfig
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.colour import ColourParams, apply_colour, draw_colour
@@ -184,7 +184,7 @@ def possible_classes(image_labels: Tensor, has_image_labels: Tensor) -> Tensor:
     return torch.where(has_image_labels[:, None], image_labels, 1.0)
 
 
-def mixed_precision(precision: str, device: torch.device) -> torch.autocast:
+def mixed_precision(precision: Precision, device: torch.device) -> torch.autocast:
     """The context of a training's forward passes: autocast to bfloat16, or none.
 
     Args:
