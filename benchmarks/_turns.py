@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable, Mapping
+
+import torch
+
+
+def parse_turns(description: str | None, *, repeats: int) -> argparse.Namespace:
+    """`repeats` and `threads` from the command line; PyTorch gets that many threads."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    return args
 
 
 def times_in_turn(forms: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:

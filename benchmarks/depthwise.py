@@ -9,7 +9,6 @@ layers 1.1 times as fast, all others not slower, and in bfloat16 all of them twi
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-from benchmarks._turns import times_in_turn
+from benchmarks._turns import parse_turns, times_in_turn
 from slrnet.models.depthwise import DepthwiseConv2d
 from slrnet.training.step import mixed_precision
 
@@ -53,11 +52,7 @@ LAYERS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse_turns(__doc__, repeats=7)
     with mixed_precision("auto", torch.device("cpu")):
         capable = torch.is_autocast_enabled("cpu")
     dtypes = (torch.float32, torch.bfloat16) if capable else (torch.float32,)

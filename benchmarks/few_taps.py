@@ -9,7 +9,6 @@ times. Claimed: equal within 1e-4 of the largest output, and at no rate slower.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from functools import partial
@@ -21,7 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._turns import times_in_turn
+from benchmarks._turns import parse_turns, times_in_turn
 from slrnet.models.few_taps import _FewTaps
 
 CASES = (
@@ -31,11 +30,7 @@ CLAIMED_DIFFERENCE, CLAIMED_RATIO = 1e-4, 1.0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse_turns(__doc__, repeats=5)
     held = True
     for batch, channels, size, rates in CASES:
         x = torch.randn(batch, channels, size, size).contiguous(memory_format=torch.channels_last).requires_grad_()

@@ -8,7 +8,6 @@ Claimed: at 256 and more channels 1.5 times as fast, outputs equal within 3e-5 o
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from functools import partial
@@ -19,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-from benchmarks._turns import times_in_turn
+from benchmarks._turns import parse_turns, times_in_turn
 from slrnet.models.winograd import WinogradConv2d
 
 CLAIMED, CLAIMED_DIFFERENCE, FROM_CHANNELS = 1.5, 3e-5, 256
@@ -29,11 +28,7 @@ SHAPES = ((128, 128, 1, 120, 160), (256, 256, 1, 60, 80), (512, 512, 1, 30, 40),
 
 @torch.no_grad()
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    args = parse_turns(__doc__, repeats=7)
     torch.manual_seed(0)
     missed = 0
     for inputs, outputs, rate, height, width in SHAPES:

@@ -84,6 +84,7 @@ class _Depthwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        """The convolution; maps and weight are kept for the gradient."""
         ctx.save_for_backward(maps, weight)
         ctx.stride, ctx.padding = stride, padding
         return F.conv2d(maps, weight.to(maps.dtype), None, stride, padding, groups=len(weight))
@@ -91,6 +92,7 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Gradients of maps and weight, each where it is wanted."""
         maps, weight = ctx.saved_tensors
         where = {"stride": ctx.stride, "padding": ctx.padding, "groups": len(weight)}
         wide = working_dtype(maps)  # half precision has no fast form

@@ -68,6 +68,7 @@ class _RectifyAndDrop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, kept: Tensor, scale: float) -> Tensor:
+        """Overwrites x; where the result is positive the gradient passes."""
         ctx.mark_dirty(x)
         ctx.scale = scale
         out = x.relu_().mul_(kept.mul_(scale))

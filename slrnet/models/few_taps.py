@@ -52,6 +52,7 @@ class _FewTaps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, rate: int) -> Tensor:
+        """The convolution; maps and weight are kept for the gradient."""
         ctx.save_for_backward(x, weight)
         ctx.rate = rate
         maps, filters = x.permute(0, 2, 3, 1), _filters(weight, x.dtype)
@@ -64,6 +65,7 @@ class _FewTaps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Gradients of maps and weight, each where it is wanted."""
         x, weight = ctx.saved_tensors
         maps, slopes, filters = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), _filters(weight, x.dtype)
         of_maps = torch.zeros_like(maps, dtype=working_dtype(x)) if ctx.needs_input_grad[0] else None
