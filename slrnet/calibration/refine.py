@@ -72,8 +72,14 @@ def affinities(images: Tensor, *, dilations: tuple[int, ...] = DILATIONS) -> Ten
         all samples of all neighbourhoods, each with its centre, with Bessel's correction.
     """
     scale = (-1 / (1e-8 + CONTRAST_SHARE * _local_std(images, dilations))) / images.shape[1]
-    distances = [((neighbour - images).abs_() * scale).sum(dim=1) for neighbour in _neighbours(images, dilations)]
-    return torch.stack(distances, dim=1).softmax(dim=1)
+    weights = images.new_empty(len(images), 8 * len(dilations), *images.shape[2:])
+    difference = torch.empty_like(images)
+    for index, neighbour in enumerate(_neighbours(images, dilations)):
+        torch.sub(neighbour, images, out=difference)
+        torch.sum(difference.abs_().mul_(scale), dim=1, out=weights[:, index])
+    # Some neighbour's is above -32, by the bound in `_local_std`, so that the largest need not be subtracted first.
+    weights.exp_()
+    return weights.div_(weights.sum(dim=1, keepdim=True))
 
 
 def _local_std(images: Tensor, dilations: tuple[int, ...]) -> Tensor:
@@ -82,9 +88,9 @@ def _local_std(images: Tensor, dilations: tuple[int, ...]) -> Tensor:
     Moments of the colours themselves cancel where an image is nearly flat. Moments of the differences do not: the pixel
     is one sample in nine, so that the squared mean is at most 8/9 of the mean square.
     """
-    total, squares = torch.zeros_like(images), torch.zeros_like(images)
+    total, squares, difference = torch.zeros_like(images), torch.zeros_like(images), torch.empty_like(images)
     for neighbour in _neighbours(images, dilations):
-        difference = neighbour - images
+        torch.sub(neighbour, images, out=difference)
         total += difference
         squares.addcmul_(difference, difference)
     count = 9 * len(dilations)  # the pixel belongs to each neighbourhood, with difference 0

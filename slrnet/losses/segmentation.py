@@ -21,8 +21,12 @@ from slrnet.data.catalog import IGNORE_INDEX
 
 __all__ = ["balanced_cross_entropy"]
 
-_PART = {"cpu": 2**21, "cuda": 2**26}
+_PART = {"cpu": 2**20, "cuda": 2**26}
 """Elements of resized logits that are worked on at a time: on CPUs what fits the caches."""
+_ROWS = 24
+"""At most, of those: each needs two rows of the small maps, a band one more than its height in them."""
+_SPREAD = 80.0
+"""Logits so far below 0 have exponentials that are normal numbers in float32."""
 
 
 def balanced_cross_entropy(
@@ -72,24 +76,38 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         """Logits (N, K, h, w) float, labels (N, H, W) int64 below K, weights (N, H, W) float32."""
         wanted = ctx.needs_input_grad[0]
         with torch.autocast(logits.device.type, enabled=False):
-            small = logits.float().contiguous()
-            rows, columns = (
+            small = logits.float()
+            small = small - small.amax(dim=1, keepdim=True)  # what is resized from it is at most 0 then
+            near = _known_to_be_near(small)
+            down, across = (
                 _interpolation(old, new, small) for old, new in zip(small.shape[2:], labels.shape[1:], strict=True)
             )
             gradient = torch.zeros_like(small) if wanted else None
-            loss = small.new_zeros(len(small))
+            loss, room = small.new_zeros(len(small)), small.new_empty(0, 0)
+            shape = small.shape[1], labels.shape[2]
             weights = weights / labels[0].numel()
-            for part, top in _parts(weights, small.shape[1]):
-                label, weight = labels[part, top].unsqueeze(1), weights[part, top].unsqueeze(1)
-                own = rows[top]
-                scores = own @ small[part] @ columns.mT
-                scores -= scores.amax(dim=1, keepdim=True)
-                right = scores.gather(1, label)
-                total = scores.exp_().sum(dim=1, keepdim=True)
-                loss[part] += ((total.log() - right) * weight).flatten(1).sum(dim=1)
-                if gradient is not None:
-                    slope = scores.mul_(weight / total).scatter_add_(1, label, -weight)
-                    gradient[part] += own.mT @ (slope @ columns)
+            for images, bands in _parts(weights, small.shape[1], small.shape[2]):
+                label, weight = (maps[images].transpose(0, 1).unsqueeze(2) for maps in (labels, weights))
+                maps = small[images].permute(2, 0, 1, 3)  # (h, n, K, w): rows come first from here on
+                wide = (maps.reshape(-1, maps.shape[3]) @ across.mT).view(len(maps), -1)  # (h, n K W)
+                slopes = torch.zeros_like(wide) if wanted else None
+                total, right = torch.empty_like(weight), torch.empty_like(weight)  # (H, n, 1, W)
+                for rows, source in bands:
+                    own = down[rows, source]
+                    if len(room) < len(own) or room.shape[1] != wide.shape[1]:
+                        room = wide.new_empty(len(own), wide.shape[1])
+                    scores = torch.mm(own, wide[source], out=room[: len(own)]).view(len(own), -1, *shape)
+                    if not near:
+                        scores -= scores.amax(dim=2, keepdim=True)
+                    torch.gather(scores, 2, label[rows], out=right[rows])
+                    torch.sum(scores.exp_(), dim=2, keepdim=True, out=total[rows])
+                    if slopes is not None:
+                        scores.mul_(weight[rows] / total[rows]).scatter_add_(2, label[rows], -weight[rows])
+                        slopes[source].addmm_(own.mT, scores.view(len(own), -1))
+                loss[images] = ((total.log_() - right) * weight).sum(dim=(0, 2, 3))
+                if gradient is not None and slopes is not None:
+                    slopes = slopes.view(-1, shape[1]) @ across
+                    gradient[images] = slopes.view(maps.shape).permute(1, 2, 0, 3)
         if gradient is not None:
             ctx.save_for_backward(gradient.to(logits.dtype))
         return loss
@@ -101,21 +119,42 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return gradient * slopes.view(-1, 1, 1, 1).to(gradient.dtype), None, None
 
 
-def _parts(weights: Tensor, num_classes: int) -> Iterator[tuple[slice, slice]]:
-    """Images and rows to work on at a time; on CPUs, where it costs nothing to ask, without images that weigh 0."""
-    images, height, width = weights.shape
+def _parts(weights: Tensor, num_classes: int, height: int) -> Iterator[tuple[slice, Iterator[tuple[slice, slice]]]]:
+    """Images to work on at a time, and bands of rows; on CPUs, where it costs nothing to ask, images that count alone.
+
+    Args:
+        weights: (N, H, W), of the pixels.
+        num_classes: K.
+        height: h, of the maps before they are resized.
+
+    Yields:
+        Images, and for each band its rows of H and those of h from which they are made.
+    """
+    images, new_height, width = weights.shape
     at_once = max(1, _PART.get(weights.device.type, 2**21) // (num_classes * width))  # rows
-    together, rows = max(1, at_once // height), min(height, at_once)
+    rows = min(new_height, at_once, _ROWS)
+    together = max(1, at_once // rows)
     for start in range(0, images, together):
         part = slice(start, start + together)
-        if _known_to_weigh_nothing(weights[part]):
-            continue
-        for top in range(0, height, rows):
-            yield part, slice(top, top + rows)
+        if not _known_to_weigh_nothing(weights[part]):
+            yield part, _bands(height, new_height, rows)
+
+
+def _bands(old: int, new: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Bands of `rows` out of `new` rows, with those of the `old` ones that they lie between."""
+    for top in range(0, new, rows):
+        bottom = min(new, top + rows)
+        first, last = (row * (old - 1) // max(1, new - 1) for row in (top, bottom - 1))
+        yield slice(top, bottom), slice(first, last + 2)
 
 
 def _known_to_weigh_nothing(weights: Tensor) -> bool:
     return weights.device.type == "cpu" and not weights.any()
+
+
+def _known_to_be_near(logits: Tensor) -> bool:
+    """Whether no class of a pixel resized from these, whose largest is 0, can be as far below it as exp underflows."""
+    return logits.device.type == "cpu" and bool(logits.amin() > -_SPREAD)
 
 
 def _interpolation(old: int, new: int, like: Tensor) -> Tensor:
