@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from unittest import mock
 
 import torch
-from torch import Tensor
 
 from slrnet.config import Config
 from slrnet.data.batch import Batch
@@ -75,8 +74,3 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
 def no_image_left_out() -> AbstractContextManager[object]:
     """While it lasts, the cross entropy also computes images that weigh nothing in it."""
     return mock.patch.object(segmentation, "_known_to_weigh_nothing", return_value=False)
-
-
-def floats(batch: Batch) -> Tensor:
-    """(N, 3, H, W) images in [0, 1]."""
-    return batch.images.float() / 255

@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._claims import at_most
-from benchmarks._ours import floats, no_image_left_out, our_step, random_batch
+from benchmarks._ours import no_image_left_out, our_step, random_batch
 from benchmarks._sides import Seen, run_in_turn, serve_side
 from benchmarks._turns import times_in_turn
 from slrnet.config import Config
@@ -84,7 +84,7 @@ def _side(args: argparse.Namespace) -> Callable[[], object]:
     from benchmarks._released import released_network, released_network_lite, released_step
 
     build = released_network if args.encoder == "wide" else released_network_lite
-    return released_step(build(args.peer_dir, num_classes=args.classes), floats(batch), batch.image_labels)
+    return released_step(build(args.peer_dir, num_classes=args.classes), batch.floats(), batch.image_labels)
 
 
 def _compare(args: argparse.Namespace, sides: dict[str, list[str]]) -> dict[str, Seen]:
@@ -162,7 +162,7 @@ def share(args: argparse.Namespace) -> bool:
     batch = random_batch(batch=8, crop=192, num_classes=num_classes, present=2)
     model = network_of(config, num_classes=num_classes, weights=False).train()
     build_optimizer(model, config.optim, batch_size=8)
-    images = floats(batch)
+    images = batch.floats()
     inputs, drawn = make_views(images, config.views, Normalise.of(model.encoder), step_generator(0))
     with torch.no_grad(), mixed_precision("auto", torch.device("cpu")):
         outputs = model(inputs)

@@ -88,9 +88,10 @@ class SampleIndex:
 
     def image_labels(self, sample: int) -> Tensor:
         """Image labels of a sample: (K-1,) float32 of 0 and 1, from the manifest."""
-        labels = self.no_image_labels()
-        labels[[label - 1 for label in self.split.row(sample).classes]] = 1.0
-        return labels
+        labels = [0.0] * (self.split.num_classes - 1)
+        for label in self.split.row(sample).classes:
+            labels[label - 1] = 1.0
+        return torch.tensor(labels)
 
     def no_image_labels(self) -> Tensor:
         """(K-1,) float32 of 0, for a sample whose image labels are not known or not granted."""

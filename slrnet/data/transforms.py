@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -92,10 +93,14 @@ def crop_image(image: Tensor, crop: Crop, *, size: int) -> Tensor:
         size: side of the result, pixels.
 
     Returns:
-        (3, size, size) uint8.
+        (3, size, size) uint8, channels last where the image is.
     """
-    out: Tensor = tv.resized_crop(image, crop.top, crop.left, crop.height, crop.width, [size, size], antialias=True)
-    return out.flip(-1) if crop.mirrored else out
+    box = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    # A batch of one whose strides say channels last, where the image is, as decoded ones are: PyTorch resizes and
+    # mirrors these without rearranging them. Indexing with None would give it strides from which that cannot be told.
+    pixels = box.as_strided((1, *box.shape), (image.numel(), *box.stride()))
+    out = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+    return (out.flip(-1) if crop.mirrored else out)[0]
 
 
 def crop_mask(mask: Tensor, crop: Crop, *, size: int) -> Tensor:

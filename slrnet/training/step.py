@@ -227,10 +227,9 @@ def step_losses(
         pretraining: leave out pseudo labels and their loss.
     """
     with record_function("slrnet: views"):
-        images = batch.images.float() / 255
+        images = batch.floats()
         inputs, views = make_views(images, config.views, normalise, generator)
-        if images.is_contiguous(memory_format=torch.channels_last):
-            inputs = [view.contiguous(memory_format=torch.channels_last) for view in inputs]
+        inputs = [view.contiguous(memory_format=torch.channels_last) for view in inputs]
     with record_function("slrnet: network"):
         outputs = model(inputs)
     return losses_of(outputs, views, images, batch, config=config, pseudo_rows=pseudo_rows, pretraining=pretraining)
