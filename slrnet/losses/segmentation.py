@@ -21,10 +21,9 @@ from slrnet.data.catalog import IGNORE_INDEX
 
 __all__ = ["balanced_cross_entropy"]
 
-_PART = {"cpu": 2**20, "cuda": 2**26}
-"""Elements of resized logits that are worked on at a time: on CPUs what fits the caches."""
-_ROWS = 24
-"""At most, of those: each needs two rows of the small maps, a band one more than its height in them."""
+_PART = {"cpu": (2**20, 24), "cuda": (2**26, 2**16)}
+"""Elements of resized logits that are worked on at a time, and rows at most: on CPUs elements that fit the caches, and
+so few rows that they lie between a few of the small maps', from which each is made by a product with all of these."""
 _SPREAD = 80.0
 """Logits so far below 0 have exponentials that are normal numbers in float32."""
 
@@ -131,8 +130,9 @@ def _parts(weights: Tensor, num_classes: int, height: int) -> Iterator[tuple[sli
         Images, and for each band its rows of H and those of h from which they are made.
     """
     images, new_height, width = weights.shape
-    at_once = max(1, _PART.get(weights.device.type, 2**21) // (num_classes * width))  # rows
-    rows = min(new_height, at_once, _ROWS)
+    elements, most = _PART.get(weights.device.type, _PART["cpu"])
+    at_once = max(1, elements // (num_classes * width))  # rows
+    rows = min(new_height, at_once, most)
     together = max(1, at_once // rows)
     for start in range(0, images, together):
         part = slice(start, start + together)

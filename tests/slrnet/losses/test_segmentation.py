@@ -81,10 +81,10 @@ def test_logits_are_resized_to_the_labels() -> None:
 
 
 @pytest.mark.parametrize(("small", "large"), [((3, 4), (7, 9)), ((5, 5), (5, 5)), ((1, 4), (6, 1)), ((7, 9), (3, 4))])
-@pytest.mark.parametrize("part", [1, 100, 2**21])
+@pytest.mark.parametrize("part", [(1, 1), (100, 3), (2**20, 2), (2**20, 24)])
 @pytest.mark.parametrize("scale", [1.0, 200.0])
 def test_equals_resizing_and_then_comparing(
-    small: tuple[int, int], large: tuple[int, int], part: int, scale: float, monkeypatch: pytest.MonkeyPatch
+    small: tuple[int, int], large: tuple[int, int], part: tuple[int, int], scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss and gradient, worked on by rows, by images and all at once, are those of PyTorch's own operators."""
     monkeypatch.setattr(segmentation, "_PART", {"cpu": part})
@@ -102,7 +102,7 @@ def test_equals_resizing_and_then_comparing(
 
 def test_images_that_weigh_nothing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others' losses and gradients stay what they are."""
-    monkeypatch.setattr(segmentation, "_PART", {"cpu": 1})
+    monkeypatch.setattr(segmentation, "_PART", {"cpu": (1, 1)})
     logits, labels = random_case(3, 4, 5, 6, seed=0)
     labels[1] = VOID
     results = []
