@@ -220,7 +220,7 @@ class _CocoFolder:
         return {category: place for place, category in enumerate(sorted(self.categories), start=1)}
 
     def scan(self, item: _Item) -> Sample:
-        size = FORM.size(Path(item.path))
+        size, as_is = FORM.measure(Path(item.path))
         if size != item.size:
             raise DataError(
                 f"{item.path} is {size[0]}x{size[1]} pixels, {self.files[item.split].name} says "
@@ -236,13 +236,14 @@ class _CocoFolder:
             classes=tuple(self.class_of[category] for category in item.categories),
             subsets=item.subsets,
             source=(item.path, item.places),
+            image_as_is=as_is,
         )
 
     def encode(self, sample: Sample) -> tuple[bytes, bytes]:
         path, places = sample.source
         annotations = self._annotations(sample.split, places)
         mask = class_mask(annotations, sample.height, sample.width, self.class_of)
-        return FORM.jpeg(Path(path)), encode_mask(mask, self.palette)
+        return FORM.jpeg(Path(path), as_is=sample.image_as_is), encode_mask(mask, self.palette)
 
     def _annotations(self, split: str, places: bytes) -> list[dict[str, Any]]:
         found = []

@@ -43,10 +43,11 @@ from data_prep.source_files import (
     ImageForm,
     check_size,
     checked_ids,
+    copied,
+    measure_mask,
     names_of,
     opened,
     read_lines,
-    read_mask,
     seeded_share,
     split_words,
     subset_members,
@@ -247,11 +248,11 @@ class _Source:
 
     def scan(self, item: _Item) -> Sample:
         path = Path(item.path)
-        size = FORM.size(path)
-        mask_path = self.mask_path(path)
+        size, image_as_is = FORM.measure(path)
+        mask_path, mask_as_is = self.mask_path(path), False
         classes: tuple[int, ...] | None = None
         if mask_path is not None:
-            mask = self._read_mask(mask_path)
+            mask, mask_as_is = self._read_mask(mask_path)
             check_size(mask_path, mask, path, size, remedy="make them of one size, the image seen upright")
             present = checked_ids(mask_path, mask, len(self.class_names), remedy="see --classes")
             classes = tuple(label for label in present if 0 < label < IGNORE_INDEX)
@@ -264,19 +265,19 @@ class _Source:
             height=size[1],
             classes=classes,
             subsets=item.subsets,
-            source=item.path,
+            source=(path, mask_path),
+            image_as_is=image_as_is,
+            mask_as_is=mask_as_is,
         )
 
     def encode(self, sample: Sample) -> tuple[bytes, bytes | None]:
-        path = Path(sample.source)
-        mask_path = self.mask_path(path)
+        path, mask_path = sample.source
+        image = FORM.jpeg(path, as_is=sample.image_as_is)
         if mask_path is None:
-            return FORM.jpeg(path), None
-        if self.colours is None:
-            with opened(mask_path) as image:
-                if image.format == "PNG" and image.mode in ("P", "L"):
-                    return FORM.jpeg(path), mask_path.read_bytes()
-        return FORM.jpeg(path), encode_mask(self._read_mask(mask_path), self.palette)
+            return image, None
+        if sample.mask_as_is:
+            return image, copied(mask_path, remedy=FORM.remedy)
+        return image, encode_mask(self._read_mask(mask_path)[0], self.palette)
 
     def mask_path(self, image: Path) -> Path | None:
         """Path of an image's mask; None where there are no masks, or none of this image."""
@@ -285,13 +286,14 @@ class _Source:
         path = (self.masks / image.relative_to(self.images)).with_suffix(".png")
         return path if path.is_file() else None
 
-    def _read_mask(self, path: Path) -> npt.NDArray[np.uint8]:
+    def _read_mask(self, path: Path) -> tuple[npt.NDArray[np.uint8], bool]:
+        """Ids of a mask, and whether its file can be copied."""
         if self.colours is None:
-            return read_mask(path, remedy="make it so, or name its colours with --palette FILE")
+            return measure_mask(path, remedy="make it so, or name its colours with --palette FILE")
         with opened(path, remedy="make it again") as image:
             pixels = np.asarray(image.convert("RGB"))
         try:
-            return self.colours.ids(pixels)
+            return self.colours.ids(pixels), False
         except DataError as error:
             raise DataError(f"{path} {error}") from None
 

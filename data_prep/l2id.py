@@ -159,7 +159,7 @@ class _L2idFolder:
 
     def scan(self, item: _Item) -> Sample:
         image, label = Path(item.image), Path(item.label)
-        size = self.form.size(image)
+        size, as_is = self.form.measure(image)
         if label.suffix == ".xml":
             classes = self._labels(label)
         else:
@@ -175,13 +175,15 @@ class _L2idFolder:
             classes=classes,
             subsets=item.subsets,
             source=(item.image, item.label),
+            image_as_is=as_is,
         )
 
     def encode(self, sample: Sample) -> tuple[bytes, bytes | None]:
         image, label = (Path(path) for path in sample.source)
+        data = self.form.jpeg(image, as_is=sample.image_as_is)
         if label.suffix == ".xml":
-            return self.form.jpeg(image), None
-        return self.form.jpeg(image), encode_mask(self._mask(label), self.palette)
+            return data, None
+        return data, encode_mask(self._mask(label), self.palette)
 
     def _mask(self, path: Path) -> npt.NDArray[np.uint8]:
         return self.form.mask(read_mask(path, remedy=MASK_REMEDY))

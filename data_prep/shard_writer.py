@@ -69,6 +69,10 @@ class Sample:
     """Named subsets it belongs to."""
     source: Any = None
     """Whatever `encode` needs to find its files; picklable."""
+    image_as_is: bool = False
+    """Whether the image's file goes into the shard as it is."""
+    mask_as_is: bool = False
+    """Whether the mask's does."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ __all__ = [
     "ImageForm",
     "check_size",
     "checked_ids",
+    "copied",
+    "measure_mask",
     "names_of",
     "opened",
     "read_keys",
@@ -68,27 +70,34 @@ class ImageForm:
     remedy: str = "fetch it again, or drop it from the list"
     """What to do about a file that is missing or damaged."""
 
-    def size(self, path: Path) -> tuple[int, int]:
-        """Width and height that the image has in the shards; the file is read to its end.
+    def measure(self, path: Path) -> tuple[tuple[int, int], bool]:
+        """Width and height that the image has in the shards, and whether the file is copied into them as it is.
+
+        The file is read to its end.
 
         Raises:
             DataError: the file is missing or damaged.
         """
         with opened(path, remedy=self.remedy) as image:
             image.load()
-            return self._fit(self._size(image))
+            size = self._size(image)
+            plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not self._turned(image)
+            return self._fit(size), plain and self._fit(size) == size
 
-    def jpeg(self, path: Path) -> bytes:
-        """Bytes of the image as a JPEG file: copied where they can be, else converted.
+    def jpeg(self, path: Path, *, as_is: bool) -> bytes:
+        """Bytes of the image as a JPEG file: the file's own, or converted.
+
+        Args:
+            path: of the image.
+            as_is: what `measure` said of it.
 
         Raises:
             DataError: the file is missing or damaged.
         """
+        if as_is:
+            return copied(path, remedy=self.remedy)
         with opened(path, remedy=self.remedy) as image:
             size = self._size(image)
-            plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not self._turned(image)
-            if plain and self._fit(size) == size:
-                return path.read_bytes()
             rgb = upright_rgb(image) if self.upright else as_rgb(image)
             if self._fit(size) != size:
                 rgb = rgb.resize(self._fit(size), Image.Resampling.LANCZOS)
@@ -116,8 +125,25 @@ class ImageForm:
         return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
+def copied(path: Path, *, remedy: str) -> bytes:
+    """Bytes of a file that has been read before.
+
+    Raises:
+        DataError: it is not there any more; the message ends in `remedy`.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} was there a moment ago and cannot be read: {error.strerror}; {remedy}") from None
+
+
 def read_mask(path: Path, *, remedy: str) -> npt.NDArray[np.uint8]:
-    """Ids of an indexed or grey mask: (H, W) uint8.
+    """Ids of an indexed or grey mask: (H, W) uint8; see `measure_mask`."""
+    return measure_mask(path, remedy=remedy)[0]
+
+
+def measure_mask(path: Path, *, remedy: str) -> tuple[npt.NDArray[np.uint8], bool]:
+    """Ids of an indexed or grey mask, (H, W) uint8, and whether the file can go into a shard as it is.
 
     Raises:
         DataError: the file is missing, damaged, or in colours; the message ends in `remedy`.
@@ -128,7 +154,7 @@ def read_mask(path: Path, *, remedy: str) -> npt.NDArray[np.uint8]:
                 f"{path} is a {image.mode} image; masks must be indexed (mode P) or grey (L) with class ids as values: "
                 f"{remedy}"
             )
-        return np.asarray(image).astype(np.uint8, copy=False)
+        return np.asarray(image).astype(np.uint8, copy=False), image.format == "PNG" and image.mode in ("P", "L")
 
 
 def checked_ids(path: Path, mask: npt.NDArray[np.uint8], num_classes: int, *, remedy: str) -> list[int]:
@@ -137,7 +163,7 @@ def checked_ids(path: Path, mask: npt.NDArray[np.uint8], num_classes: int, *, re
     Raises:
         DataError: there are others than those of classes and void.
     """
-    present: list[int] = np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist()
+    present = [label for label, count in enumerate(Image.fromarray(mask).histogram()) if count]
     unknown = [label for label in present if label >= num_classes and label != IGNORE_INDEX]
     if unknown:
         raise DataError(

@@ -38,8 +38,9 @@ from data_prep.source_files import (
     ImageForm,
     check_size,
     checked_ids,
+    copied,
+    measure_mask,
     read_lines,
-    read_mask,
     read_objects,
     split_words,
     subset_members,
@@ -171,8 +172,8 @@ class VocFolder:
             DataError: something is wrong with them.
         """
         image = self._image_path(item.key)
-        size = FORM.size(image)
-        path, mask = self._read_mask(item.key)
+        size, as_is = FORM.measure(image)
+        path, mask, mask_as_is = self._read_mask(item.key)
         check_size(path, mask, image, size, remedy="take both from the same release")
         remedy = "correct the mask, or name all classes in labels.txt of the folder"
         present = checked_ids(path, mask, len(self.names), remedy=remedy)
@@ -180,16 +181,22 @@ class VocFolder:
         found = present if labels is None else labels
         classes = tuple(self.chosen.index(label) + 1 for label in self.chosen if label in found)
         return Sample(
-            key=item.key, split=item.split, width=size[0], height=size[1], classes=classes, subsets=item.subsets
+            key=item.key,
+            split=item.split,
+            width=size[0],
+            height=size[1],
+            classes=classes,
+            subsets=item.subsets,
+            image_as_is=as_is,
+            mask_as_is=mask_as_is and len(self.chosen) == len(self.names) - 1,
         )
 
     def encode(self, sample: Sample) -> tuple[bytes, bytes]:
         """Bytes of one sample's JPEG and of its indexed PNG mask, copied unless ids change."""
-        image = FORM.jpeg(self._image_path(sample.key))
-        path = self._mask_path(sample.key)
-        if path.suffix == ".png" and len(self.chosen) == len(self.names) - 1:
-            return image, path.read_bytes()
-        _, mask = self._read_mask(sample.key)
+        image = FORM.jpeg(self._image_path(sample.key), as_is=sample.image_as_is)
+        if sample.mask_as_is:
+            return image, copied(self._mask_path(sample.key), remedy=PNG_REMEDY)
+        _, mask, _ = self._read_mask(sample.key)
         return image, encode_mask(self.lookup[mask], self.palette)
 
     def _image_path(self, key: str) -> Path:
@@ -205,9 +212,10 @@ class VocFolder:
         places = " nor ".join(str(path) for path in candidates)
         raise DataError(f"no mask of {key!r}: neither {places}; give SBD's masks with --sbd, or drop it from the list")
 
-    def _read_mask(self, key: str) -> tuple[Path, npt.NDArray[np.uint8]]:
+    def _read_mask(self, key: str) -> tuple[Path, npt.NDArray[np.uint8], bool]:
+        """Path and ids of a mask, and whether its file could be copied."""
         path = self._mask_path(key)
-        return path, _read_mat(path) if path.suffix == ".mat" else read_mask(path, remedy=PNG_REMEDY)
+        return path, *((_read_mat(path), False) if path.suffix == ".mat" else measure_mask(path, remedy=PNG_REMEDY))
 
     def _xml_labels(self, key: str) -> list[int] | None:
         """Ids of the classes that the XML annotation names; None where there is none."""
