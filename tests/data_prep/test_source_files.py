@@ -1,0 +1,51 @@
+"""What is found out about a file before it is copied or converted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from data_prep.source_files import ImageForm, checked_ids, copied, measure_mask
+from slrnet.data.manifest import DataError
+
+
+@pytest.mark.parametrize(("mode", "as_is"), [("P", True), ("L", True), ("1", False)])
+def test_masks_that_training_reads_are_copied(tmp_path: Path, mode: str, as_is: bool) -> None:
+    path = tmp_path / "mask.png"
+    Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8)).convert(mode).save(path)
+    ids, found = measure_mask(path, remedy="draw it again")
+    assert found is as_is
+    assert ids.dtype == np.uint8
+    assert ids.shape == (2, 2)
+
+
+@given(arrays.arrays(np.uint8, arrays.array_shapes(min_dims=2, max_dims=2, max_side=8), elements=st.integers(0, 5)))
+def test_ids_are_those_of_all_pixels(mask: np.ndarray[tuple[int, int], np.dtype[np.uint8]]) -> None:
+    assert checked_ids(Path("mask.png"), mask, 6, remedy="") == sorted(set(mask.ravel().tolist()))
+
+
+def test_an_id_without_a_class_is_named() -> None:
+    with pytest.raises(DataError, match=r"mask\.png has ids \[7\]; allowed are 0 to 2 and 255 \(void\); draw it again"):
+        checked_ids(Path("mask.png"), np.array([[0, 255, 7]], dtype=np.uint8), 3, remedy="draw it again")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "as_is"), [("a.jpg", "RGB", True), ("a.jpg", "CMYK", False), ("a.png", "RGB", False)]
+)
+def test_images_that_training_reads_are_copied(tmp_path: Path, name: str, mode: str, as_is: bool) -> None:
+    path = tmp_path / name
+    Image.new(mode, (4, 3)).save(path)
+    form = ImageForm()
+    assert form.measure(path) == ((4, 3), as_is)
+    assert (form.jpeg(path, as_is=as_is) == path.read_bytes()) is as_is
+
+
+def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.jpg was there a moment ago and cannot be read: .*; fetch it again"):
+        copied(tmp_path / "gone.jpg", remedy="fetch it again")
