@@ -69,7 +69,9 @@ def _compare(rounds: int, epochs: int, workers: int) -> int:
     from data_prep.demo import build_demo
 
     all_cores = len(os.sched_getaffinity(0))
-    forms = {"a core to spare": max(1, all_cores - 1), "every core": all_cores}
+    if all_cores < 2:
+        raise SystemExit("error: this process may use one core; two are needed, one of them for Ray's own processes")
+    forms = {"a core to spare": all_cores - 1, "every core": all_cores}
     found: dict[str, dict[str, list[list[float]]]] = {form: {side: [] for side in SIDES} for form in forms}
     with tempfile.TemporaryDirectory() as temporary:
         build_demo(Path(temporary) / "data", num_train=IMAGES, num_val=4, image_size=160, samples_per_shard=8)

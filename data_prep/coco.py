@@ -228,16 +228,8 @@ class _CocoFolder:
             )
         for annotation in self._annotations(item.split, item.places):
             _check_segmentation(annotation, size, self.files[item.split])
-        return Sample(
-            key=item.key,
-            split=item.split,
-            width=size[0],
-            height=size[1],
-            classes=tuple(self.class_of[category] for category in item.categories),
-            subsets=item.subsets,
-            source=(item.path, item.places),
-            image_as_is=as_is,
-        )
+        classes = tuple(self.class_of[category] for category in item.categories)
+        return Sample.of(item, size, classes, source=(item.path, item.places), image_as_is=as_is)
 
     def encode(self, sample: Sample) -> tuple[bytes, bytes]:
         path, places = sample.source

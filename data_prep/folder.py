@@ -258,17 +258,7 @@ class _Source:
             classes = tuple(label for label in present if 0 < label < IGNORE_INDEX)
         if item.labels is not None:
             classes = tuple(sorted(self.class_names.index(name) for name in item.labels))
-        return Sample(
-            key=item.key,
-            split=item.split,
-            width=size[0],
-            height=size[1],
-            classes=classes,
-            subsets=item.subsets,
-            source=(path, mask_path),
-            image_as_is=image_as_is,
-            mask_as_is=mask_as_is,
-        )
+        return Sample.of(item, size, classes, source=(path, mask_path), image_as_is=image_as_is, mask_as_is=mask_as_is)
 
     def encode(self, sample: Sample) -> tuple[bytes, bytes | None]:
         path, mask_path = sample.source

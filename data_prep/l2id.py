@@ -167,16 +167,7 @@ class _L2idFolder:
             check_size(label, mask, image, size, remedy=MASK_REMEDY)
             present = checked_ids(label, mask, len(self.class_names), remedy=MASK_REMEDY)
             classes = tuple(value for value in present if 0 < value < IGNORE_INDEX)
-        return Sample(
-            key=item.key,
-            split=item.split,
-            width=size[0],
-            height=size[1],
-            classes=classes,
-            subsets=item.subsets,
-            source=(item.image, item.label),
-            image_as_is=as_is,
-        )
+        return Sample.of(item, size, classes, source=(item.image, item.label), image_as_is=as_is)
 
     def encode(self, sample: Sample) -> tuple[bytes, bytes | None]:
         image, label = (Path(path) for path in sample.source)

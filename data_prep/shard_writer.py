@@ -24,7 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,19 @@ MAX_LISTED = 10
 """Problems spelled out in one message; the rest is counted."""
 
 
+class Found(Protocol):
+    """An image that a converter has found: its key, its split and the named subsets that it is in."""
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def subsets(self) -> tuple[str, ...]: ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """One image to write: what the manifest says about it, and where its bytes come from."""
@@ -73,6 +86,20 @@ class Sample:
     """Whether the image's file goes into the shard as it is."""
     mask_as_is: bool = False
     """Whether the mask's does."""
+
+    @classmethod
+    def of(cls, item: Found, size: tuple[int, int], classes: tuple[int, ...] | None, **others: Any) -> Self:
+        """The sample of an image that was found, of `size` = (width, height); `others` are further fields."""
+        width, height = size
+        return cls(
+            key=item.key,
+            split=item.split,
+            subsets=item.subsets,
+            width=width,
+            height=height,
+            classes=classes,
+            **others,
+        )
 
 
 @dataclass(frozen=True)

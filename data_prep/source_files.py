@@ -81,8 +81,9 @@ class ImageForm:
         with opened(path, remedy=self.remedy) as image:
             image.load()
             size = self._size(image)
+            fitting = self._fit(size)
             plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not self._turned(image)
-            return self._fit(size), plain and self._fit(size) == size
+            return fitting, plain and fitting == size
 
     def jpeg(self, path: Path, *, as_is: bool) -> bytes:
         """Bytes of the image as a JPEG file: the file's own, or converted.

@@ -172,32 +172,25 @@ class VocFolder:
             DataError: something is wrong with them.
         """
         image = self._image_path(item.key)
-        size, as_is = FORM.measure(image)
-        path, mask, mask_as_is = self._read_mask(item.key)
+        size, image_as_is = FORM.measure(image)
+        path = self._mask_path(item.key)
+        mask, mask_as_is = _read_mask(path)
         check_size(path, mask, image, size, remedy="take both from the same release")
         remedy = "correct the mask, or name all classes in labels.txt of the folder"
         present = checked_ids(path, mask, len(self.names), remedy=remedy)
         labels = self._xml_labels(item.key)
         found = present if labels is None else labels
         classes = tuple(self.chosen.index(label) + 1 for label in self.chosen if label in found)
-        return Sample(
-            key=item.key,
-            split=item.split,
-            width=size[0],
-            height=size[1],
-            classes=classes,
-            subsets=item.subsets,
-            image_as_is=as_is,
-            mask_as_is=mask_as_is and len(self.chosen) == len(self.names) - 1,
-        )
+        mask_as_is = mask_as_is and len(self.chosen) == len(self.names) - 1
+        return Sample.of(item, size, classes, source=(image, path), image_as_is=image_as_is, mask_as_is=mask_as_is)
 
     def encode(self, sample: Sample) -> tuple[bytes, bytes]:
         """Bytes of one sample's JPEG and of its indexed PNG mask, copied unless ids change."""
-        image = FORM.jpeg(self._image_path(sample.key), as_is=sample.image_as_is)
+        path, mask_path = sample.source
+        image = FORM.jpeg(path, as_is=sample.image_as_is)
         if sample.mask_as_is:
-            return image, copied(self._mask_path(sample.key), remedy=PNG_REMEDY)
-        _, mask, _ = self._read_mask(sample.key)
-        return image, encode_mask(self.lookup[mask], self.palette)
+            return image, copied(mask_path, remedy=PNG_REMEDY)
+        return image, encode_mask(self.lookup[_read_mask(mask_path)[0]], self.palette)
 
     def _image_path(self, key: str) -> Path:
         return self.root / "JPEGImages" / f"{key}.jpg"
@@ -211,11 +204,6 @@ class VocFolder:
                 return path
         places = " nor ".join(str(path) for path in candidates)
         raise DataError(f"no mask of {key!r}: neither {places}; give SBD's masks with --sbd, or drop it from the list")
-
-    def _read_mask(self, key: str) -> tuple[Path, npt.NDArray[np.uint8], bool]:
-        """Path and ids of a mask, and whether its file could be copied."""
-        path = self._mask_path(key)
-        return path, *((_read_mat(path), False) if path.suffix == ".mat" else measure_mask(path, remedy=PNG_REMEDY))
 
     def _xml_labels(self, key: str) -> list[int] | None:
         """Ids of the classes that the XML annotation names; None where there is none."""
@@ -351,6 +339,11 @@ def _chosen(names: tuple[str, ...], classes: Sequence[str] | None) -> tuple[int,
 
 
 # Reading and writing of files.
+
+
+def _read_mask(path: Path) -> tuple[npt.NDArray[np.uint8], bool]:
+    """Ids of a mask, and whether its file could be copied."""
+    return (_read_mat(path), False) if path.suffix == ".mat" else measure_mask(path, remedy=PNG_REMEDY)
 
 
 def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
