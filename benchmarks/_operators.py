@@ -408,6 +408,7 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch("slrnet.calibration.refine._sparse_pays", return_value=False),
         mock.patch("slrnet.models.dropout._four_at_once", return_value=False),
         no_image_left_out(),
+        mock.patch.object(segmentation, "_by_kernel", return_value=None),
         mock.patch.object(segmentation, "_known_to_be_near", return_value=False),
         mock.patch.dict(segmentation._PART, cpu=segmentation._PART["cuda"]),
     ):

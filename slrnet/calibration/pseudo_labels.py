@@ -17,6 +17,7 @@ from torch import Tensor
 from slrnet.calibration.refine import DILATIONS, refine
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.models.decoder import resize
+from slrnet.models.heads import class_probs
 
 __all__ = ["Calibrated", "calibrate", "threshold"]
 
@@ -60,9 +61,9 @@ def calibrate(
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         views = [view.detach().float() for view in logits]
         if fusion == "logits":
-            probs = (sum(views[1:], views[0]) / len(views)).softmax(dim=1)
+            probs = class_probs(sum(views[1:], views[0]) / len(views))
         else:
-            probs = torch.stack([view.softmax(dim=1) for view in views]).mean(dim=0)
+            probs = torch.stack([class_probs(view) for view in views]).mean(dim=0)
         classes = present_classes(image_labels, max_classes=max_classes)
         raw = resize(_take_channels(probs, classes), images.shape[-2:])
         return Calibrated(classes, raw, refine(images, raw, num_iters=num_iters, dilations=dilations))

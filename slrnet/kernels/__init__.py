@@ -1,1 +1,1 @@
-"""Triton kernels; the torch form that each must equal stands in `models` or `calibration`."""
+"""Kernels in Triton for GPUs and in C for CPUs; the PyTorch form that each must equal stands where it is used."""

@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from slrnet.models.heads import class_probs
+
 __all__ = ["code_consistency", "mask_consistency", "mask_divergence"]
 
 
@@ -42,9 +44,9 @@ def mask_consistency(
     known = known.to(masks[0].dtype)[:, None]
     labels = image_labels.to(masks[0].dtype)
     compared = torch.cat([1 - known, labels * known + (1 - known)], dim=1)  # (N, K)
-    maps = [view if compare == "logits" else view.softmax(dim=1) for view in masks]
+    maps = [view if compare == "logits" else class_probs(view) for view in masks]
     weights = compared * masks[0].shape[1] / (masks[0].shape[1] - known)  # a mean over K or K - 1 classes
-    return _sum_of_pairs([view * weights[:, :, None, None] for view in maps])
+    return (_sum_of_pairs(maps) * weights).mean(dim=1)
 
 
 def code_consistency(codes: Sequence[Tensor], *, compare: Literal["all", "maximum"] = "all") -> Tensor:
@@ -59,7 +61,7 @@ def code_consistency(codes: Sequence[Tensor], *, compare: Literal["all", "maximu
     """
     if compare == "maximum":
         codes = [torch.where(view == view.amax(dim=1, keepdim=True), view, 0) for view in codes]
-    return _sum_of_pairs(codes)
+    return _sum_of_pairs(codes).mean(dim=1)
 
 
 def mask_divergence(masks: Sequence[Tensor]) -> Tensor:
@@ -79,7 +81,8 @@ def mask_divergence(masks: Sequence[Tensor]) -> Tensor:
 
 
 def _sum_of_pairs(maps: Sequence[Tensor]) -> Tensor:
-    total = maps[0].flatten(1).sum(dim=1) * 0
+    """(N, K) distances of each class, or atom: the mean over pixels, summed over pairs of views."""
+    total = maps[0].sum(dim=(2, 3)) * 0
     for first, second in combinations(maps, 2):
-        total = total + (first - second).abs().flatten(1).mean(dim=1)
+        total = total + (first - second).abs().mean(dim=(2, 3))
     return total

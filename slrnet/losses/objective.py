@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from slrnet.config import LossConfig, WeightsConfig
 from slrnet.losses.classification import classification_loss
 from slrnet.losses.consistency import code_consistency, mask_consistency, mask_divergence
-from slrnet.losses.segmentation import balanced_cross_entropy
+from slrnet.losses.segmentation import weigh, weighted_cross_entropy
 
 __all__ = ["AlignedOutputs", "Labels", "Objective", "objective"]
 
@@ -123,12 +124,14 @@ def _segmentation_parts(
     known = labels.has_image_labels
     checked = torch.zeros_like(labels.has_pixel_labels) if known is None else known & ~labels.has_pixel_labels
     plain = None if losses.pixel_balance else labels.has_pixel_labels
+    count = partial(
+        weigh, num_classes=outputs.logits[0].shape[1], image_labels=labels.image_labels, checked=checked, plain=plain
+    )
+    views = len(outputs.logits)
+    weighed = [count(targets)] * views if targets.ndim == 3 else [count(own) for own in targets.unbind()[:views]]
     main, auxiliary = (
-        [
-            balanced_cross_entropy(view, own, image_labels=labels.image_labels, checked=checked, plain=plain)
-            for view, own in zip(views, _per_view(targets, len(views)), strict=True)
-        ]
-        for views in (outputs.logits, outputs.auxiliary_logits)
+        [weighted_cross_entropy(view, own) for view, own in zip(maps, weighed, strict=bool(maps))]
+        for maps in (outputs.logits, outputs.auxiliary_logits)
     )
     kinds = {"segmentation": (labels.pseudo_labels, ~labels.has_pixel_labels)}
     kinds["pixel_segmentation"] = (labels.pixel_labels, labels.has_pixel_labels)
@@ -137,10 +140,6 @@ def _segmentation_parts(
         for name, (exists, of) in kinds.items()
         if exists is not None
     }
-
-
-def _per_view(targets: Tensor, views: int) -> Sequence[Tensor]:
-    return [targets] * views if targets.ndim == 3 else targets.unbind()[:views]
 
 
 def _with_auxiliary(main: Sequence[Tensor], auxiliary: Sequence[Tensor], weight: float) -> Tensor:

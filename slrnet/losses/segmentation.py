@@ -10,7 +10,7 @@ map of all classes at the labels' resolution is kept.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,24 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.kernels import cross_entropy
 
-__all__ = ["balanced_cross_entropy"]
+__all__ = ["WeighedLabels", "balanced_cross_entropy", "weigh", "weighted_cross_entropy"]
 
 _PART = {"cpu": (2**20, 24), "cuda": (2**26, 2**16)}
 """Elements of resized logits that are worked on at a time, and rows at most: on CPUs elements that fit the caches, and
 so few rows that they lie between a few of the small maps', from which each is made by a product with all of these."""
 _SPREAD = 80.0
 """Logits so far below 0 have exponentials that are normal numbers in float32."""
+
+
+class WeighedLabels(NamedTuple):
+    """What the pixels of N images are to be, and how much each counts; for all logits that are compared with them."""
+
+    labels: Tensor
+    """(N, H, W) int64 class ids; any class where void."""
+    weights: Tensor
+    """(N, H, W) float32, 0 where void."""
 
 
 def balanced_cross_entropy(
@@ -40,19 +50,39 @@ def balanced_cross_entropy(
 
     Args:
         logits: (N, K, h, w), background first; resized to the labels (bilinear, aligned corners).
-        labels: (N, H, W) int64 class ids below K, 255 for void.
-        image_labels: (N, K - 1) multi-hot. With it, an image whose labelled pixels do not show exactly as many classes
-            as it has (background included) counts 0: its pseudo label misses a class.
-        checked: (N,) bool, the images to which that applies; None: all of them.
-        plain: (N,) bool, images all of whose classes weigh 1; None: none of them.
+        labels: see `weigh`, as are the others.
+        image_labels: (N, K - 1).
+        checked: (N,).
+        plain: (N,).
 
     Returns:
         (N,) the mean over all pixels of each image, void pixels adding 0; finite, with a graph, also where all is void.
     """
-    num_classes = logits.shape[1]
+    weighed = weigh(labels, logits.shape[1], image_labels=image_labels, checked=checked, plain=plain)
+    return weighted_cross_entropy(logits, weighed)
+
+
+def weigh(
+    labels: Tensor,
+    num_classes: int,
+    *,
+    image_labels: Tensor | None = None,
+    checked: Tensor | None = None,
+    plain: Tensor | None = None,
+) -> WeighedLabels:
+    """The balance between the classes of each image: one weighs (total - its pixels) / (1 + total).
+
+    Args:
+        labels: (N, H, W) int64 class ids below K, 255 for void.
+        num_classes: K with the background.
+        image_labels: (N, K - 1) multi-hot. With it, an image whose labelled pixels do not show exactly as many classes
+            as it has (background included) counts 0: its pseudo label misses a class.
+        checked: (N,) bool, the images to which that applies; None: all of them.
+        plain: (N,) bool, images all of whose classes weigh 1; None: none of them.
+    """
     valid = labels != IGNORE_INDEX
     ids = torch.where(valid, labels, num_classes).flatten(1)
-    pixels = logits.new_zeros(len(labels), num_classes + 1, dtype=torch.float32)
+    pixels = torch.zeros(len(labels), num_classes + 1, device=labels.device)
     pixels = pixels.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))[:, :num_classes]  # (N, K)
     total = pixels.sum(dim=1, keepdim=True)
     weights = (total - pixels) / (1 + total)
@@ -62,9 +92,12 @@ def balanced_cross_entropy(
     if image_labels is not None:
         complete = (pixels > 0).sum(dim=1) == image_labels.sum(dim=1).long() + 1
         weights = weights * (complete if checked is None else complete | ~checked)[:, None]
-    return _WeightedCrossEntropy.apply(  # type: ignore[no-any-return]
-        logits, torch.where(valid, labels, 0), weights.view_as(labels)
-    )
+    return WeighedLabels(torch.where(valid, labels, 0), weights.view_as(labels))
+
+
+def weighted_cross_entropy(logits: Tensor, weighed: WeighedLabels) -> Tensor:
+    """(N,) means over all pixels of weight times cross-entropy; (N, K, h, w) logits are resized to the labels."""
+    return _WeightedCrossEntropy.apply(logits, *weighed)  # type: ignore[no-any-return]
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -73,49 +106,65 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Logits (N, K, h, w) float, labels (N, H, W) int64 below K, weights (N, H, W) float32."""
-        wanted = ctx.needs_input_grad[0]
         with torch.autocast(logits.device.type, enabled=False):
             small = logits.float()
-            small = small - small.amax(dim=1, keepdim=True)  # what is resized from it is at most 0 then
-            near = _known_to_be_near(small)
-            down, across = (
-                _interpolation(old, new, small) for old, new in zip(small.shape[2:], labels.shape[1:], strict=True)
-            )
-            gradient = torch.zeros_like(small) if wanted else None
-            loss, room = small.new_zeros(len(small)), small.new_empty(0, 0)
-            shape = small.shape[1], labels.shape[2]
-            weights = weights / labels[0].numel()
-            for images, bands in _parts(weights, small.shape[1], small.shape[2]):
-                label, weight = (maps[images].transpose(0, 1).unsqueeze(2) for maps in (labels, weights))
-                maps = small[images].permute(2, 0, 1, 3)  # (h, n, K, w): rows come first from here on
-                wide = (maps.reshape(-1, maps.shape[3]) @ across.mT).view(len(maps), -1)  # (h, n K W)
-                slopes = torch.zeros_like(wide) if wanted else None
-                total, right = torch.empty_like(weight), torch.empty_like(weight)  # (H, n, 1, W)
-                for rows, source in bands:
-                    own = down[rows, source]
-                    if len(room) < len(own) or room.shape[1] != wide.shape[1]:
-                        room = wide.new_empty(len(own), wide.shape[1])
-                    scores = torch.mm(own, wide[source], out=room[: len(own)]).view(len(own), -1, *shape)
-                    if not near:
-                        scores -= scores.amax(dim=2, keepdim=True)
-                    torch.gather(scores, 2, label[rows], out=right[rows])
-                    torch.sum(scores.exp_(), dim=2, keepdim=True, out=total[rows])
-                    if slopes is not None:
-                        scores.mul_(weight[rows] / total[rows]).scatter_add_(2, label[rows], -weight[rows])
-                        slopes[source].addmm_(own.mT, scores.view(len(own), -1))
-                loss[images] = ((total.log_() - right) * weight).sum(dim=(0, 2, 3))
-                if gradient is not None and slopes is not None:
-                    slopes = slopes.view(-1, shape[1]) @ across
-                    gradient[images] = slopes.view(maps.shape).permute(1, 2, 0, 3)
+            done = _by_kernel(small, labels, weights)
+            loss, gradient = done or _by_operators(small, labels, weights, wanted=ctx.needs_input_grad[0])
         if gradient is not None:
             ctx.save_for_backward(gradient.to(logits.dtype))
-        return loss
+        ctx.pixels = pixels = labels[0].numel()
+        return loss / pixels
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * slopes.view(-1, 1, 1, 1).to(gradient.dtype), None, None
+        return gradient * (slopes / ctx.pixels).view(-1, 1, 1, 1).to(gradient.dtype), None, None
+
+
+def _by_kernel(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(N,) sums over the pixels and their gradients (N, K, h, w), by the compiled kernel; None where it cannot serve.
+
+    It serves on CPUs, where maps of several rows and columns are resized. It looks into memory, which tensors of
+    PyTorch's own other types (those of a compiler, or without data) do not have.
+    """
+    in_memory = logits.device.type == "cpu" and all(type(one) is Tensor for one in (logits, labels, weights))
+    if not in_memory or min(*logits.shape[2:], *labels.shape[1:]) < 2 or not cross_entropy.available():
+        return None
+    return cross_entropy.resized_cross_entropy(logits, labels, weights)
+
+
+def _by_operators(logits: Tensor, labels: Tensor, weights: Tensor, *, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """The same for any logits, by PyTorch's operators; the gradients where they are wanted."""
+    small = logits - logits.amax(dim=1, keepdim=True)  # what is resized from it is at most 0 then
+    near = _known_to_be_near(small)
+    down, across = (_interpolation(old, new, small) for old, new in zip(small.shape[2:], labels.shape[1:], strict=True))
+    gradient = torch.zeros_like(small) if wanted else None
+    loss, room = small.new_zeros(len(small)), small.new_empty(0, 0)
+    shape = small.shape[1], labels.shape[2]
+    for images, bands in _parts(weights, small.shape[1], small.shape[2]):
+        label, weight = (maps[images].transpose(0, 1).unsqueeze(2) for maps in (labels, weights))
+        maps = small[images].permute(2, 0, 1, 3)  # (h, n, K, w): rows come first from here on
+        wide = (maps.reshape(-1, maps.shape[3]) @ across.mT).view(len(maps), -1)  # (h, n K W)
+        slopes = torch.zeros_like(wide) if wanted else None
+        total, right = torch.empty_like(weight), torch.empty_like(weight)  # (H, n, 1, W)
+        for rows, source in bands:
+            own = down[rows, source]
+            if len(room) < len(own) or room.shape[1] != wide.shape[1]:
+                room = wide.new_empty(len(own), wide.shape[1])
+            scores = torch.mm(own, wide[source], out=room[: len(own)]).view(len(own), -1, *shape)
+            if not near:
+                scores -= scores.amax(dim=2, keepdim=True)
+            torch.gather(scores, 2, label[rows], out=right[rows])
+            torch.sum(scores.exp_(), dim=2, keepdim=True, out=total[rows])
+            if slopes is not None:
+                scores.mul_(weight[rows] / total[rows]).scatter_add_(2, label[rows], -weight[rows])
+                slopes[source].addmm_(own.mT, scores.view(len(own), -1))
+        loss[images] = ((total.log_() - right) * weight).sum(dim=(0, 2, 3))
+        if gradient is not None and slopes is not None:
+            slopes = slopes.view(-1, shape[1]) @ across
+            gradient[images] = slopes.view(maps.shape).permute(1, 2, 0, 3)
+    return loss, gradient
 
 
 def _parts(weights: Tensor, num_classes: int, height: int) -> Iterator[tuple[slice, Iterator[tuple[slice, slice]]]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from slrnet.models.decoder import conv_norm
 from slrnet.models.dropout import RectifiedDropout
 
-__all__ = ["AuxiliaryHead", "class_scores"]
+__all__ = ["AuxiliaryHead", "class_probs", "class_scores"]
 
 
 class AuxiliaryHead(nn.Module):
@@ -40,7 +40,15 @@ class AuxiliaryHead(nn.Module):
         foreground: Tensor = self.classify(self.dropout(self.conv(features))).float()
         if self.predict_background:
             return foreground
-        return torch.cat([1 - foreground.amax(dim=1, keepdim=True), foreground], dim=1)
+        last = foreground.movedim(
+            1, -1
+        )  # one map has no layout of its own: joined as channels, the result would have none
+        return torch.cat([1 - last.amax(dim=-1, keepdim=True), last], dim=-1).movedim(-1, 1)
+
+
+def class_probs(logits: Tensor) -> Tensor:
+    """Softmax over the K classes of (N, K, H, W) logits; without a copy where they are channels last."""
+    return logits.movedim(1, -1).softmax(dim=-1).movedim(-1, 1)
 
 
 def class_scores(logits: Tensor, probs: Tensor, *, focal_power: float = 3.0, focal_floor: float = 0.01) -> Tensor:
@@ -55,9 +63,10 @@ def class_scores(logits: Tensor, probs: Tensor, *, focal_power: float = 3.0, foc
     Returns:
         (N, K - 1) scores of the foreground classes, for a sigmoid.
     """
-    logits, probs = logits[:, 1:].flatten(2).float(), probs[:, 1:].flatten(2).float()
-    pooled = (logits * probs).sum(dim=2) / (1 + probs.sum(dim=2))
-    mean = probs.mean(dim=2)
+    logits, probs = logits.float(), probs.float()
+    mass = probs.sum(dim=(2, 3))[:, 1:]  # the background is left out here: its part of a map's gradient would be a copy
+    pooled = (logits * probs).sum(dim=(2, 3))[:, 1:] / (1 + mass)
+    mean = mass / probs[0, 0].numel()
     # A class that fills the image may round to a mean of 1 or more, where powers below 1 have no finite gradient.
     rest = (1 - mean).clamp_min(torch.finfo(mean.dtype).eps)
     return pooled + torch.pow(rest, focal_power) * torch.log(focal_floor + mean)

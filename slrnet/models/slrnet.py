@@ -15,7 +15,7 @@ from slrnet.config import Config, CvlrConfig, ModelConfig
 from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.encoders import Encoder, build_encoder
-from slrnet.models.heads import AuxiliaryHead, class_scores
+from slrnet.models.heads import AuxiliaryHead, class_probs, class_scores
 from slrnet.models.low_rank import LowRankModule, build_low_rank
 from slrnet.models.network import Network, Outputs
 from slrnet.models.winograd import use_winograd
@@ -103,7 +103,7 @@ class SLRNet(Network):
         if self.predict_background:
             return []
         return [
-            class_scores(view, view.softmax(dim=1), focal_power=self.focal_power, focal_floor=self.focal_floor)
+            class_scores(view, class_probs(view), focal_power=self.focal_power, focal_floor=self.focal_floor)
             for view in logits
         ]
 

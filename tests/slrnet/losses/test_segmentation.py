@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.kernels import cross_entropy
 from slrnet.losses import segmentation
 from slrnet.losses.segmentation import balanced_cross_entropy
 from slrnet.models.decoder import resize
@@ -80,16 +82,40 @@ def test_logits_are_resized_to_the_labels() -> None:
     assert loss.tolist() == pytest.approx(loss_in_loops(resize(logits, (7, 9)), labels, None), abs=1e-5)
 
 
-@pytest.mark.parametrize(("small", "large"), [((3, 4), (7, 9)), ((5, 5), (5, 5)), ((1, 4), (6, 1)), ((7, 9), (3, 4))])
+@pytest.fixture
+def operators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "available", lambda: False)
+
+
+SIZES = [((3, 4), (7, 9)), ((5, 5), (5, 5)), ((1, 4), (6, 1)), ((7, 9), (3, 4)), ((2, 3), (23, 65))]
+
+
+@pytest.mark.parametrize(("small", "large"), SIZES)
 @pytest.mark.parametrize("part", [(1, 1), (100, 3), (2**20, 2), (2**20, 24)])
 @pytest.mark.parametrize("scale", [1.0, 200.0])
+@pytest.mark.usefixtures("operators_alone")
 def test_equals_resizing_and_then_comparing(
     small: tuple[int, int], large: tuple[int, int], part: tuple[int, int], scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loss and gradient, worked on by rows, by images and all at once, are those of PyTorch's own operators."""
     monkeypatch.setattr(segmentation, "_PART", {"cpu": part})
-    logits = scale * random_case(3, 4, *small, seed=0)[0]
-    _, labels = random_case(3, 4, *large, seed=1)
+    assert_equals_resized(small, large, classes=4, scale=scale)
+
+
+@pytest.mark.parametrize(("small", "large"), SIZES)
+@pytest.mark.parametrize("classes", [2, 16, 21, 201])
+@pytest.mark.parametrize("scale", [1.0, 8.0, 200.0])
+def test_the_kernel_equals_resizing_and_then_comparing(
+    small: tuple[int, int], large: tuple[int, int], classes: int, scale: float
+) -> None:
+    """It leaves maps of one row, and logits that are too far from each other, to the operators."""
+    assert_equals_resized(small, large, classes=classes, scale=scale)
+
+
+def assert_equals_resized(small: tuple[int, int], large: tuple[int, int], *, classes: int, scale: float) -> None:
+    logits = scale * random_case(3, classes, *small, seed=0)[0]
+    _, labels = random_case(3, classes, *large, seed=1)
+    labels[2, : large[0] // 2] = VOID
     gradients = []
     for one in (balanced_cross_entropy, resized_cross_entropy):
         own = logits.clone().requires_grad_()
@@ -100,6 +126,23 @@ def test_equals_resizing_and_then_comparing(
         torch.testing.assert_close(fast, slow, atol=2e-6, rtol=2e-5)
 
 
+def test_logits_that_are_no_numbers_give_no_number() -> None:
+    """The trainer finds a diverged network by its loss."""
+    logits, labels = random_case(2, 3, 4, 4, seed=0)
+    for value in (math.nan, math.inf):
+        logits[0, 1, 2, 2] = value
+        loss = balanced_cross_entropy(logits, labels)
+        assert math.isnan(loss[0])
+        assert math.isfinite(loss[1])
+
+
+def test_tensors_without_memory_are_left_to_the_operators() -> None:
+    with FakeTensorMode():
+        logits, labels = torch.empty(2, 3, 4, 4), torch.zeros(2, 9, 9, dtype=torch.int64)
+        assert segmentation._by_kernel(logits, labels, torch.ones(2, 9, 9)) is None
+
+
+@pytest.mark.usefixtures("operators_alone")
 def test_images_that_weigh_nothing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The others' losses and gradients stay what they are."""
     monkeypatch.setattr(segmentation, "_PART", {"cpu": (1, 1)})

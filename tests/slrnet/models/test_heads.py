@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slrnet.models.heads import AuxiliaryHead, class_scores
+from slrnet.models.heads import AuxiliaryHead, class_probs, class_scores
 
 
 def scores_in_loops(logits: Tensor, probs: Tensor, power: float, floor: float) -> list[list[float]]:
@@ -52,9 +52,23 @@ class TestAuxiliaryHead:
                     expected = 1 - max(float(value) for value in foreground[n, :, y, x])
                     assert float(logits[n, 0, y, x]) == pytest.approx(expected, abs=1e-6)
 
+    @torch.no_grad()
+    def test_maps_that_are_channels_last_stay_so(self) -> None:
+        features = torch.randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+        head = AuxiliaryHead(4, num_classes=4).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        assert head(features).is_contiguous(memory_format=torch.channels_last)
+
     def test_one_foreground_class(self) -> None:
         logits = AuxiliaryHead(4, num_classes=2).eval()(torch.randn(1, 4, 3, 3))
         assert torch.allclose(logits.sum(dim=1), torch.ones(1, 3, 3), atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_class_probs_are_the_softmax_and_channels_last(layout: torch.memory_format) -> None:
+    logits = torch.randn(2, 4, 5, 6).contiguous(memory_format=layout)
+    probs = class_probs(logits)
+    torch.testing.assert_close(probs, logits.softmax(dim=1))
+    assert probs.is_contiguous(memory_format=torch.channels_last)
 
 
 class TestClassScores:

@@ -12,7 +12,7 @@ import slrnet.models.slrnet as module_under_test
 from slrnet.config import CvlrConfig, ModelConfig
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import Encoder
-from slrnet.models.heads import class_scores
+from slrnet.models.heads import class_probs, class_scores
 from slrnet.models.slrnet import SLRNet, build_model
 
 K = 4
@@ -77,7 +77,7 @@ def test_scores_are_pooled_from_the_masks() -> None:
     out = model(images(17, 9))
     for logits, scores in ((out.logits, out.class_scores), (out.auxiliary_logits, out.auxiliary_class_scores)):
         for view, view_scores in zip(logits, scores, strict=True):
-            expected = class_scores(view, view.softmax(dim=1), focal_power=2.0, focal_floor=0.1)
+            expected = class_scores(view, class_probs(view), focal_power=2.0, focal_floor=0.1)
             assert torch.equal(view_scores, expected)
 
 
