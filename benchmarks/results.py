@@ -28,8 +28,8 @@ from slrnet.data.files import written_whole  # noqa: E402
 from slrnet.training.tracking import environment_tags  # noqa: E402
 
 NAMES = (
-    "train_step", "evaluate", "refine", "cvlr", "kernels", "cross_entropy", "winograd", "depthwise", "few_taps", "loader",
-    "workers", "startup", "scale", "conversion_speed", "conversion_memory", "checkpoint_cost", "ray_overhead",
+    "train_step", "evaluate", "refine", "cvlr", "kernels", "cross_entropy", "winograd", "depthwise", "few_taps",
+    "loader", "workers", "startup", "scale", "conversion_speed", "conversion_memory", "checkpoint_cost", "ray_overhead",
 )  # fmt: skip
 LONGER = ("chaos", "nodes", "sweep_faults", "fuzz", "cost_model", "gpu")
 """Not of speed, and minutes each; predictions; in need of a GPU: they run when they are named."""

@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.shard_writer import Sample, check_output, map_parallel, report_problems, verify, write_dataset
+from data_prep.shard_writer import Sample, check_output, report_problems, verify, write_dataset
+from data_prep.workers import Workers
 from slrnet.completion import parse
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 
@@ -128,33 +129,39 @@ def convert_items(
     assert output.name is not None
     assert output.made_by is not None
     check_output(output.folder)
-    scanned = map_parallel(partial(_scan, source), items, processes=output.processes, label="reading")
+    with Workers(output.processes) as workers:
+        samples = _scanned(source, items, workers, skip_damaged=output.skip_damaged)
+        if not keep_background:
+            kept = [sample for sample in samples if sample.classes != ()]
+            print(f"left out {len(samples) - len(kept)} images that show none of the chosen classes", flush=True)
+            samples = kept
+        return write_dataset(
+            output.folder,
+            samples,
+            source.encode,
+            name=output.name,
+            classes=source.class_names,
+            palette=source.palette,
+            made_by=output.made_by,
+            samples_per_shard=output.samples_per_shard,
+            shards=output.shards,
+            seed=output.seed,
+            workers=workers,
+        )
+
+
+def _scanned(source: Source[Item], items: Sequence[Item], workers: Workers, *, skip_damaged: bool) -> list[Sample]:
+    """What is to be written; damaged images are named, and left out or refused."""
+    scanned = workers.map(partial(_scan, source), items, label="reading")
     problems = [result for result in scanned if isinstance(result, str)]
-    if output.skip_damaged:
-        for problem in problems:
-            print(f"left out: {problem}", file=sys.stderr, flush=True)
-    elif problems:
-        report_problems(problems, source.place, advice="mend them, or leave these images out with --skip-damaged")
     samples = [result for result in scanned if isinstance(result, Sample)]
+    if not skip_damaged:
+        report_problems(problems, source.place, advice="mend them, or leave these images out with --skip-damaged")
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr, flush=True)
     if problems:
         print(f"left out {len(problems)} damaged images, {len(samples)} remain", flush=True)
-    if not keep_background:
-        kept = [sample for sample in samples if sample.classes != ()]
-        print(f"left out {len(samples) - len(kept)} images that show none of the chosen classes", flush=True)
-        samples = kept
-    return write_dataset(
-        output.folder,
-        samples,
-        source.encode,
-        name=output.name,
-        classes=source.class_names,
-        palette=source.palette,
-        made_by=output.made_by,
-        samples_per_shard=output.samples_per_shard,
-        shards=output.shards,
-        seed=output.seed,
-        processes=output.processes,
-    )
+    return samples
 
 
 def _scan(source: Source[Item], item: Item) -> Sample | str:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -358,7 +359,8 @@ def _splits(paths: Mapping[str, Path], table: LabelTable | None, drawing: _Drawi
 def _find_images(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(f"--images {folder} is no folder")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    names = (os.path.join(place, name) for place, _, found in os.walk(folder) for name in found)
+    paths = sorted(Path(name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES)
     if not paths:
         raise DataError(f"--images {folder} holds no images; known are {', '.join(sorted(SUFFIXES))}")
     found: dict[str, Path] = {}

@@ -9,28 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import io
-import multiprocessing
 import os
 import random
 import re
 import shlex
 import shutil
-import signal
 import tarfile
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from tqdm import tqdm
 
+from data_prep.workers import Workers
 from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, ShardEntry, SplitView, load_dataset, save_dataset
 from slrnet.data.tars import ShardWriter, tar_end, tar_members
 
@@ -38,14 +34,10 @@ __all__ = [
     "Damage",
     "Sample",
     "check_output",
-    "map_parallel",
     "report_problems",
     "verify",
     "write_dataset",
 ]
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 MAX_LISTED = 10
 """Problems spelled out in one message; the rest is counted."""
@@ -134,14 +126,14 @@ def write_dataset(
     samples_per_shard: int = 128,
     shards: int | None = None,
     seed: int = 0,
-    processes: int = 1,
+    workers: Workers | None = None,
 ) -> DatasetInfo:
     """Writes samples as tar shards with manifest and description; the folder appears when all is written.
 
     Args:
         out: Folder to make; it must not exist or be empty.
         samples: What to write, in any order.
-        encode: Gives the bytes of one sample; runs in worker processes when `processes` > 1.
+        encode: Gives the bytes of one sample; runs in worker processes where there are any.
         name: Short name of the data set.
         classes: Names of all K classes, background first.
         palette: (256, 3) uint8 RGB by id.
@@ -149,7 +141,7 @@ def write_dataset(
         samples_per_shard: Samples that a shard holds at most, when `shards` is not given.
         shards: Number of shards of every split.
         seed: Seed of the order in which samples are dealt to shards.
-        processes: Worker processes; the output is the same for any number.
+        workers: Processes that write; None: this one. The output is the same for any number.
 
     Raises:
         DataError: the output folder is not empty, a key is unfit or occurs twice, a class id is outside the classes,
@@ -161,7 +153,7 @@ def write_dataset(
     with _appears_whole(target) as folder:
         tasks = [_WriteTask(folder / shard, tuple(members), encode) for shard, members in plan]
         weights = [len(task.samples) for task in tasks]
-        parts = map_parallel(_write_shard, tasks, weights=weights, processes=processes, label="writing")
+        parts = (workers or Workers(1)).map(_write_shard, tasks, weights=weights, label="writing")
         return save_dataset(
             folder, pa.concat_tables(parts), name=name, classes=classes, palette=palette, made_by=made_by
         )
@@ -184,7 +176,8 @@ def verify(folder: str | os.PathLike[str], *, processes: int = 1) -> list[Damage
     views = [dataset.split(split) for split in dataset.splits]
     tasks = [_verify_task(view, place, entry) for view in views for place, entry in enumerate(view.shards)]
     weights = [len(task.keys) for task in tasks]
-    found = map_parallel(_verify_shard, tasks, weights=weights, processes=processes, label="verifying")
+    with Workers(processes) as workers:
+        found = workers.map(_verify_shard, tasks, weights=weights, label="verifying")
     strangers = sorted({path.name for path in dataset.folder.glob("*.tar")} - {task.path.name for task in tasks})
     damages = [damage for part in found for damage in part]
     return damages + [Damage(name, "is not in the manifest") for name in strangers]
@@ -205,41 +198,6 @@ def check_output(out: str | os.PathLike[str]) -> Path:
     if path.exists() and not path.is_dir():
         raise DataError(f"the output folder {path} is a file; give another --out")
     return path
-
-
-def map_parallel(
-    function: Callable[[Item], Result],
-    items: Sequence[Item],
-    *,
-    processes: int,
-    label: str,
-    weights: Sequence[int] | None = None,
-) -> list[Result]:
-    """Applies a function to all items, with a progress bar; results come in the order of the items.
-
-    Args:
-        function: A function that can be pickled.
-        items: What to apply it to.
-        processes: Worker processes; 1 works in this process.
-        label: Word before the progress bar.
-        weights: By how much each item moves the bar; 1 without.
-
-    Raises:
-        DataError: `processes` is smaller than 1.
-    """
-    if processes < 1:
-        raise DataError(f"--processes is {processes}; it must be at least 1")
-    steps = list(weights) if weights is not None else [1] * len(items)
-    results = []
-    # closing: upon any failure the workers have ended before the caller goes on to clean up.
-    with (
-        tqdm(total=sum(steps), desc=label, unit="sample", disable=None) as bar,
-        closing(_apply(function, items, processes)) as stream,
-    ):
-        for step, result in zip(steps, stream, strict=True):
-            results.append(result)
-            bar.update(step)
-    return results
 
 
 def report_problems(problems: Sequence[str], what: str, *, advice: str | None = None) -> None:
@@ -400,48 +358,7 @@ def _is_intact(data: bytes, key: str, digest: str) -> bool:
     return hashlib.sha256(b"".join(files.values())).hexdigest() == digest and tar_members(files) == data
 
 
-# Processes, messages.
-
-
-def _apply(function: Callable[[Item], Result], items: Sequence[Item], processes: int) -> Generator[Result, None, None]:
-    if processes == 1 or len(items) < 2:
-        yield from map(function, items)
-        return
-    # spawn: arrow has threads, and a forked child of a threaded process may hang.
-    context = multiprocessing.get_context("spawn")
-    chunk = max(1, min(32, len(items) // (4 * processes)))
-    workers = ProcessPoolExecutor(min(processes, len(items)), mp_context=context, initializer=_end_when_told)
-    others = set(multiprocessing.active_children())
-    try:
-        with _interrupts_held():
-            results = workers.map(function, items, chunksize=chunk)
-        yield from results
-    except BrokenProcessPool:
-        raise DataError("a worker process died, perhaps for want of memory; try fewer --processes") from None
-    except BaseException:  # what is under way is of no use any more
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.terminate()
-        raise
-    finally:
-        workers.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Holds Ctrl-C back while worker processes start; they inherit that for good.
-
-    Ctrl-C reaches the whole process group; the parent alone answers it, by ending the workers.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_when_told() -> None:
-    """A worker has no use for the parent's answer to SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+# Messages.
 
 
 def _listed(texts: Sequence[str], separator: str) -> str:

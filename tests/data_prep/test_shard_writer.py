@@ -4,7 +4,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import random
 import signal
 import subprocess
@@ -17,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.conversion import add_arguments, run_command
-from data_prep.shard_writer import Sample, map_parallel, verify, write_dataset
+from data_prep.shard_writer import Sample, verify, write_dataset
+from data_prep.workers import Workers
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 
@@ -55,18 +55,19 @@ def _write(
     samples_per_shard: int = 6,
     **options: int,
 ) -> DatasetInfo:
-    return write_dataset(
-        out,
-        [*_samples(), *_samples(5, "val")] if samples is None else samples,
-        _encode,
-        name="tiny",
-        classes=CLASSES,
-        palette=voc_palette(),
-        made_by="python data_prep/voc.py --root VOC2012",
-        samples_per_shard=samples_per_shard,
-        processes=processes,
-        **options,
-    )
+    with Workers(processes) as workers:
+        return write_dataset(
+            out,
+            [*_samples(), *_samples(5, "val")] if samples is None else samples,
+            _encode,
+            name="tiny",
+            classes=CLASSES,
+            palette=voc_palette(),
+            made_by="python data_prep/voc.py --root VOC2012",
+            samples_per_shard=samples_per_shard,
+            workers=workers,
+            **options,
+        )
 
 
 def _contents(folder: Path) -> dict[str, str]:
@@ -244,8 +245,6 @@ def test_no_samples_and_senseless_numbers_are_refused(tmp_path: Path) -> None:
         _write(tmp_path / "out", [])
     with pytest.raises(DataError, match="must be at least 1"):
         _write(tmp_path / "out", samples_per_shard=0)
-    with pytest.raises(DataError, match="--processes is 0"):
-        map_parallel(str, [1], processes=0, label="x")
 
 
 def test_problems_are_listed_up_to_ten_and_counted(tmp_path: Path) -> None:
@@ -263,7 +262,7 @@ def test_problems_are_listed_up_to_ten_and_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_failure_midway_leaves_nothing_behind(tmp_path: Path, processes: int) -> None:
-    with pytest.raises(DataError, match=r"k7.jpg cannot be read"):
+    with Workers(processes) as workers, pytest.raises(DataError, match=r"k7.jpg cannot be read"):
         write_dataset(
             tmp_path / "out",
             _samples(),
@@ -273,7 +272,7 @@ def test_failure_midway_leaves_nothing_behind(tmp_path: Path, processes: int) ->
             palette=voc_palette(),
             made_by="x",
             samples_per_shard=2,
-            processes=processes,
+            workers=workers,
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -316,15 +315,6 @@ def test_interruption_leaves_nothing_behind(tmp_path: Path, sent: signal.Signals
         assert process.wait(timeout=120) == 130
         assert process.stderr.read().endswith("interrupted; nothing was written\n")
     assert list((tmp_path / "shards").iterdir()) == []
-
-
-def _die(number: int) -> int:
-    os._exit(number)
-
-
-def test_worker_that_dies_is_an_error_and_no_hang() -> None:
-    with pytest.raises(DataError, match="a worker process died, perhaps for want of memory; try fewer --processes"):
-        map_parallel(_die, [1, 2, 3], processes=2, label="dying")
 
 
 # Verifying.

@@ -46,6 +46,21 @@ def test_images_that_training_reads_are_copied(tmp_path: Path, name: str, mode: 
     assert (form.jpeg(path, as_is=as_is) == path.read_bytes()) is as_is
 
 
+@pytest.mark.parametrize("progressive", [False, True])
+def test_files_that_are_cut_off_are_found_wherever_they_end(tmp_path: Path, progressive: bool) -> None:
+    """The smallest picture that the decoder makes needs as much of the file as the whole one."""
+    path, pixels = tmp_path / "a.jpg", np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, progressive=progressive)
+    data = path.read_bytes()
+    assert ImageForm().measure(path) == ((50, 40), True)
+    for length in [*range(0, len(data) - 2, len(data) // 60), len(data) - 3]:
+        path.write_bytes(data[:length])
+        with pytest.raises(OSError), Image.open(path) as image:  # noqa: PT011
+            image.load()
+        with pytest.raises(DataError, match=r"a\.jpg cannot be read"):
+            ImageForm().measure(path)
+
+
 def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.jpg was there a moment ago and cannot be read: .*; fetch it again"):
         copied(tmp_path / "gone.jpg", remedy="fetch it again")

@@ -1,0 +1,132 @@
+"""Processes that share out the images of a conversion."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from typing import Self, TypeVar
+
+from tqdm import tqdm
+
+from slrnet.data.manifest import DataError
+
+__all__ = ["Workers"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_CHUNK = 32
+"""Items that a process gets at a time at most."""
+_SHARES = 32
+"""Parts for each process that a pass is cut into at least, so that all end at about the same time."""
+
+
+class Workers:
+    """Worker processes that start when there is work, and serve one pass over the images after the other.
+
+    Used as a context they end with it. Upon any failure they have ended before the caller goes on to clean up.
+
+    Args:
+        processes: how many; 1 works in this process.
+
+    Raises:
+        DataError: `processes` is smaller than 1.
+    """
+
+    def __init__(self, processes: int) -> None:
+        if processes < 1:
+            raise DataError(f"--processes is {processes}; it must be at least 1")
+        self.processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+        self._started: set[BaseProcess] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def map(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        *,
+        label: str,
+        weights: Sequence[int] | None = None,
+    ) -> list[Result]:
+        """Applies a function to all items, with a progress bar; results come in the order of the items.
+
+        Args:
+            function: A function that can be pickled.
+            items: What to apply it to.
+            label: Word before the progress bar.
+            weights: By how much each item moves the bar; 1 without.
+
+        Raises:
+            DataError: a process died.
+        """
+        steps = list(weights) if weights is not None else [1] * len(items)
+        results = []
+        with tqdm(total=sum(steps), desc=label, unit="sample", disable=None) as bar:
+            try:
+                for step, result in zip(steps, self._apply(function, items), strict=True):
+                    results.append(result)
+                    bar.update(step)
+            except BrokenProcessPool:
+                self._abandon()
+                raise DataError("a worker process died, perhaps for want of memory; try fewer --processes") from None
+            except BaseException:  # what is under way is of no use any more
+                self._abandon()
+                raise
+        return results
+
+    def close(self) -> None:
+        """Ends the processes; work after that starts new ones."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool, self._started = None, set()
+
+    def _apply(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
+        if self.processes == 1 or len(items) < 2:
+            return map(function, items)
+        chunk = max(1, min(_CHUNK, len(items) // (_SHARES * self.processes)))
+        if self._pool is not None:
+            return self._pool.map(function, items, chunksize=chunk)
+        # spawn: arrow has threads, and a forked child of a threaded process may hang.
+        context = multiprocessing.get_context("spawn")
+        others = set(multiprocessing.active_children())
+        self._pool = ProcessPoolExecutor(
+            min(self.processes, len(items)), mp_context=context, initializer=_end_when_told
+        )
+        with _interrupts_held():  # the first work starts all processes
+            results = self._pool.map(function, items, chunksize=chunk)
+        self._started = set(multiprocessing.active_children()) - others
+        return results
+
+    def _abandon(self) -> None:
+        for process in self._started:
+            process.terminate()
+        self.close()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Holds Ctrl-C back while worker processes start; they inherit that for good.
+
+    Ctrl-C reaches the whole process group; the parent alone answers it, by ending the workers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_when_told() -> None:
+    """A worker has no use for the parent's answer to SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,64 @@
+"""Worker processes: one set for all passes, in order, and gone when something fails."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from data_prep.workers import Workers
+from slrnet.data.manifest import DataError
+
+
+def _place(number: int) -> tuple[int, int]:
+    time.sleep(0.01)  # so that each process gets some
+    return number, os.getpid()
+
+
+def _die(number: int) -> int:
+    os._exit(number)
+
+
+def _refuse(number: int) -> int:
+    if number == 2:
+        raise DataError("2 is refused")
+    return number
+
+
+def test_the_processes_of_one_pass_serve_the_next() -> None:
+    with Workers(2) as workers:
+        first, second = (workers.map(_place, range(20), label="x") for _ in range(2))
+        assert [number for number, _ in first] == list(range(20))
+        processes = {process for _, process in first}
+        assert len(processes) == 2
+        assert os.getpid() not in processes
+        assert {process for _, process in second} == processes
+    assert not {process.pid for process in multiprocessing.active_children()} & processes
+
+
+def test_one_process_is_this_one() -> None:
+    assert Workers(1).map(_place, [3, 4], label="x") == [(3, os.getpid()), (4, os.getpid())]
+
+
+def test_a_number_below_one_is_refused() -> None:
+    with pytest.raises(DataError, match="--processes is 0"):
+        Workers(0)
+
+
+def test_a_worker_that_dies_is_an_error_and_no_hang() -> None:
+    with (
+        Workers(2) as workers,
+        pytest.raises(DataError, match="a worker process died, perhaps for want of memory; try fewer --processes"),
+    ):
+        workers.map(_die, [1, 2, 3], label="dying")
+
+
+def test_after_a_failure_all_have_ended_and_new_ones_serve() -> None:
+    with Workers(2) as workers:
+        before = {process for _, process in workers.map(_place, range(20), label="x")}
+        with pytest.raises(DataError, match="2 is refused"):
+            workers.map(_refuse, range(20), label="x")
+        assert not {process.pid for process in multiprocessing.active_children()} & before
+        assert not {process for _, process in workers.map(_place, range(20), label="x")} & before
