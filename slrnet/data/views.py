@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,9 +116,23 @@ def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def _mirror(maps: Tensor, flip: Tensor | None) -> Tensor:
     if flip is None:
         return maps
-    # torch.where, not indexing: a boolean index asks the device for its count and waits for the answer.
     mask = flip.to(device=maps.device, non_blocking=True).view(-1, 1, 1, 1)
-    return torch.where(mask, maps.flip(-1), maps)
+    return _Mirror.apply(maps, mask)  # type: ignore[no-any-return]
+
+
+class _Mirror(torch.autograd.Function):
+    """Mirrors some images left to right. So does its gradient, in half of the operators that autograd would take."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        # torch.where, not indexing: a boolean index asks the device for its count and waits for the answer.
+        return torch.where(mask, maps.flip(-1), maps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return _Mirror.apply(gradients[0], mask), None
 
 
 def _side(side: int, scale: float, stride: int) -> int:

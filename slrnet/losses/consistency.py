@@ -82,7 +82,8 @@ def mask_divergence(masks: Sequence[Tensor]) -> Tensor:
 
 def _sum_of_pairs(maps: Sequence[Tensor]) -> Tensor:
     """(N, K) distances of each class, or atom: the mean over pixels, summed over pairs of views."""
-    total = maps[0].sum(dim=(2, 3)) * 0
-    for first, second in combinations(maps, 2):
-        total = total + (first - second).abs().mean(dim=(2, 3))
+    last = [one.movedim(1, -1) for one in maps]  # gradients then have the layout of maps that are channels last
+    total = last[0].sum(dim=(1, 2)) * 0
+    for first, second in combinations(last, 2):
+        total = total + (first - second).abs().mean(dim=(1, 2))
     return total

@@ -63,10 +63,12 @@ def class_scores(logits: Tensor, probs: Tensor, *, focal_power: float = 3.0, foc
     Returns:
         (N, K - 1) scores of the foreground classes, for a sigmoid.
     """
-    logits, probs = logits.float(), probs.float()
-    mass = probs.sum(dim=(2, 3))[:, 1:]  # the background is left out here: its part of a map's gradient would be a copy
-    pooled = (logits * probs).sum(dim=(2, 3))[:, 1:] / (1 + mass)
-    mean = mass / probs[0, 0].numel()
+    # With the classes last gradients have the layout of maps that are; the background is left out after the sums, where
+    # that needs no map of zeros for its gradient.
+    logits, probs = logits.movedim(1, -1).float(), probs.movedim(1, -1).float()
+    mass = probs.sum(dim=(1, 2))[:, 1:]
+    pooled = (logits * probs).sum(dim=(1, 2))[:, 1:] / (1 + mass)
+    mean = mass / probs[0, ..., 0].numel()
     # A class that fills the image may round to a mean of 1 or more, where powers below 1 have no finite gradient.
     rest = (1 - mean).clamp_min(torch.finfo(mean.dtype).eps)
     return pooled + torch.pow(rest, focal_power) * torch.log(focal_floor + mean)

@@ -93,6 +93,7 @@ def test_gradient_flows_through_the_inverse(size: tuple[int, int]) -> None:
     maps = torch.rand(2, 1, 5, 6, dtype=torch.float64, requires_grad=True)
     view = View(0.5, torch.tensor([True, False]))
     assert torch.autograd.gradcheck(lambda m: invert_view(m, view, size=size), (maps,))
+    assert torch.autograd.gradgradcheck(lambda m: invert_view(m, view, size=size).square(), (maps,))
 
 
 def test_draws_are_one_coin_per_image_and_view() -> None:
