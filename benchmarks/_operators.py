@@ -21,10 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks._ours import no_image_left_out
 from slrnet.config import Config
 from slrnet.data.batch import Batch
-from slrnet.losses import segmentation
+from slrnet.kernels import cross_entropy_gpu
 from slrnet.models.depthwise import DepthwiseConv2d
 from slrnet.models.few_taps import FewTapsConv2d
 from slrnet.models.network import Network
@@ -254,15 +253,32 @@ def _factorize_backward_bytes(args: tuple[Any, ...]) -> int:
     return last + (steps - 1) * earlier + 3 * features + 2 * codes
 
 
+def _cross_entropy_work(args: tuple[Any, ...]) -> int:
+    """31 for each class and lane of a program: two blends of four neighbours, exponentials, sums, four gradients."""
+    (images, classes, *old), new = args[0].shape, args[1].shape[1:]
+    plan = cross_entropy_gpu.plan_of((old[0], old[1]), (new[0], new[1]))
+    programs = images * plan.rows * plan.columns * plan.shared
+    return int(31 * programs * plan.pixels * -(-classes // cross_entropy_gpu.BLOCK) * cross_entropy_gpu.BLOCK)
+
+
+def _cross_entropy_bytes(args: tuple[Any, ...]) -> int:
+    """Logits, labels and weights are read; four parts of the gradients are written, read and added one by one."""
+    logits, labels, weights = args
+    return _size(labels) + _size(weights) + (1 + 4 + 1 + 4 * 3) * _size(logits)
+
+
 OWN_BYTES: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "slrnet::factorize": _factorize_bytes,
     "slrnet::factorize_backward": _factorize_backward_bytes,
+    "slrnet::weighted_cross_entropy": _cross_entropy_bytes,
 }
 
 
 def _work(name: str, args: tuple[Any, ...], out: Any) -> tuple[Kind, int]:
     if name in MATRICES:
         return _kind(name, args), MATRICES[name](args, out)
+    if name == "slrnet::weighted_cross_entropy":
+        return "fp32", _cross_entropy_work(args)
     if name.partition("::")[2] in COPIES:
         return "fp32", 0
     elements = max((tensor.numel() for tensor in _tensors((args, out))), default=0)
@@ -289,6 +305,8 @@ def _kernels(name: str, args: tuple[Any, ...]) -> int:
         return 2 * int(args[2]) + 1
     if name == "slrnet::factorize_backward":
         return 3 * len(args[2]) + 2
+    if name == "slrnet::weighted_cross_entropy":
+        return 7
     if name.startswith("aten::_foreach"):
         return 1 + sum(tensor.numel() for tensor in _tensors(args[0])) // CHUNK
     return 1
@@ -407,9 +425,5 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch.object(DepthwiseConv2d, "_own_way", return_value=False),
         mock.patch("slrnet.calibration.refine._sparse_pays", return_value=False),
         mock.patch("slrnet.models.dropout._four_at_once", return_value=False),
-        no_image_left_out(),
-        mock.patch.object(segmentation, "_by_kernel", return_value=None),
-        mock.patch.object(segmentation, "_known_to_be_near", return_value=False),
-        mock.patch.dict(segmentation._PART, cpu=segmentation._PART["cuda"]),
     ):
         yield

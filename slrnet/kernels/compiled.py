@@ -19,7 +19,7 @@ from pathlib import Path
 __all__ = ["COMPILER_VARIABLE", "compiled"]
 
 COMPILER_VARIABLE = "SLRNET_CC"
-"""Environment variable with the C compiler to use; empty: none, kernels are not used."""
+"""Environment variable with the C compiler to use."""
 _COMPILERS = ("cc", "gcc", "clang")
 _OPTIONS = ("-std=gnu11", "-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC")
 _SECONDS = 60
@@ -58,10 +58,10 @@ def _load(source: Path) -> ctypes.CDLL:
 
 def _compiler() -> str:
     named = os.environ.get(COMPILER_VARIABLE)
-    if named == "":
-        raise FileNotFoundError(f"{COMPILER_VARIABLE} is empty")
-    for name in _COMPILERS if named is None else (named,):
+    names = (named,) if named else _COMPILERS
+    for name in names:
         if path := shutil.which(name):
             return path
-    tried = ", ".join(_COMPILERS if named is None else (named,))
-    raise FileNotFoundError(f"there is no C compiler ({tried}); install one, or name it with {COMPILER_VARIABLE}")
+    raise FileNotFoundError(
+        f"there is no C compiler ({', '.join(names)}); install one, or name it with {COMPILER_VARIABLE}"
+    )

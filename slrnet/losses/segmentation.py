@@ -3,13 +3,14 @@
 The paper writes plain cross-entropy; the balance between classes is that of the released code. True masks go without
 it, unless asked for.
 
-Logits are resized to the labels in parts that stay in the cache, and leave their gradient at their own small size: no
-map of all classes at the labels' resolution is kept.
+Logits are resized to the labels and leave their gradient at their own small size; no map of all classes at the labels'
+resolution is kept. Kernels in Triton and in C do it, and PyTorch's operators, in parts, where neither can.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from slrnet import kernels
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.kernels import cross_entropy
+from slrnet.kernels import cross_entropy_cpu
 
 __all__ = ["WeighedLabels", "balanced_cross_entropy", "weigh", "weighted_cross_entropy"]
 
@@ -106,14 +108,11 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Logits (N, K, h, w) float, labels (N, H, W) int64 below K, weights (N, H, W) float32."""
-        with torch.autocast(logits.device.type, enabled=False):
-            small = logits.float()
-            done = _by_kernel(small, labels, weights)
-            loss, gradient = done or _by_operators(small, labels, weights, wanted=ctx.needs_input_grad[0])
-        if gradient is not None:
-            ctx.save_for_backward(gradient.to(logits.dtype))
-        ctx.pixels = pixels = labels[0].numel()
-        return loss / pixels
+        loss, gradient = _sums_and_slopes(logits.float(), labels, weights)
+        ctx.save_for_backward(gradient.to(logits.dtype))
+        ctx.pixels = labels[0].numel()
+        mean: Tensor = loss / ctx.pixels
+        return mean
 
     @staticmethod
     @once_differentiable
@@ -122,31 +121,43 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return gradient * (slopes / ctx.pixels).view(-1, 1, 1, 1).to(gradient.dtype), None, None
 
 
-def _by_kernel(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(N,) sums over the pixels and their gradients (N, K, h, w), by the compiled kernel; None where it cannot serve.
+@torch.library.custom_op("slrnet::weighted_cross_entropy", mutates_args=())
+def _sums_and_slopes(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) sums over the pixels of weight times cross-entropy, and their gradients (N, K, h, w), channels last.
 
-    It serves on CPUs, where maps of several rows and columns are resized. It looks into memory, which tensors of
-    PyTorch's own other types (those of a compiler, or without data) do not have.
+    One operator for PyTorch: neither its compiler nor tensors without data meet a kernel that looks into memory.
     """
-    in_memory = logits.device.type == "cpu" and all(type(one) is Tensor for one in (logits, labels, weights))
-    if not in_memory or min(*logits.shape[2:], *labels.shape[1:]) < 2 or not cross_entropy.available():
-        return None
-    return cross_entropy.resized_cross_entropy(logits, labels, weights)
+    with torch.autocast(logits.device.type, enabled=False):
+        if kernels.wanted() and min(*logits.shape[2:], *labels.shape[1:]) > 1:
+            if logits.device.type == "cuda" and find_spec("triton") is not None:
+                from slrnet.kernels import cross_entropy_gpu
+
+                return cross_entropy_gpu.resized_cross_entropy(logits, labels, weights)
+            if logits.device.type == "cpu" and cross_entropy_cpu.available():
+                done = cross_entropy_cpu.resized_cross_entropy(logits, labels, weights)
+                if done is not None:
+                    return done
+        return _by_operators(logits, labels, weights)
 
 
-def _by_operators(logits: Tensor, labels: Tensor, weights: Tensor, *, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """The same for any logits, by PyTorch's operators; the gradients where they are wanted."""
+@_sums_and_slopes.register_fake
+def _(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    return logits.new_empty(len(logits)), torch.empty_like(logits, memory_format=torch.channels_last)
+
+
+def _by_operators(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by PyTorch's operators, which take maps of any size and logits however far from each other."""
     small = logits - logits.amax(dim=1, keepdim=True)  # what is resized from it is at most 0 then
     near = _known_to_be_near(small)
     down, across = (_interpolation(old, new, small) for old, new in zip(small.shape[2:], labels.shape[1:], strict=True))
-    gradient = torch.zeros_like(small) if wanted else None
+    gradient = torch.zeros_like(small, memory_format=torch.channels_last)
     loss, room = small.new_zeros(len(small)), small.new_empty(0, 0)
     shape = small.shape[1], labels.shape[2]
     for images, bands in _parts(weights, small.shape[1], small.shape[2]):
         label, weight = (maps[images].transpose(0, 1).unsqueeze(2) for maps in (labels, weights))
         maps = small[images].permute(2, 0, 1, 3)  # (h, n, K, w): rows come first from here on
         wide = (maps.reshape(-1, maps.shape[3]) @ across.mT).view(len(maps), -1)  # (h, n K W)
-        slopes = torch.zeros_like(wide) if wanted else None
+        slopes = torch.zeros_like(wide)
         total, right = torch.empty_like(weight), torch.empty_like(weight)  # (H, n, 1, W)
         for rows, source in bands:
             own = down[rows, source]
@@ -157,13 +168,11 @@ def _by_operators(logits: Tensor, labels: Tensor, weights: Tensor, *, wanted: bo
                 scores -= scores.amax(dim=2, keepdim=True)
             torch.gather(scores, 2, label[rows], out=right[rows])
             torch.sum(scores.exp_(), dim=2, keepdim=True, out=total[rows])
-            if slopes is not None:
-                scores.mul_(weight[rows] / total[rows]).scatter_add_(2, label[rows], -weight[rows])
-                slopes[source].addmm_(own.mT, scores.view(len(own), -1))
+            scores.mul_(weight[rows] / total[rows]).scatter_add_(2, label[rows], -weight[rows])
+            slopes[source].addmm_(own.mT, scores.view(len(own), -1))
         loss[images] = ((total.log_() - right) * weight).sum(dim=(0, 2, 3))
-        if gradient is not None and slopes is not None:
-            slopes = slopes.view(-1, shape[1]) @ across
-            gradient[images] = slopes.view(maps.shape).permute(1, 2, 0, 3)
+        slopes = slopes.view(-1, shape[1]) @ across
+        gradient[images] = slopes.view(maps.shape).permute(1, 2, 0, 3)
     return loss, gradient
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slrnet import kernels
 from slrnet.models.factorization import MASS_FLOOR, assigned_sums, directions_of, factorize_op, working_dtype
 
 __all__ = [
@@ -89,19 +90,19 @@ def _choose(features: Tensor, codes: Tensor) -> Literal["reference", "recompute"
     """What `auto` means: plain operators for exporters, kernels on GPUs where they can run, else `recompute`."""
     if torch.compiler.is_exporting():
         return "reference"
-    if features.device.type != "cuda" or find_spec("triton") is None:
+    if features.device.type != "cuda" or find_spec("triton") is None or not kernels.wanted():
         return "recompute"
-    from slrnet.kernels import factorize as kernels
+    from slrnet.kernels import factorize as triton_form
 
-    return "triton" if kernels.misfit(features, codes.shape[1]) is None else "recompute"
+    return "triton" if triton_form.misfit(features, codes.shape[1]) is None else "recompute"
 
 
 def _require_triton(features: Tensor, codes: Tensor) -> None:
     if find_spec("triton") is None:
         raise ValueError("implementation 'triton' needs the package triton, which is not installed; use 'auto'")
-    from slrnet.kernels import factorize as kernels
+    from slrnet.kernels import factorize as triton_form
 
-    problem = kernels.misfit(features, codes.shape[1])
+    problem = triton_form.misfit(features, codes.shape[1])
     if problem is not None:
         raise ValueError(f"implementation 'triton' {problem}")
 

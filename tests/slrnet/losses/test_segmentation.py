@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.kernels import cross_entropy
+from slrnet.kernels import cross_entropy_cpu
 from slrnet.losses import segmentation
-from slrnet.losses.segmentation import balanced_cross_entropy
+from slrnet.losses.segmentation import WeighedLabels, balanced_cross_entropy, weighted_cross_entropy
 from slrnet.models.decoder import resize
 
 VOID = IGNORE_INDEX
@@ -84,7 +84,7 @@ def test_logits_are_resized_to_the_labels() -> None:
 
 @pytest.fixture
 def operators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "available", lambda: False)
+    monkeypatch.setenv("SLRNET_KERNELS", "off")
 
 
 SIZES = [((3, 4), (7, 9)), ((5, 5), (5, 5)), ((1, 4), (6, 1)), ((7, 9), (3, 4)), ((2, 3), (23, 65))]
@@ -126,6 +126,22 @@ def assert_equals_resized(small: tuple[int, int], large: tuple[int, int], *, cla
         torch.testing.assert_close(fast, slow, atol=2e-6, rtol=2e-5)
 
 
+def test_kernels_are_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Tensor) -> None:
+        raise AssertionError("the kernel is used")
+
+    logits, labels = random_case(2, 3, 4, 4, seed=0)
+    monkeypatch.setattr(cross_entropy_cpu, "available", lambda: True)
+    monkeypatch.setattr(cross_entropy_cpu, "resized_cross_entropy", refuse)
+    with pytest.raises(AssertionError, match="the kernel is used"):
+        balanced_cross_entropy(logits, labels)
+    monkeypatch.setenv("SLRNET_KERNELS", "off")
+    assert balanced_cross_entropy(logits, labels).isfinite().all()
+    monkeypatch.setenv("SLRNET_KERNELS", "no")
+    with pytest.raises(ValueError, match="SLRNET_KERNELS is 'no'; allowed are 'on' .* and 'off'"):
+        balanced_cross_entropy(logits, labels)
+
+
 def test_logits_that_are_no_numbers_give_no_number() -> None:
     """The trainer finds a diverged network by its loss."""
     logits, labels = random_case(2, 3, 4, 4, seed=0)
@@ -136,10 +152,16 @@ def test_logits_that_are_no_numbers_give_no_number() -> None:
         assert math.isfinite(loss[1])
 
 
-def test_tensors_without_memory_are_left_to_the_operators() -> None:
-    with FakeTensorMode():
-        logits, labels = torch.empty(2, 3, 4, 4), torch.zeros(2, 9, 9, dtype=torch.int64)
-        assert segmentation._by_kernel(logits, labels, torch.ones(2, 9, 9)) is None
+def test_tensors_without_memory_and_compilers_see_one_operator() -> None:
+    logits, labels = random_case(2, 3, 4, 4, seed=0)
+    with FakeTensorMode() as mode:
+        own = mode.from_tensor(logits).requires_grad_()
+        loss = weighted_cross_entropy(own, WeighedLabels(mode.from_tensor(labels), torch.ones(2, 4, 4)))
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+    assert loss.shape == (2,)
+    assert own.grad is not None
+    arguments = (logits, labels.clamp_max(2), torch.ones(2, 4, 4))
+    torch.library.opcheck(segmentation._sums_and_slopes, arguments)
 
 
 @pytest.mark.usefixtures("operators_alone")

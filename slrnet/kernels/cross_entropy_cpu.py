@@ -18,7 +18,7 @@ _NO_MEMORY, _TOO_FAR, _NO_CLASS = 1, 2, 3
 
 def available() -> bool:
     """Whether the kernel can be used on this machine."""
-    return compiled("cross_entropy") is not None
+    return compiled("cross_entropy_cpu") is not None
 
 
 def resized_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -37,7 +37,7 @@ def resized_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tu
         IndexError: a label is not below K.
         MemoryError: there is no memory for a few rows of the small maps.
     """
-    library = compiled("cross_entropy")
+    library = compiled("cross_entropy_cpu")
     assert library is not None
     maps, labels, weights = logits.permute(0, 2, 3, 1).contiguous(), labels.contiguous(), weights.contiguous()
     images, old_height, old_width, classes = maps.shape

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from slrnet.kernels import cross_entropy
+from slrnet.kernels import cross_entropy_cpu
 
-pytestmark = pytest.mark.skipif(not cross_entropy.available(), reason="no C compiler")
+pytestmark = pytest.mark.skipif(not cross_entropy_cpu.available(), reason="no C compiler")
 
 
 def case(*, classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,7 +30,7 @@ def test_the_same_to_the_bit_for_any_threads_and_layout() -> None:
         torch.set_num_threads(threads)
         try:
             results.append(
-                cross_entropy.resized_cross_entropy(logits.contiguous(memory_format=layout), labels, weights)
+                cross_entropy_cpu.resized_cross_entropy(logits.contiguous(memory_format=layout), labels, weights)
             )
         finally:
             torch.set_num_threads(before)
@@ -43,15 +43,15 @@ def test_the_same_to_the_bit_for_any_threads_and_layout() -> None:
 @pytest.mark.parametrize("value", [-100.0, 100.0, math.nan, math.inf, -math.inf])
 def test_refuses_what_exponentials_do_not_reach(value: float) -> None:
     logits, labels, weights = case()
-    assert cross_entropy.resized_cross_entropy(logits, labels, weights) is not None
+    assert cross_entropy_cpu.resized_cross_entropy(logits, labels, weights) is not None
     logits[1, 4, 5, 6] = value
-    assert cross_entropy.resized_cross_entropy(logits, labels, weights) is None
+    assert cross_entropy_cpu.resized_cross_entropy(logits, labels, weights) is None
 
 
 def test_large_logits_that_are_near_each_other_are_taken() -> None:
     logits, labels, weights = case()
-    plain = cross_entropy.resized_cross_entropy(logits, labels, weights)
-    moved = cross_entropy.resized_cross_entropy(logits + 2.0**12, labels, weights)
+    plain = cross_entropy_cpu.resized_cross_entropy(logits, labels, weights)
+    moved = cross_entropy_cpu.resized_cross_entropy(logits + 2.0**12, labels, weights)
     assert plain is not None
     assert moved is not None
     torch.testing.assert_close(moved[0], plain[0], rtol=1e-3, atol=0)  # 2^12 leaves logits three decimal places
@@ -61,7 +61,7 @@ def test_pixels_without_weight_add_nothing() -> None:
     logits, labels, weights = case()
     weights[0] = 0
     weights[1, :20] = 0
-    done = cross_entropy.resized_cross_entropy(logits, labels, weights)
+    done = cross_entropy_cpu.resized_cross_entropy(logits, labels, weights)
     assert done is not None
     losses, gradients = done
     assert losses[0] == 0
@@ -76,4 +76,4 @@ def test_labels_that_are_no_class_are_refused(label: int) -> None:
     logits, labels, weights = case()
     labels[1, 39, 49] = label
     with pytest.raises(IndexError, match="allowed are 0 to 4"):
-        cross_entropy.resized_cross_entropy(logits, labels, weights)
+        cross_entropy_cpu.resized_cross_entropy(logits, labels, weights)

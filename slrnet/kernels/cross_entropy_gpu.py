@@ -1,0 +1,142 @@
+"""Cross-entropy of resized logits with its gradient in Triton; `losses.segmentation` has the form that it must equal.
+
+Four neighbours of the small map enclose a cell of pixels, and a program works on the pixels of one cell: it goes over
+the classes twice, for the sum of the exponentials and for what each class adds to the gradients of the four neighbours.
+The small map and the pixels' labels are read, and gradients of the small map's size written; no map of all classes at
+the labels' size is ever in memory. There are no atomics: each cell writes four parts of its own, which are added in a
+fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["BLOCK", "PIXELS", "WARPS", "Plan", "plan_of", "resized_cross_entropy"]
+
+PIXELS = 128
+"""Pixels of a program; cells of more are shared by several."""
+BLOCK = 16
+"""Classes that a program works on at a time."""
+WARPS = 8
+"""Of a program; with half as many, only half of a multiprocessor's threads find registers."""
+
+
+class Plan(NamedTuple):
+    """How the pixels are shared out to programs."""
+
+    rows: int
+    """Of cells."""
+    columns: int
+    """Of cells."""
+    pixels: int
+    """Of a program, a power of 2."""
+    shared: int
+    """Programs of a cell."""
+
+
+def plan_of(old: tuple[int, int], new: tuple[int, int]) -> Plan:
+    """Plans maps of height and width `old` that are resized to `new`; all at least 2."""
+    rows, columns = old[0] - 1, old[1] - 1
+    most = (triton.cdiv(new[0] - 1, rows) + 1) * (triton.cdiv(new[1] - 1, columns) + 1)
+    pixels = min(PIXELS, triton.next_power_of_2(most))
+    return Plan(rows, columns, pixels, triton.cdiv(most, pixels))
+
+
+@triton.jit
+def _first_pixel(place, old, count):
+    """The first of `count` pixels at or beyond a place of the `old` ones; the last pixel lies in the cell before it."""
+    return tl.where(place == old - 1, count, (place * (count - 1) + old - 2) // (old - 1))
+
+
+@triton.jit
+def _blend(corner, neighbours, index, step, line, inside):
+    """Values at `index` of the four neighbours, blended for each pixel by its shares of them."""
+    first = tl.load(neighbours + index, mask=inside, other=0.0)
+    second = tl.load(neighbours + step + index, mask=inside, other=0.0)
+    third = tl.load(neighbours + line + index, mask=inside, other=0.0)
+    fourth = tl.load(neighbours + line + step + index, mask=inside, other=0.0)
+    return corner[0] * first + corner[1] * second + corner[2] * third + corner[3] * fourth
+
+
+@triton.jit
+def _cross_entropy_of_cells(
+    logits, labels, weights, losses, parts, old_height, old_width, classes, height, width, shared,
+    PIXELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One cell of one image: its loss into `losses`, and the neighbours' gradients into `parts`.
+
+    Logits (N, old_height, old_width, classes), labels and weights (N, height, width), losses (N, rows, columns, shared)
+    and parts (N, rows, columns, shared, 4, classes), for the cells' rows and columns and the programs that share one.
+    """
+    column, share = tl.program_id(0) // shared, tl.program_id(0) % shared
+    row, image = tl.program_id(1), tl.program_id(2)
+    top, bottom = _first_pixel(row, old_height, height), _first_pixel(row + 1, old_height, height)
+    left, right = _first_pixel(column, old_width, width), _first_pixel(column + 1, old_width, width)
+    across = tl.maximum(right - left, 1)
+    index = share * PIXELS + tl.arange(0, PIXELS)
+    y, x = top + index // across, left + index % across
+    inside = index < (bottom - top) * (right - left)
+    below = (y * (old_height - 1) - row * (height - 1)).to(tl.float32) / (height - 1)
+    beside = (x * (old_width - 1) - column * (width - 1)).to(tl.float32) / (width - 1)
+    upper_left, upper_right = (1 - below) * (1 - beside), (1 - below) * beside
+    lower_left, lower_right = below * (1 - beside), below * beside
+    pixel = image.to(tl.int64) * height * width + y * width + x
+    label = tl.load(labels + pixel, mask=inside, other=0)
+    weight = tl.load(weights + pixel, mask=inside, other=0.0)
+    neighbours = logits + ((image.to(tl.int64) * old_height + row) * old_width + column) * classes
+    line = old_width * classes
+    tall = (upper_left[:, None], upper_right[:, None], lower_left[:, None], lower_right[:, None])
+    most = tl.full((PIXELS,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((PIXELS,), dtype=tl.float32)
+    for start in range(0, classes, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        value = _blend(tall, neighbours, k[None, :], classes, line, (k < classes)[None, :])
+        value = tl.where((k < classes)[None, :], value, float("-inf"))
+        larger = tl.maximum(most, tl.max(value, axis=1))
+        total = total * tl.exp(most - larger) + tl.sum(tl.exp(value - larger[:, None]), axis=1)
+        most = larger
+    flat = (upper_left, upper_right, lower_left, lower_right)
+    own = _blend(flat, neighbours, label, classes, line, inside)
+    cell = (image.to(tl.int64) * tl.num_programs(1) + row) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(losses + cell, tl.sum(tl.where(inside, (most + tl.log(total) - own) * weight, 0.0), axis=0))
+    parts += cell * 4 * classes
+    for start in range(0, classes, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        value = _blend(tall, neighbours, k[None, :], classes, line, (k < classes)[None, :])
+        slope = tl.exp(value - most[:, None]) * (weight / total)[:, None]
+        slope -= tl.where(k[None, :] == label[:, None], weight[:, None], 0.0)
+        for corner in tl.static_range(4):
+            tl.store(parts + corner * classes + k, tl.sum(slope * tall[corner], axis=0), mask=k < classes)
+
+
+def resized_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums over the pixels of weight times cross-entropy, logits being resized (bilinear, aligned corners).
+
+    Args:
+        logits: (N, K, h, w) float32, h and w at least 2; channels last spares a copy.
+        labels: (N, H, W) int64 below K; H and W at least 2.
+        weights: (N, H, W) float32.
+
+    Returns:
+        (N,) the sums, and their gradients (N, K, h, w), channels last; the same to the bit each time.
+    """
+    maps, labels, weights = logits.permute(0, 2, 3, 1).contiguous(), labels.contiguous(), weights.contiguous()
+    images, old_height, old_width, classes = maps.shape
+    height, width = labels.shape[1:]
+    rows, columns, pixels, shared = plan_of((old_height, old_width), (height, width))
+    losses = maps.new_empty(images, rows, columns, shared)
+    parts = maps.new_empty(images, rows, columns, shared, 4, classes)
+    _cross_entropy_of_cells[columns * shared, rows, images](
+        maps, labels, weights, losses, parts, old_height, old_width, classes, height, width, shared,
+        PIXELS=pixels, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    corners = parts.sum(dim=3) if shared > 1 else parts[:, :, :, 0]
+    gradient = torch.zeros_like(maps)
+    for corner, (y, x) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        gradient[:, y : y + rows, x : x + columns] += corners[:, :, :, corner]
+    return losses.sum(dim=(1, 2, 3)), gradient.permute(0, 3, 1, 2)
