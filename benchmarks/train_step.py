@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._claims import at_most
-from benchmarks._ours import no_image_left_out, our_step, random_batch
+from benchmarks._ours import no_pixel_left_out, our_step, random_batch
 from benchmarks._sides import Seen, run_in_turn, serve_side
 from benchmarks._turns import times_in_turn
 from slrnet.config import Config
@@ -177,7 +177,7 @@ def share(args: argparse.Namespace) -> bool:
             },
         )
         rows = find_pseudo_rows(batch)
-        with no_image_left_out():  # as in the whole step
+        with no_pixel_left_out():  # as in the whole step
             losses = losses_of(leaves, drawn, images, batch, config=config, pseudo_rows=rows, pretraining=False)
         losses.total.backward()
 

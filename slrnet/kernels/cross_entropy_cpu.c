@@ -92,43 +92,58 @@ typedef struct {
     lanes *first, *ratio, *first_ratio, *ratio_ratio;
 } run;
 
-/* Sums over the classes at each of `n` pixels. */
+/* Sums over the classes at each of `n` pixels of a row; goes on to the next row. Pixels are taken in threes, whose sums
+   are those of the first one's exponentials times powers of the ratio. */
 static inline __attribute__((always_inline)) void add_up(const run *at, int blocks, int n, float *sums) {
     lanes partial[RUN];
     for (int k = 0; k < n; k++) partial[k] = all(0);
     for (int b = 0; b < blocks; b++) {
-        lanes value = at->first[b];
-        for (int k = 0; k < n; k++) {
+        lanes value = at->first[b], ratio = at->ratio[b], square = ratio * ratio;
+        at->first[b] = value * at->first_ratio[b];
+        at->ratio[b] = ratio * at->ratio_ratio[b];
+        for (int k = 0; k < n; k += 3) {
             partial[k] += value;
-            value *= at->ratio[b];
+            if (k + 1 < n) partial[k + 1] += value * ratio;
+            if (k + 2 < n) partial[k + 2] += value * square;
+            value *= square * ratio;
         }
     }
     for (int k = 0; k < n; k++) sums[k] = total(partial[k]);
 }
 
-/* Adds what each class weighs at `n` pixels to the four neighbours, and goes on to the next row.
+/* What `n` pixels of each of some rows weigh in a cell: `shares` is weight over sum, `right` that times the pixel's
+   distance from the left neighbours, `below` the row's from the upper ones. */
+typedef struct {
+    float shares[RUN], right[RUN], below;
+} row_weights;
 
-   `shares` is weight over sum, `right` that times the pixel's distance from the left neighbours, `below` the row's from
-   the upper ones; the neighbours' gradients are those of the left pair of columns at [0], of the right one at [1]. */
+/* Adds what one block of classes weighs at the pixels of a run to its four neighbours' gradients [upper, lower][left,
+   right]. The sum over a row's pixels is a polynomial in the ratio. */
 static inline __attribute__((always_inline)) void spread(
-    const run *at, int blocks, int n, const float *shares, const float *right, float below, lanes *upper[2],
-    lanes *lower[2]
+    const run *at, int b, int n, const row_weights *weights, int rows, lanes *const gradients[2][2]
 ) {
-    for (int b = 0; b < blocks; b++) {
-        lanes value = at->first[b], sum = all(0), on_right = all(0);
-        for (int k = 0; k < n; k++) {
-            sum += value * shares[k];
-            on_right += value * right[k];
-            value *= at->ratio[b];
+    lanes first = at->first[b], ratio = at->ratio[b], first_ratio = at->first_ratio[b], ratio_ratio = at->ratio_ratio[b];
+    lanes whole[2] = {all(0), all(0)}, low[2] = {all(0), all(0)}; /* left and right neighbours, both rows and the lower */
+    for (int row = 0; row < rows; row++) {
+        const row_weights *of = weights + row;
+        lanes sum = all(of->shares[n - 1]), right = all(of->right[n - 1]);
+        for (int k = n - 2; k >= 0; k--) {
+            sum = sum * ratio + of->shares[k];
+            right = right * ratio + of->right[k];
         }
-        at->first[b] *= at->first_ratio[b];
-        at->ratio[b] *= at->ratio_ratio[b];
-        lanes columns[2] = {sum - on_right, on_right};
+        sum *= first;
+        right *= first;
+        first *= first_ratio;
+        ratio *= ratio_ratio;
+        lanes columns[2] = {sum - right, right};
         for (int side = 0; side < 2; side++) {
-            lanes low = columns[side] * below;
-            lower[side][b] += low;
-            upper[side][b] += columns[side] - low;
+            whole[side] += columns[side];
+            low[side] += columns[side] * of->below;
         }
+    }
+    for (int side = 0; side < 2; side++) {
+        gradients[0][side][b] += whole[side] - low[side];
+        gradients[1][side][b] += low[side];
     }
 }
 
@@ -156,40 +171,42 @@ static int counts(const image *of, int top, int bottom, int left, int right) {
 /* Pixels `left` to `right` of rows `top` to `bottom`, which lie in one cell and are at most RUN a row. */
 static void pixels_of_a_cell(
     const image *of, int row, int column, int top, int bottom, int left, int right, lanes *const neighbours[2],
-    lanes *const gradients[2], const run *at
+    lanes *const gradients[2], const run *start, const run *moving, row_weights *weights
 ) {
     int blocks = of->blocks, n = right - left;
     const lanes *corner[2][2];
-    lanes *upper[2], *lower[2];
-    for (int side = 0; side < 2; side++) {
-        for (int line = 0; line < 2; line++) corner[line][side] = neighbours[line] + (column + side) * blocks;
-        upper[side] = gradients[0] + (column + side) * blocks;
-        lower[side] = gradients[1] + (column + side) * blocks;
+    lanes *slopes[2][2];
+    for (int line = 0; line < 2; line++) {
+        for (int side = 0; side < 2; side++) {
+            corner[line][side] = neighbours[line] + (column + side) * blocks;
+            slopes[line][side] = gradients[line] + (column + side) * blocks;
+        }
     }
     float down = (float)(of->old_height - 1) / (of->height - 1), across = (float)(of->old_width - 1) / (of->width - 1);
     float x = distance_into(column, left, of->old_width, of->width);
     float y = distance_into(row, top, of->old_height, of->height);
     for (int b = 0; b < blocks; b++) {
         lanes above = corner[0][1][b] - corner[0][0][b], beneath = corner[1][1][b] - corner[1][0][b];
-        lanes start = corner[0][0][b] + above * x, twist = beneath - above;
-        lanes step = corner[1][0][b] + beneath * x - start;
-        at->first[b] = exponential(start + step * y);
-        at->ratio[b] = exponential((above + twist * y) * across);
-        at->first_ratio[b] = exponential(step * down);
-        at->ratio_ratio[b] = exponential(twist * (down * across));
+        lanes begin = corner[0][0][b] + above * x, twist = beneath - above;
+        lanes step = corner[1][0][b] + beneath * x - begin;
+        moving->first[b] = start->first[b] = exponential(begin + step * y);
+        moving->ratio[b] = start->ratio[b] = exponential((above + twist * y) * across);
+        start->first_ratio[b] = exponential(step * down);
+        start->ratio_ratio[b] = exponential(twist * (down * across));
     }
-    float distances[RUN], shares[RUN], shares_right[RUN];
+    float distances[RUN];
     for (int k = 0; k < n; k++) distances[k] = distance_into(column, left + k, of->old_width, of->width);
     for (int line = top; line < bottom; line++) {
         int64_t place = (int64_t)line * of->width + left;
-        WITH_CONSTANT(n, add_up(at, blocks, N, of->sums + place))
+        row_weights *own = weights + (line - top);
+        WITH_CONSTANT(n, add_up(moving, blocks, N, of->sums + place))
         for (int k = 0; k < n; k++) {
-            shares[k] = of->weights[place + k] / of->sums[place + k];
-            shares_right[k] = shares[k] * distances[k];
+            own->shares[k] = of->weights[place + k] / of->sums[place + k];
+            own->right[k] = own->shares[k] * distances[k];
         }
-        float below = distance_into(row, line, of->old_height, of->height);
-        WITH_CONSTANT(n, spread(at, blocks, N, shares, shares_right, below, upper, lower))
+        own->below = distance_into(row, line, of->old_height, of->height);
     }
+    WITH_CONSTANT(n, for (int b = 0; b < blocks; b++) spread(start, b, N, weights, bottom - top, slopes))
 }
 
 /* The labels' own logits, and what the weights take from their gradients: pixels of one label in a row at a time. */
@@ -248,11 +265,13 @@ static int shifted(const float *logits, int classes, int blocks, lanes *to) {
     return largest - smallest < LARGEST_SPREAD && check == check;
 }
 
-/* One row of cells; `gradient` (2, old_width, classes) is written, `room` has 4 + 4 old_width times `blocks`. */
-static int row_of_cells(const image *of, int row, float *gradient, lanes *room) {
+/* One row of cells; `gradient` (2, old_width, classes) is written, `room` has 6 + 4 old_width times `blocks`,
+   `weights` a place for each of its rows of pixels. */
+static int row_of_cells(const image *of, int row, float *gradient, lanes *room, row_weights *weights) {
     int blocks = of->blocks, line = of->old_width * blocks, near = 1;
-    run at = {room, room + blocks, room + 2 * blocks, room + 3 * blocks};
-    lanes *neighbours[2] = {room + 4 * blocks, room + 4 * blocks + line};
+    run start = {room, room + blocks, room + 2 * blocks, room + 3 * blocks};
+    run moving = {room + 4 * blocks, room + 5 * blocks, start.first_ratio, start.ratio_ratio};
+    lanes *neighbours[2] = {room + 6 * blocks, room + 6 * blocks + line};
     lanes *gradients[2] = {neighbours[1] + line, neighbours[1] + 2 * line};
     memset(gradients[0], 0, 2 * line * sizeof(lanes));
     const float *logits = of->logits + (int64_t)row * of->old_width * of->classes;
@@ -267,7 +286,7 @@ static int row_of_cells(const image *of, int row, float *gradient, lanes *room) 
         for (int left = first_in(column, of->old_width, of->width); left < end; left += RUN) {
             int right = left + RUN < end ? left + RUN : end;
             if (counts(of, top, bottom, left, right))
-                pixels_of_a_cell(of, row, column, top, bottom, left, right, neighbours, gradients, &at);
+                pixels_of_a_cell(of, row, column, top, bottom, left, right, neighbours, gradients, &start, &moving, weights);
             else
                 for (int y = top; y < bottom; y++)
                     for (int x = left; x < right; x++) of->sums[(int64_t)y * of->width + x] = 1;
@@ -287,27 +306,30 @@ static int row_of_cells(const image *of, int row, float *gradient, lanes *room) 
    and below it. Heights and widths are at least 2. */
 int cross_entropy(
     int threads, int images, int old_height, int old_width, int classes, int height, int width, const float *logits,
-    const int64_t *labels, const float *weights, float *sums, float *own, float *parts, float *gradients
+    const int64_t *labels, const float *pixel_weights, float *sums, float *own, float *parts, float *gradients
 ) {
     int blocks = (classes + LANES - 1) / LANES, rows = old_height - 1, result = DONE;
-    size_t needed = sizeof(lanes) * blocks * (4 + 4 * (size_t)old_width);
+    size_t needed = sizeof(lanes) * blocks * (6 + 4 * (size_t)old_width);
+    size_t most = (height - 1) / rows + 2; /* rows of pixels in a cell */
     int64_t pixels = (int64_t)height * width, line = (int64_t)old_width * classes;
 #pragma omp parallel num_threads(threads)
     {
         lanes *room = aligned_alloc(sizeof(lanes), needed);
+        row_weights *weights = malloc(most * sizeof(row_weights));
 #pragma omp for schedule(dynamic)
         for (int i = 0; i < images * rows; i++) {
             int n = i / rows, ended = NO_MEMORY;
             image of = {
                 old_height, old_width, classes, height, width, blocks, logits + n * old_height * line,
-                labels + n * pixels, weights + n * pixels, sums + n * pixels, own + n * pixels,
+                labels + n * pixels, pixel_weights + n * pixels, sums + n * pixels, own + n * pixels,
             };
-            if (room) ended = row_of_cells(&of, i % rows, parts + i * 2 * line, room);
+            if (room && weights) ended = row_of_cells(&of, i % rows, parts + i * 2 * line, room, weights);
             if (ended != DONE) {
 #pragma omp atomic write
                 result = ended;
             }
         }
+        free(weights);
         free(room);
 #pragma omp for
         for (int i = 0; i < images * old_height; i++) {
