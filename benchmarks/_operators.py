@@ -425,5 +425,6 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch.object(DepthwiseConv2d, "_own_way", return_value=False),
         mock.patch("slrnet.calibration.refine._sparse_pays", return_value=False),
         mock.patch("slrnet.models.dropout._four_at_once", return_value=False),
+        mock.patch("slrnet.data.views._pixels_lie_together", return_value=False),
     ):
         yield

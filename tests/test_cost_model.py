@@ -173,7 +173,7 @@ class TestCounter:
             if ".device.type" in line and "autocast(" not in line
         }
         checks = {"pseudo_labels.py"}  # of labels, which are real
-        patched = {"cvlr.py", "convolutions.py", "dropout.py", "refine.py"}
+        patched = {"cvlr.py", "convolutions.py", "dropout.py", "refine.py", "views.py"}
         own = {"segmentation.py"}  # within an operator that is counted as the GPU's kernel
         assert asking == patched | own | checks, "let `as_on_gpu` take a GPU's way there"
 

@@ -126,6 +126,8 @@ class _Mirror(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, maps: Tensor, mask: Tensor) -> Tensor:
         ctx.save_for_backward(mask)
+        if _pixels_lie_together(maps):
+            return _mirror_by_pixels(maps, mask)
         # torch.where, not indexing: a boolean index asks the device for its count and waits for the answer.
         return torch.where(mask, maps.flip(-1), maps)
 
@@ -133,6 +135,21 @@ class _Mirror(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return _Mirror.apply(gradients[0], mask), None
+
+
+def _pixels_lie_together(maps: Tensor) -> bool:
+    """Whether copying pixel by pixel pays: on CPUs, where the channels of each are neighbours in memory."""
+    return maps.device.type == "cpu" and maps.is_contiguous(memory_format=torch.channels_last)
+
+
+def _mirror_by_pixels(maps: Tensor, mask: Tensor) -> Tensor:
+    """Each map's memory is passed once; with a mirror image of all of them it is three times."""
+    n, channels, height, width = maps.shape
+    column = torch.arange(width)
+    column = torch.where(mask.view(n, 1, 1), width - 1 - column, column)
+    source = (torch.arange(n * height).view(n, height, 1) * width + column).flatten()
+    pixels = maps.permute(0, 2, 3, 1).reshape(-1, channels).index_select(0, source)
+    return pixels.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _side(side: int, scale: float, stride: int) -> int:

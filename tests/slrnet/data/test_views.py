@@ -96,6 +96,20 @@ def test_gradient_flows_through_the_inverse(size: tuple[int, int]) -> None:
     assert torch.autograd.gradgradcheck(lambda m: invert_view(m, view, size=size).square(), (maps,))
 
 
+@pytest.mark.parametrize("channels", [1, 3, 21])
+def test_maps_of_either_layout_are_mirrored_alike(channels: int) -> None:
+    maps, flip = torch.rand(3, channels, 4, 5), torch.tensor([True, False, True])
+    expected = torch.stack([one.flip(-1) if flipped else one for one, flipped in zip(maps, flip, strict=True)])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        own = maps.clone(memory_format=layout).requires_grad_()
+        out = invert_view(own, View(1.0, flip), size=(4, 5))
+        assert torch.equal(out, expected)
+        assert out.is_contiguous(memory_format=layout)
+        out.backward(expected)
+        assert own.grad is not None
+        assert torch.equal(own.grad, maps)
+
+
 def test_draws_are_one_coin_per_image_and_view() -> None:
     views = draw_views(400, scales=(1.0, 0.5), flip=True, generator=torch.Generator().manual_seed(2))
     again = draw_views(400, scales=(1.0, 0.5), flip=True, generator=torch.Generator().manual_seed(2))
