@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slrnet.kernels import cross_entropy_cpu
@@ -46,6 +47,24 @@ def test_refuses_what_exponentials_do_not_reach(value: float) -> None:
     assert cross_entropy_cpu.resized_cross_entropy(logits, labels, weights) is not None
     logits[1, 4, 5, 6] = value
     assert cross_entropy_cpu.resized_cross_entropy(logits, labels, weights) is None
+
+
+@pytest.mark.parametrize("small", [(4, 5), (3, 3)])
+def test_the_widest_spread_that_is_taken_keeps_its_digits(small: tuple[int, int]) -> None:
+    """Classes go from the largest logit to 79 below it and back between neighbours: ratios and sums at their ends."""
+    generator = torch.Generator().manual_seed(0)
+    logits = -79.0 * (torch.rand(2, 21, *small, generator=generator) > 0.5).float()
+    logits[:, 0] = torch.where(logits.amax(dim=1) < 0, 0.0, logits[:, 0])
+    labels, weights = torch.randint(0, 21, (2, 70, 33), generator=generator), torch.rand(2, 70, 33, generator=generator)
+    done = cross_entropy_cpu.resized_cross_entropy(logits, labels, weights)
+    exact = logits.double().requires_grad_()
+    resized = F.interpolate(exact, (70, 33), mode="bilinear", align_corners=True)
+    losses = (F.cross_entropy(resized, labels, reduction="none") * weights).sum(dim=(1, 2))
+    losses.sum().backward()  # type: ignore[no-untyped-call]
+    assert done is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(done[0].double(), losses.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(done[1].double(), exact.grad, rtol=0, atol=2e-6 * float(exact.grad.abs().max()))
 
 
 def test_large_logits_that_are_near_each_other_are_taken() -> None:
