@@ -208,8 +208,11 @@ def read_label_table(path: str | Path) -> LabelTable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Item:
+    """An image; paths are text, as those go to the worker processes and back faster."""
+
     key: str
     path: str
+    mask: str | None
     split: str
     labels: tuple[str, ...] | None
     subsets: tuple[str, ...]
@@ -250,22 +253,25 @@ class _Source:
     def scan(self, item: _Item) -> Sample:
         path = Path(item.path)
         size, image_as_is = FORM.measure(path)
-        mask_path, mask_as_is = self.mask_path(path), False
+        mask_as_is = False
         classes: tuple[int, ...] | None = None
-        if mask_path is not None:
+        if item.mask is not None:
+            mask_path = Path(item.mask)
             mask, mask_as_is = self._read_mask(mask_path)
             check_size(mask_path, mask, path, size, remedy="make them of one size, the image seen upright")
             present = checked_ids(mask_path, mask, len(self.class_names), remedy="see --classes")
             classes = tuple(label for label in present if 0 < label < IGNORE_INDEX)
         if item.labels is not None:
             classes = tuple(sorted(self.class_names.index(name) for name in item.labels))
-        return Sample.of(item, size, classes, source=(path, mask_path), image_as_is=image_as_is, mask_as_is=mask_as_is)
+        files = (item.path, item.mask)
+        return Sample.of(item, size, classes, source=files, image_as_is=image_as_is, mask_as_is=mask_as_is)
 
     def encode(self, sample: Sample) -> tuple[bytes, bytes | None]:
-        path, mask_path = sample.source
-        image = FORM.jpeg(path, as_is=sample.image_as_is)
-        if mask_path is None:
+        path, mask = sample.source
+        image = FORM.jpeg(Path(path), as_is=sample.image_as_is)
+        if mask is None:
             return image, None
+        mask_path = Path(mask)
         if sample.mask_as_is:
             return image, copied(mask_path, remedy=FORM.remedy)
         return image, encode_mask(self._read_mask(mask_path)[0], self.palette)
@@ -323,14 +329,15 @@ def _items(
     members = subset_members(subsets, set(paths), _read_keys)
     items = []
     for key, path in paths.items():
-        labels = None if table is None else table.labels.get(key)
-        if labels is None and not unlabelled and source.mask_path(path) is None:
+        labels, mask = None if table is None else table.labels.get(key), source.mask_path(path)
+        if labels is None and not unlabelled and mask is None:
             without = f"{path} has no mask" + ("" if table is None else f" and no line in {table.path}")
             raise DataError(f"{without}; add it, or take such images as unlabelled ones with --unlabelled")
         items.append(
             _Item(
                 key=key,
                 path=str(path),
+                mask=None if mask is None else str(mask),
                 split=split_of.get(key) or drawing.split(key),
                 labels=labels,
                 subsets=names_of(key, members),

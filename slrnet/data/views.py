@@ -94,6 +94,9 @@ def invert_view(maps: Tensor, view: View, *, size: tuple[int, int]) -> Tensor:
     Returns:
         (N, C, H, W).
     """
+    if maps.shape[-2:] != size:
+        # As all maps of the network but codes are: those of many channels PyTorch would copy to this layout and back.
+        maps = maps.contiguous(memory_format=torch.channels_last)
     return _resize_and_flip(maps, size, view)
 
 
@@ -103,14 +106,8 @@ def _resize_and_flip(maps: Tensor, size: tuple[int, int], view: View) -> Tensor:
     if now == size:
         return _mirror(maps, view.flip)
     if now[0] * now[1] <= size[0] * size[1]:
-        return _resize(_mirror(maps, view.flip), size)
-    return _mirror(_resize(maps, size), view.flip)
-
-
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    # Channels last, as all maps of the network but codes are: other maps PyTorch copies to and fro, which takes longer.
-    last = maps.contiguous(memory_format=torch.channels_last)
-    return functional.interpolate(last, size=size, mode="bilinear", align_corners=True)
+        return functional.interpolate(_mirror(maps, view.flip), size=size, mode="bilinear", align_corners=True)
+    return _mirror(functional.interpolate(maps, size=size, mode="bilinear", align_corners=True), view.flip)
 
 
 def _mirror(maps: Tensor, flip: Tensor | None) -> Tensor:
