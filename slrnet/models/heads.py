@@ -40,9 +40,8 @@ class AuxiliaryHead(nn.Module):
         foreground: Tensor = self.classify(self.dropout(self.conv(features))).float()
         if self.predict_background:
             return foreground
-        last = foreground.movedim(
-            1, -1
-        )  # one map has no layout of its own: joined as channels, the result would have none
+        # Joined as channels, one map and many that are channels last give a map that is not any more.
+        last = foreground.movedim(1, -1)
         return torch.cat([1 - last.amax(dim=-1, keepdim=True), last], dim=-1).movedim(-1, 1)
 
 
