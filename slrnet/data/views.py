@@ -122,6 +122,7 @@ class _Mirror(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, maps: Tensor, mask: Tensor) -> Tensor:
+        """(N, C, H, W) maps, and (N, 1, 1, 1) bool, which of them are mirrored; keeps the maps' layout."""
         ctx.save_for_backward(mask)
         if _pixels_lie_together(maps):
             return _mirror_by_pixels(maps, mask)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 
-__all__ = ["SWITCH", "wanted"]
+from torch import Tensor
+
+__all__ = ["SWITCH", "triton_serves", "wanted"]
 
 SWITCH = "SLRNET_KERNELS"
 """Environment variable; `off` leaves the work to PyTorch's operators where a kernel would be chosen."""
@@ -20,3 +23,8 @@ def wanted() -> bool:
     if value not in ("on", "off"):
         raise ValueError(f"{SWITCH} is {value!r}; allowed are 'on' (as without it) and 'off'")
     return value == "on"
+
+
+def triton_serves(like: Tensor) -> bool:
+    """Whether a kernel in Triton may be chosen for tensors like this one: on GPUs, where Triton is installed."""
+    return like.device.type == "cuda" and find_spec("triton") is not None and wanted()

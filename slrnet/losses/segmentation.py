@@ -10,7 +10,6 @@ resolution is kept. Kernels in Triton and in C do it, and PyTorch's operators, i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -128,12 +127,12 @@ def _sums_and_slopes(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[T
     One operator for PyTorch: neither its compiler nor tensors without data meet a kernel that looks into memory.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        if kernels.wanted() and min(*logits.shape[2:], *labels.shape[1:]) > 1:
-            if logits.device.type == "cuda" and find_spec("triton") is not None:
+        if min(*logits.shape[2:], *labels.shape[1:]) > 1:
+            if kernels.triton_serves(logits):
                 from slrnet.kernels import cross_entropy_gpu
 
                 return cross_entropy_gpu.resized_cross_entropy(logits, labels, weights)
-            if logits.device.type == "cpu" and cross_entropy_cpu.available():
+            if logits.device.type == "cpu" and kernels.wanted() and cross_entropy_cpu.available():
                 done = cross_entropy_cpu.resized_cross_entropy(logits, labels, weights)
                 if done is not None:
                     return done

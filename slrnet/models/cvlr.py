@@ -90,7 +90,7 @@ def _choose(features: Tensor, codes: Tensor) -> Literal["reference", "recompute"
     """What `auto` means: plain operators for exporters, kernels on GPUs where they can run, else `recompute`."""
     if torch.compiler.is_exporting():
         return "reference"
-    if features.device.type != "cuda" or find_spec("triton") is None or not kernels.wanted():
+    if not kernels.triton_serves(features):
         return "recompute"
     from slrnet.kernels import factorize as triton_form
 
