@@ -37,7 +37,7 @@ class Batch:
     """N training crops of side S with their labels.
 
     Attributes:
-        images: (N, 3, S, S) uint8 RGB, channels last.
+        images: (N, 3, S, S) uint8 RGB, channels last as the loader makes them.
         image_labels: (N, K-1) float32 of 0 and 1; column c is class c + 1.
         has_image_labels: (N,) bool, whose image labels are known and granted; rows of the others are 0.
         keys: N names.
@@ -94,26 +94,22 @@ class EvalSample:
     has_image_labels: bool = True
 
 
-def collate(samples: Sequence[TrainSample]) -> Batch:
-    """Puts N crops of one size into a batch."""
+def collate(samples: Sequence[TrainSample], images: Tensor | None = None) -> Batch:
+    """Puts N crops of one size into a batch.
+
+    Args:
+        samples: the crops.
+        images: (N, 3, S, S) in whose memory the samples' images lie already, in order; None: they are copied.
+    """
     granted = [sample.pixel_labels is not None for sample in samples]
     return Batch(
-        images=_channels_last([sample.image for sample in samples]),
+        images=torch.stack([sample.image for sample in samples]) if images is None else images,
         image_labels=torch.stack([sample.image_labels for sample in samples]),
         has_image_labels=torch.tensor([sample.has_image_labels for sample in samples], dtype=torch.bool),
         keys=tuple(sample.key for sample in samples),
         has_pixel_labels=torch.tensor(granted, dtype=torch.bool),
         pixel_labels=torch.stack([_mask(sample) for sample in samples]) if any(granted) else None,
     )
-
-
-def _channels_last(images: Sequence[Tensor]) -> Tensor:
-    """(N, 3, S, S) of N images (3, S, S), in the order of memory that they come in and the network works in."""
-    size = (len(images), *images[0].shape)
-    batch = torch.empty(size, dtype=images[0].dtype, memory_format=torch.channels_last)
-    for place, image in zip(batch, images, strict=True):
-        place.copy_(image)
-    return batch
 
 
 def _mask(sample: TrainSample) -> Tensor:

@@ -15,8 +15,9 @@ import os
 import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -32,7 +33,7 @@ from slrnet.data.manifest import DataError, ShardSet
 from slrnet.data.processes import end_with, helper_context
 from slrnet.data.samples import OnError, SampleIndex, ShardFiles, SkippedSample, index_split
 from slrnet.data.supervision import Supervision, image_labels_only
-from slrnet.data.transforms import crop_image, crop_mask, draw_crop
+from slrnet.data.transforms import Crop, crop_image, crop_mask, draw_crop
 
 __all__ = [
     "EvalLoader",
@@ -49,7 +50,7 @@ _logger = logging.getLogger(__name__)
 _RECENT = 32
 """Good samples that a reader keeps as stand-ins for damaged ones."""
 
-_PRELOAD = ["torch", "torchvision", "webdataset", "pyarrow", "slrnet.data.shards"]
+_PRELOAD = ["torch", "torchvision", "webdataset", "pyarrow", "slrnet.data.shards", "slrnet.data.reader_start"]
 """What the fork server imports once, so that readers start with it."""
 
 
@@ -385,16 +386,16 @@ class _TrainReader:
     def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[_Delivery[Batch]]:
         # torch asks its workers in turn, from worker 0 on: that one has to make step start_step.
         steps = range(start_step + worker, self.steps, self.readers)
-        skipped: list[SkippedSample] = []
+        maker = _BatchMaker(self, epoch)
         pipeline = wds.DataPipeline(
-            partial(self._read, self.draws(steps, epoch)),
-            partial(self._crops, epoch=epoch, skipped=skipped),
-            wds.batched(len(self.share), collation_fn=collate, partial=True),
+            partial(self._read, self.draws(steps, epoch), epoch),
+            partial(_ahead, count=len(self.share)),
+            maker.batches,
         )
         for batch in pipeline:
-            yield _Delivery(batch, samples=len(batch.keys), skipped=tuple(skipped))
-            skipped.clear()
-        yield _Delivery(None, skipped=tuple(skipped))
+            yield _Delivery(batch, samples=len(batch.keys), skipped=tuple(maker.skipped))
+            maker.skipped.clear()
+        yield _Delivery(None, skipped=tuple(maker.skipped))
 
     def draws(self, steps: range, epoch: int) -> Iterator[tuple[int, int]]:
         """Samples and repeats of this rank's part of some global batches, in order.
@@ -416,62 +417,113 @@ class _TrainReader:
             samples, repeats = (part[places - places[0]].tolist() for part in (found.samples, found.repeats))
             yield from zip(samples, repeats, strict=True)
 
-    def _read(self, draws: Iterable[tuple[int, int]]) -> Iterator[_Item]:
+    def box(self, sample: int, rng: random.Random) -> Crop:
+        """Draws a crop of a sample whose image has the size that the manifest says."""
+        row = self.index.split.row(sample)
+        return draw_crop(row.height, row.width, scale=self.crop.scale, flip=self.crop.flip, rng=rng)
+
+    def _read(self, draws: Iterable[tuple[int, int]], epoch: int) -> Iterator[_Item]:
         """One item per draw, come what may: damage does not shift the order of the others."""
         with ShardFiles(self.index) as files:
             for sample, repeat in draws:
                 try:
-                    yield _Item(sample, repeat, files.read(sample, masks=sample in self.supervision.pixel_labels))
+                    found = files.read(sample, masks=sample in self.supervision.pixel_labels)
+                    rng = random.Random(f"crop {self.seed} {epoch} {sample} {repeat}")
+                    item = _Item(sample, repeat, found, self.box(sample, rng), self._image_labels(sample))
                 except DataError as error:
-                    yield _Item(sample, repeat, damage=self.index.damage(sample, error))
+                    item = _Item(sample, repeat, damage=self.index.damage(sample, error))
+                yield item
 
-    def _crops(self, items: Iterator[_Item], epoch: int, skipped: list[SkippedSample]) -> Iterator[TrainSample]:
+    def _image_labels(self, sample: int) -> Tensor | None:
+        """(K-1,) float32 of 0 and 1 where they are known and granted."""
+        return self.index.image_labels(sample) if sample in self.supervision.image_labels else None
+
+
+class _BatchMaker:
+    """Makes the batches of one epoch from what a reader has read; each crop is made where it stays in its batch.
+
+    Attributes:
+        skipped: samples that could not be read, until somebody clears it.
+    """
+
+    def __init__(self, reader: _TrainReader, epoch: int) -> None:
+        self.skipped: list[SkippedSample] = []
+        self._reader = reader
+        self._epoch = epoch
+        self._recent: deque[_Item] = deque(maxlen=_RECENT)
+        self._images = torch.empty(0)
+        self._places: list[Tensor] = []
+        """Places in `_images` that are free, from the last to the first."""
+
+    def batches(self, items: Iterator[_Item]) -> Iterator[Batch]:
+        """Whole batches of crops, in the items' order.
+
+        Raises:
+            DataError: an item is damaged, and that stops the run, or all of them are.
+        """
+        made: list[TrainSample] = []
+        for sample in self._crops(items):
+            made.append(sample)
+            if not self._places:
+                if len(made) != len(self._images):
+                    raise DataError(f"a batch of {len(self._images)} crops has {len(made)} samples")
+                yield collate(made, self._images)
+                made.clear()
+
+    def _crops(self, items: Iterator[_Item]) -> Iterator[TrainSample]:
         """Decodes and crops; a damaged sample's place is taken by a recent good one, cropped anew."""
-        recent: deque[_Item] = deque(maxlen=_RECENT)
         waiting: list[_Item] = []
         for item in items:
-            made = self._crop_or_note(item, f"crop {self.seed} {epoch} {item.sample} {item.repeat}", skipped)
+            made = self._crop_or_note(item)
             if made is not None:
-                recent.append(item)
+                self._recent.append(item)
                 yield made
             else:
                 waiting.append(item)
-            while recent and waiting:
-                lost = waiting.pop(0)
-                yield self._stand_in(recent, f"stand-in {self.seed} {epoch} {lost.sample} {lost.repeat}")
+            while self._recent and waiting:
+                yield self._stand_in(waiting.pop(0))
         if waiting:
             raise DataError(
-                f"none of the {len(waiting)} samples of a reader (shards {_listed(skipped)}) can be read; "
-                f"{self.index.advice}"
+                f"none of the {len(waiting)} samples of a reader (shards {_listed(self.skipped)}) can be read; "
+                f"{self._reader.index.advice}"
             )
 
-    def _crop_or_note(self, item: _Item, seed: str, skipped: list[SkippedSample]) -> TrainSample | None:
+    def _crop_or_note(self, item: _Item) -> TrainSample | None:
         damage = item.damage
         if damage is None:
             try:
-                return self._crop(item, random.Random(seed))
+                return self._crop(item)
             except DataError as error:
-                damage = self.index.damage(item.sample, error)
-        skipped.append(damage)
+                damage = self._reader.index.damage(item.sample, error)
+        self.skipped.append(damage)
         return None
 
-    def _stand_in(self, recent: Sequence[_Item], seed: str) -> TrainSample:
-        rng = random.Random(seed)
-        return self._crop(rng.choice(recent), rng)
+    def _stand_in(self, lost: _Item) -> TrainSample:
+        rng = random.Random(f"stand-in {self._reader.seed} {self._epoch} {lost.sample} {lost.repeat}")
+        item = rng.choice(self._recent)
+        return self._crop(replace(item, crop=self._reader.box(item.sample, rng)))
 
-    def _crop(self, item: _Item, rng: random.Random) -> TrainSample:
+    def _crop(self, item: _Item) -> TrainSample:
         assert item.files is not None
-        image = self.index.decode(item.sample, item.files)
-        crop = draw_crop(image.shape[-2], image.shape[-1], scale=self.crop.scale, flip=self.crop.flip, rng=rng)
-        mask = self.index.decode_mask(item.files, image)
-        labelled = item.sample in self.supervision.image_labels
+        assert item.crop is not None
+        index, size = self._reader.index, self._reader.crop.size
+        image = index.decode(item.sample, item.files)
+        mask = index.decode_mask(item.files, image)
         return TrainSample(
-            key=self.index.key(item.sample),
-            image=crop_image(image, crop, size=self.crop.size),
-            image_labels=self.index.image_labels(item.sample) if labelled else self.index.no_image_labels(),
-            has_image_labels=labelled,
-            pixel_labels=None if mask is None else crop_mask(mask, crop, size=self.crop.size),
+            key=index.key(item.sample),
+            image=crop_image(image, item.crop, size=size, out=self._place(size)),
+            image_labels=index.no_image_labels() if item.image_labels is None else item.image_labels,
+            has_image_labels=item.image_labels is not None,
+            pixel_labels=None if mask is None else crop_mask(mask, item.crop, size=size),
         )
+
+    def _place(self, size: int) -> Tensor:
+        """(3, S, S) uint8 for the next crop, channels last; that of a new batch where the last one is full."""
+        if not self._places:
+            shape = (len(self._reader.share), 3, size, size)
+            self._images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+            self._places = list(self._images)[::-1]
+        return self._places.pop()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -505,12 +557,20 @@ class _EvalReader:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """A planned sample on its way: its files, or what is wrong with it."""
+    """A planned sample on its way: its files, the box to cut out and its image labels, or what is wrong with it."""
 
     sample: int
     repeat: int
     files: dict[str, bytes] | None = None
+    crop: Crop | None = None
+    image_labels: Tensor | None = None
     damage: SkippedSample | None = None
+
+
+def _ahead(items: Iterator[_Item], count: int) -> Iterator[_Item]:
+    """Asks for `count` items at a time: code that runs once between two images has left the processor's caches."""
+    while some := list(islice(items, count)):
+        yield from some
 
 
 def _listed(skipped: Iterable[SkippedSample], most: int = 5) -> str:

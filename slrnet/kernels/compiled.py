@@ -42,7 +42,7 @@ def compiled(name: str) -> ctypes.CDLL | None:
     except (OSError, subprocess.SubprocessError) as error:
         output = getattr(error, "stderr", None)
         _log.warning(
-            "the kernel %s is not used, which makes training on the CPU slower: %s", source.name, output or error
+            "the kernel %s is not used; PyTorch's slower operators do its work: %s", source.name, output or error
         )
         return None
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain, pairwise, zip_longest
@@ -26,6 +29,7 @@ from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.data.sample_set import SampleSet
 from slrnet.data.shards import EvalLoader, TrainLoader
 from slrnet.data.supervision import Supervision
+from slrnet.kernels import compiled, crop_cpu
 
 NUM_TRAIN, NUM_SHARDS, NUM_VAL = 23, 5, 7
 COUNTS = (4, 5, 4, 5, 5)
@@ -216,6 +220,27 @@ def test_reader_processes(data: ShardSet) -> None:
     loader.close()
 
 
+@pytest.mark.skipif(not crop_cpu.available(), reason="no C compiler, or no processor with AVX2")
+def test_reader_processes_share_one_compiled_kernel(data: ShardSet, tmp_path: Path) -> None:
+    """In a process of its own: a fork server keeps the environment that it began with."""
+    compiler = tmp_path / "cc"
+    compiler.write_text(f'#!/bin/sh\necho >> {tmp_path}/calls\nexec {compiled._compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from slrnet.data.manifest import load_dataset\n"
+        "from slrnet.data.shards import TrainLoader\n"
+        "if __name__ == '__main__':\n"
+        f"    data = load_dataset({os.fspath(data.folder)!r})\n"
+        "    loader = TrainLoader(data, split='train', batch_size=2, crop_size=8, crop_scale=(0.5, 1), flip=0.5,\n"
+        "                         seed=0, workers=2)\n"
+        "    assert len(list(loader.epoch(0))) == 11\n"
+    )
+    environment = os.environ | {compiled.COMPILER_VARIABLE: os.fspath(compiler)}
+    subprocess.run([sys.executable, script], check=True, env=environment, timeout=120)
+    assert (tmp_path / "calls").read_text().count("\n") == 1
+
+
 def test_the_global_generators_are_left_alone(data: ShardSet) -> None:
     before = torch.get_rng_state()
     list(_loader(data).epoch(0))
@@ -402,14 +427,24 @@ def test_a_swapped_shard_is_noticed(copy: ShardSet) -> None:
     assert "its place in the tar holds 'train_" in _stopped(_loader(copy)) or "no tar header" in _stopped(_loader(copy))
 
 
-def test_a_sample_lost_within_the_pipeline_is_noticed(data: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    crops = shards_module._TrainReader._crops
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (6, "a batch of 2 crops has 1 samples"),
+        (7, "a batch of 2 crops has 3 samples"),
+        (21, "gave this rank 10 batches of 20 samples in all, planned were 11 .* of 22"),
+    ],
+)
+def test_a_sample_lost_within_the_pipeline_is_noticed(
+    data: ShardSet, monkeypatch: pytest.MonkeyPatch, lost: int, message: str
+) -> None:
+    crops = shards_module._BatchMaker._crops
 
     def lossy(*arguments: Any, **options: Any) -> Iterator[Any]:
-        return (item for i, item in enumerate(crops(*arguments, **options)) if i != 7)
+        return (item for i, item in enumerate(crops(*arguments, **options)) if i != lost)
 
-    monkeypatch.setattr(shards_module._TrainReader, "_crops", lossy)
-    with pytest.raises(DataError, match="gave this rank 11 batches of 21 samples in all, planned were 11 .* of 22"):
+    monkeypatch.setattr(shards_module._BatchMaker, "_crops", lossy)
+    with pytest.raises(DataError, match=message):
         list(_loader(data).epoch(0))
 
 

@@ -1,0 +1,274 @@
+/* A box of an RGB image, resized (bilinear, antialiased) and mirrored, with exactly the bytes that PyTorch makes.
+
+   As there, rows are resized to bytes first and columns after them, with weights of 16 bits. Rows are resized two at a
+   time, their bytes taking turns, as products of pairs are what processors add up in one instruction. Only as many of
+   them are kept as the columns' filter reaches over, so that they stay in the first-level cache, and the result goes to
+   its place in the batch at once. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef __AVX2__
+int can_crop(void) { return 0; }
+#else
+#include <immintrin.h>
+
+int can_crop(void) { return 1; }
+
+#define CHANNELS 3
+#define MARGIN 64 /* bytes that are read or written beyond those of a row, at most */
+#define LINE 64   /* of the cache */
+#ifdef __AVX512VBMI__
+#define AT_ONCE 5 /* pixels: their bytes fill the 16 sums of a register but one */
+#endif
+
+enum { DONE, NO_MEMORY };
+static const int MOST_BITS = 22;
+
+/* Pixel i of a resized side is the sum of weights[i * taps + j] times the old pixel first[i] + j, over 2^bits. */
+typedef struct {
+    int taps, bits; /* an even number of taps; those without weight may lie beyond the old side */
+    int *first;
+    int16_t *weights;
+} filter;
+
+/* How two rows are resized: step k makes `pixels` pixels from the bytes that begin at starts[k]. For each pair of taps
+   it has the weights of the bytes and, where it makes several pixels, says which bytes these are. */
+typedef struct {
+    int pixels, steps, pairs;
+    int *starts;
+    uint8_t *picks;
+    int16_t *weights;
+} program;
+
+static int rounded(int count, int unit) { return (count + unit - 1) / unit * unit; }
+
+static void *space(size_t count, size_t size) { return aligned_alloc(LINE, (count * size / LINE + 2) * LINE); }
+
+/* Triangles as wide as the step from one resized pixel to the next, but no narrower than that between old ones. With
+   `even` each of them begins at an even pixel. */
+static int make_filter(filter *f, int old, int size, int even) {
+    double scale = (double)old / size, support = scale > 1 ? scale : 1, largest = 0;
+    int most = rounded((int)ceil(support) * 2 + 2, 2), widest = 1;
+    f->first = space(size, sizeof *f->first);
+    f->weights = space((size_t)size * most, sizeof *f->weights);
+    double *exact = space((size_t)size * most, sizeof *exact);
+    if (!f->first || !f->weights || !exact) {
+        free(exact);
+        return NO_MEMORY;
+    }
+    memset(exact, 0, (size_t)size * most * sizeof *exact);
+    for (int i = 0; i < size; i++) {
+        double center = scale * (i + 0.5), total = 0, *own = exact + (size_t)i * most;
+        int first = (int)(center - support + 0.5), end = (int)(center + support + 0.5);
+        first = first > 0 ? first : 0;
+        end = end < old ? end : old;
+        f->first[i] = even ? first / 2 * 2 : first;
+        for (int j = first - f->first[i]; j < end - f->first[i]; j++) {
+            double distance = fabs((f->first[i] + j - center + 0.5) / support);
+            own[j] = distance < 1 ? 1 - distance : 0;
+            total += own[j];
+            if (own[j] > 0 && j >= widest) widest = j + 1;
+        }
+        for (int j = 0; j < end - f->first[i]; j++) {
+            own[j] /= total;
+            largest = own[j] > largest ? own[j] : largest;
+        }
+    }
+    /* As many bits as the largest weight leaves. */
+    for (f->bits = 0; f->bits < MOST_BITS; f->bits++)
+        if ((int)(0.5 + largest * (1 << (f->bits + 1))) >= 1 << 15) break;
+    f->taps = rounded(widest, 2);
+    for (int i = 0; i < size; i++)
+        for (int j = 0; j < f->taps; j++)
+            f->weights[(size_t)i * f->taps + j] = (int16_t)(0.5 + exact[(size_t)i * most + j] * (1 << f->bits));
+    free(exact);
+    return DONE;
+}
+
+/* How many pixels a step can make: their bytes must lie within one register. */
+static int pixels_at_once(const filter *f, int size) {
+#ifdef AT_ONCE
+    for (int i = 0; i < size; i++) {
+        int last = i + AT_ONCE < size ? i + AT_ONCE - 1 : size - 1;
+        if (CHANNELS * (f->first[last] - f->first[i] + f->taps) > LINE) return 1;
+    }
+    return AT_ONCE;
+#else
+    (void)f, (void)size;
+    return 1;
+#endif
+}
+
+static int make_program(program *p, const filter *f, int size, int mirrored) {
+    p->pixels = pixels_at_once(f, size);
+    p->pairs = f->taps / 2;
+    p->steps = rounded(size, p->pixels) / p->pixels;
+    int sums = p->pixels == 1 ? 4 : 16;
+    size_t places = (size_t)p->steps * p->pairs * sums;
+    p->starts = space(p->steps, sizeof *p->starts);
+    p->picks = space(places, 4);
+    p->weights = space(places, 2 * sizeof *p->weights);
+    if (!p->starts || !p->picks || !p->weights) return NO_MEMORY;
+    memset(p->picks, 0, 4 * places);
+    memset(p->weights, 0, 2 * places * sizeof *p->weights);
+    for (int k = 0; k < p->steps; k++) {
+        int begin = k * p->pixels, end = begin + p->pixels < size ? begin + p->pixels : size;
+        int start = f->first[mirrored ? size - end : begin];
+        p->starts[k] = CHANNELS * start;
+        for (int i = begin; i < end; i++) {
+            int from = mirrored ? size - 1 - i : i, shift = CHANNELS * (f->first[from] - start);
+            for (int q = 0; q < p->pairs; q++)
+                for (int c = 0; c < CHANNELS; c++) {
+                    size_t place = ((size_t)k * p->pairs + q) * sums + CHANNELS * (i - begin) + c;
+                    p->picks[4 * place] = (uint8_t)(shift + 2 * CHANNELS * q + c);
+                    p->picks[4 * place + 2] = (uint8_t)(shift + 2 * CHANNELS * q + c + CHANNELS);
+                    memcpy(p->weights + 2 * place, f->weights + (size_t)from * f->taps + 2 * q, 4);
+                }
+        }
+    }
+    return DONE;
+}
+
+#ifdef AT_ONCE
+static inline __attribute__((always_inline)) void resize_several(const uint8_t *a, const uint8_t *b, const program *p,
+                                                                 int pairs, int bits, uint8_t *out) {
+    const __m512i half = _mm512_set1_epi32(1 << (bits - 1));
+    const __m128i shift = _mm_cvtsi32_si128(bits);
+    const __mmask64 every_other = 0x5555555555555555;
+    const uint8_t *picks = p->picks;
+    const int16_t *weights = p->weights;
+    for (int k = 0; k < p->steps; k++, out += 2 * CHANNELS * AT_ONCE) {
+        __m512i of_a = _mm512_loadu_si512(a + p->starts[k]), of_b = _mm512_loadu_si512(b + p->starts[k]);
+        __m512i sum_a = half, sum_b = half;
+        for (int q = 0; q < pairs; q++, picks += 64, weights += 32) {
+            __m512i pick = _mm512_load_si512(picks), weight = _mm512_load_si512(weights);
+            __m512i pair_a = _mm512_maskz_permutexvar_epi8(every_other, pick, of_a);
+            __m512i pair_b = _mm512_maskz_permutexvar_epi8(every_other, pick, of_b);
+            sum_a = _mm512_add_epi32(sum_a, _mm512_madd_epi16(pair_a, weight));
+            sum_b = _mm512_add_epi32(sum_b, _mm512_madd_epi16(pair_b, weight));
+        }
+        sum_a = _mm512_sra_epi32(sum_a, shift), sum_b = _mm512_sra_epi32(sum_b, shift);
+        __m512i both = _mm512_or_si512(sum_a, _mm512_slli_epi32(sum_b, 8));
+        _mm256_storeu_si256((__m256i *)out, _mm512_cvtepi32_epi16(both));
+    }
+}
+#endif
+
+static inline __attribute__((always_inline)) void resize_one(const uint8_t *a, const uint8_t *b, const program *p,
+                                                             int pairs, int bits, uint8_t *out) {
+    const __m128i pick = _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
+    const __m256i picks = _mm256_broadcastsi128_si256(pick), half = _mm256_set1_epi32(1 << (bits - 1));
+    const __m128i shift = _mm_cvtsi32_si128(bits);
+    const int16_t *weights = p->weights;
+    for (int k = 0; k < p->steps; k++, out += 2 * CHANNELS) {
+        __m256i sum = half;
+        for (int q = 0; q < pairs; q++, weights += 8) {
+            int at = p->starts[k] + 2 * CHANNELS * q;
+            __m128i of_a = _mm_loadl_epi64((const __m128i *)(a + at)), of_b = _mm_loadl_epi64((const __m128i *)(b + at));
+            __m256i pair = _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(of_a), of_b, 1), picks);
+            __m256i weight = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)weights));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pair, weight));
+        }
+        sum = _mm256_sra_epi32(sum, shift);
+        __m128i both = _mm_or_si128(_mm256_castsi256_si128(sum), _mm_slli_epi32(_mm256_extracti128_si256(sum, 1), 8));
+        _mm_storel_epi64((__m128i *)out, _mm_packus_epi32(both, both));
+    }
+}
+
+/* Two rows, to bytes that take turns. The common number of taps, which a factor of 1 to 2 needs, gets code of its own. */
+static void resize_two(const uint8_t *a, const uint8_t *b, const program *p, int bits, uint8_t *out) {
+#ifdef AT_ONCE
+    if (p->pixels == AT_ONCE && p->pairs == 2) return resize_several(a, b, p, 2, bits, out);
+    if (p->pixels == AT_ONCE) return resize_several(a, b, p, p->pairs, bits, out);
+#endif
+    if (p->pairs == 2) return resize_one(a, b, p, 2, bits, out);
+    resize_one(a, b, p, p->pairs, bits, out);
+}
+
+/* A row of the result from pairs of rows. */
+static inline __attribute__((always_inline)) void mix(const uint8_t *const *rows, const int16_t *weights, int pairs,
+                                                      int bits, int count, uint8_t *out) {
+    const __m128i shift = _mm_cvtsi32_si128(bits);
+    int k = 0;
+#ifdef __AVX512BW__
+    for (; k + 16 <= count; k += 16) {
+        __m512i sum = _mm512_set1_epi32(1 << (bits - 1));
+        for (int q = 0; q < pairs; q++) {
+            int32_t two;
+            memcpy(&two, weights + 2 * q, sizeof two);
+            __m512i pair = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(rows[q] + 2 * k)));
+            sum = _mm512_add_epi32(sum, _mm512_madd_epi16(pair, _mm512_set1_epi32(two)));
+        }
+        _mm_storeu_si128((__m128i *)(out + k), _mm512_cvtepi32_epi8(_mm512_sra_epi32(sum, shift)));
+    }
+#else
+    for (; k + 8 <= count; k += 8) {
+        __m256i sum = _mm256_set1_epi32(1 << (bits - 1));
+        for (int q = 0; q < pairs; q++) {
+            int32_t two;
+            memcpy(&two, weights + 2 * q, sizeof two);
+            __m256i pair = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(rows[q] + 2 * k)));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pair, _mm256_set1_epi32(two)));
+        }
+        sum = _mm256_sra_epi32(sum, shift);
+        __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+        _mm_storel_epi64((__m128i *)(out + k), _mm_packus_epi16(words, words));
+    }
+#endif
+    for (; k < count; k++) {
+        int32_t sum = 1 << (bits - 1);
+        for (int q = 0; q < pairs; q++)
+            sum += weights[2 * q] * rows[q][2 * k] + weights[2 * q + 1] * rows[q][2 * k + 1];
+        out[k] = (uint8_t)(sum >> bits);
+    }
+}
+
+/* `image` has `bytes` bytes in rows of row_bytes; `out` gets size x size pixels. Returns whether memory was lacking. */
+int crop(const uint8_t *image, int64_t bytes, int64_t row_bytes, int top, int left, int height, int width, int size,
+         int mirrored, uint8_t *out) {
+    filter columns = {0}, rows = {0};
+    program steps = {0};
+    uint8_t *resized = NULL, *padded = NULL;
+    const uint8_t **taken = NULL;
+    int state = NO_MEMORY;
+    if (make_filter(&columns, width, size, 0) || make_filter(&rows, height, size, 1)) goto end;
+    if (make_program(&steps, &columns, size, mirrored)) goto end;
+
+    int pairs = rows.taps / 2, stride = rounded(2 * CHANNELS * size + MARGIN, LINE);
+    int own = CHANNELS * width, read = own + CHANNELS * columns.taps + MARGIN;
+    resized = space(pairs, stride);
+    padded = space(2, read);
+    taken = space(pairs, sizeof *taken);
+    if (!resized || !padded || !taken) goto end;
+
+    image += top * row_bytes + CHANNELS * left;
+    bytes -= top * row_bytes + CHANNELS * left;
+    int made = 0;
+    for (int i = 0; i < size; i++) {
+        int first = rows.first[i] / 2;
+        for (made = made > first ? made : first; made < first + pairs && 2 * made < height; made++) {
+            const uint8_t *two[2];
+            for (int h = 0; h < 2; h++) {
+                int row = 2 * made + h < height ? 2 * made + h : height - 1;
+                two[h] = image + row * row_bytes;
+                if (row * row_bytes + read > bytes) two[h] = memcpy(padded + h * read, two[h], own);
+            }
+            resize_two(two[0], two[1], &steps, columns.bits, resized + made % pairs * (size_t)stride);
+        }
+        for (int q = 0; q < pairs; q++) taken[q] = resized + (first + q) % pairs * (size_t)stride;
+        const int16_t *weights = rows.weights + (size_t)i * rows.taps;
+        uint8_t *to = out + (size_t)i * CHANNELS * size;
+        if (pairs == 2) mix(taken, weights, 2, rows.bits, CHANNELS * size, to);
+        else mix(taken, weights, pairs, rows.bits, CHANNELS * size, to);
+    }
+    state = DONE;
+end:
+    free(columns.first), free(columns.weights), free(rows.first), free(rows.weights);
+    free(steps.starts), free(steps.picks), free(steps.weights);
+    free(resized), free(padded), free(taken);
+    return state;
+}
+#endif
