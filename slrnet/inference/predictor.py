@@ -23,6 +23,9 @@ from slrnet.training.step import Normalise
 
 __all__ = ["Prediction", "Predictor", "predict", "predict_multi_scale", "restore_network", "rgb_array"]
 
+_LARGE = 2**18
+"""Pixels of an image above which CPUs take it and its mirror image in turn: hardly slower, with half of the maps."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -178,7 +181,7 @@ def predict_multi_scale(
 ) -> tuple[Tensor, Tensor | None]:
     """Mean probabilities and class scores over `evaluation.scales` and their mirror images.
 
-    Images and their mirror images go through the network as one batch.
+    Images and their mirror images go through the network as one batch; large ones on CPUs each by itself.
 
     Args:
         model: in evaluation mode.
@@ -194,11 +197,15 @@ def predict_multi_scale(
     scores = []
     for scale in scales:
         upright = normalise(fit_image(image, config, scale))
-        outputs = network_outputs(model, [torch.cat([upright, upright.flip(-1)])], config)
-        straight, mirrored = outputs.logits[0].float().softmax(dim=1).chunk(2)
+        both = torch.cat([upright, upright.flip(-1)])
+        alone = both.device.type == "cpu" and both.shape[-2] * both.shape[-1] > _LARGE
+        outputs = [network_outputs(model, [part], config) for part in both.split(1 if alone else len(both))]
+        logits = torch.cat([part.logits[0] for part in outputs])
+        straight, mirrored = logits.float().softmax(dim=1).chunk(2)
         maps = resize((straight + mirrored.flip(-1)) / (2 * len(scales)), image.shape[-2:])
         probs = maps if probs is None else probs + maps
-        scores += [torch.stack(view.float().chunk(2)).mean(dim=0) for view in outputs.class_scores]
+        for views in zip(*(part.class_scores for part in outputs), strict=True):
+            scores.append(torch.stack(torch.cat(views).float().chunk(2)).mean(dim=0))
     assert probs is not None
     return probs, torch.stack(scores).mean(dim=0) if scores else None
 

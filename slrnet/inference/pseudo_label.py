@@ -43,7 +43,7 @@ from slrnet.inference.evaluation import track_figures
 from slrnet.inference.predictor import predict, restore_network
 from slrnet.models.network import Network
 from slrnet.training.checkpoint import Checkpoint, check_classes, load_checkpoint
-from slrnet.training.distributed import Ranks
+from slrnet.training.distributed import Ranks, keep_memory
 from slrnet.training.evaluate import Quality, gate, protocol_name, quality_metrics
 from slrnet.training.metrics import ConfusionMatrix
 from slrnet.training.ray_loop import LaunchOptions, Report, run_job
@@ -329,6 +329,8 @@ class _Tally:
 def _label(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
     config = config_from_dict(values["config"])
     shards = load_dataset(values["data"])
+    if ranks.device.type == "cpu":
+        keep_memory()
     network = restore_network(load_checkpoint(values["checkpoint"]), ranks.device)
     mine = values["todo"][ranks.rank :: ranks.world_size]
     predicted = _predict_all(*network, shards, mine, config, ranks)

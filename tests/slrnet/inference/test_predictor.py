@@ -13,6 +13,7 @@ from torch import Tensor
 
 import slrnet
 from slrnet.config import Config, apply_overrides
+from slrnet.inference import predictor
 from slrnet.inference.predictor import Predictor, predict_multi_scale, rgb_array
 from slrnet.models.decoder import resize
 from slrnet.models.slrnet import SLRNet
@@ -62,6 +63,26 @@ class TestPredictMultiScale:
         torch.testing.assert_close(mirrored.flip(-1), straight, atol=1e-5, rtol=1e-4)
         single, _ = predict_single_scale(model, image.flip(-1), PLAIN, config)
         assert not torch.allclose(single.flip(-1), predict_single_scale(model, image, PLAIN, config)[0], atol=1e-3)
+
+    def test_large_images_go_through_the_network_one_at_a_time(
+        self, model: SLRNet, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        images = torch.stack([tensor(picture(seed=seed)) for seed in (0, 1)])
+        counts: list[int] = []
+        hook = model.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0][0])))
+        try:
+            together = predict_multi_scale(model, images, PLAIN, tiny_config)
+            monkeypatch.setattr(predictor, "_LARGE", 64 * 64)
+            alone = predict_multi_scale(model, images, PLAIN, tiny_config)
+        finally:
+            hook.remove()
+        scales = tiny_config.evaluation.scales
+        large = [fit_image(images, tiny_config, scale)[0, 0].numel() > 64 * 64 for scale in scales]
+        assert any(large)
+        assert not all(large)
+        assert counts == [4] * len(scales) + [n for own in large for n in ([1] * 4 if own else [4])]
+        for one, other in zip(together, alone, strict=True):
+            torch.testing.assert_close(one, other)
 
     def test_scales_multiply_the_configured_one(self, model: SLRNet, tiny_config: Config) -> None:
         image = tensor(picture(64, 96))

@@ -447,6 +447,31 @@ if __name__ == "__main__":
         os._exit(1)  # the other process may be waiting in a collective: do not wait for it
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="tells glibc's allocator")
+def test_a_process_that_predicts_keeps_the_memory_of_its_maps() -> None:
+    """Pages, small or huge, that are new to the process in 20 maps of 64 MiB, after as many before."""
+    script = """
+import resource, sys, torch
+from slrnet.training import distributed
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "keep":
+    distributed.keep_memory()
+new_pages()
+print(new_pages())
+"""
+    kept, plain = (
+        int(subprocess.run([sys.executable, "-c", script, way], check=True, capture_output=True, text=True).stdout)
+        for way in ("keep", "plain")
+    )
+    assert kept < plain / 4
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc what it has taken by mmap")
 def test_a_large_network_takes_its_maps_from_the_system() -> None:
     """Maps of 8 MiB come from the heap, which keeps them, unless the network is large."""
