@@ -119,8 +119,8 @@ def keep_memory() -> None:
     """Lets a CPU process that only predicts keep the memory of its maps for those to come.
 
     glibc gives every map above 32 MiB back as soon as it is done with, and the system fills the pages of the next one
-    with zeros: a fifth of an evaluation at several scales with WideResNet-38 (benchmarks/evaluate.py), for a quarter
-    less memory. Other C libraries are left alone.
+    with zeros: a fifth of an evaluation at several scales with WideResNet-38 (benchmarks/evaluate.py), which takes a
+    quarter less memory that way. Other C libraries are left alone.
     """
     _tell_allocator(_M_MMAP_MAX, 0)
     _tell_allocator(_M_TRIM_THRESHOLD, -1)
