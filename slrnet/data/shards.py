@@ -50,7 +50,7 @@ _logger = logging.getLogger(__name__)
 _RECENT = 32
 """Good samples that a reader keeps as stand-ins for damaged ones."""
 
-_PRELOAD = ["torch", "torchvision", "webdataset", "pyarrow", "slrnet.data.shards", "slrnet.data.reader_start"]
+_PRELOAD = ["torch", "torchvision", "webdataset", "pyarrow", "slrnet.data.shards"]
 """What the fork server imports once, so that readers start with it."""
 
 

@@ -99,7 +99,8 @@ def crop_image(image: Tensor, crop: Crop, *, size: int, out: Tensor | None = Non
     """
     if out is None:
         out = torch.empty(1, 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)[0]
-    if not (_lies_channels_last(image) and _lies_channels_last(out) and wanted() and crop_cpu.available()):
+    suits = _lies_channels_last(image) and _lies_channels_last(out)
+    if not (suits and wanted() and crop_cpu.pays() and crop_cpu.available()):
         return out.copy_(_crop_by_operators(image, crop, size))
     box = {"top": crop.top, "left": crop.left, "height": crop.height, "width": crop.width}
     crop_cpu.resized_crop(image, out, **box, mirrored=crop.mirrored)

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 
 from torch import Tensor
 
 from slrnet.kernels.compiled import compiled
 
-__all__ = ["available", "resized_crop"]
+__all__ = ["available", "pays", "resized_crop"]
+
+_FEW = 256
+"""Crops of a process that are left to the operators."""
+_asked = itertools.count()
 
 
 def available() -> bool:
     """Whether the kernel can be used on this machine: an x86 processor with AVX2, and a C compiler."""
     library = compiled("crop_cpu")
     return library is not None and bool(library.can_crop())
+
+
+def pays() -> bool:
+    """Whether the next crop is for the kernel, which must be available; counts the crops of this process.
+
+    The first ones are not: their bytes are the same, and a process that makes few, or whose first batch is waited for,
+    does without half a second of compiling.
+    """
+    return next(_asked) >= _FEW
 
 
 def resized_crop(image: Tensor, out: Tensor, *, top: int, left: int, height: int, width: int, mirrored: bool) -> None:

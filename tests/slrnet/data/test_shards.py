@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain, pairwise, zip_longest
@@ -29,7 +26,6 @@ from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.data.sample_set import SampleSet
 from slrnet.data.shards import EvalLoader, TrainLoader
 from slrnet.data.supervision import Supervision
-from slrnet.kernels import compiled, crop_cpu
 
 NUM_TRAIN, NUM_SHARDS, NUM_VAL = 23, 5, 7
 COUNTS = (4, 5, 4, 5, 5)
@@ -218,27 +214,6 @@ def test_reader_processes(data: ShardSet) -> None:
     assert _equal(list(loader.epoch(0, 4)), whole[4:]), "worker 0 has to make an even step"
     assert _equal(list(loader.epoch(0, 3)), whole[3:]), "worker 0 has to make an odd step"
     loader.close()
-
-
-@pytest.mark.skipif(not crop_cpu.available(), reason="no C compiler, or no processor with AVX2")
-def test_reader_processes_share_one_compiled_kernel(data: ShardSet, tmp_path: Path) -> None:
-    """In a process of its own: a fork server keeps the environment that it began with."""
-    compiler = tmp_path / "cc"
-    compiler.write_text(f'#!/bin/sh\necho >> {tmp_path}/calls\nexec {compiled._compiler()} "$@"\n')
-    compiler.chmod(0o755)
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from slrnet.data.manifest import load_dataset\n"
-        "from slrnet.data.shards import TrainLoader\n"
-        "if __name__ == '__main__':\n"
-        f"    data = load_dataset({os.fspath(data.folder)!r})\n"
-        "    loader = TrainLoader(data, split='train', batch_size=2, crop_size=8, crop_scale=(0.5, 1), flip=0.5,\n"
-        "                         seed=0, workers=2)\n"
-        "    assert len(list(loader.epoch(0))) == 11\n"
-    )
-    environment = os.environ | {compiled.COMPILER_VARIABLE: os.fspath(compiler)}
-    subprocess.run([sys.executable, script], check=True, env=environment, timeout=120)
-    assert (tmp_path / "calls").read_text().count("\n") == 1
 
 
 def test_the_global_generators_are_left_alone(data: ShardSet) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import random
 import shutil
 import subprocess
@@ -20,6 +21,11 @@ from slrnet.kernels import SWITCH, compiled, crop_cpu
 pytestmark = pytest.mark.skipif(not crop_cpu.available(), reason="no C compiler, or no processor with AVX2")
 
 PROCESSORS = {"this": "", "without AVX-512": "-mno-avx512f", "without VBMI": "-mno-avx512vbmi"}
+
+
+@pytest.fixture(autouse=True)
+def from_the_first_crop_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crop_cpu, "_FEW", 0)
 
 
 @pytest.fixture(params=PROCESSORS)
@@ -76,6 +82,19 @@ def test_crops_of_photographs_at_their_usual_size(monkeypatch: pytest.MonkeyPatc
     for number, (height, width) in enumerate([(375, 500), (500, 333), (480, 640), (2000, 3001)]):
         crop = Crop(height // 30, width // 20, height * 9 // 10, width * 9 // 10, mirrored=bool(number % 2))
         assert_same_bytes(noise(height, width, number), crop, 321, monkeypatch)
+
+
+def test_a_process_that_makes_few_crops_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    library = compiled_with("")
+    monkeypatch.setattr(crop_cpu, "compiled", lambda name: asked.append(name) or library)
+    monkeypatch.setattr(crop_cpu, "_asked", itertools.count())
+    monkeypatch.setattr(crop_cpu, "_FEW", 3)
+    image, crop = noise(40, 50, 0), Crop(1, 2, 30, 40, mirrored=True)
+    first = [crop_image(image, crop, size=20) for _ in range(3)]
+    assert asked == []
+    assert torch.equal(crop_image(image, crop, size=20), first[0])
+    assert asked != []
 
 
 def test_writes_to_its_place_and_nowhere_else() -> None:
