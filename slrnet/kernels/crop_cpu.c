@@ -1,9 +1,9 @@
 /* A box of an RGB image, resized (bilinear, antialiased) and mirrored, with exactly the bytes that PyTorch makes.
 
    As there, rows are resized to bytes first and columns after them, with weights of 16 bits. Rows are resized two at a
-   time, their bytes taking turns, as products of pairs are what processors add up in one instruction. Only as many of
+   time, to words that take turns, as products of pairs are what processors add up in one instruction. Only as many of
    them are kept as the columns' filter reaches over, so that they stay in the first-level cache, and the result goes to
-   its place in the batch at once. */
+   its place in the batch at once. The image is fetched ahead, as a decoder's stores may have gone past the caches. */
 
 #include <math.h>
 #include <stdint.h>
@@ -18,9 +18,10 @@ int can_crop(void) { return 0; }
 int can_crop(void) { return 1; }
 
 #define CHANNELS 3
-#define MARGIN 64 /* bytes that are read or written beyond those of a row, at most */
-#define LINE 64   /* of the cache */
-#ifdef __AVX512VBMI__
+#define LINE 64    /* of the cache, in bytes */
+#define MARGIN 256 /* bytes that are read or written beyond those of a row, at most */
+#define AHEAD 2    /* pairs of rows from the one that is resized to the one that is fetched */
+#if defined __AVX512VBMI__ && defined __AVX512VNNI__
 #define AT_ONCE 5 /* pixels: their bytes fill the 16 sums of a register but one */
 #endif
 
@@ -134,8 +135,9 @@ static int make_program(program *p, const filter *f, int size, int mirrored) {
 
 #ifdef AT_ONCE
 static inline __attribute__((always_inline)) void resize_several(const uint8_t *a, const uint8_t *b, const program *p,
-                                                                 int pairs, int bits, uint8_t *out) {
-    const __m512i half = _mm512_set1_epi32(1 << (bits - 1));
+                                                                 int pairs, int bits, uint16_t *out) {
+    const __m512i half = _mm512_set1_epi32(1 << (bits - 1)), upper = _mm512_set1_epi32(0xff << 16);
+    const __m512i to_upper = _mm512_set1_epi32(16 - bits);
     const __m128i shift = _mm_cvtsi32_si128(bits);
     const __mmask64 every_other = 0x5555555555555555;
     const uint8_t *picks = p->picks;
@@ -145,20 +147,17 @@ static inline __attribute__((always_inline)) void resize_several(const uint8_t *
         __m512i sum_a = half, sum_b = half;
         for (int q = 0; q < pairs; q++, picks += 64, weights += 32) {
             __m512i pick = _mm512_load_si512(picks), weight = _mm512_load_si512(weights);
-            __m512i pair_a = _mm512_maskz_permutexvar_epi8(every_other, pick, of_a);
-            __m512i pair_b = _mm512_maskz_permutexvar_epi8(every_other, pick, of_b);
-            sum_a = _mm512_add_epi32(sum_a, _mm512_madd_epi16(pair_a, weight));
-            sum_b = _mm512_add_epi32(sum_b, _mm512_madd_epi16(pair_b, weight));
+            sum_a = _mm512_dpwssd_epi32(sum_a, _mm512_maskz_permutexvar_epi8(every_other, pick, of_a), weight);
+            sum_b = _mm512_dpwssd_epi32(sum_b, _mm512_maskz_permutexvar_epi8(every_other, pick, of_b), weight);
         }
-        sum_a = _mm512_sra_epi32(sum_a, shift), sum_b = _mm512_sra_epi32(sum_b, shift);
-        __m512i both = _mm512_or_si512(sum_a, _mm512_slli_epi32(sum_b, 8));
-        _mm256_storeu_si256((__m256i *)out, _mm512_cvtepi32_epi16(both));
+        sum_a = _mm512_srl_epi32(sum_a, shift), sum_b = _mm512_rolv_epi32(sum_b, to_upper);
+        _mm512_storeu_si512(out, _mm512_ternarylogic_epi32(sum_a, sum_b, upper, 0xf8)); /* a | b & upper */
     }
 }
 #endif
 
 static inline __attribute__((always_inline)) void resize_one(const uint8_t *a, const uint8_t *b, const program *p,
-                                                             int pairs, int bits, uint8_t *out) {
+                                                             int pairs, int bits, uint16_t *out) {
     const __m128i pick = _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
     const __m256i picks = _mm256_broadcastsi128_si256(pick), half = _mm256_set1_epi32(1 << (bits - 1));
     const __m128i shift = _mm_cvtsi32_si128(bits);
@@ -172,14 +171,18 @@ static inline __attribute__((always_inline)) void resize_one(const uint8_t *a, c
             __m256i weight = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i *)weights));
             sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pair, weight));
         }
-        sum = _mm256_sra_epi32(sum, shift);
-        __m128i both = _mm_or_si128(_mm256_castsi256_si128(sum), _mm_slli_epi32(_mm256_extracti128_si256(sum, 1), 8));
-        _mm_storel_epi64((__m128i *)out, _mm_packus_epi32(both, both));
+        sum = _mm256_srl_epi32(sum, shift);
+        __m128i upper = _mm_slli_epi32(_mm256_extracti128_si256(sum, 1), 16);
+        _mm_storeu_si128((__m128i *)out, _mm_or_si128(_mm256_castsi256_si128(sum), upper));
     }
 }
 
-/* Two rows, to bytes that take turns. The common number of taps, which a factor of 1 to 2 needs, gets code of its own. */
-static void resize_two(const uint8_t *a, const uint8_t *b, const program *p, int bits, uint8_t *out) {
+static void fetch(const uint8_t *from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += LINE) _mm_prefetch((const char *)from + at, _MM_HINT_T0);
+}
+
+/* Two rows, to words that take turns. The common number of taps, which a factor of 1 to 2 needs, gets code of its own. */
+static void resize_two(const uint8_t *a, const uint8_t *b, const program *p, int bits, uint16_t *out) {
 #ifdef AT_ONCE
     if (p->pixels == AT_ONCE && p->pairs == 2) return resize_several(a, b, p, 2, bits, out);
     if (p->pixels == AT_ONCE) return resize_several(a, b, p, p->pairs, bits, out);
@@ -188,42 +191,56 @@ static void resize_two(const uint8_t *a, const uint8_t *b, const program *p, int
     resize_one(a, b, p, p->pairs, bits, out);
 }
 
+#ifdef AT_ONCE
+typedef __m512i sums;
+#define SAME _mm512_set1_epi32
+#else
+typedef __m256i sums;
+#define SAME _mm256_set1_epi32
+#endif
+
+static inline sums both(const int16_t *weights) {
+    int32_t two;
+    memcpy(&two, weights, sizeof two);
+    return SAME(two);
+}
+
 /* A row of the result from pairs of rows. */
-static inline __attribute__((always_inline)) void mix(const uint8_t *const *rows, const int16_t *weights, int pairs,
+static inline __attribute__((always_inline)) void mix(const uint16_t *const *rows, const int16_t *weights, int pairs,
                                                       int bits, int count, uint8_t *out) {
     const __m128i shift = _mm_cvtsi32_si128(bits);
-    int k = 0;
-#ifdef __AVX512BW__
-    for (; k + 16 <= count; k += 16) {
-        __m512i sum = _mm512_set1_epi32(1 << (bits - 1));
-        for (int q = 0; q < pairs; q++) {
-            int32_t two;
-            memcpy(&two, weights + 2 * q, sizeof two);
-            __m512i pair = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(rows[q] + 2 * k)));
-            sum = _mm512_add_epi32(sum, _mm512_madd_epi16(pair, _mm512_set1_epi32(two)));
-        }
-        _mm_storeu_si128((__m128i *)(out + k), _mm512_cvtepi32_epi8(_mm512_sra_epi32(sum, shift)));
+#ifdef AT_ONCE
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (int k = 0; k < count; k += 64) {
+        __m512i sums[4];
+        for (int h = 0; h < 4; h++) sums[h] = _mm512_set1_epi32(1 << (bits - 1));
+        for (int q = 0; q < pairs; q++)
+            for (int h = 0; h < 4; h++)
+                sums[h] = _mm512_dpwssd_epi32(sums[h], _mm512_loadu_si512(rows[q] + 2 * k + 32 * h), both(weights + 2 * q));
+        for (int h = 0; h < 4; h++) sums[h] = _mm512_srl_epi32(sums[h], shift);
+        __m512i words[2] = {_mm512_packus_epi32(sums[0], sums[1]), _mm512_packus_epi32(sums[2], sums[3])};
+        __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words[0], words[1]));
+        _mm512_mask_storeu_epi8(out + k, _bzhi_u64(-1, count - k < 64 ? count - k : 64), bytes);
     }
 #else
+    int k = 0;
     for (; k + 8 <= count; k += 8) {
         __m256i sum = _mm256_set1_epi32(1 << (bits - 1));
         for (int q = 0; q < pairs; q++) {
-            int32_t two;
-            memcpy(&two, weights + 2 * q, sizeof two);
-            __m256i pair = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(rows[q] + 2 * k)));
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pair, _mm256_set1_epi32(two)));
+            __m256i pair = _mm256_loadu_si256((const __m256i *)(rows[q] + 2 * k));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pair, both(weights + 2 * q)));
         }
-        sum = _mm256_sra_epi32(sum, shift);
+        sum = _mm256_srl_epi32(sum, shift);
         __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
         _mm_storel_epi64((__m128i *)(out + k), _mm_packus_epi16(words, words));
     }
-#endif
     for (; k < count; k++) {
         int32_t sum = 1 << (bits - 1);
         for (int q = 0; q < pairs; q++)
             sum += weights[2 * q] * rows[q][2 * k] + weights[2 * q + 1] * rows[q][2 * k + 1];
         out[k] = (uint8_t)(sum >> bits);
     }
+#endif
 }
 
 /* `image` has `bytes` bytes in rows of row_bytes; `out` gets size x size pixels. Returns whether memory was lacking. */
@@ -231,15 +248,16 @@ int crop(const uint8_t *image, int64_t bytes, int64_t row_bytes, int top, int le
          int mirrored, uint8_t *out) {
     filter columns = {0}, rows = {0};
     program steps = {0};
-    uint8_t *resized = NULL, *padded = NULL;
-    const uint8_t **taken = NULL;
+    uint8_t *padded = NULL;
+    uint16_t *resized = NULL;
+    const uint16_t **taken = NULL;
     int state = NO_MEMORY;
     if (make_filter(&columns, width, size, 0) || make_filter(&rows, height, size, 1)) goto end;
     if (make_program(&steps, &columns, size, mirrored)) goto end;
 
-    int pairs = rows.taps / 2, stride = rounded(2 * CHANNELS * size + MARGIN, LINE);
+    int pairs = rows.taps / 2, stride = rounded(2 * CHANNELS * size * sizeof *resized + MARGIN, LINE) / sizeof *resized;
     int own = CHANNELS * width, read = own + CHANNELS * columns.taps + MARGIN;
-    resized = space(pairs, stride);
+    resized = space(pairs, stride * sizeof *resized);
     padded = space(2, read);
     taken = space(pairs, sizeof *taken);
     if (!resized || !padded || !taken) goto end;
@@ -256,6 +274,7 @@ int crop(const uint8_t *image, int64_t bytes, int64_t row_bytes, int top, int le
                 two[h] = image + row * row_bytes;
                 if (row * row_bytes + read > bytes) two[h] = memcpy(padded + h * read, two[h], own);
             }
+            if (2 * (made + AHEAD) + 1 < height) fetch(image + 2 * (made + AHEAD) * row_bytes, row_bytes + own);
             resize_two(two[0], two[1], &steps, columns.bits, resized + made % pairs * (size_t)stride);
         }
         for (int q = 0; q < pairs; q++) taken[q] = resized + (first + q) % pairs * (size_t)stride;
