@@ -9,11 +9,11 @@ from unittest import mock
 
 import torch
 
+from slrnet.allocator import spare_memory
 from slrnet.config import Config
 from slrnet.data.batch import Batch
 from slrnet.losses import objective, segmentation
 from slrnet.models.slrnet import network_of
-from slrnet.training.distributed import spare_memory
 from slrnet.training.optim import build_optimizer
 from slrnet.training.step import Normalise, find_pseudo_rows, mixed_precision, step_generator, step_losses
 

@@ -31,13 +31,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._released import released_network
 from benchmarks._sides import run_in_turn, serve_side
+from slrnet.allocator import keep_memory
 from slrnet.config import Protocol
 from slrnet.inference.predictor import Predictor
 from slrnet.inference.released_weights import released_checkpoint
 from slrnet.models.encoders import IMAGENET_MEAN, IMAGENET_STD
 from slrnet.search import apply_values
 from slrnet.training.checkpoint import Checkpoint, restore_model
-from slrnet.training.distributed import keep_memory
 
 CLAIMED_TIME = 0.6
 CLAIMED_DIFFERENCE = 1e-4
@@ -98,7 +98,7 @@ def side(args: argparse.Namespace) -> Callable[[], object]:
     if args.side == "released":
         infer = released(released_network(args.peer_dir, training=False), protocol)
     else:
-        keep_memory()  # as the commands do that predict
+        keep_memory(torch.device("cpu"))  # as the commands do that predict
         infer = ours(our_checkpoint(None), protocol, OURS[args.side])
     return lambda: infer(image)
 

@@ -210,7 +210,8 @@ def division(*, shards: int, samples: int, ranks: int, readers: int, batch: int)
         before = drawn.sum()
         for worker in range(readers):
             steps = range(worker, reader.steps, readers)
-            np.add.at(drawn, [sample for sample, _ in reader.draws(steps, 0)], 1)
+            for draws in reader.draws(steps, 0):
+                np.add.at(drawn, draws.samples, 1)
         by_rank.append(int(drawn.sum() - before))
     return {
         "drawn": int((drawn > 0).sum()), "twice": int((drawn > 1).sum()), "left": int((drawn == 0).sum()),

@@ -25,6 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from slrnet import load
+from slrnet.allocator import keep_memory
 from slrnet.completion import parse
 from slrnet.config import PROTOCOLS
 from slrnet.data.catalog import voc_palette
@@ -32,7 +33,6 @@ from slrnet.data.files import write_json, written_whole
 from slrnet.data.images import encode_mask, upright_size
 from slrnet.data.overlay import draw_overlay
 from slrnet.inference.predictor import Prediction, rgb_array
-from slrnet.training.distributed import keep_memory
 from slrnet.training.run_store import run_argument
 
 __all__ = ["batches", "find_images", "main", "positive", "summarise"]
@@ -120,8 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if predictor.device.type == "cpu":
-        keep_memory()
+    keep_memory(predictor.device)
     records: dict[str, Any] = {}
     failed = 0
     with tqdm(total=len(images), unit="image", disable=None) as bar:

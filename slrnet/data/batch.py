@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from slrnet.data.catalog import IGNORE_INDEX
-
-__all__ = ["Batch", "EvalSample", "TrainSample", "collate"]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSample:
-    """One training crop.
-
-    Attributes:
-        key: name of the image.
-        image: (3, S, S) uint8 RGB.
-        image_labels: (K-1,) float32 of 0 and 1; entry c is class c + 1.
-        pixel_labels: (S, S) uint8 class ids, 255 where void; None where no mask is granted.
-        has_image_labels: whether `image_labels` says anything; where not, it is 0.
-    """
-
-    key: str
-    image: Tensor
-    image_labels: Tensor
-    pixel_labels: Tensor | None = None
-    has_image_labels: bool = True
+__all__ = ["Batch", "EvalSample"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,27 +70,3 @@ class EvalSample:
     pixel_labels: Tensor | None
     image_labels: Tensor
     has_image_labels: bool = True
-
-
-def collate(samples: Sequence[TrainSample], images: Tensor | None = None) -> Batch:
-    """Puts N crops of one size into a batch.
-
-    Args:
-        samples: the crops.
-        images: (N, 3, S, S) in whose memory the samples' images lie already, in order; None: they are copied.
-    """
-    granted = [sample.pixel_labels is not None for sample in samples]
-    return Batch(
-        images=torch.stack([sample.image for sample in samples]) if images is None else images,
-        image_labels=torch.stack([sample.image_labels for sample in samples]),
-        has_image_labels=torch.tensor([sample.has_image_labels for sample in samples], dtype=torch.bool),
-        keys=tuple(sample.key for sample in samples),
-        has_pixel_labels=torch.tensor(granted, dtype=torch.bool),
-        pixel_labels=torch.stack([_mask(sample) for sample in samples]) if any(granted) else None,
-    )
-
-
-def _mask(sample: TrainSample) -> Tensor:
-    if sample.pixel_labels is not None:
-        return sample.pixel_labels
-    return torch.full(sample.image.shape[-2:], IGNORE_INDEX, dtype=torch.uint8)

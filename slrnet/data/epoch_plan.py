@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from slrnet.data.counter_random import uniform
 from slrnet.data.manifest import SplitView
 from slrnet.data.sample_set import SampleSet
 
@@ -182,7 +183,7 @@ class _PoolOrder:
         comes at `start` or later has a place no more than a window before it, and those are as many as the window.
         """
         places = np.arange(start - self._window, stop + self._window)
-        moves = _uniform(self._keys[0], places % self.total) * (self._window << _FINE)
+        moves = uniform(self._keys[0], places % self.total) * (self._window << _FINE)
         times = (np.arange(len(places)) << _FINE) + moves.astype(np.int64)
         order = np.argsort(times, kind="stable")[self._window : self._window + stop - start]
         return self._at(places[order] % self.total)
@@ -228,7 +229,7 @@ class _PoolOrder:
         return cells
 
     def _phases(self, samples: Places) -> Places:
-        return (_uniform(self._keys[1], samples) * (1 << _PHASE)).astype(np.int64)
+        return (uniform(self._keys[1], samples) * (1 << _PHASE)).astype(np.int64)
 
 
 def _count_draws(pool: Pool, shift: float) -> Places | None:
@@ -244,15 +245,6 @@ def _count_draws(pool: Pool, shift: float) -> Places | None:
     if total % number == 0:
         return None
     return np.diff((np.arange(number + 1) * total + int(shift * number)) // number)
-
-
-def _uniform(key: np.uint64, numbers: Places) -> npt.NDArray[np.float64]:
-    """A number in [0, 1) for each whole number: the generator SplitMix64 (Steele, Lea, Flood 2014) at that place."""
-    bits = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    bits ^= bits >> np.uint64(31)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _generator(seed: int, epoch: int, place: int) -> np.random.Generator:

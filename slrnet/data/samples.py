@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from slrnet.data.manifest import DataError, ShardSet, SplitView
+from slrnet.data.manifest import DataError, SampleRow, ShardSet, SplitView
 from slrnet.data.remote import RemoteError, is_remote, open_cached
+from slrnet.data.tars import BLOCK, read_header
 from slrnet.data.transforms import decode_image, decode_mask
 
-__all__ = ["OnError", "SampleIndex", "ShardFiles", "SkippedSample", "index_split"]
+__all__ = ["FoundSample", "OnError", "SampleIndex", "ShardFiles", "SkippedSample", "index_split"]
 
 _OPEN_SHARDS = 128
 """Shards that a reader keeps open: more than the shuffling reaches at a time with shards of common size."""
@@ -47,6 +47,26 @@ class SkippedSample:
     shard: str
     key: str
     reason: str
+
+
+class FoundSample(NamedTuple):
+    """Where a sample's files lie.
+
+    Attributes:
+        sample: its place in the split.
+        row: what the manifest says of it.
+        shard: place of its shard among those of the split.
+        files: the bytes of the shard that are each file that is wanted, by suffix, in the order of the tar.
+        begin: first byte of these files.
+        size: bytes from there to the end of the last one.
+    """
+
+    sample: int
+    row: SampleRow
+    shard: int
+    files: dict[str, slice]
+    begin: int
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,20 +102,12 @@ class SampleIndex:
         """File name of the shard that holds a sample."""
         return str(self.split.shard_names[self.split.shard_of(sample)].as_py())
 
-    def has_image_labels(self, sample: int) -> bool:
-        """Whether a sample's image labels are known."""
-        return self.split.row(sample).has_image_labels
-
     def image_labels(self, sample: int) -> Tensor:
         """Image labels of a sample: (K-1,) float32 of 0 and 1, from the manifest."""
         labels = [0.0] * (self.split.num_classes - 1)
         for label in self.split.row(sample).classes:
             labels[label - 1] = 1.0
         return torch.tensor(labels)
-
-    def no_image_labels(self) -> Tensor:
-        """(K-1,) float32 of 0, for a sample whose image labels are not known or not granted."""
-        return torch.zeros(self.split.num_classes - 1)
 
     def damage(self, sample: int, error: DataError) -> SkippedSample:
         """Describes a damaged sample where those are skipped.
@@ -119,21 +131,19 @@ class SampleIndex:
         except DataError as error:
             raise self._described(sample, error) from None
 
-    def decode(self, sample: int, files: dict[str, bytes]) -> Tensor:
+    def decode(self, row: SampleRow, files: Mapping[str, bytes | memoryview]) -> Tensor:
         """Decodes a sample's image to (3, H, W) uint8.
 
         Raises:
             DataError: it cannot be decoded, or has another size than in the manifest.
         """
         image = decode_image(files["jpg"])
-        row = self.split.row(sample)
-        width, height = row.width, row.height
-        if image.shape != (3, height, width):
+        if image.shape != (3, row.height, row.width):
             found = f"{image.shape[2]} x {image.shape[1]}"
-            raise DataError(f"the image has {found} pixels, the manifest says {width} x {height}")
+            raise DataError(f"the image has {found} pixels, the manifest says {row.width} x {row.height}")
         return image
 
-    def decode_mask(self, files: dict[str, bytes], image: Tensor) -> Tensor | None:
+    def decode_mask(self, files: Mapping[str, bytes | memoryview], image: Tensor) -> Tensor | None:
         """Decodes the mask among a sample's files, if there is one, to (H, W) uint8.
 
         Raises:
@@ -157,6 +167,7 @@ class ShardFiles:
     def __init__(self, index: SampleIndex) -> None:
         self.index = index
         self._files: OrderedDict[int, tuple[BinaryIO, int]] = OrderedDict()
+        self._memory = memoryview(b"")
 
     def __enter__(self) -> ShardFiles:
         return self
@@ -165,29 +176,50 @@ class ShardFiles:
         for file, _length in self._files.values():
             file.close()
 
+    def find(self, sample: int, *, masks: bool) -> FoundSample:
+        """Looks up the sample's image, or with `masks` all of its files; no other one is touched.
+
+        Raises:
+            DataError: what is missing or damaged; neither the sample nor its shard is named.
+        """
+        view = self.index.split
+        row, shard = view.row(sample), view.shard_of(sample)
+        file, length = self._open(shard)
+        end = row.offset + row.bytes
+        if end > length:
+            raise DataError(f"the shard is cut off: it has {length} bytes, the sample ends at byte {end}")
+        files = _members(file, row, only=None if masks else "jpg")
+        if "jpg" not in files:
+            raise DataError("its image is missing from the tar")
+        parts = list(files.values())
+        return FoundSample(sample, row, shard, files, parts[0].start, parts[-1].stop - parts[0].start)
+
+    def views(self, found: FoundSample) -> dict[str, memoryview]:
+        """What is in the files of a sample; good until the next call, which writes to the same memory.
+
+        Raises:
+            DataError: the shard cannot be read; neither the sample nor its shard is named.
+        """
+        file, _ = self._open(found.shard)
+        if len(self._memory) < found.size:
+            self._memory = memoryview(bytearray(found.size))
+        _read(file, found.begin, self._memory[: found.size])
+        begin = found.begin
+        return {suffix: self._memory[part.start - begin : part.stop - begin] for suffix, part in found.files.items()}
+
     def read(self, sample: int, *, masks: bool) -> dict[str, bytes]:
         """The sample's files by suffix: `jpg` alone, or with `masks` all of them, compared with the sha256.
 
         Raises:
             DataError: what is missing or damaged; neither the sample nor its shard is named.
         """
-        index = self.index
-        row = index.split.row(sample)
-        file, length = self._open(index.split.shard_of(sample))
-        end = row.offset + row.bytes
-        if end > length:
-            raise DataError(f"the shard is cut off: it has {length} bytes, the sample ends at byte {end}")
-        try:
-            found = dict(_members(file, row.offset, end, key=row.key, only=None if masks else "jpg"))
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror or error}") from None
-        if "jpg" not in found:
-            raise DataError("its image is missing from the tar")
-        if masks and index.compare:
-            digest = hashlib.sha256(b"".join(found.values())).hexdigest()
-            if digest != row.sha256:
+        found = self.find(sample, masks=masks)
+        files = {suffix: bytes(view) for suffix, view in self.views(found).items()}
+        if masks and self.index.compare:
+            digest = hashlib.sha256(b"".join(files.values())).hexdigest()
+            if digest != found.row.sha256:
                 raise DataError(f"its files have the sha256 {digest[:12]}..., not that of the manifest")
-        return found
+        return files
 
     def load(self, sample: int) -> tuple[dict[str, bytes], Tensor, Tensor | None]:
         """The sample's files, compared with the sha256, its image (3, H, W) and its mask (H, W), where it has one.
@@ -197,16 +229,16 @@ class ShardFiles:
         """
         with self.index.naming(sample):
             files = self.read(sample, masks=True)
-            image = self.index.decode(sample, files)
+            image = self.index.decode(self.index.split.row(sample), files)
             return files, image, self.index.decode_mask(files, image)
 
     def _open(self, shard: int) -> tuple[BinaryIO, int]:
-        """The shard's file and its length."""
+        """The shard's file, without a buffer of its own, and its length."""
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
         try:
-            file = self._path(shard).open("rb")
+            file = self._path(shard).open("rb", buffering=0)
         except FileNotFoundError:
             raise DataError("the shard is missing") from None
         except OSError as error:
@@ -230,42 +262,50 @@ class ShardFiles:
         """Raises DataError where a sample is not the manifest's."""
         view = self.index.split
         length = path.stat().st_size
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
             for sample in range(int(view.firsts[shard]), int(view.firsts[shard + 1])):
                 row = view.row(sample)
                 end = row.offset + row.bytes
                 if end > length:
                     raise DataError(f"the shard is cut off: it has {length} bytes, the sample ends at byte {end}")
                 digest = hashlib.sha256()
-                for _, data in _members(file, row.offset, end, key=row.key, only=None):
+                for part in _members(file, row, only=None).values():
+                    data = bytearray(part.stop - part.start)
+                    _read(file, part.start, memoryview(data))
                     digest.update(data)
                 if digest.hexdigest() != row.sha256:
                     raise DataError(f"sample {row.key!r} has another sha256 than in the manifest")
 
 
-def _members(file: BinaryIO, start: int, end: int, *, key: str, only: str | None) -> Iterator[tuple[str, bytes]]:
-    """Suffix and bytes of a sample's files; with `only` the one of that suffix, and none after it is touched."""
-    position = start
-    while position < end:
-        file.seek(position)
-        header = _header(file.read(tarfile.BLOCKSIZE))
-        name, _, suffix = header.name.partition(".")
-        if not header.isreg() or name != key:
-            raise DataError(f"its place in the tar holds {header.name!r}")
-        if position + tarfile.BLOCKSIZE + header.size > end:
-            raise DataError(f"{header.name!r} is longer in the tar than in the manifest")
-        if only is None or suffix == only:
-            yield suffix, file.read(header.size)
-            if only is not None:
-                return
-        position += tarfile.BLOCKSIZE + -(-header.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+def _members(file: BinaryIO, row: SampleRow, *, only: str | None) -> dict[str, slice]:
+    """The bytes of a shard that are a sample's files, by suffix; with `only` that one, and none after it is touched."""
+    position, end = row.offset, row.offset + row.bytes
+    block, found = bytearray(BLOCK), {}
+    while position < end and only not in found:
+        _read(file, position, memoryview(block))
+        name, size = read_header(block)
+        position += BLOCK
+        key, _, suffix = name.partition(".")
+        if key != row.key:
+            raise DataError(f"its place in the tar holds {name!r}")
+        if position + size > end:
+            raise DataError(f"{name!r} is longer in the tar than in the manifest")
+        if only in (None, suffix):
+            found[suffix] = slice(position, position + size)
+        position += -(-size // BLOCK) * BLOCK
+    return found
 
 
-def _header(block: bytes) -> tarfile.TarInfo:
+def _read(file: BinaryIO, position: int, out: memoryview) -> None:
+    """Fills some memory with the bytes of a file from a position on."""
     try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.TarError as error:
-        raise DataError(f"no tar header is where the manifest says ({error})") from None
+        while out:
+            done = os.preadv(file.fileno(), [out], position)
+            if not done:
+                raise DataError(f"the shard is cut off: it ends at byte {position}")
+            position, out = position + done, out[done:]
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror or error}") from None
 
 
 def index_split(shard_set: ShardSet, view: SplitView, *, on_error: OnError, checksums: bool = False) -> SampleIndex:

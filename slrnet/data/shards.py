@@ -10,15 +10,14 @@ long as the loader, and are told the epoch through shared memory.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
-import random
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +26,17 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from slrnet.data.batch import Batch, EvalSample, TrainSample, collate
-from slrnet.data.epoch_plan import choose_subset, plan_epoch
+from slrnet.allocator import keep_small_pieces
+from slrnet.data.batch import Batch, EvalSample
+from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.data.counter_random import Bits, key_of, random_bits
+from slrnet.data.epoch_plan import Draws, choose_subset, plan_epoch
 from slrnet.data.manifest import DataError, ShardSet
 from slrnet.data.processes import end_with, helper_context
-from slrnet.data.samples import OnError, SampleIndex, ShardFiles, SkippedSample, index_split
+from slrnet.data.samples import FoundSample, OnError, SampleIndex, ShardFiles, SkippedSample, index_split
 from slrnet.data.supervision import Supervision, image_labels_only
-from slrnet.data.transforms import Crop, crop_image, crop_mask, draw_crop
+from slrnet.data.transforms import Crop, crop_into, crop_mask, draw_crops
+from slrnet.kernels import crop_cpu
 
 __all__ = [
     "EvalLoader",
@@ -41,6 +44,7 @@ __all__ = [
     "SkippedSample",
     "TrainLoader",
     "choose_subset",
+    "prepare_reader",
 ]
 
 Payload = TypeVar("Payload", bound=Batch | EvalSample)
@@ -76,7 +80,7 @@ class TrainLoader:
         world_size: number of processes that train together, each with a loader of the same arguments.
         workers: reader processes of this rank; 0 reads in this process.
         shuffle_buffer: draws over which the order of the shards is shuffled; 1 keeps it.
-        on_error: "stop" raises at the first damaged sample, "skip" puts an earlier sample of the same reader in its
+        on_error: "stop" raises at the first damaged sample, "skip" puts a recent sample of the same reader in its
             place (the next one at the very beginning) and lists it in `skipped`.
         pin_memory: batches come in page-locked memory (needs an accelerator).
 
@@ -318,9 +322,7 @@ class _ReaderPool(Generic[Payload]):
         """Yields what the readers send in turn; counts samples and skipped ones."""
         self.skipped, self.samples = [], 0
         self._control.copy_(torch.tensor([epoch, start_step]))
-        if self._loader is None:
-            self._loader = self._start()
-        for delivery in self._loader:
+        for delivery in self._deliveries():
             self._note(delivery)
             if delivery.failure is not None:
                 self.close()  # now: readers that are left to the garbage collector take seconds to end
@@ -331,16 +333,23 @@ class _ReaderPool(Generic[Payload]):
     def close(self) -> None:
         self._loader = None
 
+    def _deliveries(self) -> Iterator[_Delivery[Payload]]:
+        if not self._workers:  # torch's loader would do nothing but add a hundredth of the time
+            made = iter(self._dataset)
+            return map(_Delivery.pin_memory, made) if self._pin_memory else made
+        if self._loader is None:
+            self._loader = self._start()
+        return iter(self._loader)
+
     def _start(self) -> DataLoader[_Delivery[Payload]]:
-        context = helper_context(_PRELOAD) if self._workers else None
         return DataLoader(
             self._dataset,
             batch_size=None,
             num_workers=self._workers,
-            multiprocessing_context=context,
-            persistent_workers=self._workers > 0,
+            multiprocessing_context=helper_context(_PRELOAD),
+            persistent_workers=True,
             pin_memory=self._pin_memory,
-            worker_init_fn=partial(_end_with, os.getpid()),
+            worker_init_fn=partial(_begin_reader, os.getpid()),
             # Its own generator: torch would else draw its workers' base seed from the global one.
             generator=torch.Generator(),
         )
@@ -386,19 +395,15 @@ class _TrainReader:
     def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[_Delivery[Batch]]:
         # torch asks its workers in turn, from worker 0 on: that one has to make step start_step.
         steps = range(start_step + worker, self.steps, self.readers)
-        maker = _BatchMaker(self, epoch)
-        pipeline = wds.DataPipeline(
-            partial(self._read, self.draws(steps, epoch), epoch),
-            partial(_ahead, count=len(self.share)),
-            maker.batches,
-        )
-        for batch in pipeline:
-            yield _Delivery(batch, samples=len(batch.keys), skipped=tuple(maker.skipped))
-            maker.skipped.clear()
-        yield _Delivery(None, skipped=tuple(maker.skipped))
+        with ShardFiles(self.index) as files:
+            maker = _BatchMaker(self, files, epoch)
+            for batch in wds.DataPipeline(partial(self._find, files, steps, epoch), maker.batches):
+                yield _Delivery(batch, samples=len(batch.keys), skipped=tuple(maker.skipped))
+                maker.skipped.clear()
+            yield _Delivery(None, skipped=tuple(maker.skipped))
 
-    def draws(self, steps: range, epoch: int) -> Iterator[tuple[int, int]]:
-        """Samples and repeats of this rank's part of some global batches, in order.
+    def draws(self, steps: range, epoch: int) -> Iterator[Draws]:
+        """This rank's part of some global batches, in order.
 
         The plan is asked for one step, or for several where they lie within the reach of the shuffling.
         """
@@ -412,118 +417,157 @@ class _TrainReader:
         at_once = max(1, self.shuffle_buffer // (steps.step * self.batch_size))
         for first in range(0, len(steps), at_once):
             starts = np.array(steps[first : first + at_once], dtype=np.int64) * self.batch_size
-            places = (starts[:, None] + np.array(self.share)).ravel()
-            found = plan.draws(int(places[0]), int(places[-1]) + 1)
-            samples, repeats = (part[places - places[0]].tolist() for part in (found.samples, found.repeats))
-            yield from zip(samples, repeats, strict=True)
+            places = starts[:, None] + np.array(self.share)
+            begin = int(places[0, 0])
+            found = plan.draws(begin, int(places[-1, -1]) + 1)
+            for own in places - begin:
+                yield Draws(found.samples[own], found.repeats[own])
 
-    def box(self, sample: int, rng: random.Random) -> Crop:
-        """Draws a crop of a sample whose image has the size that the manifest says."""
-        row = self.index.split.row(sample)
-        return draw_crop(row.height, row.width, scale=self.crop.scale, flip=self.crop.flip, rng=rng)
+    def boxes(self, found: Sequence[FoundSample | SkippedSample], keys: Bits) -> list[Crop]:
+        """Draws a crop for each sample, whose image has the size that the manifest says."""
+        sizes = [(one.row.height, one.row.width) if isinstance(one, FoundSample) else (1, 1) for one in found]
+        return draw_crops(sizes, scale=self.crop.scale, flip=self.crop.flip, keys=keys)
 
-    def _read(self, draws: Iterable[tuple[int, int]], epoch: int) -> Iterator[_Item]:
-        """One item per draw, come what may: damage does not shift the order of the others."""
-        with ShardFiles(self.index) as files:
-            for sample, repeat in draws:
-                try:
-                    found = files.read(sample, masks=sample in self.supervision.pixel_labels)
-                    rng = random.Random(f"crop {self.seed} {epoch} {sample} {repeat}")
-                    item = _Item(sample, repeat, found, self.box(sample, rng), self._image_labels(sample))
-                except DataError as error:
-                    item = _Item(sample, repeat, damage=self.index.damage(sample, error))
-                yield item
+    def _find(self, files: ShardFiles, steps: range, epoch: int) -> Iterator[list[_Item]]:
+        """What was drawn for one batch after another, come what may: damage does not shift the order of the others.
 
-    def _image_labels(self, sample: int) -> Tensor | None:
-        """(K-1,) float32 of 0 and 1 where they are known and granted."""
-        return self.index.image_labels(sample) if sample in self.supervision.image_labels else None
+        All that needs no pixels is done here: code that runs once between two images has left the processor's caches.
+        """
+        key = key_of(self.seed, epoch)
+        for draws in self.draws(steps, epoch):
+            masks = self.supervision.pixel_labels.has(draws.samples).tolist()
+            named = self.supervision.image_labels.has(draws.samples).tolist()
+            keys = random_bits(random_bits(key, draws.samples), draws.repeats)
+            samples = zip(draws.samples.tolist(), masks, strict=True)
+            found = [self._find_one(files, sample, masks=mask) for sample, mask in samples]
+            yield list(map(_Item, found, self.boxes(found, keys), named, keys.tolist()))
+
+    def _find_one(self, files: ShardFiles, sample: int, *, masks: bool) -> FoundSample | SkippedSample:
+        try:
+            return files.find(sample, masks=masks)
+        except DataError as error:
+            return self.index.damage(sample, error)
+
+
+class _Item(NamedTuple):
+    """A planned sample on its way, or what is wrong with it."""
+
+    found: FoundSample | SkippedSample
+    crop: Crop
+    named: bool
+    """Whether its image labels are known and granted."""
+    key: int
+    """Of this draw."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Crops:
+    """A batch's crops, of which some may be lost."""
+
+    items: list[_Item]
+    images: Tensor
+    """(N, 3, S, S) uint8, channels last."""
+    masks: list[Tensor | None]
+    """(S, S) uint8 each, where granted."""
 
 
 class _BatchMaker:
-    """Makes the batches of one epoch from what a reader has read; each crop is made where it stays in its batch.
+    """Makes the batches of one epoch from what a reader has found; each crop is made where it stays in its batch.
 
     Attributes:
         skipped: samples that could not be read, until somebody clears it.
     """
 
-    def __init__(self, reader: _TrainReader, epoch: int) -> None:
+    def __init__(self, reader: _TrainReader, files: ShardFiles, epoch: int) -> None:
         self.skipped: list[SkippedSample] = []
         self._reader = reader
+        self._files = files
         self._epoch = epoch
         self._recent: deque[_Item] = deque(maxlen=_RECENT)
-        self._images = torch.empty(0)
-        self._places: list[Tensor] = []
-        """Places in `_images` that are free, from the last to the first."""
 
-    def batches(self, items: Iterator[_Item]) -> Iterator[Batch]:
-        """Whole batches of crops, in the items' order.
+    def batches(self, planned: Iterator[list[_Item]]) -> Iterator[Batch]:
+        """Batches of crops in the order planned; recent good samples, cropped anew, take the places of damaged ones.
 
         Raises:
-            DataError: an item is damaged, and that stops the run, or all of them are.
+            DataError: a sample is damaged, and that stops the run, or all of them are.
         """
-        made: list[TrainSample] = []
-        for sample in self._crops(items):
-            made.append(sample)
-            if not self._places:
-                if len(made) != len(self._images):
-                    raise DataError(f"a batch of {len(self._images)} crops has {len(made)} samples")
-                yield collate(made, self._images)
-                made.clear()
-
-    def _crops(self, items: Iterator[_Item]) -> Iterator[TrainSample]:
-        """Decodes and crops; a damaged sample's place is taken by a recent good one, cropped anew."""
-        waiting: list[_Item] = []
-        for item in items:
-            made = self._crop_or_note(item)
-            if made is not None:
-                self._recent.append(item)
-                yield made
-            else:
-                waiting.append(item)
-            while self._recent and waiting:
-                yield self._stand_in(waiting.pop(0))
+        waiting: list[_Crops] = []
+        for items in planned:
+            waiting.append(self._crop_all(items))
+            if self._recent:
+                yield from map(self._finished, waiting)
+                waiting.clear()
         if waiting:
             raise DataError(
-                f"none of the {len(waiting)} samples of a reader (shards {_listed(self.skipped)}) can be read; "
-                f"{self._reader.index.advice}"
+                f"none of the {sum(len(crops.items) for crops in waiting)} samples of a reader "
+                f"(shards {_listed(self.skipped)}) can be read; {self._reader.index.advice}"
             )
 
-    def _crop_or_note(self, item: _Item) -> TrainSample | None:
-        damage = item.damage
-        if damage is None:
-            try:
-                return self._crop(item)
-            except DataError as error:
-                damage = self._reader.index.damage(item.sample, error)
-        self.skipped.append(damage)
-        return None
+    def _crop_all(self, items: list[_Item]) -> _Crops:
+        """Decodes and crops what can be, and notes what cannot."""
+        number, size = len(self._reader.share), self._reader.crop.size
+        if len(items) != number:
+            raise DataError(f"a batch of {number} crops has {len(items)} samples")
+        images = torch.empty((number, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
+        masks: list[Tensor | None] = [None] * number
+        kernel = crop_cpu.kernel()
+        for place, (item, image) in enumerate(zip(items, images, strict=True)):
+            if isinstance(item.found, FoundSample):
+                try:
+                    masks[place] = self._crop(item.found, item.crop, image, kernel)
+                except DataError as error:
+                    items[place] = item._replace(found=self._reader.index.damage(item.found.sample, error))
+        self._recent.extend(item for item in items if isinstance(item.found, FoundSample))
+        self.skipped.extend(item.found for item in items if isinstance(item.found, SkippedSample))
+        return _Crops(items, images, masks)
 
-    def _stand_in(self, lost: _Item) -> TrainSample:
-        rng = random.Random(f"stand-in {self._reader.seed} {self._epoch} {lost.sample} {lost.repeat}")
-        item = rng.choice(self._recent)
-        return self._crop(replace(item, crop=self._reader.box(item.sample, rng)))
+    def _crop(self, found: FoundSample, crop: Crop, out: Tensor, kernel: crop_cpu.Kernel | None) -> Tensor | None:
+        """Writes the crop to `out`, (3, S, S); gives the mask's, (S, S), if there is one.
 
-    def _crop(self, item: _Item) -> TrainSample:
-        assert item.files is not None
-        assert item.crop is not None
-        index, size = self._reader.index, self._reader.crop.size
-        image = index.decode(item.sample, item.files)
-        mask = index.decode_mask(item.files, image)
-        return TrainSample(
-            key=index.key(item.sample),
-            image=crop_image(image, item.crop, size=size, out=self._place(size)),
-            image_labels=index.no_image_labels() if item.image_labels is None else item.image_labels,
-            has_image_labels=item.image_labels is not None,
-            pixel_labels=None if mask is None else crop_mask(mask, item.crop, size=size),
+        Raises:
+            DataError: the image or the mask is damaged.
+        """
+        index, files = self._reader.index, self._files.views(found)
+        image = index.decode(found.row, files)
+        crop_into(out, image, crop, kernel)
+        mask = index.decode_mask(files, image)
+        return None if mask is None else crop_mask(mask, crop, size=self._reader.crop.size)
+
+    def _finished(self, crops: _Crops) -> Batch:
+        """The batch, with stand-ins for what is lost."""
+        items, masks = crops.items, crops.masks
+        for place, item in enumerate(items):
+            if isinstance(item.found, SkippedSample):
+                items[place], masks[place] = self._stand_in(item.key, crops.images[place])
+        rows = [item.found.row for item in items if isinstance(item.found, FoundSample)]
+        named = [item.named for item in items]
+        labels = np.zeros((len(rows), self._reader.index.split.num_classes - 1), dtype=np.float32)
+        for place, row in enumerate(rows):
+            for label in row.classes if named[place] else ():
+                labels[place, label - 1] = 1.0
+        return Batch(
+            images=crops.images,
+            image_labels=torch.from_numpy(labels),
+            has_image_labels=torch.from_numpy(np.array(named)),
+            keys=tuple(row.key for row in rows),
+            has_pixel_labels=torch.from_numpy(np.array([mask is not None for mask in masks])),
+            pixel_labels=_stacked(masks, self._reader.crop.size),
         )
 
-    def _place(self, size: int) -> Tensor:
-        """(3, S, S) uint8 for the next crop, channels last; that of a new batch where the last one is full."""
-        if not self._places:
-            shape = (len(self._reader.share), 3, size, size)
-            self._images = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-            self._places = list(self._images)[::-1]
-        return self._places.pop()
+    def _stand_in(self, key: int, out: Tensor) -> tuple[_Item, Tensor | None]:
+        """A recent good sample, cropped anew to `out`, and the mask's crop."""
+        item = self._recent[key % len(self._recent)]
+        assert isinstance(item.found, FoundSample)
+        (crop,) = self._reader.boxes([item.found], np.array([key], dtype=np.uint64))
+        return item, self._crop(item.found, crop, out, None)
+
+
+def _stacked(masks: list[Tensor | None], size: int) -> Tensor | None:
+    """(N, S, S) uint8, void where there is none; None where there are none at all."""
+    if all(mask is None for mask in masks):
+        return None
+    void = torch.full((size, size), IGNORE_INDEX, dtype=torch.uint8)
+    return torch.stack([void if mask is None else mask for mask in masks])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -545,32 +589,15 @@ class _EvalReader:
 
     def _load(self, sample: int, files: ShardFiles) -> EvalSample:
         found = files.read(sample, masks=self.pixel_labels)
-        image = self.index.decode(sample, found)
+        row = self.index.split.row(sample)
+        image = self.index.decode(row, found)
         return EvalSample(
-            key=self.index.key(sample),
+            key=row.key,
             image=image,
             pixel_labels=self.index.decode_mask(found, image),
             image_labels=self.index.image_labels(sample),
-            has_image_labels=self.index.has_image_labels(sample),
+            has_image_labels=row.has_image_labels,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """A planned sample on its way: its files, the box to cut out and its image labels, or what is wrong with it."""
-
-    sample: int
-    repeat: int
-    files: dict[str, bytes] | None = None
-    crop: Crop | None = None
-    image_labels: Tensor | None = None
-    damage: SkippedSample | None = None
-
-
-def _ahead(items: Iterator[_Item], count: int) -> Iterator[_Item]:
-    """Asks for `count` items at a time: code that runs once between two images has left the processor's caches."""
-    while some := list(islice(items, count)):
-        yield from some
 
 
 def _listed(skipped: Iterable[SkippedSample], most: int = 5) -> str:
@@ -594,6 +621,17 @@ def _check_at_least_one(**values: int) -> None:
             raise ValueError(f"{name} is {value}; it must be at least 1")
 
 
-def _end_with(parent: int, worker: int) -> None:
+def prepare_reader() -> None:
+    """Sets what a process needs that does nothing but read: reader processes do so themselves.
+
+    What has been imported is taken from the garbage collector, which would look through it every few thousand images.
+    """
+    gc.collect()
+    gc.freeze()
+    keep_small_pieces()
+
+
+def _begin_reader(parent: int, worker: int) -> None:
     """Ends this reader once the training process is gone: torch looks at its parent only, which is the fork server."""
+    prepare_reader()
     end_with(parent)

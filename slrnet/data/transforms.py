@@ -2,38 +2,40 @@
 
 Only the geometry is done here, on uint8: decoding, a random resized crop and a mirror image. Colour is changed in
 batch on the device (`slrnet.data.colour`), where hue costs a tenth of what it costs per image. The crop is drawn as by
-torchvision's RandomResizedCrop, from a generator that is passed in, so a sample's crop depends on that alone.
+torchvision's RandomResizedCrop, from a key that is passed in, so a sample's crop depends on that alone.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import random
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.io import ImageReadMode
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from slrnet.data.counter_random import Bits, uniform
 from slrnet.data.manifest import DataError
-from slrnet.kernels import crop_cpu, wanted
+from slrnet.kernels import crop_cpu
 
 __all__ = [
     "ASPECT_RATIOS",
     "MOST_PIXELS",
     "Crop",
     "crop_image",
+    "crop_into",
     "crop_mask",
     "decode_image",
     "decode_mask",
-    "draw_crop",
+    "draw_crops",
 ]
 
 ASPECT_RATIOS = (3.0 / 4.0, 4.0 / 3.0)
@@ -43,11 +45,16 @@ MOST_PIXELS = 178_000_000
 """Pixels of the largest image or mask that is decoded; a few kB of a hostile file may claim billions."""
 _JPEG_EXPANSION = 1000
 """More pixels than a byte of a JPEG can hold."""
+_LOG_RATIOS = tuple(math.log(ratio) for ratio in ASPECT_RATIOS)
 _ATTEMPTS = 10
+_NUMBERS = np.arange(1 + 4 * _ATTEMPTS)
+_PARTS = range(1, len(_NUMBERS), _ATTEMPTS)
+"""Where those for areas, aspect ratios and the two sides of a box begin among the numbers that a crop is drawn from."""
+_decode_jpeg = torch.ops.image.decode_jpeg
+"""torchvision's operator; its function asks all filters for warnings at every call, for 2 % of the loader's time."""
 
 
-@dataclass(frozen=True, slots=True)
-class Crop:
+class Crop(NamedTuple):
     """A box of an image, in pixels, and whether what it holds is mirrored left to right."""
 
     top: int
@@ -57,58 +64,74 @@ class Crop:
     mirrored: bool
 
 
-def draw_crop(height: int, width: int, *, scale: tuple[float, float], flip: float, rng: random.Random) -> Crop:
-    """Draws a crop of an image of `height` x `width` pixels.
+def draw_crops(sizes: Sequence[tuple[int, int]], *, scale: tuple[float, float], flip: float, keys: Bits) -> list[Crop]:
+    """Draws a crop of each of some images.
 
     The area is uniform, the aspect ratio log-uniform in `ASPECT_RATIOS`; a box that does not fit is drawn again. After
     ten misses it is the central box of the largest fitting size.
 
     Args:
-        height: of the image, pixels.
-        width: of the image, pixels.
+        sizes: height and width of n images, pixels.
         scale: smallest and largest share of the image's area, 0 to 1.
         flip: probability of mirroring, 0 to 1.
-        rng: the only source of randomness.
+        keys: (n,) uint64, from each of which alone the image's crop follows.
     """
-    mirrored = rng.random() < flip
-    low, high = (math.log(ratio) for ratio in ASPECT_RATIOS)
-    for _ in range(_ATTEMPTS):
-        area = height * width * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(low, high))
-        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < box_width <= width and 0 < box_height <= height:
-            top, left = rng.randint(0, height - box_height), rng.randint(0, width - box_width)
-            return Crop(top, left, box_height, box_width, mirrored)
+    height, width = np.array(sizes, dtype=np.float64).T
+    mirrored, areas, ratios, tops, lefts = np.split(uniform(keys[:, None], _NUMBERS), _PARTS, axis=1)
+    areas = (height * width)[:, None] * (scale[0] + (scale[1] - scale[0]) * areas)
+    ratios = np.exp(_LOG_RATIOS[0] + (_LOG_RATIOS[1] - _LOG_RATIOS[0]) * ratios)
+    widths, heights = np.rint(np.sqrt(areas * ratios)), np.rint(np.sqrt(areas / ratios))
+    fits = (widths <= width[:, None]) & (heights <= height[:, None]) & (np.minimum(widths, heights) > 0)
+    rows, first = np.arange(len(keys)), fits.argmax(axis=1)
+    missed = ~fits[rows, first]
+    widths, heights, tops, lefts = (part[rows, first] for part in (widths, heights, tops, lefts))
     narrowest, widest = ASPECT_RATIOS
-    box_width = min(width, max(1, round(height * widest)))
-    box_height = min(height, max(1, round(width / narrowest)))
-    return Crop((height - box_height) // 2, (width - box_width) // 2, box_height, box_width, mirrored)
+    widths = np.where(missed, np.minimum(width, np.maximum(1, np.rint(height * widest))), widths)
+    heights = np.where(missed, np.minimum(height, np.maximum(1, np.rint(width / narrowest))), heights)
+    tops = np.where(missed, (height - heights) // 2, tops * (height - heights + 1))
+    lefts = np.where(missed, (width - widths) // 2, lefts * (width - widths + 1))
+    parts = (part.astype(np.int64).tolist() for part in (tops, lefts, heights, widths))
+    return list(map(Crop, *parts, (mirrored[:, 0] < flip).tolist()))
 
 
-def crop_image(image: Tensor, crop: Crop, *, size: int, out: Tensor | None = None) -> Tensor:
+def crop_image(image: Tensor, crop: Crop, *, size: int) -> Tensor:
     """Cuts the box out and resizes it, bilinear with antialiasing; the same bytes with and without the compiled kernel.
 
     Args:
         image: (3, H, W) uint8.
         crop: within the image.
         size: side of the result, pixels.
-        out: (3, size, size) uint8, where the result goes; None: new memory, channels last.
 
     Returns:
-        `out`.
+        (3, size, size) uint8, channels last.
     """
-    if out is None:
-        out = torch.empty(1, 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)[0]
-    suits = _lies_channels_last(image) and _lies_channels_last(out)
-    if not (suits and wanted() and crop_cpu.pays() and crop_cpu.available()):
-        return out.copy_(_crop_by_operators(image, crop, size))
-    box = {"top": crop.top, "left": crop.left, "height": crop.height, "width": crop.width}
-    crop_cpu.resized_crop(image, out, **box, mirrored=crop.mirrored)
+    out = torch.empty(1, 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)[0]
+    crop_into(out, image, crop, crop_cpu.kernel())
     return out
 
 
+def crop_into(out: Tensor, image: Tensor, crop: Crop, kernel: crop_cpu.Kernel | None) -> None:
+    """Like `crop_image`, but writes the result to a part of a batch.
+
+    Args:
+        out: (3, S, S) uint8.
+        image: (3, H, W) uint8.
+        crop: within the image.
+        kernel: from `kernels.crop_cpu`; without it, or where one of the two is not channels last, operators crop.
+
+    Raises:
+        MemoryError: the kernel got no memory.
+    """
+    if kernel is None or not (_lies_channels_last(image) and _lies_channels_last(out)):
+        out.copy_(_crop_by_operators(image, crop, out.shape[-1]))
+        return
+    source, target = (image.data_ptr(), image.numel(), image.stride(1)), out.data_ptr()
+    if kernel(*source, crop.top, crop.left, crop.height, crop.width, out.shape[-1], crop.mirrored, target):
+        raise MemoryError("the crop's kernel got no memory for its rows; lower data.workers")
+
+
 def _lies_channels_last(image: Tensor) -> bool:
-    return image.device.type == "cpu" and image.stride() == (1, 3 * image.shape[-1], 3)
+    return image.is_cpu and image.stride() == (1, 3 * image.shape[-1], 3)
 
 
 def _crop_by_operators(image: Tensor, crop: Crop, size: int) -> Tensor:
@@ -137,8 +160,10 @@ def crop_mask(mask: Tensor, crop: Crop, *, size: int) -> Tensor:
     return out.flip(-1) if crop.mirrored else out
 
 
-def decode_image(data: bytes) -> Tensor:
+def decode_image(data: bytes | memoryview) -> Tensor:
     """Decodes a JPEG; grey and CMYK ones become RGB. Exif orientation is ignored, as masks are drawn on stored pixels.
+
+    A view of memory that may be written, as torch wants it, is not copied.
 
     Returns:
         (3, H, W) uint8 RGB.
@@ -151,14 +176,14 @@ def decode_image(data: bytes) -> Tensor:
     if len(data) * _JPEG_EXPANSION > MOST_PIXELS:  # a smaller one cannot hold as many; its header need not be read
         _check_size(data)
     try:
-        # The copy is needed: torch wants memory that may be written.
-        image: Tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        memory = bytearray(data) if isinstance(data, bytes) else data
+        image: Tensor = _decode_jpeg(torch.frombuffer(memory, dtype=torch.uint8), ImageReadMode.RGB.value)
     except RuntimeError as error:
         raise DataError(f"the image cannot be decoded as JPEG: {_last_words(error)}") from None
     return image
 
 
-def decode_mask(data: bytes) -> Tensor:
+def decode_mask(data: bytes | memoryview) -> Tensor:
     """Decodes an indexed (or grey) PNG mask to its ids; the palette is not applied.
 
     Returns:
@@ -180,7 +205,7 @@ def decode_mask(data: bytes) -> Tensor:
         raise DataError(f"the mask cannot be decoded as PNG: {error}") from None
 
 
-def _check_size(data: bytes) -> None:
+def _check_size(data: bytes | memoryview) -> None:
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             width, height = image.size

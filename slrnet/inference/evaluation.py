@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from slrnet.allocator import keep_memory
 from slrnet.config import Config, config_from_dict
 from slrnet.data.batch import EvalSample
 from slrnet.data.files import write_json
@@ -23,7 +24,7 @@ from slrnet.inference.crf import crf_masks, require_crf
 from slrnet.inference.predictor import predict, restore_network
 from slrnet.models.network import Network
 from slrnet.training.checkpoint import Checkpoint, check_classes, load_checkpoint
-from slrnet.training.distributed import Ranks, keep_memory, merge_over_ranks
+from slrnet.training.distributed import Ranks, merge_over_ranks
 from slrnet.training.evaluate import Quality, count_masks, gate, gating_labels, protocol_name, quality_metrics
 from slrnet.training.metrics import ConfusionMatrix
 from slrnet.training.ray_loop import LaunchOptions, Report, run_job
@@ -160,8 +161,7 @@ def _evaluate(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
     config = config_from_dict(values["config"])
     checkpoint = load_checkpoint(values["checkpoint"])
     shards = load_dataset(values["data"])
-    if ranks.device.type == "cpu":
-        keep_memory()
+    keep_memory(ranks.device)
     model, normalise = restore_network(checkpoint, ranks.device)
     loader = EvalLoader(
         shards, split=values["split"], rank=ranks.rank, world_size=ranks.world_size, on_error=config.data.on_error

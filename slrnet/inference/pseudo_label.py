@@ -31,6 +31,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from slrnet.allocator import keep_memory
 from slrnet.config import Config, config_from_dict
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.files import sha256_of, write_json, written_whole
@@ -43,7 +44,7 @@ from slrnet.inference.evaluation import track_figures
 from slrnet.inference.predictor import predict, restore_network
 from slrnet.models.network import Network
 from slrnet.training.checkpoint import Checkpoint, check_classes, load_checkpoint
-from slrnet.training.distributed import Ranks, keep_memory
+from slrnet.training.distributed import Ranks
 from slrnet.training.evaluate import Quality, gate, protocol_name, quality_metrics
 from slrnet.training.metrics import ConfusionMatrix
 from slrnet.training.ray_loop import LaunchOptions, Report, run_job
@@ -329,8 +330,7 @@ class _Tally:
 def _label(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
     config = config_from_dict(values["config"])
     shards = load_dataset(values["data"])
-    if ranks.device.type == "cpu":
-        keep_memory()
+    keep_memory(ranks.device)
     network = restore_network(load_checkpoint(values["checkpoint"]), ranks.device)
     mine = values["todo"][ranks.rank :: ranks.world_size]
     predicted = _predict_all(*network, shards, mine, config, ranks)

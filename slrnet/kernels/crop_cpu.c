@@ -20,7 +20,7 @@ int can_crop(void) { return 1; }
 #define CHANNELS 3
 #define LINE 64    /* of the cache, in bytes */
 #define MARGIN 256 /* bytes that are read or written beyond those of a row, at most */
-#define AHEAD 2    /* pairs of rows from the one that is resized to the one that is fetched */
+#define AHEAD 4    /* rows from those that are resized to those that are fetched, and half of those of the result */
 #if defined __AVX512VBMI__ && defined __AVX512VNNI__
 #define AT_ONCE 5 /* pixels: their bytes fill the 16 sums of a register but one */
 #endif
@@ -177,8 +177,10 @@ static inline __attribute__((always_inline)) void resize_one(const uint8_t *a, c
     }
 }
 
-static void fetch(const uint8_t *from, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += LINE) _mm_prefetch((const char *)from + at, _MM_HINT_T0);
+static inline __attribute__((always_inline)) void fetch(const uint8_t *from, int64_t bytes, int to_write) {
+    for (int64_t at = 0; at < bytes; at += LINE)
+        if (to_write) __builtin_prefetch(from + at, 1);
+        else __builtin_prefetch(from + at, 0);
 }
 
 /* Two rows, to words that take turns. The common number of taps, which a factor of 1 to 2 needs, gets code of its own. */
@@ -274,12 +276,13 @@ int crop(const uint8_t *image, int64_t bytes, int64_t row_bytes, int top, int le
                 two[h] = image + row * row_bytes;
                 if (row * row_bytes + read > bytes) two[h] = memcpy(padded + h * read, two[h], own);
             }
-            if (2 * (made + AHEAD) + 1 < height) fetch(image + 2 * (made + AHEAD) * row_bytes, row_bytes + own);
+            if (2 * made + 1 + AHEAD < height) fetch(image + (2 * made + AHEAD) * row_bytes, row_bytes + own, 0);
             resize_two(two[0], two[1], &steps, columns.bits, resized + made % pairs * (size_t)stride);
         }
         for (int q = 0; q < pairs; q++) taken[q] = resized + (first + q) % pairs * (size_t)stride;
         const int16_t *weights = rows.weights + (size_t)i * rows.taps;
         uint8_t *to = out + (size_t)i * CHANNELS * size;
+        if (i + 2 * AHEAD < size) fetch(to + 2 * AHEAD * CHANNELS * size, CHANNELS * size, 1);
         if (pairs == 2) mix(taken, weights, 2, rows.bits, CHANNELS * size, to);
         else mix(taken, weights, pairs, rows.bits, CHANNELS * size, to);
     }

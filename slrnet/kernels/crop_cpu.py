@@ -3,62 +3,51 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
+from collections.abc import Callable
 
-from torch import Tensor
-
+from slrnet.kernels import wanted
 from slrnet.kernels.compiled import compiled
 
-__all__ = ["available", "pays", "resized_crop"]
+__all__ = ["Kernel", "available", "kernel"]
 
-_FEW = 256
-"""Crops of a process that are left to the operators."""
+Kernel = Callable[[int, int, int, int, int, int, int, int, bool, int], int]
+"""Writes a box, resized to a square (bilinear, antialiased), and mirrored left to right if need be.
+
+It takes the address of an image of (H, W, 3) uint8, its bytes and those of a row; top, left, height and width of a box
+within it, pixels; the side of the result; whether left becomes right; and the address of the result, (S, S, 3) uint8.
+It returns 0, or another number where there is no memory for a few rows.
+"""
+
+_FEW = 16
+"""Times that a process is given no kernel."""
 _asked = itertools.count()
 
 
 def available() -> bool:
     """Whether the kernel can be used on this machine: an x86 processor with AVX2, and a C compiler."""
     library = compiled("crop_cpu")
-    return library is not None and bool(library.can_crop())
+    return library is not None and _function_of(library) is not None
 
 
-def pays() -> bool:
-    """Whether the next crop is for the kernel, which must be available; counts the crops of this process.
+def kernel() -> Kernel | None:
+    """The kernel for the crops of a batch; None where operators have to make them, or should.
 
-    The first ones are not: their bytes are the same, and a process that makes few, or whose first batch is waited for,
-    does without half a second of compiling.
+    They should make the first ones: their bytes are the same, and a process that makes few, or whose first batch is
+    waited for, does without half a second of compiling.
     """
-    return next(_asked) >= _FEW
-
-
-def resized_crop(image: Tensor, out: Tensor, *, top: int, left: int, height: int, width: int, mirrored: bool) -> None:
-    """Writes a box to `out`, resized to its side (bilinear, antialiased) and mirrored left to right if need be.
-
-    Args:
-        image: (3, H, W) uint8 on the CPU, channels last without gaps.
-        out: (3, S, S) uint8 on the CPU, channels last without gaps.
-        top: of the box, pixels, as the next three; the box lies within the image.
-        left: of the box.
-        height: of the box, at least 1.
-        width: of the box, at least 1.
-        mirrored: whether left becomes right.
-
-    Raises:
-        MemoryError: there is no memory for a few rows.
-    """
+    if next(_asked) < _FEW or not wanted():
+        return None
     library = compiled("crop_cpu")
-    assert library is not None
-    failed = library.crop(
-        ctypes.c_void_p(image.data_ptr()),
-        ctypes.c_int64(image.numel()),
-        ctypes.c_int64(image.stride(1)),
-        top,
-        left,
-        height,
-        width,
-        out.shape[-1],
-        mirrored,
-        ctypes.c_void_p(out.data_ptr()),
-    )
-    if failed:
-        raise MemoryError("the crop's kernel got no memory for its rows; lower data.workers")
+    return None if library is None else _function_of(library)
+
+
+@functools.cache
+def _function_of(library: ctypes.CDLL) -> Kernel | None:
+    """The kernel in a library; None where the processor lacks its instructions."""
+    if not library.can_crop():
+        return None
+    function = library.crop
+    function.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_int] * 6, ctypes.c_void_p]
+    return function

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -17,19 +16,13 @@ __all__ = [
     "Ranks",
     "current_ranks",
     "gather_over_ranks",
-    "keep_memory",
     "merge_over_ranks",
     "share_buffers",
-    "spare_memory",
     "sum_over_ranks",
     "tune_process",
 ]
 
 Value = TypeVar("Value")
-
-LARGE_NETWORK = 2**28
-"""Bytes of weights from which on `spare_memory` acts."""
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # of <malloc.h>
 
 
 @dataclass(frozen=True)
@@ -97,36 +90,3 @@ def tune_process(threads: int | None) -> None:
     if threads is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, threads))
     torch.set_flush_denormal(True)
-
-
-def spare_memory(model: nn.Module) -> None:
-    """Lets a CPU process with a large network give memory back to the system as soon as a map is done with.
-
-    glibc keeps what is freed below 32 MiB for itself, in pieces that later maps of other sizes do not fit into: an
-    eighth of a training step's peak with WideResNet-38. Taking every map of 4 MiB and more from the system anew costs a
-    twentieth of that network's step, but half of a small network's, which stays as it is. Other C libraries are left
-    alone.
-
-    Args:
-        model: of the process.
-    """
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    if weights >= LARGE_NETWORK:
-        _tell_allocator(_M_MMAP_THRESHOLD, 2**22)
-
-
-def keep_memory() -> None:
-    """Lets a CPU process that only predicts keep the memory of its maps for those to come.
-
-    glibc gives every map above 32 MiB back as soon as it is done with, and the system fills the pages of the next one
-    with zeros: a fifth of an evaluation at several scales with WideResNet-38 (benchmarks/evaluate.py), which takes a
-    quarter less memory that way. Other C libraries are left alone.
-    """
-    _tell_allocator(_M_MMAP_MAX, 0)
-    _tell_allocator(_M_TRIM_THRESHOLD, -1)
-
-
-def _tell_allocator(parameter: int, value: int) -> None:
-    setting = getattr(ctypes.CDLL(None), "mallopt", None)
-    if setting is not None:
-        setting(parameter, value)

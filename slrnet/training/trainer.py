@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
+from slrnet.allocator import spare_memory
 from slrnet.config import Config
 from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.files import written_whole
@@ -43,7 +44,7 @@ from slrnet.training.checkpoint import (
     load_checkpoint,
 )
 from slrnet.training.checkpoint_writer import CheckpointWriter
-from slrnet.training.distributed import Ranks, share_buffers, spare_memory, sum_over_ranks
+from slrnet.training.distributed import Ranks, share_buffers, sum_over_ranks
 from slrnet.training.evaluate import (
     PseudoMask,
     evaluate_masks,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -322,7 +323,10 @@ def test_changes_the_number_of_reader_processes(key: str, base: Config, data: Sh
 
     def processes(config: Config) -> int:
         trainer = Trainer(config, data, ranks=Ranks(), folder=Path("unused"), tracker=NullTracker())
-        return trainer.loader._pool._start().num_workers
+        next(iter(trainer.loader.epoch(0)))
+        children = multiprocessing.active_children()
+        trainer.loader.close()
+        return len(children)
 
     assert (processes(base), processes(override(base, key, CHANGES[key].value))) == (0, CHANGES[key].value)
 

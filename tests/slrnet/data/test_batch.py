@@ -1,55 +1,32 @@
-"""Batches: what is put together, and that all tensors move together."""
+"""Batches: that all tensors move together, and parts of them."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pytest
 import torch
 
-from slrnet.data.batch import TrainSample, collate
+from slrnet.data.batch import Batch
 
 
-def _sample(key: str, mask: int | None) -> TrainSample:
-    return TrainSample(
-        key=key,
-        image=torch.full((3, 4, 4), len(key), dtype=torch.uint8),
-        image_labels=torch.tensor([1.0, 0.0]),
-        pixel_labels=None if mask is None else torch.full((4, 4), mask, dtype=torch.uint8),
+def _batch(*masks: int | None) -> Batch:
+    """An image for each mask, whose pixels count the images from 1; the last one has no image labels."""
+    number = len(masks)
+    granted = torch.tensor([mask is not None for mask in masks])
+    ids = torch.tensor([255 if mask is None else mask for mask in masks], dtype=torch.uint8)
+    return Batch(
+        images=torch.arange(1, number + 1, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, 4, 4),
+        image_labels=torch.tensor([[1.0, 0.0]]).repeat(number, 1),
+        has_image_labels=torch.arange(number) < number - 1,
+        keys=tuple("abc"[:number]),
+        has_pixel_labels=granted,
+        pixel_labels=ids.view(-1, 1, 1).repeat(1, 4, 4) if granted.any() else None,
     )
-
-
-def test_without_masks_there_are_no_pixel_labels() -> None:
-    batch = collate([_sample("a", None), _sample("bb", None)])
-    assert batch.keys == ("a", "bb")
-    assert batch.images.shape == (2, 3, 4, 4)
-    assert batch.images.dtype == torch.uint8
-    assert batch.images[:, 0, 0, 0].tolist() == [1, 2]
-    assert batch.image_labels.tolist() == [[1.0, 0.0], [1.0, 0.0]]
-    assert batch.has_image_labels.tolist() == [True, True]
-    assert batch.has_pixel_labels.tolist() == [False, False]
-    assert batch.pixel_labels is None
-
-
-def test_an_image_without_a_mask_is_void_beside_one_that_has_it() -> None:
-    batch = collate([_sample("a", None), _sample("b", 2)])
-    assert batch.has_pixel_labels.tolist() == [False, True]
-    assert batch.pixel_labels is not None
-    assert batch.pixel_labels.dtype == torch.uint8
-    assert batch.pixel_labels[0].unique().tolist() == [255]
-    assert batch.pixel_labels[1].unique().tolist() == [2]
-
-
-def test_images_without_image_labels_are_told_apart() -> None:
-    batch = collate([_sample("a", None), replace(_sample("b", None), has_image_labels=False)])
-    assert batch.has_image_labels.tolist() == [True, False]
 
 
 @pytest.mark.parametrize("mask", [None, 3])
 def test_a_part_has_all_labels_of_its_images(mask: int | None) -> None:
-    whole = collate([_sample("a", None), _sample("bb", mask), replace(_sample("ccc", None), has_image_labels=False)])
-    part = whole.part(slice(1, 3))
-    assert part.keys == ("bb", "ccc")
+    part = _batch(None, mask, None).part(slice(1, 3))
+    assert part.keys == ("b", "c")
     assert part.images[:, 0, 0, 0].tolist() == [2, 3]
     assert part.has_image_labels.tolist() == [True, False]
     assert part.has_pixel_labels.tolist() == [mask is not None, False]
@@ -58,19 +35,19 @@ def test_a_part_has_all_labels_of_its_images(mask: int | None) -> None:
 
 
 def test_all_tensors_move() -> None:
-    batch = collate([_sample("a", 1)]).to("meta", non_blocking=True)
+    batch = _batch(1).to("meta", non_blocking=True)
     values = (batch.images, batch.image_labels, batch.has_image_labels, batch.has_pixel_labels, batch.pixel_labels)
     for value in values:
         assert value is not None
         assert value.device.type == "meta"
     assert batch.keys == ("a",)
-    assert collate([_sample("a", None)]).to("meta").pixel_labels is None
+    assert _batch(None).to("meta").pixel_labels is None
 
 
 def test_all_tensors_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pinning itself needs an accelerator; adding 1 stands in for it."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.int() + 1)
-    batch = collate([_sample("a", 4)])
+    batch = _batch(4)
     pinned = batch.pin_memory()
     assert pinned.keys == batch.keys
     assert int(pinned.images[0, 0, 0, 0]) == 2

@@ -7,6 +7,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,11 @@ import torch
 from PIL import Image
 
 from data_prep.shard_writer import Sample, verify, write_dataset
-from slrnet.data import samples as samples_module
 from slrnet.data import shards as shards_module
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import voc_palette
 from slrnet.data.epoch_plan import Pool, choose_subset
-from slrnet.data.manifest import DataError, ShardSet, load_dataset
+from slrnet.data.manifest import DataError, SampleRow, ShardSet, SplitView, load_dataset
 from slrnet.data.sample_set import SampleSet
 from slrnet.data.shards import EvalLoader, TrainLoader
 from slrnet.data.supervision import Supervision
@@ -260,15 +260,17 @@ def test_granted_labels_come_with_their_images_and_no_others(data: ShardSet) -> 
 
 
 def test_image_labels_that_are_not_granted_stay_unread(data: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError("image labels are read")
+    row = SplitView.row
+
+    def poisoned(view: SplitView, sample: int) -> SampleRow:
+        return replace(row(view, sample), classes=("read",))  # type: ignore[arg-type]
 
     loader = _loader(data, supervision=_half_labelled(data, image_labels=False))
-    monkeypatch.setattr(samples_module.SampleIndex, "image_labels", refuse)
+    monkeypatch.setattr(SplitView, "row", poisoned)
     for batch in loader.epoch(0):
         assert not batch.has_image_labels.any()
         assert batch.image_labels.tolist() == [[0.0] * 3] * 2
-    with pytest.raises(AssertionError, match="image labels are read"):
+    with pytest.raises(TypeError, match="'str' and 'int'"):
         list(_loader(data).epoch(0))
 
 
@@ -405,20 +407,21 @@ def test_a_swapped_shard_is_noticed(copy: ShardSet) -> None:
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        (6, "a batch of 2 crops has 1 samples"),
-        (7, "a batch of 2 crops has 3 samples"),
-        (21, "gave this rank 10 batches of 20 samples in all, planned were 11 .* of 22"),
+        ((3, 1), "a batch of 2 crops has 1 samples"),
+        ((10, 0), "gave this rank 10 batches of 20 samples in all, planned were 11 .* of 22"),
     ],
 )
 def test_a_sample_lost_within_the_pipeline_is_noticed(
-    data: ShardSet, monkeypatch: pytest.MonkeyPatch, lost: int, message: str
+    data: ShardSet, monkeypatch: pytest.MonkeyPatch, lost: tuple[int, int], message: str
 ) -> None:
-    crops = shards_module._BatchMaker._crops
+    find = shards_module._TrainReader._find
 
-    def lossy(*arguments: Any, **options: Any) -> Iterator[Any]:
-        return (item for i, item in enumerate(crops(*arguments, **options)) if i != lost)
+    def lossy(*arguments: Any) -> Iterator[Any]:
+        items = list(find(*arguments))
+        del items[lost[0]][lost[1] :]
+        return iter(batch for batch in items if batch)
 
-    monkeypatch.setattr(shards_module._BatchMaker, "_crops", lossy)
+    monkeypatch.setattr(shards_module._TrainReader, "_find", lossy)
     with pytest.raises(DataError, match=message):
         list(_loader(data).epoch(0))
 

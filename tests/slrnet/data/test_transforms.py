@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import random
 import struct
 import zlib
 
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from slrnet.data import transforms
+from slrnet.data.counter_random import key_of, random_bits
 from slrnet.data.manifest import DataError
 from slrnet.data.transforms import (
     ASPECT_RATIOS,
@@ -23,7 +23,7 @@ from slrnet.data.transforms import (
     crop_mask,
     decode_image,
     decode_mask,
-    draw_crop,
+    draw_crops,
 )
 
 
@@ -77,8 +77,7 @@ def test_masks_of_another_kind_are_refused() -> None:
 
 
 def test_crops_cover_the_wanted_share_of_the_image() -> None:
-    rng = random.Random(0)
-    crops = [draw_crop(300, 400, scale=(0.3, 0.6), flip=0.25, rng=rng) for _ in range(2000)]
+    crops = draw_crops([(300, 400)] * 2000, scale=(0.3, 0.6), flip=0.25, keys=random_bits(key_of(0), np.arange(2000)))
     shares = [crop.height * crop.width / (300 * 400) for crop in crops]
     assert 0.295 < min(shares) < 0.31
     assert 0.59 < max(shares) < 0.605
@@ -92,24 +91,38 @@ def test_crops_cover_the_wanted_share_of_the_image() -> None:
     assert abs(np.mean([crop.mirrored for crop in crops]) - 0.25) < 0.04
 
 
-def test_a_crop_follows_from_its_generator() -> None:
-    draws = [draw_crop(30, 40, scale=(0.2, 1.0), flip=0.5, rng=random.Random(seed)) for seed in (1, 1, 2)]
-    assert draws[0] == draws[1] != draws[2]
+def test_a_crop_follows_from_its_key_and_size_alone() -> None:
+    keys = random_bits(key_of(1), np.array([1, 1, 2, 1]))
+    sizes = [(30, 40), (30, 40), (30, 40), (300, 400)]
+    crops = draw_crops(sizes, scale=(0.2, 1.0), flip=0.5, keys=keys)
+    assert crops[0] == crops[1] != crops[2]
+    assert crops[0].mirrored == crops[3].mirrored
+    alone = [
+        draw_crops([size], scale=(0.2, 1.0), flip=0.5, keys=key) for size, key in zip(sizes, keys[:, None], strict=True)
+    ]
+    assert [crop for (crop,) in alone] == crops
 
 
 @pytest.mark.parametrize(
     ("height", "width", "box"),
-    [(100, 1000, (0, 433, 100, 133)), (1000, 100, (433, 0, 133, 100)), (30, 40, (0, 0, 30, 40)), (1, 1, (0, 0, 1, 1))],
+    [(100, 1000, (0, 433, 100, 133)), (1000, 100, (433, 0, 133, 100)), (1, 1, (0, 0, 1, 1))],
 )
 def test_where_no_box_fits_the_central_one_is_taken(height: int, width: int, box: tuple[int, int, int, int]) -> None:
-    class Whole(random.Random):
-        """Asks for the whole area at the widest ratio but one that never fits these images."""
+    """The whole area of images that are longer than any box."""
+    keys = random_bits(key_of(2), np.arange(9))
+    for crop in draw_crops([(height, width)] * 9, scale=(1.0, 1.0), flip=0.0, keys=keys):
+        assert crop == (*box, False)
 
-        def uniform(self, a: float, b: float) -> float:
-            return 1.5 if a > 0 else a
 
-    crop = draw_crop(height, width, scale=(1.0, 1.0), flip=0.0, rng=Whole(0))
-    assert (crop.top, crop.left, crop.height, crop.width) == box
+def test_boxes_lie_within_their_images() -> None:
+    """Also in images of a few pixels, where rounding decides what fits."""
+    sizes = [(height, width) for height in range(1, 20) for width in range(1, 20)]
+    for seed in range(5):
+        crops = draw_crops(sizes, scale=(0.05, 1.0), flip=1.0, keys=random_bits(key_of(seed), np.arange(len(sizes))))
+        for (height, width), crop in zip(sizes, crops, strict=True):
+            assert 0 <= crop.top <= height - crop.height < height
+            assert 0 <= crop.left <= width - crop.width < width
+            assert crop.mirrored
 
 
 def test_cropping_without_resizing_copies_the_box() -> None:
@@ -160,6 +173,6 @@ def test_a_file_that_claims_a_huge_image_is_refused_undecoded(monkeypatch: pytes
     Image.new("RGB", (64, 64)).save(file, "JPEG")
     data = file.getvalue()
     place = data.index(b"\xff\xc0") + 5  # height and width in the frame's header
-    monkeypatch.setattr(transforms, "decode_jpeg", lambda *arguments, **named: pytest.fail("it was decoded"))
+    monkeypatch.setattr(transforms, "_decode_jpeg", lambda *arguments, **named: pytest.fail("it was decoded"))
     with pytest.raises(DataError, match="pixels"):
         decode_image(data[:place] + struct.pack(">HH", 65500, 65500) + data[place + 4 :] + b"\0" * 200_000)

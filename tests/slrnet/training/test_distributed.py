@@ -6,7 +6,6 @@ takes the time.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
@@ -25,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slrnet.config import Config, apply_overrides, load_config
-from slrnet.data.batch import Batch, TrainSample, collate
+from slrnet.data.batch import Batch
+from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.shards import EvalLoader
 from slrnet.training import ray_loop
@@ -190,17 +190,15 @@ def _resumed_within_an_epoch(config: Config, shards: ShardSet, ranks: Ranks, fol
 def _eight(shards: ShardSet, setting: str) -> Batch:
     """Eight images; where masks are granted, to the second rank's four alone, so that each rank lacks a kind."""
     samples = list(EvalLoader(shards, split="train"))[:8]
-    return collate(
-        [
-            TrainSample(
-                sample.key,
-                _sized(sample.image),
-                sample.image_labels * (setting != "sss"),
-                _sized(sample.pixel_labels[None])[0] if i >= 4 and setting != "wsss" else None,  # type: ignore[index]
-                has_image_labels=setting != "sss",
-            )
-            for i, sample in enumerate(samples)
-        ]
+    masks = [torch.full((64, 64), IGNORE_INDEX, dtype=torch.uint8)] * 4
+    masks += [_sized(sample.pixel_labels[None])[0] for sample in samples[4:]]  # type: ignore[index]
+    return Batch(
+        images=torch.stack([_sized(sample.image) for sample in samples]),
+        image_labels=torch.stack([sample.image_labels for sample in samples]) * (setting != "sss"),
+        has_image_labels=torch.tensor([setting != "sss"] * 8),
+        keys=tuple(sample.key for sample in samples),
+        has_pixel_labels=torch.tensor([i >= 4 and setting != "wsss" for i in range(8)]),
+        pixel_labels=None if setting == "wsss" else torch.stack(masks),
     )
 
 
@@ -445,59 +443,3 @@ if __name__ == "__main__":
     except BaseException:
         traceback.print_exc()
         os._exit(1)  # the other process may be waiting in a collective: do not wait for it
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="tells glibc's allocator")
-def test_a_process_that_predicts_keeps_the_memory_of_its_maps() -> None:
-    """Pages, small or huge, that are new to the process in 20 maps of 64 MiB, after as many before."""
-    script = """
-import resource, sys, torch
-from slrnet.training import distributed
-
-def new_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(2**24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-if sys.argv[1] == "keep":
-    distributed.keep_memory()
-new_pages()
-print(new_pages())
-"""
-    kept, plain = (
-        int(subprocess.run([sys.executable, "-c", script, way], check=True, capture_output=True, text=True).stdout)
-        for way in ("keep", "plain")
-    )
-    assert kept < plain / 4
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc what it has taken by mmap")
-def test_a_large_network_takes_its_maps_from_the_system() -> None:
-    """Maps of 8 MiB come from the heap, which keeps them, unless the network is large."""
-    script = """
-import ctypes, sys, torch
-from slrnet.training import distributed
-
-class Info(ctypes.Structure):
-    names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    _fields_ = [(name, ctypes.c_size_t) for name in names]
-
-def mapped():
-    ask = ctypes.CDLL(None).mallinfo2
-    ask.restype = Info
-    return ask().hblkhd / 2**20
-
-distributed.LARGE_NETWORK = 4 * int(sys.argv[1])
-torch.zeros(2**22)  # 16 MiB: from now on glibc takes what is smaller from the heap
-distributed.spare_memory(torch.nn.Linear(99, 1))  # 400 bytes
-before = mapped()
-maps = [torch.ones(2**21) for _ in range(20)]  # 160 MiB
-print(mapped() - before)
-"""
-    large, small = (
-        float(subprocess.run([sys.executable, "-c", script, size], check=True, capture_output=True, text=True).stdout)
-        for size in ("100", "101")
-    )
-    assert large >= 160
-    assert small < 20

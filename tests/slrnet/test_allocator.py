@@ -1,0 +1,65 @@
+"""What processes ask of glibc's allocator, by what it then does."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="tells glibc's allocator")
+def test_a_process_that_predicts_keeps_the_memory_of_its_maps() -> None:
+    """Pages, small or huge, that are new to the process in 20 maps of 64 MiB, after as many before."""
+    script = """
+import resource, sys, torch
+from slrnet import allocator
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "keep":
+    allocator.keep_memory(torch.device("cpu"))
+new_pages()
+print(new_pages())
+"""
+    kept, plain = (
+        int(subprocess.run([sys.executable, "-c", script, way], check=True, capture_output=True, text=True).stdout)
+        for way in ("keep", "plain")
+    )
+    assert kept < plain / 4
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc what it has taken by mmap")
+def test_a_large_network_takes_its_maps_from_the_system() -> None:
+    """Maps of 8 MiB come from the heap, which keeps them, unless the network is large."""
+    script = """
+import ctypes, sys, torch
+from slrnet import allocator
+
+class Info(ctypes.Structure):
+    names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in names]
+
+def mapped():
+    ask = ctypes.CDLL(None).mallinfo2
+    ask.restype = Info
+    return ask().hblkhd / 2**20
+
+allocator.LARGE_NETWORK = 4 * int(sys.argv[1])
+torch.zeros(2**22)  # 16 MiB: from now on glibc takes what is smaller from the heap
+allocator.spare_memory(torch.nn.Linear(99, 1))  # 400 bytes
+before = mapped()
+maps = [torch.ones(2**21) for _ in range(20)]  # 160 MiB
+print(mapped() - before)
+"""
+    large, small = (
+        float(subprocess.run([sys.executable, "-c", script, size], check=True, capture_output=True, text=True).stdout)
+        for size in ("100", "101")
+    )
+    assert large >= 160
+    assert small < 20
