@@ -14,9 +14,9 @@ Bits = npt.NDArray[np.uint64]
 """64 random bits each."""
 
 
-def key_of(*numbers: int) -> np.uint64:
-    """A key from some numbers of 0 and more, in order."""
-    key: np.uint64 = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+def key_of(seed: int, *place: int) -> np.uint64:
+    """A key from a seed, 0 to 2^128 - 1, and numbers, 0 to 2^32 - 1, that say what it is for."""
+    key: np.uint64 = np.random.SeedSequence(seed, spawn_key=place).generate_state(1, np.uint64)[0]
     return key
 
 

@@ -195,7 +195,7 @@ class ShardFiles:
         return FoundSample(sample, row, shard, files, parts[0].start, parts[-1].stop - parts[0].start)
 
     def views(self, found: FoundSample) -> dict[str, memoryview]:
-        """What is in the files of a sample; good until the next call, which writes to the same memory.
+        """What is in a sample's files, by suffix; good until the next call, which writes to the same memory.
 
         Raises:
             DataError: the shard cannot be read; neither the sample nor its shard is named.

@@ -396,7 +396,7 @@ class _TrainReader:
         # torch asks its workers in turn, from worker 0 on: that one has to make step start_step.
         steps = range(start_step + worker, self.steps, self.readers)
         with ShardFiles(self.index) as files:
-            maker = _BatchMaker(self, files, epoch)
+            maker = _BatchMaker(self, files)
             for batch in wds.DataPipeline(partial(self._find, files, steps, epoch), maker.batches):
                 yield _Delivery(batch, samples=len(batch.keys), skipped=tuple(maker.skipped))
                 maker.skipped.clear()
@@ -457,7 +457,7 @@ class _Item(NamedTuple):
     named: bool
     """Whether its image labels are known and granted."""
     key: int
-    """Of this draw."""
+    """Of this draw, for its random numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,17 +472,16 @@ class _Crops:
 
 
 class _BatchMaker:
-    """Makes the batches of one epoch from what a reader has found; each crop is made where it stays in its batch.
+    """Makes batches from what a reader has found; each crop is made where it stays in its batch.
 
     Attributes:
         skipped: samples that could not be read, until somebody clears it.
     """
 
-    def __init__(self, reader: _TrainReader, files: ShardFiles, epoch: int) -> None:
+    def __init__(self, reader: _TrainReader, files: ShardFiles) -> None:
         self.skipped: list[SkippedSample] = []
         self._reader = reader
         self._files = files
-        self._epoch = epoch
         self._recent: deque[_Item] = deque(maxlen=_RECENT)
 
     def batches(self, planned: Iterator[list[_Item]]) -> Iterator[Batch]:
@@ -559,7 +558,8 @@ class _BatchMaker:
         item = self._recent[key % len(self._recent)]
         assert isinstance(item.found, FoundSample)
         (crop,) = self._reader.boxes([item.found], np.array([key], dtype=np.uint64))
-        return item, self._crop(item.found, crop, out, None)
+        with self._reader.index.naming(item.found.sample):
+            return item, self._crop(item.found, crop, out, None)
 
 
 def _stacked(masks: list[Tensor | None], size: int) -> Tensor | None:
@@ -626,7 +626,6 @@ def prepare_reader() -> None:
 
     What has been imported is taken from the garbage collector, which would look through it every few thousand images.
     """
-    gc.collect()
     gc.freeze()
     keep_small_pieces()
 

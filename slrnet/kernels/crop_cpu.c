@@ -194,17 +194,17 @@ static void resize_two(const uint8_t *a, const uint8_t *b, const program *p, int
 }
 
 #ifdef AT_ONCE
-typedef __m512i sums;
-#define SAME _mm512_set1_epi32
+typedef __m512i vector;
+#define REPEATED _mm512_set1_epi32
 #else
-typedef __m256i sums;
-#define SAME _mm256_set1_epi32
+typedef __m256i vector;
+#define REPEATED _mm256_set1_epi32
 #endif
 
-static inline sums both(const int16_t *weights) {
+static inline vector both(const int16_t *weights) {
     int32_t two;
     memcpy(&two, weights, sizeof two);
-    return SAME(two);
+    return REPEATED(two);
 }
 
 /* A row of the result from pairs of rows. */

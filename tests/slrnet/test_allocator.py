@@ -34,6 +34,32 @@ print(new_pages())
     assert kept < plain / 4
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="tells glibc's allocator")
+def test_a_reader_keeps_the_memory_of_its_batches_and_what_it_imported_from_being_looked_through() -> None:
+    """Pages that are new in 20 times four batches of 5 MB, and what the collector has to look through."""
+    script = """
+import gc, resource, torch
+from slrnet.data.shards import prepare_reader
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        batches = [torch.ones(5 * 10**6, dtype=torch.uint8) for _ in range(4)]
+        del batches
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+new_pages()
+print(new_pages(), len(gc.get_objects()))
+prepare_reader()
+new_pages()
+print(new_pages(), len(gc.get_objects()))
+"""
+    run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    pages, objects, pages_kept, objects_seen = map(int, run.stdout.split())
+    assert pages_kept < pages / 4
+    assert objects_seen < objects / 4
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc what it has taken by mmap")
 def test_a_large_network_takes_its_maps_from_the_system() -> None:
     """Maps of 8 MiB come from the heap, which keeps them, unless the network is large."""
