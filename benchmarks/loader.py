@@ -95,7 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-dir", type=Path, help="checkout of the authors' code to compare with")
     parser.add_argument("--images", type=int, default=960, help=f"a multiple of {BATCH} (default: 960)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     return parser.parse_args()
 
 
