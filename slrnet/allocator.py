@@ -47,8 +47,7 @@ def keep_memory(device: torch.device) -> None:
 def keep_small_pieces() -> None:
     """Lets a process that reads images keep the memory of its batches, but not that of a giant image.
 
-    glibc gives the end of its memory back whenever a few batches of it are free, for a fiftieth of the loader's time
-    (benchmarks/loader.py).
+    glibc gives the end of its memory back whenever a few batches of it are free, for 3 % of the loader's time.
     """
     _tell_allocator(_M_MMAP_THRESHOLD, 2**25)
     _tell_allocator(_M_TRIM_THRESHOLD, 2**27)

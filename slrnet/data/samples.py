@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,12 +102,13 @@ class SampleIndex:
         """File name of the shard that holds a sample."""
         return str(self.split.shard_names[self.split.shard_of(sample)].as_py())
 
-    def image_labels(self, sample: int) -> Tensor:
-        """Image labels of a sample: (K-1,) float32 of 0 and 1, from the manifest."""
-        labels = [0.0] * (self.split.num_classes - 1)
-        for label in self.split.row(sample).classes:
-            labels[label - 1] = 1.0
-        return torch.tensor(labels)
+    def image_labels(self, rows: Sequence[SampleRow | None]) -> Tensor:
+        """Image labels of n samples: (n, K-1) float32 of 0 and 1; 0 alone where None stands for ungranted ones."""
+        labels = np.zeros((len(rows), self.split.num_classes - 1), dtype=np.float32)
+        for place, row in enumerate(rows):
+            for label in row.classes if row else ():
+                labels[place, label - 1] = 1.0
+        return torch.from_numpy(labels)
 
     def damage(self, sample: int, error: DataError) -> SkippedSample:
         """Describes a damaged sample where those are skipped.

@@ -540,13 +540,10 @@ class _BatchMaker:
                 items[place], masks[place] = self._stand_in(item.key, crops.images[place])
         rows = [item.found.row for item in items if isinstance(item.found, FoundSample)]
         named = [item.named for item in items]
-        labels = np.zeros((len(rows), self._reader.index.split.num_classes - 1), dtype=np.float32)
-        for place, row in enumerate(rows):
-            for label in row.classes if named[place] else ():
-                labels[place, label - 1] = 1.0
+        granted = [row if known else None for row, known in zip(rows, named, strict=True)]
         return Batch(
             images=crops.images,
-            image_labels=torch.from_numpy(labels),
+            image_labels=self._reader.index.image_labels(granted),
             has_image_labels=torch.from_numpy(np.array(named)),
             keys=tuple(row.key for row in rows),
             has_pixel_labels=torch.from_numpy(np.array([mask is not None for mask in masks])),
@@ -595,7 +592,7 @@ class _EvalReader:
             key=row.key,
             image=image,
             pixel_labels=self.index.decode_mask(found, image),
-            image_labels=self.index.image_labels(sample),
+            image_labels=self.index.image_labels([row])[0],
             has_image_labels=row.has_image_labels,
         )
 

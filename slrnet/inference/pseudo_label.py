@@ -373,7 +373,7 @@ def _predict_all(
             for sample, row in zip(samples, rows, strict=True):
                 files, image, truth = reader.load(sample)
                 probs, scores = predict(model, image.to(ranks.device), normalise, config, protocol)
-                labels = index.image_labels(sample).to(ranks.device)
+                labels = index.image_labels([views[split].row(sample)])[0].to(ranks.device)
                 maps = gate(probs, scores, labels, config.evaluation_for(protocol))[0].float().cpu().numpy()
                 plain = _choose(maps)[0] if protocol == "ms_crf" and truth is not None else None
                 pixels = image.permute(1, 2, 0).contiguous().numpy()

@@ -8,24 +8,31 @@ import sys
 
 import pytest
 
+NEW_PAGES = """
+import resource
+
+def new_pages(make):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        make()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+"""
+
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="tells glibc's allocator")
 def test_a_process_that_predicts_keeps_the_memory_of_its_maps() -> None:
     """Pages, small or huge, that are new to the process in 20 maps of 64 MiB, after as many before."""
-    script = """
-import resource, sys, torch
+    script = f"""{NEW_PAGES}
+import sys, torch
 from slrnet import allocator
 
-def new_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(2**24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def make():
+    torch.ones(2**24)
 
 if sys.argv[1] == "keep":
     allocator.keep_memory(torch.device("cpu"))
-new_pages()
-print(new_pages())
+new_pages(make)
+print(new_pages(make))
 """
     kept, plain = (
         int(subprocess.run([sys.executable, "-c", script, way], check=True, capture_output=True, text=True).stdout)
@@ -37,22 +44,18 @@ print(new_pages())
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="tells glibc's allocator")
 def test_a_reader_keeps_the_memory_of_its_batches_and_what_it_imported_from_being_looked_through() -> None:
     """Pages that are new in 20 times four batches of 5 MB, and what the collector has to look through."""
-    script = """
-import gc, resource, torch
+    script = f"""{NEW_PAGES}
+import gc, torch
 from slrnet.data.shards import prepare_reader
 
-def new_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        batches = [torch.ones(5 * 10**6, dtype=torch.uint8) for _ in range(4)]
-        del batches
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+def make():
+    batches = [torch.ones(5 * 10**6, dtype=torch.uint8) for _ in range(4)]
 
-new_pages()
-print(new_pages(), len(gc.get_objects()))
+new_pages(make)
+print(new_pages(make), len(gc.get_objects()))
 prepare_reader()
-new_pages()
-print(new_pages(), len(gc.get_objects()))
+new_pages(make)
+print(new_pages(make), len(gc.get_objects()))
 """
     run = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     pages, objects, pages_kept, objects_seen = map(int, run.stdout.split())
