@@ -28,8 +28,17 @@ def heap():
 
 def mapped():
     return libc.mallinfo2().hblkhd / 2**20
+
+def taken(size):
+    before = heap(), mapped()
+    piece = libc.malloc(size * 2**20)
+    by_itself = mapped() - before[1]
+    libc.free(piece)
+    return by_itself, heap() - before[0], mapped() - before[1]
 """
-"""For a script: MiB that glibc has from the system for its heap, and piece by piece."""
+"""For a script: MiB that glibc has from the system for its heap, and for pieces by themselves; and what it takes of the
+latter for a piece of some MiB, and of both once that is free. C's functions are asked, since an object that Python
+happens to place above a piece would keep it in the heap."""
 
 
 def printed(script: str, *arguments: str) -> list[float]:
@@ -39,51 +48,35 @@ def printed(script: str, *arguments: str) -> list[float]:
 
 
 def test_a_process_that_predicts_keeps_the_memory_of_its_maps() -> None:
-    """Pages, small or huge, that are new to the process in 20 maps of 64 MiB, after as many before."""
-    script = """
-import resource, sys, torch
+    script = f"""{MEMORY_TAKEN}
+import torch
 from slrnet import allocator
 
-def new_pages():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.ones(2**24)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-if sys.argv[1] == "keep":
-    allocator.keep_memory(torch.device("cpu"))
-new_pages()
-print(new_pages())
+allocator.keep_memory(torch.device("cpu"))
+print(*taken(100), *taken(100))
 """
-    (kept,), (plain,) = (printed(script, way) for way in ("keep", "plain"))
-    assert kept < plain / 4
+    mapped, kept, left, _, new, _ = printed(script)
+    assert mapped < 1
+    assert kept > 50
+    assert left < 1
+    assert new < 1
 
 
 def test_a_reader_keeps_the_memory_of_its_batches_and_is_not_looked_through() -> None:
-    """30 MiB come from the heap, which keeps what it grew by; 50 MiB, a giant image, come and go by themselves.
-
-    C's functions are asked alone, since an object that Python happens to place above a piece keeps it in the heap.
-    What was imported is no longer the garbage collector's.
-    """
+    """But not that of a giant image; nor does the garbage collector look through what was imported."""
     script = f"""{MEMORY_TAKEN}
 import gc
 from slrnet.data.shards import prepare_reader
 
 print(len(gc.get_objects()))
 prepare_reader()
-print(len(gc.get_objects()))
-for size in (30, 50):
-    before = heap(), mapped()
-    piece = libc.malloc(size * 2**20)
-    print(mapped() - before[1])
-    libc.free(piece)
-    print(heap() - before[0], mapped() - before[1])
+print(len(gc.get_objects()), *taken(30), *taken(50))
 """
-    objects, objects_seen, batch, batch_kept, batch_left, giant, giant_kept, giant_left = printed(script)
+    objects, objects_seen, mapped, kept, left, giant, giant_kept, giant_left = printed(script)
     assert objects_seen < objects / 4
-    assert batch < 1
-    assert batch_kept > 16
-    assert batch_left < 1
+    assert mapped < 1
+    assert kept > 15
+    assert left < 1
     assert giant >= 50
     assert giant_kept < 1
     assert giant_left < 1
