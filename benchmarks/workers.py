@@ -48,11 +48,11 @@ def main() -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from benchmarks.loader import write_shards
+    from benchmarks.loader import SIZE, write_shards
 
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(prefix="workers-") as temporary:
-        write_shards(Path(temporary), IMAGES)
+        write_shards(Path(temporary), IMAGES, SIZE)
         for number in range(options.rounds):
             for side in list(SIDES) if number % 2 else reversed(SIDES):
                 seen = _measure(side, Path(temporary) / f"{number}-{'-'.join(map(str, SIDES[side]))}", options)

@@ -132,19 +132,20 @@ class SampleIndex:
         except DataError as error:
             raise self._described(sample, error) from None
 
-    def decode(self, row: SampleRow, files: Mapping[str, bytes | memoryview]) -> Tensor:
-        """Decodes a sample's image to (3, H, W) uint8.
+    def decode(self, row: SampleRow, files: Mapping[str, bytes | memoryview], reduction: int = 1) -> Tensor:
+        """Decodes a sample's image to (3, H, W) uint8, or to smaller sides (see `transforms.decode_image`).
 
         Raises:
             DataError: it cannot be decoded, or has another size than in the manifest.
         """
-        image = decode_image(files["jpg"])
-        if image.shape != (3, row.height, row.width):
-            found = f"{image.shape[2]} x {image.shape[1]}"
+        image = decode_image(files["jpg"], reduction)
+        height, width = -(-row.height // reduction), -(-row.width // reduction)
+        if image.shape != (3, height, width):
+            found = f"{'about ' * (reduction > 1)}{image.shape[2] * reduction} x {image.shape[1] * reduction}"
             raise DataError(f"the image has {found} pixels, the manifest says {row.width} x {row.height}")
         return image
 
-    def decode_mask(self, files: Mapping[str, bytes | memoryview], image: Tensor) -> Tensor | None:
+    def decode_mask(self, row: SampleRow, files: Mapping[str, bytes | memoryview]) -> Tensor | None:
         """Decodes the mask among a sample's files, if there is one, to (H, W) uint8.
 
         Raises:
@@ -153,8 +154,8 @@ class SampleIndex:
         if "png" not in files:
             return None
         mask = decode_mask(files["png"])
-        if mask.shape != image.shape[-2:]:
-            raise DataError(f"the mask has shape {tuple(mask.shape)}, the image {tuple(image.shape[-2:])}")
+        if mask.shape != (row.height, row.width):
+            raise DataError(f"the mask has shape {tuple(mask.shape)}, the image {(row.height, row.width)}")
         return mask
 
     def _described(self, sample: int, error: DataError) -> DataError:
@@ -229,9 +230,8 @@ class ShardFiles:
             DataError: what is missing or damaged in which sample of which shard, and what to do.
         """
         with self.index.naming(sample):
-            files = self.read(sample, masks=True)
-            image = self.index.decode(self.index.split.row(sample), files)
-            return files, image, self.index.decode_mask(files, image)
+            files, row = self.read(sample, masks=True), self.index.split.row(sample)
+            return files, self.index.decode(row, files), self.index.decode_mask(row, files)
 
     def _open(self, shard: int) -> tuple[BinaryIO, int]:
         """The shard's file, without a buffer of its own, and its length."""

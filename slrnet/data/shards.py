@@ -426,7 +426,7 @@ class _TrainReader:
     def boxes(self, found: Sequence[FoundSample | SkippedSample], keys: Bits) -> list[Crop]:
         """Draws a crop for each sample, whose image has the size that the manifest says."""
         sizes = [(one.row.height, one.row.width) if isinstance(one, FoundSample) else (1, 1) for one in found]
-        return draw_crops(sizes, scale=self.crop.scale, flip=self.crop.flip, keys=keys)
+        return draw_crops(sizes, size=self.crop.size, scale=self.crop.scale, flip=self.crop.flip, keys=keys)
 
     def _find(self, files: ShardFiles, steps: range, epoch: int) -> Iterator[list[_Item]]:
         """What was drawn for one batch after another, come what may: damage does not shift the order of the others.
@@ -527,9 +527,8 @@ class _BatchMaker:
             DataError: the image or the mask is damaged.
         """
         index, files = self._reader.index, self._files.views(found)
-        image = index.decode(found.row, files)
-        crop_into(out, image, crop, kernel)
-        mask = index.decode_mask(files, image)
+        crop_into(out, index.decode(found.row, files, crop.reduction), crop, kernel)
+        mask = index.decode_mask(found.row, files)
         return None if mask is None else crop_mask(mask, crop, size=self._reader.crop.size)
 
     def _finished(self, crops: _Crops) -> Batch:
@@ -587,11 +586,10 @@ class _EvalReader:
     def _load(self, sample: int, files: ShardFiles) -> EvalSample:
         found = files.read(sample, masks=self.pixel_labels)
         row = self.index.split.row(sample)
-        image = self.index.decode(row, found)
         return EvalSample(
             key=row.key,
-            image=image,
-            pixel_labels=self.index.decode_mask(found, image),
+            image=self.index.decode(row, found),
+            pixel_labels=self.index.decode_mask(row, found),
             image_labels=self.index.image_labels([row])[0],
             has_image_labels=row.has_image_labels,
         )

@@ -2,7 +2,8 @@
 
 Only the geometry is done here, on uint8: decoding, a random resized crop and a mirror image. Colour is changed in
 batch on the device (`slrnet.data.colour`), where hue costs a tenth of what it costs per image. The crop is drawn as by
-torchvision's RandomResizedCrop, from a key that is passed in, so a sample's crop depends on that alone.
+torchvision's RandomResizedCrop, from a key that is passed in, so a sample's crop depends on that alone. Of a large
+photograph a JPEG's smaller form is decoded where that still has the crop's pixels.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ MOST_PIXELS = 178_000_000
 """Pixels of the largest image or mask that is decoded; a few kB of a hostile file may claim billions."""
 _JPEG_EXPANSION = 1000
 """More pixels than a byte of a JPEG can hold."""
+_REDUCED_FROM = 2**20
+"""Pixels from which on a smaller form takes less time: it is decoded by another library, which costs a little more."""
+_REDUCTIONS = (1, 2, 4, 8)
+_UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for bytes that are no image or a damaged one."""
 _LOG_RATIOS = tuple(math.log(ratio) for ratio in ASPECT_RATIOS)
 _ATTEMPTS = 10
 _NUMBERS = np.arange(1 + 4 * _ATTEMPTS)
@@ -55,23 +61,36 @@ _decode_jpeg = torch.ops.image.decode_jpeg
 
 
 class Crop(NamedTuple):
-    """A box of an image, in pixels, and whether what it holds is mirrored left to right."""
+    """A box of an image, in pixels, and whether what it holds is mirrored left to right.
+
+    The image itself, but not its mask, is decoded to 1 / `reduction` of its size; the box lies on such pixels.
+    """
 
     top: int
     left: int
     height: int
     width: int
     mirrored: bool
+    reduction: int = 1
+
+    def on_decoded(self) -> tuple[int, int, int, int]:
+        """The box in pixels of the image as it is decoded."""
+        times = self.reduction
+        return self.top // times, self.left // times, self.height // times, self.width // times
 
 
-def draw_crops(sizes: Sequence[tuple[int, int]], *, scale: tuple[float, float], flip: float, keys: Bits) -> list[Crop]:
+def draw_crops(
+    sizes: Sequence[tuple[int, int]], *, size: int, scale: tuple[float, float], flip: float, keys: Bits
+) -> list[Crop]:
     """Draws a crop of each of some images.
 
     The area is uniform, the aspect ratio log-uniform in `ASPECT_RATIOS`; a box that does not fit is drawn again. After
-    ten misses it is the central box of the largest fitting size.
+    ten misses it is the central box of the largest fitting size. Images of a million pixels and more are decoded to a
+    half, a quarter or an eighth where both sides of the box have as many pixels as the crop even so.
 
     Args:
         sizes: height and width of n images, pixels.
+        size: side of the crops, pixels.
         scale: smallest and largest share of the image's area, 0 to 1.
         flip: probability of mirroring, 0 to 1.
         keys: (n,) uint64, from each of which alone the image's crop follows.
@@ -90,15 +109,17 @@ def draw_crops(sizes: Sequence[tuple[int, int]], *, scale: tuple[float, float], 
     heights = np.where(missed, np.minimum(height, np.maximum(1, np.rint(width / narrowest))), heights)
     tops = np.where(missed, (height - heights) // 2, tops * (height - heights + 1))
     lefts = np.where(missed, (width - widths) // 2, lefts * (width - widths + 1))
-    parts = (part.astype(np.int64).tolist() for part in (tops, lefts, heights, widths))
-    return list(map(Crop, *parts, (mirrored[:, 0] < flip).tolist()))
+    reductions = np.array(_REDUCTIONS)[np.searchsorted(_REDUCTIONS[1:], np.minimum(heights, widths) // size, "right")]
+    reductions[height * width < _REDUCED_FROM] = 1
+    parts = ((part.astype(np.int64) // reductions * reductions).tolist() for part in (tops, lefts, heights, widths))
+    return list(map(Crop, *parts, (mirrored[:, 0] < flip).tolist(), reductions.tolist()))
 
 
 def crop_image(image: Tensor, crop: Crop, *, size: int) -> Tensor:
     """Cuts the box out and resizes it, bilinear with antialiasing; the same bytes with and without the compiled kernel.
 
     Args:
-        image: (3, H, W) uint8.
+        image: (3, H, W) uint8, as decoded with the crop's reduction.
         crop: within the image.
         size: side of the result, pixels.
 
@@ -115,7 +136,7 @@ def crop_into(out: Tensor, image: Tensor, crop: Crop, kernel: crop_cpu.Kernel | 
 
     Args:
         out: (3, S, S) uint8.
-        image: (3, H, W) uint8.
+        image: (3, H, W) uint8, as decoded with the crop's reduction.
         crop: within the image.
         kernel: from `kernels.crop_cpu`; without it, or where one of the two is not channels last, operators crop.
 
@@ -126,7 +147,7 @@ def crop_into(out: Tensor, image: Tensor, crop: Crop, kernel: crop_cpu.Kernel | 
         out.copy_(_crop_by_operators(image, crop, out.shape[-1]))
         return
     source, target = (image.data_ptr(), image.numel(), image.stride(1)), out.data_ptr()
-    if kernel(*source, crop.top, crop.left, crop.height, crop.width, out.shape[-1], crop.mirrored, target):
+    if kernel(*source, *crop.on_decoded(), out.shape[-1], crop.mirrored, target):
         raise MemoryError("the crop's kernel got no memory for its rows; lower data.workers")
 
 
@@ -135,7 +156,8 @@ def _lies_channels_last(image: Tensor) -> bool:
 
 
 def _crop_by_operators(image: Tensor, crop: Crop, size: int) -> Tensor:
-    box = image[:, crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    top, left, height, width = crop.on_decoded()
+    box = image[:, top : top + height, left : left + width]
     # A batch of one whose strides say channels last, where the image is, as decoded ones are: PyTorch resizes and
     # mirrors these without rearranging them. Indexing with None would give it strides from which that cannot be told.
     pixels = box.as_strided((1, *box.shape), (image.numel(), *box.stride()))
@@ -160,10 +182,15 @@ def crop_mask(mask: Tensor, crop: Crop, *, size: int) -> Tensor:
     return out.flip(-1) if crop.mirrored else out
 
 
-def decode_image(data: bytes | memoryview) -> Tensor:
+def decode_image(data: bytes | memoryview, reduction: int = 1) -> Tensor:
     """Decodes a JPEG; grey and CMYK ones become RGB. Exif orientation is ignored, as masks are drawn on stored pixels.
 
     A view of memory that may be written, as torch wants it, is not copied.
+
+    Args:
+        data: the bytes.
+        reduction: 1, 2, 4 or 8: the sides are divided by it and rounded up. What is left of each block's frequencies
+            makes its pixels, so most of the arithmetic falls away.
 
     Returns:
         (3, H, W) uint8 RGB.
@@ -175,12 +202,25 @@ def decode_image(data: bytes | memoryview) -> Tensor:
         raise DataError("the image is empty")
     if len(data) * _JPEG_EXPANSION > MOST_PIXELS:  # a smaller one cannot hold as many; its header need not be read
         _check_size(data)
+    if reduction > 1:
+        return _decode_reduced(data, reduction)
     try:
         memory = bytearray(data) if isinstance(data, bytes) else data
         image: Tensor = _decode_jpeg(torch.frombuffer(memory, dtype=torch.uint8), ImageReadMode.RGB.value)
     except RuntimeError as error:
         raise DataError(f"the image cannot be decoded as JPEG: {_last_words(error)}") from None
     return image
+
+
+def _decode_reduced(data: bytes | memoryview, reduction: int) -> Tensor:
+    """Like `decode_image`, by Pillow: torchvision's operator decodes whole images alone."""
+    try:
+        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+            image.draft(None, (image.width // reduction, image.height // reduction))
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            return torch.from_numpy(pixels).permute(2, 0, 1)
+    except _UNREADABLE as error:
+        raise DataError(f"the image cannot be decoded as JPEG: {error}") from None
 
 
 def decode_mask(data: bytes | memoryview) -> Tensor:
@@ -201,7 +241,7 @@ def decode_mask(data: bytes | memoryview) -> Tensor:
             return torch.from_numpy(np.array(mask, dtype=np.uint8))
     except DataError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"the mask cannot be decoded as PNG: {error}") from None
 
 
@@ -209,7 +249,7 @@ def _check_size(data: bytes | memoryview) -> None:
     try:
         with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
             width, height = image.size
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"the image cannot be decoded as JPEG: {error}") from None
     if width * height > MOST_PIXELS:
         raise DataError(f"the image has {width} x {height} pixels; at most {MOST_PIXELS} are read")

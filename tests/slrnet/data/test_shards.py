@@ -18,9 +18,11 @@ import torch
 from PIL import Image
 
 from data_prep.shard_writer import Sample, verify, write_dataset
+from slrnet.data import samples as samples_module
 from slrnet.data import shards as shards_module
+from slrnet.data import transforms
 from slrnet.data.batch import Batch
-from slrnet.data.catalog import voc_palette
+from slrnet.data.catalog import IGNORE_INDEX, voc_palette
 from slrnet.data.epoch_plan import Pool, choose_subset
 from slrnet.data.manifest import DataError, SampleRow, ShardSet, SplitView, load_dataset
 from slrnet.data.sample_set import SampleSet
@@ -257,6 +259,44 @@ def test_granted_labels_come_with_their_images_and_no_others(data: ShardSet) -> 
     twice = {key: made for key, made in crops.items() if len(made) == 2}
     assert set(twice) == {f"train_{i}" for i in (2, 4, 8, 10)}
     assert not any(torch.equal(*made) for made in twice.values()), "each draw has its own crop"
+
+
+def _encode_bands(sample: Sample) -> tuple[bytes, bytes | None]:
+    """Each column has a grey level of its own, eleven apart; the mask counts columns by fives."""
+    columns = np.tile(np.arange(sample.width, dtype=np.uint8), (sample.height, 1))
+    image, mask = io.BytesIO(), io.BytesIO()
+    Image.fromarray(columns * 11).save(image, "JPEG", quality=95)
+    Image.fromarray(columns // 5).save(mask, "PNG")
+    return image.getvalue(), mask.getvalue()
+
+
+def test_images_that_are_decoded_smaller_stay_on_their_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large photographs are; these would be too small for it."""
+    data = _write(tmp_path / "bands", _encode_bands)
+    reductions, decode = set(), samples_module.decode_image
+    monkeypatch.setattr(transforms, "_REDUCED_FROM", 1)
+    monkeypatch.setattr(samples_module, "decode_image", lambda data, by: reductions.add(by) or decode(data, by))
+    loader = _loader(data, crop_size=4, crop_scale=(0.1, 1.0), supervision=_half_labelled(data))
+    for batch in chain.from_iterable(loader.epoch(epoch) for epoch in range(4)):
+        for image, mask in zip(batch.images, batch.pixel_labels, strict=True) if batch.pixel_labels is not None else ():
+            found = mask != IGNORE_INDEX
+            columns = image[0][found].float() / 11 + 0.5  # of pixels' centres, from the image's left edge
+            assert ((columns / 5 - mask[found] - 0.5).abs() < 0.8).all()
+    assert reductions == {1, 2, 4}
+
+
+def test_an_image_of_another_size_is_found_whatever_its_reduction(data: ShardSet) -> None:
+    view = data.split("train")
+    index = samples_module.index_split(data, view, on_error="stop")
+    with samples_module.ShardFiles(index) as files:
+        read = files.read(0, masks=False)
+    row = view.row(0)
+    assert index.decode(row, read, 4).shape == (3, -(-row.height // 4), -(-row.width // 4))
+    wrong = replace(row, width=40)
+    with pytest.raises(DataError, match=f"the image has {row.width} x {row.height} pixels, the manifest says 40 x"):
+        index.decode(wrong, read)
+    with pytest.raises(DataError, match="the image has about 2[04] x (16|20) pixels, the manifest says 40 x"):
+        index.decode(wrong, read, 4)
 
 
 def test_image_labels_that_are_not_granted_stay_unread(data: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,14 @@ import io
 import math
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from slrnet.data import transforms
 from slrnet.data.counter_random import key_of, random_bits
@@ -76,8 +78,12 @@ def test_masks_of_another_kind_are_refused() -> None:
         decode_mask(_bytes(Image.fromarray(np.zeros((90, 90), dtype=np.uint8)), "PNG")[:60])
 
 
+def _crops(sizes: list[tuple[int, int]], key: np.uint64, *, size: int = 9, **options: Any) -> list[Crop]:
+    return draw_crops(sizes, size=size, keys=random_bits(key, np.arange(len(sizes))), **options)
+
+
 def test_crops_cover_the_wanted_share_of_the_image() -> None:
-    crops = draw_crops([(300, 400)] * 2000, scale=(0.3, 0.6), flip=0.25, keys=random_bits(key_of(0), np.arange(2000)))
+    crops = _crops([(300, 400)] * 2000, key_of(0), scale=(0.3, 0.6), flip=0.25)
     shares = [crop.height * crop.width / (300 * 400) for crop in crops]
     assert 0.295 < min(shares) < 0.31
     assert 0.59 < max(shares) < 0.605
@@ -94,11 +100,12 @@ def test_crops_cover_the_wanted_share_of_the_image() -> None:
 def test_a_crop_follows_from_its_key_and_size_alone() -> None:
     keys = random_bits(key_of(1), np.array([1, 1, 2, 1]))
     sizes = [(30, 40), (30, 40), (30, 40), (300, 400)]
-    crops = draw_crops(sizes, scale=(0.2, 1.0), flip=0.5, keys=keys)
+    crops = draw_crops(sizes, size=9, scale=(0.2, 1.0), flip=0.5, keys=keys)
     assert crops[0] == crops[1] != crops[2]
     assert crops[0].mirrored == crops[3].mirrored
     alone = [
-        draw_crops([size], scale=(0.2, 1.0), flip=0.5, keys=key) for size, key in zip(sizes, keys[:, None], strict=True)
+        draw_crops([size], size=9, scale=(0.2, 1.0), flip=0.5, keys=key)
+        for size, key in zip(sizes, keys[:, None], strict=True)
     ]
     assert [crop for (crop,) in alone] == crops
 
@@ -109,16 +116,15 @@ def test_a_crop_follows_from_its_key_and_size_alone() -> None:
 )
 def test_where_no_box_fits_the_central_one_is_taken(height: int, width: int, box: tuple[int, int, int, int]) -> None:
     """The whole area of images that are longer than any box."""
-    keys = random_bits(key_of(2), np.arange(9))
-    for crop in draw_crops([(height, width)] * 9, scale=(1.0, 1.0), flip=0.0, keys=keys):
-        assert crop == (*box, False)
+    for crop in _crops([(height, width)] * 9, key_of(2), scale=(1.0, 1.0), flip=0.0):
+        assert crop == (*box, False, 1)
 
 
 def test_boxes_lie_within_their_images() -> None:
     """Also in images of a few pixels, where rounding decides what fits."""
     sizes = [(height, width) for height in range(1, 20) for width in range(1, 20)]
     for seed in range(5):
-        crops = draw_crops(sizes, scale=(0.05, 1.0), flip=1.0, keys=random_bits(key_of(seed), np.arange(len(sizes))))
+        crops = _crops(sizes, key_of(seed), scale=(0.05, 1.0), flip=1.0)
         for (height, width), crop in zip(sizes, crops, strict=True):
             assert 0 <= crop.top <= height - crop.height < height
             assert 0 <= crop.left <= width - crop.width < width
@@ -149,6 +155,65 @@ def test_mask_and_image_stay_aligned(mirrored: bool) -> None:
     assert sure.float().mean() > 0.9
     assert torch.equal(ids[sure] == 5, pixels[sure] == 200)
     assert bool(ids[0, 0] == 5) is mirrored
+
+
+@pytest.mark.parametrize(
+    ("size", "sides", "reduction"),
+    [
+        (321, (3000, 4000), 8),
+        (321, (1500, 2000), 4),
+        (321, (960, 1280), 2),
+        (321, (960, 1000), 1),
+        (64, (960, 1280), 8),
+    ],
+)
+def test_a_large_photograph_is_decoded_as_small_as_its_crop_allows(
+    size: int, sides: tuple[int, int], reduction: int
+) -> None:
+    """By the whole range of boxes; 960 x 1000 pixels are too few for it to pay."""
+    crops = _crops([sides] * 300, key_of(3), size=size, scale=(0.3, 1.0), flip=0.5)
+    assert max(crop.reduction for crop in crops) == reduction
+    for crop in crops:
+        assert all(side % crop.reduction == 0 for side in crop[:4])
+        assert 0 <= crop.top <= sides[0] - crop.height
+        assert 0 <= crop.left <= sides[1] - crop.width
+        shorter = min(crop.height, crop.width)
+        assert shorter >= crop.reduction * size or crop.reduction == 1
+        assert shorter < 2 * crop.reduction * size or crop.reduction in (reduction, 8)
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(("width", "height"), [(64, 48), (61, 43)])
+def test_a_reduced_image_has_the_means_of_its_pixels(mode: str, width: int, height: int, reduction: int) -> None:
+    data = _bytes(_picture(width, height).convert(mode), "JPEG")
+    small, whole = decode_image(data, reduction), decode_image(data)
+    assert small.dtype == torch.uint8
+    means = avg_pool2d(whole.float(), reduction, ceil_mode=True)
+    assert small.shape == means.shape
+    inside = (slice(None), slice(height // reduction), slice(width // reduction))  # beyond, blocks are cut off
+    torch.testing.assert_close(small[inside].float(), means[inside], atol=4, rtol=0.0)
+
+
+@pytest.mark.parametrize("reduction", [2, 4])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_crop_of_a_reduced_image_is_that_of_the_whole_one(mirrored: bool, reduction: int) -> None:
+    """A pixel's shift of either would change a value by 4 times as much, and its mask is cut from the whole one."""
+    data = _bytes(_picture(160, 120), "JPEG")
+    crop = Crop(16, 24, 96, 80, mirrored, reduction)
+    small = crop_image(decode_image(data, reduction), crop, size=20)
+    whole = crop_image(decode_image(data), crop._replace(reduction=1), size=20)
+    shifted = crop_image(decode_image(data), crop._replace(reduction=1, left=24 + 4), size=20)
+    assert (small.float() - whole.float()).abs().mean() < 1
+    assert (small[0].float() - shifted[0].float()).abs().mean() > 4
+    mask = torch.arange(120, dtype=torch.uint8)[:, None].expand(120, 160)
+    assert torch.equal(crop_mask(mask, crop, size=20), crop_mask(mask, crop._replace(reduction=1), size=20))
+
+
+@pytest.mark.parametrize("data", [b"no picture", _bytes(_picture(), "JPEG")[:-100], _bytes(_picture(), "PNG")])
+def test_what_is_no_complete_jpeg_is_not_reduced_either(data: bytes) -> None:
+    with pytest.raises(DataError, match="the image cannot be decoded as JPEG"):
+        decode_image(data, 2)
 
 
 def _png_that_claims(width: int, height: int) -> bytes:
