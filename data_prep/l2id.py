@@ -82,8 +82,6 @@ def convert(
         DataError: something about the folders, their files or the options is refused; nothing is written then.
     """
     check_output(output.folder)
-    if longest_side < 0:
-        raise DataError(f"--longest-side is {longest_side}; allowed are 0 (keep all sizes) and more")
     root = Path(root).absolute()
     path = _find_map(root) if map_file is None else Path(map_file).absolute()
     items = [*_train_items(root), *_val_items(Path(val_images).absolute(), Path(val_masks).absolute())]

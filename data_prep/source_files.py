@@ -70,6 +70,10 @@ class ImageForm:
     remedy: str = "fetch it again, or drop it from the list"
     """What to do about a file that is missing or damaged."""
 
+    def __post_init__(self) -> None:
+        if self.longest_side is not None and self.longest_side < 1:
+            raise DataError(f"--longest-side is {self.longest_side}; allowed are 0 (keep all sizes) and more")
+
     def measure(self, path: Path) -> tuple[tuple[int, int], bool]:
         """Width and height that the image has in the shards, and whether the file is copied into them as it is.
 
@@ -82,9 +86,8 @@ class ImageForm:
             size = self._size(image)
             fitting = self._fit(size)
             plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not self._turned(image)
-            image.draft(
-                "L", (1, 1)
-            )  # a JPEG is read to its end for the smallest picture too, in two thirds of the time
+            # A JPEG is read to its end for the smallest picture too, in two thirds of the time.
+            image.draft("L", (1, 1))
             image.load()
             return fitting, plain and fitting == size
 

@@ -180,6 +180,21 @@ def test_masks_are_copied_unless_they_must_be_written_anew(photos: Path) -> None
         assert np.array_equal(np.asarray(image), stripes([0, 1]))
 
 
+def test_large_images_are_scaled_down_with_their_masks(photos: Path) -> None:
+    noise(4, 60, 160).save(photos / "images" / "wide.jpg")
+    Image.fromarray(stripes([1, 0, 255, 2], 60, 160)).save(photos / "masks" / "wide.png")
+    make(photos, masks=photos / "masks", classes=["cat", "dog"], longest_side=40)
+    with tarfile.open(photos / "out" / "train-000000.tar") as archive:
+        files = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
+    for key, size, ids in (("wide", (40, 15), [1, 0, 255, 2]), ("one", (30, 20), [0, 1])):
+        with Image.open(io.BytesIO(files[f"{key}.jpg"])) as image:
+            assert image.size == size
+        with Image.open(io.BytesIO(files[f"{key}.png"])) as mask:
+            assert np.array_equal(np.asarray(mask), stripes(ids, *size[::-1]))
+    assert files["one.jpg"] == (photos / "images" / "one.jpg").read_bytes()
+    assert " --longest-side 40 " in load_dataset(photos / "out").info.made_by
+
+
 def test_command_makes_shards_that_its_own_record_makes_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (photos / "few.txt").write_text("one\n")
     (photos / "val.txt").write_text("two\n")
@@ -192,7 +207,7 @@ def test_command_makes_shards_that_its_own_record_makes_again(photos: Path, monk
 
     options = ["--masks", str(photos / "masks"), "--classes", "cat,dog", "--unlabelled", "--name", "mine"]
     options += ["--subset", f"few={photos / 'few.txt'}", "--split", f"val={photos / 'val.txt'}", "--shards", "1"]
-    options += ["--seed", "2"]
+    options += ["--seed", "2", "--longest-side", "25"]
     assert run("--images", str(photos / "images"), "--out", str(photos / "first"), *options) == 0
     assert rows(photos / "first")["two"][0] == "val"
     program, script, *recorded = shlex.split(load_dataset(photos / "first").info.made_by)
@@ -247,6 +262,7 @@ class TestRefusals:
         self.refuse(photos, r"labels \['cat'\]; the classes are ant, bee", labels=table, classes=["ant", "bee"])
         self.refuse(photos, "four.jpg has no mask and no line in .*--unlabelled", labels=table, classes=["cat"])
         self.refuse(photos, "nothing names the classes", unlabelled=True)
+        self.refuse(photos, "--longest-side is -1", masks=masks, classes=["cat", "dog"], longest_side=-1)
         few = {"few": photos / "palette.txt"}
         self.refuse(
             photos, r"lists 4 image\(s\) that are in no split", masks=masks, classes=["cat", "dog"], subsets=few
