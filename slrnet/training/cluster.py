@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ __all__ = ["ClusterError", "Workers", "await_lost_nodes", "cluster_resources", "
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 LOOK_EVERY = 5.0
 """Seconds between two looks at a cluster that is to grow."""
+_GCS_ADDRESS = re.compile(r"[^/\s]+:\d+")
 
 
 class ClusterError(ValueError):
@@ -49,14 +51,21 @@ def cluster_resources() -> tuple[int, int]:
     import ray
 
     if not ray.is_initialized():
-        paths = [str(PROJECT_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        ray.init(
-            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}},
-            log_to_driver=True,
-            logging_level="warning",
-        )
+        ray.init(runtime_env={"env_vars": _environment()}, log_to_driver=True, logging_level="warning")
     have = ray.cluster_resources()
     return int(have.get("CPU", 0)), int(have.get("GPU", 0))
+
+
+def _environment() -> dict[str, str]:
+    """What all processes of a run have in their environment.
+
+    Ray gives a job its cluster's address, but not the actors that the job starts: that of Ray Train which frees a dead
+    run's cores would take whichever cluster began last on its machine for its own, and find its run dead there.
+    """
+    paths = [str(PROJECT_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    address = os.environ.get("RAY_ADDRESS", "")
+    return environment | ({"RAY_ADDRESS": address} if _GCS_ADDRESS.fullmatch(address) else {})
 
 
 def plan_workers(

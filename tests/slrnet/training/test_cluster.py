@@ -96,6 +96,22 @@ def test_what_is_there_is_not_waited_for(cluster: dict[str, Any]) -> None:
     assert cluster["now"] == 0
 
 
+@pytest.mark.parametrize(("address", "passed_on"), [("10.0.0.1:6379", True), ("auto", False), ("ray://x:10001", False)])
+def test_all_processes_of_a_run_know_their_cluster(
+    address: str, passed_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may run on the same machine."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **options: asked.update(options))
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0})
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert cluster_module.cluster_resources() == (3, 0)
+    environment = asked["runtime_env"]["env_vars"]
+    assert str(cluster_module.PROJECT_ROOT) in environment["PYTHONPATH"]
+    assert environment.get("RAY_ADDRESS") == (address if passed_on else None)
+
+
 @pytest.mark.parametrize("noticed", [True, False])
 def test_it_waits_until_ray_has_noticed_that_a_node_is_gone(monkeypatch: pytest.MonkeyPatch, noticed: bool) -> None:
     with socket.create_server(("127.0.0.1", 0)) as answering, socket.create_server(("127.0.0.1", 0)) as gone:
