@@ -21,7 +21,7 @@ from data_prep.workers import Workers
 from slrnet.completion import parse
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 
-__all__ = ["Output", "Source", "add_arguments", "convert_items", "parse_named_files", "run_command"]
+__all__ = ["Output", "Source", "add_arguments", "add_longest_side", "convert_items", "parse_named_files", "run_command"]
 
 Item = TypeVar("Item", contravariant=True)
 
@@ -172,6 +172,17 @@ def _scan(source: Source[Item], item: Item) -> Sample | str:
 
 
 # Command line.
+
+
+def add_longest_side(parser: argparse.ArgumentParser, *, default: int) -> None:
+    """Adds the option of scripts that scale large images down, for `ImageForm.longest_side`."""
+    parser.add_argument(
+        "--longest-side",
+        type=int,
+        default=default,
+        metavar="N",
+        help="scale larger images down to N pixels; 0 keeps all sizes (default: %(default)s)",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -> None:

@@ -39,7 +39,7 @@ import numpy.typing as npt
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.conversion import Output, add_arguments, convert_items, parse_named_files, run_command
+from data_prep.conversion import Output, add_arguments, add_longest_side, convert_items, parse_named_files, run_command
 from data_prep.shard_writer import Sample, check_output
 from data_prep.source_files import (
     ImageForm,
@@ -448,13 +448,7 @@ def main() -> int:
     parser.add_argument(
         "--unlabelled", action="store_true", help="take images with neither a mask nor a line as unlabelled ones"
     )
-    parser.add_argument(
-        "--longest-side",
-        type=int,
-        default=0,
-        metavar="N",
-        help="scale larger images down to N pixels; 0 keeps all sizes (default: %(default)s)",
-    )
+    add_longest_side(parser, default=0)
     add_arguments(parser, name="folder")
     return run_command(parser, _make)
 

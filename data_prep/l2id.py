@@ -35,7 +35,7 @@ import numpy.typing as npt
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.conversion import Output, add_arguments, convert_items, run_command
+from data_prep.conversion import Output, add_arguments, add_longest_side, convert_items, run_command
 from data_prep.shard_writer import Sample, check_output
 from data_prep.source_files import (
     ImageForm,
@@ -253,13 +253,7 @@ def main() -> int:
     parser.add_argument("--val-images", type=Path, metavar="DIR", help="the challenge's validation images")
     parser.add_argument("--val-masks", type=Path, metavar="DIR", help="their raw masks")
     parser.add_argument("--map-file", type=Path, metavar="FILE", help="the devkit's map_det.txt")
-    parser.add_argument(
-        "--longest-side",
-        type=int,
-        default=LONGEST_SIDE,
-        metavar="N",
-        help="scale larger images down to N pixels; 0 keeps all sizes (default: %(default)s)",
-    )
+    add_longest_side(parser, default=LONGEST_SIDE)
     add_arguments(parser, name="l2id")
     return run_command(parser, _make)
 

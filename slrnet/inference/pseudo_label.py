@@ -102,16 +102,16 @@ def launch_pseudo_labels(
     if finished is None:
         _check_free(out)
         partial = _open_partial(out, job)
-        todo = [
+        remaining = [
             (split, entry.name)
             for split in sorted(splits)
             for entry in shards.split(split).shards
             if _finished(partial, entry.name) is None
         ]
-        values = {"config": config.model_dump(mode="json"), "folder": str(partial), "todo": todo}
+        values = {"config": config.model_dump(mode="json"), "folder": str(partial), "remaining": remaining}
         values |= {"checkpoint": str(checkpoint.path.resolve()), "data": shards.location}
         options = LaunchOptions(name=WORK, storage=partial, num_workers=num_workers, cpus_per_worker=cpus_per_worker)
-        if todo:
+        if remaining:
             run_job(_label, values, options)
         finished = _assemble(partial, shards, job)
         partial.rename(out)
@@ -332,7 +332,7 @@ def _label(values: dict[str, Any], ranks: Ranks, report: Report) -> None:
     shards = load_dataset(values["data"])
     keep_memory(ranks.device)
     network = restore_network(load_checkpoint(values["checkpoint"]), ranks.device)
-    mine = values["todo"][ranks.rank :: ranks.world_size]
+    mine = values["remaining"][ranks.rank :: ranks.world_size]
     predicted = _predict_all(*network, shards, mine, config, ranks)
     if config.evaluation.protocol == "ms_crf":
         masks: Iterable[tuple[_Source, Mask, npt.NDArray[np.float32]]] = crf_masks(
@@ -356,15 +356,15 @@ def _predict_all(
     model: Network,
     normalise: Normalise,
     shards: ShardSet,
-    todo: Sequence[tuple[str, str]],
+    remaining: Sequence[tuple[str, str]],
     config: Config,
     ranks: Ranks,
 ) -> Iterator[tuple[_Source, npt.NDArray[np.uint8], npt.NDArray[np.float32]]]:
     """The samples of some shards, in order, with image (H, W, 3) and probabilities (K, H, W) after gating."""
     protocol = config.evaluation.protocol
-    views = {split: shards.split(split) for split in {split for split, _ in todo}}
+    views = {split: shards.split(split) for split in {split for split, _ in remaining}}
     indices = {split: index_split(shards, view, on_error="stop", checksums=True) for split, view in views.items()}
-    for split, shard in todo:
+    for split, shard in remaining:
         index = indices[split]
         place = views[split].shard_names.index(shard).as_py()
         samples = range(int(index.firsts[place]), int(index.firsts[place + 1]))
