@@ -276,6 +276,7 @@ class _Delivery(Generic[Payload]):
     failure: str | None = None
 
     def pin_memory(self) -> _Delivery[Payload]:
+        """Called by torch's loader on what it hands on."""
         if not isinstance(self.payload, Batch):
             return self
         return _Delivery(self.payload.pin_memory(), self.samples, self.skipped)  # type: ignore[arg-type]
@@ -393,6 +394,7 @@ class _TrainReader:
     shuffle_buffer: int
 
     def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[_Delivery[Batch]]:
+        """The batches of a reader's steps from `start_step` on."""
         # torch asks its workers in turn, from worker 0 on: that one has to make step start_step.
         steps = range(start_step + worker, self.steps, self.readers)
         with ShardFiles(self.index) as files:
@@ -576,6 +578,7 @@ class _EvalReader:
     pixel_labels: bool
 
     def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[_Delivery[EvalSample]]:
+        """A reader's samples, whatever epoch and step."""
         with ShardFiles(self.index) as files:
             for sample in self.indices[worker :: self.readers].tolist():
                 try:
