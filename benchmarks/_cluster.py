@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from slrnet.training.run_log import read_log
+from slrnet.tracking.run_log import read_log
 
 NETWORK = (
     "model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.frozen_stages=0", "data.workers=0",

@@ -22,20 +22,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slrnet.config import Config
+from slrnet.cpu.depthwise import DepthwiseConv2d
+from slrnet.cpu.few_taps import FewTapsConv2d
+from slrnet.cpu.winograd import WinogradConv2d
 from slrnet.data.batch import Batch
-from slrnet.kernels import cross_entropy_gpu
-from slrnet.models.depthwise import DepthwiseConv2d
-from slrnet.models.few_taps import FewTapsConv2d
-from slrnet.models.network import Network
+from slrnet.distributed.process import Process
+from slrnet.distributed.watchdog import Watchdog
+from slrnet.inference.forward import predict_single_scale
+from slrnet.models.network import Network, Normalise
 from slrnet.models.slrnet import network_of
-from slrnet.models.winograd import WinogradConv2d
-from slrnet.profile import PREFIX, named_stages
-from slrnet.training.distributed import Ranks
-from slrnet.training.evaluate import predict_single_scale
+from slrnet.ops import cross_entropy_triton as cross_entropy_gpu
+from slrnet.tools.profile import PREFIX, named_stages
 from slrnet.training.optim import build_optimizer
-from slrnet.training.step import Normalise
 from slrnet.training.trainer import Trainer
-from slrnet.training.watchdog import Watchdog
 
 Kind = Literal["bf16", "tf32", "tf32x3", "fp32"]
 """What a GPU computes an operator with: tensor cores by type (`tf32x3`: three products each), or plain float32."""
@@ -75,7 +74,7 @@ class Operator:
 
     Attributes:
         name: PyTorch's, with its namespace.
-        stage: innermost range that it ran in, as in `slrnet.profile.Profile.stages`; `BETWEEN` for none.
+        stage: innermost range that it ran in, as in `slrnet.tools.profile.Profile.stages`; `BETWEEN` for none.
         source: the stage going forward whose gradient it belongs to; its own stage if it is none.
         kind: what computes it.
         flops: additions and multiplications, each counted.
@@ -246,7 +245,7 @@ def _factorize_bytes(args: tuple[Any, ...]) -> int:
 
 
 def _factorize_backward_bytes(args: tuple[Any, ...]) -> int:
-    """Passes over features, their gradients and codes as `slrnet.kernels.factorize.backward` starts them."""
+    """Passes over features, their gradients and codes as `slrnet.ops.factorize_triton.backward` starts them."""
     features, codes, steps = _size(args[0]), _size(args[1]), len(args[2])
     last = (2 + 2 + 3) * features + 2 * codes  # sums for the dictionary; for its directions; gradient of the features
     earlier = (1 + 3) * features
@@ -404,13 +403,13 @@ def _batch(
 def _trainer(config: Config, model: Network, images: int) -> Trainer:
     """As much of a trainer as takes a step: its constructor asks for data, and moves weights that are not there."""
     trainer = Trainer.__new__(Trainer)
-    trainer.config, trainer.ranks = config, Ranks()
+    trainer.config, trainer.process = config, Process()
     trainer.model = trainer.wrapped = model
     trainer.normalise = Normalise.of(model.encoder)
     trainer.optimizer = build_optimizer(model, config.optim, batch_size=images)
     for group in trainer.optimizer.param_groups:
         group["foreach"] = True  # PyTorch's choice on GPUs
-    trainer.watchdog = Watchdog(trainer.ranks, limit=0, store=None, on_hang=lambda hang: None)
+    trainer.watchdog = Watchdog(trainer.process, limit=0, store=None, on_hang=lambda hang: None)
     return trainer
 
 
@@ -424,7 +423,7 @@ def as_on_gpu() -> Iterator[None]:
         mock.patch.object(FewTapsConv2d, "_few_taps", return_value=False),
         mock.patch.object(DepthwiseConv2d, "_own_way", return_value=False),
         mock.patch("slrnet.calibration.refine._sparse_pays", return_value=False),
-        mock.patch("slrnet.models.dropout._four_at_once", return_value=False),
-        mock.patch("slrnet.data.views._pixels_lie_together", return_value=False),
+        mock.patch("slrnet.cpu.dropout._four_at_once", return_value=False),
+        mock.patch("slrnet.views.geometry._pixels_lie_together", return_value=False),
     ):
         yield

@@ -9,13 +9,14 @@ from unittest import mock
 
 import torch
 
-from slrnet.allocator import spare_memory
 from slrnet.config import Config
+from slrnet.cpu.allocator import spare_memory
 from slrnet.data.batch import Batch
 from slrnet.losses import objective, segmentation
+from slrnet.models.network import Normalise, mixed_precision
 from slrnet.models.slrnet import network_of
 from slrnet.training.optim import build_optimizer
-from slrnet.training.step import Normalise, find_pseudo_rows, mixed_precision, step_generator, step_losses
+from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 
 
 def random_batch(*, batch: int, crop: int, num_classes: int, present: int) -> Batch:

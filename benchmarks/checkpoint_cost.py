@@ -23,9 +23,9 @@ import torch  # noqa: E402
 
 from slrnet.config import Config, apply_overrides  # noqa: E402
 from slrnet.data.manifest import load_dataset  # noqa: E402
+from slrnet.distributed.process import Process  # noqa: E402
 from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
-from slrnet.training.distributed import Ranks  # noqa: E402
-from slrnet.training.tracking import NullTracker  # noqa: E402
+from slrnet.tracking.mlflow import NullTracker  # noqa: E402
 from slrnet.training.trainer import Trainer  # noqa: E402
 
 GOAL = 0.01
@@ -58,8 +58,8 @@ def _trainer(options: argparse.Namespace, folder: Path) -> Trainer:
     small = ["model.encoder_weights=none", "data.crop_size=128", "data.workers=0", "train.batch_size=4"]
     config = apply_overrides(get_recipe(options.recipe), [*small, f"data.path={folder / 'data'}", *options.set])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ranks = Ranks(device=device)
-    return Trainer(config, load_dataset(folder / "data"), ranks=ranks, folder=folder / "run", tracker=NullTracker())
+    process = Process(device=device)
+    return Trainer(config, load_dataset(folder / "data"), process=process, folder=folder / "run", tracker=NullTracker())
 
 
 def _measure(trainer: Trainer, rounds: int, steps: int) -> tuple[list[float], float]:
@@ -80,7 +80,7 @@ def _measure(trainer: Trainer, rounds: int, steps: int) -> tuple[list[float], fl
                 trainer._step(batch, step, pretraining=False)
             if saves:
                 trainer.writer.wait()  # what the steps were too short for counts
-            if trainer.ranks.device.type == "cuda":
+            if trainer.process.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[saves] = time.perf_counter() - begun
         extra.append(seconds[True] - seconds[False])

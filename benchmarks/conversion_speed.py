@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.conversion import Output
 from data_prep.folder import convert
-from data_prep.workers import Workers
+from data_prep.workers import ConversionPool
 from slrnet.data.catalog import voc_palette
 
 CLAIMED_RATE, CLAIMED_SHARE = 400.0, 0.8
@@ -147,7 +147,7 @@ def colour_masks(folder: Path) -> None:
 
 
 def read_pairs(pairs: list[tuple[Path, Path]], processes: int, *, whole: bool) -> None:
-    with Workers(processes) as workers:
+    with ConversionPool(processes) as workers:
         workers.map(partial(read_pair, whole=whole), pairs, label="reading")
 
 

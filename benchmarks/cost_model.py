@@ -28,8 +28,8 @@ from torchvision.models import resnet50
 
 from benchmarks._operators import BACKWARD, Count, Kind, Operator, count_classifier, count_step, count_validation
 from slrnet.config import Config, ConfigError
-from slrnet.data.files import written_whole
 from slrnet.recipes import get_recipe
+from slrnet.storage.files import written_whole
 
 
 @dataclass(frozen=True)

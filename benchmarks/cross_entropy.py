@@ -23,8 +23,9 @@ from torch import Tensor
 
 from benchmarks._claims import at_most
 from benchmarks._turns import parse_turns, times_in_turn
-from slrnet.kernels import SWITCH, cross_entropy_cpu
+from slrnet.cpu import cross_entropy as cross_entropy_cpu
 from slrnet.losses.segmentation import balanced_cross_entropy
+from slrnet.ops.kernels import SWITCH
 
 CLAIMED = {21: 0.5, 201: 0.25}
 CLAIMED_DIFFERENCE = 2e-5

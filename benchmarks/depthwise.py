@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from benchmarks._turns import parse_turns, times_in_turn
-from slrnet.models.depthwise import DepthwiseConv2d
-from slrnet.training.step import mixed_precision
+from slrnet.cpu.depthwise import DepthwiseConv2d
+from slrnet.models.network import mixed_precision
 
 SLACK = 0.1
 """Of what counts as not slower: timings vary."""

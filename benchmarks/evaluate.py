@@ -3,7 +3,7 @@
     python benchmarks/evaluate.py --peer-dir FOLDER
 
 FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet); its network (WideResNet-38, random weights) and the
-loop of its tools/infer_voc.py run here on the CPU, its weights are read into ours by slrnet.inference.released_weights.
+loop of its tools/infer_voc.py run here on the CPU, its weights are read into ours by slrnet.tools.convert_weights.
 Timed from the decoded image to the mask: `ss` (one scale, not mirrored) and `ms` (five scales, each also mirrored), by
 both codes in turn, each in a process of its own as its commands run it. Without the option only this project's times
 are printed. Ours runs in float32, as it does unless told otherwise, and by `evaluation.precision=auto`, which is
@@ -27,17 +27,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from slrnet.tools.predict import predictor_of
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._released import released_network
 from benchmarks._sides import run_in_turn, serve_side
-from slrnet.allocator import keep_memory
+from slrnet.checkpoints.checkpoint import Checkpoint, restore_model
 from slrnet.config import Protocol
-from slrnet.inference.predictor import Predictor
-from slrnet.inference.released_weights import released_checkpoint
+from slrnet.cpu.allocator import keep_memory
 from slrnet.models.encoders import IMAGENET_MEAN, IMAGENET_STD
-from slrnet.search import apply_values
-from slrnet.training.checkpoint import Checkpoint, restore_model
+from slrnet.sweeps.space import apply_values
+from slrnet.tools.convert_weights import released_checkpoint
 
 CLAIMED_TIME = 0.6
 CLAIMED_DIFFERENCE = 1e-4
@@ -119,9 +120,9 @@ def compare(peer_dir: Path) -> bool:
 
 def our_checkpoint(peer: nn.Module | None) -> Checkpoint:
     """The released network's weights as ours; without it, random ones in the same network."""
-    from slrnet.inference.released_weights import _released_config
+    from slrnet.checkpoints.checkpoint import TrainState
     from slrnet.models.slrnet import build_model
-    from slrnet.training.checkpoint import TrainState
+    from slrnet.tools.convert_weights import _released_config
 
     if peer is not None:
         with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +138,7 @@ def our_checkpoint(peer: nn.Module | None) -> Checkpoint:
 
 def ours(checkpoint: Checkpoint, protocol: Protocol, precision: str) -> Infer:
     config = apply_values(checkpoint.config, {"evaluation.precision": precision})
-    predictor = Predictor(replace(checkpoint, config=config), protocol=protocol, device="cpu")
+    predictor = predictor_of(replace(checkpoint, config=config), protocol=protocol, device="cpu")
     return lambda image: predictor(image).mask
 
 

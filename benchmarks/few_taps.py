@@ -21,7 +21,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._turns import parse_turns, times_in_turn
-from slrnet.models.few_taps import _FewTaps
+from slrnet.cpu.few_taps import _FewTaps
 
 CASES = (
     (2, 4096, 41, (12, 24, 36)), (2, 4096, 21, (12, 24, 36)), (8, 320, 12, (6, 12, 18)), (8, 320, 6, (6, 12, 18)),

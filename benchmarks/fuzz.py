@@ -36,14 +36,7 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from slrnet.config import Config, ConfigError, apply_overrides, config_from_dict  # noqa: E402
 from slrnet.data.batch import EvalSample  # noqa: E402
-from slrnet.data.manifest import (  # noqa: E402
-    DATASET_FILE,
-    MANIFEST_FILE,
-    DataError,
-    ManifestWriter,
-    fingerprint,
-    load_dataset,
-)
+from slrnet.data.manifest import DATASET_FILE, MANIFEST_FILE, DataError, ManifestWriter, fingerprint, load_dataset  # noqa: E402
 from slrnet.data.shards import EvalLoader  # noqa: E402
 from slrnet.recipes import RECIPES  # noqa: E402
 

@@ -34,17 +34,17 @@ from benchmarks._operators import BACKWARD, Count, count_step
 from benchmarks.cost_model import GPUS, INNER, Gpu, seconds
 from data_prep.demo import CLASSES, MAX_OBJECTS, build_demo
 from slrnet.config import Config, ConfigError, apply_overrides
-from slrnet.data.files import written_whole
 from slrnet.data.manifest import DataError, load_dataset
-from slrnet.profile import PREFIX, named_stages
+from slrnet.distributed.process import Process
 from slrnet.recipes import get_recipe
-from slrnet.training.distributed import Ranks
-from slrnet.training.tracking import NullTracker
+from slrnet.storage.files import written_whole
+from slrnet.tools.profile import PREFIX, named_stages
+from slrnet.tracking.mlflow import NullTracker
 from slrnet.training.trainer import Trainer
 
 WARM_UP = 5
 """Steps that are not measured: libraries choose their kernels, and Triton compiles its own."""
-RANGES = ("slrnet.training.step", "slrnet.training.trainer", "slrnet.profile")
+RANGES = ("slrnet.training.step", "slrnet.training.trainer", "slrnet.tools.profile")
 """Modules whose ranges for the profiler are the stages."""
 PARTS = tuple(stage for stage in INNER if stage != "network")
 
@@ -115,9 +115,9 @@ def measure(config: Config, *, steps: int, device: str, clock: Clock) -> Measure
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         for module in RANGES:
             stack.enter_context(mock.patch(f"{module}.record_function", watch))
-        ranks = Ranks(device=torch.device(device))
+        process = Process(device=torch.device(device))
         shards = load_dataset(config.data.path)
-        trainer = Trainer(config, shards, ranks=ranks, folder=Path(folder), tracker=NullTracker())
+        trainer = Trainer(config, shards, process=process, folder=Path(folder), tracker=NullTracker())
         stack.enter_context(named_stages(trainer.model))
         taken = trainer.try_steps(steps + WARM_UP)
         for _ in range(WARM_UP):

@@ -28,8 +28,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from slrnet.kernels import cross_entropy_gpu
-from slrnet.kernels import factorize as kernels
+from slrnet.ops import cross_entropy_triton as cross_entropy_gpu
+from slrnet.ops import factorize_triton as kernels
 
 SHAPES = ((256, 21), (256, 81), (512, 201))
 CLAIMED_TRAFFIC = 1.15

@@ -34,10 +34,10 @@ from slrnet.config import ViewsConfig
 from slrnet.data import transforms
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import voc_palette
-from slrnet.data.colour import apply_colour, draw_colour
 from slrnet.data.manifest import load_dataset
 from slrnet.data.shards import TrainLoader, prepare_reader
 from slrnet.data.transforms import decode_image
+from slrnet.views.colour import apply_colour, draw_colour
 
 CLAIMED_RATIO, CLAIMED_SHARE = 4.0, 0.8
 SIZE, CROP, BATCH, SCALE = (500, 375), 321, 16, (0.9, 1.0)

@@ -136,11 +136,11 @@ def _config(folder: Path, epochs: int) -> Config:
     return apply_overrides(demo(), [*SETTINGS, f"train.epochs={epochs}", f"data.path={folder.parent / 'data'}"])
 
 
-def train(values: dict[str, Any], ranks: Any, report: Any) -> None:
+def train(values: dict[str, Any], process: Any, report: Any) -> None:
     """The loop of both sides."""
     from slrnet.config import config_from_dict
     from slrnet.data.manifest import load_dataset
-    from slrnet.training.tracking import NullTracker
+    from slrnet.tracking.mlflow import NullTracker
     from slrnet.training.trainer import Trainer
 
     config, folder = config_from_dict(values["config"]), Path(values["folder"])
@@ -156,9 +156,9 @@ def train(values: dict[str, Any], ranks: Any, report: Any) -> None:
 
     begun = time.process_time()
     shards = load_dataset(config.data.path)
-    trainer = Trainer(config, shards, ranks=ranks, folder=folder, tracker=NullTracker())
+    trainer = Trainer(config, shards, process=process, folder=folder, tracker=NullTracker())
     trainer.fit(report=note)
-    if ranks.is_main:
+    if process.is_main:
         speeds = [IMAGES / (end - begin) for begin, end in pairwise(times[:-1])]  # the last one is measured too
         found = {"speeds": speeds, "reporting": statistics.median(spent), "busy": time.process_time() - begun}
         (folder / "speeds.json").write_text(json.dumps(found), encoding="utf-8")
@@ -172,7 +172,7 @@ def _keep_to(cores: int) -> None:
 
 
 def _through_ray(values: dict[str, Any], workers: int) -> None:
-    from slrnet.training.ray_loop import LaunchOptions, run_job
+    from slrnet.launch.train import LaunchOptions, run_job
 
     folder = Path(values["folder"])
     run_job(
@@ -184,12 +184,12 @@ def _under_torchrun(values: dict[str, Any]) -> None:
     import torch
     import torch.distributed as dist
 
-    from slrnet.training.distributed import current_ranks, tune_process
-    from slrnet.training.ray_loop import Report
+    from slrnet.distributed.process import configure_process, current_process
+    from slrnet.launch.train import Report
 
     dist.init_process_group("gloo")
-    tune_process(int(os.environ["OMP_NUM_THREADS"]))
-    train(values, current_ranks(torch.device("cpu")), Report())
+    configure_process(int(os.environ["OMP_NUM_THREADS"]))
+    train(values, current_process(torch.device("cpu")), Report())
     dist.destroy_process_group()
 
 

@@ -34,11 +34,12 @@ from benchmarks._ours import no_pixel_left_out, our_step, random_batch
 from benchmarks._sides import Seen, run_in_turn, serve_side
 from benchmarks._turns import times_in_turn
 from slrnet.config import Config
+from slrnet.models.network import Normalise, mixed_precision
 from slrnet.models.slrnet import network_of
 from slrnet.recipes import voc_wsss, voc_wsss_lite
-from slrnet.search import apply_values
+from slrnet.sweeps.space import apply_values
 from slrnet.training.optim import build_optimizer
-from slrnet.training.step import Normalise, find_pseudo_rows, losses_of, make_views, mixed_precision, step_generator
+from slrnet.training.step import find_pseudo_rows, losses_of, make_views, step_generator
 
 PARTS = ("wide", "lite", "classes", "views", "share")
 SCALES = {2: (1.0, 0.5), 3: (1.0, 0.5, 0.75)}

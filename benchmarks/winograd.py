@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks._turns import parse_turns, times_in_turn
-from slrnet.models.winograd import WinogradConv2d
+from slrnet.cpu.winograd import WinogradConv2d
 
 CLAIMED, CLAIMED_DIFFERENCE, FROM_CHANNELS = 1.5, 3e-5, 256
 SHAPES = ((128, 128, 1, 120, 160), (256, 256, 1, 60, 80), (512, 512, 1, 30, 40), (512, 1024, 2, 30, 40))

@@ -101,14 +101,14 @@ def _train(folder: Path, options: argparse.Namespace) -> None:
 
     from slrnet.config import apply_overrides
     from slrnet.data.manifest import load_dataset
+    from slrnet.distributed.process import configure_process, current_process
     from slrnet.recipes import voc_wsss_lite
-    from slrnet.training.distributed import current_ranks, tune_process
-    from slrnet.training.tracking import NullTracker
+    from slrnet.tracking.mlflow import NullTracker
     from slrnet.training.trainer import Trainer
 
     dist.init_process_group("gloo")
-    tune_process(1)
-    ranks, data = current_ranks(torch.device("cpu")), folder.parent / "shards"
+    configure_process(1)
+    process, data = current_process(torch.device("cpu")), folder.parent / "shards"
     own = [f"train.epochs={options.epochs + 1}", f"train.batch_size={options.batch}", f"data.path={data}"]
     own.append(f"train.precision={options.precision}")
     config = apply_overrides(voc_wsss_lite(), [*SETTINGS, *own])
@@ -117,9 +117,9 @@ def _train(folder: Path, options: argparse.Namespace) -> None:
     def note(metrics: Mapping[str, float]) -> None:
         seen.append({name: value for name, value in metrics.items() if name.startswith("speed/")})
 
-    trainer = Trainer(config, load_dataset(data), ranks=ranks, folder=folder, tracker=NullTracker())
+    trainer = Trainer(config, load_dataset(data), process=process, folder=folder, tracker=NullTracker())
     trainer.fit(report=note, until=options.epochs)  # not to the end, which would be measured too
-    if ranks.is_main:
+    if process.is_main:
         (folder / "seen.json").write_text(json.dumps(seen[1:]), encoding="utf-8")  # the first epoch warms up
     dist.destroy_process_group()
 

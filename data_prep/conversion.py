@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.shard_writer import Sample, check_output, report_problems, verify, write_dataset
-from data_prep.workers import Workers
+from data_prep.workers import ConversionPool
 from slrnet.completion import parse
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 
@@ -129,7 +129,7 @@ def convert_items(
     assert output.name is not None
     assert output.made_by is not None
     check_output(output.folder)
-    with Workers(output.processes) as workers:
+    with ConversionPool(output.processes) as workers:
         samples = _scanned(source, items, workers, skip_damaged=output.skip_damaged)
         if not keep_background:
             kept = [sample for sample in samples if sample.classes != ()]
@@ -150,7 +150,9 @@ def convert_items(
         )
 
 
-def _scanned(source: Source[Item], items: Sequence[Item], workers: Workers, *, skip_damaged: bool) -> list[Sample]:
+def _scanned(
+    source: Source[Item], items: Sequence[Item], workers: ConversionPool, *, skip_damaged: bool
+) -> list[Sample]:
     """What is to be written; damaged images are named, and left out or refused."""
     scanned = workers.map(partial(_scan, source), items, label="reading")
     problems = [result for result in scanned if isinstance(result, str)]
@@ -242,7 +244,7 @@ def run_command(parser: argparse.ArgumentParser, make: Callable[[argparse.Namesp
         return 130
     counts = ", ".join(f"{count} {split}" for split, count in info.counts.items())
     print(f"wrote {args.out}: {counts} samples, {info.num_classes} classes, fingerprint {info.fingerprint[:12]}")
-    print(f"look at it: python -m slrnet.data.browse {shlex.quote(str(args.out))}")
+    print(f"look at it: python -m slrnet.tools.browse {shlex.quote(str(args.out))}")
     return 0
 
 

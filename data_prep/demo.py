@@ -35,7 +35,7 @@ if not __package__:  # run as a script: the folder above holds both packages
 from data_prep import voc
 from data_prep.conversion import Output, add_arguments, run_command
 from data_prep.shard_writer import check_output
-from data_prep.workers import Workers
+from data_prep.workers import ConversionPool
 from slrnet.data.catalog import BACKGROUND, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
@@ -139,7 +139,7 @@ def write_voc_folder(
         keys = [f"{split}_{index:05d}" for index in range(count)]
         (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(keys) + "\n", encoding="utf-8")
         pictures += [(key, (seed, split == "val", index)) for index, key in enumerate(keys)]
-    with Workers(processes) as workers:
+    with ConversionPool(processes) as workers:
         workers.map(partial(_write_picture, root, image_size), pictures, label="drawing")
 
 

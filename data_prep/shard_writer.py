@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_prep.workers import Workers
+from data_prep.workers import ConversionPool
 from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, ShardEntry, SplitView, load_dataset, save_dataset
 from slrnet.data.tars import ShardWriter, tar_end, tar_members
 
@@ -126,7 +126,7 @@ def write_dataset(
     samples_per_shard: int = 128,
     shards: int | None = None,
     seed: int = 0,
-    workers: Workers | None = None,
+    workers: ConversionPool | None = None,
 ) -> DatasetInfo:
     """Writes samples as tar shards with manifest and description; the folder appears when all is written.
 
@@ -153,7 +153,7 @@ def write_dataset(
     with _appears_whole(target) as folder:
         tasks = [_WriteTask(folder / shard, tuple(members), encode) for shard, members in plan]
         weights = [len(task.samples) for task in tasks]
-        parts = (workers or Workers(1)).map(_write_shard, tasks, weights=weights, label="writing")
+        parts = (workers or ConversionPool(1)).map(_write_shard, tasks, weights=weights, label="writing")
         return save_dataset(
             folder, pa.concat_tables(parts), name=name, classes=classes, palette=palette, made_by=made_by
         )
@@ -176,7 +176,7 @@ def verify(folder: str | os.PathLike[str], *, processes: int = 1) -> list[Damage
     views = [dataset.split(split) for split in dataset.splits]
     tasks = [_verify_task(view, place, entry) for view in views for place, entry in enumerate(view.shards)]
     weights = [len(task.keys) for task in tasks]
-    with Workers(processes) as workers:
+    with ConversionPool(processes) as workers:
         found = workers.map(_verify_shard, tasks, weights=weights, label="verifying")
     strangers = sorted({path.name for path in dataset.folder.glob("*.tar")} - {task.path.name for task in tasks})
     damages = [damage for part in found for damage in part]

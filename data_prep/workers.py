@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from slrnet.data.manifest import DataError
 
-__all__ = ["Workers"]
+__all__ = ["ConversionPool"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,7 +26,7 @@ _SHARES = 32
 """Parts for each process that a pass is cut into at least, so that all end at about the same time."""
 
 
-class Workers:
+class ConversionPool:
     """Worker processes that start when there is work, and serve one pass over the images after the other.
 
     Used as a context they end with it. Upon any failure they have ended before the caller goes on to clean up.

@@ -60,7 +60,7 @@ def storage(text: str) -> str:
 
 def places_of(storage: str) -> tuple[Path, str]:
     """The folder of this machine for runs, and the location in an object store that it is copied to, or ""."""
-    from slrnet.data.remote import cached
+    from slrnet.storage.remote import cached
 
     return (cached(storage), storage) if "://" in storage else (Path(storage), "")
 

@@ -24,7 +24,7 @@ from types import FrameType
 
 import psutil
 
-from slrnet.training.tracking import environment_tags
+from slrnet.tracking.mlflow import environment_tags
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"
@@ -165,8 +165,8 @@ def conclude(name: str) -> None:
         print(f"picture (image, raw, refined, pseudo label, truth): {overlay}")
     python = Path(sys.executable)
     shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
-    print(f"MLflow page: {shown} -m slrnet.dashboard --storage {RUNS}")
-    print(f"masks of your own images, in a page: {shown} -m slrnet.app {RUNS / name}")
+    print(f"MLflow page: {shown} -m slrnet.tools.dashboard --storage {RUNS}")
+    print(f"masks of your own images, in a page: {shown} -m slrnet.tools.app {RUNS / name}")
 
 
 if __name__ == "__main__":

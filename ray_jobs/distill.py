@@ -21,9 +21,9 @@ from slrnet.config import Config  # noqa: E402
 
 def check(config: Config) -> None:
     """Refuses data that are not what a distillation is of, and says how good the teacher is."""
-    from slrnet.inference.pseudo_label import read_record
+    from slrnet.checkpoints.checkpoint import load_checkpoint
+    from slrnet.launch.pseudo_label import read_record
     from slrnet.models.deeplab import require_deeplab
-    from slrnet.training.checkpoint import load_checkpoint
 
     require_deeplab()
     record = read_record(Path(config.data.path))

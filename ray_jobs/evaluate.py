@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ray_jobs.exit_codes import exit_code  # noqa: E402
+from slrnet.checkpoints.run_store import run_argument  # noqa: E402
 from slrnet.completion import parse  # noqa: E402
 from slrnet.config import GATINGS, PROTOCOLS, apply_overrides  # noqa: E402
-from slrnet.training.run_store import run_argument  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -45,11 +45,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    from slrnet.checkpoints.checkpoint import load_checkpoint
     from slrnet.data.manifest import load_dataset
-    from slrnet.inference.evaluation import launch_evaluation
-    from slrnet.training.checkpoint import load_checkpoint
-    from slrnet.training.ray_loop import LaunchOptions
-    from slrnet.training.summary import quality_table
+    from slrnet.launch.evaluation import launch_evaluation
+    from slrnet.launch.train import LaunchOptions
+    from slrnet.tracking.summary import quality_table
 
     checkpoint = load_checkpoint(options.checkpoint.expanduser())
     changes = [f"evaluation.protocol={options.protocol}"]

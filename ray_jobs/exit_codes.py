@@ -27,7 +27,7 @@ def exit_code(run: Callable[[], None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from slrnet.training.ray_loop import TrainingError  # takes seconds: not before there is something to look at
+        from slrnet.launch.train import TrainingError  # takes seconds: not before there is something to look at
 
         if not isinstance(error, TrainingError):
             raise

@@ -16,9 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from ray_jobs.exit_codes import exit_code  # noqa: E402
+from slrnet.checkpoints.run_store import run_argument  # noqa: E402
 from slrnet.completion import parse  # noqa: E402
 from slrnet.config import GATINGS, PROTOCOLS, apply_overrides  # noqa: E402
-from slrnet.training.run_store import run_argument  # noqa: E402
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -42,10 +42,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def pseudo_label(options: argparse.Namespace) -> None:
+    from slrnet.checkpoints.checkpoint import load_checkpoint
     from slrnet.data.manifest import load_dataset
     from slrnet.data.voc_folder import check_voc_folder, write_voc_folder
-    from slrnet.inference.pseudo_label import launch_pseudo_labels
-    from slrnet.training.checkpoint import load_checkpoint
+    from slrnet.launch.pseudo_label import launch_pseudo_labels
 
     checkpoint = load_checkpoint(options.checkpoint.expanduser())
     changes = [f"evaluation.protocol={options.protocol}", f"evaluation.gating={options.gating}", *options.set]

@@ -40,7 +40,7 @@ def parse_arguments(about: str | None) -> argparse.Namespace:
 
 
 def build_config(options: argparse.Namespace, storage: Path, remote: str, recipe: str) -> Config:
-    from slrnet.training.ray_loop import resume_config
+    from slrnet.launch.train import resume_config
 
     if options.resume and not (options.recipe or options.config):
         config = resume_config(storage, options.resume, remote=remote)
@@ -64,8 +64,8 @@ def demo_data(storage: Path) -> str:
 def train(options: argparse.Namespace, recipe: str, check: Callable[[Config], None]) -> None:
     storage, remote = places_of(options.storage)
     check(config := build_config(options, storage, remote, recipe))  # before PyTorch and Ray, which take seconds
-    from slrnet.training.ray_loop import LaunchOptions, launch
-    from slrnet.training.summary import quality_table
+    from slrnet.launch.train import LaunchOptions, launch
+    from slrnet.tracking.summary import quality_table
 
     run = LaunchOptions(
         name=options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",

@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ray_jobs.arguments import add_storage, data_location, parse
 from ray_jobs.exit_codes import exit_code
-from slrnet.ablations import ABLATIONS
 from slrnet.config import apply_overrides, load_config
-from slrnet.recipes import RECIPES, get_recipe, get_space
-from slrnet.search import DEFAULT_SPACE, space_with
+from slrnet.recipes import RECIPES, get_recipe
+from slrnet.sweeps.ablations import ABLATIONS
+from slrnet.sweeps.space import DEFAULT_SPACE, get_space, space_with
 
 if TYPE_CHECKING:
-    from slrnet.training.sweep_plan import SweepPlan
+    from slrnet.sweeps.plan import SweepPlan
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -68,7 +68,7 @@ def build_plan(args: argparse.Namespace) -> SweepPlan:
     data = [f"data.path={args.data}"] if args.data else []
     tracking = [f"tracking.uri={args.tracking_uri}"] if args.tracking_uri else []
     config = apply_overrides(config, [*data, *tracking, *args.set])
-    from slrnet.training.sweep_plan import SweepOptions, may_change, plan_sweep
+    from slrnet.sweeps.plan import SweepOptions, may_change, plan_sweep
 
     base = get_space(config.recipe) if config.recipe in RECIPES else DEFAULT_SPACE
     space = space_with([domain for domain in base if args.scheduler != "pbt" or may_change(domain.key)], args.search)
@@ -79,8 +79,8 @@ def build_plan(args: argparse.Namespace) -> SweepPlan:
 
 
 def tune(args: argparse.Namespace) -> None:
-    from slrnet.training.ray_sweep import run_sweep
-    from slrnet.training.sweep_plan import describe, estimate, resume_plan
+    from slrnet.sweeps.plan import describe, estimate, resume_plan
+    from slrnet.sweeps.run import run_sweep
 
     plan = resume_plan(args.storage, args.resume) if args.resume else build_plan(args)
     print(describe(plan), flush=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slrnet.version import __version__
+
 if TYPE_CHECKING:
     import torch
 
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from slrnet.inference.predictor import Predictor
 
 __all__ = ["__version__", "load"]
-
-__version__ = "0.1.0"
 
 
 def load(
@@ -35,9 +35,6 @@ def load(
         CheckpointError: the checkpoint is missing or damaged.
         ValueError: an unknown protocol, `ms_crf` without its extra, or a configuration that gates by true image labels.
     """
-    from slrnet.inference.predictor import Predictor
-    from slrnet.training.checkpoint import load_checkpoint
-    from slrnet.training.run_store import local_run
+    from slrnet.tools.predict import load_predictor
 
-    where = local_run(str(checkpoint)) if "://" in str(checkpoint) else Path(checkpoint).expanduser()
-    return Predictor(load_checkpoint(where), protocol=protocol, device=device)
+    return load_predictor(checkpoint, protocol=protocol, device=device)

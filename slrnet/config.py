@@ -385,7 +385,7 @@ class TrackingConfig(_Section):
     experiment: str = "slrnet"
     """MLflow experiment."""
     gpu_interval: NonNegativeFloat = 1.0
-    """Seconds between two looks at each worker's GPU; 0 for none. `slrnet/training/gpu_monitor.py` has the figures."""
+    """Seconds between two looks at each worker's GPU; 0 for none. `slrnet/tracking/gpu_monitor.py` has the figures."""
 
 
 class Config(_Section):

@@ -25,7 +25,6 @@ from slrnet.config import (
     ViewsConfig,
     WeightsConfig,
 )
-from slrnet.search import DEFAULT_SPACE, Domain
 
 __all__ = [
     "RECIPES",
@@ -34,7 +33,6 @@ __all__ = [
     "coco_wsss_lite",
     "demo",
     "get_recipe",
-    "get_space",
     "l2id_wsss",
     "l2id_wsss_lite",
     "voc_distill",
@@ -307,24 +305,6 @@ def get_recipe(name: str) -> Config:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(f"unknown recipe {name!r}; {hint}known are {', '.join(RECIPES)}")
     return RECIPES[name]()
-
-
-def get_space(name: str) -> tuple[Domain, ...]:
-    """The search space of a recipe: what `ray_jobs/tune.py` tries unless told otherwise.
-
-    Raises:
-        ConfigError: there is no recipe of that name.
-    """
-    config = get_recipe(name)
-    if not config.cvlr.enabled:
-        return (
-            Domain("optim.lr", "loguniform", (2e-4, 5e-3)),
-            Domain("optim.weight_decay", "loguniform", (1e-5, 1e-3)),
-        )
-    if config.setting == "sss":  # thresholds keep less where no image label rules a class out
-        gamma = Domain("calibration.confidence_threshold", "uniform", (0.5, 0.95))
-        return tuple(gamma if domain.key == gamma.key else domain for domain in DEFAULT_SPACE)
-    return DEFAULT_SPACE
 
 
 def _lite(recipe: str, *, setting: Setting = "wsss", **sections: dict[str, Any]) -> Config:

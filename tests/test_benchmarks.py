@@ -38,9 +38,9 @@ def test_sections_that_are_not_measured_again_stay() -> None:
 
 
 def test_the_simulated_ranks_share_an_epoch_of_the_loaders_own_making() -> None:
-    found = scale.division(shards=5, samples=9, ranks=3, readers=2, batch=7)
+    found = scale.division(shards=5, samples=9, process=3, readers=2, batch=7)
     assert found == {"drawn": 42, "twice": 0, "left": 3, "least": 12, "most": 18, "steps": 6}
-    whole = scale.plan(shards=50, samples=9, ranks=2, rank=1)
+    whole = scale.plan(shards=50, samples=9, process=2, rank=1)
     assert whole["steps"] == 450 // (2 * scale.SHARE)
     assert scale.slices(shards=2) == {"missing": 0, "twice": 0, "seconds": pytest.approx(0, abs=60)}
 

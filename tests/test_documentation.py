@@ -118,9 +118,9 @@ def test_a_wrong_option_is_found() -> None:
 SCRIPTS = [
     *(f"data_prep.{name}" for name in ("coco", "demo", "folder", "l2id", "voc")),
     *(f"ray_jobs.{name}" for name in ("distill", "evaluate", "pseudo_label", "train", "tune")),
-    *(f"slrnet.{name}" for name in ("codes", "dashboard", "predict", "data.browse", "data.class_balance")),
-    *(f"slrnet.{name}.__main__" for name in ("app", "figures", "report")),
-    *(f"slrnet.inference.{name}" for name in ("export", "released_weights", "voc_archive")),
+    *(f"slrnet.tools.{name}" for name in ("browse", "class_balance", "codes", "dashboard", "export", "predict")),
+    *(f"slrnet.tools.{name}" for name in ("convert_weights", "voc_archive")),
+    *(f"slrnet.tools.{name}.__main__" for name in ("app", "figures", "report")),
 ]
 
 
@@ -275,7 +275,7 @@ class TestFormats:
         assert names_in(table_after("### dataset.json")) == list(DatasetInfo.__dataclass_fields__)
 
     def test_entries_of_state_json(self) -> None:
-        from slrnet.training.checkpoint import TrainState  # takes seconds, and the other tests need no network
+        from slrnet.checkpoints.checkpoint import TrainState  # takes seconds, and the other tests need no network
 
         page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
         rows = [
@@ -285,11 +285,11 @@ class TestFormats:
         assert expected == set(names_in([row for row in rows if row[0].strip().startswith("`")]))
 
     def test_entries_of_evaluation_json(self) -> None:
-        source = (ROOT / "slrnet/inference/evaluation.py").read_text(encoding="utf-8")
+        source = (ROOT / "slrnet/launch/evaluation.py").read_text(encoding="utf-8")
         assert names_in(table_after("## evaluation.json")) == keys_of_record(source)
 
     def test_entries_of_pseudo_labels_json(self) -> None:
-        source = (ROOT / "slrnet/inference/pseudo_label.py").read_text(encoding="utf-8")
+        source = (ROOT / "slrnet/launch/pseudo_label.py").read_text(encoding="utf-8")
         assert names_in(table_after("## pseudo_labels.json")) == keys_of_record(source)
 
 
@@ -371,7 +371,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     train = "-m ray_jobs.train --recipe demo --data shards --num-workers 0 --name w --storage runs"
     for words in (
         ["-c", f"import slrnet; assert slrnet.__file__.startswith({str(packages)!r}), slrnet.__file__"],
-        ["-m", "slrnet.predict", "--help"],
+        ["-m", "slrnet.tools.predict", "--help"],
         shlex.split("-m data_prep.demo --train 8 --val 4 --image-size 64 --out shards"),
         [*shlex.split(train), *changes],
     ):

@@ -23,31 +23,33 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("slrnet", "ray_jobs", "data_prep", "benchmarks")
-LAYERS = {
-    "config": 0,
-    "models": 1,
-    "calibration": 1,
-    "losses": 1,
-    "data": 1,
-    "kernels": 1,
-    "recipes": 1,
-    "training": 2,
-    "inference": 3,
-    "predict": 4,
-    "codes": 5,
-    "profile": 5,
-    "app": 6,
-    "report": 6,
-    "figures": 7,
-}
+# The rooms of slrnet/, floor by floor: a room imports from the floors below it alone.
+FLOORS = (
+    ("version", "config", "completion"),
+    ("cpu",),
+    ("views", "ops", "storage", "distributed"),
+    ("models", "data", "recipes"),
+    ("losses", "calibration", "viz"),
+    ("tracking", "inference", "checkpoints"),
+    ("evaluation",),
+    ("training",),
+    ("launch",),
+    ("tools", "sweeps"),
+    ("cli",),
+)
+HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+DATA_PREP = HEIGHT["data"] + 1
+"""The converters use what is below the losses."""
 # Which files may import a module (and everything below it); all other code may not.
 SEAMS = {
-    "mlflow": {"slrnet/training/tracking.py"},
-    "ray.train": {"slrnet/training/ray_loop.py"},
-    "ray.tune": {"slrnet/training/ray_loop.py", "slrnet/training/ray_sweep.py"},
-    "pynvml": {"slrnet/training/gpu_monitor.py"},
+    "mlflow": {"slrnet/tracking/mlflow.py"},
+    "ray.train": {"slrnet/launch/train.py"},
+    "ray.tune": {"slrnet/launch/train.py", "slrnet/sweeps/run.py"},
+    "pynvml": {"slrnet/tracking/gpu_monitor.py"},
 }
-WITHOUT_RAY = ("models", "calibration", "losses", "data", "kernels", "config.py", "recipes.py")
+WITHOUT_RAY = tuple(room for room, height in HEIGHT.items() if height < HEIGHT["launch"])
+PUBLIC = ("load",)
+"""Names of `slrnet` itself, which belong to the top."""
 # Modules whose package has another name.
 PACKAGES = {
     "PIL": "pillow",
@@ -119,26 +121,32 @@ def one_seam_for_each_framework(root: Path) -> list[str]:
         found += [
             f"{name} imports {seam}" for seam, allowed in SEAMS.items() if imports(names, seam) - (name in allowed) > 0
         ]
-        inner = name.removeprefix("slrnet/").split("/")[0]
+        inner = name.removeprefix("slrnet/").split("/")[0].removesuffix(".py")
         if name.startswith("slrnet/") and inner in WITHOUT_RAY and imports(names, "ray"):
             found.append(f"{name} imports ray")
     return found
 
 
-def dependencies_point_one_way(root: Path) -> list[str]:
+def dependencies_point_down(root: Path) -> list[str]:
     found = []
     for name, path in sources(root, "slrnet", "data_prep"):
         names = imported(path)
         parts = name.removesuffix(".py").split("/")
-        layer = LAYERS.get(parts[1], 0) if parts[0] == "slrnet" else LAYERS["data"]
-        found += [f"{name} imports {above}" for above in ("ray_jobs", "tests", "benchmarks") if imports(names, above)]
-        if parts[0] == "slrnet" and imports(names, "data_prep"):
-            found.append(f"{name} imports data_prep")
-        if name == "slrnet/__init__.py":
-            continue  # it offers names of all layers, on demand
-        higher = [package for package, height in LAYERS.items() if height > layer]
-        found += [f"{name} imports slrnet.{package}" for package in higher if imports(names, f"slrnet.{package}")]
+        own = parts[1] if parts[0] == "slrnet" else ""
+        forbidden = ["ray_jobs", "tests", "benchmarks", *(["data_prep"] if own and own != "cli" else [])]
+        found += [f"{name} imports {above}" for above in forbidden if imports(names, above)]
         found += [f"{name} imports relatively: {relative}" for relative in sorted(names) if relative.startswith(".")]
+        if name == "slrnet/__init__.py":
+            continue  # it offers names of all rooms, on demand
+        if own and own not in HEIGHT:
+            found.append(f"{name} is in no room; FLOORS in this test lists them, with the floor that each is on")
+            continue
+        height = HEIGHT[own] if own else DATA_PREP
+        for room in sorted({module.split(".")[1] for module in names if module.startswith("slrnet.")} - {own}):
+            if room not in HEIGHT and room not in PUBLIC:
+                found.append(f"{name} imports slrnet.{room}, which is no room")
+            elif HEIGHT.get(room, len(FLOORS)) >= height:
+                found.append(f"{name} imports slrnet.{room}, which is not below it")
     return found
 
 
@@ -293,7 +301,7 @@ def pinned_versions_fit(root: Path) -> list[str]:
 
 RULES: list[Rule] = [
     one_seam_for_each_framework,
-    dependencies_point_one_way,
+    dependencies_point_down,
     functions_are_short,
     job_scripts_are_thin,
     public_names_are_documented,
@@ -328,13 +336,18 @@ PLANTED: list[tuple[Rule, str, str, str]] = [
     (one_seam_for_each_framework, "slrnet/models/x.py", "import ray", "imports ray"),
     (one_seam_for_each_framework, "slrnet/config.py", "from ray.util import state", "imports ray"),
     (one_seam_for_each_framework, "slrnet/training/trainer.py", "import pynvml", "imports pynvml"),
-    (dependencies_point_one_way, "slrnet/config.py", "from slrnet.models import x", "imports slrnet.models"),
-    (dependencies_point_one_way, "slrnet/losses/a.py", "from slrnet import training", "imports slrnet.training"),
-    (dependencies_point_one_way, "slrnet/training/a.py", "import slrnet.inference.b", "imports slrnet.inference"),
-    (dependencies_point_one_way, "slrnet/data/a.py", "from data_prep.voc import x", "imports data_prep"),
-    (dependencies_point_one_way, "data_prep/a.py", "from slrnet.training import x", "imports slrnet.training"),
-    (dependencies_point_one_way, "slrnet/inference/a.py", "import ray_jobs.train", "imports ray_jobs"),
-    (dependencies_point_one_way, "slrnet/models/a.py", "from . import b", "imports relatively"),
+    (dependencies_point_down, "slrnet/config.py", "from slrnet.models import x", "imports slrnet.models"),
+    (dependencies_point_down, "slrnet/losses/a.py", "from slrnet import training", "imports slrnet.training"),
+    (dependencies_point_down, "slrnet/inference/a.py", "import slrnet.training.b", "imports slrnet.training"),
+    (dependencies_point_down, "slrnet/data/a.py", "from slrnet.models.b import c", "imports slrnet.models"),
+    (dependencies_point_down, "slrnet/tools/a.py", "from slrnet import load", "imports slrnet.load"),
+    (dependencies_point_down, "slrnet/utils/a.py", "import torch", "is in no room"),
+    (dependencies_point_down, "slrnet/utils.py", "import torch", "is in no room"),
+    (dependencies_point_down, "slrnet/tools/a.py", "from slrnet.utils import b", "which is no room"),
+    (dependencies_point_down, "slrnet/data/a.py", "from data_prep.voc import x", "imports data_prep"),
+    (dependencies_point_down, "data_prep/a.py", "from slrnet.training import x", "imports slrnet.training"),
+    (dependencies_point_down, "slrnet/inference/a.py", "import ray_jobs.train", "imports ray_jobs"),
+    (dependencies_point_down, "slrnet/models/a.py", "from . import b", "imports relatively"),
     (functions_are_short, "slrnet/models/a.py", LONG, "has 81 lines, over 80"),
     (functions_are_short, "slrnet/models/a.py", "def forward():\n" + "    x = 1\n" * 40, "has 41 lines, over 40"),
     (functions_are_short, "slrnet/models/a.py", "def f():\n" + "    x = 1\n" * 15, "median function has 16"),
@@ -377,9 +390,9 @@ def test_what_is_allowed_is_not_found(tmp_path: Path) -> None:
     plant(
         tmp_path,
         {
-            "slrnet/training/tracking.py": good,
-            "slrnet/training/ray_loop.py": DOC + "__all__ = []\nimport ray.train\nfrom slrnet.models import slrnet",
-            "slrnet/training/trainer.py": DOC + "__all__ = []\nfrom slrnet.training.ray_loop import x\nimport torch",
+            "slrnet/tracking/mlflow.py": good,
+            "slrnet/launch/train.py": DOC + "__all__ = []\nimport ray.train\nfrom slrnet.models import slrnet",
+            "slrnet/training/trainer.py": DOC + "__all__ = []\nfrom slrnet.training.step import x\nimport torch",
             "slrnet/__init__.py": DOC + "def load():\n    from slrnet.inference import predictor",
             "ray_jobs/demo.py": "x = 1\n" * 300,
             "ray_jobs/train.py": "import ray\nimport slrnet.training",

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from slrnet.calibration.refine import DILATIONS, refine
+from slrnet.config import CalibrationConfig
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.models.decoder import resize
-from slrnet.models.heads import class_probs
+from slrnet.ops.maps import class_probs, resize
 
-__all__ = ["Calibrated", "calibrate", "threshold"]
+__all__ = ["Calibrated", "calibrate", "calibrate_views", "make_pseudo_labels", "possible_classes", "threshold"]
 
 
 @dataclass(frozen=True)
@@ -129,3 +129,48 @@ def to_class_ids(channel_labels: Tensor, classes: Tensor) -> Tensor:
 def _take_channels(probs: Tensor, classes: Tensor) -> Tensor:
     index = classes.clamp_min(0)[:, :, None, None].expand(-1, -1, *probs.shape[-2:])
     return probs.gather(1, index) * (classes >= 0)[:, :, None, None]
+
+
+def calibrate_views(
+    logits: Sequence[Tensor],
+    images: Tensor,
+    image_labels: Tensor,
+    config: CalibrationConfig,
+    *,
+    max_classes: int,
+) -> Calibrated:
+    """Fuses and refines un-warped logits at the refinement's resolution (Eq. 3).
+
+    Args:
+        logits: per view (N, K, h, w), un-warped.
+        images: (N, 3, H, W) float in [0, 1].
+        image_labels: (N, K - 1) multi-hot, the classes that each image may show.
+        config: of the calibration.
+        max_classes: largest number of classes of an image in the batch.
+    """
+    height, width = (-(-side // config.refine_stride) for side in images.shape[-2:])
+    return calibrate(
+        logits,
+        resize(images, (height, width)),
+        image_labels,
+        max_classes=max_classes,
+        fusion=config.fusion,
+        num_iters=config.refine_iters,
+        dilations=config.refine_dilations,
+    )
+
+
+def make_pseudo_labels(calibrated: Calibrated, config: CalibrationConfig, *, size: tuple[int, int]) -> Tensor:
+    """Thresholds refined masks at the resolution `size` = (H, W): (N, H, W) int64 class ids, 255 where undecided."""
+    labels = threshold(
+        resize(calibrated.refined, size),
+        confidence_threshold=config.confidence_threshold,
+        background_threshold=config.background_threshold,
+        floor=config.floor,
+    )
+    return to_class_ids(labels, calibrated.classes)
+
+
+def possible_classes(image_labels: Tensor, has_image_labels: Tensor) -> Tensor:
+    """(N, K - 1) multi-hot: the image labels, or every class where they are unknown."""
+    return torch.where(has_image_labels[:, None], image_labels, 1.0)

@@ -1,4 +1,3 @@
-# PYTHON_ARGCOMPLETE_OK
 """Class-balanced sampling for long-tailed data: how often to draw each image so that classes come in wanted shares.
 
 The share of a class is the share of its occurrences among all image labels that an epoch draws. The target lies between
@@ -8,14 +7,11 @@ draws are a product of its classes' factors. A limit on draws per image bounds w
 binds, or where classes always come together, the target is missed, and the table shows by how much.
 
 An epoch stays exact: it draws as many samples as without balancing, each as often as expected up to the fraction (see
-`slrnet.data.epoch_plan`). `python -m slrnet.data.class_balance SHARDS --strength 0.5` shows the table.
-Exit status: 0, or 2 where the data set or a value is refused.
+`slrnet.data.epoch_plan`).
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -23,10 +19,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from slrnet.completion import parse
-from slrnet.data.manifest import SplitView, load_dataset
+from slrnet.data.manifest import SplitView
 
-__all__ = ["Balance", "ClassLists", "balance", "main", "shares", "table"]
+__all__ = ["Balance", "ClassLists", "balance", "shares", "table"]
 
 _ITERATIONS = 300
 _STEP = 0.7
@@ -150,28 +145,6 @@ def table(found: Balance, classes: Sequence[str], *, most: int | None = None) ->
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the table of a data set; returns the exit status: 0, or 2 where the arguments do not fit."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="folder with shards")
-    parser.add_argument("--split", default="train", metavar="NAME", help="split to balance (default: train)")
-    parser.add_argument(
-        "--strength", type=float, default=0.5, metavar="X", help="data.class_balance, 0 to 1 (default: 0.5)"
-    )
-    parser.add_argument("--limit", type=float, default=10.0, metavar="X", help="data.balance_limit, >= 1 (default: 10)")
-    options = parse(parser, arguments)
-    try:
-        shards = load_dataset(options.data)
-        split = shards.split(options.split)
-        lists = ClassLists.of(split, np.arange(split.num_samples))
-        found = balance(lists, strength=options.strength, limit=options.limit)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table(found, shards.info.classes))
-    return 0
-
-
 def _scale(lists: ClassLists, target: Floats, labelled: npt.NDArray[np.bool_], limit: float) -> Floats:
     """Draws whose occurrences have the target's shares: the factors of missed classes grow, step by step."""
     logs = np.zeros(lists.num_classes - 1)
@@ -214,7 +187,3 @@ def _normalise(exponents: Floats, labelled: npt.NDArray[np.bool_], limit: float)
             draws[labelled] = scaled
             return draws
         capped |= over
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -61,8 +61,8 @@ from slrnet.data.manifest_rows import (
     problem_of,
     shards_of,
 )
-from slrnet.data.remote import cached, is_remote, open_cached
 from slrnet.data.sample_set import SampleSet
+from slrnet.storage.remote import cached, is_remote, open_cached
 
 __all__ = [
     "CHECKED_ROWS",
@@ -434,7 +434,7 @@ def load_dataset(folder: str | os.PathLike[str], *, check: bool | None = None) -
     """Reads the description and the manifest of a prepared data set; shards are not touched.
 
     Args:
-        folder: Path of a folder, or its location in an object store (see `slrnet.data.remote`).
+        folder: Path of a folder, or its location in an object store (see `slrnet.storage.remote`).
         check: Compare all rows of the manifest with its fingerprint now; False leaves it to the reading of each shard's
             rows. None: where there are at most `CHECKED_ROWS` of them. Manifests before version 3 are always compared.
 

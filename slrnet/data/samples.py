@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from slrnet.data.manifest import DataError, SampleRow, ShardSet, SplitView
-from slrnet.data.remote import RemoteError, is_remote, open_cached
 from slrnet.data.tars import BLOCK, read_header
 from slrnet.data.transforms import decode_image, decode_mask
+from slrnet.storage.remote import RemoteError, is_remote, open_cached
 
 __all__ = ["FoundSample", "OnError", "SampleIndex", "ShardFiles", "SkippedSample", "index_split"]
 

@@ -26,7 +26,8 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from slrnet.allocator import keep_small_pieces
+from slrnet.cpu import crop as crop_cpu
+from slrnet.cpu.allocator import keep_small_pieces
 from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.counter_random import Bits, key_of, random_bits
@@ -36,7 +37,6 @@ from slrnet.data.processes import end_with, helper_context
 from slrnet.data.samples import FoundSample, OnError, SampleIndex, ShardFiles, SkippedSample, index_split
 from slrnet.data.supervision import Supervision, image_labels_only
 from slrnet.data.transforms import Crop, crop_into, crop_mask, draw_crops
-from slrnet.kernels import crop_cpu
 
 __all__ = [
     "EvalLoader",

@@ -14,14 +14,12 @@ from torch import Tensor
 from slrnet.config import PROTOCOLS, Config, Protocol
 from slrnet.data.images import upright_rgb
 from slrnet.inference.crf import dense_crf, require_crf
+from slrnet.inference.forward import fit_image, gate, network_outputs, predict_single_scale
 from slrnet.inference.tiles import predict_tiles
-from slrnet.models.decoder import resize
-from slrnet.models.network import Network
-from slrnet.training.checkpoint import Checkpoint, restore_model
-from slrnet.training.evaluate import fit_image, gate, network_outputs, predict_single_scale
-from slrnet.training.step import Normalise
+from slrnet.models.network import Network, Normalise
+from slrnet.ops.maps import resize
 
-__all__ = ["Prediction", "Predictor", "predict", "predict_multi_scale", "restore_network", "rgb_array"]
+__all__ = ["Prediction", "Predictor", "predict", "predict_multi_scale", "rgb_array"]
 
 _LARGE = 2**18
 """Pixels of an image above which CPUs take it and its mirror image in turn: hardly slower, with half of the maps."""
@@ -45,21 +43,19 @@ class Predictor:
     """A network that takes images as people have them.
 
     Args:
-        checkpoint: weights and configuration.
-        protocol: `ss`, `ms` or `ms_crf`; None for what the checkpoint's configuration says.
-        device: for the network; None: a GPU where there is one.
-
-    Attributes:
+        model: the network, in evaluation mode, on the device that predicts.
+        config: of the run that trained it.
         classes: names of the K classes, background first.
+        protocol: `ss`, `ms` or `ms_crf`; None for what the configuration says.
 
     Raises:
         ValueError: an unknown protocol, `ms_crf` without its extra, or a configuration that gates by true image labels.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, *, protocol: Protocol | None = None, device: torch.device | str | None = None
+        self, model: Network, *, config: Config, classes: tuple[str, ...], protocol: Protocol | None = None
     ) -> None:
-        self.config = checkpoint.config
+        self.config = config
         self.protocol: Protocol = protocol or self.config.evaluation.protocol
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol is {protocol!r}; allowed are {', '.join(PROTOCOLS)}")
@@ -70,9 +66,9 @@ class Predictor:
                 "the checkpoint's evaluation.gating is image_labels, and an image to predict has none; "
                 "train or save it with gating none or scores"
             )
-        self.classes = checkpoint.state.classes
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._model, self._normalise = restore_network(checkpoint, self.device)
+        self.classes = classes
+        self.device = next(model.parameters()).device
+        self._model, self._normalise = model, Normalise.of(model.encoder)
 
     def __call__(self, image: Image.Image | npt.NDArray[np.uint8]) -> Prediction:
         """Predicts one image.
@@ -143,17 +139,6 @@ class Predictor:
             overlap=settings.tile_overlap,
         )
         return Prediction(mask, None, np.stack(scores).max(axis=0) if scores else None)
-
-
-def restore_network(checkpoint: Checkpoint, device: torch.device) -> tuple[Network, Normalise]:
-    """The network of a checkpoint as the trainer measures it: on a device, in evaluation mode, channels last.
-
-    Returns:
-        The network and its encoder's normalisation.
-    """
-    model = restore_model(checkpoint).eval()
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model, Normalise.of(model.encoder)
 
 
 def predict(

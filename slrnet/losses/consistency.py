@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from slrnet.models.heads import class_probs
+from slrnet.ops.maps import class_probs
 
 __all__ = ["code_consistency", "mask_consistency", "mask_divergence"]
 

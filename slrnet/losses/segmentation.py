@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from slrnet import kernels
+from slrnet.cpu import cross_entropy as cross_entropy_cpu
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.kernels import cross_entropy_cpu
+from slrnet.ops import kernels
 
 __all__ = ["WeighedLabels", "balanced_cross_entropy", "weigh", "weighted_cross_entropy"]
 
@@ -129,7 +129,7 @@ def _sums_and_slopes(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[T
     with torch.autocast(logits.device.type, enabled=False):
         if min(*logits.shape[2:], *labels.shape[1:]) > 1:
             if kernels.triton_serves(logits):
-                from slrnet.kernels import cross_entropy_gpu
+                from slrnet.ops import cross_entropy_triton as cross_entropy_gpu
 
                 return cross_entropy_gpu.resized_cross_entropy(logits, labels, weights)
             if logits.device.type == "cpu" and kernels.wanted() and cross_entropy_cpu.available():

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slrnet import kernels
-from slrnet.models.factorization import MASS_FLOOR, assigned_sums, directions_of, factorize_op, working_dtype
+from slrnet.ops import kernels
+from slrnet.ops.factorize import MASS_FLOOR, assigned_sums, directions_of, factorize_op, working_dtype
 
 __all__ = [
     "CrossViewLowRank",
@@ -92,7 +92,7 @@ def _choose(features: Tensor, codes: Tensor) -> Literal["reference", "recompute"
         return "reference"
     if not kernels.triton_serves(features):
         return "recompute"
-    from slrnet.kernels import factorize as triton_form
+    from slrnet.ops import factorize_triton as triton_form
 
     return "triton" if triton_form.misfit(features, codes.shape[1]) is None else "recompute"
 
@@ -100,7 +100,7 @@ def _choose(features: Tensor, codes: Tensor) -> Literal["reference", "recompute"
 def _require_triton(features: Tensor, codes: Tensor) -> None:
     if find_spec("triton") is None:
         raise ValueError("implementation 'triton' needs the package triton, which is not installed; use 'auto'")
-    from slrnet.kernels import factorize as triton_form
+    from slrnet.ops import factorize_triton as triton_form
 
     problem = triton_form.misfit(features, codes.shape[1])
     if problem is not None:

@@ -13,27 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slrnet.models.dropout import RectifiedDropout, draw_kept
+from slrnet.cpu.dropout import RectifiedDropout, draw_kept
+from slrnet.ops.maps import resize
 
-__all__ = [
-    "ASPP",
-    "GlobalCueInjection",
-    "MaskHead",
-    "SkipFusion",
-    "StochasticGate",
-    "conv_norm",
-    "conv_norm_relu",
-    "resize",
-]
+__all__ = ["ASPP", "GlobalCueInjection", "MaskHead", "SkipFusion", "StochasticGate", "conv_norm", "conv_norm_relu"]
 
 BATCH_NORM_MOMENTUM = 0.05
-
-
-def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Resizes (N, C, h, w) to (N, C, *size), bilinear with aligned corners, as everywhere in this method."""
-    if tuple(maps.shape[-2:]) == tuple(size):
-        return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int, *, dilation: int = 1) -> nn.Sequential:

@@ -38,7 +38,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models import ResNet50_Weights, ResNet101_Weights
 from torchvision.models.resnet import Bottleneck, ResNet
 
-from slrnet.models.depthwise import use_fast_depthwise
+from slrnet.cpu.depthwise import use_fast_depthwise
 from slrnet.models.frozen_norm import freeze_batch_norms
 from slrnet.models.wide_resnet38 import WideResNet38
 

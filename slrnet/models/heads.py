@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from slrnet.cpu.dropout import RectifiedDropout
 from slrnet.models.decoder import conv_norm
-from slrnet.models.dropout import RectifiedDropout
 
-__all__ = ["AuxiliaryHead", "class_probs", "class_scores"]
+__all__ = ["AuxiliaryHead", "class_scores"]
 
 
 class AuxiliaryHead(nn.Module):
@@ -43,11 +43,6 @@ class AuxiliaryHead(nn.Module):
         # Joined as channels, one map and many that are channels last give a map that is not any more.
         last = foreground.movedim(1, -1)
         return torch.cat([1 - last.amax(dim=-1, keepdim=True), last], dim=-1).movedim(-1, 1)
-
-
-def class_probs(logits: Tensor) -> Tensor:
-    """Softmax over the K classes of (N, K, H, W) logits; without a copy where they are channels last."""
-    return logits.movedim(1, -1).softmax(dim=-1).movedim(-1, 1)
 
 
 def class_scores(logits: Tensor, probs: Tensor, *, focal_power: float = 3.0, focal_floor: float = 0.01) -> Tensor:

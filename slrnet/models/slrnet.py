@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from slrnet.config import Config, CvlrConfig, ModelConfig
+from slrnet.cpu.winograd import use_winograd
 from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.encoders import Encoder, build_encoder
-from slrnet.models.heads import AuxiliaryHead, class_probs, class_scores
+from slrnet.models.heads import AuxiliaryHead, class_scores
 from slrnet.models.low_rank import LowRankModule, build_low_rank
 from slrnet.models.network import Network, Outputs
-from slrnet.models.winograd import use_winograd
+from slrnet.ops.maps import class_probs
 
 __all__ = ["Outputs", "SLRNet", "build_model", "network_of"]
 

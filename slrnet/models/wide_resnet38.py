@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slrnet.models.dropout import RectifiedDropout2d
+from slrnet.cpu.dropout import RectifiedDropout2d
 
 __all__ = ["BottleneckBlock", "PlainBlock", "WideResNet38"]
 

@@ -12,51 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from slrnet.calibration.pseudo_labels import Calibrated, calibrate, threshold, to_class_ids
-from slrnet.config import CalibrationConfig, Config, Precision, ViewsConfig
+from slrnet.calibration.pseudo_labels import calibrate_views, make_pseudo_labels, possible_classes
+from slrnet.config import Config, ViewsConfig
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.data.colour import ColourParams, apply_colour, draw_colour
-from slrnet.data.views import View, apply_view, draw_views, invert_view
 from slrnet.losses.objective import AlignedOutputs, Labels, Objective, objective
-from slrnet.models.decoder import resize
-from slrnet.models.encoders import Encoder
-from slrnet.models.network import Outputs
+from slrnet.models.network import Normalise, Outputs
+from slrnet.views.align import align_maps, largest_size
+from slrnet.views.colour import ColourParams, apply_colour, draw_colour
+from slrnet.views.geometry import View, apply_view, draw_views
 
-__all__ = [
-    "Normalise",
-    "PseudoRows",
-    "align",
-    "calibrate_views",
-    "find_pseudo_rows",
-    "losses_of",
-    "make_pseudo_labels",
-    "make_views",
-    "mixed_precision",
-    "possible_classes",
-    "step_generator",
-    "step_losses",
-]
-
-
-@dataclass(frozen=True)
-class Normalise:
-    """The encoder's normalisation and stride: what images need before they enter the network."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    output_stride: int
-
-    @classmethod
-    def of(cls, encoder: Encoder) -> Normalise:
-        """What an encoder needs."""
-        return cls(encoder.mean, encoder.std, encoder.output_stride)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in [0, 1] to the range that the encoder was trained on."""
-        mean = images.new_tensor(self.mean).view(3, 1, 1)
-        std = images.new_tensor(self.std).view(3, 1, 1)
-        return (images - mean) / std
+__all__ = ["PseudoRows", "align", "find_pseudo_rows", "losses_of", "make_views", "step_generator", "step_losses"]
 
 
 def step_generator(*numbers: int) -> torch.Generator:
@@ -102,59 +68,14 @@ def make_views(
 
 def align(outputs: Outputs, views: Sequence[View]) -> AlignedOutputs:
     """Un-warps all maps to the frame of the crop, at the size of the largest view's maps."""
-    sizes = [(maps.shape[-2], maps.shape[-1]) for maps in outputs.logits]
-    size = max(sizes, key=lambda pair: pair[0] * pair[1])
-
-    def invert(maps: list[Tensor]) -> list[Tensor]:
-        return [invert_view(view_maps, view, size=size) for view_maps, view in zip(maps, views, strict=bool(maps))]
-
+    size = largest_size(outputs.logits)
     return AlignedOutputs(
-        logits=invert(outputs.logits),
-        auxiliary_logits=invert(outputs.auxiliary_logits),
-        codes=invert(outputs.codes),
+        logits=align_maps(outputs.logits, views, size=size),
+        auxiliary_logits=align_maps(outputs.auxiliary_logits, views, size=size),
+        codes=align_maps(outputs.codes, views, size=size),
         class_scores=outputs.class_scores,
         auxiliary_class_scores=outputs.auxiliary_class_scores,
     )
-
-
-def calibrate_views(
-    logits: Sequence[Tensor],
-    images: Tensor,
-    image_labels: Tensor,
-    config: CalibrationConfig,
-    *,
-    max_classes: int,
-) -> Calibrated:
-    """Fuses and refines un-warped logits at the refinement's resolution (Eq. 3).
-
-    Args:
-        logits: per view (N, K, h, w), un-warped.
-        images: (N, 3, H, W) float in [0, 1].
-        image_labels: (N, K - 1) multi-hot, the classes that each image may show.
-        config: of the calibration.
-        max_classes: largest number of classes of an image in the batch.
-    """
-    height, width = (-(-side // config.refine_stride) for side in images.shape[-2:])
-    return calibrate(
-        logits,
-        resize(images, (height, width)),
-        image_labels,
-        max_classes=max_classes,
-        fusion=config.fusion,
-        num_iters=config.refine_iters,
-        dilations=config.refine_dilations,
-    )
-
-
-def make_pseudo_labels(calibrated: Calibrated, config: CalibrationConfig, *, size: tuple[int, int]) -> Tensor:
-    """Thresholds refined masks at the resolution `size` = (H, W): (N, H, W) int64 class ids, 255 where undecided."""
-    labels = threshold(
-        resize(calibrated.refined, size),
-        confidence_threshold=config.confidence_threshold,
-        background_threshold=config.background_threshold,
-        floor=config.floor,
-    )
-    return to_class_ids(labels, calibrated.classes)
 
 
 @dataclass(frozen=True)
@@ -177,32 +98,6 @@ def find_pseudo_rows(batch: Batch) -> PseudoRows:
     labels = possible_classes(batch.image_labels, batch.has_image_labels)
     labels = labels if rows is None else labels[rows]
     return PseudoRows(rows, int(labels.sum(dim=1).max()) if len(labels) else 0)
-
-
-def possible_classes(image_labels: Tensor, has_image_labels: Tensor) -> Tensor:
-    """(N, K - 1) multi-hot: the image labels, or every class where they are unknown."""
-    return torch.where(has_image_labels[:, None], image_labels, 1.0)
-
-
-def mixed_precision(precision: Precision, device: torch.device) -> torch.autocast:
-    """The context of a training's forward passes: autocast to bfloat16, or none.
-
-    Args:
-        precision: `train.precision`. `auto` is bfloat16 where the hardware multiplies matrices of it, as GPUs do from
-            Ampere on, and CPUs with AMX.
-        device: where the network is.
-    """
-    if device.type == "cuda":
-        capable = torch.cuda.is_bf16_supported()
-    else:
-        capable = device.type == "cpu" and _cpu_multiplies_bfloat16()
-    wanted = precision == "bf16" or (precision == "auto" and capable)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases do not tell
-    return capabilities.get("amx_bf16", False)
 
 
 def step_losses(

@@ -26,16 +26,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from slrnet.allocator import spare_memory
-from slrnet.config import Config
-from slrnet.data.batch import Batch, EvalSample
-from slrnet.data.files import written_whole
-from slrnet.data.manifest import ShardSet
-from slrnet.data.shards import EvalLoader, SkippedSample, TrainLoader
-from slrnet.data.supervision import Supervision, supervision_of
-from slrnet.models.network import Network
-from slrnet.models.slrnet import network_of
-from slrnet.training.checkpoint import (
+from slrnet.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
     TrainState,
@@ -43,24 +34,33 @@ from slrnet.training.checkpoint import (
     find_checkpoint,
     load_checkpoint,
 )
-from slrnet.training.checkpoint_writer import CheckpointWriter
-from slrnet.training.distributed import Ranks, share_buffers, sum_over_ranks
-from slrnet.training.evaluate import (
+from slrnet.checkpoints.writer import CheckpointWriter
+from slrnet.config import Config
+from slrnet.cpu.allocator import spare_memory
+from slrnet.data.batch import Batch, EvalSample
+from slrnet.data.manifest import ShardSet
+from slrnet.data.shards import EvalLoader, SkippedSample, TrainLoader
+from slrnet.data.supervision import Supervision, supervision_of
+from slrnet.distributed.process import Process, share_buffers, sum_over_ranks
+from slrnet.distributed.watchdog import Watchdog
+from slrnet.evaluation.masks import (
     PseudoMask,
     evaluate_masks,
     measure_pseudo_masks,
     pseudo_mask_subset,
     quality_metrics,
 )
-from slrnet.training.gpu_monitor import GpuWatch
+from slrnet.models.network import Network, Normalise, mixed_precision
+from slrnet.models.slrnet import network_of
+from slrnet.storage.files import written_whole
+from slrnet.tracking.gpu_monitor import GpuWatch
+from slrnet.tracking.mlflow import Tracker, metric_key
+from slrnet.tracking.progress import Progress
+from slrnet.tracking.run_log import RunLog
+from slrnet.tracking.summary import PICTURES, class_quality, curves
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
-from slrnet.training.panels import draw_class_scores, draw_panel
-from slrnet.training.progress import Progress
-from slrnet.training.run_log import RunLog
-from slrnet.training.step import Normalise, find_pseudo_rows, mixed_precision, step_generator, step_losses
-from slrnet.training.summary import PICTURES, class_scores, curves
-from slrnet.training.tracking import Tracker, metric_key
-from slrnet.training.watchdog import Watchdog
+from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
+from slrnet.viz.panels import draw_class_scores, draw_panel
 
 __all__ = ["NonFiniteLossError", "Trainer", "check_batch"]
 
@@ -92,7 +92,7 @@ class Trainer:
     Args:
         config: of the run.
         shards: the data set.
-        ranks: this process among all.
+        process: this process among all.
         folder: of the run; checkpoints go to `checkpoints`, pictures to `panels`.
         tracker: receives curves and pictures; a `NullTracker` on ranks other than 0.
         run_id: MLflow run, for the checkpoint's record.
@@ -106,7 +106,7 @@ class Trainer:
         config: Config,
         shards: ShardSet,
         *,
-        ranks: Ranks,
+        process: Process,
         folder: Path,
         tracker: Tracker,
         run_id: str = "",
@@ -116,31 +116,31 @@ class Trainer:
     ) -> None:
         self.config = config
         self.shards = shards
-        self.ranks = ranks
+        self.process = process
         self.folder = folder
         self.tracker = tracker
-        self.log = log or RunLog(None, rank=ranks.rank)
-        self.watchdog = watchdog or Watchdog(ranks, limit=0, store=None, on_hang=lambda hang: None)
+        self.log = log or RunLog(None, rank=process.rank)
+        self.watchdog = watchdog or Watchdog(process, limit=0, store=None, on_hang=lambda hang: None)
         self.writer = CheckpointWriter(folder / "checkpoints", config, upload=upload)
         torch.manual_seed(config.train.seed)
         self.model = network_of(config, num_classes=shards.info.num_classes)
-        if ranks.device.type == "cpu":
+        if process.device.type == "cpu":
             spare_memory(self.model)
-        self.model.to(device=ranks.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(device=process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.normalise = Normalise.of(self.model.encoder)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
         self.supervision = supervision_of(config, shards)
-        self.loader = _train_loader(config, shards, ranks, self.supervision)
+        self.loader = _train_loader(config, shards, process, self.supervision)
         self.state = TrainState(
             epoch=0,
             step=0,
             classes=shards.info.classes,
             data_fingerprint=shards.info.fingerprint,
-            world_size=ranks.world_size,
+            world_size=process.world_size,
             run_id=run_id,
         )
-        self.wrapped = _distribute(self.model, ranks)
-        self.gpus = GpuWatch(ranks, interval=config.tracking.gpu_interval)
+        self.wrapped = _distribute(self.model, process)
+        self.gpus = GpuWatch(process, interval=config.tracking.gpu_interval)
 
     def resume(self) -> bool:
         """Continues from the run's last whole checkpoint, if it has one.
@@ -160,7 +160,7 @@ class Trainer:
         self.state = replace(
             checkpoint.state,
             run_id=self.state.run_id or checkpoint.state.run_id,
-            world_size=self.ranks.world_size,
+            world_size=self.process.world_size,
             untracked=(),
         )
         for step, values in checkpoint.state.untracked:
@@ -191,7 +191,7 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         total = self.config.train.epochs * self.loader.steps_per_epoch
-        progress = Progress(total, done=self.state.step, show=self.ranks.is_main)
+        progress = Progress(total, done=self.state.step, show=self.process.is_main)
         try:
             self.tracker.set_tags(self.gpus.start())
             end = self.config.train.epochs if until is None else min(until, self.config.train.epochs)
@@ -254,7 +254,7 @@ class Trainer:
             tally.add(parts, waited)
             progress.advance(self.config.train.batch_size, loss=parts["loss"])
             if progress.steps == 1:
-                progress.note(_first_step_line(time.perf_counter() - begun, self.ranks))
+                progress.note(_first_step_line(time.perf_counter() - begun, self.process))
             logged = (step + 1) % self.config.train.log_every == 0
             if logged:
                 self._log_step(parts, step + 1, factor, waited)
@@ -277,7 +277,7 @@ class Trainer:
             self.log.write("notice", step=done, message=notice)
 
     def _save(self) -> None:
-        if self.ranks.is_main:
+        if self.process.is_main:
             self.watchdog.alive()
             state = replace(self.state, untracked=self.tracker.undelivered_points())
             self.writer.save(state, model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
@@ -287,11 +287,11 @@ class Trainer:
         """An epoch's mean losses, which are those of all ranks already, and its speed over all ranks."""
         self.watchdog.at("summing up the epoch", self.state.step)
         own = torch.tensor([tally.waited, seconds, len(self.loader.skipped)], dtype=torch.float64)
-        waited, total, skipped = sum_over_ranks(own, self.ranks).tolist()
+        waited, total, skipped = sum_over_ranks(own, self.process).tolist()
         steps = self.loader.steps_per_epoch  # the sums are of the whole epoch, the clock only of what was done here
         means = {_loss_key(name, "epoch_"): value / steps for name, value in tally.parts.items()}
         return means | {
-            "speed/images_per_second": self.config.train.batch_size * tally.steps * self.ranks.world_size / total,
+            "speed/images_per_second": self.config.train.batch_size * tally.steps * self.process.world_size / total,
             "speed/data_wait_fraction": waited / total,
             "speed/skipped_samples": skipped,
         }
@@ -308,12 +308,12 @@ class Trainer:
         """One optimiser step; returns the loss and its parts, averaged over accumulation steps and ranks."""
         count = self.config.train.accumulation
         # Parts of ranks and steps count by their images: the gradient is that of the global batch's mean.
-        scale = self.ranks.world_size / self.config.train.batch_size
+        scale = self.process.world_size / self.config.train.batch_size
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for index, part in enumerate(_split(batch, count)):
             weight = len(part.keys) * scale
-            generator = step_generator(self.config.train.seed, step, self.ranks.rank, index)
+            generator = step_generator(self.config.train.seed, step, self.process.rank, index)
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout and gates
             with self._no_sync(index + 1 < count):
                 self.watchdog.at("going forward", step)
@@ -332,8 +332,8 @@ class Trainer:
 
     def _losses(self, batch: Batch, generator: torch.Generator, *, pretraining: bool) -> dict[str, Tensor]:
         rows = find_pseudo_rows(batch)
-        moved = batch.to(self.ranks.device, non_blocking=True)
-        with mixed_precision(self.config.train.precision, self.ranks.device):
+        moved = batch.to(self.process.device, non_blocking=True)
+        with mixed_precision(self.config.train.precision, self.process.device):
             result = step_losses(
                 self.wrapped,
                 moved,
@@ -348,24 +348,24 @@ class Trainer:
     def _agree(self, totals: dict[str, Tensor], step: int) -> dict[str, float]:
         """Averages loss parts over the ranks in one all-reduce, and stops all of them if any is not finite."""
         own = torch.stack(list(totals.values())).double()
-        bad = (~own.isfinite()).any().double() * (self.ranks.rank + 1)
-        flags = torch.zeros(self.ranks.world_size, dtype=torch.float64, device=own.device)
-        flags[self.ranks.rank] = bad
-        shared = sum_over_ranks(torch.cat([own.nan_to_num(0.0, 0.0, 0.0), flags]), self.ranks).tolist()
+        bad = (~own.isfinite()).any().double() * (self.process.rank + 1)
+        flags = torch.zeros(self.process.world_size, dtype=torch.float64, device=own.device)
+        flags[self.process.rank] = bad
+        shared = sum_over_ranks(torch.cat([own.nan_to_num(0.0, 0.0, 0.0), flags]), self.process).tolist()
         wrong = [rank for rank, flag in enumerate(shared[len(own) :]) if flag]
         if wrong:
             listed = ", ".join(f"{name} {float(value):g}" for name, value in totals.items())
             raise NonFiniteLossError(
-                f"step {step}: the loss is not finite on rank {wrong[0]} (rank {self.ranks.rank} has {listed}); "
+                f"step {step}: the loss is not finite on rank {wrong[0]} (rank {self.process.rank} has {listed}); "
                 "no weight was changed by this step. Lower optim.lr, or train with train.precision=fp32"
             )
-        return {name: value / self.ranks.world_size for name, value in zip(totals, shared, strict=False)}
+        return {name: value / self.process.world_size for name, value in zip(totals, shared, strict=False)}
 
     def _measure(self, epoch: int, progress: Progress) -> dict[str, float]:
         """Pseudo-mask quality and validation after an epoch; every rank takes part."""
         self.model.eval()
-        share_buffers(self.model, self.ranks)
-        common: dict[str, Any] = {"config": self.config, "normalise": self.normalise, "ranks": self.ranks}
+        share_buffers(self.model, self.process)
+        common: dict[str, Any] = {"config": self.config, "normalise": self.normalise, "ranks": self.process}
         metrics = self._measure_pseudo_masks(epoch, progress, common)
         progress.note(f"epoch {epoch + 1}: validating")
         samples = self._loader(self.config.data.val_split)
@@ -407,7 +407,7 @@ class Trainer:
         self.log.write("epoch", step=self.state.step, epoch=epoch + 1, **self.state.metrics)
         shown = curves(metrics, self.shards.info.classes)
         self.tracker.log_metrics(shown | {"epoch": float(epoch + 1)}, self.state.step)
-        if self.ranks.is_main:
+        if self.process.is_main:
             self._log_class_scores(metrics, epoch)
         self._save()
         progress.note(_epoch_line(epoch + 1, self.config.train.epochs, metrics))
@@ -424,8 +424,8 @@ class Trainer:
             self.shards,
             split=split,
             indices=indices,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            rank=self.process.rank,
+            world_size=self.process.world_size,
             on_error=self.config.data.on_error,
         )
 
@@ -458,7 +458,7 @@ class Trainer:
 
     def _log_panels(self, shown: tuple[str, ...], epoch: int) -> None:
         """Hands the pictures of all ranks to the tracker; measuring has ended everywhere, so that they all exist."""
-        for key in shown if self.ranks.is_main else ():
+        for key in shown if self.process.is_main else ():
             path = self._panel_path(key, epoch)
             if path.is_file():  # not so where the sample is damaged and skipped
                 with Image.open(path) as panel:
@@ -472,7 +472,7 @@ class Trainer:
         """One picture of all classes, however many, for each kind of masks that was measured."""
         classes = self.shards.info.classes
         for group in ("pseudo_mask", "val"):
-            scores = class_scores(metrics, group, classes)
+            scores = class_quality(metrics, group, classes)
             if any(value == value for value in scores["iou"]):
                 picture = draw_class_scores(
                     **scores,
@@ -532,7 +532,7 @@ def check_batch(config: Config, world_size: int) -> None:
         )
 
 
-def _train_loader(config: Config, shards: ShardSet, ranks: Ranks, supervision: Supervision) -> TrainLoader:
+def _train_loader(config: Config, shards: ShardSet, process: Process, supervision: Supervision) -> TrainLoader:
     return TrainLoader(
         shards,
         split=config.data.train_split,
@@ -542,19 +542,19 @@ def _train_loader(config: Config, shards: ShardSet, ranks: Ranks, supervision: S
         flip=config.data.flip,
         seed=config.train.seed,
         supervision=supervision,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=process.rank,
+        world_size=process.world_size,
         workers=config.data.workers,
         shuffle_buffer=config.data.shuffle_buffer,
         on_error=config.data.on_error,
-        pin_memory=ranks.device.type == "cuda",
+        pin_memory=process.device.type == "cuda",
     )
 
 
-def _distribute(model: Network, ranks: Ranks) -> torch.nn.Module:
-    if ranks.world_size == 1:
+def _distribute(model: Network, process: Process) -> torch.nn.Module:
+    if process.world_size == 1:
         return model
-    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    devices = [process.device] if process.device.type == "cuda" else None
     # Every parameter takes part in every step: mask consistency and classification or true masks reach all of them,
     # and a kind of label that a rank's batch lacks leaves zeros with a graph. Buffers are read by no step, and shared
     # before the network is measured.
@@ -598,13 +598,13 @@ def _loss_key(name: str, prefix: str) -> str:
     return f"train/{prefix}loss" if name == "loss" else f"train/{prefix}loss_{name}"
 
 
-def _first_step_line(seconds: float, ranks: Ranks) -> str:
-    if ranks.device.type == "cuda":
-        memory = f"{torch.cuda.max_memory_allocated(ranks.device) / 2**30:.2f} GiB of GPU memory at most"
+def _first_step_line(seconds: float, process: Process) -> str:
+    if process.device.type == "cuda":
+        memory = f"{torch.cuda.max_memory_allocated(process.device) / 2**30:.2f} GiB of GPU memory at most"
     else:
         unit = 1 if sys.platform == "darwin" else 1024
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of memory at most"
-    return f"first step: {seconds:.2f} s, {memory}, on {ranks.device}"
+    return f"first step: {seconds:.2f} s, {memory}, on {process.device}"
 
 
 def _epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:

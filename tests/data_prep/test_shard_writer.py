@@ -17,7 +17,7 @@ import pytest
 
 from data_prep.conversion import add_arguments, run_command
 from data_prep.shard_writer import Sample, verify, write_dataset
-from data_prep.workers import Workers
+from data_prep.workers import ConversionPool
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 
@@ -55,7 +55,7 @@ def _write(
     samples_per_shard: int = 6,
     **options: int,
 ) -> DatasetInfo:
-    with Workers(processes) as workers:
+    with ConversionPool(processes) as workers:
         return write_dataset(
             out,
             [*_samples(), *_samples(5, "val")] if samples is None else samples,
@@ -262,7 +262,7 @@ def test_problems_are_listed_up_to_ten_and_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_failure_midway_leaves_nothing_behind(tmp_path: Path, processes: int) -> None:
-    with Workers(processes) as workers, pytest.raises(DataError, match=r"k7.jpg cannot be read"):
+    with ConversionPool(processes) as workers, pytest.raises(DataError, match=r"k7.jpg cannot be read"):
         write_dataset(
             tmp_path / "out",
             _samples(),

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from data_prep.workers import Workers
+from data_prep.workers import ConversionPool
 from slrnet.data.manifest import DataError
 
 
@@ -28,7 +28,7 @@ def _refuse(number: int) -> int:
 
 
 def test_the_processes_of_one_pass_serve_the_next() -> None:
-    with Workers(2) as workers:
+    with ConversionPool(2) as workers:
         first, second = (workers.map(_place, range(20), label="x") for _ in range(2))
         assert [number for number, _ in first] == list(range(20))
         processes = {process for _, process in first}
@@ -39,24 +39,24 @@ def test_the_processes_of_one_pass_serve_the_next() -> None:
 
 
 def test_one_process_is_this_one() -> None:
-    assert Workers(1).map(_place, [3, 4], label="x") == [(3, os.getpid()), (4, os.getpid())]
+    assert ConversionPool(1).map(_place, [3, 4], label="x") == [(3, os.getpid()), (4, os.getpid())]
 
 
 def test_a_number_below_one_is_refused() -> None:
     with pytest.raises(DataError, match="--processes is 0"):
-        Workers(0)
+        ConversionPool(0)
 
 
 def test_a_worker_that_dies_is_an_error_and_no_hang() -> None:
     with (
-        Workers(2) as workers,
+        ConversionPool(2) as workers,
         pytest.raises(DataError, match="a worker process died, perhaps for want of memory; try fewer --processes"),
     ):
         workers.map(_die, [1, 2, 3], label="dying")
 
 
 def test_after_a_failure_all_have_ended_and_new_ones_serve() -> None:
-    with Workers(2) as workers:
+    with ConversionPool(2) as workers:
         before = {process for _, process in workers.map(_place, range(20), label="x")}
         with pytest.raises(DataError, match="2 is refused"):
             workers.map(_refuse, range(20), label="x")

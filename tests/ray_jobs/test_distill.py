@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from data_prep.demo import build_demo
+from slrnet.checkpoints.checkpoint import TrainState, load_checkpoint, restore_model, save_checkpoint
 from slrnet.config import apply_overrides
 from slrnet.data.manifest import load_dataset
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.slrnet import build_model
 from slrnet.recipes import demo
-from slrnet.training.checkpoint import TrainState, load_checkpoint, restore_model, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ("model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.decoder_dim=8")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from data_prep.shard_writer import Sample, write_dataset
 from ray_jobs.demo import free_ports
+from slrnet.checkpoints.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from slrnet.config import (
     CalibrationConfig,
     Config,
@@ -36,12 +37,12 @@ from slrnet.config import (
     OptimConfig,
     TrainConfig,
 )
-from slrnet.data import remote
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import ShardSet, load_dataset
-from slrnet.models.slrnet import SLRNet
-from slrnet.training.distributed import Ranks
-from slrnet.training.tracking import NullTracker
+from slrnet.distributed.process import Process
+from slrnet.models.slrnet import SLRNet, build_model
+from slrnet.storage import remote
+from slrnet.tracking.mlflow import NullTracker
 from slrnet.training.trainer import Trainer
 
 Mask: TypeAlias = npt.NDArray[np.uint8]
@@ -242,7 +243,7 @@ def start_trainer(tiny_data: ShardSet, tmp_path: Path) -> StartTrainer:
         config: Config, *, shards: ShardSet = tiny_data, folder: Path | None = None, tracker: Any = None
     ) -> Trainer:
         folder = folder or tmp_path / f"run-{len(made)}"
-        made.append(Trainer(config, shards, ranks=Ranks(), folder=folder, tracker=tracker or NullTracker()))
+        made.append(Trainer(config, shards, process=Process(), folder=folder, tracker=tracker or NullTracker()))
         return made[-1]
 
     return start
@@ -271,7 +272,7 @@ def tiny_run(
 ) -> Path:
     """The folder of a finished training of the tiny configuration, without MLflow; not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    trainer = Trainer(tiny_config, tiny_data, ranks=Ranks(), folder=folder, tracker=NullTracker())
+    trainer = Trainer(tiny_config, tiny_data, process=Process(), folder=folder, tracker=NullTracker())
     assert isinstance(trainer.model, SLRNet)
     spread_classes(trainer.model)
     trainer.fit(report=lambda metrics: None)
@@ -376,3 +377,34 @@ def _answers(address: str) -> bool:
             return True
     except OSError:
         return False
+
+
+CHECKPOINT_CLASSES = ("background", "ant", "bee", "cat")
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(
+    spread_classes: Callable[[SLRNet], None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Config], Checkpoint]:
+    """Saves a network with seeded weights, whose masks show several classes, and reads it back."""
+
+    def make(config: Config) -> Checkpoint:
+        torch.manual_seed(5)
+        predicted = config.predicts_background
+        model = build_model(
+            config.model, config.cvlr, num_classes=len(CHECKPOINT_CLASSES), predict_background=predicted
+        )
+        spread_classes(model)
+        state = TrainState(epoch=1, step=1, classes=CHECKPOINT_CLASSES, data_fingerprint="-", world_size=1)
+        folder: Path = tmp_path_factory.mktemp("run") / "checkpoints"
+        return load_checkpoint(
+            save_checkpoint(folder, config=config, state=state, model=model.state_dict(), optimizer={})
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config) -> Checkpoint:
+    """Of the tiny configuration; not to be changed."""
+    return make_checkpoint(tiny_config)

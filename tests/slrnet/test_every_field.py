@@ -23,16 +23,17 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
+from slrnet.checkpoints.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from slrnet.config import Config, ConfigError, apply_overrides
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
-from slrnet.inference.predictor import Predictor
-from slrnet.inference.pseudo_label import launch_pseudo_labels
+from slrnet.distributed.process import Process
+from slrnet.launch import train as ray_loop
+from slrnet.launch.pseudo_label import launch_pseudo_labels
+from slrnet.launch.train import LaunchOptions, launch
 from slrnet.models.slrnet import build_model
-from slrnet.training import gpu_monitor, ray_loop
-from slrnet.training.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
-from slrnet.training.distributed import Ranks
-from slrnet.training.ray_loop import LaunchOptions, launch
-from slrnet.training.tracking import NullTracker, RunHandle
+from slrnet.tools.predict import predictor_of
+from slrnet.tracking import gpu_monitor
+from slrnet.tracking.mlflow import NullTracker, RunHandle
 from slrnet.training.trainer import Trainer
 
 
@@ -231,7 +232,7 @@ def observe(data: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Observe
 
 def _observe(config: Config, data: ShardSet, folder: Path) -> Mapping[str, Any]:
     log = Log()
-    trainer = Trainer(config, data, ranks=Ranks(), folder=folder, tracker=log)
+    trainer = Trainer(config, data, process=Process(), folder=folder, tracker=log)
     if config.model.architecture == "slrnet":
         nn.init.constant_(trainer.model.mask_head.classify.bias, 1.2)  # else all is predicted as background
     first = _digest(trainer)
@@ -322,7 +323,7 @@ def test_changes_the_number_of_reader_processes(key: str, base: Config, data: Sh
     """The samples do not depend on it."""
 
     def processes(config: Config) -> int:
-        trainer = Trainer(config, data, ranks=Ranks(), folder=Path("unused"), tracker=NullTracker())
+        trainer = Trainer(config, data, process=Process(), folder=Path("unused"), tracker=NullTracker())
         next(iter(trainer.loader.epoch(0)))
         children = multiprocessing.active_children()
         trainer.loader.close()
@@ -338,7 +339,7 @@ def test_changes_the_interval_of_gpu_samples(
     asked: list[float] = []
     monkeypatch.setattr(gpu_monitor, "open_monitor", lambda device, interval: asked.append(interval))
     for config in (base, override(base, key, CHANGES[key].value), override(base, key, 0.0)):
-        Trainer(config, data, ranks=Ranks(), folder=tmp_path, tracker=NullTracker()).gpus.start()
+        Trainer(config, data, process=Process(), folder=tmp_path, tracker=NullTracker()).gpus.start()
     assert asked == [1.0, CHANGES[key].value]
 
 
@@ -372,7 +373,7 @@ def test_changes_predictions(key: str, base: Config) -> None:
 
     def predict(config: Config) -> Any:
         state = TrainState(epoch=1, step=1, classes=("background", *"abc"), data_fingerprint="", world_size=1)
-        found = Predictor(Checkpoint(Path(), config, state, model.state_dict(), {}), device="cpu")(image)
+        found = predictor_of(Checkpoint(Path(), config, state, model.state_dict(), {}), device="cpu")(image)
         return found.mask if found.probs is None else found.probs
 
     config = apply_overrides(base, CHANGES[key].given)

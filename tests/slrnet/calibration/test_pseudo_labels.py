@@ -13,7 +13,7 @@ from torch import Tensor
 from slrnet.calibration.pseudo_labels import calibrate, present_classes, threshold, to_class_ids
 from slrnet.calibration.refine import refine
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.models.decoder import resize
+from slrnet.ops.maps import resize
 
 VOID = IGNORE_INDEX
 

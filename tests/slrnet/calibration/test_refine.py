@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from slrnet.calibration.refine import DILATIONS, affinities, refine
-from slrnet.models.decoder import resize
+from slrnet.ops.maps import resize
 
 Array = npt.NDArray[np.float64]
 

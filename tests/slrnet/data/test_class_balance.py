@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slrnet.data.class_balance import ClassLists, balance, main, table
+from slrnet.data.class_balance import ClassLists, balance, table
 from slrnet.data.manifest import ShardSet
+from slrnet.tools.class_balance import main
 
 
 def lists(classes: list[tuple[int, ...]], num_classes: int) -> ClassLists:

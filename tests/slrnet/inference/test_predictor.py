@@ -12,14 +12,15 @@ from PIL import Image
 from torch import Tensor
 
 import slrnet
+from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError, restore_model
 from slrnet.config import Config, apply_overrides
 from slrnet.inference import predictor
-from slrnet.inference.predictor import Predictor, predict_multi_scale, rgb_array
-from slrnet.models.decoder import resize
+from slrnet.inference.forward import fit_image, predict_single_scale
+from slrnet.inference.predictor import predict_multi_scale, rgb_array
+from slrnet.models.network import Normalise
 from slrnet.models.slrnet import SLRNet
-from slrnet.training.checkpoint import Checkpoint, CheckpointError, restore_model
-from slrnet.training.evaluate import fit_image, predict_single_scale
-from slrnet.training.step import Normalise
+from slrnet.ops.maps import resize
+from slrnet.tools.predict import predictor_of
 
 PLAIN = Normalise((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 16)
 
@@ -107,13 +108,13 @@ class TestPredictor:
         assert ((found.class_scores > 0) & (found.class_scores < 1)).all()
 
     def test_a_picture_and_its_array_are_the_same(self, checkpoint: Checkpoint) -> None:
-        predictor = Predictor(checkpoint, device="cpu")
+        predictor = predictor_of(checkpoint, device="cpu")
         pixels = picture()
         np.testing.assert_array_equal(predictor(Image.fromarray(pixels)).probs, predictor(pixels).probs)
 
     @pytest.mark.parametrize("protocol", ["ss", "ms"])
     def test_a_batch_gives_what_its_images_give(self, checkpoint: Checkpoint, protocol: Any) -> None:
-        predictor = Predictor(checkpoint, protocol=protocol, device="cpu")
+        predictor = predictor_of(checkpoint, protocol=protocol, device="cpu")
         images = [picture(40, 56, 1), picture(56, 40, 2), picture(40, 56, 3), picture(40, 56, 4)]
         sizes: list[int] = []
         predictor._model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0][0])))
@@ -130,7 +131,7 @@ class TestPredictor:
         self, make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config
     ) -> None:
         settings = ["inference.tile_above=9000", "inference.tile_size=64", "inference.tile_overlap=32"]
-        predictor = Predictor(make_checkpoint(apply_overrides(tiny_config, settings)), device="cpu")
+        predictor = predictor_of(make_checkpoint(apply_overrides(tiny_config, settings)), device="cpu")
         sizes: list[tuple[int, ...]] = []
         predictor._model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0][0].shape)))
         blocks = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -149,7 +150,7 @@ class TestPredictor:
 
     def test_gating_by_class_scores(self, make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config) -> None:
         config = apply_overrides(tiny_config, ["evaluation.gating=scores", "evaluation.gating_threshold=1.0"])
-        found = Predictor(make_checkpoint(config), device="cpu")(picture())
+        found = predictor_of(make_checkpoint(config), device="cpu")(picture())
         assert not found.probs[1:].any()
         assert not found.mask.any()
 
@@ -167,12 +168,12 @@ class TestPredictor:
         self, checkpoint: Checkpoint, make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config
     ) -> None:
         with pytest.raises(ValueError, match="protocol is 'xl'; allowed are ss, ms, ms_crf"):
-            Predictor(checkpoint, protocol="xl")  # type: ignore[arg-type]
+            predictor_of(checkpoint, protocol="xl")  # type: ignore[arg-type]
         gated = make_checkpoint(apply_overrides(tiny_config, ["evaluation.gating=image_labels"]))
         with pytest.raises(ValueError, match="gating is image_labels, and an image to predict has none"):
-            Predictor(gated)
+            predictor_of(gated)
         with pytest.raises(ValueError, match=r"shape \(70, 90\) and type uint8; \(H, W, 3\) uint8 is needed"):
-            Predictor(checkpoint, device="cpu")(picture()[..., 0])
+            predictor_of(checkpoint, device="cpu")(picture()[..., 0])
         with pytest.raises(CheckpointError):
             slrnet.load("/nowhere")
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from slrnet.cpu import cross_entropy as cross_entropy_cpu
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.kernels import cross_entropy_cpu
 from slrnet.losses import segmentation
 from slrnet.losses.segmentation import WeighedLabels, balanced_cross_entropy, weighted_cross_entropy
-from slrnet.models.decoder import resize
+from slrnet.ops.maps import resize
 
 VOID = IGNORE_INDEX
 

@@ -7,15 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slrnet.models.decoder import (
-    ASPP,
-    GlobalCueInjection,
-    MaskHead,
-    SkipFusion,
-    StochasticGate,
-    conv_norm_relu,
-    resize,
-)
+from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate, conv_norm_relu
+from slrnet.ops.maps import resize
 
 EPS = 1e-5  # of the batch norms
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slrnet.models.heads import AuxiliaryHead, class_probs, class_scores
+from slrnet.models.heads import AuxiliaryHead, class_scores
+from slrnet.ops.maps import class_probs
 
 
 def scores_in_loops(logits: Tensor, probs: Tensor, power: float, floor: float) -> list[list[float]]:

@@ -12,8 +12,9 @@ import slrnet.models.slrnet as module_under_test
 from slrnet.config import CvlrConfig, ModelConfig
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import Encoder
-from slrnet.models.heads import class_probs, class_scores
+from slrnet.models.heads import class_scores
 from slrnet.models.slrnet import SLRNet, build_model
+from slrnet.ops.maps import class_probs
 
 K = 4
 

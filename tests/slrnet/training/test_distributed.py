@@ -23,29 +23,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.config import Config, apply_overrides, load_config
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.shards import EvalLoader
-from slrnet.training import ray_loop
-from slrnet.training import trainer as trainer_module
-from slrnet.training.checkpoint import load_checkpoint
-from slrnet.training.distributed import (
-    Ranks,
-    current_ranks,
+from slrnet.distributed.process import (
+    Process,
+    configure_process,
+    current_process,
     gather_over_ranks,
-    merge_over_ranks,
     share_buffers,
     sum_over_ranks,
-    tune_process,
 )
-from slrnet.training.evaluate import evaluate_masks, quality_metrics
-from slrnet.training.metrics import ConfusionMatrix
-from slrnet.training.ray_loop import Report
-from slrnet.training.run_log import find_failure
+from slrnet.evaluation.masks import evaluate_masks, quality_metrics
+from slrnet.evaluation.metrics import ConfusionMatrix, merge_over_ranks
+from slrnet.launch import train as ray_loop
+from slrnet.launch.train import Report
+from slrnet.tracking.mlflow import NullTracker, RunHandle, create_run
+from slrnet.tracking.run_log import find_failure
+from slrnet.training import trainer as trainer_module
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
-from slrnet.training.tracking import NullTracker, RunHandle, create_run
 from slrnet.training.trainer import NonFiniteLossError, Trainer
 
 pytestmark = pytest.mark.slow  # the two processes train
@@ -77,15 +76,15 @@ def _process(folder: Path, rank: int) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(minutes=5))
     config = load_config(folder / "config.json")
     shards = load_dataset(config.data.path)
-    ranks = current_ranks(torch.device("cpu"))
+    process = current_process(torch.device("cpu"))
     results = {
-        "ranks": (ranks.rank, ranks.world_size, ranks.is_main),
-        "sums": _sums(ranks),
-        "gradients": {setting: _gradients(_semi(config, setting), shards, ranks) for setting in SETTINGS},
-        "uneven": _uneven_step(config, shards, ranks),
-        "error": _error(config, shards, ranks, folder),
-        "within": _resumed_within_an_epoch(config, shards, ranks, folder),
-        "training": _training(config, shards, ranks, folder),
+        "ranks": (process.rank, process.world_size, process.is_main),
+        "sums": _sums(process),
+        "gradients": {setting: _gradients(_semi(config, setting), shards, process) for setting in SETTINGS},
+        "uneven": _uneven_step(config, shards, process),
+        "error": _error(config, shards, process, folder),
+        "within": _resumed_within_an_epoch(config, shards, process, folder),
+        "training": _training(config, shards, process, folder),
     }
     torch.save(results, folder / f"rank-{rank}.pt")
     dist.barrier()
@@ -106,22 +105,22 @@ def _hanging_process(folder: Path, rank: int) -> None:
 
     trainer_module.step_losses = hang
     values = json.loads((folder / "values.json").read_text())
-    ray_loop._train(values | {"handle": RunHandle(**values["handle"])}, current_ranks(torch.device("cpu")), Report())
+    ray_loop._train(values | {"handle": RunHandle(**values["handle"])}, current_process(torch.device("cpu")), Report())
 
 
-def _sums(ranks: Ranks) -> dict[str, Any]:
-    own = torch.tensor([1.0 + ranks.rank, 10.0])
-    matrix = _matrix(ranks.rank)
+def _sums(process: Process) -> dict[str, Any]:
+    own = torch.tensor([1.0 + process.rank, 10.0])
+    matrix = _matrix(process.rank)
     norm = torch.nn.BatchNorm1d(2)
-    norm.running_mean = torch.full((2,), 1.0 + ranks.rank)
-    share_buffers(norm, ranks)
+    norm.running_mean = torch.full((2,), 1.0 + process.rank)
+    share_buffers(norm, process)
     return {
-        "sum": sum_over_ranks(own, ranks),
+        "sum": sum_over_ranks(own, process),
         "own": own,
-        "counts": merge_over_ranks(matrix, ranks).counts,
+        "counts": merge_over_ranks(matrix, process).counts,
         "own counts": matrix.counts,
         "mean": norm.running_mean,
-        "gathered": gather_over_ranks({"rank": ranks.rank}, ranks),
+        "gathered": gather_over_ranks({"rank": process.rank}, process),
     }
 
 
@@ -136,11 +135,11 @@ def _semi(config: Config, setting: str) -> Config:
     return apply_overrides(config, () if setting == "wsss" else [*SEMI, f"setting={setting}"])
 
 
-def _gradients(config: Config, shards: ShardSet, ranks: Ranks) -> dict[str, Tensor]:
+def _gradients(config: Config, shards: ShardSet, process: Process) -> dict[str, Tensor]:
     """Gradients of this rank's half of eight images, through the trainer's own wrapping."""
     config = apply_overrides(config, STILL)
-    trainer = Trainer(config, shards, ranks=ranks, folder=Path("unused"), tracker=NullTracker())
-    share = slice(4 * ranks.rank, 4 * ranks.rank + 4) if ranks.world_size > 1 else slice(0, 8)
+    trainer = Trainer(config, shards, process=process, folder=Path("unused"), tracker=NullTracker())
+    share = slice(4 * process.rank, 4 * process.rank + 4) if process.world_size > 1 else slice(0, 8)
     batch = _eight(shards, config.setting).part(share)
     trainer.wrapped.eval()
     if config.setting == "sss":  # else one class claims all of an image
@@ -160,23 +159,23 @@ def _gradients(config: Config, shards: ShardSet, ranks: Ranks) -> dict[str, Tens
     return found | {f"part {name}": part.detach() for name, part in result.parts.items()}
 
 
-def _uneven_step(config: Config, shards: ShardSet, ranks: Ranks) -> dict[str, Tensor]:
+def _uneven_step(config: Config, shards: ShardSet, process: Process) -> dict[str, Tensor]:
     """Weights after a step of seven images, of which rank 0 has three."""
     config = apply_overrides(config, [*STILL, "train.batch_size=7", "optim.lr=0.1"])
-    trainer = Trainer(config, shards, ranks=ranks, folder=Path("unused"), tracker=NullTracker())
-    share = slice(7 * ranks.rank // ranks.world_size, 7 * (ranks.rank + 1) // ranks.world_size)
+    trainer = Trainer(config, shards, process=process, folder=Path("unused"), tracker=NullTracker())
+    share = slice(7 * process.rank // process.world_size, 7 * (process.rank + 1) // process.world_size)
     trainer.wrapped.eval()
     trainer._step(_eight(shards, config.setting).part(share), 0, pretraining=False)
     return trainer.model.state_dict()
 
 
-def _resumed_within_an_epoch(config: Config, shards: ShardSet, ranks: Ranks, folder: Path) -> dict[str, Any]:
+def _resumed_within_an_epoch(config: Config, shards: ShardSet, process: Process, folder: Path) -> dict[str, Any]:
     """Two epochs of two steps, and the same stopped after the third step and resumed."""
     config = apply_overrides(config, ["train.checkpoint_every=3", "evaluation.pseudo_mask_images=0"])
     found: dict[str, Any] = {}
     for name, steps in (("whole", 9), ("stopped", 3), ("resumed", 9)):
         run = folder / ("whole" if name == "whole" else "within")
-        trainer = Trainer(config, shards, ranks=ranks, folder=run, tracker=NullTracker())
+        trainer = Trainer(config, shards, process=process, folder=run, tracker=NullTracker())
         trainer.resume()
         told = iter([""] * steps)
         reports: list[dict[str, float]] = []
@@ -206,10 +205,10 @@ def _sized(maps: Tensor) -> Tensor:
     return torch.nn.functional.interpolate(maps[None].float(), size=(64, 64))[0].to(torch.uint8)
 
 
-def _error(config: Config, shards: ShardSet, ranks: Ranks, folder: Path) -> dict[str, Any]:
+def _error(config: Config, shards: ShardSet, process: Process, folder: Path) -> dict[str, Any]:
     """Rank 1 alone gets a loss that is not finite."""
-    trainer = Trainer(config, shards, ranks=ranks, folder=folder / "error", tracker=NullTracker())
-    if ranks.rank == 1:
+    trainer = Trainer(config, shards, process=process, folder=folder / "error", tracker=NullTracker())
+    if process.rank == 1:
         trainer.normalise = type(trainer.normalise)((0.0,) * 3, (0.0,) * 3, trainer.normalise.output_stride)
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
     try:
@@ -221,13 +220,13 @@ def _error(config: Config, shards: ShardSet, ranks: Ranks, folder: Path) -> dict
     return {"message": message, "weights are as before": same}
 
 
-def _training(config: Config, shards: ShardSet, ranks: Ranks, folder: Path) -> dict[str, Any]:
+def _training(config: Config, shards: ShardSet, process: Process, folder: Path) -> dict[str, Any]:
     """A training of two epochs, and its resumption for a third one."""
     log = _Log()
     reports: list[dict[str, float]] = []
     for epochs in (2, 3):
         longer = apply_overrides(config, [f"train.epochs={epochs}"])
-        trainer = Trainer(longer, shards, ranks=ranks, folder=folder / "run", tracker=log)
+        trainer = Trainer(longer, shards, process=process, folder=folder / "run", tracker=log)
         torch.nn.init.constant_(trainer.model.mask_head.classify.bias, 1.2)  # else all is predicted as background
         resumed = trainer.resume()
         trainer.fit(report=lambda metrics: reports.append(dict(metrics)))
@@ -296,7 +295,7 @@ def test_sums_and_counts_are_those_of_all_and_the_own_ones_stay(results: list[di
 def test_gradients_are_those_of_the_joined_batch(
     results: list[dict[str, Any]], config: Config, tiny_data: ShardSet, setting: str
 ) -> None:
-    joined = _gradients(_semi(config, setting), tiny_data, Ranks())
+    joined = _gradients(_semi(config, setting), tiny_data, Process())
     assert joined["part segmentation"] > 0
     assert ("part pixel_segmentation" in joined) == (setting != "wsss")
     assert ("part classification" in joined) == (setting != "sss")
@@ -318,8 +317,10 @@ def test_gradients_are_those_of_the_joined_batch(
 def test_shares_of_other_sizes_count_by_their_images(
     results: list[dict[str, Any]], config: Config, tiny_data: ShardSet
 ) -> None:
-    joined = _uneven_step(config, tiny_data, Ranks())
-    before = Trainer(config, tiny_data, ranks=Ranks(), folder=Path("unused"), tracker=NullTracker()).model.state_dict()
+    joined = _uneven_step(config, tiny_data, Process())
+    before = Trainer(
+        config, tiny_data, process=Process(), folder=Path("unused"), tracker=NullTracker()
+    ).model.state_dict()
     first, second = (result["uneven"] for result in results)
     moved = [name for name in joined if not joined[name].equal(before[name])]
     assert len(moved) > 50
@@ -382,14 +383,14 @@ class TestTraining:
     ) -> None:
         checkpoint = load_checkpoint(folder / "run" / "checkpoints" / "checkpoint-0003")
         assert checkpoint.state.world_size == 2
-        trainer = Trainer(config, tiny_data, ranks=Ranks(), folder=tmp_path, tracker=NullTracker())
+        trainer = Trainer(config, tiny_data, process=Process(), folder=tmp_path, tracker=NullTracker())
         trainer.model.load_state_dict(checkpoint.model)
         quality = evaluate_masks(
             trainer.model.eval(),
             EvalLoader(tiny_data, split="val"),
             config=config,
             normalise=trainer.normalise,
-            ranks=Ranks(),
+            process=Process(),
         )
         figures = quality_metrics("val", quality, tiny_data.info.classes)
         assert len({value for name, value in figures.items() if name.startswith("val/iou/")}) > 1
@@ -412,12 +413,12 @@ class TestTraining:
 
 class TestAlone:
     def test_a_process_without_group_is_the_only_one(self) -> None:
-        ranks = current_ranks(torch.device("cpu"))
-        assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
+        process = current_process(torch.device("cpu"))
+        assert (process.rank, process.world_size, process.is_main) == (0, 1, True)
         values = torch.tensor([2.5])
-        assert sum_over_ranks(values, ranks).tolist() == [2.5]
-        assert gather_over_ranks("own", ranks) == ["own"]
-        assert merge_over_ranks(_matrix(0), ranks).counts.equal(_matrix(0).counts)
+        assert sum_over_ranks(values, process).tolist() == [2.5]
+        assert gather_over_ranks("own", process) == ["own"]
+        assert merge_over_ranks(_matrix(0), process).counts.equal(_matrix(0).counts)
 
     @pytest.mark.parametrize(
         ("variable", "threads", "expected"), [(None, 3, [3]), (None, 0, [1]), (None, None, []), ("2", 3, [])]
@@ -432,7 +433,7 @@ class TestAlone:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         if variable is not None:
             monkeypatch.setenv("OMP_NUM_THREADS", variable)
-        tune_process(threads)
+        configure_process(threads)
         assert called == expected
         assert flushed == [True]
 

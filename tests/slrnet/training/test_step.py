@@ -8,25 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from slrnet.calibration.pseudo_labels import calibrate_views, make_pseudo_labels
 from slrnet.config import CalibrationConfig, Config, ViewsConfig, config_from_dict
 from slrnet.data.batch import Batch
-from slrnet.data.views import View, apply_view
 from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import Encoder
+from slrnet.models.network import Normalise, mixed_precision
 from slrnet.models.slrnet import Outputs, SLRNet
 from slrnet.training import step as step_module
-from slrnet.training.step import (
-    Normalise,
-    align,
-    calibrate_views,
-    find_pseudo_rows,
-    make_pseudo_labels,
-    make_views,
-    mixed_precision,
-    step_generator,
-    step_losses,
-)
+from slrnet.training.step import align, find_pseudo_rows, make_views, step_generator, step_losses
+from slrnet.views.geometry import View, apply_view
 
 K = 3
 PLAIN = Normalise(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=4)

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from slrnet.checkpoints.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from slrnet.config import Config, apply_overrides
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
-from slrnet.training.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 from slrnet.training.trainer import NonFiniteLossError, Trainer, check_batch
 

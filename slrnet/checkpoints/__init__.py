@@ -1,0 +1,1 @@
+"""Writes, finds and loads checkpoints, in folders and object stores."""

@@ -1,0 +1,346 @@
+"""Checkpoints: directories that appear whole or not at all, and load without running code.
+
+A checkpoint holds `model.safetensors` (weights), `trainer.pt` (the optimiser's state; tensors and plain values, read
+with `weights_only=True`), `state.json` (schema version, progress, scores, classes, checksums) and `config.json`. It is
+written beside its place, brought to the disk and renamed into it. A run keeps its two last ones, so that there is one
+to go on from where the last turns out damaged, and its best one. `checkpoint-EPOCH` is of the end of an epoch,
+`checkpoint-EPOCH-STEP` of a step within the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slrnet.checkpoints.run_store import CONFIG, MARKER, PAYLOAD
+from slrnet.config import Config, load_config
+from slrnet.models.network import Network, Normalise
+from slrnet.storage.files import sha256_of
+
+if TYPE_CHECKING:
+    from slrnet.models.network import Network
+
+__all__ = [
+    "MOST_AT_A_TIME",
+    "Checkpoint",
+    "CheckpointError",
+    "TrainState",
+    "check_classes",
+    "find_checkpoint",
+    "load_checkpoint",
+    "prune_checkpoints",
+    "read_state",
+    "require_free_space",
+    "restore_model",
+    "restore_network",
+    "save_checkpoint",
+]
+
+SCHEMA_VERSION = 1
+WEIGHTS, TRAINER, _ = PAYLOAD
+STATE = MARKER
+KEEP_LAST = 2
+MOST_STATE = 2**28
+"""Bytes that `state.json` may have."""
+MOST_AT_A_TIME = KEEP_LAST + 2
+"""Checkpoints of a run on the disk at most: the last ones, the best one, and the one being written."""
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is missing, damaged, or does not fit what is asked of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """Where a training stands."""
+
+    epoch: int
+    """Finished epochs."""
+    step: int
+    """Finished optimiser steps."""
+    classes: tuple[str, ...]
+    """Names of the K classes, background first."""
+    data_fingerprint: str
+    """Fingerprint of the data set that was trained on."""
+    world_size: int
+    """Processes that trained together."""
+    best_score: float | None = None
+    """Highest validation mIoU so far, in [0, 1]; None before the first measurement."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Figures measured at this point, by their names in MLflow."""
+    run_id: str = ""
+    """MLflow run that the training reports to."""
+    unfinished: Mapping[str, float] = field(default_factory=dict)
+    """Loss parts summed over the steps of the epoch under way; empty at the end of an epoch."""
+    untracked: Sequence[tuple[int, Mapping[str, float]]] = ()
+    """Step and figures that MLflow had not taken when this was saved."""
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint of this state."""
+        return f"checkpoint-{self.epoch:04d}" + (f"-{self.step:08d}" if self.unfinished else "")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory."""
+
+    path: Path
+    config: Config
+    state: TrainState
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path, *, config: Config, state: TrainState, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]
+) -> Path:
+    """Writes a checkpoint into `folder` under the state's name, whole or not at all; returns its path.
+
+    Raises:
+        OSError: the storage does not take it.
+    """
+    target = folder / state.name
+    incoming = folder / f".{target.name}.incoming-{os.getpid()}"
+    shutil.rmtree(incoming, ignore_errors=True)
+    try:
+        incoming.mkdir(parents=True)
+        _write_tensors(incoming, model, optimizer)
+        (incoming / CONFIG).write_text(config.to_json(), encoding="utf-8")
+        sums = {name: sha256_of(incoming / name) for name in (WEIGHTS, TRAINER, CONFIG)}
+        record = {"schema_version": SCHEMA_VERSION, **asdict(state), "sha256": sums}
+        (incoming / STATE).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        for path in (*incoming.iterdir(), incoming):
+            _bring_to_disk(path)
+        shutil.rmtree(target, ignore_errors=True)
+        incoming.rename(target)
+        _bring_to_disk(folder)
+    except BaseException:
+        shutil.rmtree(incoming, ignore_errors=True)
+        raise
+    return target
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint; nothing in it can run code.
+
+    Args:
+        path: a checkpoint directory, or a run's folder: then its best checkpoint is read.
+
+    Raises:
+        CheckpointError: it is missing, of another version, or a file in it is damaged.
+    """
+    path, state = _resolve(Path(path))
+    try:
+        tensors = load_file(path / WEIGHTS)
+        optimizer = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
+        if not isinstance(optimizer, dict):
+            raise TypeError(f"{TRAINER} holds a {type(optimizer).__name__}")
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; take another checkpoint of the run") from None
+    return Checkpoint(path, load_config(path / CONFIG), state, tensors, optimizer)
+
+
+def find_checkpoint(folder: Path, *, which: Literal["last", "best"] = "last") -> Path | None:
+    """The last or the best whole checkpoint in `folder`; damaged ones are passed over, with a warning that names them.
+
+    Args:
+        folder: a run's `checkpoints` folder.
+        which: `last` or `best` (highest validation mIoU; the later one of equals).
+    """
+    return _choose(_whole_checkpoints(folder), which)
+
+
+def restore_model(checkpoint: Checkpoint) -> Network:
+    """The network of a checkpoint with its weights, in training mode on the CPU.
+
+    Raises:
+        CheckpointError: the weights are not those of the configured network.
+    """
+    from slrnet.models.slrnet import network_of  # takes seconds, and most users of checkpoints need no network
+
+    model = network_of(checkpoint.config, num_classes=len(checkpoint.state.classes), weights=False)
+    try:
+        model.load_state_dict(checkpoint.model)
+    except RuntimeError as error:
+        raise CheckpointError(f"{checkpoint.path} does not fit its own configuration: {error}") from None
+    return model
+
+
+def prune_checkpoints(folder: Path) -> None:
+    """Removes all but the two last and the best checkpoint, and what interrupted writes left behind."""
+    whole = _whole_checkpoints(folder)
+    if not whole:
+        return
+    last = sorted(whole, key=lambda found: found[1].step)[-KEEP_LAST:]
+    keep = {_choose(whole, "best"), *(path for path, _ in last)}
+    for path in folder.glob("checkpoint-*"):
+        if path not in keep:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".checkpoint-*.incoming-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def check_classes(state: TrainState, classes: tuple[str, ...], *, data: str) -> None:
+    """Refuses a checkpoint whose classes are not those of the data.
+
+    Raises:
+        CheckpointError: naming both lists.
+    """
+    if state.classes == classes:
+        return
+    ours, theirs = ", ".join(state.classes), ", ".join(classes)
+    raise CheckpointError(
+        f"the checkpoint knows {len(state.classes)} classes ({ours}), the data in {data} has {len(classes)} "
+        f"({theirs}); use the data set that the checkpoint was trained on, or one prepared with the same --classes"
+    )
+
+
+def require_free_space(folder: Path, needed: int) -> None:
+    """Refuses to start where a checkpoint would not fit.
+
+    Args:
+        folder: where checkpoints go; created if missing.
+        needed: bytes of all checkpoints that may exist at a time.
+
+    Raises:
+        CheckpointError: there is less free space, or the folder cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise CheckpointError(
+            f"the folder {folder} cannot be made: {error.strerror or error}; give another one with --storage"
+        ) from None
+    if free < needed:
+        raise CheckpointError(
+            f"{folder} has {free / 2**20:.0f} MiB free, checkpoints of this run need {needed / 2**20:.0f} MiB; "
+            "free some space or give another folder with --storage"
+        )
+
+
+def _write_tensors(folder: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, folder / WEIGHTS)
+        torch.save(dict(optimizer), folder / TRAINER)
+    except (SafetensorError, RuntimeError) as error:  # what both make of an OSError
+        free = shutil.disk_usage(folder).free / 2**20
+        raise OSError(f"tensors could not be written ({' '.join(str(error).split())}; {free:.0f} MiB free)") from error
+
+
+def _bring_to_disk(path: Path) -> None:
+    """Without it a power cut may leave the new checkpoint empty after the old one was removed."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _resolve(path: Path) -> tuple[Path, TrainState]:
+    """The checkpoint directory that is meant and its state; each file is compared with its checksum once."""
+    if (path / STATE).is_file():
+        return path, read_state(path)
+    whole = _whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
+    best = _choose(whole, "best")
+    if best is None:
+        raise CheckpointError(
+            f"{path} holds no checkpoint; give a directory with {STATE}, or the folder of a run that has finished an "
+            "epoch"
+        )
+    return best, dict(whole)[best]
+
+
+def _whole_checkpoints(folder: Path) -> list[tuple[Path, TrainState]]:
+    whole = []
+    for path in sorted(folder.glob("checkpoint-*")):
+        try:
+            whole.append((path, read_state(path)))
+        except CheckpointError as error:
+            _log.warning("passing over a checkpoint: %s", error)
+    return whole
+
+
+def _choose(whole: list[tuple[Path, TrainState]], which: Literal["last", "best"]) -> Path | None:
+    ranked = [(_score(state) if which == "best" else 0.0, state.step, path) for path, state in whole]
+    return max(ranked)[2] if ranked else None
+
+
+def read_state(path: Path) -> TrainState:
+    """Reads a checkpoint's `state.json` and compares the other files with its checksums; no weights are loaded.
+
+    Raises:
+        CheckpointError: it is missing, of another version, or a file is damaged.
+    """
+    try:
+        if not stat.S_ISREG((status := (path / STATE).stat()).st_mode) or status.st_size > MOST_STATE:
+            raise ValueError(f"it is no file, or has more than {MOST_STATE >> 20} MiB")
+        record = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path / STATE} cannot be read: {error}; take another checkpoint of the run") from None
+    version = record.pop("schema_version", None) if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{path} has schema version {version}, this slrnet reads {SCHEMA_VERSION}; use the slrnet that wrote it"
+        )
+    sums = record.pop("sha256", None)
+    if not isinstance(sums, dict) or set(sums) != {WEIGHTS, TRAINER, CONFIG}:
+        raise CheckpointError(f"{path / STATE} lacks the checksums of the other files; take another checkpoint")
+    for name, expected in sums.items():
+        if not (path / name).is_file() or sha256_of(path / name) != expected:
+            raise CheckpointError(f"{path / name} is damaged or missing; take another checkpoint of the run")
+    try:
+        untracked = tuple((step, values) for step, values in record.get("untracked", ()))
+        state = TrainState(**{**record, "classes": tuple(record["classes"]), "untracked": untracked})
+        _check_types(state)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path / STATE} lacks or has foreign fields: {error}") from None
+    return state
+
+
+def _check_types(state: TrainState) -> None:
+    """Values of other types would fail far from here."""
+    counts = (state.epoch, state.step, state.world_size, *(step for step, _ in state.untracked))
+    texts = (*state.classes, state.data_fingerprint, state.run_id)
+    tables = (state.metrics, state.unfinished, *(values for _, values in state.untracked))
+    numbers = [value for table in tables for value in table.values()]
+    numbers += [] if state.best_score is None else [state.best_score]
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise ValueError("epochs, steps and processes are whole numbers from 0")
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("classes, fingerprint and run are texts")
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError("figures are numbers")
+
+
+def _score(state: TrainState) -> float:
+    """The validation mIoU under whatever protocol the run measures; -1 where the epoch was not measured."""
+    scores = [value for name, value in state.metrics.items() if name.startswith("val/miou_")]
+    return next((value for value in scores if math.isfinite(value)), -1.0)
+
+
+def restore_network(checkpoint: Checkpoint, device: torch.device) -> tuple[Network, Normalise]:
+    """The network of a checkpoint as the trainer measures it: on a device, in evaluation mode, channels last.
+
+    Returns:
+        The network and its encoder's normalisation.
+    """
+    model = restore_model(checkpoint).eval()
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model, Normalise.of(model.encoder)

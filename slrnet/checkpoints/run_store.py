@@ -1,0 +1,240 @@
+"""Runs in an object store: `--storage s3://BUCKET/FOLDER` (any endpoint) or gs://, by path alone.
+
+Each node writes to its own folder, in the cache of `slrnet.storage.remote`; what it wrote is copied to the store
+by rank 0 the checkpoints, in the thread that writes them, and by every rank its log and pictures. In a store an object
+appears whole or not at all, a folder does not. Of a checkpoint `state.json`, which has the checksums of the other
+files, is therefore uploaded last and removed first: without it there is no checkpoint, with it all files are there.
+
+A run that goes on takes what is in the store, whatever a node's own folder holds; so all ranks go on from the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slrnet.storage.remote import RemoteError, cached, copy_from, filesystem_of, locked, patiently
+
+__all__ = ["CONFIG", "MARKER", "PAYLOAD", "RunStore", "local_run", "run_argument", "run_folder"]
+
+MARKER = "state.json"
+"""Of a checkpoint, the file whose presence says that it is whole."""
+CONFIG = "config.json"
+"""The configuration, of a run and of each of its checkpoints."""
+PAYLOAD = ("model.safetensors", "trainer.pt", CONFIG)
+"""The other files of a checkpoint: weights, optimiser, configuration."""
+_CHECKPOINT = re.compile(r"checkpoint-\d{4,9}(-\d{8,12})?")
+_LOG = re.compile(r"rank-\d{1,6}\.jsonl")
+
+_log = logging.getLogger(__name__)
+
+
+class RunStore:
+    """One run's place in an object store.
+
+    Args:
+        location: of the run, such as s3://BUCKET/RUNS/NAME.
+        folder: of the run on this machine.
+        rank: of this process, whose log it uploads; None for the driver, which has none.
+    """
+
+    def __init__(self, location: str, folder: Path, *, rank: int | None = None) -> None:
+        self.location = location.rstrip("/")
+        self.folder = folder
+        self._rank = rank
+        self._sent: dict[Path, tuple[int, int]] = {}
+
+    def checkpoints(self) -> list[str]:
+        """Names of the whole checkpoints in the store, in the order of their steps.
+
+        Raises:
+            RemoteError: the store does not answer, or refuses.
+        """
+        found = patiently(self.location, self._found)
+        return sorted(name for name, whole in found.items() if whole)
+
+    def start(self) -> None:
+        """Makes room for a new run.
+
+        Raises:
+            RemoteError: there is one of that name, or the store does not answer, or refuses.
+        """
+        name = self.location.rpartition("/")[2]
+        if patiently(self.location, lambda: self._files("", recursive=True)):
+            raise RemoteError(
+                f"run {self.location} exists; continue that run with --resume {name}, or choose another --name"
+            )
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def fetch(self, names: Sequence[str] | None = None) -> None:
+        """Makes this machine's folder hold the store's checkpoints and no others, and the logs and the configuration.
+
+        Args:
+            names: of the checkpoints; None for all whole ones.
+
+        Raises:
+            RemoteError: the store does not have them, does not answer, or refuses.
+            OSError: this machine's storage is full.
+        """
+        wanted = self.checkpoints() if names is None else names
+        with locked(self.folder / "run"):
+            for path in (self.folder / "checkpoints").glob("checkpoint-*"):
+                if path.name not in wanted:
+                    shutil.rmtree(path, ignore_errors=True)
+            for name in wanted:
+                target = self.folder / "checkpoints" / name
+                fetch_checkpoint(f"{self.location}/checkpoints/{name}", target)
+                self._sent[target] = _stamp(target / MARKER)
+            if CONFIG in patiently(self.location, lambda: self._files("")):
+                copy_from(f"{self.location}/{CONFIG}", self.folder / CONFIG)
+            self._fetch_logs()
+
+    def fetch_logs(self) -> None:
+        """Brings the logs of ranks on other nodes to this machine; does not raise."""
+        try:
+            with locked(self.folder / "run"):
+                self._fetch_logs()
+        except (OSError, RemoteError) as error:
+            _log.warning("the ranks' logs in %s cannot be read: %s", self.location, error)
+
+    def upload(self, *, checkpoints: bool = True) -> None:
+        """Copies what is new to the store; checkpoints that this machine no longer has are removed from it.
+
+        Args:
+            checkpoints: with them; for the one process that writes them.
+
+        Raises:
+            OSError: the store does not answer, or refuses.
+        """
+        if checkpoints:
+            self._upload_checkpoints()
+        own = [] if self._rank is None else [self.folder / "logs" / f"rank-{self._rank}.jsonl"]
+        for path in (self.folder / CONFIG, *own, *sorted((self.folder / "panels").glob("[!.]*"))):
+            if path.is_file() and self._sent.get(path) != (stamp := _stamp(path)):
+                self._put(path)
+                self._sent[path] = stamp
+
+    def upload_rest(self) -> None:
+        """Copies log and pictures when a rank ends; does not raise."""
+        try:
+            self.upload(checkpoints=False)
+        except OSError as error:
+            _log.warning("log and pictures cannot be copied to %s: %s", self.location, error)
+
+    def _upload_checkpoints(self) -> None:
+        ours = {path.parent for path in (self.folder / "checkpoints").glob(f"checkpoint-*/{MARKER}")}
+        found = self._found()
+        for path in sorted(ours):
+            if self._sent.get(path) != (stamp := _stamp(path / MARKER)):
+                if found.get(path.name):
+                    self._delete(path / MARKER)  # it is written again
+                for name in (*PAYLOAD, MARKER):
+                    self._put(path / name)
+                self._sent[path] = stamp
+        for name in set(found) - {path.name for path in ours}:
+            self._remove(name, whole=found[name])
+
+    def _found(self) -> dict[str, bool]:
+        """Checkpoints in the store by name, and whether each is whole."""
+        found: dict[str, bool] = {}
+        for place in self._files("checkpoints", recursive=True):
+            name, _, file = place.partition("/")
+            if _CHECKPOINT.fullmatch(name) and file:
+                found[name] = found.get(name, False) or file == MARKER
+        return found
+
+    def _files(self, folder: str, *, recursive: bool = False) -> dict[str, int]:
+        """Files in a folder of the run: bytes by path within it."""
+        from pyarrow import fs
+
+        system, path = filesystem_of(f"{self.location}/{folder}".rstrip("/"))
+        listed = system.get_file_info(fs.FileSelector(path, recursive=recursive, allow_not_found=True))
+        return {info.path.removeprefix(path).lstrip("/"): info.size for info in listed if info.type == fs.FileType.File}
+
+    def _fetch_logs(self) -> None:
+        """Lines are only ever added: the longer one is the newer one."""
+        for name, size in patiently(self.location, lambda: self._files("logs")).items():
+            target = self.folder / "logs" / name
+            if _LOG.fullmatch(name) and (not target.exists() or target.stat().st_size < size):
+                copy_from(f"{self.location}/logs/{name}", target)
+
+    def _place(self, path: Path) -> tuple[Any, str]:
+        return filesystem_of(f"{self.location}/{path.relative_to(self.folder).as_posix()}")
+
+    def _put(self, path: Path) -> None:
+        system, place = self._place(path)
+        with path.open("rb") as file, system.open_output_stream(place) as outgoing:
+            shutil.copyfileobj(file, outgoing, 2**22)
+
+    def _delete(self, path: Path) -> None:
+        system, place = self._place(path)
+        system.delete_file(place)
+
+    def _remove(self, name: str, *, whole: bool) -> None:
+        folder = self.folder / "checkpoints" / name
+        if whole:
+            self._delete(folder / MARKER)
+        system, place = self._place(folder)
+        system.delete_dir(place)
+
+
+def run_folder(location: str) -> Path:
+    """The folder of this machine in which a run with a place in an object store is written."""
+    storage, _, name = location.rstrip("/").rpartition("/")
+    return cached(storage) / name
+
+
+def local_run(location: str) -> Path:
+    """A copy on this machine of a run's checkpoints, or of the one checkpoint that is named, to be read.
+
+    Raises:
+        RemoteError: there is none, or the store refuses it.
+    """
+    location = location.rstrip("/")
+    folder = cached(location) / location.rpartition("/")[2]
+    if _CHECKPOINT.fullmatch(folder.name):
+        with locked(folder):
+            fetch_checkpoint(location, folder)
+        return folder
+    store = RunStore(location, folder)
+    if not (names := store.checkpoints()):
+        raise RemoteError(f"{location} holds no checkpoint; give a run's location, or a checkpoint's")
+    store.fetch(names)
+    return folder
+
+
+def run_argument(text: str) -> Path:
+    """A command's argument that names a run or a checkpoint; one in an object store is copied to this machine."""
+    if "://" not in text:
+        return Path(text)
+    try:
+        return local_run(text)
+    except (RemoteError, OSError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def fetch_checkpoint(location: str, target: Path) -> None:
+    """Copies a checkpoint's four files, unless the same one is there."""
+    incoming = target.with_name(f".{target.name}.incoming-store")
+    shutil.rmtree(incoming, ignore_errors=True)
+    incoming.mkdir(parents=True)
+    try:
+        copy_from(f"{location}/{MARKER}", incoming / MARKER)
+        if (target / MARKER).is_file() and (target / MARKER).read_bytes() == (incoming / MARKER).read_bytes():
+            return
+        for name in PAYLOAD:
+            copy_from(f"{location}/{name}", incoming / name)
+        shutil.rmtree(target, ignore_errors=True)
+        incoming.rename(target)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size

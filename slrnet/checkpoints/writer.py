@@ -1,0 +1,114 @@
+"""Writes checkpoints while the training goes on, and tries again where the storage fails for a while."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from slrnet.checkpoints.checkpoint import CheckpointError, TrainState, prune_checkpoints, save_checkpoint
+from slrnet.config import Config
+
+__all__ = ["CheckpointWriter"]
+
+PATIENCE = 300.0
+"""Seconds for which a checkpoint that the storage refuses is tried again."""
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds between two attempts: the first pause, doubled each time up to the longest."""
+
+_log = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run in a thread, one at a time and in order.
+
+    The training pays for a copy of the state; weights on a GPU are copied to the main memory. A checkpoint that the
+    storage refuses (full, gone for a while) is tried again, less and less often, while the training goes on.
+
+    Args:
+        folder: of the run's checkpoints.
+        config: of the run.
+        patience: seconds after which it gives up.
+        upload: copies what was written to where it shall stay; None where that is the folder.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        *,
+        patience: float = PATIENCE,
+        upload: Callable[[], None] | None = None,
+    ) -> None:
+        self._upload = upload
+        self._folder = folder
+        self._config = config
+        self._patience = patience
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    def save(self, state: TrainState, *, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+        """Starts to write a checkpoint, once the one before it is written.
+
+        Raises:
+            CheckpointError: the one before it could not be written.
+        """
+        self.wait()
+        self._writing = self._thread.submit(self._write, state, _copied(model), _copied(optimizer))
+
+    def wait(self) -> None:
+        """Returns when all checkpoints are written.
+
+        Raises:
+            CheckpointError: one could not be.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def close(self) -> None:
+        """Ends the thread after the checkpoint under way; does not raise."""
+        self._thread.shutdown(wait=True)
+
+    def _write(self, state: TrainState, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
+        def save() -> None:
+            save_checkpoint(self._folder, config=self._config, state=state, model=model, optimizer=optimizer)
+
+        self._try(save, state.name, str(self._folder))
+        prune_checkpoints(self._folder)
+        if self._upload is not None:
+            self._try(self._upload, f"the copy of {state.name}", "the run's storage")
+
+    def _try(self, act: Callable[[], None], what: str, place: str) -> None:
+        """Until it works or the patience is at its end."""
+        begun, pause = time.monotonic(), FIRST_PAUSE
+        while True:
+            try:
+                act()
+                return
+            except OSError as error:
+                waited = time.monotonic() - begun
+                if waited + pause > self._patience:
+                    raise CheckpointError(
+                        f"{what} could not be written to {place} for {waited:.0f} s: {error}; free some space or mend "
+                        "the storage, then go on with --resume: earlier checkpoints are whole"
+                    ) from None
+                _log.warning("%s cannot be written (%s); trying again in %.0f s", what, error, pause)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def _copied(value: Any) -> Any:
+    """The same with tensors of its own in the main memory, through dictionaries and lists."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(inner) for inner in value)
+    return value

@@ -1,0 +1,1 @@
+"""What makes convolutions, losses and crops fast on CPUs; never imported on a GPU."""

@@ -1,0 +1,56 @@
+"""Cross-entropy of resized logits with its gradient, on the CPU; `losses.segmentation` has the form it must equal."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from slrnet.cpu.compiled import compiled
+
+__all__ = ["available", "resized_cross_entropy"]
+
+
+_NO_MEMORY, _TOO_FAR, _NO_CLASS = 1, 2, 3
+"""What the kernel returns when it did not come to its end."""
+
+
+def available() -> bool:
+    """Whether the kernel can be used on this machine."""
+    return compiled("cross_entropy") is not None
+
+
+def resized_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Sums over the pixels of weight times cross-entropy, logits being resized (bilinear, aligned corners).
+
+    Args:
+        logits: (N, K, h, w) float32 on the CPU, h and w at least 2; channels last spares a copy.
+        labels: (N, H, W) int64 below K; H and W at least 2.
+        weights: (N, H, W) float32.
+
+    Returns:
+        (N,) the sums, and their gradients (N, K, h, w), channels last; the same to the bit for any number of threads.
+        None where a logit is 80 or more below the largest one of its pixel, or no finite number.
+
+    Raises:
+        IndexError: a label is not below K.
+        MemoryError: there is no memory for a few rows of the small maps.
+    """
+    library = compiled("cross_entropy")
+    assert library is not None
+    maps, labels, weights = logits.permute(0, 2, 3, 1).contiguous(), labels.contiguous(), weights.contiguous()
+    images, old_height, old_width, classes = maps.shape
+    sums, own, gradients = torch.empty_like(weights), torch.empty_like(weights), torch.empty_like(maps)
+    parts = maps.new_empty(images, old_height - 1, 2, old_width, classes)
+    sizes = (images, old_height, old_width, classes, *labels.shape[1:])
+    tensors = (maps, labels, weights, sums, own, parts, gradients)
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+    ended = library.cross_entropy(torch.get_num_threads(), *sizes, *pointers)
+    if ended == _NO_MEMORY:
+        raise MemoryError("the cross-entropy's kernel got no memory for its rows; lower data.batch_size")
+    if ended == _NO_CLASS:
+        raise IndexError(f"labels are {int(labels.min())} to {int(labels.max())}; allowed are 0 to {classes - 1}")
+    if ended == _TOO_FAR:
+        return None
+    return (sums.log_() - own).mul_(weights).sum(dim=(1, 2)), gradients.permute(0, 3, 1, 2)

@@ -1,0 +1,133 @@
+"""Depthwise convolutions for CPUs: dilated ones over interleaved maps, and a gradient of the weights that is fast.
+
+At dilation r a position meets only those whose row and column differ from its own by multiples of r. So the map falls
+into r x r interleaved maps that do not touch each other, and an undilated convolution of those, side by side in the
+batch, gives the same numbers. CPU libraries have no fast path for the dilated form.
+
+The gradient of the weights is itself a depthwise convolution: of each map of an image by the slopes of its outputs, a
+kernel as large as the map, summed over the images. On small maps that takes less time than the libraries' own, which
+has no fast form in bfloat16 at all (benchmarks/depthwise.py). On other devices nothing changes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame, pad_same
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from slrnet.cpu.convolutions import StandInConv2d, convolution_dtype, eager_on_cpu, keeps_size, replace_convolutions
+from slrnet.ops.factorize import working_dtype
+
+__all__ = ["DepthwiseConv2d", "use_fast_depthwise"]
+
+
+class DepthwiseConv2d(StandInConv2d):
+    """A depthwise convolution by a way that is fast on CPUs."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        """Takes over the parameters of a convolution.
+
+        Args:
+            conv: depthwise; it keeps the size of the map, or is strided and not dilated.
+        """
+        super().__init__(conv)
+        self.pads_itself = isinstance(conv, Conv2dSame)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to the shape that the convolution gives."""
+        if self.pads_itself:
+            input = pad_same(input, list(self.kernel_size), list(self.stride))
+        if not self._own_way(input):
+            return super().forward(input)
+        maps, rate = input.to(convolution_dtype(input)), self.dilation[0]
+        if rate > 1:
+            out = _interleaved(maps, self.weight, rate)
+        else:
+            out = _undilated(maps, self.weight, self.stride, self.padding)
+        return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
+
+    def _own_way(self, input: Tensor) -> bool:
+        return eager_on_cpu(input)
+
+
+def _interleaved(maps: Tensor, weight: Tensor, rate: int) -> Tensor:
+    channels, height, width = maps.shape[1:]
+    # Maps smaller than the kernel have no fast path either.
+    rows, columns = (max(side, -(-size // rate)) for side, size in zip(weight.shape[-2:], (height, width), strict=True))
+    parts = F.pad(maps, [0, columns * rate - width, 0, rows * rate - height]).permute(0, 2, 3, 1)
+    parts = parts.reshape(-1, rows, rate, columns, rate, channels).permute(2, 4, 0, 1, 3, 5)
+    parts = parts.reshape(-1, rows, columns, channels).permute(0, 3, 1, 2)
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+    out = _undilated(parts, weight, (1, 1), padding)
+    out = out.permute(0, 2, 3, 1).reshape(rate, rate, -1, rows, columns, channels).permute(2, 3, 0, 4, 1, 5)
+    return out.reshape(-1, rows * rate, columns * rate, channels).permute(0, 3, 1, 2)[..., :height, :width]
+
+
+def _undilated(maps: Tensor, weight: Tensor, stride: tuple[int, ...], padding: str | tuple[int, ...]) -> Tensor:
+    if maps.dtype == torch.bfloat16 or (stride == (1, 1) and _small(maps)):
+        return _Depthwise.apply(maps, weight, stride, padding)  # type: ignore[no-any-return]
+    return F.conv2d(maps, weight, None, stride, padding, groups=len(weight))
+
+
+def _small(maps: Tensor) -> bool:
+    """Whether maps are fit to be kernels; if they are larger, the library is faster."""
+    return maps[0, 0].numel() <= (32 * 32 if maps.dtype == torch.bfloat16 else 8 * 8)
+
+
+class _Depthwise(torch.autograd.Function):
+    """The undilated convolution of (N, C, H, W) by (C, 1, I, J), in the dtype of the maps."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        """The convolution; maps and weight are kept for the gradient."""
+        ctx.save_for_backward(maps, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return F.conv2d(maps, weight.to(maps.dtype), None, stride, padding, groups=len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Gradients of maps and weight, each where it is wanted."""
+        maps, weight = ctx.saved_tensors
+        where = {"stride": ctx.stride, "padding": ctx.padding, "groups": len(weight)}
+        wide = working_dtype(maps)  # half precision has no fast form
+        of_maps = of_weight = None
+        if ctx.needs_input_grad[0]:
+            dtype = maps.dtype if ctx.stride == (1, 1) else wide
+            of_maps = conv2d_input(maps.shape, weight.to(dtype), slopes.to(dtype), **where).to(maps.dtype)
+        if ctx.needs_input_grad[1] and ctx.stride == (1, 1) and _small(slopes):
+            of_weight = _by_maps(maps, slopes, ctx.padding)
+        elif ctx.needs_input_grad[1]:
+            of_weight = conv2d_weight(maps.to(wide), weight.shape, slopes.to(wide), **where)
+        if of_weight is not None:
+            of_weight = torch.empty_like(weight).copy_(of_weight)  # DDP asks for the strides of the weight
+        return of_maps, of_weight, None, None
+
+
+def _by_maps(maps: Tensor, slopes: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """(C, 1, I, J): each map of each image is a channel, and the slopes of its outputs are the kernel."""
+    images, channels, height, width = maps.shape
+    each = images * channels
+    sources = maps.permute(2, 3, 0, 1).reshape(1, height, width, each).permute(0, 3, 1, 2)
+    products = F.conv2d(sources, slopes.reshape(each, 1, *slopes.shape[-2:]), padding=padding, groups=each)
+    return products.view(images, channels, *products.shape[-2:]).sum(dim=0).unsqueeze(1)
+
+
+def use_fast_depthwise(root: nn.Module) -> None:
+    """Replaces the depthwise convolutions within a module that keep the size of the map or are strided.
+
+    Args:
+        root: module that holds convolutions; changed in place. Parameters stay the same objects.
+    """
+    replace_convolutions(root, _fits, DepthwiseConv2d, of=(nn.Conv2d, Conv2dSame))
+
+
+def _fits(conv: nn.Conv2d) -> bool:
+    depthwise = 1 < conv.groups == conv.in_channels == conv.out_channels
+    strided = conv.dilation == (1, 1) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    return depthwise and (strided or keeps_size(conv))

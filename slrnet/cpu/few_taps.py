@@ -1,0 +1,104 @@
+"""Dilated 3x3 convolutions for CPUs whose taps mostly lie outside the map.
+
+At stride 8 a crop of 321 pixels is a map of 41x41: of a tap 36 positions away, five rows or columns are left, and on
+the map of a view of half the size nothing but the centre is. Each tap is a product of matrices over the positions that
+it does meet; CPU libraries multiply the padding's zeros as well, or copy the map once for each tap
+(benchmarks/few_taps.py). In bfloat16 their dilated convolutions of thousands of channels are slower than nine products,
+whatever the taps meet. Numbers differ from theirs by rounding. On other devices nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from slrnet.cpu.convolutions import StandInConv2d, convolution_dtype, eager_on_cpu
+from slrnet.ops.factorize import working_dtype
+
+__all__ = ["FewTapsConv2d"]
+
+_MOST_TAPS = 0.7
+"""Largest share of the products that are not with padding, up to which this form is taken."""
+_MANY_CHANNELS = 2048
+"""Channels in or out from which it is always taken in bfloat16, where it is dilated."""
+
+
+class FewTapsConv2d(StandInConv2d):
+    """A 3x3 convolution that multiplies no padding on CPUs, where there is much of it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, K, H, W)."""
+        if not self._few_taps(input):
+            return super().forward(input)
+        out: Tensor = _FewTaps.apply(input.to(convolution_dtype(input)), self.weight, self.dilation[0])
+        return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
+
+    def _few_taps(self, input: Tensor) -> bool:
+        dtype, rate = convolution_dtype(input), self.dilation[0]
+        if not eager_on_cpu(input) or dtype not in (torch.bfloat16, self.weight.dtype):
+            return False
+        if dtype == torch.bfloat16 and rate > 1 and max(self.in_channels, self.out_channels) >= _MANY_CHANNELS:
+            return True
+        height, width = (1 + 2 * max(0, side - rate) / side for side in input.shape[-2:])
+        return height * width <= _MOST_TAPS * 9
+
+
+class _FewTaps(torch.autograd.Function):
+    """The convolution of (N, C, H, W) by (K, C, 3, 3), with channels last within."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rate: int) -> Tensor:
+        """The convolution; maps and weight are kept for the gradient."""
+        ctx.save_for_backward(x, weight)
+        ctx.rate = rate
+        maps, filters = x.permute(0, 2, 3, 1), _filters(weight, x.dtype)
+        out = maps.new_zeros(*maps.shape[:3], len(weight), dtype=working_dtype(x))
+        for i, j, seen, met in _taps(maps.shape[1], maps.shape[2], rate):
+            part = out[seen]
+            part += (maps[met].flatten(0, 2) @ filters[i, j].T).view(part.shape)
+        return out.to(x.dtype).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Gradients of maps and weight, each where it is wanted."""
+        x, weight = ctx.saved_tensors
+        maps, slopes, filters = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), _filters(weight, x.dtype)
+        of_maps = torch.zeros_like(maps, dtype=working_dtype(x)) if ctx.needs_input_grad[0] else None
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i, j, seen, met in _taps(maps.shape[1], maps.shape[2], ctx.rate):
+            slope = slopes[seen].flatten(0, 2)
+            if of_maps is not None:
+                part = of_maps[met]
+                part += (slope @ filters[i, j]).view(part.shape)
+            if of_weight is not None:
+                of_weight[:, :, i, j] = slope.T @ maps[met].flatten(0, 2)
+        return None if of_maps is None else of_maps.to(x.dtype).permute(0, 3, 1, 2), of_weight, None
+
+
+def _filters(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(3, 3, K, C), in one piece for each tap in half precision, whose products would copy them otherwise."""
+    filters = weight.permute(2, 3, 0, 1).to(dtype)
+    return filters.contiguous() if dtype == torch.bfloat16 else filters
+
+
+def _taps(height: int, width: int, rate: int) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:
+    """Row and column of each tap that meets the map, the outputs that it adds to, and the inputs that it meets."""
+    for i in range(3):
+        for j in range(3):
+            down, across = (i - 1) * rate, (j - 1) * rate
+            if abs(down) < height and abs(across) < width:
+                yield (
+                    i,
+                    j,
+                    (slice(None), _part(height, -down), _part(width, -across)),
+                    (slice(None), _part(height, down), _part(width, across)),
+                )
+
+
+def _part(size: int, shift: int) -> slice:
+    return slice(max(0, shift), size + min(0, shift))

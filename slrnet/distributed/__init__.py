@@ -1,0 +1,1 @@
+"""Ranks of one training, and a watchdog over them."""

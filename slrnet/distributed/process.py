@@ -1,0 +1,82 @@
+"""What a training process knows of the others: its rank, its device, and sums over all ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = [
+    "Process",
+    "configure_process",
+    "current_process",
+    "gather_over_ranks",
+    "share_buffers",
+    "sum_over_ranks",
+]
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process among those that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes checkpoints, curves and progress."""
+        return self.rank == 0
+
+
+def current_process(device: torch.device) -> Process:
+    """The process group's view, or a single process where there is none."""
+    if dist.is_available() and dist.is_initialized():
+        return Process(dist.get_rank(), dist.get_world_size(), device)
+    return Process(device=device)
+
+
+def sum_over_ranks(values: Tensor, process: Process) -> Tensor:
+    """Adds a tensor over all ranks; every rank gets the sum. All ranks must call it in the same order."""
+    if process.world_size == 1:
+        return values
+    total = values.to(process.device, copy=True)
+    dist.all_reduce(total)
+    return total.to(values.device)
+
+
+def gather_over_ranks(value: Value, process: Process) -> list[Value]:
+    """Every rank's plain value, by rank; every rank gets all. All ranks must call it in the same order."""
+    if process.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * process.world_size
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def share_buffers(model: nn.Module, process: Process) -> None:
+    """Gives every rank rank 0's buffers: the batch norms' statistics, which differ by each rank's last batch.
+
+    All ranks then measure the very model that rank 0 saves.
+    """
+    if process.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def configure_process(threads: int | None) -> None:
+    """Sets what a CPU process needs to be fast: its share of the cores, and no time lost on denormal numbers.
+
+    Args:
+        threads: threads for operators; None keeps what the environment says.
+    """
+    if threads is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, threads))
+    torch.set_flush_denormal(True)

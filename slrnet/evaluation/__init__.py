@@ -1,0 +1,1 @@
+"""Measures masks: metrics, protocols, and what went wrong where."""

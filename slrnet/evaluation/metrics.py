@@ -1,0 +1,113 @@
+"""Quality of masks from one confusion matrix: IoU, mFDR (paper Eq. 10), mFNR (Eq. 11)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.distributed.process import Process, sum_over_ranks
+
+__all__ = ["ConfusionMatrix", "merge_over_ranks"]
+
+
+class ConfusionMatrix:
+    """Counts of pixels by true class (rows) and predicted class (columns).
+
+    A prediction of 255 on a labelled pixel is counted as missed: it is in the last column, a false negative of its true
+    class and a false positive of none. Pixels whose true label is 255 do not count.
+
+    Args:
+        num_classes: K with the background.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Adds pixels.
+
+        Args:
+            predictions: integer class ids of any shape, 255 for undecided.
+            targets: true class ids of the same shape, 255 for void.
+
+        Raises:
+            ValueError: shapes that differ, or an id that is neither below K nor 255.
+        """
+        if predictions.shape != targets.shape:
+            raise ValueError(
+                f"predictions {tuple(predictions.shape)} and targets {tuple(targets.shape)} differ in shape; "
+                "resize the predictions to the targets"
+            )
+        valid = targets != IGNORE_INDEX
+        true, predicted = targets[valid].long().cpu(), predictions[valid].long().cpu()
+        for name, ids in (("targets", true), ("predictions", predicted)):
+            wrong = ids[((ids < 0) | (ids >= self.num_classes)) & (ids != IGNORE_INDEX)]
+            if len(wrong):
+                raise ValueError(f"{name} hold the id {int(wrong[0])}; allowed are 0 to {self.num_classes - 1} and 255")
+        predicted = torch.where(predicted == IGNORE_INDEX, self.num_classes, predicted)
+        index = true * (self.num_classes + 1) + predicted
+        self.counts += torch.bincount(index, minlength=self.counts.numel()).view_as(self.counts)
+
+    def merge(self, other: ConfusionMatrix) -> None:
+        """Adds the counts of another matrix of the same classes.
+
+        Raises:
+            ValueError: the numbers of classes differ.
+        """
+        if other.num_classes != self.num_classes:
+            raise ValueError(
+                f"cannot add a confusion matrix of {other.num_classes} classes to one of {self.num_classes}; "
+                "merge matrices of one data set"
+            )
+        self.counts += other.counts
+
+    def iou(self) -> Tensor:
+        """(K,) float64 intersection over union; NaN for a class that is neither true nor predicted anywhere."""
+        hits, predicted, true = self._totals()
+        return hits / (predicted + true - hits)
+
+    def miou(self) -> float:
+        """Mean IoU over the classes that occur, background included; NaN if none does."""
+        return _mean(self.iou())
+
+    def fdr(self) -> Tensor:
+        """(K,) share of the pixels predicted as a class that are not it; NaN for a class that is never predicted."""
+        hits, predicted, _ = self._totals()
+        return (predicted - hits) / predicted
+
+    def fnr(self) -> Tensor:
+        """(K,) share of a class's pixels that are not predicted as it; NaN for a class without pixels."""
+        hits, _, true = self._totals()
+        return (true - hits) / true
+
+    def mfdr(self) -> float:
+        """Mean false discovery rate over the foreground classes (Eq. 10): how unfaithful the masks are."""
+        return _mean(self.fdr()[1:])
+
+    def mfnr(self) -> float:
+        """Mean false negative rate over the foreground classes (Eq. 11): how incomplete the masks are."""
+        return _mean(self.fnr()[1:])
+
+    def coverage(self) -> float:
+        """Share of the labelled pixels for which there is a prediction; NaN without pixels."""
+        decided = self.counts[:, : self.num_classes].sum()
+        return float(decided / self.counts.sum()) if self.counts.sum() else float("nan")
+
+    def _totals(self) -> tuple[Tensor, Tensor, Tensor]:
+        counts = self.counts.double()
+        square = counts[:, : self.num_classes]
+        return square.diagonal(), square.sum(dim=0), counts.sum(dim=1)
+
+
+def merge_over_ranks(matrix: ConfusionMatrix, process: Process) -> ConfusionMatrix:
+    """A confusion matrix with the counts of all ranks (one all-reduce of int64)."""
+    merged = ConfusionMatrix(matrix.num_classes)
+    merged.counts = sum_over_ranks(matrix.counts, process)
+    return merged
+
+
+def _mean(values: Tensor) -> float:
+    known = values[~values.isnan()]
+    return float(known.mean()) if len(known) else float("nan")

@@ -1,1 +1,0 @@
-"""The paper's figures and tables from checkpoints and records of runs: `python -m slrnet.figures`."""

@@ -1,0 +1,171 @@
+"""What the Ray cluster has, and how many workers a run gets of it."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ClusterError", "WorkerPlan", "await_lost_nodes", "cluster_resources", "plan_workers"]
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+LOOK_EVERY = 5.0
+"""Seconds between two looks at a cluster that is to grow."""
+_GCS_ADDRESS = re.compile(r"[^/\s]+:\d+")
+
+
+class ClusterError(ValueError):
+    """The cluster has less than was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerPlan:
+    """The processes of a run."""
+
+    least: int
+    """With fewer it does not start; 0: it runs in this process, without Ray."""
+    most: int
+    """As many as there is room for, up to these; more than `least`: the number follows the cluster's size."""
+    cpus: int
+    """CPU cores of each."""
+    gpu: bool
+    """Whether each has a GPU."""
+
+    @property
+    def count(self) -> str:
+        """How many processes: "2", or "2 to 8"."""
+        return f"{self.least} to {self.most}" if self.least < self.most else str(max(1, self.most))
+
+    def __str__(self) -> str:
+        """For people: number, cores and GPU."""
+        return f"{self.count} worker(s) x {self.cpus} CPU(s){' + 1 GPU' if self.gpu else ''}"
+
+
+def cluster_resources() -> tuple[int, int]:
+    """CPU cores and GPUs of the Ray cluster; connects to it, or starts a local one where there is none."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(runtime_env={"env_vars": _environment()}, log_to_driver=True, logging_level="warning")
+    have = ray.cluster_resources()
+    return int(have.get("CPU", 0)), int(have.get("GPU", 0))
+
+
+def _environment() -> dict[str, str]:
+    """What all processes of a run have in their environment.
+
+    Ray gives a job its cluster's address, but not the actors that the job starts: that of Ray Train which frees a dead
+    run's cores would take whichever cluster began last on its machine for its own, and find its run dead there.
+    """
+    paths = [str(PROJECT_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+    address = os.environ.get("RAY_ADDRESS", "")
+    return environment | ({"RAY_ADDRESS": address} if _GCS_ADDRESS.fullmatch(address) else {})
+
+
+def plan_workers(
+    count: int | tuple[int, int] | None,
+    *,
+    cpus: int | None = None,
+    cpu_only: bool = False,
+    wait_minutes: float = 0.0,
+    say: Callable[[str], None] = print,
+) -> WorkerPlan:
+    """Decides how many workers a run gets, by what the cluster has.
+
+    Args:
+        count: workers; the fewest and the most of them; 0: in this process; None: one per GPU, else 1.
+        cpus: CPU cores per worker; None: an equal share of the cluster's.
+        cpu_only: use no GPUs.
+        wait_minutes: for a cluster that grows on demand: asks it for the workers' nodes and waits for them, of GPUs
+            unless `cpu_only`. 0 takes the cluster as it is.
+        say: receives a line a minute while it waits.
+
+    Raises:
+        ClusterError: the cluster has less than was asked for.
+    """
+    if count == 0:
+        return WorkerPlan(least=0, most=0, cpus=os.cpu_count() or 1, gpu=False)
+    if wait_minutes:
+        _await_nodes(count, cpus=cpus or 1, gpu=not cpu_only, minutes=wait_minutes, say=say)
+    have_cpus, have_gpus = cluster_resources()
+    gpu = have_gpus > 0 and not cpu_only
+    least, most = count if isinstance(count, tuple) else (count or max(1, have_gpus * gpu),) * 2
+    if gpu and least > have_gpus:
+        raise ClusterError(
+            f"{least} workers with a GPU each were asked for, the cluster has {have_gpus} GPUs and {have_cpus} CPUs; "
+            f"lower --num-workers to {have_gpus}, add nodes, or wait for them with --wait-for-nodes"
+        )
+    share = cpus or max(1, have_cpus // (min(most, have_gpus) if gpu else most))
+    if least * share > have_cpus:
+        raise ClusterError(
+            f"{least} workers with {share} CPUs each were asked for, the cluster has {have_cpus} CPUs and {have_gpus} "
+            "GPUs; lower --num-workers or --cpus-per-worker, add nodes, or wait for them with --wait-for-nodes"
+        )
+    return WorkerPlan(least=least, most=most, cpus=share, gpu=gpu)
+
+
+def await_lost_nodes(*, seconds: float = 60.0) -> set[str]:
+    """Waits until Ray has noticed which of its nodes are gone; at once where all of them answer.
+
+    Ray asks its nodes every few seconds and gives up after several silent times. Until then it would place new workers
+    on a node that is gone, and count their end as one more failure.
+
+    Args:
+        seconds: that it waits at most.
+
+    Returns:
+        Names of the nodes that do not answer and that Ray still counts on.
+    """
+    import ray
+
+    silent = {node["NodeID"] for node in ray.nodes() if node["Alive"] and not _answers(node)}
+    deadline = time.monotonic() + seconds
+    while silent and time.monotonic() < deadline:
+        time.sleep(LOOK_EVERY / 10)
+        silent &= {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return silent
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def _await_nodes(
+    count: int | tuple[int, int] | None, *, cpus: int, gpu: bool, minutes: float, say: Callable[[str], None]
+) -> None:
+    """Asks the cluster to grow until the fewest workers fit, and waits for that."""
+    from ray.autoscaler.sdk import request_resources
+
+    least = count[0] if isinstance(count, tuple) else count or 1
+    cluster_resources()  # connects
+    begun = told = time.monotonic()
+    request_resources(bundles=[{"CPU": cpus} | ({"GPU": 1} if gpu else {})] * least)
+    try:
+        while True:
+            have_cpus, have_gpus = cluster_resources()
+            if have_cpus >= least * cpus and (have_gpus >= least or not gpu):
+                return
+            now = time.monotonic()
+            has = f"the cluster has {have_cpus} CPUs and {have_gpus} GPUs"
+            wants = f"{least} worker(s) of {cpus} CPU(s){' and a GPU' if gpu else ''}"
+            if now - begun > 60 * minutes:
+                raise ClusterError(
+                    f"after {minutes:g} minutes {has}, which {wants} do not fit into; look at `ray status` for why it "
+                    "does not grow, lower --num-workers, or wait longer with --wait-for-nodes"
+                )
+            if now - told >= 60:
+                told = now
+                say(f"waiting for nodes: {has}; {wants} are wanted")
+            time.sleep(LOOK_EVERY)
+    finally:
+        request_resources(bundles=[])

@@ -1,0 +1,26 @@
+"""ops.maps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["as_model", "class_probs", "resize"]
+
+
+def as_model(images: Tensor) -> Tensor:
+    """The memory format in which convolutions are fast."""
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Resizes (N, C, h, w) to (N, C, *size), bilinear with aligned corners, as everywhere in this method."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
+
+
+def class_probs(logits: Tensor) -> Tensor:
+    """Softmax over the K classes of (N, K, H, W) logits; without a copy where they are channels last."""
+    return logits.movedim(1, -1).softmax(dim=-1).movedim(-1, 1)

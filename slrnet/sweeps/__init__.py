@@ -1,0 +1,1 @@
+"""Hyperparameter searches and the paper's ablations."""

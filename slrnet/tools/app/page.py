@@ -1,0 +1,198 @@
+"""The app's page: an image goes in, controls beside it, pictures below. One page a visitor, all on this machine."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from nicegui import app, events, run, ui
+from PIL import Image
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from slrnet.data.catalog import IGNORE_INDEX, voc_palette
+from slrnet.tools.app.studio import MAX_SIDE, Look, Studio, shrunk
+from slrnet.tools.codes import heat
+from slrnet.viz.overlay import draw_overlay
+
+__all__ = ["serve"]
+
+MAX_BYTES = 50_000_000
+"""Of an uploaded file."""
+_MOST_SCORES = 10
+_PICTURES = {
+    "image": "Image",
+    "mask": "Mask",
+    "refined": "Fused and refined",
+    "pseudo": "Pseudo label",
+}
+
+
+def serve(studio: Studio, *, name: str, port: int) -> None:
+    """Serves the app on loopback until Ctrl-C.
+
+    Args:
+        studio: the network to look at.
+        name: of the checkpoint, for the page's heading.
+        port: on 127.0.0.1.
+    """
+    # Another site's page must not reach this one under a name of its own.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
+    ui.page("/")(lambda: _Visit(studio, name).build())
+    ui.run(host="127.0.0.1", port=port, title=f"slrnet: {name}", dark=None, reload=False, show=False)
+
+
+class _Visit:
+    """One visitor's page: the image, the controls and what is shown."""
+
+    def __init__(self, studio: Studio, name: str) -> None:
+        self.studio, self.name = studio, name
+        self.controls = studio.usual
+        self.image: npt.NDArray[np.uint8] | None = None
+        self.asked = 0
+        self.pictures: dict[str, Any] = {}
+
+    def build(self) -> None:
+        """Lays the page out."""
+        with ui.column().classes("w-full max-w-7xl mx-auto p-2 gap-4"):
+            ui.label(f"slrnet: {self.name}").classes("text-xl font-medium")
+            with ui.row().classes("w-full gap-6 items-start"):
+                ui.upload(
+                    label="Drop an image here, or click +",
+                    on_upload=self._upload,
+                    on_rejected=lambda: ui.notify(f"an image file of up to {MAX_BYTES // 1_000_000} MB is wanted"),
+                    auto_upload=True,
+                    max_file_size=MAX_BYTES,
+                ).props('accept="image/*" flat bordered').classes("w-80")
+                with ui.column().classes("gap-3 w-96 max-w-full"):
+                    self._controls()
+            self.status = ui.label("No image yet.").classes("status")
+            with ui.element("div").classes("grid grid-cols-1 sm:grid-cols-2 lg:grid-cols-4 gap-3 w-full"):
+                for key, caption in _PICTURES.items():
+                    with ui.column().classes("gap-1"):
+                        ui.label(caption).classes("text-sm font-medium")
+                        self.pictures[key] = ui.image().classes(f"picture-{key} w-full").props("no-transition")
+            self.legend = ui.row().classes("legend gap-4")
+            self.below = ui.column().classes("w-full gap-2")
+
+    def _controls(self) -> None:
+        usual = self.studio.usual
+        if self.studio.has_codes:
+            self._slider("T", "iterations of CVLR (cvlr.num_iters)", 1, 10, 1, usual.num_iters, "num_iters")
+        text = "share of a class's maximum that a pixel needs (calibration.confidence_threshold)"
+        self._slider("gamma", text, 0, 1, 0.05, usual.gamma, "gamma")
+        iterations = max(usual.refine_iters, 1)
+        switch = ui.switch("refinement", value=usual.refine_iters > 0).classes("refinement")
+        slider = self._slider(
+            "iterations", "of the refinement (calibration.refine_iters)", 1, 30, 1, iterations, "refine_iters"
+        )
+        slider.bind_enabled_from(switch, "value")
+        switch.on_value_change(lambda event: self._change(refine_iters=int(slider.value) if event.value else 0))
+        self.chosen = (
+            ui.select(
+                list(self.studio.classes[1:]),
+                multiple=True,
+                label="classes of the pseudo label (else: by their scores)",
+            )
+            .classes("w-full")
+            .props("use-chips clearable dense")
+        )
+        self.chosen.on_value_change(lambda event: self._change(classes=tuple(event.value) if event.value else None))
+
+    def _slider(self, name: str, text: str, low: float, high: float, step: float, value: float, control: str) -> Any:
+        kind = type(getattr(self.controls, control))
+        with ui.row().classes("w-full items-center no-wrap gap-3"):
+            shown = ui.label().classes("w-32 shrink-0 text-sm")
+            slider = ui.slider(min=low, max=max(high, value), step=step, value=value).classes(f"control-{control}")
+            slider.props(f'aria-label="{name}: {text}"').tooltip(text)
+            shown.bind_text_from(slider, "value", lambda now: f"{name} = {now:g}")
+        # Not at every place that it passes: an answer may take a second.
+        slider.on(
+            "update:model-value",
+            lambda event: self._change(**{control: kind(event.args)}),
+            throttle=0.5,
+            leading_events=False,
+        )
+        return slider
+
+    async def _upload(self, event: events.UploadEventArguments) -> None:
+        event.sender.reset()
+        try:
+            with Image.open(io.BytesIO(await event.file.read())) as file:
+                self.image = await run.io_bound(shrunk, file)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            ui.notify(f"{event.file.name} cannot be read as an image: {error}", type="negative")
+            return
+        await self._show()
+
+    async def _change(self, **changes: Any) -> None:
+        self.controls = replace(self.controls, **changes)
+        await self._show()
+
+    async def _show(self) -> None:
+        """Asks for what the controls say; an answer that a later question has overtaken is dropped."""
+        if self.image is None:
+            return
+        self.asked += 1
+        mine, image = self.asked, self.image
+        self.status.set_text("looking ...")
+        look = await run.io_bound(self.studio.look, image, self.controls)
+        if mine == self.asked:
+            self._draw(image, look)
+
+    def _draw(self, image: npt.NDArray[np.uint8], look: Look) -> None:
+        palette = voc_palette()
+        self.pictures["image"].set_source(Image.fromarray(image))
+        for key, mask in (("mask", look.mask), ("refined", look.refined), ("pseudo", look.pseudo_labels)):
+            self.pictures[key].set_source(draw_overlay(image, mask, palette))
+        large = f"; larger images are scaled down to {MAX_SIDE}" if max(image.shape[:2]) == MAX_SIDE else ""
+        self.status.set_text(
+            f"{image.shape[1]} x {image.shape[0]} pixels{large}. The pseudo label decides {100 * look.coverage:.1f} % "
+            f"of them; classes that it may show: {', '.join(look.classes)}"
+        )
+        self._draw_legend(look, palette)
+        self.below.clear()
+        with self.below:
+            self._draw_scores(look)
+            self._draw_codes(look)
+
+    def _draw_legend(self, look: Look, palette: npt.NDArray[np.uint8]) -> None:
+        ids = sorted({int(i) for mask in (look.mask, look.refined, look.pseudo_labels) for i in np.unique(mask)})
+        self.legend.clear()
+        with self.legend:
+            for index in ids:
+                void = index == IGNORE_INDEX
+                colour = "rgb({}, {}, {})".format(*palette[index]) if index else "rgb(70, 70, 70)"
+                stripes = "repeating-linear-gradient(135deg, #fafafa 0 4px, #969696 4px 8px)"
+                with ui.row().classes("items-center gap-2"):
+                    swatch = ui.element("div").classes("w-4 h-4 border")
+                    swatch.style(f"background: {stripes if void else colour}")
+                    ui.label("undecided" if void else self.studio.classes[index])
+
+    def _draw_scores(self, look: Look) -> None:
+        if not look.scores:
+            ui.label("The network has no class scores (setting sss).").classes("text-sm")
+            return
+        ui.label("Class scores").classes("text-sm font-medium")
+        with (
+            ui.element("div")
+            .classes("scores grid gap-x-4 gap-y-1 w-full max-w-xl")
+            .style("grid-template-columns: max-content 1fr max-content")
+        ):
+            for name, score in list(look.scores.items())[:_MOST_SCORES]:
+                ui.label(name).classes("text-sm")
+                ui.linear_progress(score, show_value=False).props("instant-feedback").classes("self-center")
+                ui.label(f"{score:.2f}").classes("text-sm")
+
+    def _draw_codes(self, look: Look) -> None:
+        if not look.codes:
+            ui.label("The network has no low-rank module, and no codes.").classes("text-sm")
+            return
+        ui.label(f"Code maps, T = {self.controls.num_iters} (dark 0, yellow 1)").classes("text-sm font-medium")
+        with ui.element("div").classes("codes grid grid-cols-2 sm:grid-cols-3 lg:grid-cols-6 gap-3 w-full"):
+            for name, codes in look.codes.items():
+                with ui.column().classes("gap-1"):
+                    ui.image(Image.fromarray(heat(codes))).classes("w-full").props("no-transition")
+                    ui.label(name).classes("text-sm")

@@ -1,0 +1,228 @@
+# PYTHON_ARGCOMPLETE_OK
+"""The authors' published checkpoints (WideResNet-38, any of the three settings) as ours, and those of 1-Stage.
+
+`released_checkpoint` reads a file and renames its tensors; `python -m slrnet.tools.convert_weights FILE --out DIR`
+writes a checkpoint directory that all commands take. Every tensor of the file is accounted for: taken, a second name of
+one that is taken, or a constant of the refinement. Nothing in the file can run code.
+
+The setting shows in the heads: those of pixel labels and unlabelled images have an output more, for the background.
+1-Stage (Araslanov and Roth 2020, visinf/1-stage-wseg) is SLRNet's network less the auxiliary head and CVLR, with the
+encoder's modules at the top level; its checkpoints with WideResNet-38 can be read. Those with ResNets and VGG16 have
+other strides than the encoders here.
+
+Exit status: 0, or 2 where the file is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slrnet.checkpoints.checkpoint import Checkpoint, TrainState, save_checkpoint
+from slrnet.completion import parse
+from slrnet.config import CalibrationConfig, Config, CvlrConfig, DataConfig, EvaluationConfig, LossConfig, Setting
+from slrnet.data.catalog import VOC_CLASSES
+from slrnet.models.encoders import describe_misfit, read_tensors
+from slrnet.models.slrnet import network_of
+from slrnet.recipes import RELEASED_SSS_THRESHOLDS
+
+__all__ = ["main", "released_checkpoint", "rename_released"]
+
+PREFIXES = {
+    "backbone.": "encoder.backbone.",
+    "aspp.aspp1.atrous_conv.": "aspp.branches.0.0.",
+    "aspp.aspp1.bn.": "aspp.branches.0.1.",
+    "aspp.aspp2.atrous_conv.": "aspp.branches.1.0.",
+    "aspp.aspp2.bn.": "aspp.branches.1.1.",
+    "aspp.aspp3.atrous_conv.": "aspp.branches.2.0.",
+    "aspp.aspp3.bn.": "aspp.branches.2.1.",
+    "aspp.aspp4.atrous_conv.": "aspp.branches.3.0.",
+    "aspp.aspp4.bn.": "aspp.branches.3.1.",
+    "aspp.global_avg_pool.1.": "aspp.pooled.0.",
+    "aspp.global_avg_pool.2.": "aspp.pooled.1.",
+    "aspp.conv1.": "aspp.project.0.",
+    "aspp.bn1.": "aspp.project.1.",
+    "fc8_skip.": "fusion.project.",
+    "fc8_x.": "fusion.fuse.",
+    "shallow_mask.fc_deep.": "cue_injection.describe.",
+    "shallow_mask.fc_skip.": "cue_injection.shallow.",
+    "shallow_mask.fc_cls.": "cue_injection.project.",
+    "last_conv.0.": "mask_head.convs.0.0.",
+    "last_conv.1.": "mask_head.convs.0.1.",
+    "last_conv.4.": "mask_head.convs.2.0.",
+    "last_conv.5.": "mask_head.convs.2.1.",
+    "last_conv.8.": "mask_head.classify.",
+    "aux_head.0.": "auxiliary_head.conv.0.",
+    "aux_head.1.": "auxiliary_head.conv.1.",
+    "aux_head.4.": "auxiliary_head.classify.",
+    "factorization_reconstruction.transform1.": "cvlr.project_in.",
+    "factorization_reconstruction.transform2.": "cvlr.project_out.",
+}
+"""Where the modules of the released network are in ours."""
+
+SECOND_NAMES = {
+    "backbone.fixed_layers.0.": "backbone.conv1a.",
+    "backbone.fixed_layers.1.": "backbone.b2.",
+    "backbone.fixed_layers.2.": "backbone.b2_1.",
+    "backbone.fixed_layers.3.": "backbone.b2_2.",
+    "newly_added.0.": "aspp.",
+    "newly_added.1.": "shallow_mask.",
+    "newly_added.3.": "fc8_skip.",
+    "newly_added.4.": "fc8_x.",
+    "newly_added.5.": "last_conv.",
+    "newly_added.6.": "factorization_reconstruction.",
+    "newly_added.8.": "aux_head.",
+}
+"""Lists of modules by which the released network has some tensors twice."""
+
+STAGE_ONE_ENCODER = re.compile(r"(conv1a|b[2-7](_\d)?|bn7)\.")
+"""Modules of WideResNet-38 as 1-Stage names them, without `backbone.`."""
+
+CONSTANTS = "_aff."
+"""Prefix of the released refinement's constants."""
+
+
+def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSES) -> Checkpoint:
+    """Reads a published checkpoint.
+
+    Args:
+        path: of the `.pth` file.
+        classes: names of its K classes, background first.
+
+    Returns:
+        A checkpoint with the released code's arithmetic and inference, at epoch 0: scores above .3 and among the six
+        highest, the background to the power 3; for pixel labels and unlabelled images neither, as there are no scores.
+        For 1-Stage without CVLR, with its scales and scores above .1 (the mean over the scales, where its code has the
+        maximum).
+        `slrnet.checkpoints.checkpoint.save_checkpoint` or `main` write it.
+
+    Raises:
+        ValueError: the file is damaged, holds more than tensors, or does not fit: the tensors that are missing, unknown
+            or of another shape are named.
+    """
+    tensors, source = read_tensors(Path(path))
+    weights = rename_released(tensors, source=source)
+    outputs = weights["mask_head.classify.weight"].shape[0]
+    if outputs not in (len(classes), len(classes) - 1):
+        raise ValueError(
+            f"{source} predicts {outputs} classes, {len(classes)} with the background are named; name its classes "
+            "(one more than it predicts, or as many where it predicts the background too)"
+        )
+    config = _released_config("sss" if outputs == len(classes) else "wsss")
+    if not any(name.startswith(("cvlr.", "auxiliary_head.")) for name in weights):
+        config = _stage_one(config)
+    with torch.device("meta"):
+        expected = network_of(config, num_classes=len(classes)).state_dict()
+    found = describe_misfit(weights, expected, needed=set(expected))
+    if found:
+        name = "SLRNet" if config.cvlr.enabled else "1-Stage"
+        raise ValueError(f"{source} does not fit {name} with WideResNet-38; tensors: {found}")
+    state = TrainState(epoch=0, step=0, classes=tuple(classes), data_fingerprint="published", world_size=1)
+    return Checkpoint(Path(path), config, state, weights, {})
+
+
+def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """Gives the tensors of a released state dict our names.
+
+    Args:
+        tensors: by their released names, with or without the `module.` of data-parallel training.
+        source: for messages.
+
+    Raises:
+        ValueError: a tensor has an unknown name, or two names of one tensor have different values.
+    """
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    if not any(name.startswith("backbone.") for name in tensors):
+        prefixed = {name: f"backbone.{name}" if STAGE_ONE_ENCODER.match(name) else name for name in tensors}
+        tensors = {prefixed[name]: tensor for name, tensor in tensors.items()}
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.startswith(CONSTANTS):
+            continue
+        first = _replace_prefix(name, SECOND_NAMES)
+        if first is not None:
+            if first not in tensors or not torch.equal(tensors[first], tensor):
+                raise ValueError(f"{source}: tensors {first} and {name} are one in the released code but differ here")
+            continue
+        own = _replace_prefix(name, PREFIXES)
+        if own is None:
+            raise ValueError(
+                f"{source}: tensor {name} is unknown; the file is of no released SLRNet, and of no 1-Stage with "
+                "WideResNet-38"
+            )
+        renamed[own] = tensor
+    if "mask_head.classify.weight" not in renamed:
+        raise ValueError(f"{source} has no mask head (last_conv.8.weight); the file is of no released SLRNet")
+    return renamed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Converts a file; returns the exit status: 0, or 2 where it cannot be done."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="published .pth file")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new folder for the run, its checkpoint below"
+    )
+    parser.add_argument("--classes", metavar="A,B", help="comma-separated names, background first (default: VOC's 21)")
+    options = parse(parser, arguments)
+    try:
+        if options.out.exists():
+            raise ValueError(f"{options.out} exists; name a new folder")
+        classes = options.classes.split(",") if options.classes else VOC_CLASSES
+        found = released_checkpoint(options.file, classes=classes)
+        folder = options.out / "checkpoints"
+        path = save_checkpoint(folder, config=found.config, state=found.state, model=found.model, optimizer={})
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(found.model)} tensors written to {path}")
+    return 0
+
+
+def _released_config(setting: Setting) -> Config:
+    alone = setting == "sss"
+    config = Config(
+        recipe="released",
+        setting=setting,
+        # The authors trained on the masks of VOC's own training list.
+        data=DataConfig(pixel_labeled_subset="voc_train" if alone else ""),
+        cvlr=CvlrConfig(form="released"),
+        calibration=CalibrationConfig(fusion="probs", **(RELEASED_SSS_THRESHOLDS if alone else {})),
+        losses=LossConfig(mask_consistency="probs", code_consistency="maximum"),
+        evaluation=EvaluationConfig() if alone else EvaluationConfig(gating="scores", background_power=3.0),
+    )
+    return config.model_copy(update={"model": config.model.model_copy(update={"encoder_weights": "none"})})
+
+
+def _stage_one(config: Config) -> Config:
+    return config.model_copy(
+        update={
+            "recipe": "released_one_stage",
+            "cvlr": CvlrConfig(enabled=False),
+            "evaluation": EvaluationConfig(
+                gating="scores",
+                gating_threshold=0.1,
+                gating_top=20,
+                scales=(1.0, 0.5, 1.5, 2.0),
+                background_power=3.0,
+            ),
+        }
+    )
+
+
+def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str | None:
+    for prefix, own in prefixes.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

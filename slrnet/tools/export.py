@@ -1,0 +1,225 @@
+# PYTHON_ARGCOMPLETE_OK
+"""A network as a file for other programs: `python -m slrnet.tools.export RUN --out FOLDER`.
+
+`torch.export` (network.pt2) and ONNX (network.onnx, the extra `export`) of one view: images in [0, 1] in,
+probabilities and class scores out, batch and size open. What the two give is compared with the network itself at other
+sizes than that of the export, before the files take their names. `--mlflow` also logs the ONNX file to the training's
+run, as a model that `mlflow models serve` serves.
+
+Sizes: the sides of the images are multiples of the output stride, or one more where the training crop was; so
+export.json says. Several scales, gating and the CRF stay with `slrnet.load`.
+
+Exit status: 0, or 2 where something was refused or differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint, restore_model
+from slrnet.checkpoints.run_store import run_argument
+from slrnet.completion import parse
+from slrnet.config import Config
+from slrnet.launch.evaluation import training_run
+from slrnet.models.cvlr import CrossViewLowRank
+from slrnet.models.low_rank import SeparateLowRank
+from slrnet.models.network import Network, Normalise
+from slrnet.ops.maps import resize
+from slrnet.storage.files import write_json, written_whole
+from slrnet.tracking.mlflow import log_onnx_model
+
+__all__ = ["SingleView", "export_network", "main", "require_onnx"]
+
+TOLERANCE = 1e-4
+"""Largest difference of a probability between an exported network and the network itself."""
+MOST = 4096
+"""Largest side of an image that the exported programs take, pixels."""
+
+
+class SingleView(nn.Module):
+    """A network for one view: images in, probabilities and class scores out.
+
+    Args:
+        model: the network; it is set to evaluation mode, and its CVLR to the implementation that can be exported.
+        config: of its run.
+    """
+
+    def __init__(self, model: Network, config: Config) -> None:
+        super().__init__()
+        self.model = model.eval()
+        for module in model.modules():
+            if isinstance(module, (CrossViewLowRank, SeparateLowRank)):
+                module.implementation = "auto"  # it takes plain operators when it is exported
+        self.normalise = Normalise.of(model.encoder)
+        self.rest = config.data.crop_size % model.encoder.output_stride
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicts images.
+
+        Args:
+            images: (N, 3, H, W) float32 in [0, 1]; H and W are the output stride times a whole number, plus `rest`.
+
+        Returns:
+            (N, K, H, W) probabilities, background first, and (N, K - 1) sigmoids of the class scores; of a network
+            without class scores (N, 0).
+        """
+        outputs = self.model([self.normalise(images)])
+        probs = resize(outputs.logits[0].float().softmax(dim=1), images.shape[-2:])
+        scores = outputs.class_scores[0].sigmoid() if outputs.class_scores else probs.new_zeros(len(images), 0)
+        return probs, scores
+
+    def example(self, cells: tuple[int, int] = (6, 7), count: int = 2) -> Tensor:
+        """Images of noise that fit: (count, 3, H, W) of `cells` times the output stride, plus `rest`."""
+        stride = self.normalise.output_stride
+        size = [side * stride + self.rest for side in cells]
+        return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def require_onnx() -> None:
+    """Checks that the extra is installed.
+
+    Raises:
+        ValueError: it is not; the message says how to install it.
+    """
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"ONNX needs {', '.join(missing)}; run `pip install 'slrnet[export]'`, or give --no-onnx")
+
+
+def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> dict[str, Any]:
+    """Writes a checkpoint's network as network.pt2 and network.onnx, compared with the network itself.
+
+    Args:
+        checkpoint: of the network.
+        out: folder to write to.
+        onnx: also write network.onnx.
+
+    Returns:
+        The content of export.json, which is written too: classes, normalisation, sizes, and the largest difference of
+        each file's probabilities from the network's.
+
+    Raises:
+        ValueError: the extra is not installed, or a file disagrees with the network.
+    """
+    if onnx:
+        require_onnx()
+    view = SingleView(restore_model(checkpoint), checkpoint.config)
+    program = _export(view)
+    out.mkdir(parents=True, exist_ok=True)
+    differences = {}
+    with written_whole(out / "network.pt2") as incoming:
+        torch.export.save(program, incoming)
+        loaded = torch.export.load(incoming).module()
+        differences["network.pt2"] = _compare(view, loaded, "network.pt2")
+    if onnx:
+        with written_whole(out / "network.onnx") as incoming:
+            differences["network.onnx"] = _write_onnx(view, program, incoming)
+    record = {
+        "checkpoint": str(checkpoint.path.resolve()),
+        "classes": checkpoint.state.classes,
+        "input": {
+            "layout": "(N, 3, H, W) float32 RGB in [0, 1]",
+            "side": {"multiple_of": view.normalise.output_stride, "plus": view.rest, "at_most": MOST},
+        },
+        "outputs": ["probabilities (N, K, H, W)", "sigmoids of the class scores (N, K - 1)"],
+        "largest_difference": differences,
+    }
+    write_json(out / "export.json", record)
+    return record
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status: 0, or 2 where the network cannot be exported."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=run_argument, help="checkpoint, or a run's folder for its best one")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="for network.pt2, network.onnx and export.json"
+    )
+    parser.add_argument("--no-onnx", action="store_true", help="torch.export alone, without the extra `export`")
+    parser.add_argument("--mlflow", metavar="NAME", help="also log the ONNX file to the training's run")
+    options = parse(parser, arguments)
+    if options.mlflow and options.no_onnx:
+        parser.error("--mlflow logs the ONNX file; leave --no-onnx out")
+    try:
+        checkpoint = load_checkpoint(options.checkpoint.expanduser())
+        record = export_network(checkpoint, options.out, onnx=not options.no_onnx)
+        uri = _log(checkpoint, options.mlflow, options.out / "network.onnx") if options.mlflow else ""
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(record["largest_difference"]))
+    print(
+        f"written to {options.out}" + (f"; serve it: mlflow models serve -m {uri} --env-manager local" if uri else "")
+    )
+    return 0
+
+
+def _export(view: SingleView) -> torch.export.ExportedProgram:
+    stride, rest = view.normalise.output_stride, view.rest
+    sides = {
+        place: stride * Dim(name, min=2, max=(MOST - rest) // stride) + rest for place, name in ((2, "h"), (3, "w"))
+    }
+    shapes = ({0: Dim("n", min=1, max=1024), **sides},)
+    with torch.no_grad():
+        return torch.export.export(view, (view.example(),), dynamic_shapes=shapes, strict=False)
+
+
+def _write_onnx(view: SingleView, program: torch.export.ExportedProgram, path: Path) -> float:
+    import onnxruntime
+
+    written = torch.onnx.export(
+        program,
+        (),
+        input_names=["images"],
+        output_names=["probabilities", "class_scores"],
+        dynamo=True,
+        verbose=False,
+    )
+    assert written is not None
+    written.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return _compare(view, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), path.name)
+
+
+def _compare(view: SingleView, other: Callable[[Tensor], Any], name: str) -> float:
+    """Largest difference of probabilities at sizes and batches other than the example's.
+
+    Raises:
+        ValueError: it is above `TOLERANCE`.
+    """
+    largest = 0.0
+    with torch.no_grad():
+        for cells, count in (((6, 7), 2), ((9, 5), 1), ((3, 12), 3)):
+            images = view.example(cells, count)
+            found = other(images)
+            probs = found if isinstance(found, Tensor) else found[0]
+            largest = max(largest, float((probs - view(images)[0]).abs().max()))
+    if not largest <= TOLERANCE:
+        raise ValueError(
+            f"{name} differs from the network by {largest:.1e}, more than {TOLERANCE:.0e}; use slrnet.load"
+        )
+    return largest
+
+
+def _log(checkpoint: Checkpoint, name: str, file: Path) -> str:
+    handle = training_run(checkpoint)
+    if handle is None:
+        raise ValueError(
+            f"the MLflow run of {checkpoint.path} is out of reach: set MLFLOW_TRACKING_URI to its server, or leave "
+            "--mlflow out"
+        )
+    return log_onnx_model(handle, name, file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""The paper's tables with our rows below, as Markdown; ours are read from the records that measurements leave."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slrnet.checkpoints.checkpoint import STATE
+from slrnet.checkpoints.run_store import CONFIG
+from slrnet.config import Config, load_config
+from slrnet.data.catalog import VOC_CLASSES
+from slrnet.launch.pseudo_label import RECORD
+from slrnet.tools.figures.paper import PAPER_TABLES, PaperTable
+from slrnet.tools.report.runs import find_records
+
+__all__ = ["Result", "read_results", "write_tables"]
+
+_NUM_CLASSES = {"COCO": 81, "L2ID": 201}
+_SUPERVISION = {"wsss": "I", "sss_image_labels": "I, P", "sss": "P"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One of our figures."""
+
+    run: str
+    """Name of the run's folder."""
+    epoch: int
+    config: Config
+    """Of the training."""
+    classes: tuple[str, ...]
+    protocol: str
+    split: str
+    images: int
+    """How many it was measured on; 0 where the record does not say."""
+    miou: float
+    """Share in [0, 1]."""
+
+    @property
+    def data(self) -> str:
+        """Name of the benchmark whose classes these are, or are among; empty for none."""
+        if set(self.classes) <= set(VOC_CLASSES):
+            return "VOC"
+        return next((name for name, number in _NUM_CLASSES.items() if len(self.classes) == number), "")
+
+    @property
+    def table(self) -> int:
+        """Number of the paper's table that it belongs to; 0 for none."""
+        if self.data == "VOC" and "gated_by_image_labels" in self.protocol:
+            return 1
+        if self.data == "VOC" and self.split == "val":
+            distilled = self.config.model.architecture == "deeplabv3plus"
+            return 2 if distilled else {"wsss": 2, "sss_image_labels": 5, "sss": 6}[self.config.setting]
+        weak = self.config.setting == "wsss" and self.split == "val"
+        return {"COCO": 3, "L2ID": 4}.get(self.data, 0) if weak else 0
+
+
+def read_results(folders: Sequence[Path]) -> tuple[list[Result], list[str]]:
+    """Our figures below some folders.
+
+    Args:
+        folders: of runs, or that hold them; searched for `evaluation.json` and `pseudo_labels.json`.
+
+    Returns:
+        The figures, and a line about each record that cannot be used because its checkpoint is gone.
+
+    Raises:
+        ValueError: a folder does not exist, or a record is damaged.
+    """
+    results: list[Result] = []
+    unused: list[str] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder; give a run's folder, or one that holds runs")
+        for path, record in find_records(folder, "evaluation.json").items():
+            try:
+                results += _of_evaluation(path, record)
+            except FileNotFoundError as error:
+                unused.append(f"{path}: its checkpoint {error} is gone")
+        for path, record in find_records(folder, RECORD).items():
+            try:
+                results += _of_pseudo_labels(path, record)
+            except FileNotFoundError as error:
+                unused.append(f"{path}: its checkpoint {error} is gone")
+    return list(dict.fromkeys(results)), unused
+
+
+def write_tables(results: Sequence[Result]) -> str:
+    """Markdown of the paper's tables 1 to 6, each with our figures that belong to it."""
+    lines = [
+        "# Tables 1 to 6",
+        "",
+        "mIoU in percent. Rows whose source is `paper` are printed there and were not measured here; empty cells were "
+        "not measured. I, P, S: image labels, pixel labels, saliency maps.",
+    ]
+    for table in PAPER_TABLES:
+        lines += ["", f"## Table {table.number}. {table.about}", ""]
+        rows = [[*row, "paper"] for row in table.rows]
+        ours = [result for result in results if result.table == table.number]
+        rows += [_our_row(table, result) for result in ours]
+        if not ours:
+            rows.append(["slrnet", *[""] * (len(table.head) - 1), "not run"])
+        lines += _markdown([*table.head, "source"], rows)
+    rest = [result for result in results if not result.table]
+    if rest:
+        lines += ["", "## Figures that belong to none of these tables", ""]
+        rows = [[_name(one), one.split, f"{100 * one.miou:.1f}", _source(one)] for one in rest]
+        lines += _markdown(["Run", "split", "mIoU", "source"], rows)
+    return "\n".join(lines) + "\n"
+
+
+def _of_evaluation(path: Path, record: Mapping[str, Any]) -> Iterator[Result]:
+    config, classes, run = _origin(path.parent, record["checkpoint"])
+    found = {record["protocol"]: record["metrics"]} | record.get("before_crf", {})
+    for protocol, metrics in found.items():
+        if "val/miou" in metrics:
+            split, images = record["split"], record["images"]
+            yield Result(run, record["epoch"], config, classes, protocol, split, images, metrics["val/miou"])
+
+
+def _of_pseudo_labels(path: Path, record: Mapping[str, Any]) -> Iterator[Result]:
+    job = record["job"]
+    config, classes, run = _origin(path.parent, job["checkpoint"])
+    for split, protocols in record["quality"].items():
+        for protocol, found in protocols.items():
+            if "miou" in found["metrics"]:
+                images = found.get("images", 0)
+                yield Result(run, job["epoch"], config, classes, protocol, split, images, found["metrics"]["miou"])
+
+
+def _origin(place: Path, checkpoint: str) -> tuple[Config, tuple[str, ...], str]:
+    """Configuration, classes and run of a record's checkpoint, also where the run was moved with its records.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+    written = Path(checkpoint)
+    folders = [written, *(parent / "checkpoints" / written.name for parent in place.parents)]
+    for folder in folders:
+        if (folder / CONFIG).is_file() and (folder / STATE).is_file():
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            return load_config(folder / CONFIG), tuple(state["classes"]), folder.parents[1].name
+    raise FileNotFoundError(checkpoint)
+
+
+def _our_row(table: PaperTable, result: Result) -> list[str]:
+    cells = {
+        table.head[0]: _name(result),
+        "CRF": "yes" if "crf" in result.protocol else "",
+        "Backbone": result.config.model.encoder,
+        "Labels": _SUPERVISION[result.config.setting],
+        result.split: f"{100 * result.miou:.1f}",
+    }
+    return [*(cells.get(column, "") for column in table.head), _source(result)]
+
+
+def _name(result: Result) -> str:
+    return f"slrnet, {result.run}, epoch {result.epoch}"
+
+
+def _source(result: Result) -> str:
+    number = f", {result.images} images" if result.images else ""
+    note = ""
+    if result.data == "VOC" and set(result.classes) != set(VOC_CLASSES):
+        note = f"; **{len(result.classes) - 1} of VOC's 20 classes, not comparable**"
+    return f"ours: {result.protocol}{number}{note}"
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(head), line(["---"] * len(head)), *(line(row) for row in rows)]

@@ -1,0 +1,207 @@
+# PYTHON_ARGCOMPLETE_OK
+"""Masks for images on the command line: `python -m slrnet.tools.predict CHECKPOINT IMAGE... --out DIR`.
+
+IMAGE is a file, a folder (its images, not those of folders in it) or a quoted pattern such as 'photos/**/*.jpg'. Each
+image NAME gives NAME.png, a palette PNG of class ids, NAME.overlay.jpg for people, and an entry in predictions.json:
+its classes, their share of the pixels and their scores.
+
+Exit status: 0, 1 where an image could not be read, 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint, restore_network
+from slrnet.checkpoints.run_store import local_run, run_argument
+from slrnet.completion import parse
+from slrnet.config import PROTOCOLS, Protocol
+from slrnet.cpu.allocator import keep_memory
+from slrnet.data.catalog import voc_palette
+from slrnet.data.images import encode_mask, upright_size
+from slrnet.inference.predictor import Prediction, Predictor, rgb_array
+from slrnet.storage.files import write_json, written_whole
+from slrnet.viz.overlay import draw_overlay
+
+__all__ = ["batches", "find_images", "load_predictor", "main", "positive", "predictor_of", "summarise"]
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+"""Files of a folder that are taken for images."""
+OVERLAY_PIXELS = 6_000_000
+"""Larger images have a smaller overlay: drawing takes some twenty times the memory of the image."""
+
+
+def load_predictor(
+    checkpoint: str | Path, *, protocol: Protocol | None = None, device: torch.device | str | None = None
+) -> Predictor:
+    """A predictor from a checkpoint or a run; what `slrnet.load` returns.
+
+    Args:
+        checkpoint: folder of a checkpoint or of a run (then its best one), or its location in an object store.
+        protocol: `ss`, `ms` or `ms_crf`; None for what the checkpoint's configuration says.
+        device: for the network; None: a GPU where there is one.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged.
+        ValueError: see `Predictor`.
+    """
+    where = local_run(str(checkpoint)) if "://" in str(checkpoint) else Path(checkpoint).expanduser()
+    return predictor_of(load_checkpoint(where), protocol=protocol, device=device)
+
+
+def predictor_of(
+    checkpoint: Checkpoint, *, protocol: Protocol | None = None, device: torch.device | str | None = None
+) -> Predictor:
+    """A predictor with the network, configuration and classes of a loaded checkpoint; see `load_predictor`."""
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, _ = restore_network(checkpoint, place)
+    return Predictor(model, config=checkpoint.config, classes=checkpoint.state.classes, protocol=protocol)
+
+
+def find_images(places: Sequence[str]) -> dict[str, Path]:
+    """The images that files, folders and patterns name, by the name of their outputs.
+
+    Raises:
+        ValueError: a place holds no image, or two images would have the same name.
+    """
+    found: list[Path] = []
+    for place in places:
+        path = Path(place).expanduser()
+        if path.is_dir():
+            images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        else:
+            images = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(place, recursive=True))
+        if not images:
+            known = ", ".join(sorted(SUFFIXES))
+            raise ValueError(f"{place} is no file, no folder with images and matches nothing; images end with {known}")
+        found += images
+    unique = list(dict.fromkeys(path.resolve() for path in found))
+    twice = [name for name, count in Counter(path.stem for path in unique).items() if count > 1]
+    if twice:
+        raise ValueError(f"several images are called {twice[0]!r}; predict them into different folders (--out)")
+    return {path.stem: path for path in unique}
+
+
+def summarise(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
+    """What `predictions.json` says of an image: size, and per class in the mask its share of the pixels and its score.
+
+    Args:
+        prediction: of the image.
+        classes: names of the K classes, background first, which has no score; in setting `sss` no class has one.
+    """
+    counts = np.bincount(prediction.mask.ravel(), minlength=len(classes))
+    found = [] if prediction.class_scores is None else [round(float(score), 4) for score in prediction.class_scores]
+    scores = [None, *found] if found else [None] * len(classes)
+    return {
+        "height": prediction.mask.shape[0],
+        "width": prediction.mask.shape[1],
+        "classes": {
+            name: {"area": round(int(counts[i]) / prediction.mask.size, 6), "score": scores[i]}
+            for i, name in enumerate(classes)
+            if counts[i]
+        },
+    }
+
+
+def batches(images: Mapping[str, Path], size: int) -> Iterator[list[str]]:
+    """Names of images of one size each, in lists of at most `size`; what cannot be opened is alone.
+
+    Args:
+        images: paths by name; of each only the header is read.
+        size: images in a batch, >= 1.
+    """
+    by_size: dict[tuple[int, ...], list[str]] = {}
+    for place, (name, path) in enumerate(images.items()):
+        try:
+            with Image.open(path) as file:
+                shape: tuple[int, ...] = upright_size(file)
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+            shape = (place,)
+        by_size.setdefault(shape, []).append(name)
+    for names in by_size.values():
+        yield from (names[start : start + size] for start in range(0, len(names), size))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status: 0, 1 where an image could not be read, 2 for wrong arguments."""
+    options = parse(_parser(), arguments)
+    try:
+        images = find_images(options.images)
+        existing = [path for name in images if (path := options.out / f"{name}.png").exists()]
+        if existing and not options.overwrite:
+            raise ValueError(f"{existing[0]} exists; give another --out, or allow it with --overwrite")
+        predictor = load_predictor(options.checkpoint, protocol=options.protocol, device=options.device)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    keep_memory(predictor.device)
+    records: dict[str, Any] = {}
+    failed = 0
+    with tqdm(total=len(images), unit="image", disable=None) as bar:
+        for batch in batches(images, options.batch_size):
+            pixels = {name: found for name in batch if (found := _read(images[name])) is not None}
+            failed += len(batch) - len(pixels)
+            for name, prediction in zip(pixels, predictor.predict_batch(list(pixels.values())), strict=True):
+                _write(options.out, name, pixels[name], prediction.mask)
+                records[name] = {"image": str(images[name])} | summarise(prediction, predictor.classes)
+            bar.update(len(batch))
+    records = {name: records[name] for name in images if name in records}
+    content = {"checkpoint": str(options.checkpoint), "protocol": predictor.protocol, "images": records}
+    write_json(options.out / "predictions.json", content)
+    print(f"{len(records)} masks in {options.out}" + (f", {failed} images could not be read" if failed else ""))
+    return 1 if failed else 0
+
+
+def positive(text: str) -> int:
+    """A whole number from 1, as an argument's `type`."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=run_argument, help="checkpoint, or a run's folder for its best one")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the masks")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the checkpoint's configuration says")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images at a time (default: 1)")
+    parser.add_argument("--overwrite", action="store_true", help="replace masks that exist")
+    return parser
+
+
+def _read(path: Path) -> npt.NDArray[np.uint8] | None:
+    try:
+        with Image.open(path) as file:
+            return rgb_array(file)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        print(f"{path} cannot be read and is left out: {error}", file=sys.stderr)
+        return None
+
+
+def _write(out: Path, name: str, pixels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8]) -> None:
+    palette = voc_palette()
+    with written_whole(out / f"{name}.overlay.jpg") as incoming:
+        step = math.ceil(math.sqrt(mask.size / OVERLAY_PIXELS))
+        draw_overlay(pixels[::step, ::step], mask[::step, ::step], palette).save(incoming)
+    with written_whole(out / f"{name}.png") as incoming:
+        incoming.write_bytes(encode_mask(mask, palette))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""What a run left behind: checkpoint, curves, environment, pictures, evaluations; and why something is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from slrnet.checkpoints.checkpoint import STATE, Checkpoint, load_checkpoint
+from slrnet.config import Config
+from slrnet.evaluation.protocols import protocol_name
+from slrnet.launch.evaluation import training_run
+from slrnet.recipes import RECIPES, get_recipe
+from slrnet.tracking.mlflow import RunHandle, logged_pictures, metric_history, metric_key, run_tags
+from slrnet.tracking.summary import PICTURES
+
+__all__ = ["Curve", "Run", "find_records", "read_run", "training_command", "val_key"]
+
+Curve = list[tuple[float, float]]
+"""Points of a curve: epochs, and values by epoch."""
+
+_PANEL = re.compile(r"(?P<key>.+)-epoch-(?P<epoch>\d+)\.png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training, as far as it can be read."""
+
+    name: str
+    """Name of its folder."""
+    checkpoint: Checkpoint
+    """That the page is about."""
+    curves: dict[str, Curve]
+    """By the names of the figures in MLflow."""
+    curves_from: str
+    """Where the curves are from, for people."""
+    environment: dict[str, str]
+    """Versions and commit of the training, of its MLflow run; empty where that is out of reach."""
+    panels: dict[str, dict[int, Image.Image]]
+    """Pictures of the way from mask to pseudo label, by image and epoch."""
+    panels_from: str
+    """Where they are from, or why there are none."""
+    evaluations: dict[Path, dict[str, Any]]
+    """Contents of the run's `evaluation.json` files."""
+
+
+def read_run(path: Path) -> Run:
+    """Reads a run.
+
+    Args:
+        path: a checkpoint, or a run's folder for its best one.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint.
+        ValueError: a record of the run is damaged.
+    """
+    checkpoint = load_checkpoint(path.expanduser())
+    place = checkpoint.path.resolve()
+    folder = place.parents[1] if place.parent.name == "checkpoints" else None
+    handle = training_run(checkpoint) if folder else None
+    curves, curves_from = _curves(checkpoint, handle)
+    panels, panels_from = _panels(folder, handle, checkpoint.config)
+    return Run(
+        name=(folder or place).name,
+        checkpoint=checkpoint,
+        curves=curves,
+        curves_from=curves_from,
+        environment=_environment(handle),
+        panels=panels,
+        panels_from=panels_from,
+        evaluations=find_records(folder / "evaluations", "evaluation.json") if folder else {},
+    )
+
+
+def find_records(folder: Path, name: str) -> dict[Path, dict[str, Any]]:
+    """Contents of all files `name` below a folder, by path; empty where there is no such folder.
+
+    Raises:
+        ValueError: a file is no JSON object.
+    """
+    found: dict[Path, dict[str, Any]] = {}
+    for path in sorted(folder.rglob(name)):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read: {error}; measure again, or remove it") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path} holds no JSON object; measure again, or remove it")
+        found[path] = record
+    return found
+
+
+def val_key(config: Config) -> str:
+    """Name of the validation's mIoU in MLflow and in the checkpoint's figures."""
+    return metric_key("val", f"miou_{protocol_name(config.evaluation)}")
+
+
+def training_command(checkpoint: Checkpoint) -> str:
+    """The command that trains with a checkpoint's configuration: its recipe, and every field that differs from it.
+
+    The command that was really typed is not recorded; this one gives the same configuration.
+    """
+    config = checkpoint.config
+    known = config.recipe in RECIPES
+    words = ["python", "ray_jobs/train.py", *(["--recipe", config.recipe] if known else ["--config", "config.json"])]
+    words += ["--data", config.data.path or "SHARDS", "--num-workers", str(checkpoint.state.world_size)]
+    if known:
+        usual = get_recipe(config.recipe).flat()
+        for key, value in config.flat().items():
+            if value != usual[key] and not key.startswith("tracking.") and key != "data.path":
+                words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    return shlex.join(words)
+
+
+def _curves(checkpoint: Checkpoint, handle: RunHandle | None) -> tuple[dict[str, Curve], str]:
+    """The run's curves over epochs: from MLflow, else the single points that the checkpoints hold."""
+    keys = [f"pseudo_mask/{name}" for name in ("miou", "mfdr", "mfnr", "coverage")]
+    keys += [val_key(checkpoint.config), "val/mfdr", "val/mfnr", "train/epoch_loss", "train/loss"]
+    steps = _steps_per_epoch(checkpoint, handle)
+    if handle is not None and steps:
+        # A step that was logged again after a restart has its last value.
+        found = {key: dict(metric_history(handle, key)) for key in keys}
+        curves = {key: [(step / steps, value) for step, value in points.items()] for key, points in found.items()}
+        return curves, f"MLflow run {handle.run_id}"
+    points: dict[str, Curve] = {key: [] for key in keys}
+    for epoch, metrics in sorted(_kept_metrics(checkpoint).items()):
+        for key in keys:
+            if key in metrics:
+                points[key].append((float(epoch), metrics[key]))
+    return points, "the checkpoints that were kept; the MLflow run with the other epochs is out of reach"
+
+
+def _steps_per_epoch(checkpoint: Checkpoint, handle: RunHandle | None) -> float:
+    """Of a checkpoint within an epoch the run's curve says it; 0 where that is not known."""
+    state = checkpoint.state
+    if not state.unfinished:
+        return state.step / state.epoch
+    ends = metric_history(handle, "epoch") if handle else []
+    return ends[-1][0] / ends[-1][1] if ends else 0.0
+
+
+def _kept_metrics(checkpoint: Checkpoint) -> dict[int, Mapping[str, float]]:
+    """Figures by epoch of the checkpoint and of those beside it; what cannot be read is left out."""
+    found: dict[int, Mapping[str, float]] = {}
+    for file in checkpoint.path.resolve().parent.glob(f"checkpoint-*/{STATE}"):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            if record["metrics"]:  # none within an epoch
+                found[int(record["epoch"])] = dict(record["metrics"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found | ({checkpoint.state.epoch: checkpoint.state.metrics} if checkpoint.state.metrics else {})
+
+
+def _environment(handle: RunHandle | None) -> dict[str, str]:
+    tags = run_tags(handle) if handle else {}
+    wanted = ("git_commit", "git_state", "version.", "slrnet.world_size", "slrnet.global_batch")
+    return {key: value for key, value in sorted(tags.items()) if key.startswith(wanted)}
+
+
+def _panels(
+    folder: Path | None, handle: RunHandle | None, config: Config
+) -> tuple[dict[str, dict[int, Image.Image]], str]:
+    panels: dict[str, dict[int, Image.Image]] = {}
+    for file in sorted((folder / "panels").glob("*.png")) if folder else ():
+        found = _PANEL.fullmatch(file.name)
+        if found:
+            with Image.open(file) as panel:
+                panels.setdefault(found["key"], {})[int(found["epoch"])] = panel.convert("RGB")
+    if panels:
+        return panels, "the run's folder panels"
+    for (key, step), picture in (logged_pictures(handle, PICTURES) if handle else {}).items():
+        panels.setdefault(key, {})[min((step + 1) * config.evaluation.every, config.train.epochs)] = picture
+    if panels:
+        return panels, "the pictures in MLflow"
+    where = "beside the checkpoint and its MLflow run has none" if handle else "and no MLflow run can be reached"
+    return {}, f"there is no folder panels with pictures {where} (evaluation.panel_images says how many are drawn)"

@@ -1,0 +1,181 @@
+# PYTHON_ARGCOMPLETE_OK
+"""The archive that VOC's evaluation server takes: `python -m slrnet.tools.voc_archive RUN IMAGES --out FILE`.
+
+IMAGES is a folder of JPEGs, or a VOC folder's JPEGImages with `--list test.txt` for the images to predict. The archive
+(.tgz) holds results/VOC2012/Segmentation/comp6_test_cls/ID.png: indexed PNGs of VOC's ids 0 to 20, of the images' own
+sizes. Before it takes its name it is read back and compared with the images: count, names, sizes, ids.
+
+Exit status: 0, or 2 where something was refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import sys
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from tqdm import tqdm
+
+from slrnet.checkpoints.run_store import run_argument
+from slrnet.completion import parse
+from slrnet.config import PROTOCOLS
+from slrnet.data.catalog import VOC_CLASSES, voc_ids, voc_palette
+from slrnet.data.images import encode_mask
+from slrnet.data.tars import tar_end, tar_members
+from slrnet.inference.predictor import Predictor
+from slrnet.storage.files import written_whole
+from slrnet.tools.predict import load_predictor
+
+__all__ = ["FOLDER", "check_voc_archive", "list_images", "main", "write_voc_archive"]
+
+FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
+"""Where the server expects the masks."""
+
+
+def list_images(folder: Path, names: Path | None = None) -> dict[str, Path]:
+    """The images to predict by their ids.
+
+    Args:
+        folder: with ID.jpg.
+        names: file with an id a line; None for all JPEGs of the folder.
+
+    Raises:
+        ValueError: the list or an image of it is missing, or there is none.
+    """
+    if names is None:
+        found = {path.stem: path for path in sorted(folder.glob("*.jpg"))}
+    else:
+        try:
+            ids = names.read_text(encoding="utf-8").split()
+        except OSError as error:
+            raise ValueError(f"cannot read the list {names}: {error.strerror}") from None
+        found = {name: folder / f"{name}.jpg" for name in ids}
+        missing = [name for name, path in found.items() if not path.is_file()]
+        if missing or len(ids) != len(found):
+            raise ValueError(
+                f"{names} lists {len(ids)} images, {len(ids) - len(found)} of them twice; {len(missing)} are not in "
+                f"{folder}" + (f", for instance {missing[0]}.jpg" if missing else "")
+            )
+    if not found:
+        raise ValueError(f"{names or folder} names no image; the folder must hold ID.jpg files (VOC's JPEGImages)")
+    return found
+
+
+def write_voc_archive(predictor: Predictor, images: Mapping[str, Path], out: Path) -> None:
+    """Predicts images and writes the archive, whole and checked, or not at all.
+
+    Args:
+        predictor: of classes that are VOC's.
+        images: paths by id.
+        out: file to write.
+
+    Raises:
+        ValueError: a class is none of VOC's, an image cannot be read, or the check fails.
+    """
+    table, palette = voc_ids(predictor.classes), voc_palette()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(out) as incoming:
+        with _open_gzip(incoming) as archive:
+            size = 0
+            for name, path in tqdm(images.items(), unit="image", disable=None):
+                mask = table[predictor(_read(path)).mask]
+                size += archive.write(tar_members({f"{FOLDER}/{name}.png": encode_mask(mask, palette)}))
+            archive.write(tar_end(size))
+        problems = check_voc_archive(incoming, images)
+        if problems:
+            raise ValueError(f"the archive is not what the server takes: {'; '.join(problems[:5])}")
+
+
+def check_voc_archive(path: Path, images: Mapping[str, Path]) -> list[str]:
+    """Compares an archive with the images that it must hold masks of.
+
+    Args:
+        path: of the archive.
+        images: paths by id.
+
+    Returns:
+        What is wrong, a line each; empty when the server would take it.
+    """
+    problems: list[str] = []
+    seen: set[str] = set()
+    with tarfile.open(path, "r:*") as archive:
+        for member in archive:
+            name = member.name.removeprefix(f"{FOLDER}/").removesuffix(".png")
+            content = archive.extractfile(member) if member.isfile() else None
+            if content is None or member.name != f"{FOLDER}/{name}.png" or name not in images:
+                problems.append(f"{member.name} does not belong there")
+                continue
+            if name in seen:
+                problems.append(f"{name} is there twice")
+            seen.add(name)
+            problems += [f"{name} {reason}" for reason in _wrong(content.read(), images[name])]
+    missing = [name for name in images if name not in seen]
+    if missing:
+        problems.append(f"{len(missing)} of {len(images)} masks are missing, for instance {missing[0]}")
+    return problems
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status: 0, or 2 where the archive cannot be made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=run_argument, help="checkpoint, or a run's folder for its best one")
+    parser.add_argument("images", type=Path, help="folder with ID.jpg, for instance VOC's JPEGImages")
+    parser.add_argument(
+        "--list", type=Path, metavar="FILE", help="an id a line, such as test.txt (default: all images)"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="archive to write, for instance results.tgz"
+    )
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the checkpoint's configuration says")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
+    options = parse(parser, arguments)
+    try:
+        if options.out.exists():
+            raise ValueError(f"{options.out} exists; name a new file")
+        images = list_images(options.images.expanduser(), options.list)
+        predictor = load_predictor(options.checkpoint, protocol=options.protocol, device=options.device)
+        write_voc_archive(predictor, images, options.out)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(images)} masks by {predictor.protocol} in {options.out}, checked: names, sizes, ids")
+    return 0
+
+
+def _wrong(data: bytes, image: Path) -> Iterator[str]:
+    with Image.open(io.BytesIO(data)) as mask, Image.open(image) as photo:
+        if mask.mode != "P":
+            yield f"has mode {mask.mode}, not P"
+        if mask.size != photo.size:
+            yield f"has {mask.size[0]} x {mask.size[1]} pixels, its image {photo.size[0]} x {photo.size[1]}"
+        highest = int(np.asarray(mask).max())
+        if highest >= len(VOC_CLASSES):
+            yield f"has the id {highest}; VOC's are 0 to {len(VOC_CLASSES) - 1}"
+
+
+def _read(path: Path) -> npt.NDArray[np.uint8]:
+    """The image as it is stored: true masks are drawn on stored pixels, whatever the EXIF orientation says."""
+    try:
+        with Image.open(path) as file:
+            return np.asarray(file.convert("RGB")).copy()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+@contextmanager
+def _open_gzip(path: Path) -> Iterator[gzip.GzipFile]:
+    """A gzip file without name and time in its header, so that equal masks give equal archives."""
+    with path.open("wb") as file, gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as archive:
+        yield archive
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""Watches the GPU of each rank through NVML: the one module that imports `pynvml` (package nvidia-ml-py).
+
+Every rank samples its own GPU in a thread, so that all nodes of a run are covered. At the end of an epoch rank 0 gets
+what all ranks saw during its training steps (measuring and saving are left out), for MLflow, whose page has a tab for
+what begins with `system`: `system/gpu/rank_R/NAME` for each rank, and `system/gpu/NAME` over the ranks that have the
+figure (the largest where NAME ends on `_max`, else the mean).
+
+- `utilisation`, `utilisation_max`: share of the time in which some kernel ran, [0, 1]
+- `memory_used`, `memory_used_max`, `memory_total`: GiB, of all processes together, caches included
+- `temperature`, `temperature_max`: degrees Celsius
+- `power`, `power_max`: W
+- `energy`, `energy_per_image`: J, by the GPU's own counter, or integrated power where it has none
+- `throttled`: share of the samples in which heat, the power brake or the hardware slowed the clocks, [0, 1]
+- `power_capped`: share of the samples at the power limit, [0, 1]; usual under full load
+- `ecc_errors`: uncorrected memory errors since the driver was loaded
+
+What a GPU does not count is absent, not zero, and so is everything where there is no GPU or no NVML. A part of
+a GPU (MIG) has no utilisation, power and energy of its own; its temperature, clocks and memory errors are the GPU's.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from statistics import fmean
+from typing import Any
+
+import pynvml
+import torch
+
+from slrnet.distributed.process import Process, gather_over_ranks
+
+__all__ = ["GpuMonitor", "GpuWatch", "open_monitor"]
+
+GIB = 2**30
+MEMORY_NEARLY_FULL = 0.95
+"""Share of the memory from which on people are warned."""
+
+_COOLING = "clear its airflow, check its fan, or lower its power limit (nvidia-smi -pl)"
+_POWER = "check its power supply and cables, or lower its power limit (nvidia-smi -pl)"
+# Reasons for lower clocks that people can do something about. Idling and the software power limit are none of them.
+_REASONS: dict[str, tuple[int, str]] = {
+    "hardware_thermal_slowdown": (pynvml.nvmlClocksEventReasonHwThermalSlowdown, _COOLING),
+    "software_thermal_slowdown": (pynvml.nvmlClocksEventReasonSwThermalSlowdown, _COOLING),
+    "power_brake_slowdown": (pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown, _POWER),
+    "hardware_slowdown": (pynvml.nvmlClocksEventReasonHwSlowdown, f"{_COOLING}; {_POWER}"),
+}
+_MEANS = ("utilisation", "memory_used", "temperature", "power", "throttled", "power_capped")
+_MAXIMA = ("utilisation", "memory_used", "temperature", "power")
+_STATES = ("memory_total", "ecc_errors")
+# What NVML answers where a GPU, a driver or a container does not offer a figure.
+_ABSENT = (
+    pynvml.NVMLError_NotSupported,
+    pynvml.NVMLError_FunctionNotFound,
+    pynvml.NVMLError_NoPermission,
+    pynvml.NVMLError_NoData,
+    pynvml.NVMLError_InvalidArgument,
+)
+
+
+class GpuMonitor:
+    """Samples one GPU in a thread until it is closed, or until NVML loses the GPU.
+
+    Args:
+        uuids: names under which NVML may know the GPU, `GPU-...` or `MIG-...`; the first that it knows is taken.
+        interval: seconds between samples.
+
+    Raises:
+        pynvml.NVMLError: there is no NVML, or no such GPU.
+    """
+
+    def __init__(self, uuids: Sequence[str], *, interval: float) -> None:
+        pynvml.nvmlInit()
+        self._handle = _find(uuids)
+        uuid = pynvml.nvmlDeviceGetUUID(self._handle)
+        partition = uuid.startswith("MIG-")
+        self._card = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self._handle) if partition else self._handle
+        self.name = f"{pynvml.nvmlDeviceGetName(self._handle)}, {uuid}"
+        self._readers: list[Callable[[], dict[str, float]]] = [
+            self._memory,
+            lambda: {"temperature": pynvml.nvmlDeviceGetTemperature(self._card, pynvml.NVML_TEMPERATURE_GPU)},
+            self._clocks,
+            self._ecc_errors,
+            self._other_processes,
+        ]
+        if not partition:
+            self._readers += [
+                lambda: {"utilisation": pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100},
+                lambda: {"power": pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000},
+                lambda: {"counter": pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000},
+            ]
+        self._samples: defaultdict[str, list[float]] = defaultdict(list)
+        self._warned: set[str] = set()
+        self._warnings: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, args=(interval,), name="gpu-monitor", daemon=True)
+        self._thread.start()
+
+    def begin(self) -> None:
+        """Starts an interval with a sample; figures of before are dropped, warnings are kept."""
+        with self._lock:
+            self._samples = defaultdict(list)
+        self.sample()
+
+    def end(self, images: int) -> tuple[dict[str, float], dict[str, str]]:
+        """Figures since `begin`, and what people were not yet warned of, by cause.
+
+        Args:
+            images: that this GPU took in that time, > 0.
+        """
+        self.sample()
+        with self._lock:
+            warnings, self._warnings = self._warnings, {}
+            return _figures(self._samples, images), warnings
+
+    def sample(self) -> None:
+        """Reads all figures once. What the GPU lacks is not asked for again; any other error of NVML ends it all."""
+        with self._lock:
+            values: dict[str, float] = {}
+            for read in tuple(self._readers):
+                try:
+                    values |= read()
+                except _ABSENT:
+                    self._readers.remove(read)
+                except pynvml.NVMLError as error:
+                    self._warn("lost", f"NVML gives no more figures ({error}); look at the kernel log for Xid errors")
+                    self._readers.clear()
+                    self._samples = defaultdict(list)
+                    self._closed.set()
+                    return
+            for name, value in (values | {"time": time.monotonic()}).items():
+                self._samples[name].append(value)
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._closed.set()
+        self._thread.join(timeout=5.0)
+
+    def _watch(self, interval: float) -> None:
+        while not self._closed.wait(interval):
+            self.sample()
+
+    def _warn(self, cause: str, text: str) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            self._warnings[cause] = text
+
+    def _memory(self) -> dict[str, float]:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(self._handle)
+        if memory.used > MEMORY_NEARLY_FULL * memory.total:
+            used = f"{memory.used / GIB:.1f} of {memory.total / GIB:.1f} GiB"
+            self._warn("memory", f"{used} of its memory are taken; raise train.accumulation before it runs out")
+        return {"memory_used": memory.used / GIB, "memory_total": memory.total / GIB}
+
+    def _clocks(self) -> dict[str, float]:
+        mask = pynvml.nvmlDeviceGetCurrentClocksEventReasons(self._card)
+        reasons = [name for name, (bit, _) in _REASONS.items() if mask & bit]
+        for name in reasons:
+            self._warn(name, f"its clocks are lowered by {name.replace('_', ' ')}; {_REASONS[name][1]}")
+        return {"throttled": bool(reasons), "power_capped": bool(mask & pynvml.nvmlClocksEventReasonSwPowerCap)}
+
+    def _ecc_errors(self) -> dict[str, float]:
+        kind = (pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC)
+        count = pynvml.nvmlDeviceGetTotalEccErrors(self._card, *kind)
+        if count:
+            self._warn("ecc_errors", f"{count} uncorrected memory errors since its driver started; reset or replace it")
+        return {"ecc_errors": count}
+
+    def _other_processes(self) -> dict[str, float]:
+        memory = {entry.pid: entry.usedGpuMemory for entry in pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)}
+        # Within a container NVML may give the host's ids, among which the own one cannot be told apart.
+        known = os.getpid() in memory
+        memory.pop(os.getpid(), None)
+        if len(memory) > (not known):
+            sizes = {pid: "" if taken is None else f" ({taken / GIB:.1f} GiB)" for pid, taken in sorted(memory.items())}
+            listed = ", ".join(f"{pid}{size}" for pid, size in sizes.items())
+            among = "" if known else " (ids outside of this container; one of them is this rank)"
+            self._warn("processes", f"it is shared with process {listed}{among}; end it or keep it off this GPU")
+        return {}
+
+
+class GpuWatch:
+    """The monitors of all ranks; every rank must call `start` and `end` equally often.
+
+    Args:
+        process: this process among all.
+        interval: seconds between samples; 0 turns it off.
+    """
+
+    def __init__(self, process: Process, *, interval: float) -> None:
+        self._process = process
+        self._interval = interval
+        self._monitor: GpuMonitor | None = None
+        self._names: list[str | None] = []
+
+    def start(self) -> dict[str, str]:
+        """Starts this rank's monitor; returns name and UUID of each rank's GPU as MLflow tags."""
+        if self._interval:
+            self._monitor = open_monitor(self._process.device, interval=self._interval)
+        self._names = gather_over_ranks(None if self._monitor is None else self._monitor.name, self._process)
+        return {f"gpu.rank_{rank}": name for rank, name in enumerate(self._names) if name is not None}
+
+    def begin(self) -> None:
+        """Starts an interval."""
+        if self._monitor is not None:
+            self._monitor.begin()
+
+    def end(self, images: int) -> tuple[dict[str, float], dict[str, str]]:
+        """Ends the interval: figures of all ranks by their MLflow names, and new warnings for people by their tags.
+
+        Args:
+            images: that this rank took in that time, > 0.
+        """
+        gathered = gather_over_ranks(({}, {}) if self._monitor is None else self._monitor.end(images), self._process)
+        metrics, by_name = dict[str, float](), defaultdict[str, list[float]](list)
+        warnings = {}
+        for rank, (figures, causes) in enumerate(gathered):
+            for name, value in figures.items():
+                metrics[f"system/gpu/rank_{rank}/{name}"] = value
+                by_name[name].append(value)
+            for cause, text in causes.items():
+                warnings[f"gpu.rank_{rank}.{cause}"] = f"GPU of rank {rank} ({self._names[rank]}): {text}"
+        for name, values in by_name.items():
+            metrics[f"system/gpu/{name}"] = max(values) if name.endswith("_max") else fmean(values)
+        return metrics, warnings
+
+    def close(self) -> None:
+        """Ends this rank's monitor."""
+        if self._monitor is not None:
+            self._monitor.close()
+
+
+def open_monitor(device: torch.device, *, interval: float) -> GpuMonitor | None:
+    """Starts to watch the GPU that PyTorch calls `device`; None where it is none or NVML does not know it.
+
+    Args:
+        device: of this rank.
+        interval: seconds between samples.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        return GpuMonitor(_uuids(device), interval=interval)
+    except pynvml.NVMLError:
+        return None
+
+
+def _uuids(device: torch.device) -> list[str]:
+    """Names that NVML may have for a device of PyTorch, which leaves out whether it is a GPU or a part of one."""
+    index = device.index or 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[index : index + 1]
+    uuid = torch.cuda.get_device_properties(index).uuid
+    return [*(name.strip() for name in visible if name.strip().startswith("MIG-")), f"MIG-{uuid}", f"GPU-{uuid}"]
+
+
+def _find(uuids: Sequence[str]) -> Any:
+    for uuid in uuids:
+        with suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
+            return pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    raise pynvml.NVMLError_NotFound
+
+
+def _figures(samples: Mapping[str, list[float]], images: int) -> dict[str, float]:
+    times = samples["time"]
+    whole = {name: values for name, values in samples.items() if len(values) == len(times)}
+    found = {name: fmean(whole[name]) for name in _MEANS if name in whole}
+    found |= {f"{name}_max": max(whole[name]) for name in _MAXIMA if name in whole}
+    found |= {name: whole[name][-1] for name in _STATES if name in whole}
+    if "counter" in whole:
+        found["energy"] = whole["counter"][-1] - whole["counter"][0]
+    elif "power" in whole:
+        points = zip(times, whole["power"], strict=True)
+        found["energy"] = sum((b - a) * (p + q) / 2 for (a, p), (b, q) in pairwise(points))
+    if "energy" in found:
+        found["energy_per_image"] = found["energy"] / images
+    return found

@@ -1,0 +1,132 @@
+"""What a training and an evaluation say of themselves at the end, and what of it MLflow's page shows."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from slrnet.config import Config
+from slrnet.tracking.mlflow import metric_key
+
+__all__ = ["MOST_CURVES", "PICTURES", "class_quality", "curves", "description", "quality_table", "result_text"]
+
+MOST_CURVES = 30
+"""Classes up to which each has a curve of its IoU: MLflow's page draws a chart for each, and hangs over thousands."""
+PICTURES = "samples"
+"""Folder of the pictures that show an image's way to its pseudo label. MLflow's page sorts folders by name, and these
+come after the curves of the pseudo masks; its cards have room for twenty letters, folder included."""
+_FEW = 10
+"""Rows of a description's table where there are more than `MOST_CURVES` classes."""
+_KINDS = ("iou", "fdr", "fnr")
+_SETTINGS = {
+    "wsss": "image labels",
+    "sss_image_labels": "masks and image labels",
+    "sss": "masks and unlabelled images",
+}
+
+
+def curves(metrics: Mapping[str, float], classes: tuple[str, ...]) -> dict[str, float]:
+    """The figures of an epoch that are worth a curve: no counts of images, of classes IoU alone, and not of very many.
+
+    Args:
+        metrics: figures by their MLflow names.
+        classes: names of the K classes, background first.
+    """
+    hidden = _KINDS if len(classes) > MOST_CURVES else ("fdr", "fnr")
+    left_out = {f"{group}/images" for group in ("pseudo_mask", "val")}
+    left_out |= {
+        metric_key(group, kind, name) for group in ("pseudo_mask", "val") for kind in hidden for name in classes
+    }
+    return {key: value for key, value in metrics.items() if key not in left_out}
+
+
+def class_quality(metrics: Mapping[str, float], group: str, classes: tuple[str, ...]) -> dict[str, list[float]]:
+    """IoU, FDR and FNR as shares, in the order of the classes; NaN where one was not measured.
+
+    Args:
+        metrics: figures by their MLflow names.
+        group: `pseudo_mask` or `val`.
+        classes: names of the K classes, background first.
+    """
+    return {kind: [metrics.get(metric_key(group, kind, name), math.nan) for name in classes] for kind in _KINDS}
+
+
+def description(config: Config, *, data: str, labels: str, commit: str, folder: Path) -> str:
+    """The first lines of a run's description, Markdown.
+
+    Args:
+        config: of the run.
+        data: name of the data set.
+        labels: what the training sees of them.
+        commit: of the code; `unknown` where it is.
+        folder: of the run.
+    """
+    model = config.model
+    lines = [
+        f"- setting **{config.setting}** ({_SETTINGS[config.setting]}): {labels}",
+        f"- data **{data}**, recipe **{config.recipe}**",
+        f"- encoder **{model.encoder}**, output stride {model.output_stride}, crop {config.data.crop_size}, "
+        f"{config.train.epochs} epochs of batches of {config.train.batch_size}",
+        f"- commit {commit[:12]}, folder `{folder}`",
+    ]
+    return "\n".join(lines)
+
+
+def result_text(metrics: Mapping[str, float], classes: tuple[str, ...], *, epoch: int, folder: Path, data: str) -> str:
+    """The table of a run's best epoch and the commands that come next, Markdown.
+
+    Args:
+        metrics: of that epoch, by their MLflow names.
+        classes: names of the K classes, background first. Of very many the table has those with the lowest IoU.
+        epoch: its number, from 1.
+        folder: of the run.
+        data: location of the data set.
+    """
+    shown, which = classes, ""
+    if len(classes) > MOST_CURVES:
+        groups = [class_quality(metrics, group, classes)["iou"] for group in ("val", "pseudo_mask")]
+        iou = next((scores for scores in groups if not all(map(math.isnan, scores))), [])
+        known = sorted((score, place) for place, score in enumerate(iou) if score == score)
+        shown = tuple(classes[place] for _, place in known[:_FEW]) or classes[:1]
+        which = f" The {len(shown)} classes with the lowest IoU of {len(classes)}; all are in the pictures `quality`."
+    table = quality_table(metrics, shown)
+    run, where = shlex.quote(str(folder)), shlex.quote(data)
+    return (
+        f"Best checkpoint: epoch {epoch}.{which}\n\n```text\n{table}\n```\n\nNext:\n\n```sh\n"
+        f"python ray_jobs/evaluate.py --checkpoint {run} --data {where} --split val --protocol ms\n"
+        f"python -m slrnet.tools.report {run} --data {where}\npython -m slrnet.tools.app {run}\n```"
+    )
+
+
+def quality_table(metrics: Mapping[str, float], classes: tuple[str, ...]) -> str:
+    """Formats IoU, FDR and FNR of pseudo masks and validation masks per class, in percent.
+
+    Args:
+        metrics: figures by their MLflow names, as shares in [0, 1]. What was not measured is left out.
+        classes: names of the K classes, background first.
+    """
+    groups = [name for name in ("pseudo_mask", "val") if any(key.startswith(name + "/") for key in metrics)]
+    width = max(len("mean"), *(len(name) for name in classes))
+    head = " " * width + "".join(f"  {group:^22}" for group in groups)
+    units = f"{'%':<{width}}" + "  {:>6}  {:>6}  {:>6}".format("IoU", "FDR", "FNR") * len(groups)
+    rows = [_row(name, [_class_values(metrics, group, name) for group in groups], width) for name in classes]
+    means = _row("mean", [_mean_values(metrics, group) for group in groups], width)
+    rule = "-" * len(units)
+    note = "means of FDR and FNR are over the foreground classes (paper Eq. 10, 11)"
+    return "\n".join([head.rstrip(), units, rule, *rows, rule, means, note])
+
+
+def _row(name: str, values: list[list[float | None]], width: int) -> str:
+    cells = [value for group in values for value in group]
+    return f"{name:<{width}}" + "".join(f"  {'-' if cell is None else f'{100 * cell:.1f}':>6}" for cell in cells)
+
+
+def _class_values(metrics: Mapping[str, float], group: str, name: str) -> list[float | None]:
+    return [metrics.get(metric_key(group, kind, name)) for kind in ("iou", "fdr", "fnr")]
+
+
+def _mean_values(metrics: Mapping[str, float], group: str) -> list[float | None]:
+    miou = next((value for key, value in metrics.items() if key.startswith(f"{group}/miou")), None)
+    return [miou, metrics.get(f"{group}/mfdr"), metrics.get(f"{group}/mfnr")]

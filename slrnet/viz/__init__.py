@@ -1,0 +1,1 @@
+"""Draws masks, panels and charts."""

@@ -1,0 +1,138 @@
+"""How many workers a run gets of a cluster, and waiting for one that grows."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+
+from slrnet.launch import cluster as cluster_module
+from slrnet.launch.cluster import ClusterError, WorkerPlan, await_lost_nodes, plan_workers
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A cluster that has `cpus` and `gpus`, and one more GPU node of 8 cores at each of `arrivals` (seconds)."""
+    found: dict[str, Any] = {"cpus": 8, "gpus": 0, "arrivals": [], "now": 0.0, "requests": [], "said": []}
+
+    def resources() -> tuple[int, int]:
+        arrived = sum(time <= found["now"] for time in found["arrivals"])
+        return found["cpus"] + 8 * arrived, found["gpus"] + arrived
+
+    def sleep(seconds: float) -> None:
+        found["now"] += seconds
+
+    monkeypatch.setattr(cluster_module, "cluster_resources", resources)
+    monkeypatch.setattr(cluster_module.time, "sleep", sleep)
+    monkeypatch.setattr(cluster_module.time, "monotonic", lambda: found["now"])
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: found["requests"].append(bundles))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "count", "options", "expected"),
+    [
+        (8, 0, None, {}, "1 worker(s) x 8 CPU(s)"),
+        (8, 0, 2, {}, "2 worker(s) x 4 CPU(s)"),
+        (8, 0, 3, {"cpus": 1}, "3 worker(s) x 1 CPU(s)"),
+        (32, 4, None, {}, "4 worker(s) x 8 CPU(s) + 1 GPU"),
+        (32, 4, None, {"cpu_only": True}, "1 worker(s) x 32 CPU(s)"),
+        (32, 4, 8, {"cpu_only": True}, "8 worker(s) x 4 CPU(s)"),
+        (32, 4, (2, 8), {}, "2 to 8 worker(s) x 8 CPU(s) + 1 GPU"),
+        (8, 0, (1, 2), {}, "1 to 2 worker(s) x 4 CPU(s)"),
+        (8, 0, (2, 2), {}, "2 worker(s) x 4 CPU(s)"),
+    ],
+)
+def test_workers_get_equal_shares(
+    cluster: dict[str, Any], cpus: int, gpus: int, count: Any, options: dict[str, Any], expected: str
+) -> None:
+    cluster |= {"cpus": cpus, "gpus": gpus}
+    assert str(plan_workers(count, **options)) == expected
+    assert cluster["requests"] == []
+
+
+def test_without_workers_the_process_itself_trains(cluster: dict[str, Any]) -> None:
+    workers = plan_workers(0)
+    assert (workers.least, workers.most, workers.gpu, workers.count) == (0, 0, False, "1")
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (3, {}, "3 workers with a GPU each .* has 2 GPUs and 8 CPUs; lower --num-workers to 2"),
+        ((3, 8), {}, "3 workers with a GPU each"),
+        (2, {"cpus": 5}, "2 workers with 5 CPUs each .* has 8 CPUs"),
+        (9, {"cpu_only": True}, "9 workers with 1 CPUs each .* --wait-for-nodes"),
+    ],
+)
+def test_more_than_there_is_is_refused(
+    cluster: dict[str, Any], count: Any, options: dict[str, Any], message: str
+) -> None:
+    cluster["gpus"] = 2
+    with pytest.raises(ClusterError, match=message):
+        plan_workers(count, **options)
+
+
+def test_it_asks_a_growing_cluster_for_nodes_and_waits(cluster: dict[str, Any]) -> None:
+    cluster |= {"cpus": 0, "arrivals": [70, 200]}
+    workers = plan_workers((2, 4), cpus=6, wait_minutes=10, say=cluster["said"].append)
+    assert workers == WorkerPlan(least=2, most=4, cpus=6, gpu=True)
+    assert cluster["requests"] == [[{"CPU": 6, "GPU": 1}] * 2, []]  # and no longer than it needs
+    assert cluster["now"] == 200
+    assert len(cluster["said"]) == 3
+    assert cluster["said"][1].startswith("waiting for nodes: the cluster has 8 CPUs and 1 GPUs; 2 worker(s) of 6 CPU")
+
+
+def test_a_cluster_that_does_not_grow_in_time_is_given_up(cluster: dict[str, Any]) -> None:
+    cluster |= {"cpus": 0, "arrivals": [500]}
+    with pytest.raises(ClusterError, match=r"after 2 minutes the cluster has 0 CPUs and 0 GPUs, .* `ray status`"):
+        plan_workers(1, wait_minutes=2, say=cluster["said"].append)
+    assert cluster["requests"][-1] == []
+
+
+def test_what_is_there_is_not_waited_for(cluster: dict[str, Any]) -> None:
+    assert str(plan_workers(2, cpus=2, cpu_only=True, wait_minutes=5)) == "2 worker(s) x 2 CPU(s)"
+    assert cluster["now"] == 0
+
+
+@pytest.mark.parametrize(("address", "passed_on"), [("10.0.0.1:6379", True), ("auto", False), ("ray://x:10001", False)])
+def test_all_processes_of_a_run_know_their_cluster(
+    address: str, passed_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may run on the same machine."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **options: asked.update(options))
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0})
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert cluster_module.cluster_resources() == (3, 0)
+    environment = asked["runtime_env"]["env_vars"]
+    assert str(cluster_module.PROJECT_ROOT) in environment["PYTHONPATH"]
+    assert environment.get("RAY_ADDRESS") == (address if passed_on else None)
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_it_waits_until_ray_has_noticed_that_a_node_is_gone(monkeypatch: pytest.MonkeyPatch, noticed: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as answering, socket.create_server(("127.0.0.1", 0)) as gone:
+        ports = {"here": answering.getsockname()[1], "gone": gone.getsockname()[1], "long gone": 1}
+        gone.close()
+        looks, now = [0], [0.0]
+
+        def nodes() -> list[dict[str, Any]]:
+            looks[0] += 1
+            alive = {"here": True, "gone": not noticed or looks[0] < 4, "long gone": False}
+            return [
+                {"NodeID": name, "Alive": alive[name], "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+                for name, port in ports.items()
+            ]
+
+        monkeypatch.setattr("ray.nodes", nodes)
+        monkeypatch.setattr(cluster_module.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(cluster_module.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+        assert await_lost_nodes(seconds=20) == (set() if noticed else {"gone"})
+        assert looks[0] == (4 if noticed else 1 + 40)
+        ports.pop("gone")
+        looks[0] = 0
+        assert await_lost_nodes(seconds=20) == set()
+        assert looks[0] == 1

@@ -1,0 +1,356 @@
+"""Pseudo masks as a data set: what it holds, how good it is said to be, and what being killed leaves of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.shard_writer import verify
+from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError
+from slrnet.config import Config, apply_overrides
+from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.data.manifest import DataError, ShardSet, load_dataset
+from slrnet.data.shards import EvalLoader
+from slrnet.distributed.process import Process
+from slrnet.evaluation.metrics import ConfusionMatrix
+from slrnet.inference.predictor import predict
+from slrnet.launch import pseudo_label
+from slrnet.launch.evaluation import launch_evaluation
+from slrnet.launch.pseudo_label import RECORD, SUBSET, launch_pseudo_labels
+from slrnet.launch.train import LaunchOptions, TrainingError
+
+ROOT = Path(__file__).resolve().parents[3]
+GATED = ("evaluation.gating=image_labels", "inference.void_below=0.5")
+
+
+def label(
+    checkpoint: Checkpoint, data: ShardSet, out: Path, *changes: str, splits: tuple[str, ...] = ("train",)
+) -> dict[str, Any]:
+    config = apply_overrides(checkpoint.config, changes)
+    return launch_pseudo_labels(checkpoint, data, splits=splits, config=config, out=out)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def notes(folder: Path, split: str) -> dict[str, dict[str, Any]]:
+    found = {}
+    for shard in sorted(folder.glob(f"{split}-*.tar")):
+        with tarfile.open(shard) as archive:
+            for member in archive:
+                file = archive.extractfile(member)
+                if member.name.endswith(".json") and file is not None:
+                    found[member.name.removesuffix(".json")] = json.load(file)
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(
+    checkpoint: Checkpoint, tiny_data: ShardSet, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[ShardSet, dict[str, Any]]:
+    """The training split, gated by image labels, one scale."""
+    out = tmp_path_factory.mktemp("pseudo") / "shards"
+    record = label(checkpoint, tiny_data, out, *GATED)
+    return load_dataset(out), record
+
+
+class TestTheDataSet:
+    def test_is_whole(self, made: tuple[ShardSet, Any], tiny_data: ShardSet) -> None:
+        shards = made[0]
+        assert verify(shards.folder) == []
+        names = {path.name for path in shards.folder.iterdir()}
+        old = {path.name for path in tiny_data.folder.iterdir()}
+        assert names == old | {RECORD}
+        assert shards.info.classes == tiny_data.info.classes
+        assert shards.info.made_by.startswith("python ray_jobs/pseudo_label.py --checkpoint ")
+        assert not list(shards.folder.parent.glob(".*"))
+
+    def test_labelled_samples_keep_image_and_labels_and_belong_to_the_subset(
+        self, made: tuple[ShardSet, Any], tiny_data: ShardSet
+    ) -> None:
+        before, after = tiny_data.split("train"), made[0].split("train")
+        assert after.keys.equals(before.keys)
+        assert np.array_equal(after.image_labels(), before.image_labels())
+        assert after.in_subset(SUBSET).all()
+        assert after.has_masks.all()
+        for old, new in zip(EvalLoader(tiny_data, split="train"), EvalLoader(made[0], split="train"), strict=True):
+            assert old.image.equal(new.image)
+
+    def test_other_splits_are_taken_over(self, made: tuple[ShardSet, Any], tiny_data: ShardSet) -> None:
+        for entry in tiny_data.split("val").shards:
+            assert (made[0].folder / entry.name).read_bytes() == entry.path.read_bytes()
+        assert SUBSET not in made[0].split("val").subset_names
+
+    def test_masks_are_the_networks_void_where_it_is_not_sure(
+        self, made: tuple[ShardSet, Any], checkpoint: Checkpoint
+    ) -> None:
+        from slrnet.checkpoints.checkpoint import restore_model
+        from slrnet.models.network import Normalise
+
+        model = restore_model(checkpoint).eval()
+        normalise = Normalise.of(model.encoder)
+        described = notes(made[0].folder, "train")
+        void = 0
+        for sample in EvalLoader(made[0], split="train"):
+            probs = predict(model, sample.image, normalise, checkpoint.config, "ss")[0][0]
+            probs[1:] *= sample.image_labels[:, None, None]
+            confidence, mask = (probs / probs.sum(dim=0)).max(dim=0)
+            expected = torch.where(confidence < 0.5, IGNORE_INDEX, mask)
+            assert sample.pixel_labels is not None
+            assert (sample.pixel_labels != expected).float().mean() < 1e-3  # ties within rounding
+            note = described[sample.key]["pseudo_label"]
+            assert note["confidence"] == pytest.approx(float(confidence.mean()), abs=2e-4)
+            assert note["coverage"] == pytest.approx(
+                float((sample.pixel_labels != IGNORE_INDEX).float().mean()), abs=1e-4
+            )
+            assert note["protocol"] == "ss+gated_by_image_labels"
+            assert set(note["class_confidence"]) == {made[0].info.classes[int(i)] for i in mask.unique()}
+            void += int((sample.pixel_labels == IGNORE_INDEX).sum())
+        assert void > 0
+
+    def test_quality_is_that_of_the_masks(self, made: tuple[ShardSet, Any], tiny_data: ShardSet) -> None:
+        kept = ConfusionMatrix(4)
+        pairs = zip(EvalLoader(made[0], split="train"), EvalLoader(tiny_data, split="train"), strict=True)
+        for new, true in pairs:
+            assert new.pixel_labels is not None
+            assert true.pixel_labels is not None
+            kept.update(new.pixel_labels, true.pixel_labels)
+        found = made[1]["quality"]["train"]
+        assert list(found) == ["ss+gated_by_image_labels", "ss+gated_by_image_labels, void below 0.5"]
+        thresholded = found["ss+gated_by_image_labels, void below 0.5"]
+        assert thresholded["images"] == 9
+        assert thresholded["metrics"]["miou"] == pytest.approx(kept.miou(), abs=1e-12)
+        assert thresholded["metrics"]["coverage"] == pytest.approx(kept.coverage(), abs=1e-12)
+        assert found["ss+gated_by_image_labels"]["metrics"]["coverage"] == 1
+
+    def test_quality_is_what_an_evaluation_says(
+        self, made: tuple[ShardSet, Any], checkpoint: Checkpoint, tiny_data: ShardSet, tmp_path: Path
+    ) -> None:
+        config = apply_overrides(checkpoint.config, GATED)
+        options = LaunchOptions(name="evaluation", storage=tmp_path, num_workers=0)
+        record = launch_evaluation(checkpoint, tiny_data, split="train", config=config, options=options)
+        found = made[1]["quality"]["train"][record["protocol"]]["metrics"]
+        assert found["miou"] == pytest.approx(record["metrics"]["val/miou"], abs=1e-12)
+
+    def test_the_record_lies_beside_the_shards(self, made: tuple[ShardSet, Any]) -> None:
+        record = json.loads((made[0].folder / RECORD).read_text())
+        assert record == {name: value for name, value in made[1].items() if name != "mlflow"}
+        assert record["job"]["splits"] == ["train"]
+
+
+def test_the_crf_is_measured_beside_what_it_started_from(
+    checkpoint: Checkpoint, tiny_data: ShardSet, tmp_path: Path
+) -> None:
+    pytest.importorskip("pydensecrf", reason="the extra `crf` is not installed")
+    changes = (*GATED, "evaluation.protocol=ms_crf", "evaluation.scales=1.0")
+    record = label(checkpoint, tiny_data, tmp_path / "out", *changes, splits=("val",))
+    without, with_crf, kept = record["quality"]["val"].values()
+    names = list(record["quality"]["val"])
+    assert names[:2] == [f"{name}+scales_1+gated_by_image_labels" for name in ("ms", "ms_crf")]
+    assert without["metrics"]["miou"] != with_crf["metrics"]["miou"]
+    assert kept["metrics"]["coverage"] <= 1
+    config = apply_overrides(checkpoint.config, changes)
+    options = LaunchOptions(name="evaluation", storage=tmp_path, num_workers=0)
+    measured = launch_evaluation(checkpoint, tiny_data, split="val", config=config, options=options)
+    assert with_crf["metrics"]["miou"] == pytest.approx(measured["metrics"]["val/miou"], abs=1e-12)
+
+
+def test_true_masks_change_nothing_but_the_measure(
+    made: tuple[ShardSet, Any], checkpoint: Checkpoint, write_tiny: Callable[..., ShardSet], tmp_path: Path
+) -> None:
+    blank = np.zeros((1, 1), dtype=np.uint8)
+
+    def empty(sample: Any, png: bytes) -> bytes:
+        import io
+
+        from PIL import Image
+
+        file = io.BytesIO()
+        Image.fromarray(np.broadcast_to(blank, (sample.height, sample.width)).copy()).save(file, "PNG")
+        return file.getvalue()
+
+    other = write_tiny(tmp_path / "shards", mask_bytes=empty)
+    record = label(checkpoint, other, tmp_path / "out", *GATED)
+    for entry in made[0].split("train").shards:
+        assert (tmp_path / "out" / entry.name).read_bytes() == entry.path.read_bytes()
+    assert record["quality"] != made[1]["quality"]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_any_number_of_ranks_writes_the_same_shards(
+    world_size: int,
+    made: tuple[ShardSet, Any],
+    checkpoint: Checkpoint,
+    tiny_data: ShardSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run_ranks(job: Any, values: dict[str, Any], options: LaunchOptions) -> None:
+        for rank in range(world_size):
+            job(values | {"cpus": 1}, Process(rank, world_size), lambda metrics: None)
+
+    monkeypatch.setattr(pseudo_label, "run_job", run_ranks)
+    label(checkpoint, tiny_data, tmp_path / "shards", *GATED)
+    assert content(tmp_path / "shards") == content(made[0].folder)
+
+
+class TestStops:
+    @pytest.fixture
+    def predicted(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Counts predicted images, and stops where the list's first entry says so."""
+        calls = [0, 10**6]
+
+        def counted(*arguments: Any) -> Any:
+            if calls[0] == calls[1]:
+                raise RuntimeError("stopped here")
+            calls[0] += 1
+            return predict(*arguments)
+
+        monkeypatch.setattr(pseudo_label, "predict", counted)
+        return calls
+
+    def test_a_stopped_job_goes_on_with_what_is_missing(
+        self,
+        predicted: list[int],
+        made: tuple[ShardSet, Any],
+        checkpoint: Checkpoint,
+        tiny_data: ShardSet,
+        tmp_path: Path,
+    ) -> None:
+        out = tmp_path / "shards"
+        for stop in (4, 6):  # in the second shard, then again
+            predicted[1] = stop
+            with pytest.raises(TrainingError, match="stopped here"):
+                label(checkpoint, tiny_data, out, *GATED)
+            assert not out.exists()
+        predicted[1] = 10**6
+        before = predicted[0]
+        label(checkpoint, tiny_data, out, *GATED)
+        assert [entry.num_samples for entry in tiny_data.split("train").shards] == [2, 2, 2, 3]
+        assert (before, predicted[0]) == (6, 9)  # no finished shard is made again
+        assert content(out) == content(made[0].folder)
+        label(checkpoint, tiny_data, out, *GATED)  # all is done
+        assert predicted[0] == 9
+        assert content(out) == content(made[0].folder)
+
+    def test_a_damaged_shard_is_made_anew(
+        self,
+        predicted: list[int],
+        made: tuple[ShardSet, Any],
+        checkpoint: Checkpoint,
+        tiny_data: ShardSet,
+        tmp_path: Path,
+    ) -> None:
+        out = tmp_path / "shards"
+        predicted[1] = 6
+        with pytest.raises(TrainingError):
+            label(checkpoint, tiny_data, out, *GATED)
+        first = tmp_path / ".shards.partial" / tiny_data.split("train").shards[0].name
+        first.write_bytes(first.read_bytes()[:-1] + b"x")
+        predicted[1] = 10**6
+        label(checkpoint, tiny_data, out, *GATED)
+        assert content(out) == content(made[0].folder)
+
+    def test_unfinished_or_finished_work_of_another_job_is_not_touched(
+        self, predicted: list[int], checkpoint: Checkpoint, tiny_data: ShardSet, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "shards"
+        predicted[1] = 4
+        with pytest.raises(TrainingError):
+            label(checkpoint, tiny_data, out, *GATED)
+        predicted[1] = 10**6
+        with pytest.raises(ValueError, match=r"unfinished work of another job \(void_below 0.5, now 0.7\).*rm -r"):
+            label(checkpoint, tiny_data, out, GATED[0], "inference.void_below=0.7")
+        label(checkpoint, tiny_data, out, *GATED)
+        with pytest.raises(ValueError, match="holds other pseudo masks"):
+            label(checkpoint, tiny_data, out, GATED[0], "inference.void_below=0.7")
+
+
+def test_mistakes_are_refused_before_anything_is_written(
+    checkpoint: Checkpoint, tiny_data: ShardSet, tmp_path: Path
+) -> None:
+    out = tmp_path / "shards"
+    with pytest.raises(DataError, match="has no split 'test'"):
+        label(checkpoint, tiny_data, out, splits=("test",))
+    state = replace(checkpoint.state, classes=("background", "other"))
+    with pytest.raises(CheckpointError, match="the checkpoint knows 2 classes"):
+        label(replace(checkpoint, state=state), tiny_data, out)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    with pytest.raises(ValueError, match="exists and holds no pseudo masks"):
+        label(checkpoint, tiny_data, tmp_path / "full")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_damage_is_named(checkpoint: Checkpoint, write_tiny: Callable[..., ShardSet], tmp_path: Path) -> None:
+    shards = write_tiny(tmp_path / "data")
+    entry = shards.split("train").shards[1]
+    with entry.path.open("r+b") as file:
+        file.seek(int(entry.offsets[0]) + 512)
+        file.write(b"\0" * 300)
+    with pytest.raises(TrainingError, match=entry.name):
+        label(checkpoint, shards, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_killed_three_times_the_bytes_are_those_of_an_undisturbed_run(
+    checkpoint: Checkpoint, tiny_config: Config, write_tiny: Callable[..., ShardSet], tmp_path: Path
+) -> None:
+    data = write_tiny(tmp_path / "data", num_train=48, shards=12, num_val=12)
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable, str(ROOT / "ray_jobs" / "pseudo_label.py"), "--checkpoint", str(checkpoint.path),
+            "--data", str(data.folder), "--out", str(out), "--splits", "all", "--protocol", "ms",
+        ]  # fmt: skip
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def finish(process: subprocess.Popen[bytes]) -> None:
+        _, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors.decode()
+
+    undisturbed = start(tmp_path / "undisturbed")
+    seconds = _seconds_of_work(undisturbed, tmp_path / ".undisturbed.partial", tmp_path / "undisturbed")
+    finish(undisturbed)
+    kills, rng = 0, random.Random(time.time_ns())
+    while kills < 3:
+        process = start(tmp_path / "killed")
+        _wait_for_trace(process, tmp_path / ".killed.partial")
+        time.sleep(rng.uniform(0, seconds / 3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        assert process.returncode in (-signal.SIGKILL, 0)
+    finish(start(tmp_path / "killed"))
+    assert content(tmp_path / "killed") == content(tmp_path / "undisturbed")
+    assert verify(tmp_path / "killed") == []
+
+
+def _seconds_of_work(process: subprocess.Popen[bytes], partial: Path, out: Path) -> float:
+    """From the first trace of a job to its end."""
+    _wait_for_trace(process, partial)
+    started = time.monotonic()
+    _wait_for_trace(process, out)
+    return time.monotonic() - started
+
+
+def _wait_for_trace(process: subprocess.Popen[bytes], path: Path) -> None:
+    """Until the path exists or the process has ended."""
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)

@@ -1,0 +1,226 @@
+"""What is made of a sweep's trials: the best, the front, importances, tables, pictures, files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from slrnet.config import load_config
+from slrnet.recipes import get_recipe
+from slrnet.sweeps.ablations import get_ablation
+from slrnet.sweeps.results import (
+    Trial,
+    ablation_rows,
+    ablation_table,
+    best_trial,
+    epochs_trained,
+    importances,
+    mode_of,
+    pareto_front,
+    replay_text,
+    trial_from_rows,
+    trial_rows,
+    trial_table,
+    write_results,
+)
+
+
+def trial(name: str, values: dict[str, Any] | None = None, status: Any = "finished", **metrics: float) -> Trial:
+    named = {f"val/{key}": value for key, value in metrics.items()}
+    return Trial(name=name, values=values or {}, status=status, epochs=3, metrics=named)
+
+
+POINTS = [
+    trial("a", mfdr=0.5, mfnr=0.2),
+    trial("b", mfdr=0.3, mfnr=0.4),
+    trial("c", mfdr=0.5, mfnr=0.3),
+    trial("d", mfdr=0.2, mfnr=0.6),
+    trial("e", mfdr=float("nan"), mfnr=0.0),
+    trial("f", status="failed"),
+]
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [("val/miou_ss", "max"), ("val/mfdr", "min"), ("pseudo_mask/mfnr", "min"), ("train/loss", "min")],
+)
+def test_error_rates_want_to_be_small(metric: str, mode: str) -> None:
+    assert mode_of(metric) == mode
+
+
+def test_the_best() -> None:
+    trials = [trial("a", miou=0.3), trial("b", miou=0.4), trial("c"), trial("d", miou=float("nan"))]
+    assert best_trial(trials, "val/miou") is trials[1]
+    assert best_trial(POINTS, "val/mfdr") is POINTS[3]
+    assert best_trial(POINTS[-1:], "val/mfdr") is None
+
+
+def test_the_front_by_hand() -> None:
+    """c is beaten by a in one figure and equal in the other; e and f have no figures."""
+    assert [found.name for found in pareto_front(POINTS, ["val/mfdr", "val/mfnr"])] == ["d", "b", "a"]
+
+
+def test_equal_trials_stay_on_the_front() -> None:
+    twins = [trial("a", mfdr=0.1, mfnr=0.1), trial("b", mfdr=0.1, mfnr=0.1)]
+    assert pareto_front(twins, ["val/mfdr", "val/mfnr"]) == twins
+
+
+def test_importances_find_the_setting_that_acts() -> None:
+    pytest.importorskip("optuna")
+    trials = [
+        trial(
+            str(i), {"optim.lr": (i * 7 % 12) / 12, "views.flip": bool(i % 2), "cvlr.dim": 64}, miou=(i * 7 % 12) / 24
+        )
+        for i in range(12)
+    ]
+    found = importances(trials, "val/miou")
+    assert next(iter(found)) == "optim.lr"
+    assert found["optim.lr"] > 0.8
+    assert sum(found.values()) == pytest.approx(1)
+    assert importances(trials[:3], "val/miou") == {}, "too few"
+    equals = [replace(found, metrics={"val/miou": 0.2}) for found in trials]
+    assert importances(equals, "val/miou") == {}, "nothing to explain"
+
+
+def test_the_table_is_ranked_and_names_failures() -> None:
+    trials = [trial("low", {"cvlr.dim": 8}, miou=0.25), trial("high", {"cvlr.dim": 16}, "stopped early", miou=0.5)]
+    broken = Trial(name="broken", values={"cvlr.dim": 4}, status="failed", epochs=0, metrics={}, error="loss | nan")
+    lines = trial_table([broken, *trials], ["val/miou"]).splitlines()
+    assert lines[0] == "| trial | cvlr.dim | val/miou, % | epochs | status |"
+    assert lines[2:] == [
+        "| high | 16 | 50.00 | 3 | stopped early |",
+        "| low | 8 | 25.00 | 3 | finished |",
+        "| broken | 4 | - | 0 | failed: loss / nan |",
+    ]
+
+
+def ablation_trials() -> list[Trial]:
+    """fig4-right: MVMC with two seeds, KL with one, CPS failed."""
+    scores = {(0, 0): 0.5, (0, 1): 0.6, (1, 0): 0.4}
+    return [
+        trial(f"{variant}{seed}", {"variant": variant, "train.seed": seed}, miou=score)
+        for (variant, seed), score in scores.items()
+    ] + [trial("20", {"variant": 2, "train.seed": 0}, "failed")]
+
+
+def test_seeds_are_put_together() -> None:
+    ablation = get_ablation("fig4-right")
+    rows = ablation_rows(ablation, ablation_trials(), ["val/miou"])
+    assert [(row.label, row.seeds) for row in rows] == [("MVMC", 2), ("KL Div.", 1), ("CPS", 0)]
+    assert rows[0].means["val/miou"] == pytest.approx(0.55)
+    assert rows[0].spreads["val/miou"] == pytest.approx(0.0707, abs=1e-4)
+    table = ablation_table(ablation, rows, ["val/miou"])
+    assert "| MVMC |  | 55.00 ± 7.07 | 2 |" in table
+    assert "| KL Div. |  | 40.00 | 1 |" in table
+    assert "| CPS |  | - | 0 |" in table
+
+
+def test_the_papers_figures_stand_beside() -> None:
+    """Of the variants that were run."""
+    failed = trial("e", {"variant": 4, "train.seed": 0}, "failed")
+    rows = ablation_rows(get_ablation("table8"), [failed], ["val/miou"])
+    assert "| EMAU | 61.76 | - | 0 |" in ablation_table(get_ablation("table8"), rows, ["val/miou"])
+    assert [row.label for row in rows] == ["EMAU"]
+
+
+def test_a_search_leaves_files(tmp_path: Path) -> None:
+    trials = [
+        trial(str(i), {"weights.consistency": 0.5 + i, "cvlr.method": "cvlr"}, miou=i / 10, mfdr=0.5 - i / 20)
+        for i in range(5)
+    ]
+    config = get_recipe("voc_wsss_lite")
+    summary = write_results(trials, ["val/miou", "val/mfdr"], tmp_path / "results", ablation="", best_config=config)
+    names = {path.name for path in (tmp_path / "results").iterdir()}
+    pictures = {f"{name}.{suffix}" for name in ("trials", "curves", "front") for suffix in ("png", "svg")}
+    assert names >= {"trials.json", "summary.md", "best_config.json", *pictures}
+    assert (tmp_path / "results" / "summary.md").read_text() == summary
+    assert "Beaten by no other trial" in summary
+    assert load_config(tmp_path / "results" / "best_config.json") == config
+    assert len(json.loads((tmp_path / "results" / "trials.json").read_text())["trials"]) == 5
+    with Image.open(tmp_path / "results" / "trials.png") as picture:
+        assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize("name", ["fig4-right", "fig6-right"])
+def test_an_ablation_leaves_files(name: str, tmp_path: Path) -> None:
+    write_results(ablation_trials(), ["val/miou"], tmp_path, ablation=name, best_config=None)
+    assert {path.name for path in tmp_path.iterdir()} == {"trials.json", "summary.md", f"{name}.png", f"{name}.svg"}
+    assert "±" in (tmp_path / "summary.md").read_text()
+
+
+def curves(*values: list[float], planned: int = 4) -> list[Trial]:
+    return [
+        trial_from_rows(
+            f"t{number}",
+            {"weights.consistency": 1.0 + number},
+            {epoch: {"val/miou": value} for epoch, value in enumerate(found, 1)},
+            metric="val/miou",
+            planned=planned,
+        )
+        for number, found in enumerate(values)
+    ]
+
+
+def test_a_trial_is_its_best_epoch_and_keeps_its_curve() -> None:
+    (found,) = curves([0.1, 0.3, 0.2])
+    assert (found.status, found.epochs, found.planned) == ("stopped early", 3, 4)
+    assert found.metrics == {"val/miou": 0.3}
+    assert found.curve == (0.1, 0.3, 0.2)
+    broken = trial_from_rows("b", {}, {1: {"val/miou": 0.1}}, metric="val/miou", planned=4, error="nan")
+    assert (broken.status, broken.epochs, broken.metrics) == ("failed", 1, {})
+
+
+def test_figures_come_from_the_log_each_epoch_once(tmp_path: Path) -> None:
+    lines = [
+        {"event": "epoch", "epoch": 1, "val/miou_ss": 0.1, "train/epoch_loss": 2.0},
+        {"event": "step", "step": 1, "loss": 1.0},
+        {"event": "epoch", "epoch": 1, "val/miou_ss": 0.2},
+        {"event": "epoch", "epoch": 2, "pseudo_mask/miou": 0.3},
+    ]
+    (tmp_path / "logs").mkdir()
+    text = "\n".join(json.dumps({"time": "", **line}) for line in lines)
+    (tmp_path / "logs" / "rank-0.jsonl").write_text(text + '\n{"event": "ep')
+    assert trial_rows(tmp_path) == {1: {"val/miou_ss": 0.2}, 2: {"pseudo_mask/miou": 0.3}}
+    assert trial_rows(tmp_path / "nowhere") == {}
+
+
+def test_the_share_of_epochs_saved() -> None:
+    broken = trial("broken", status="failed")
+    trials = [*curves([0.1, 0.2, 0.3, 0.4], [0.1, 0.1]), broken]
+    assert epochs_trained(trials) == {"trained": 6, "planned": 8, "saved": 0.25}
+    assert epochs_trained([broken])["saved"] == 0
+
+
+def test_the_fate_of_the_best_trial_under_early_stopping() -> None:
+    trials = curves([0.1, 0.2, 0.3, 0.4], [0.2, 0.3, 0.3, 0.3])
+    text = replay_text(trials, {"t0": 2, "t1": 4}, "val/miou")
+    assert "6 of 8 epochs trained, 25.0 % saved" in text
+    assert "best trial t0 would have been stopped after epoch 2" in text
+    assert "best trial t0 would have been trained to its end" in replay_text(trials, {"t0": 4, "t1": 2}, "val/miou")
+
+
+def test_a_summary_tells_of_epochs_the_recipe_early_stopping_and_schedules(tmp_path: Path) -> None:
+    schedule = tuple({"epoch": epoch, "values": {"optim.lr": 1.0 / (1 + epoch)}, "from": ""} for epoch in (0, 2))
+    trials = [replace(found, schedule=schedule) for found in curves([0.1, 0.25, 0.2], [0.1, 0.2, 0.3, 0.5])]
+    summary = write_results(
+        trials,
+        ["val/miou"],
+        tmp_path,
+        ablation="",
+        best_config=None,
+        replay={"t0": 2, "t1": 4},
+        default={"weights.consistency": 1.0},
+    )
+    assert "Epochs trained: 7 of 8 planned, 12.5 % saved" in summary
+    assert "(t0) have 25.00 %, the best trial t1 50.00 %: +25.00 points" in summary
+    assert "6 of 7 epochs trained" in summary
+    record = json.loads((tmp_path / "trials.json").read_text())
+    assert record["epochs"]["saved"] == 0.125
+    assert record["epochs_under_asha"] == {"t0": 2, "t1": 4}
+    with Image.open(tmp_path / "schedules.png") as picture:
+        assert min(picture.size) > 300

@@ -1,0 +1,135 @@
+"""What the app answers, and its page in a browser with a real upload."""
+
+from __future__ import annotations
+
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from slrnet.checkpoints.checkpoint import load_checkpoint
+from slrnet.tools.app.__main__ import main, newest_run
+from slrnet.tools.app.studio import MAX_SIDE, Studio, shrunk
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@pytest.fixture(scope="module")
+def studio(tiny_run: Path) -> Studio:
+    return Studio(load_checkpoint(tiny_run), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def image() -> Pixels:
+    return np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+
+
+def test_a_look_has_all_that_the_page_shows(studio: Studio, image: Pixels) -> None:
+    look = studio.look(image, studio.usual)
+    for mask in (look.mask, look.refined, look.pseudo_labels):
+        assert mask.shape == (64, 96)
+    assert set(look.scores) == set(studio.classes[1:])
+    assert list(look.scores.values()) == sorted(look.scores.values(), reverse=True)
+    assert set(look.classes) <= set(studio.classes[1:])
+    assert look.codes
+    assert set(look.codes) <= set(studio.classes)
+
+
+def test_gamma_decides_how_much_is_labelled(studio: Studio, image: Pixels) -> None:
+    every = replace(studio.usual, classes=studio.classes[1:], refine_iters=0)
+    covered = [studio.look(image, replace(every, gamma=gamma)).coverage for gamma in (0.0, 0.5, 1.0)]
+    assert covered[0] != covered[2]
+    masks = [studio.look(image, replace(every, gamma=gamma)).refined for gamma in (0.0, 1.0)]
+    assert (masks[0] == masks[1]).all()  # before the threshold
+
+
+def test_iterations_change_codes_and_leave_the_network_as_it_was(studio: Studio, image: Pixels) -> None:
+    first = studio.look(image, studio.usual)
+    other = studio.look(image, replace(studio.usual, num_iters=6))
+    name = next(iter(set(first.codes) & set(other.codes)))
+    assert not np.allclose(first.codes[name], other.codes[name], atol=1e-6)
+    again = Studio(load_checkpoint_of(studio), device="cpu").look(image, studio.usual)
+    assert (studio.look(image, studio.usual).mask == again.mask).all()
+
+
+def load_checkpoint_of(studio: Studio) -> Any:
+    from slrnet.checkpoints.checkpoint import Checkpoint, TrainState
+
+    state = TrainState(epoch=1, step=1, classes=studio.classes, data_fingerprint="", world_size=1)
+    return Checkpoint(Path(), studio.config, state, studio._model.state_dict(), {})
+
+
+def test_chosen_classes_alone_are_labelled(studio: Studio, image: Pixels) -> None:
+    chosen = studio.look(image, replace(studio.usual, classes=(studio.classes[2],)))
+    assert set(np.unique(chosen.pseudo_labels)) <= {0, 2, 255}
+    assert chosen.classes == (studio.classes[2],)
+
+
+def test_large_images_are_scaled_down() -> None:
+    assert shrunk(Image.new("RGB", (3000, 1000))).shape == (round(1000 * MAX_SIDE / 3000), MAX_SIDE, 3)
+    assert shrunk(Image.new("L", (30, 20))).shape == (20, 30, 3)
+
+
+def test_the_newest_run_is_taken(tiny_run: Path, tmp_path: Path) -> None:
+    assert newest_run([tmp_path, tiny_run.parent]) == tiny_run
+    with pytest.raises(ValueError, match="there is no run with a checkpoint in .*; train one with `make demo`"):
+        newest_run([tmp_path])
+
+
+def test_refusals(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main([str(tiny_run), "--port", str(taken.getsockname()[1])]) == 2
+    assert "is taken" in capsys.readouterr().err
+
+
+@pytest.fixture
+def address(tiny_run: Path, serve: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
+    with serve("slrnet.tools.app", str(tiny_run)) as found:
+        yield found
+
+
+@pytest.mark.slow
+def test_an_image_is_dropped_and_gamma_moved(address: str, browser: Any, image: Pixels, tmp_path: Path) -> None:
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    def text(selector: str) -> str:
+        return str(browser.execute_script("return document.querySelector(arguments[0])?.innerText || ''", selector))
+
+    def source(selector: str) -> str:
+        return str(browser.execute_script("return document.querySelector(arguments[0] + ' img')?.src || ''", selector))
+
+    def wait(condition: Any) -> None:
+        WebDriverWait(browser, 120, poll_frequency=0.2).until(lambda _: condition(), "what was waited for")
+
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    browser.get(address)
+    wait(lambda: browser.find_elements(By.CSS_SELECTOR, "input[type=file]"))
+    browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(tmp_path / "photo.png"))
+    wait(lambda: "96 x 64 pixels. The pseudo label decides" in text(".status") and source(".picture-mask"))
+    assert text(".scores")
+    assert browser.execute_script("return document.querySelectorAll('.codes img').length") > 0
+    before, mask = source(".picture-pseudo"), source(".picture-mask")
+    browser.find_element(By.CSS_SELECTOR, ".control-gamma").click()  # to the middle, and from there to 1
+    browser.switch_to.active_element.send_keys(10 * Keys.ARROW_RIGHT)
+    wait(lambda: source(".picture-pseudo") != before)
+    assert source(".picture-mask") == mask
+    requested = [entry["message"] for entry in browser.get_log("performance") if '"url":"http' in entry["message"]]
+    assert all('"url":"http://127.0.0.1:' in message for message in requested)
+    # Another site's page, which calls this one by a name of its own.
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        urllib.request.urlopen(urllib.request.Request(address, headers={"Host": "example.org"}), timeout=30)
+    assert refusal.value.code == 400

@@ -1,0 +1,130 @@
+"""The prediction command: what it writes, and what it refuses before it starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from slrnet import load
+from slrnet.checkpoints.checkpoint import TrainState, save_checkpoint
+from slrnet.config import Config
+from slrnet.data.catalog import voc_palette
+from slrnet.models.slrnet import build_model
+from slrnet.tools.predict import batches, find_images, main
+
+CLASSES = ("background", "ant", "bee", "cat")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(1)
+    model = build_model(tiny_config.model, tiny_config.cvlr, num_classes=4)
+    torch.nn.init.normal_(model.mask_head.classify.weight)
+    state = TrainState(epoch=1, step=1, classes=CLASSES, data_fingerprint="-", world_size=1)
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    return save_checkpoint(folder, config=tiny_config, state=state, model=model.state_dict(), optimizer={})
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name, size in (("a.jpg", (40, 60)), ("b.png", (64, 32))):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_masks_overlays_and_areas(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "masks"
+    assert main([str(checkpoint), str(photos), "--out", str(out), "--device", "cpu"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == [
+        "a.overlay.jpg",
+        "a.png",
+        "b.overlay.jpg",
+        "b.png",
+        "predictions.json",
+    ]
+    with Image.open(out / "b.png") as image, Image.open(photos / "b.png") as photo:
+        assert image.mode == "P"
+        assert np.array_equal(np.array(image.getpalette("RGB")).reshape(-1, 3), voc_palette())
+        mask = np.asarray(image)
+        assert np.array_equal(mask, load(checkpoint, device="cpu")(photo).mask)
+    record: dict[str, Any] = json.loads((out / "predictions.json").read_text())
+    assert record["protocol"] == "ss"
+    entry = record["images"]["b"]
+    assert (entry["height"], entry["width"]) == (64, 32)
+    areas = {name: values["area"] for name, values in entry["classes"].items()}
+    assert areas == {CLASSES[i]: pytest.approx((mask == i).mean(), abs=1e-6) for i in np.unique(mask)}
+    assert sum(areas.values()) == pytest.approx(1, abs=1e-5)
+    for name, values in entry["classes"].items():
+        assert (values["score"] is None) == (name == "background")
+
+
+def test_patterns_and_files_may_name_an_image_twice(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    places = [str(photos / "*.jpg"), str(photos / "a.jpg")]
+    assert main([str(checkpoint), *places, "--out", str(tmp_path / "masks"), "--device", "cpu"]) == 0
+    assert list(json.loads((tmp_path / "masks" / "predictions.json").read_text())["images"]) == ["a"]
+
+
+def test_batches_are_of_one_size_each_and_change_nothing(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    for name in ("c", "d", "e"):
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(photos / f"{name}.png")
+    turned = Image.fromarray(rng.integers(0, 256, (60, 40, 3), dtype=np.uint8))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # upright it is 40 x 60
+    turned.save(photos / "f.png", exif=exif)
+    images = find_images([str(photos)])
+    assert sorted(batches(images, 3)) == [["a", "c", "d"], ["b"], ["e", "f"]]
+    arguments = [str(checkpoint), str(photos), "--device", "cpu", "--out"]
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    assert main([*arguments, str(tmp_path / "three"), "--batch-size", "3"]) == 0
+    records = [json.loads((tmp_path / name / "predictions.json").read_text())["images"] for name in ("one", "three")]
+    assert list(records[0]) == list(records[1]) == list("abcdef")
+    for name in records[0]:
+        masks = [np.asarray(Image.open(tmp_path / folder / f"{name}.png")) for folder in ("one", "three")]
+        assert (masks[0] != masks[1]).mean() < 1e-3  # ties within rounding
+
+
+def test_an_unreadable_image_is_named_and_the_others_are_done(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "a.jpg").write_bytes(b"no JPEG")
+    assert main([str(checkpoint), str(photos), "--out", str(tmp_path / "masks"), "--device", "cpu"]) == 1
+    assert "a.jpg cannot be read and is left out" in capsys.readouterr().err
+    assert (tmp_path / "masks" / "b.png").exists()
+    assert not list((tmp_path / "masks").glob(".incoming*"))
+
+
+def test_mistakes_are_refused_before_anything_is_written(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: str) -> str:
+        assert main([*arguments, "--device", "cpu"]) == 2
+        return capsys.readouterr().err
+
+    out = tmp_path / "masks"
+    assert "is no file, no folder with images" in refused(str(checkpoint), str(photos / "z.jpg"), "--out", str(out))
+    (tmp_path / "more").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "more" / "a.png")
+    assert "several images are called 'a'" in refused(
+        str(checkpoint), str(photos), str(tmp_path / "more"), "--out", str(out)
+    )
+    assert "none" in refused(str(tmp_path / "none"), str(photos), "--out", str(out))
+    assert not out.exists()
+    out.mkdir()
+    (out / "a.png").write_bytes(b"mine")
+    assert "a.png exists; give another --out, or allow it with --overwrite" in refused(
+        str(checkpoint), str(photos), "--out", str(out)
+    )
+    assert (out / "a.png").read_bytes() == b"mine"
+    assert main([str(checkpoint), str(photos), "--out", str(out), "--overwrite", "--device", "cpu"]) == 0
+    assert (out / "a.png").read_bytes() != b"mine"

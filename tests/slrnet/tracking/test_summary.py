@@ -1,0 +1,82 @@
+"""The closing table, what becomes a curve, and a run's description."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slrnet.recipes import get_recipe
+from slrnet.tracking.mlflow import MAX_TAG_LENGTH
+from slrnet.tracking.summary import MOST_CURVES, curves, description, quality_table, result_text
+
+METRICS = {
+    "pseudo_mask/miou": 0.5,
+    "pseudo_mask/mfdr": 0.25,
+    "pseudo_mask/mfnr": 0.125,
+    "pseudo_mask/iou/background": 0.75,
+    "pseudo_mask/fdr/background": 0.1,
+    "pseudo_mask/fnr/background": 0.2,
+    "pseudo_mask/iou/tv-monitor": 0.25,
+    "pseudo_mask/fdr/tv-monitor": 0.25,
+    "pseudo_mask/fnr/tv-monitor": 0.125,
+    "val/miou_ss_gated_by_scores": 0.1234,
+    "val/mfnr": 1.0,
+    "val/images": 5,
+    "val/iou/tv-monitor": 0.1234,
+    "val/fnr/tv-monitor": 1.0,
+    "train/epoch_loss": 2.0,
+}
+
+
+def test_table() -> None:
+    lines = quality_table(METRICS, ("background", "tv/monitor")).splitlines()
+    assert [line.split() for line in lines[:2]] == [["pseudo_mask", "val"], ["%", *["IoU", "FDR", "FNR"] * 2]]
+    assert lines[3:5] == [
+        "background    75.0    10.0    20.0       -       -       -",
+        "tv/monitor    25.0    25.0    12.5    12.3       -   100.0",
+    ]
+    assert lines[6] == "mean          50.0    25.0    12.5    12.3       -   100.0"
+    assert lines[2] == lines[5] == "-" * len(lines[3])
+    assert lines[1].index("FDR") + 3 == lines[3].index("10.0") + 4  # right-aligned under its heading
+
+
+def test_what_was_not_measured_has_no_columns() -> None:
+    only_val = {name: value for name, value in METRICS.items() if not name.startswith("pseudo_mask")}
+    lines = quality_table(only_val, ("background", "tv/monitor")).splitlines()
+    assert lines[0].split() == ["val"]
+    assert lines[4].split() == ["tv/monitor", "12.3", "-", "100.0"]
+
+
+def test_curves_of_few_classes_and_of_many() -> None:
+    few = curves(METRICS, ("background", "tv/monitor"))
+    assert set(METRICS) - set(few) == {
+        "val/images",
+        *(f"pseudo_mask/{kind}/{name}" for kind in ("fdr", "fnr") for name in ("background", "tv-monitor")),
+        "val/fnr/tv-monitor",
+    }
+    others = tuple(f"class {i}" for i in range(MOST_CURVES))
+    many = curves(METRICS, ("background", "tv/monitor", *others))
+    assert set(few) - set(many) == {"pseudo_mask/iou/background", "pseudo_mask/iou/tv-monitor", "val/iou/tv-monitor"}
+
+
+def test_a_description_says_what_was_trained() -> None:
+    text = description(
+        get_recipe("voc_sss_lite"), data="voc6", labels="150 masks", commit="0123456789abcdef", folder=Path("runs/a")
+    )
+    for part in ("**sss** (masks and unlabelled images): 150 masks", "**voc6**", "**efficientnet_lite0**", "runs/a"):
+        assert part in text
+    assert "commit 0123456789ab," in text
+
+
+@pytest.mark.parametrize("classes", [2, 20, 80, 200])
+def test_a_result_fits_into_a_description(classes: int) -> None:
+    names = ("background", *(f"class_{i:03d}" for i in range(classes)))
+    metrics = {f"val/{kind}/{name}": i / 1000 for kind in ("iou", "fdr", "fnr") for i, name in enumerate(names)}
+    text = result_text(metrics, names, epoch=7, folder=Path("my runs/a"), data="/data/voc")
+    assert len(text) < MAX_TAG_LENGTH - 1000
+    assert "epoch 7" in text
+    assert "evaluate.py --checkpoint 'my runs/a' --data /data/voc" in text
+    shown = [name for name in names if f"\n{name}" in text]
+    assert shown == list(names if classes <= MOST_CURVES else names[:10])  # the lowest
+    assert result_text({}, names, epoch=1, folder=Path("a"), data="b")
