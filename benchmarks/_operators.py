@@ -29,7 +29,7 @@ from slrnet.data.batch import Batch
 from slrnet.distributed.process import Process
 from slrnet.distributed.watchdog import Watchdog
 from slrnet.inference.forward import predict_single_scale
-from slrnet.models.network import Network, Normalise
+from slrnet.models.network import Network, Normalize
 from slrnet.models.slrnet import network_of
 from slrnet.ops import cross_entropy_triton as cross_entropy_gpu
 from slrnet.tools.profile import PREFIX, named_stages
@@ -359,7 +359,7 @@ def count_validation(config: Config, *, num_classes: int, size: tuple[int, int])
         image = torch.empty(3, *size, dtype=torch.uint8)
     counter = OperatorCounter()
     with as_on_gpu(), named_stages(model), counter:
-        predict_single_scale(model, image, Normalise.of(model.encoder), config)
+        predict_single_scale(model, image, Normalize.of(model.encoder), config)
     return tuple(counter.operators)
 
 
@@ -405,7 +405,7 @@ def _trainer(config: Config, model: Network, images: int) -> Trainer:
     trainer = Trainer.__new__(Trainer)
     trainer.config, trainer.process = config, Process()
     trainer.model = trainer.wrapped = model
-    trainer.normalise = Normalise.of(model.encoder)
+    trainer.normalize = Normalize.of(model.encoder)
     trainer.optimizer = build_optimizer(model, config.optim, batch_size=images)
     for group in trainer.optimizer.param_groups:
         group["foreach"] = True  # PyTorch's choice on GPUs

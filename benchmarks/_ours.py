@@ -13,7 +13,7 @@ from slrnet.config import Config
 from slrnet.cpu.allocator import spare_memory
 from slrnet.data.batch import Batch
 from slrnet.losses import objective, segmentation
-from slrnet.models.network import Normalise, mixed_precision
+from slrnet.models.network import Normalize, mixed_precision
 from slrnet.models.slrnet import network_of
 from slrnet.training.optim import build_optimizer
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
@@ -44,7 +44,7 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     optimizer = build_optimizer(model, config.optim, batch_size=len(batch.images))
-    normalise, images = Normalise.of(model.encoder), batch.images.contiguous(memory_format=torch.channels_last)
+    normalize, images = Normalize.of(model.encoder), batch.images.contiguous(memory_format=torch.channels_last)
     seen = Batch(images, batch.image_labels, batch.has_image_labels, batch.keys, batch.has_pixel_labels)
     count = iter(range(2**31))
 
@@ -60,7 +60,7 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
                 model,
                 seen,
                 config=config,
-                normalise=normalise,
+                normalize=normalize,
                 generator=step_generator(number),
                 pseudo_rows=find_pseudo_rows(seen),
                 pretraining=False,

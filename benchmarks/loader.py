@@ -37,7 +37,7 @@ from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import load_dataset
 from slrnet.data.shards import TrainLoader, prepare_reader
 from slrnet.data.transforms import decode_image
-from slrnet.views.colour import apply_colour, draw_colour
+from slrnet.views.color import apply_color, draw_color
 
 CLAIMED_RATIO, CLAIMED_SHARE = 4.0, 0.8
 SIZE, CROP, BATCH, SCALE = (500, 375), 321, 16, (0.9, 1.0)
@@ -163,7 +163,7 @@ def write_shards(folder: Path, count: int, size: tuple[int, int]) -> list[bytes]
 def colours(batch: Batch) -> torch.Tensor:
     """What one view's colours cost: those that the released class changes too."""
     config = ViewsConfig()
-    drawn = draw_colour(
+    drawn = draw_color(
         len(batch.images),
         brightness=config.brightness,
         contrast=config.contrast,
@@ -171,7 +171,7 @@ def colours(batch: Batch) -> torch.Tensor:
         hue=config.hue,
         generator=torch.Generator().manual_seed(0),
     )
-    return apply_colour(batch.floats(), drawn)
+    return apply_color(batch.floats(), drawn)
 
 
 def released_dataset(peer: Path, folder: Path, images: list[bytes]) -> torch.utils.data.Dataset[object]:

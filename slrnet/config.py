@@ -125,7 +125,7 @@ class ViewsConfig(_Section):
     """Scale of each view relative to the crop; the number of entries is the number of views."""
     flip: bool = True
     """Each view is mirrored by its own coin; off: no view is."""
-    own_colour: bool = True
+    own_color: bool = True
     """Each view draws its own colour distortion; off: all views of an image share one."""
     brightness: Fraction = 0.3
     """Largest change of brightness, as a factor in [1 - b, 1 + b]."""

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from slrnet.checkpoints.run_store import CONFIG, MARKER, PAYLOAD
 from slrnet.config import Config, load_config
-from slrnet.models.network import Network, Normalise
+from slrnet.models.network import Network, Normalize
 from slrnet.storage.files import sha256_of
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ def _score(state: TrainState) -> float:
     return next((value for value in scores if math.isfinite(value)), -1.0)
 
 
-def restore_network(checkpoint: Checkpoint, device: torch.device) -> tuple[Network, Normalise]:
+def restore_network(checkpoint: Checkpoint, device: torch.device) -> tuple[Network, Normalize]:
     """The network of a checkpoint as the trainer measures it: on a device, in evaluation mode, channels last.
 
     Returns:
@@ -343,4 +343,4 @@ def restore_network(checkpoint: Checkpoint, device: torch.device) -> tuple[Netwo
     """
     model = restore_model(checkpoint).eval()
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model, Normalise.of(model.encoder)
+    return model, Normalize.of(model.encoder)

@@ -152,7 +152,7 @@ def _scale(lists: ClassLists, target: Floats, labelled: npt.NDArray[np.bool_], l
     present, crowding = target > 0, _crowding(lists)
     for _ in range(_ITERATIONS):
         exponents = _sums(lists.images, logs[lists.classes - 1], lists.num_images)
-        draws = _normalise(exponents, labelled, limit)
+        draws = _normalize(exponents, labelled, limit)
         drawn = lists.occurrences(draws)
         ratio = np.log(target[present] * drawn.sum() / np.maximum(drawn[present], 1e-300))
         if np.abs(ratio).max() < _CLOSE_ENOUGH:
@@ -174,7 +174,7 @@ def _sums(places: Places, values: Floats, length: int) -> Floats:
     return sums
 
 
-def _normalise(exponents: Floats, labelled: npt.NDArray[np.bool_], limit: float) -> Floats:
+def _normalize(exponents: Floats, labelled: npt.NDArray[np.bool_], limit: float) -> Floats:
     """Draws proportional to exp(exponents) for labelled images, at most `limit`, on average 1; 1 for the others."""
     draws = np.ones(len(exponents))
     weights = np.exp(exponents[labelled] - exponents[labelled].max())

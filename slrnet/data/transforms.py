@@ -1,7 +1,7 @@
 """From the bytes of a JPEG to a training crop, on the CPU (paper Sec. 4.1: random crops of a fixed size).
 
 Only the geometry is done here, on uint8: decoding, a random resized crop and a mirror image. Colour is changed in
-batch on the device (`slrnet.views.colour`), where hue costs a tenth of what it costs per image. The crop is drawn as by
+batch on the device (`slrnet.views.color`), where hue costs a tenth of what it costs per image. The crop is drawn as by
 torchvision's RandomResizedCrop, from a key that is passed in, so a sample's crop depends on that alone. Of a large
 photograph a JPEG's smaller form is decoded where that still has the crop's pixels.
 """

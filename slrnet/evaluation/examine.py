@@ -23,7 +23,7 @@ from slrnet.data.supervision import supervision_of
 from slrnet.evaluation.masks import calibrate_sample, gated_probs, pseudo_mask_subset
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.evaluation.protocols import protocol_name, pseudo_mask_protocol
-from slrnet.models.network import Network, Normalise
+from slrnet.models.network import Network, Normalize
 from slrnet.ops.maps import resize
 
 __all__ = [
@@ -52,7 +52,7 @@ class Subject:
     checkpoint: Checkpoint
     shards: ShardSet
     model: Network
-    normalise: Normalise
+    normalize: Normalize
     device: torch.device
 
     @classmethod
@@ -290,7 +290,7 @@ def _count_sample(
     """By gamma: right foreground labels, foreground labels, true foreground pixels."""
     config = subject.checkpoint.config
     calibrated = calibrate_sample(
-        subject.model, sample, config=config, normalise=subject.normalise, device=subject.device
+        subject.model, sample, config=config, normalize=subject.normalize, device=subject.device
     )
     assert sample.pixel_labels is not None
     truth = sample.pixel_labels
@@ -319,4 +319,4 @@ def _count_sample(
 def _gated_probs(subject: Subject, sample: EvalSample) -> Tensor:
     """(K, H, W) on the CPU, by the protocol of the training's validation."""
     config = subject.checkpoint.config
-    return gated_probs(subject.model, sample, config=config, normalise=subject.normalise, device=subject.device).cpu()
+    return gated_probs(subject.model, sample, config=config, normalize=subject.normalize, device=subject.device).cpu()

@@ -30,7 +30,7 @@ from slrnet.distributed.process import Process, sum_over_ranks
 from slrnet.evaluation.metrics import ConfusionMatrix, merge_over_ranks
 from slrnet.evaluation.protocols import gating_labels, protocol_name, pseudo_mask_protocol
 from slrnet.inference.forward import fit_image, gate, network_outputs, predict_single_scale
-from slrnet.models.network import Network, Normalise
+from slrnet.models.network import Network, Normalize
 from slrnet.ops.maps import resize
 from slrnet.tracking.mlflow import metric_key
 from slrnet.views.align import align_maps, largest_size
@@ -70,7 +70,7 @@ class PseudoMask:
 
 
 def evaluate_masks(
-    model: Network, samples: Iterable[EvalSample], *, config: Config, normalise: Normalise, process: Process
+    model: Network, samples: Iterable[EvalSample], *, config: Config, normalize: Normalize, process: Process
 ) -> Quality:
     """Compares masks predicted with the protocol `ss` with true ones, over all ranks.
 
@@ -78,14 +78,14 @@ def evaluate_masks(
         model: in evaluation mode.
         samples: this rank's share of the images; those without a mask are passed over.
         config: of the run.
-        normalise: of the encoder.
+        normalize: of the encoder.
         process: every rank must call this.
     """
 
     def masks() -> Iterator[tuple[EvalSample, Tensor]]:
         for sample in samples:
             if sample.pixel_labels is not None:
-                probs = gated_probs(model, sample, config=config, normalise=normalise, device=process.device)
+                probs = gated_probs(model, sample, config=config, normalize=normalize, device=process.device)
                 yield sample, probs.argmax(dim=0).cpu()
 
     return count_masks(
@@ -114,7 +114,7 @@ def count_masks(
 
 
 def gated_probs(
-    model: Network, sample: EvalSample, *, config: Config, normalise: Normalise, device: torch.device
+    model: Network, sample: EvalSample, *, config: Config, normalize: Normalize, device: torch.device
 ) -> Tensor:
     """(K, H, W) probabilities of an image by the protocol `ss`, after gating, on the device.
 
@@ -122,13 +122,13 @@ def gated_probs(
         model: in evaluation mode.
         sample: of H x W pixels.
         config: of the run.
-        normalise: of the encoder.
+        normalize: of the encoder.
         device: of the model.
 
     Raises:
         DataError: the protocol gates by image labels, and they are not known.
     """
-    probs, scores = predict_single_scale(model, sample.image.to(device), normalise, config)
+    probs, scores = predict_single_scale(model, sample.image.to(device), normalize, config)
     return gate(probs, scores, gating_labels(sample, config).to(device), config.evaluation)[0]
 
 
@@ -138,7 +138,7 @@ def measure_pseudo_masks(
     samples: Iterable[EvalSample],
     *,
     config: Config,
-    normalise: Normalise,
+    normalize: Normalize,
     process: Process,
     show: Callable[[PseudoMask], None],
 ) -> tuple[Quality, Quality]:
@@ -148,7 +148,7 @@ def measure_pseudo_masks(
         model: in evaluation mode.
         samples: this rank's share of the fixed subset.
         config: of the run.
-        normalise: of the encoder.
+        normalize: of the encoder.
         process: every rank must call this.
         show: called with each image's masks, for pictures.
 
@@ -159,7 +159,7 @@ def measure_pseudo_masks(
     dense, kept = ConfusionMatrix(model.num_classes), ConfusionMatrix(model.num_classes)
     images = 0
     for sample in samples:
-        masks = _pseudo_mask(model, sample, config=config, normalise=normalise, process=process)
+        masks = _pseudo_mask(model, sample, config=config, normalize=normalize, process=process)
         show(masks)
         if sample.pixel_labels is not None:
             dense.update(masks.refined, sample.pixel_labels)
@@ -206,7 +206,7 @@ def pseudo_mask_subset(split: SplitView, supervision: Supervision, config: Confi
 
 @torch.no_grad()
 def calibrate_sample(
-    model: Network, sample: EvalSample, *, config: Config, normalise: Normalise, device: torch.device
+    model: Network, sample: EvalSample, *, config: Config, normalize: Normalize, device: torch.device
 ) -> Calibrated:
     """Fuses and refines the masks of one whole image, as they are measured: all views, no flip, no colour distortion.
 
@@ -214,13 +214,13 @@ def calibrate_sample(
         model: in evaluation mode.
         sample: a training image.
         config: of the run.
-        normalise: of the encoder.
+        normalize: of the encoder.
         device: of the model.
 
     Returns:
         Probabilities of one image at the refinement's resolution, of the classes that it may show.
     """
-    logits, images = view_logits(model, sample.image.to(device), config=config, normalise=normalise)
+    logits, images = view_logits(model, sample.image.to(device), config=config, normalize=normalize)
     known = torch.tensor([sample.has_image_labels and config.setting != "sss"])
     labels = possible_classes(sample.image_labels[None], known)
     return calibrate_views(logits, images, labels.to(device), config.calibration, max_classes=int(labels.sum()))
@@ -228,7 +228,7 @@ def calibrate_sample(
 
 @torch.no_grad()
 def view_logits(
-    model: Network, image: Tensor, *, config: Config, normalise: Normalise
+    model: Network, image: Tensor, *, config: Config, normalize: Normalize
 ) -> tuple[Sequence[Tensor], Tensor]:
     """The logits of one whole image in all views of the run, un-warped; no flip, no colour distortion.
 
@@ -236,22 +236,22 @@ def view_logits(
         model: in evaluation mode.
         image: (3, H, W) uint8 on the model's device.
         config: of the run.
-        normalise: of the encoder.
+        normalize: of the encoder.
 
     Returns:
         Per view (1, K, h, w), and the image as the network saw it, (1, 3, H', W') in [0, 1].
     """
     images = fit_image(image, config)
     views = [View(scale=scale, flip=None) for scale in config.views.scales]
-    inputs = [normalise(apply_view(images, view, stride=normalise.output_stride)) for view in views]
+    inputs = [normalize(apply_view(images, view, stride=normalize.output_stride)) for view in views]
     logits = network_outputs(model, inputs, config).logits
     return align_maps(logits, views, size=largest_size(logits)), images
 
 
 def _pseudo_mask(
-    model: Network, sample: EvalSample, *, config: Config, normalise: Normalise, process: Process
+    model: Network, sample: EvalSample, *, config: Config, normalize: Normalize, process: Process
 ) -> PseudoMask:
-    calibrated = calibrate_sample(model, sample, config=config, normalise=normalise, device=process.device)
+    calibrated = calibrate_sample(model, sample, config=config, normalize=normalize, device=process.device)
     size = (sample.image.shape[-2], sample.image.shape[-1])
     raw, refined = (
         to_class_ids(resize(probs, size).argmax(dim=1), calibrated.classes)[0].cpu()

@@ -8,28 +8,28 @@ import torch
 from torch import Tensor
 
 from slrnet.config import Config, EvaluationConfig
-from slrnet.models.network import Network, Normalise, Outputs, mixed_precision
-from slrnet.ops.maps import as_model, resize
+from slrnet.models.network import Network, Normalize, Outputs, mixed_precision
+from slrnet.ops.maps import channels_last, resize
 
 __all__ = ["fit_image", "gate", "network_outputs", "predict_single_scale"]
 
 
 @torch.no_grad()
 def predict_single_scale(
-    model: Network, image: Tensor, normalise: Normalise, config: Config
+    model: Network, image: Tensor, normalize: Normalize, config: Config
 ) -> tuple[Tensor, Tensor | None]:
     """Predicts images with one view each.
 
     Args:
         model: in evaluation mode.
         image: (3, H, W) or (N, 3, H, W) uint8.
-        normalise: of the encoder.
+        normalize: of the encoder.
         config: of the run; the crop's size modulo the stride says which sizes the network is used to.
 
     Returns:
         (N, K, H, W) probabilities and (N, K - 1) class scores before the sigmoid; None where the network has none.
     """
-    inputs = normalise(fit_image(image, config))
+    inputs = normalize(fit_image(image, config))
     outputs = network_outputs(model, [inputs], config)
     scores = outputs.class_scores[0] if outputs.class_scores else None
     return resize(outputs.logits[0].float().softmax(dim=1), image.shape[-2:]), scores
@@ -89,4 +89,4 @@ def network_outputs(model: Network, views: Sequence[Tensor], config: Config) -> 
         config: of the run.
     """
     with mixed_precision(config.evaluation.precision, views[0].device):
-        return model([as_model(view) for view in views])  # type: ignore[no-any-return]
+        return model([channels_last(view) for view in views])  # type: ignore[no-any-return]

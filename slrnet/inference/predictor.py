@@ -16,7 +16,7 @@ from slrnet.data.images import upright_rgb
 from slrnet.inference.crf import dense_crf, require_crf
 from slrnet.inference.forward import fit_image, gate, network_outputs, predict_single_scale
 from slrnet.inference.tiles import predict_tiles
-from slrnet.models.network import Network, Normalise
+from slrnet.models.network import Network, Normalize
 from slrnet.ops.maps import resize
 
 __all__ = ["Prediction", "Predictor", "predict", "predict_multi_scale", "rgb_array"]
@@ -68,7 +68,7 @@ class Predictor:
             )
         self.classes = classes
         self.device = next(model.parameters()).device
-        self._model, self._normalise = model, Normalise.of(model.encoder)
+        self._model, self._normalize = model, Normalize.of(model.encoder)
 
     def __call__(self, image: Image.Image | npt.NDArray[np.uint8]) -> Prediction:
         """Predicts one image.
@@ -112,7 +112,7 @@ class Predictor:
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
         """Probabilities (N, K, H, W) by the whole protocol and sigmoids of scores (N, K - 1) of images of one size."""
         tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(self.device)
-        probs, scores = predict(self._model, tensor, self._normalise, self.config, self.protocol)
+        probs, scores = predict(self._model, tensor, self._normalize, self.config, self.protocol)
         settings = self.config.evaluation_for(self.protocol)
         gated = gate(probs, scores, probs.new_zeros(len(self.classes) - 1), settings)
         maps = gated.float().cpu().numpy()
@@ -142,7 +142,7 @@ class Predictor:
 
 
 def predict(
-    model: Network, image: Tensor, normalise: Normalise, config: Config, protocol: Protocol
+    model: Network, image: Tensor, normalize: Normalize, config: Config, protocol: Protocol
 ) -> tuple[Tensor, Tensor | None]:
     """Probabilities (N, K, H, W) and class scores (N, K - 1) before the sigmoid, by the protocol less gating and CRF.
 
@@ -151,18 +151,18 @@ def predict(
     Args:
         model: in evaluation mode.
         image: (3, H, W) or (N, 3, H, W) uint8 on the model's device.
-        normalise: of the encoder.
+        normalize: of the encoder.
         config: of the run.
         protocol: `ms_crf` is as `ms` here.
     """
     if protocol == "ss":
-        return predict_single_scale(model, image, normalise, config)
-    return predict_multi_scale(model, image, normalise, config)
+        return predict_single_scale(model, image, normalize, config)
+    return predict_multi_scale(model, image, normalize, config)
 
 
 @torch.no_grad()
 def predict_multi_scale(
-    model: Network, image: Tensor, normalise: Normalise, config: Config
+    model: Network, image: Tensor, normalize: Normalize, config: Config
 ) -> tuple[Tensor, Tensor | None]:
     """Mean probabilities and class scores over `evaluation.scales` and their mirror images.
 
@@ -171,7 +171,7 @@ def predict_multi_scale(
     Args:
         model: in evaluation mode.
         image: (3, H, W) or (N, 3, H, W) uint8 on the model's device.
-        normalise: of the encoder.
+        normalize: of the encoder.
         config: of the run.
 
     Returns:
@@ -181,7 +181,7 @@ def predict_multi_scale(
     probs: Tensor | None = None
     scores = []
     for scale in scales:
-        upright = normalise(fit_image(image, config, scale))
+        upright = normalize(fit_image(image, config, scale))
         both = torch.cat([upright, upright.flip(-1)])
         alone = both.device.type == "cpu" and both.shape[-2] * both.shape[-1] > _LARGE
         outputs = [network_outputs(model, [part], config) for part in both.split(1 if alone else len(both))]

@@ -28,7 +28,7 @@ from slrnet.inference.crf import crf_masks, require_crf
 from slrnet.inference.forward import gate
 from slrnet.inference.predictor import predict
 from slrnet.launch.train import LaunchOptions, Report, run_job
-from slrnet.models.network import Network, Normalise
+from slrnet.models.network import Network, Normalize
 from slrnet.storage.files import write_json
 from slrnet.tracking.mlflow import RunHandle, Tracker, environment_tags, find_run, metric_key
 
@@ -82,7 +82,7 @@ def launch_evaluation(
 
 
 def measure(
-    model: Network, loader: EvalLoader, *, config: Config, normalise: Normalise, process: Process, crf_processes: int
+    model: Network, loader: EvalLoader, *, config: Config, normalize: Normalize, process: Process, crf_processes: int
 ) -> tuple[Quality, ...]:
     """Compares masks predicted by the configured protocol with true ones, over all ranks.
 
@@ -92,14 +92,14 @@ def measure(
         model: in evaluation mode.
         loader: this rank's share of the images; those without a mask are passed over.
         config: of the run.
-        normalise: of the encoder.
+        normalize: of the encoder.
         process: every rank must call this.
         crf_processes: helpers for the CRF, >= 1; used by `ms_crf` only.
     """
     protocol = config.evaluation.protocol
     settings = config.evaluation_for(protocol)
     name = protocol_name(settings, protocol)
-    gated = _gated_probs(model, loader, config=config, normalise=normalise, process=process)
+    gated = _gated_probs(model, loader, config=config, normalize=normalize, process=process)
     count = partial(count_masks, num_classes=model.num_classes, protocol=name, process=process)
     if protocol != "ms_crf":
         return (count((sample, probs.argmax(dim=0).cpu()) for sample, probs in gated),)
@@ -142,14 +142,14 @@ def training_run(checkpoint: Checkpoint) -> RunHandle | None:
 
 
 def _gated_probs(
-    model: Network, loader: EvalLoader, *, config: Config, normalise: Normalise, process: Process
+    model: Network, loader: EvalLoader, *, config: Config, normalize: Normalize, process: Process
 ) -> Iterator[tuple[EvalSample, Tensor]]:
     """Images with a true mask and their (K, H, W) probabilities."""
     protocol = config.evaluation.protocol
     settings = config.evaluation_for(protocol)
     for sample in loader:
         if sample.pixel_labels is not None:
-            probs, scores = predict(model, sample.image.to(process.device), normalise, config, protocol)
+            probs, scores = predict(model, sample.image.to(process.device), normalize, config, protocol)
             yield sample, gate(probs, scores, gating_labels(sample, config).to(process.device), settings)[0]
 
 
@@ -163,7 +163,7 @@ def _evaluate(values: dict[str, Any], process: Process, report: Report) -> None:
     checkpoint = load_checkpoint(values["checkpoint"])
     shards = load_dataset(values["data"])
     keep_memory(process.device)
-    model, normalise = restore_network(checkpoint, process.device)
+    model, normalize = restore_network(checkpoint, process.device)
     loader = EvalLoader(
         shards, split=values["split"], rank=process.rank, world_size=process.world_size, on_error=config.data.on_error
     )
@@ -171,7 +171,7 @@ def _evaluate(values: dict[str, Any], process: Process, report: Report) -> None:
         model,
         loader,
         config=config,
-        normalise=normalise,
+        normalize=normalize,
         process=process,
         crf_processes=values["cpus"] or os.cpu_count() or 1,
     )

@@ -48,7 +48,7 @@ from slrnet.inference.forward import gate
 from slrnet.inference.predictor import predict
 from slrnet.launch.evaluation import track_figures
 from slrnet.launch.train import LaunchOptions, Report, run_job
-from slrnet.models.network import Network, Normalise
+from slrnet.models.network import Network, Normalize
 from slrnet.storage.files import sha256_of, write_json, written_whole
 from slrnet.tracking.mlflow import environment_tags, metric_key
 
@@ -355,7 +355,7 @@ def _label(values: dict[str, Any], process: Process, report: Report) -> None:
 
 def _predict_all(
     model: Network,
-    normalise: Normalise,
+    normalize: Normalize,
     shards: ShardSet,
     remaining: Sequence[tuple[str, str]],
     config: Config,
@@ -373,7 +373,7 @@ def _predict_all(
         with ShardFiles(index) as reader:
             for sample, row in zip(samples, rows, strict=True):
                 files, image, truth = reader.load(sample)
-                probs, scores = predict(model, image.to(process.device), normalise, config, protocol)
+                probs, scores = predict(model, image.to(process.device), normalize, config, protocol)
                 labels = index.image_labels([views[split].row(sample)])[0].to(process.device)
                 maps = gate(probs, scores, labels, config.evaluation_for(protocol))[0].float().cpu().numpy()
                 plain = _choose(maps)[0] if protocol == "ms_crf" and truth is not None else None

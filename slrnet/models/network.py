@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slrnet.config import Precision
 from slrnet.models.encoders import Encoder
 
-__all__ = ["Network", "Normalise", "Outputs", "mixed_precision"]
+__all__ = ["Network", "Normalize", "Outputs", "mixed_precision"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Network(nn.Module):
 
 
 @dataclass(frozen=True)
-class Normalise:
+class Normalize:
     """The encoder's normalisation and stride: what images need before they enter the network."""
 
     mean: tuple[float, float, float]
@@ -59,7 +59,7 @@ class Normalise:
     output_stride: int
 
     @classmethod
-    def of(cls, encoder: Encoder) -> Normalise:
+    def of(cls, encoder: Encoder) -> Normalize:
         """What an encoder needs."""
         return cls(encoder.mean, encoder.std, encoder.output_stride)
 

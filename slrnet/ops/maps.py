@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["as_model", "class_probs", "resize"]
+__all__ = ["channels_last", "class_probs", "resize"]
 
 
-def as_model(images: Tensor) -> Tensor:
+def channels_last(images: Tensor) -> Tensor:
     """The memory format in which convolutions are fast."""
     return images.contiguous(memory_format=torch.channels_last)
 

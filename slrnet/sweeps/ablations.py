@@ -55,7 +55,7 @@ def _module(label: str, paper: float, *changes: str) -> Variant:
 def _views(scales: str, *, colour: bool, flip: bool, paper: float) -> Variant:
     """A check mark of the paper means that the views differ in it; without one, they share it."""
     differ = " + ".join(name for name, on in (("colour", colour), ("flip", flip)) if on)
-    changes = (f"views.scales=[{scales}]", f"views.own_colour={str(colour).lower()}", f"views.flip={str(flip).lower()}")
+    changes = (f"views.scales=[{scales}]", f"views.own_color={str(colour).lower()}", f"views.flip={str(flip).lower()}")
     return Variant(f"({scales}) {differ}".strip(), changes, paper)
 
 

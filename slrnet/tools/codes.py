@@ -28,9 +28,9 @@ from slrnet.checkpoints.run_store import run_argument
 from slrnet.completion import parse
 from slrnet.inference.forward import fit_image
 from slrnet.inference.predictor import rgb_array
-from slrnet.models.network import Normalise
+from slrnet.models.network import Normalize
 from slrnet.models.slrnet import SLRNet
-from slrnet.ops.maps import as_model, resize
+from slrnet.ops.maps import channels_last, resize
 from slrnet.storage.files import written_whole
 from slrnet.tools.predict import find_images
 
@@ -53,13 +53,13 @@ class CodeMaps:
 
 
 @torch.no_grad()
-def code_maps(model: SLRNet, image: Tensor, normalise: Normalise, num_iters: Sequence[int]) -> CodeMaps:
+def code_maps(model: SLRNet, image: Tensor, normalize: Normalize, num_iters: Sequence[int]) -> CodeMaps:
     """Computes the codes of an image, seen in one view, for several numbers of iterations.
 
     Args:
         model: in evaluation mode; its own number of iterations is restored.
         image: (1, 3, H, W) in [0, 1], of a size that the network is used to (`fit_image`), on the model's device.
-        normalise: of the encoder.
+        normalize: of the encoder.
         num_iters: values of T, each >= 1.
 
     Raises:
@@ -73,7 +73,7 @@ def code_maps(model: SLRNet, image: Tensor, normalise: Normalise, num_iters: Seq
     inputs: list[tuple[Any, ...]] = []
     handle = module.register_forward_pre_hook(lambda _, given: inputs.append(given))
     try:
-        outputs = model([as_model(normalise(image))])
+        outputs = model([channels_last(normalize(image))])
     finally:
         handle.remove()
     size, maps, trained = image.shape[-2:], {}, module.num_iters
@@ -128,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         images = find_images(options.images)
         checkpoint = load_checkpoint(options.checkpoint)
-        model, normalise = restore_network(checkpoint, torch.device("cpu"))
+        model, normalize = restore_network(checkpoint, torch.device("cpu"))
         if not isinstance(model, SLRNet):
             raise ValueError(f"{checkpoint.path} is a {type(model).__name__}, which has no codes; name one of SLRNet")
         classes = checkpoint.state.classes
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with Image.open(path) as file:
                 pixels = rgb_array(file)
             tensor = fit_image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), checkpoint.config)
-            maps = code_maps(model, tensor, normalise, options.num_iters or [checkpoint.config.cvlr.num_iters])
+            maps = code_maps(model, tensor, normalize, options.num_iters or [checkpoint.config.cvlr.num_iters])
             named = model.cvlr is not None and model.cvlr.class_codes
             atoms = classes_of(maps, classes, options.classes) if named else most_used(maps)
             options.out.mkdir(parents=True, exist_ok=True)

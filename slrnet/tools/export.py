@@ -33,7 +33,7 @@ from slrnet.config import Config
 from slrnet.launch.evaluation import training_run
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.low_rank import SeparateLowRank
-from slrnet.models.network import Network, Normalise
+from slrnet.models.network import Network, Normalize
 from slrnet.ops.maps import resize
 from slrnet.storage.files import write_json, written_whole
 from slrnet.tracking.mlflow import log_onnx_model
@@ -60,7 +60,7 @@ class SingleView(nn.Module):
         for module in model.modules():
             if isinstance(module, (CrossViewLowRank, SeparateLowRank)):
                 module.implementation = "auto"  # it takes plain operators when it is exported
-        self.normalise = Normalise.of(model.encoder)
+        self.normalize = Normalize.of(model.encoder)
         self.rest = config.data.crop_size % model.encoder.output_stride
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,14 +73,14 @@ class SingleView(nn.Module):
             (N, K, H, W) probabilities, background first, and (N, K - 1) sigmoids of the class scores; of a network
             without class scores (N, 0).
         """
-        outputs = self.model([self.normalise(images)])
+        outputs = self.model([self.normalize(images)])
         probs = resize(outputs.logits[0].float().softmax(dim=1), images.shape[-2:])
         scores = outputs.class_scores[0].sigmoid() if outputs.class_scores else probs.new_zeros(len(images), 0)
         return probs, scores
 
     def example(self, cells: tuple[int, int] = (6, 7), count: int = 2) -> Tensor:
         """Images of noise that fit: (count, 3, H, W) of `cells` times the output stride, plus `rest`."""
-        stride = self.normalise.output_stride
+        stride = self.normalize.output_stride
         size = [side * stride + self.rest for side in cells]
         return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
 
@@ -129,7 +129,7 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
         "classes": checkpoint.state.classes,
         "input": {
             "layout": "(N, 3, H, W) float32 RGB in [0, 1]",
-            "side": {"multiple_of": view.normalise.output_stride, "plus": view.rest, "at_most": MOST},
+            "side": {"multiple_of": view.normalize.output_stride, "plus": view.rest, "at_most": MOST},
         },
         "outputs": ["probabilities (N, K, H, W)", "sigmoids of the class scores (N, K - 1)"],
         "largest_difference": differences,
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export(view: SingleView) -> torch.export.ExportedProgram:
-    stride, rest = view.normalise.output_stride, view.rest
+    stride, rest = view.normalize.output_stride, view.rest
     sides = {
         place: stride * Dim(name, min=2, max=(MOST - rest) // stride) + rest for place, name in ((2, "h"), (3, "w"))
     }

@@ -17,9 +17,9 @@ from slrnet.config import Config, ViewsConfig
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.losses.objective import AlignedOutputs, Labels, Objective, objective
-from slrnet.models.network import Normalise, Outputs
+from slrnet.models.network import Normalize, Outputs
 from slrnet.views.align import align_maps, largest_size
-from slrnet.views.colour import ColourParams, apply_colour, draw_colour
+from slrnet.views.color import ColorParams, apply_color, draw_color
 from slrnet.views.geometry import View, apply_view, draw_views
 
 __all__ = ["PseudoRows", "align", "find_pseudo_rows", "losses_of", "make_views", "step_generator", "step_losses"]
@@ -35,14 +35,14 @@ def step_generator(*numbers: int) -> torch.Generator:
 
 
 def make_views(
-    images: Tensor, config: ViewsConfig, normalise: Normalise, generator: torch.Generator
+    images: Tensor, config: ViewsConfig, normalize: Normalize, generator: torch.Generator
 ) -> tuple[list[Tensor], list[View]]:
     """Draws the views of a batch.
 
     Args:
         images: (N, 3, H, W) float in [0, 1].
         config: scales, flips and colours.
-        normalise: of the encoder.
+        normalize: of the encoder.
         generator: on the CPU.
 
     Returns:
@@ -50,10 +50,10 @@ def make_views(
     """
     views = draw_views(len(images), scales=config.scales, flip=config.flip, generator=generator)
     inputs = []
-    colour: ColourParams | None = None
+    colour: ColorParams | None = None
     for view in views:
-        if colour is None or config.own_colour:
-            colour = draw_colour(
+        if colour is None or config.own_color:
+            colour = draw_color(
                 len(images),
                 brightness=config.brightness,
                 contrast=config.contrast,
@@ -61,8 +61,8 @@ def make_views(
                 hue=config.hue,
                 generator=generator,
             )
-        warped = apply_view(images, view, stride=normalise.output_stride)
-        inputs.append(normalise(apply_colour(warped, colour)))
+        warped = apply_view(images, view, stride=normalize.output_stride)
+        inputs.append(normalize(apply_color(warped, colour)))
     return inputs, views
 
 
@@ -105,7 +105,7 @@ def step_losses(
     batch: Batch,
     *,
     config: Config,
-    normalise: Normalise,
+    normalize: Normalize,
     generator: torch.Generator,
     pseudo_rows: PseudoRows,
     pretraining: bool,
@@ -116,14 +116,14 @@ def step_losses(
         model: an `SLRNet`, possibly wrapped for distributed training.
         batch: crops and the labels that they grant.
         config: of the run.
-        normalise: of the model's encoder.
+        normalize: of the model's encoder.
         generator: on the CPU, for the views.
         pseudo_rows: of the batch.
         pretraining: leave out pseudo labels and their loss.
     """
     with record_function("slrnet: views"):
         images = batch.floats()
-        inputs, views = make_views(images, config.views, normalise, generator)
+        inputs, views = make_views(images, config.views, normalize, generator)
         inputs = [view.contiguous(memory_format=torch.channels_last) for view in inputs]
     with record_function("slrnet: network"):
         outputs = model(inputs)

@@ -50,7 +50,7 @@ from slrnet.evaluation.masks import (
     pseudo_mask_subset,
     quality_metrics,
 )
-from slrnet.models.network import Network, Normalise, mixed_precision
+from slrnet.models.network import Network, Normalize, mixed_precision
 from slrnet.models.slrnet import network_of
 from slrnet.storage.files import written_whole
 from slrnet.tracking.gpu_monitor import GpuWatch
@@ -127,7 +127,7 @@ class Trainer:
         if process.device.type == "cpu":
             spare_memory(self.model)
         self.model.to(device=process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.normalise = Normalise.of(self.model.encoder)
+        self.normalize = Normalize.of(self.model.encoder)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
         self.supervision = supervision_of(config, shards)
         self.loader = _train_loader(config, shards, process, self.supervision)
@@ -338,7 +338,7 @@ class Trainer:
                 self.wrapped,
                 moved,
                 config=self.config,
-                normalise=self.normalise,
+                normalize=self.normalize,
                 generator=generator,
                 pseudo_rows=rows,
                 pretraining=pretraining,
@@ -365,7 +365,7 @@ class Trainer:
         """Pseudo-mask quality and validation after an epoch; every rank takes part."""
         self.model.eval()
         share_buffers(self.model, self.process)
-        common: dict[str, Any] = {"config": self.config, "normalise": self.normalise, "ranks": self.process}
+        common: dict[str, Any] = {"config": self.config, "normalize": self.normalize, "ranks": self.process}
         metrics = self._measure_pseudo_masks(epoch, progress, common)
         progress.note(f"epoch {epoch + 1}: validating")
         samples = self._loader(self.config.data.val_split)

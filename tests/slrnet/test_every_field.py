@@ -81,7 +81,7 @@ CHANGES: dict[str, Change] = {
     "data.on_error": Change("skip", "damage"),
     "views.scales": change_weights([1.0, 0.75]),
     "views.flip": change_weights(False),
-    "views.own_colour": change_weights(False),
+    "views.own_color": change_weights(False),
     "views.brightness": change_weights(0.0),
     "views.contrast": change_weights(0.0),
     "views.saturation": change_weights(0.0),

@@ -108,7 +108,7 @@ class Studio:
         self.config = checkpoint.config
         self.classes = checkpoint.state.classes
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._model, self._normalise = restore_network(checkpoint, self._device)
+        self._model, self._normalize = restore_network(checkpoint, self._device)
         self._module = self._model.cvlr if isinstance(self._model, SLRNet) else None
         self.has_codes = self._module is not None
         calibration = self.config.calibration
@@ -158,11 +158,11 @@ class Studio:
         try:
             if self._module is not None:
                 self._module.num_iters = num_iters
-            probs, scores = predict_single_scale(self._model, pixels, self._normalise, self.config)
-            logits, images = view_logits(self._model, pixels, config=self.config, normalise=self._normalise)
+            probs, scores = predict_single_scale(self._model, pixels, self._normalize, self.config)
+            logits, images = view_logits(self._model, pixels, config=self.config, normalize=self._normalize)
             codes = None
             if isinstance(self._model, SLRNet) and self._module is not None:
-                codes = code_maps(self._model, fit_image(pixels, self.config), self._normalise, [num_iters])
+                codes = code_maps(self._model, fit_image(pixels, self.config), self._normalize, [num_iters])
         finally:
             if self._module is not None and trained is not None:
                 self._module.num_iters = trained

@@ -16,7 +16,7 @@ from torch import Tensor
 from slrnet.evaluation.examine import Examination, Example, ImageScore, Subject, choose_by_iou, read_examples
 from slrnet.inference.forward import fit_image
 from slrnet.models.slrnet import SLRNet
-from slrnet.ops.maps import as_model
+from slrnet.ops.maps import channels_last
 from slrnet.tools.codes import code_maps, heat
 from slrnet.views.geometry import View, apply_view
 from slrnet.viz.overlay import draw_overlay
@@ -110,8 +110,8 @@ def feature_figure(subject: Subject, examples: Sequence[Example]) -> Figure:
     for example in examples:
         image = fit_image(_tensor(example, subject), config)
         views = [View(scale=scale, flip=None) for scale in config.views.scales]
-        stride = subject.normalise.output_stride
-        inputs = [as_model(subject.normalise(apply_view(image, view, stride=stride))) for view in views]
+        stride = subject.normalize.output_stride
+        inputs = [channels_last(subject.normalize(apply_view(image, view, stride=stride))) for view in views]
         pairs = features_around(_slrnet(subject), inputs)
         colours = feature_rgb([feature for pair in pairs for feature in pair])
         for place, (before, after) in enumerate(pairs):
@@ -279,7 +279,7 @@ def _code(codes: npt.NDArray[np.float32], title: str) -> Tile:
 
 def _code_maps(subject: Subject, example: Example, num_iters: Sequence[int]) -> dict[int, npt.NDArray[np.float32]]:
     image = fit_image(_tensor(example, subject), subject.checkpoint.config)
-    return code_maps(_slrnet(subject), image, subject.normalise, num_iters).codes
+    return code_maps(_slrnet(subject), image, subject.normalize, num_iters).codes
 
 
 def _slrnet(subject: Subject) -> SLRNet:

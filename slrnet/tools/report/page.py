@@ -181,7 +181,7 @@ def _draw_codes(subject: Subject, found: Findings) -> None:
     classes = subject.checkpoint.state.classes
     for example in found.best:
         pixels = torch.from_numpy(example.image).permute(2, 0, 1).contiguous().to(subject.device)
-        maps = code_maps(model, fit_image(pixels, config), subject.normalise, [config.cvlr.num_iters])
+        maps = code_maps(model, fit_image(pixels, config), subject.normalize, [config.cvlr.num_iters])
         named = model.cvlr.class_codes
         atoms = classes_of(maps, classes, None) if named else most_used(maps)
         found.code_pictures[example.key] = draw_code_maps(

@@ -19,11 +19,11 @@ from slrnet.evaluation.masks import PseudoMask, Quality, evaluate_masks, measure
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.evaluation.protocols import protocol_name
 from slrnet.inference.forward import gate, predict_single_scale
-from slrnet.models.network import Normalise
+from slrnet.models.network import Normalize
 from slrnet.models.slrnet import Outputs
 
 BLACK, GREEN, BLUE, WHITE = (0, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-PLAIN = Normalise(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=16)
+PLAIN = Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=16)
 CONFIG = apply_overrides(
     Config(
         calibration=CalibrationConfig(
@@ -70,7 +70,7 @@ def sample(
 
 
 def evaluate(samples: Sequence[EvalSample], *, config: Config = CONFIG, model: nn.Module | None = None) -> Quality:
-    return evaluate_masks(model or ColourNetwork(), samples, config=config, normalise=PLAIN, process=Process())  # type: ignore[arg-type]
+    return evaluate_masks(model or ColourNetwork(), samples, config=config, normalize=PLAIN, process=Process())  # type: ignore[arg-type]
 
 
 class TestEvaluateMasks:
@@ -152,8 +152,8 @@ class TestPredictSingleScale:
         seen: list[Tensor] = []
         network = ColourNetwork()
         network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
-        normalise = Normalise(mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.125), output_stride=16)
-        predict_single_scale(network, sample([WHITE], None).image, normalise, CONFIG)  # type: ignore[arg-type]
+        normalize = Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.125), output_stride=16)
+        predict_single_scale(network, sample([WHITE], None).image, normalize, CONFIG)  # type: ignore[arg-type]
         assert seen[0][0, :, 3, 4].tolist() == [1.0, 2.0, 4.0]
 
 
@@ -241,7 +241,7 @@ class TestMeasurePseudoMasks:
             ColourNetwork(),  # type: ignore[arg-type]
             samples,
             config=config,
-            normalise=PLAIN,
+            normalize=PLAIN,
             process=Process(),
             show=shown.append,
         )

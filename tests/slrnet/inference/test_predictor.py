@@ -17,12 +17,12 @@ from slrnet.config import Config, apply_overrides
 from slrnet.inference import predictor
 from slrnet.inference.forward import fit_image, predict_single_scale
 from slrnet.inference.predictor import predict_multi_scale, rgb_array
-from slrnet.models.network import Normalise
+from slrnet.models.network import Normalize
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import resize
 from slrnet.tools.predict import predictor_of
 
-PLAIN = Normalise((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 16)
+PLAIN = Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 16)
 
 
 def picture(height: int = 70, width: int = 90, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:

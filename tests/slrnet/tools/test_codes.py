@@ -11,7 +11,7 @@ from PIL import Image
 
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import build_encoder
-from slrnet.models.network import Normalise
+from slrnet.models.network import Normalize
 from slrnet.models.slrnet import SLRNet
 from slrnet.tools.codes import CodeMaps, code_maps, draw_code_maps, heat, main
 
@@ -23,8 +23,8 @@ def model_of(**options: object) -> SLRNet:
     return SLRNet(encoder, num_classes=3, cvlr=module, decoder_dim=8, skip_dim=4, aspp_dilations=(1, 2, 3)).eval()
 
 
-def normalise_of(model: SLRNet) -> Normalise:
-    return Normalise.of(model.encoder)
+def normalize_of(model: SLRNet) -> Normalize:
+    return Normalize.of(model.encoder)
 
 
 IMAGE = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
@@ -32,7 +32,7 @@ IMAGE = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
 
 def test_codes_of_several_numbers_of_iterations() -> None:
     model = model_of()
-    maps = code_maps(model, IMAGE, normalise_of(model), [1, 2, 5])
+    maps = code_maps(model, IMAGE, normalize_of(model), [1, 2, 5])
     assert list(maps.codes) == [1, 2, 5]
     for codes in maps.codes.values():
         assert codes.shape == (3, 48, 64)
@@ -45,7 +45,7 @@ def test_codes_of_several_numbers_of_iterations() -> None:
 
 def test_atoms_without_names() -> None:
     model = model_of(num_bases=5)
-    maps = code_maps(model, IMAGE, normalise_of(model), [3])
+    maps = code_maps(model, IMAGE, normalize_of(model), [3])
     assert maps.codes[3].shape == (5, 48, 64)
 
 
@@ -65,10 +65,10 @@ def test_the_picture_shows_each_map_in_its_place() -> None:
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = SLRNet(model_of().encoder, num_classes=3, cvlr=None, decoder_dim=8, skip_dim=4, aspp_dilations=(1, 2, 3))
     with pytest.raises(ValueError, match="without a low-rank module"):
-        code_maps(plain.eval(), IMAGE, normalise_of(plain), [1])
+        code_maps(plain.eval(), IMAGE, normalize_of(plain), [1])
     model = model_of()
     with pytest.raises(ValueError, match=r"num_iters is \[0\]"):
-        code_maps(model, IMAGE, normalise_of(model), [0])
+        code_maps(model, IMAGE, normalize_of(model), [0])
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert main([str(tmp_path / "none"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 2
     assert "error:" in capsys.readouterr().err

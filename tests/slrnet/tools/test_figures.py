@@ -90,7 +90,7 @@ class TestPictures:
         (example,) = read_examples(subject, "val", [best[first]])
         assert isinstance(subject.model, SLRNet)
         image = fit_image(torch.from_numpy(example.image).permute(2, 0, 1), subject.checkpoint.config)
-        codes = code_maps(subject.model, image, subject.normalise, [1]).codes[1]
+        codes = code_maps(subject.model, image, subject.normalize, [1]).codes[1]
         np.testing.assert_array_equal(figure.axes[1].get_images()[0].get_array(), heat(codes[first]))
 
     def test_iterations_at_both_epochs(self, subject: Subject, examination: Examination) -> None:

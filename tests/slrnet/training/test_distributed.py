@@ -149,7 +149,7 @@ def _gradients(config: Config, shards: ShardSet, process: Process) -> dict[str, 
         trainer.wrapped,
         batch,
         config=config,
-        normalise=trainer.normalise,
+        normalize=trainer.normalize,
         generator=step_generator(3),
         pseudo_rows=find_pseudo_rows(batch),
         pretraining=False,
@@ -209,7 +209,7 @@ def _error(config: Config, shards: ShardSet, process: Process, folder: Path) -> 
     """Rank 1 alone gets a loss that is not finite."""
     trainer = Trainer(config, shards, process=process, folder=folder / "error", tracker=NullTracker())
     if process.rank == 1:
-        trainer.normalise = type(trainer.normalise)((0.0,) * 3, (0.0,) * 3, trainer.normalise.output_stride)
+        trainer.normalize = type(trainer.normalize)((0.0,) * 3, (0.0,) * 3, trainer.normalize.output_stride)
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
     try:
         trainer.fit(report=lambda metrics: None)
@@ -389,7 +389,7 @@ class TestTraining:
             trainer.model.eval(),
             EvalLoader(tiny_data, split="val"),
             config=config,
-            normalise=trainer.normalise,
+            normalize=trainer.normalize,
             process=Process(),
         )
         figures = quality_metrics("val", quality, tiny_data.info.classes)

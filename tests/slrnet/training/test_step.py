@@ -14,14 +14,14 @@ from slrnet.data.batch import Batch
 from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import Encoder
-from slrnet.models.network import Normalise, mixed_precision
+from slrnet.models.network import Normalize, mixed_precision
 from slrnet.models.slrnet import Outputs, SLRNet
 from slrnet.training import step as step_module
 from slrnet.training.step import align, find_pseudo_rows, make_views, step_generator, step_losses
 from slrnet.views.geometry import View, apply_view
 
 K = 3
-PLAIN = Normalise(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=4)
+PLAIN = Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=4)
 
 
 class TinyBackbone(nn.Module):
@@ -94,19 +94,19 @@ class TestMakeViews:
         inputs, _ = self.make(scales=(1.0,), **off)
         assert torch.equal(inputs[0], self.images)
 
-    def test_own_colour(self) -> None:
-        shared, _ = self.make(scales=(1.0, 1.0), flip=False, own_colour=False)
-        own, _ = self.make(scales=(1.0, 1.0), flip=False, own_colour=True)
+    def test_own_color(self) -> None:
+        shared, _ = self.make(scales=(1.0, 1.0), flip=False, own_color=False)
+        own, _ = self.make(scales=(1.0, 1.0), flip=False, own_color=True)
         assert torch.equal(shared[0], shared[1])
         assert not torch.equal(shared[0], self.images)
         assert not torch.allclose(own[0], own[1], atol=1e-3)
 
     def test_normalisation_comes_last(self) -> None:
-        normalise = Normalise(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0), output_stride=4)
+        normalize = Normalize(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0), output_stride=4)
         plain, _ = self.make(seed=5)
-        inputs, _ = make_views(self.images, ViewsConfig(), normalise, step_generator(5))
+        inputs, _ = make_views(self.images, ViewsConfig(), normalize, step_generator(5))
         for view, raw in zip(inputs, plain, strict=True):
-            for channel, (mean, std) in enumerate(zip(normalise.mean, normalise.std, strict=True)):
+            for channel, (mean, std) in enumerate(zip(normalize.mean, normalize.std, strict=True)):
                 assert torch.allclose(view[:, channel], (raw[:, channel] - mean) / std, atol=1e-6)
 
 
@@ -205,7 +205,7 @@ def losses_of(model: nn.Module, config: Config, *, pretraining: bool, seed: int 
         model,
         batch,
         config=config,
-        normalise=PLAIN,
+        normalize=PLAIN,
         generator=step_generator(seed),
         pseudo_rows=find_pseudo_rows(batch),
         pretraining=pretraining,
@@ -433,7 +433,7 @@ class TestKindsOfLabels:
                 model,
                 of,
                 config=config,
-                normalise=PLAIN,
+                normalize=PLAIN,
                 generator=step_generator(0),
                 pseudo_rows=find_pseudo_rows(of),
                 pretraining=False,

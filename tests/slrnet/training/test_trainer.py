@@ -330,7 +330,7 @@ class TestStep:
                 reference.model,
                 batch.part(part),
                 config=config,
-                normalise=reference.normalise,
+                normalize=reference.normalize,
                 generator=step_generator(1),
                 pseudo_rows=find_pseudo_rows(batch.part(part)),
                 pretraining=False,

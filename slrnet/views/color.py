@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ColourParams", "apply_colour", "draw_colour"]
+__all__ = ["ColorParams", "apply_color", "draw_color"]
 
 _GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 
 
 @dataclass(frozen=True, slots=True)
-class ColourParams:
+class ColorParams:
     """The drawn distortion of N images; a field is None where that distortion is off.
 
     Attributes:
@@ -35,7 +35,7 @@ class ColourParams:
     hue: Tensor | None
 
 
-def draw_colour(
+def draw_color(
     n: int,
     *,
     brightness: float,
@@ -43,7 +43,7 @@ def draw_colour(
     saturation: float,
     hue: float,
     generator: torch.Generator,
-) -> ColourParams:
+) -> ColorParams:
     """Draws the distortion of `n` images.
 
     Args:
@@ -67,7 +67,7 @@ def draw_colour(
             raise ValueError(f"{name} is {value}; allowed are strengths from 0 (off) to {largest}")
     # All four rows are drawn whatever is switched on, so that one strength does not move the others' draws.
     uniform = torch.rand(4, n, generator=generator) * 2.0 - 1.0
-    return ColourParams(
+    return ColorParams(
         brightness=1.0 + brightness * uniform[0] if brightness else None,
         contrast=1.0 + contrast * uniform[1] if contrast else None,
         saturation=1.0 + saturation * uniform[2] if saturation else None,
@@ -75,12 +75,12 @@ def draw_colour(
     )
 
 
-def apply_colour(images: Tensor, params: ColourParams) -> Tensor:
+def apply_color(images: Tensor, params: ColorParams) -> Tensor:
     """Distorts `images`; the input is left as it is.
 
     Args:
         images: (N, 3, H, W) float RGB in [0, 1], on any device.
-        params: the distortion of N images, from `draw_colour`.
+        params: the distortion of N images, from `draw_color`.
 
     Returns:
         (N, 3, H, W) of the same dtype in [0, 1]; `images` itself where everything is off.

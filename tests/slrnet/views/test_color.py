@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
-from slrnet.views.colour import ColourParams, apply_colour, draw_colour
+from slrnet.views.color import ColorParams, apply_color, draw_color
 
-OFF = ColourParams(brightness=None, contrast=None, saturation=None, hue=None)
+OFF = ColorParams(brightness=None, contrast=None, saturation=None, hue=None)
 
 
 def _images(n: int) -> Tensor:
@@ -26,7 +26,7 @@ def _images(n: int) -> Tensor:
 @pytest.mark.parametrize("shift", [-0.5, -0.1, -0.013, 0.0, 0.07, 0.31, 0.5])
 def test_hue_equals_torchvision(shift: float) -> None:
     images = _images(2)
-    ours = apply_colour(images, ColourParams(None, None, None, hue=torch.tensor([shift, -shift])))
+    ours = apply_color(images, ColorParams(None, None, None, hue=torch.tensor([shift, -shift])))
     theirs = torch.stack([tv.adjust_hue(images[0], shift), tv.adjust_hue(images[1], -shift)])
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0.0)
 
@@ -38,7 +38,7 @@ def test_each_distortion_equals_torchvision() -> None:
         ("contrast", tv.adjust_contrast),
         ("saturation", tv.adjust_saturation),
     ):
-        ours = apply_colour(images, ColourParams(**{**dict.fromkeys(OFF.__slots__), name: factors}))
+        ours = apply_color(images, ColorParams(**{**dict.fromkeys(OFF.__slots__), name: factors}))
         theirs = torch.stack([adjust(image, float(f)) for image, f in zip(images, factors, strict=True)])
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0.0)
 
@@ -46,13 +46,13 @@ def test_each_distortion_equals_torchvision() -> None:
 def test_distortions_are_chained_in_the_documented_order() -> None:
     images = _images(4)
     generator = torch.Generator().manual_seed(1)
-    params = draw_colour(4, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, generator=generator)
+    params = draw_color(4, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, generator=generator)
     assert params.brightness is not None
     assert params.contrast is not None
     assert params.saturation is not None
     assert params.hue is not None
     before = images.clone()
-    ours = apply_colour(images, params)
+    ours = apply_color(images, params)
     assert torch.equal(images, before), "the input is left as it is"
     for i, image in enumerate(images):
         out = tv.adjust_brightness(image, float(params.brightness[i]))
@@ -63,21 +63,21 @@ def test_distortions_are_chained_in_the_documented_order() -> None:
 
 def test_a_third_of_a_turn_makes_red_green() -> None:
     red = torch.tensor([1.0, 0.25, 0.25]).view(1, 3, 1, 1)
-    turned = apply_colour(red, ColourParams(None, None, None, hue=torch.tensor([1.0 / 3.0])))
+    turned = apply_color(red, ColorParams(None, None, None, hue=torch.tensor([1.0 / 3.0])))
     torch.testing.assert_close(turned.flatten(), torch.tensor([0.25, 1.0, 0.25]))
 
 
 def test_off_changes_nothing() -> None:
     images = _images(2)
-    params = draw_colour(2, brightness=0, contrast=0, saturation=0, hue=0, generator=torch.Generator().manual_seed(0))
+    params = draw_color(2, brightness=0, contrast=0, saturation=0, hue=0, generator=torch.Generator().manual_seed(0))
     assert params == OFF
-    assert apply_colour(images, params) is images
+    assert apply_color(images, params) is images
 
 
 def test_draws_depend_on_the_generator_alone_and_stay_in_range() -> None:
-    def draw(seed: int, contrast: float) -> ColourParams:
+    def draw(seed: int, contrast: float) -> ColorParams:
         generator = torch.Generator().manual_seed(seed)
-        return draw_colour(500, brightness=0.2, contrast=contrast, saturation=1.0, hue=0.1, generator=generator)
+        return draw_color(500, brightness=0.2, contrast=contrast, saturation=1.0, hue=0.1, generator=generator)
 
     first, again, other, no_contrast = draw(5, 0.3), draw(5, 0.3), draw(6, 0.3), draw(5, 0.0)
     for name, middle, strength in (("brightness", 1, 0.2), ("contrast", 1, 0.3), ("saturation", 1, 1), ("hue", 0, 0.1)):
@@ -97,4 +97,4 @@ def test_draws_depend_on_the_generator_alone_and_stay_in_range() -> None:
 def test_strengths_out_of_range_are_refused(name: str, value: float) -> None:
     strengths = {"brightness": 0.1, "contrast": 0.1, "saturation": 0.1, "hue": 0.1, name: value}
     with pytest.raises(ValueError, match=f"{name} is {value}; allowed are strengths"):
-        draw_colour(1, **strengths, generator=torch.Generator())
+        draw_color(1, **strengths, generator=torch.Generator())
