@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from slrnet.calibration.refine import DILATIONS
-from slrnet.models.encoders import IMAGENET_MEAN, IMAGENET_STD
 
 LOSS_WEIGHTS = (1.0, 4.0, 4.0, 1.0)
 """Of classification, mask and code consistency, and segmentation, in its file for VOC."""
@@ -104,7 +104,7 @@ def released_step(network: nn.Module, images: Tensor, image_labels: Tensor) -> C
         momentum=0.9,
         nesterov=True,
     )
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
     def step() -> float:
         normed = (images - mean) / std

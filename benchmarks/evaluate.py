@@ -31,12 +31,13 @@ from slrnet.tools.predict import predictor_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
 from benchmarks._released import released_network
 from benchmarks._sides import run_in_turn, serve_side
 from slrnet.checkpoints.checkpoint import Checkpoint, restore_model
 from slrnet.config import Protocol
 from slrnet.cpu.allocator import keep_memory
-from slrnet.models.encoders import IMAGENET_MEAN, IMAGENET_STD
 from slrnet.sweeps.space import apply_values
 from slrnet.tools.convert_weights import released_checkpoint
 
@@ -144,7 +145,7 @@ def ours(checkpoint: Checkpoint, protocol: Protocol, precision: str) -> Infer:
 
 def released(peer: nn.Module, protocol: Protocol) -> Infer:
     """What the released loop computes for one image: bicubic scales, mirror images, gating by scores, background^3."""
-    mean, std = (np.array(values, dtype=np.float32) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (np.array(values, dtype=np.float32) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
     def view(image: Picture, scale: float) -> Tensor:
         size = (round(image.shape[1] * scale), round(image.shape[0] * scale))

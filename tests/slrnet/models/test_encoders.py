@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.feature_extraction import create_feature_extractor
 
-from slrnet.models import encoders, wide_resnet38
+from slrnet.models import wide_resnet38
 from slrnet.models.encoders import Encoder, build_encoder, resolve_weights
 from slrnet.models.wide_resnet38 import WideResNet38
 
@@ -35,7 +37,7 @@ ENCODERS = [
     ("timm:resnet18", 32, 512, 256, 5),
     ("timm:test_byobnet", 16, 256, 64, 5),
 ]
-SMALL = ["wide_resnet38", "resnet50", "timm:test_efficientnet", "timm:test_resnet", "timm:test_convnext"]
+SMALL = ["wide_resnet38", "timm:resnet26", "timm:test_efficientnet", "timm:test_resnet", "timm:test_convnext"]
 TINY_WIDE_RESNET38 = tuple(
     spec._replace(mid_channels=4, out_channels=6 + i, num_blocks=min(spec.num_blocks, 2))
     for i, spec in enumerate(wide_resnet38._STAGES)
@@ -44,10 +46,8 @@ TINY_WIDE_RESNET38 = tuple(
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the WideResNet-38 narrow and the ResNets short; names, strides and stages stay."""
+    """Makes the WideResNet-38 narrow; names, strides and stages stay."""
     monkeypatch.setattr(wide_resnet38, "_STAGES", TINY_WIDE_RESNET38)
-    for name, (_, weights) in list(encoders._RESNETS.items()):
-        monkeypatch.setitem(encoders._RESNETS, name, ([1, 1, 1, 1], weights))
 
 
 def _build(name: str, **options: Any) -> Encoder:
@@ -97,12 +97,8 @@ def test_memory_format_changes_the_layout_and_not_the_values(name: str) -> None:
     assert plain.deep.std() > 0
 
 
-@pytest.mark.parametrize("layers", [[1, 1, 1, 1]])
-def test_resnet_dilation_computes_the_strided_network_at_more_positions(
-    layers: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(encoders._RESNETS, "resnet50", (layers, None))
-    fine, coarse = (_build("resnet50", output_stride=stride).eval() for stride in (8, 32))
+def test_resnet_dilation_computes_the_strided_network_at_more_positions() -> None:
+    fine, coarse = (_build("timm:resnet26", output_stride=stride).eval() for stride in (8, 32))
     coarse.load_state_dict(fine.state_dict())
     dense, sparse = fine(_images(65)).deep, coarse(_images(65)).deep
     torch.testing.assert_close(dense[..., ::4, ::4], sparse, rtol=1e-4, atol=1e-5)
@@ -118,7 +114,22 @@ def test_same_weights_give_the_same_features_as_the_whole_timm_model() -> None:
         torch.testing.assert_close(encoder(_images()).deep, expected)
 
 
-def test_the_input_normalisation_is_that_of_the_weights() -> None:
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_resnet50_computes_what_torchvisions_does(output_stride: int) -> None:
+    theirs = torchvision.models.resnet50(
+        replace_stride_with_dilation=[False, output_stride == 8, output_stride <= 16]
+    ).eval()
+    ours = _build("resnet50", output_stride=output_stride).eval()
+    assert ours.backbone.state_dict()["layer4.2.bn3.weight"].min() == 1, "random weights leave no branch without effect"
+    ours.backbone.load_state_dict({name: t for name, t in theirs.state_dict().items() if not name.startswith("fc.")})
+    features = create_feature_extractor(theirs, ["relu", "layer1", "layer2", "layer3", "layer4"])
+    with torch.no_grad():
+        for mine, expected in zip(ours.backbone(_images()), features(_images()).values(), strict=True):
+            torch.testing.assert_close(mine, expected)
+            assert mine.std() > 0
+
+
+def test_the_input_normalization_is_that_of_the_weights() -> None:
     assert _build("efficientnet_lite0").mean == _build("efficientnet_lite0").std == (0.5, 0.5, 0.5)
     assert _build("timm:resnet18").mean == (0.485, 0.456, 0.406)
     with torch.device("meta"):
@@ -217,8 +228,8 @@ def test_dropout_is_active_in_training_unless_its_stage_is_frozen() -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_frozen_stages_stay_frozen_after_conversion_to_synchronised_batch_norms() -> None:
-    encoder = _build("resnet50", frozen_stages=2, freeze_batch_norm=False)
+def test_frozen_stages_stay_frozen_after_conversion_to_synchronized_batch_norms() -> None:
+    encoder = _build("timm:resnet26", frozen_stages=2, freeze_batch_norm=False)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(encoder).train()
     training = {name: m.training for name, m in converted.backbone.named_modules() if isinstance(m, nn.SyncBatchNorm)}
     assert not training["bn1"]
@@ -249,15 +260,15 @@ def test_efficientnet_lite0_takes_all_tensors_of_its_package() -> None:
 def _animals(num_images: int) -> list[tuple[str, range]]:
     """Images on which a cat or a dog is alone and large, with the ImageNet classes of its kind."""
     kinds = {8: range(281, 286), 12: range(151, 269)}
-    found: list[tuple[str, range]] = []
+    animals: list[tuple[str, range]] = []
     for path in sorted((VOC / "SegmentationClass").glob("*.png")):
         ids, counts = np.unique(np.asarray(Image.open(path)), return_counts=True)
         objects = {int(i): int(n) for i, n in zip(ids, counts, strict=True) if i not in (0, 255)}
         if len(objects) == 1 and (kind := next(iter(objects))) in kinds and objects[kind] > 0.2 * counts.sum():
-            found.append((path.stem, kinds[kind]))
-        if len(found) == num_images:
+            animals.append((path.stem, kinds[kind]))
+        if len(animals) == num_images:
             break
-    return found
+    return animals
 
 
 @pytest.mark.skipif(not VOC.is_dir(), reason="the VOC images are not beside the project")
@@ -301,7 +312,7 @@ def test_missing_package_names_the_one_to_install(monkeypatch: pytest.MonkeyPatc
         _build("efficientnet_lite1", weights="auto")
 
 
-def _randomised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _randomized(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     return {
         name: torch.rand(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
@@ -311,7 +322,7 @@ def _randomised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.usefixtures("small")
 def test_wide_resnet38_finds_the_published_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = _randomised(WideResNet38().state_dict())
+    tensors = _randomized(WideResNet38().state_dict())
     # The file comes from before PyTorch counted batches, and AffinityNet's variant of it has a classifier.
     published = {name: t for name, t in tensors.items() if "num_batches" not in name}
     path = tmp_path / "ilsvrc-cls_rna-a1_cls1000_ep-0001.pth"
@@ -334,10 +345,9 @@ def test_wide_resnet38_without_its_file_says_where_it_comes_from(
             call()
 
 
-@pytest.mark.usefixtures("small")
 def test_resnet_takes_torchvisions_file_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
-    tensors = _randomised(_build("resnet50").backbone.state_dict())
+    tensors = _randomized(_build("resnet50").backbone.state_dict())
     head = {"fc.weight": torch.zeros(1000, 2048), "fc.bias": torch.zeros(1000)}
     (tmp_path / "checkpoints").mkdir()
     torch.save(tensors | head, tmp_path / "checkpoints/resnet50-0676ba61.pth")
@@ -359,14 +369,14 @@ def test_no_network_is_a_readable_error(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", fail)
-    with pytest.raises(ValueError, match=r"timm:test_resnet: .*no route to host.*or to none"):
+    with pytest.raises(ValueError, match=r"timm:test_resnet .*no route to host.*or to none"):
         _build("timm:test_resnet", weights="auto")
 
 
 @pytest.mark.parametrize("name", ["timm:test_resnet", "timm:test_convnext", "timm:test_efficientnet"])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_timm_encoders_load_a_file_of_the_whole_model(name: str, suffix: str, tmp_path: Path) -> None:
-    tensors = _randomised(timm.create_model(name.removeprefix("timm:")).state_dict())
+    tensors = _randomized(timm.create_model(name.removeprefix("timm:")).state_dict())
     path = tmp_path / f"whole.{suffix}"
     if suffix == "pth":
         torch.save({"state_dict": tensors}, path)
