@@ -1,16 +1,16 @@
 """Every setting of a run, as frozen pydantic models.
 
 A run is a `Config`. Recipes (`slrnet.recipes`) build complete ones; the command line changes single fields with
-`section.field=value`. Unknown keys, wrong types and values out of range raise `ConfigError` with a message that names
-what came, what is allowed and, for a misspelt key, the nearest one. A field that nothing reads is a defect: a test
-walks all of them.
+`section.field=value`. An unknown key, a wrong type or a value out of range raises `ConfigError`. Loading and messages
+are our own: pydantic's messages span several lines and do not name the nearest key. A test walks all fields and proves
+that each has an effect.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -28,10 +28,14 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "Gating",
+    "Implementation",
     "InferenceConfig",
     "LossConfig",
+    "LowRankForm",
+    "LowRankMethod",
     "ModelConfig",
     "OptimConfig",
+    "Precision",
     "Protocol",
     "Setting",
     "TrackingConfig",
@@ -41,31 +45,39 @@ __all__ = [
     "apply_overrides",
     "config_from_dict",
     "load_config",
+    "nearest",
 ]
 
 # Numbers are strict: "3", 3.0 and true are no integers, and "0.5" and true are no floats.
 Fraction = Annotated[float, Field(strict=True, ge=0.0, le=1.0)]
+FractionBelowOne = Annotated[float, Field(strict=True, ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(strict=True, ge=1)]
 NonNegativeInt = Annotated[int, Field(strict=True, ge=0)]
 NonNegativeFloat = Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(strict=True, gt=0.0, allow_inf_nan=False)]
 
 Setting = Literal["wsss", "sss_image_labels", "sss"]
-"""Image labels; pixel and image labels; pixel labels and unlabelled images."""
+"""Image labels; pixel and image labels; pixel labels and unlabeled images."""
 Precision = Literal["auto", "fp32", "bf16"]
 """What networks compute in: see `train.precision`."""
+LowRankMethod = Literal["cvlr", "separate", "free", "emau", "nmf", "vq", "cd"]
+"""Low-rank modules: see `cvlr.method`."""
+LowRankForm = Literal["paper", "released"]
+"""Arithmetic of CVLR: see `cvlr.form`."""
+Implementation = Literal["auto", "reference", "recompute", "triton"]
+"""How a factorization is computed: see `cvlr.implementation`."""
 Protocol = Literal["ss", "ms", "ms_crf"]
-"""How masks are predicted: one scale; several scales, each also mirrored; or those and a dense CRF."""
+"""How masks are predicted: see `evaluation.protocol`."""
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 """All protocols."""
 Gating = Literal["none", "scores", "image_labels"]
-"""Classes that may be predicted: all, those with high class scores, or the true ones."""
+"""Which classes may be predicted: see `evaluation.gating`."""
 GATINGS: tuple[Gating, ...] = get_args(Gating)
 """All gatings."""
 
 
 class ConfigError(ValueError):
-    """A setting that is unknown, of the wrong type, out of range, or at odds with another one."""
+    """A setting that is unknown, of the wrong type, out of range, or in conflict with another one."""
 
 
 class _Section(BaseModel):
@@ -73,7 +85,7 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """Which shards are read and how an image is cropped on the CPU."""
+    """Which shards to read, and how to crop an image on the CPU."""
 
     path: str = ""
     """Folder with the shards, `manifest.parquet` and `dataset.json`. Empty: the embedded demo data set."""
@@ -82,31 +94,31 @@ class DataConfig(_Section):
     val_split: str = "val"
     """Split of the manifest to validate on."""
     train_subset: str = ""
-    """Named subset of the training split to train on; empty: all of it."""
+    """Named subset of the training split to train on. Empty: the whole split."""
     pixel_labeled_subset: str = ""
-    """Named subset of the training split whose masks the training may see; empty in setting `wsss`, which sees none."""
+    """Named subset of the training split whose masks training may use. Empty in setting `wsss`, which uses no masks."""
     pixel_oversampling: PositiveInt = 5
-    """Times that an epoch draws each sample of `pixel_labeled_subset` (paper Sec. 4.4); the others come once."""
-    pretrain_on: Literal["all", "labelled"] = "all"
-    """What the first `train.pretrain_epochs` epochs draw: every image, or only those that grant a label, more often, so
-    that an epoch is as long as the later ones. Without pseudo labels an unlabelled image has the consistency terms
-    alone."""
+    """How often an epoch draws each sample of `pixel_labeled_subset` (paper Sec. 4.4); it draws the others once."""
+    pretrain_on: Literal["all", "labeled"] = "all"
+    """Images that the first `train.pretrain_epochs` epochs draw: all, or only those with a label, more often, so
+    that the epochs keep their length. Without pseudo labels, an unlabeled image adds only the consistency terms."""
     class_balance: Fraction = 0.0
-    """0: images are drawn as they are; 1: so that all classes come equally often; between: shares p^(1 - this)."""
+    """How strongly sampling balances the classes. 0: draw images as they come; 1: draw all classes equally often;
+    between: a class with share p of the images gets a share proportional to p^(1 - class_balance)."""
     balance_limit: Annotated[float, Field(strict=True, ge=1.0, allow_inf_nan=False)] = 10.0
-    """Most draws of an image per epoch that `class_balance` may ask for."""
+    """Most draws of one image per epoch that `class_balance` may cause."""
     crop_size: PositiveInt = 321
-    """Side of the square training crop, pixels. See `Config` for what fits the encoder's stride."""
+    """Side of the square training crop, in pixels: a multiple of `model.output_stride`, or one more than a multiple."""
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
     """Smallest and largest share of the image's area that a crop covers."""
     flip: Fraction = 0.5
     """Probability that a training crop is mirrored before the views are made."""
     shuffle_buffer: PositiveInt = 1000
-    """Draws over which the order is shuffled; 1 keeps that of the (permuted) shards."""
+    """Samples held in memory to shuffle their order; 1 keeps the order of the (permuted) shards."""
     workers: NonNegativeInt = 2
     """Reader processes per training worker; 0 reads in the training process."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What a damaged or missing shard does: stop the run, or be skipped, counted and reported."""
+    """What to do about a damaged or missing shard: stop the run, or skip, count and report it."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -121,39 +133,33 @@ class DataConfig(_Section):
 class ViewsConfig(_Section):
     """The views of an image that go through the encoder together (paper Sec. 4.6, Table 7)."""
 
-    scales: tuple[PositiveFloat, ...] = (1.0, 0.5)
-    """Scale of each view relative to the crop; the number of entries is the number of views."""
+    scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, max_length=8)] = (1.0, 0.5)
+    """Scale of each view relative to the crop. The number of entries, 1 to 8, is the number of views."""
     flip: bool = True
-    """Each view is mirrored by its own coin; off: no view is."""
+    """Each view mirrors each image with probability 1/2. Off: no view is mirrored."""
     own_color: bool = True
-    """Each view draws its own colour distortion; off: all views of an image share one."""
+    """Each view draws its own color distortion. Off: all views of an image share one."""
     brightness: Fraction = 0.3
-    """Largest change of brightness, as a factor in [1 - b, 1 + b]."""
+    """Largest change b of brightness; factors lie in [1 - b, 1 + b]."""
     contrast: Fraction = 0.3
-    """Largest change of contrast, as a factor in [1 - c, 1 + c]."""
+    """Largest change c of contrast; factors lie in [1 - c, 1 + c]."""
     saturation: Fraction = 0.3
-    """Largest change of saturation, as a factor in [1 - s, 1 + s]."""
+    """Largest change s of saturation; factors lie in [1 - s, 1 + s]."""
     hue: Annotated[float, Field(strict=True, ge=0.0, le=0.5)] = 0.1
-    """Largest shift of hue, in turns of the colour circle."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if not 1 <= len(self.scales) <= 8:
-            raise ValueError(f"scales has {len(self.scales)} entries; allowed are 1 to 8 views")
-        return self
+    """Largest shift of hue, in turns of the color circle."""
 
 
 class CvlrConfig(_Section):
-    """The cross-view low-rank module (paper Sec. 3.3, Algorithm 1), or one of Table 8 that it is compared with."""
+    """The cross-view low-rank module (paper Sec. 3.3, Algorithm 1), or one that Table 8 compares it with."""
 
     enabled: bool = True
-    """Off: the decoder sees the encoder's features as they are (Table 8, "w/o CVLR")."""
-    method: Literal["cvlr", "separate", "free", "emau", "nmf", "vq", "cd"] = "cvlr"
-    """`cvlr`; `separate`: a dictionary for each view; `free`: atoms that are no classes, random first codes (the paper
-    takes num_iters 3); `emau`: EM attention (num_iters 3); Hamburger with `nmf`, `vq` or `cd` (num_iters 6)."""
+    """Off: the decoder gets the encoder's features unchanged (Table 8, "w/o CVLR")."""
+    method: LowRankMethod = "cvlr"
+    """`cvlr`; `separate`: one dictionary per view; `free`: atoms that stand for no class, with random first codes (the
+    paper uses num_iters 3); `emau`: EM attention (num_iters 3); `nmf`, `vq`, `cd`: Hamburger (num_iters 6)."""
     num_bases: PositiveInt = 64
-    """k of `free`, `emau`, `nmf`, `vq` and `cd`; the atoms of `cvlr` and `separate` are the classes."""
-    form: Literal["paper", "released"] = "paper"
+    """k, the number of atoms of `free`, `emau`, `nmf`, `vq` and `cd`. `cvlr` and `separate` have one atom per class."""
+    form: LowRankForm = "paper"
     """Algorithm 1 as printed, or the arithmetic of the published checkpoints."""
     dim: PositiveInt = 256
     """d, the dimension of the dictionary's atoms."""
@@ -162,10 +168,10 @@ class CvlrConfig(_Section):
     temperature: PositiveFloat = 1.0
     """tau of the codes' softmax."""
     centered: bool = False
-    """Factorise the features less their mean over all positions of all views, or of one view where a method works on
-    each view alone; off: as they are (Algorithm 1)."""
-    implementation: Literal["auto", "reference", "recompute", "triton"] = "auto"
-    """How the factorisation and its gradient are computed; the numbers are the same. `triton` needs a GPU."""
+    """Subtract the features' mean before factorizing: over all positions of all views, or of one view for methods that
+    treat each view separately. Off: factorize the features as they are (Algorithm 1)."""
+    implementation: Implementation = "auto"
+    """How the factorization and its gradient are computed; the numbers are the same. `triton` needs a GPU."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -180,15 +186,15 @@ class ModelConfig(_Section):
     """Encoder, decoder and heads."""
 
     architecture: Literal["slrnet", "deeplabv3plus"] = "slrnet"
-    """The paper's network, or DeepLabV3+ (extra `distill`) to train on masks alone: setting `sss`, without CVLR."""
+    """The paper's network, or DeepLabV3+ (extra `distill`) for training on masks alone: setting `sss`, without CVLR."""
     encoder: str = "wide_resnet38"
-    """`wide_resnet38`, `resnet50`, `resnet101`, `efficientnet_lite0`, or `timm:NAME` for a timm backbone."""
+    """`wide_resnet38`, `resnet50`, `resnet101`, `efficientnet_lite0` (or 1, 2), or `timm:NAME` for a timm backbone."""
     encoder_weights: str = "auto"
     """`auto` (the encoder's usual ImageNet weights), `none` (random), or the path of a weights file."""
     output_stride: Literal[8, 16, 32] = 8
     """Pixels of the image per pixel of the deepest features."""
     frozen_stages: NonNegativeInt = 1
-    """Encoder stages, from the image on, whose weights do not train."""
+    """Number of encoder stages, from the image on, whose weights do not train."""
     freeze_batch_norm: bool = True
     """Encoder batch norms keep their ImageNet statistics and affine parameters."""
     decoder_dim: PositiveInt = 256
@@ -197,9 +203,9 @@ class ModelConfig(_Section):
     """Channels of the shallow features after the skip projection."""
     aspp_dilations: tuple[PositiveInt, PositiveInt, PositiveInt] = (12, 24, 36)
     """Dilations of the three 3x3 branches of the ASPP, in pixels of the deepest features."""
-    dropout: Annotated[float, Field(strict=True, ge=0.0, lt=1.0)] = 0.5
-    """Probability of dropout after the ASPP and in the heads (a fifth of it before the mask classifier)."""
-    gate_rate: Annotated[float, Field(strict=True, ge=0.0, lt=1.0)] = 0.3
+    dropout: FractionBelowOne = 0.5
+    """Dropout probability after the ASPP and in the heads; one fifth of it before the mask classifier."""
+    gate_rate: FractionBelowOne = 0.3
     """Share of shallow features that the stochastic gate mixes in."""
     focal_power: NonNegativeFloat = 3.0
     """p of the focal mask penalty (1 - m)^p log(c + m) in the class scores."""
@@ -211,63 +217,63 @@ class CalibrationConfig(_Section):
     """From the masks of all views to pseudo labels (paper Sec. 3.2, Eq. 3)."""
 
     supervision: Literal["mvmc", "cps", "kl"] = "mvmc"
-    """`mvmc`: all views learn from the pseudo labels of their average. What Fig. 4 (right) compares it with: `cps`,
-    each view learns from those of the next one; `kl`, each from its own, with a Kullback-Leibler divergence between the
-    views' masks."""
+    """`mvmc`: all views learn from the pseudo labels of their average. Fig. 4 (right) compares it with two others.
+    `cps`: each view learns from the pseudo labels of the next one. `kl`: each view learns from its own, with a
+    Kullback-Leibler divergence between the views' masks."""
     fusion: Literal["logits", "probs"] = "logits"
     """Average the un-warped logits and then apply softmax (Eq. 3), or average probabilities (released code)."""
     refine_iters: NonNegativeInt = 10
     """Iterations of the pixel-adaptive refinement; 0 turns it off."""
     refine_dilations: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8, 12, 24)
-    """Dilations of the refinement's 3x3 neighbourhoods, in pixels of the refined mask."""
+    """Dilations of the refinement's 3x3 neighborhoods, in pixels of the refined mask."""
     refine_stride: PositiveInt = 4
     """Pixels of the crop per pixel of the refined mask."""
     confidence_threshold: Fraction = 0.6
-    """gamma: share of a foreground class's maximum over the image that a pixel must exceed."""
+    """gamma: a foreground class claims a pixel only above this share of its maximum over the image."""
     background_threshold: Fraction = 0.7
-    """The same for the background."""
+    """The same share for the background."""
     floor: Fraction = 0.2
-    """Probability that a pixel of any class must exceed, whatever the class's maximum."""
+    """Probability that a class must exceed to claim a pixel, whatever its maximum."""
 
 
 class LossConfig(_Section):
     """Which quantities the consistency terms compare (paper Eq. 4 and 9)."""
 
     mask_consistency: Literal["logits", "probs"] = "logits"
-    """Eq. 4 on the output logits (paper) or on probabilities (released code)."""
+    """Compute Eq. 4 on the output logits (paper) or on probabilities (released code)."""
     code_consistency: Literal["all", "maximum"] = "all"
-    """Eq. 9 on the codes as they are (paper) or with all but each pixel's maximum set to 0 (released code)."""
+    """Compute Eq. 9 on all codes (paper), or set all but each pixel's maximum to 0 first (released code)."""
     pixel_balance: bool = False
-    """Weigh classes against each other in the loss of true masks as in that of pseudo labels (released code); off:
-    plain cross-entropy (paper)."""
+    """Balance the classes in the loss of true masks as in that of pseudo labels (released code). Off: plain
+    cross-entropy (paper)."""
 
 
 class WeightsConfig(_Section):
     """Weights of the loss parts."""
 
     segmentation: NonNegativeFloat = 1.0
-    """lambda_seg; pseudo labels count from the end of pretraining on, true masks from the beginning."""
+    """lambda_seg. Pseudo labels count after pretraining, true masks from the beginning."""
     pixel_labels: NonNegativeFloat = 2.0
-    """Factor on the segmentation loss of samples with true masks (paper Sec. 4.4), beside lambda_seg."""
+    """Factor on the segmentation loss of samples with true masks (paper Sec. 4.4), in addition to lambda_seg."""
     classification: NonNegativeFloat = 1.0
     """lambda_cls."""
     consistency: NonNegativeFloat = 4.0
     """lambda_reg, of both Eq. 4 and Eq. 9."""
     auxiliary: NonNegativeFloat = 0.4
-    """Weight of the auxiliary head's segmentation and classification losses within theirs."""
+    """Weight of the auxiliary head's segmentation and classification losses within the total of each kind."""
 
 
 class OptimConfig(_Section):
-    """SGD with Nesterov momentum, four parameter groups, constant then cosine."""
+    """SGD with Nesterov momentum and four parameter groups; the learning rate is constant, then falls as a cosine."""
 
     lr: PositiveFloat = 5e-4
     """Learning rate of pretrained weights at a global batch of `reference_batch_size`."""
     reference_batch_size: PositiveInt = 16
-    """Global batch for which `lr` holds; the rate used is lr * train.batch_size / reference_batch_size."""
+    """Global batch that `lr` is meant for; the rate used is lr * train.batch_size / reference_batch_size."""
     new_lr_factor: PositiveFloat = 10.0
-    """Rate of newly added weights relative to pretrained ones."""
+    """Learning rate of newly added weights relative to pretrained ones."""
     bias_lr_factor: PositiveFloat = 2.0
-    """Rate of biases relative to weights."""
+    """Learning rate of biases relative to weights."""
     momentum: Annotated[float, Field(strict=True, gt=0.0, lt=1.0)] = 0.9
     """Nesterov momentum."""
     weight_decay: NonNegativeFloat = 5e-4
@@ -275,25 +281,24 @@ class OptimConfig(_Section):
 
 
 class TrainConfig(_Section):
-    """Length, batch, precision and randomness of the training."""
+    """Length, batch, precision and randomness of training."""
 
     epochs: PositiveInt = 20
     """Passes over the training split."""
     pretrain_epochs: NonNegativeInt = 5
-    """First epochs without pseudo labels, at a constant learning rate."""
+    """Number of first epochs that use no pseudo labels and a constant learning rate; fewer than `epochs`."""
     batch_size: PositiveInt = 16
-    """Global batch: images per optimiser step over all workers and accumulation steps."""
+    """Global batch: images per optimizer step over all workers and accumulation steps."""
     accumulation: PositiveInt = 1
-    """Backward passes per optimiser step; divides the memory that a batch takes."""
+    """Backward passes per optimizer step; the memory for a batch shrinks by this factor."""
     precision: Precision = "auto"
-    """bf16 autocast on GPUs that have it and on CPUs with AMX (`auto`), never (`fp32`), or always (`bf16`)."""
+    """`auto`: bfloat16 autocast on GPUs that support it and on CPUs with AMX; `fp32`: never; `bf16`: always."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
-    """Seed of weights, order, crops, colours, dropout and gates."""
+    """Seed of weights, order, crops, colors, dropout and gates."""
     log_every: PositiveInt = 10
-    """Optimiser steps between logged losses."""
+    """Optimizer steps between logged losses."""
     checkpoint_every: NonNegativeInt = 200
-    """Optimiser steps between checkpoints, counted over all epochs, beside those at the end of each epoch; 0: only
-    those."""
+    """Optimizer steps between checkpoints, counted over all epochs; 0: none but those at the end of each epoch."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -306,27 +311,28 @@ class TrainConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """What is measured after an epoch, and on how many images."""
+    """What to measure after an epoch, and on how many images."""
 
     every: PositiveInt = 1
     """Epochs between measurements; the last epoch is always measured."""
     pseudo_mask_images: NonNegativeInt = 200
-    """Training images of the fixed, seeded subset on which pseudo masks are measured; 0 turns it off."""
+    """Training images in the fixed, seeded subset on which pseudo masks are measured; 0 turns this off."""
     panel_images: NonNegativeInt = 8
-    """Images of that subset that are drawn side by side (image, raw, refined, pseudo label, truth); 0 for none."""
+    """Images of that subset to draw side by side (image, raw, refined, pseudo label, truth); 0 draws none."""
     protocol: Protocol = "ss"
-    """What predictors do and evaluate.py measures: one scale; several scales, each also mirrored; or those and a dense
-    CRF. Training always measures `ss`."""
+    """How predictors and evaluate.py make masks. `ss`: one scale; `ms`: several scales, each also mirrored; `ms_crf`:
+    `ms` and a dense CRF. Training always measures `ss`."""
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 1.5, 2.0, 0.5, 0.75)
     """Scales of `ms` and `ms_crf`, as multiples of `scale`."""
     precision: Precision = "fp32"
-    """Of the network when masks are measured or predicted, as `train.precision`. bf16 is faster on hardware for it, and
-    moves figures in the last digit that is given."""
+    """Precision of the network when it measures or predicts masks; values as in `train.precision`. bf16 is faster on
+    hardware that supports it, and changes the last reported digit of scores."""
     scale: PositiveFloat = 1.0
-    """Scale at which whole images enter the network when masks are measured; 1 is their own size. Crops that shrink
-    their images (crop_size below the image's side) call for the same scale here."""
+    """Scale at which whole images enter the network when masks are measured; 1 is their own size. If training crops
+    shrink their images (crop_size below the image's side), use the same scale here."""
     gating: Gating = "none"
-    """Classes that validation may predict: all, those with high class scores, or the true ones (the result says so)."""
+    """Classes that validation may predict. `none`: all; `scores`: those with high class scores; `image_labels`: those
+    that the image shows (the result says so)."""
     gating_threshold: Fraction = 0.3
     """Smallest sigmoid(class score) that `gating = "scores"` keeps."""
     gating_top: PositiveInt = 6
@@ -341,31 +347,31 @@ class CrfConfig(_Section):
     num_iters: PositiveInt = 10
     """Mean-field iterations."""
     smooth_xy: PositiveFloat = 3.0
-    """Standard deviation of the smoothness kernel, pixels."""
+    """Standard deviation of the smoothness kernel, in pixels."""
     smooth_weight: NonNegativeFloat = 3.0
     """Weight of the smoothness kernel."""
     appearance_xy: PositiveFloat = 80.0
-    """Standard deviation of the appearance kernel in space, pixels."""
+    """Standard deviation of the appearance kernel in space, in pixels."""
     appearance_rgb: PositiveFloat = 13.0
-    """Standard deviation of the appearance kernel in colour, of 255."""
+    """Standard deviation of the appearance kernel in color, on the scale 0 to 255."""
     appearance_weight: NonNegativeFloat = 10.0
     """Weight of the appearance kernel."""
     background_power: PositiveFloat | None = None
-    """Exponent on the background's probability before the CRF; none: that of `evaluation`. The CRF makes certain what
-    is only likely, so what serves the plain arg max need not serve it."""
+    """Exponent on the background's probability before the CRF; null: `evaluation.background_power`. The CRF makes
+    likely classes certain, so it may need another exponent than the plain arg max."""
 
 
 class InferenceConfig(_Section):
-    """What predictors and pseudo labelling do beside the protocol."""
+    """How predictors handle large images, and which pixels pseudo labeling leaves void."""
 
     tile_above: PositiveInt = 6_000_000
-    """Pixels (height x width) above which a predictor cuts an image into overlapping tiles."""
+    """Number of pixels (height x width) above which a predictor cuts an image into overlapping tiles."""
     tile_size: PositiveInt = 768
-    """Side of a tile, pixels. Memory grows with its square, and with its product with the image's width."""
+    """Side of a tile, in pixels. Memory grows with its square, and with its product with the image's width."""
     tile_overlap: NonNegativeInt = 192
-    """Pixels that neighbouring tiles share, where one fades into the other; at most half a tile."""
+    """Pixels that neighboring tiles share and over which one fades into the other; at most half a tile."""
     void_below: Fraction = 0.5
-    """Confidence (the chosen class's share of the probabilities) under which a pixel of a pseudo mask is void, 255."""
+    """Confidence (the chosen class's share of the probabilities) below which a pixel of a pseudo mask is void, 255."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -383,24 +389,21 @@ class TrackingConfig(_Section):
     uri: str = ""
     """MLflow tracking URI. Empty: MLFLOW_TRACKING_URI, else a SQLite file in the storage folder."""
     experiment: str = "slrnet"
-    """MLflow experiment."""
+    """Name of the MLflow experiment."""
     gpu_interval: NonNegativeFloat = 1.0
-    """Seconds between two looks at each worker's GPU; 0 for none. `slrnet/tracking/gpu_monitor.py` has the figures."""
+    """Seconds between two readings of each worker's GPU; 0 turns them off. `slrnet/tracking/gpu_monitor.py` lists the
+    metrics."""
 
 
 class Config(_Section):
-    """A complete run.
-
-    The crop must fit the encoder's stride: `crop_size` is a multiple of `output_stride` or one more than a multiple
-    (so that align-corners resizing meets pixel centres).
-    """
+    """A complete run."""
 
     recipe: str = "custom"
     """Name of the recipe that the run started from; for the record."""
     setting: Setting = "wsss"
-    """Labels that the training may see: `wsss` image labels only; `sss_image_labels` also the masks of
-    `data.pixel_labeled_subset`; `sss` those masks and no image labels at all: the heads then predict the background
-    themselves, there is no classification loss, and no class scores come out."""
+    """Labels that training may use. `wsss`: image labels only. `sss_image_labels`: also the masks of
+    `data.pixel_labeled_subset`. `sss`: those masks and no image labels; the heads then predict the background
+    themselves, and there are neither class scores nor a classification loss."""
     data: DataConfig = DataConfig()
     views: ViewsConfig = ViewsConfig()
     model: ModelConfig = ModelConfig()
@@ -418,47 +421,13 @@ class Config(_Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_setting()
-        size, stride = self.data.crop_size, self.model.output_stride
-        if size % stride not in (0, 1):
-            low = max(1, size // stride) * stride
-            raise ValueError(
-                f"data.crop_size {size} does not fit model.output_stride {stride}; "
-                f"use {low}, {low + 1}, {low + stride} or {low + stride + 1}"
-            )
-        self._check_architecture()
-        smallest = min(self.views.scales) * size
-        if smallest < 2 * stride:
-            raise ValueError(
-                f"the smallest view has {smallest:.0f} pixels a side, under two cells of output_stride {stride}; "
-                f"enlarge data.crop_size ({size}) or the smallest of views.scales {self.views.scales}"
-            )
-        if self.train.batch_size < self.train.accumulation:
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} is smaller than train.accumulation "
-                f"{self.train.accumulation}; the batch is the global one, split over accumulation steps and workers"
-            )
-        return self
-
-    @property
-    def predicts_background(self) -> bool:
-        """Whether the heads predict the background, instead of giving it a fixed logit."""
-        return self.setting == "sss"
-
-    def _check_architecture(self) -> None:
-        size, stride = self.data.crop_size, self.model.output_stride
-        if self.model.architecture != "deeplabv3plus":
-            return
-        if self.setting != "sss" or self.cvlr.enabled:
+        self._check_sizes()
+        if self.model.architecture == "deeplabv3plus" and (self.setting != "sss" or self.cvlr.enabled):
             raise ValueError(
                 "model.architecture 'deeplabv3plus' has neither class scores nor CVLR; use setting=sss and "
                 "cvlr.enabled=false, as recipe voc_distill does"
             )
-        if size % stride:
-            low = max(1, size // stride) * stride
-            raise ValueError(
-                f"model.architecture 'deeplabv3plus' needs a data.crop_size that is a multiple of model.output_stride "
-                f"{stride}, not {size}; use {low} or {low + stride}"
-            )
+        return self
 
     def _check_setting(self) -> None:
         subset = self.data.pixel_labeled_subset
@@ -480,12 +449,43 @@ class Config(_Section):
                 "grant; set it to 0"
             )
 
+    def _check_sizes(self) -> None:
+        """The crop is a multiple of the stride, or one more: then align-corners resizing meets pixel centers."""
+        size, stride = self.data.crop_size, self.model.output_stride
+        low = max(1, size // stride) * stride
+        if size % stride not in (0, 1):
+            raise ValueError(
+                f"data.crop_size {size} does not fit model.output_stride {stride}; "
+                f"use {low}, {low + 1}, {low + stride} or {low + stride + 1}"
+            )
+        if size % stride and self.model.architecture == "deeplabv3plus":
+            raise ValueError(
+                f"model.architecture 'deeplabv3plus' needs a data.crop_size that is a multiple of model.output_stride "
+                f"{stride}, not {size}; use {low} or {low + stride}"
+            )
+        smallest = min(self.views.scales) * size
+        if smallest < 2 * stride:
+            raise ValueError(
+                f"the smallest view has {smallest:.0f} pixels a side, under two cells of output_stride {stride}; "
+                f"enlarge data.crop_size ({size}) or the smallest of views.scales {self.views.scales}"
+            )
+        if self.train.batch_size < self.train.accumulation:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} is smaller than train.accumulation "
+                f"{self.train.accumulation}; the batch is the global one, split over accumulation steps and workers"
+            )
+
+    @property
+    def predicts_background(self) -> bool:
+        """Whether the heads predict the background, instead of giving it a fixed logit."""
+        return self.setting == "sss"
+
     def to_json(self) -> str:
         """The whole configuration as JSON text that `load_config` reads back."""
         return self.model_dump_json(indent=2) + "\n"
 
     def evaluation_for(self, protocol: Protocol) -> EvaluationConfig:
-        """The settings of a protocol's evaluation: with a CRF its own power of the background, if it has one."""
+        """The evaluation's settings for a protocol: with a CRF, `crf.background_power` applies if it is set."""
         power = self.crf.background_power
         if protocol != "ms_crf" or power is None:
             return self.evaluation
@@ -496,13 +496,21 @@ class Config(_Section):
         return dict(_flatten(self.model_dump(mode="json")))
 
 
+def nearest(name: str, known: Iterable[str]) -> str:
+    """For messages about unknown names: "; the nearest one is 'NAME'", or empty text if none of the known is close."""
+    known = list(known)
+    leaf = name.rsplit(".", 1)[-1]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    close = close or [other for other in known if leaf and leaf in other.rsplit(".", 1)[-1]]
+    return f"; the nearest one is {close[0]!r}" if close else ""
+
+
 def config_from_dict(values: Mapping[str, Any]) -> Config:
     """Builds a `Config` from nested plain values.
 
     Raises:
-        ConfigError: a key is unknown (the nearest one is named) or a value is of the wrong type or range.
+        ConfigError: a key is unknown (the message names the nearest one), or a value has the wrong type or range.
     """
-    _refuse_unknown(values, Config, "")
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -536,7 +544,7 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
     `1.0,0.5` is a list too.
 
     Raises:
-        ConfigError: a text has no `=`, a key is unknown, or a value is of the wrong type or range.
+        ConfigError: a text has no `=`, a key is unknown, or a value has the wrong type or range.
     """
     values = config.model_dump(mode="json")
     for text in overrides:
@@ -554,7 +562,7 @@ def _locate(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
     for name in parents:
         section = section.get(name) if isinstance(section, dict) else None
     if not isinstance(section, dict) or field not in section:
-        raise ConfigError(f"unknown config key {key!r}; {_nearest(key, list(dict(_flatten(values))))}")
+        raise ConfigError(_unknown_key(key))
     if isinstance(section[field], dict):
         fields = ", ".join(f"{key}.{name}" for name in section[field])
         raise ConfigError(f"{key!r} is a section; set one of its fields: {fields}")
@@ -567,11 +575,11 @@ def _parse_value(raw: str, current: Any) -> Any:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError):
-        number = re.fullmatch(r"([+-]?)(\d*\.\d*|\d+)([eE][+-]?\d+)?", raw)  # .5, 5. and +5 are no JSON
-        value = float(raw) if number and any(map(str.isdigit, raw)) else {"True": True, "False": False}.get(raw, raw)
+        value = {"True": True, "False": False}.get(raw, raw)
+        with contextlib.suppress(ValueError):
+            value = float(raw)  # .5, 5. and +5 are no JSON
     if isinstance(current, list) and isinstance(value, (str, int, float)):
-        parts = raw.split(",")
-        value = [_parse_value(part.strip(), None) for part in parts if part.strip()]
+        value = [_parse_value(part.strip(), None) for part in raw.split(",") if part.strip()]
     return value
 
 
@@ -583,26 +591,18 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str,
             yield f"{prefix}{key}", value
 
 
-def _refuse_unknown(values: Mapping[str, Any], model: type[BaseModel], prefix: str) -> None:
-    for key, value in values.items():
-        field = model.model_fields.get(key)
-        if field is None:
-            known = [prefix + name for name in model.model_fields]
-            raise ConfigError(f"unknown config key {prefix + str(key)!r}; {_nearest(prefix + str(key), known)}")
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel) and isinstance(value, Mapping):
-            _refuse_unknown(value, section, f"{prefix}{key}.")
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    leaf = key.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    close = close or [name for name in known if leaf and leaf in name.rsplit(".", 1)[-1]]
-    return f"the nearest one is {close[0]!r}" if close else f"known are {', '.join(sorted(known))}"
+def _unknown_key(key: str) -> str:
+    fields = sorted(Config().flat())
+    known = fields if "." in key else [*fields, *Config.model_fields]
+    return f"unknown config key {key!r}" + (nearest(key, known) or f"; known are {', '.join(fields)}")
 
 
 def _explain(error: ValidationError) -> str:
+    """All mistakes in one line; unknown keys alone, if there are any."""
     items = error.errors()
+    unknown = [".".join(map(str, item["loc"])) for item in items if item["type"] == "extra_forbidden"]
+    if unknown:
+        return "; ".join(map(_unknown_key, unknown))
     lines = []
     for item in items:
         loc = item["loc"]

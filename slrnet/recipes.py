@@ -1,11 +1,11 @@
 """Named full configurations; a recipe is a function without arguments that returns a `Config`.
 
-Scores in the docstrings are the paper's where they say so; our own carry hardware and commit in the README.
+Scores in the docstrings are the paper's where they say so. The README lists our own, with hardware and commit.
 """
 
 from __future__ import annotations
 
-import difflib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,31 +24,46 @@ from slrnet.config import (
     TrainConfig,
     ViewsConfig,
     WeightsConfig,
+    nearest,
 )
 
-__all__ = [
-    "RECIPES",
-    "RELEASED_SSS_THRESHOLDS",
-    "coco_wsss",
-    "coco_wsss_lite",
-    "demo",
-    "get_recipe",
-    "l2id_wsss",
-    "l2id_wsss_lite",
-    "voc_distill",
-    "voc_distill_lite",
-    "voc_sss",
-    "voc_sss_image_labels",
-    "voc_sss_image_labels_lite",
-    "voc_sss_lite",
-    "voc_wsss",
-    "voc_wsss_lite",
-]
+__all__ = ["RECIPES", "RELEASED_SSS_THRESHOLDS", "demo", "get_recipe", "voc_wsss", "voc_wsss_lite"]
 
+RECIPES: dict[str, Callable[[], Config]] = {}
+"""All recipes by name."""
 RELEASED_SSS_THRESHOLDS: dict[str, Any] = {"confidence_threshold": 0.8, "background_threshold": 0.9, "floor": 0.6}
-"""Thresholds of the released code for pixel labels and unlabelled images, where no image label rules a class out."""
+"""Thresholds of the released code for pixel labels and unlabeled images, where no image label rules a class out."""
 
 
+def get_recipe(name: str) -> Config:
+    """Builds the configuration of a recipe.
+
+    Raises:
+        ConfigError: there is no recipe of that name; the message names the nearest one.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}{nearest(name, RECIPES)}; known are {', '.join(RECIPES)}")
+    return RECIPES[name]()
+
+
+def _recipe(build: Callable[[], Config]) -> Callable[[], Config]:
+    """Lists a recipe in `RECIPES` and writes its name into the configuration."""
+
+    @functools.wraps(build)
+    def named() -> Config:
+        return build().model_copy(update={"recipe": build.__name__})
+
+    RECIPES[build.__name__] = named
+    return named
+
+
+def _derive(base: Config, *, setting: Setting | None = None, **sections: dict[str, Any]) -> Config:
+    """`base` with another setting and with some fields of its sections replaced."""
+    changed = {name: getattr(base, name).model_copy(update=fields) for name, fields in sections.items()}
+    return base.model_copy(update={"setting": setting or base.setting, **changed})
+
+
+@_recipe
 def voc_wsss() -> Config:
     """Pascal VOC 2012 from image labels, WideResNet-38 (paper Experiment I).
 
@@ -56,81 +71,73 @@ def voc_wsss() -> Config:
     Command: `ray_jobs/train.py --recipe voc_wsss --data SHARDS --num-workers 8`; needs the ImageNet weights file of
     WideResNet-38 (see the README).
     """
-    return Config(recipe="voc_wsss", train=TrainConfig(epochs=20, pretrain_epochs=5))
+    return Config(train=TrainConfig(epochs=20, pretrain_epochs=5))
 
 
+@_recipe
 def voc_sss_image_labels() -> Config:
     """Pascal VOC 2012 from the 1,464 masks of its training list and 9,118 image labels (paper Experiment IV).
 
     Paper: 75.1 % mIoU on val, 75.5 % on test, without CRF (Table 5). Not yet run by us. The paper draws images with
-    masks five times and doubles their loss; the released code trains 30 epochs at crop 448 and draws them three times.
-    Command: `ray_jobs/train.py --recipe voc_sss_image_labels --data SHARDS --num-workers 8` on 8 GPUs; SHARDS from
-    `data_prep/voc.py` with `--sbd`, which names the training list `voc_train`. Weights as for `voc_wsss`.
+    masks five times and doubles their loss. The released code trains 30 epochs at crop 448 and draws them three times.
+    Command: `ray_jobs/train.py --recipe voc_sss_image_labels --data SHARDS --num-workers 8` on 8 GPUs. Make SHARDS with
+    `data_prep/voc.py --sbd`, which names the training list `voc_train`. Weights as for `voc_wsss`.
     """
-    return Config(
-        recipe="voc_sss_image_labels",
-        setting="sss_image_labels",
-        data=DataConfig(pixel_labeled_subset="voc_train"),
-        train=TrainConfig(epochs=20, pretrain_epochs=5),
-    )
+    return _derive(voc_wsss(), setting="sss_image_labels", data={"pixel_labeled_subset": "voc_train"})
 
 
+@_recipe
 def voc_sss() -> Config:
-    """Pascal VOC 2012 from the 1,464 masks of its training list and 9,118 unlabelled images (paper Experiment V).
+    """Pascal VOC 2012 from the 1,464 masks of its training list and 9,118 unlabeled images (paper Experiment V).
 
     Paper: 72.4 % mIoU on val without CRF, 72.9 % with ResNet-101 (Table 6; `--set model.encoder=resnet101`). Not yet
-    run by us. As in the paper all but the labels is as for image labels; the thresholds are those of the released code,
-    which trains 40 epochs at crop 448 and draws images with masks seven times.
+    run by us. As in the paper, only the labels differ from `voc_sss_image_labels`. The thresholds are those of the
+    released code, which trains 40 epochs at crop 448 and draws images with masks seven times.
     Command: `ray_jobs/train.py --recipe voc_sss --data SHARDS --num-workers 8` on 8 GPUs; shards and weights as for
     `voc_sss_image_labels`.
     """
-    base = voc_sss_image_labels()
-    return base.model_copy(
-        update={"recipe": "voc_sss", "setting": "sss", "calibration": CalibrationConfig(**RELEASED_SSS_THRESHOLDS)}
-    )
+    return _derive(voc_sss_image_labels(), setting="sss", calibration=RELEASED_SSS_THRESHOLDS)
 
 
+@_recipe
 def coco_wsss() -> Config:
     """COCO 2014 from image labels of half of its training images, 80 classes (paper Experiment II).
 
     Paper: 35.0 % mIoU on val (Table 3). Not yet run by us. The released code doubles the consistency weights
     (`--set weights.consistency=8`) and makes its pseudo labels by another rule.
-    Command: `ray_jobs/train.py --recipe coco_wsss --data SHARDS --num-workers 8` on 8 GPUs; SHARDS from
-    `data_prep/coco.py` with `--fraction 0.5`. Weights as for `voc_wsss`.
+    Command: `ray_jobs/train.py --recipe coco_wsss --data SHARDS --num-workers 8` on 8 GPUs. Make SHARDS with
+    `data_prep/coco.py --fraction 0.5`. Weights as for `voc_wsss`.
     """
-    return Config(recipe="coco_wsss", train=TrainConfig(epochs=20, pretrain_epochs=5))
+    return voc_wsss()
 
 
+@_recipe
 def l2id_wsss() -> Config:
     """L2ID (ILSVRC DET) from image labels, 200 long-tailed classes (paper Experiment III).
 
-    Paper: 52.3 % mIoU on val, 49.03 % on test, by a DeepLabv3+ trained on pseudo labels of this network, which has
-    52.5 % on val itself (Table 4, Sec. 4.3). Not yet run by us. Images are drawn so that all classes come equally
-    often, and the decoder is 512 wide, as in the released code.
-    Command: `ray_jobs/train.py --recipe l2id_wsss --data SHARDS --num-workers 8` on 8 GPUs; SHARDS from
+    Paper: 52.3 % mIoU on val, 49.03 % on test, by a DeepLabv3+ trained on pseudo labels of this network, which itself
+    reaches 52.5 % on val (Table 4, Sec. 4.3). Not yet run by us. As in the released code, sampling balances the classes
+    and the decoder is 512 wide.
+    Command: `ray_jobs/train.py --recipe l2id_wsss --data SHARDS --num-workers 8` on 8 GPUs. Make SHARDS with
     `data_prep/l2id.py`. Weights as for `voc_wsss`. `python -m slrnet.data.class_balance SHARDS --strength 1` shows the
     shares of the classes.
     """
-    return Config(
-        recipe="l2id_wsss",
-        data=DataConfig(class_balance=1.0),
-        model=ModelConfig(decoder_dim=512, skip_dim=96),
-        train=TrainConfig(epochs=20, pretrain_epochs=5),
-    )
+    return _derive(voc_wsss(), data={"class_balance": 1.0}, model={"decoder_dim": 512, "skip_dim": 96})
 
 
+@_recipe
 def voc_wsss_lite() -> Config:
     """VOC from image labels on two CPU cores: EfficientNet-Lite0 at stride 16, crop 208.
 
-    It departs from the paper where a short schedule on small crops asks for it: crops zoom in, less dropout, centred
-    CVLR, weaker consistency and auxiliary losses, thresholds that keep more of the background. The balanced cross
-    entropy makes the network claim too much; validation makes up for it with the background's square root, and keeps
-    the classes that the network's own scores allow. A CRF does that by itself, and is given less of the background.
+    A short schedule on small crops needs some changes from the paper: crops zoom in, dropout is lower, CVLR is
+    centered, consistency and auxiliary losses weigh less, and the thresholds keep more of the background. The balanced
+    cross entropy makes the network predict too much foreground. Validation therefore takes the square root of the
+    background's probability and predicts only classes with high class scores. The CRF strengthens the background by
+    itself, so it gets a higher exponent.
     Command: `ray_jobs/train.py --recipe voc_wsss_lite --data SHARDS --num-workers 2`; two workers of one thread are
     faster than one of two. Hardware, minutes and score: see the README.
     """
     return Config(
-        recipe="voc_wsss_lite",
         data=DataConfig(crop_size=208, crop_scale=(0.4, 1.0), workers=0),
         model=ModelConfig(
             encoder="efficientnet_lite0",
@@ -150,17 +157,18 @@ def voc_wsss_lite() -> Config:
     )
 
 
+@_recipe
 def voc_sss_image_labels_lite() -> Config:
     """VOC from masks and image labels on two CPU cores: `voc_wsss_lite` at crop 160, with fewer epochs and some masks.
 
-    True masks train from the first step, so one epoch before pseudo labels is enough. Validation takes the masks as
-    they come, as in `voc_sss_lite`, whose network has no class scores.
+    True masks train from the first step, so one epoch before pseudo labels is enough. Validation uses the masks
+    unchanged, as in `voc_sss_lite`, whose network has no class scores.
     Command: `ray_jobs/train.py --recipe voc_sss_image_labels_lite --data SHARDS --num-workers 2`, with
     `--set data.pixel_labeled_subset=NAME` for another subset. About 19 minutes on 2 cores with 150 masks and 1,053
     image labels. Score: see the README.
     """
-    return _lite(
-        "voc_sss_image_labels_lite",
+    return _derive(
+        voc_wsss_lite(),
         setting="sss_image_labels",
         data={"crop_size": 160, "pixel_labeled_subset": "voc_train"},
         train={"epochs": 3, "pretrain_epochs": 1},
@@ -169,53 +177,53 @@ def voc_sss_image_labels_lite() -> Config:
     )
 
 
+@_recipe
 def voc_sss_lite() -> Config:
-    """VOC from masks and unlabelled images on two CPU cores: as `voc_sss_image_labels_lite`, without image labels.
+    """VOC from masks and unlabeled images on two CPU cores: as `voc_sss_image_labels_lite`, without image labels.
 
-    The first two epochs draw images with masks alone, as unlabelled ones teach nothing yet, and all draw them seven
-    times, as the released code does.
-    Command: `ray_jobs/train.py --recipe voc_sss_lite --data SHARDS --num-workers 2`. Training on the images with masks
-    alone, for comparison: `--set data.train_subset=NAME --set data.pixel_labeled_subset=NAME --set train.epochs=12`.
+    The first two epochs draw only images with masks, because unlabeled ones teach nothing yet. As in the released code,
+    every epoch draws images with masks seven times.
+    Command: `ray_jobs/train.py --recipe voc_sss_lite --data SHARDS --num-workers 2`. For comparison, train only on the
+    images with masks: `--set data.train_subset=NAME --set data.pixel_labeled_subset=NAME --set train.epochs=12`.
     Hardware, minutes and score: see the README.
     """
-    base = voc_sss_image_labels_lite()
-    return base.model_copy(
-        update={
-            "recipe": "voc_sss_lite",
-            "setting": "sss",
-            "data": base.data.model_copy(update={"pixel_oversampling": 7, "pretrain_on": "labelled"}),
-            "train": base.train.model_copy(update={"epochs": 6, "pretrain_epochs": 2}),
-            "calibration": base.calibration.model_copy(update=RELEASED_SSS_THRESHOLDS),
-        }
+    return _derive(
+        voc_sss_image_labels_lite(),
+        setting="sss",
+        data={"pixel_oversampling": 7, "pretrain_on": "labeled"},
+        train={"epochs": 6, "pretrain_epochs": 2},
+        calibration=RELEASED_SSS_THRESHOLDS,
     )
 
 
+@_recipe
 def coco_wsss_lite() -> Config:
     """COCO from image labels on two CPU cores: `voc_wsss_lite`, its consistency weight doubled as in the released code.
 
     Command: `ray_jobs/train.py --recipe coco_wsss_lite --data SHARDS --num-workers 2`. Score: not yet run.
     """
-    return _lite("coco_wsss_lite", weights={"consistency": 2.0})
+    return _derive(voc_wsss_lite(), weights={"consistency": 2.0})
 
 
+@_recipe
 def l2id_wsss_lite() -> Config:
     """L2ID from image labels on two CPU cores: `voc_wsss_lite` with class-balanced sampling.
 
     Command: `ray_jobs/train.py --recipe l2id_wsss_lite --data SHARDS --num-workers 2`. Score: not yet run.
     """
-    return _lite("l2id_wsss_lite", data={"class_balance": 1.0})
+    return _derive(voc_wsss_lite(), data={"class_balance": 1.0})
 
 
+@_recipe
 def voc_distill() -> Config:
     """The second stage (paper Table 2): DeepLabV3+ on the pseudo masks of a trained network, plain cross-entropy.
 
     Paper: 69.3 % mIoU on val, 69.4 % on test, with WideResNet-38 (`--set model.encoder=wide_resnet38`). Not yet run by
-    us; the paper gives no schedule, so this one is ours.
-    Command: `ray_jobs/distill.py --recipe voc_distill --data PSEUDO --num-workers 8`, PSEUDO from
+    us. The paper gives no schedule, so this one is ours.
+    Command: `ray_jobs/distill.py --recipe voc_distill --data PSEUDO --num-workers 8`. Make PSEUDO with
     `ray_jobs/pseudo_label.py`.
     """
     return Config(
-        recipe="voc_distill",
         setting="sss",
         data=DataConfig(
             pixel_labeled_subset="pseudo_labeled", pixel_oversampling=1, crop_size=512, crop_scale=(0.3, 1.0)
@@ -239,76 +247,29 @@ def voc_distill() -> Config:
     )
 
 
+@_recipe
 def voc_distill_lite() -> Config:
     """`voc_distill` on two CPU cores: EfficientNet-Lite0 with the batch norms of its ImageNet weights, crop 192.
 
     Command: `ray_jobs/distill.py --recipe voc_distill_lite --data PSEUDO --num-workers 2`. Score: see the README.
     """
-    full = voc_distill()
-    return full.model_copy(
-        update={
-            "recipe": "voc_distill_lite",
-            "data": full.data.model_copy(update={"crop_size": 192, "crop_scale": (0.4, 1.0), "workers": 0}),
-            "model": full.model.model_copy(
-                update={"encoder": "efficientnet_lite0", "frozen_stages": 1, "freeze_batch_norm": True}
-            ),
-            "train": TrainConfig(epochs=10, pretrain_epochs=0, batch_size=8),
-        }
+    return _derive(
+        voc_distill(),
+        data={"crop_size": 192, "crop_scale": (0.4, 1.0), "workers": 0},
+        model={"encoder": "efficientnet_lite0", "frozen_stages": 1, "freeze_batch_norm": True},
+        train={"epochs": 10, "batch_size": 8},
     )
 
 
+@_recipe
 def demo() -> Config:
     """The embedded, synthetic data set on two CPU cores, in minutes.
 
     Command: `make demo`, or `ray_jobs/train.py` without arguments.
     """
-    lite = voc_wsss_lite()
-    return lite.model_copy(
-        update={
-            "recipe": "demo",
-            "data": lite.data.model_copy(update={"crop_size": 128, "shuffle_buffer": 200}),
-            "train": TrainConfig(epochs=7, pretrain_epochs=2, batch_size=8, log_every=5),
-            "evaluation": EvaluationConfig(pseudo_mask_images=48, panel_images=6),
-        }
+    return _derive(
+        voc_wsss_lite(),
+        data={"crop_size": 128, "shuffle_buffer": 200},
+        train={"epochs": 7, "log_every": 5},
+        evaluation={"pseudo_mask_images": 48, "panel_images": 6, "gating": "none", "background_power": 1.0},
     )
-
-
-RECIPES: dict[str, Callable[[], Config]] = {
-    recipe.__name__: recipe
-    for recipe in (
-        voc_wsss,
-        voc_sss_image_labels,
-        voc_sss,
-        coco_wsss,
-        l2id_wsss,
-        voc_wsss_lite,
-        voc_sss_image_labels_lite,
-        voc_sss_lite,
-        coco_wsss_lite,
-        l2id_wsss_lite,
-        voc_distill,
-        voc_distill_lite,
-        demo,
-    )
-}
-"""All recipes by name."""
-
-
-def get_recipe(name: str) -> Config:
-    """Builds the configuration of a recipe.
-
-    Raises:
-        ConfigError: there is no recipe of that name; the nearest one is named.
-    """
-    if name not in RECIPES:
-        close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.3)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"unknown recipe {name!r}; {hint}known are {', '.join(RECIPES)}")
-    return RECIPES[name]()
-
-
-def _lite(recipe: str, *, setting: Setting = "wsss", **sections: dict[str, Any]) -> Config:
-    """`voc_wsss_lite` under another name, with fields of its sections changed."""
-    lite = voc_wsss_lite()
-    changed = {name: getattr(lite, name).model_copy(update=fields) for name, fields in sections.items()}
-    return lite.model_copy(update={"recipe": recipe, "setting": setting, **changed})

@@ -19,7 +19,6 @@ tensor of a weights file must fit the encoder, where the released code ignores t
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import pickle
@@ -37,6 +36,7 @@ from timm.layers.format import Format
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from slrnet.config import nearest
 from slrnet.cpu.depthwise import use_fast_depthwise
 from slrnet.models.frozen_norm import freeze_batch_norms
 from slrnet.models.wide_resnet38 import WideResNet38
@@ -244,12 +244,7 @@ def _timm_name(name: str) -> str | None:
     if name in _TIMM_NAMES:
         return _TIMM_NAMES[name]
     known = [*_TIMM_NAMES, "timm:NAME"]
-    raise ValueError(f"unknown encoder {name!r}{_nearest(name, known)}; known are {', '.join(known)}")
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; the nearest one is {close[0]!r}" if close else ""
+    raise ValueError(f"unknown encoder {name!r}{nearest(name, known)}; known are {', '.join(known)}")
 
 
 def _build_wide_resnet38(output_stride: int) -> Encoder:
@@ -260,7 +255,7 @@ def _build_wide_resnet38(output_stride: int) -> Encoder:
 def _build_timm(model: str, output_stride: int) -> Encoder:
     if not timm.is_model(model):
         raise ValueError(
-            f"timm has no model {model!r}{_nearest(model, timm.list_models())}; timm.list_models() lists all"
+            f"timm has no model {model!r}{nearest(model, timm.list_models())}; timm.list_models() lists all"
         )
     # timm starts residual branches at zero, where frozen batch norms would keep them; torchvision's ResNets do not.
     options = {"zero_init_last": False} if model.endswith(".tv_in1k") else {}

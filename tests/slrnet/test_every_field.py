@@ -73,7 +73,7 @@ CHANGES: dict[str, Change] = {
     "data.pixel_labeled_subset": change_weights("few", given=SEMI),
     "data.pixel_oversampling": Change(3, "steps", given=SEMI),
     "data.pretrain_on": change_weights(
-        "labelled", given=("setting=sss", "data.pixel_labeled_subset=few", "data.pixel_oversampling=1")
+        "labeled", given=("setting=sss", "data.pixel_labeled_subset=few", "data.pixel_oversampling=1")
     ),
     "data.class_balance": change_weights(1.0, given=LONG),
     "data.balance_limit": change_weights(1.0, given=(*LONG, "data.class_balance=1.0")),

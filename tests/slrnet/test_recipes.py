@@ -84,7 +84,7 @@ def test_the_cpu_recipes_avoid_dilated_convolutions() -> None:
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"unknown recipe 'voc_wss'; did you mean 'voc_wsss'\? known are .*demo"):
+    with pytest.raises(ConfigError, match=r"unknown recipe 'voc_wss'; the nearest one is 'voc_wsss'; known are .*demo"):
         get_recipe("voc_wss")
     with pytest.raises(ConfigError, match=r"unknown recipe '@@'; known are voc_wsss, "):
         get_recipe("@@")

@@ -102,7 +102,7 @@ def test_unlabelled_images_among_others(write_tiny: WriteTiny, tmp_path: Path) -
 
 
 def test_pretraining_on_labelled_images_alone(split: SplitView, write_tiny: WriteTiny, tmp_path: Path) -> None:
-    settings = DataConfig(pixel_labeled_subset="pixels", pixel_oversampling=3, pretrain_on="labelled")
+    settings = DataConfig(pixel_labeled_subset="pixels", pixel_oversampling=3, pretrain_on="labeled")
     found = plan_supervision(split, settings, "sss", pretrain_epochs=2)
     (first,) = found.pools_in(0)
     assert found.pools_in(1) == (first,)
