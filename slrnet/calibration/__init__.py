@@ -1,1 +1,1 @@
-"""From the masks of all views to pseudo labels (paper Sec. 3.2), without gradient."""
+"""From the masks of all views to pseudo labels (paper Sec. 3.2); no gradient flows."""

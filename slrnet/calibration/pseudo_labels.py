@@ -1,25 +1,24 @@
 """Multi-view mask calibration (paper Sec. 3.2, Eq. 3) and the thresholds that make pseudo labels.
 
-The un-warped logits of all views are averaged, made probabilities, refined by appearance and thresholded. Classes that
-the image labels rule out never appear, and only channels that can appear are refined. The released code averages
-probabilities instead of logits; `fusion="probs"` does that.
+Calibration averages the un-warped logits of all views, applies softmax and refines the masks by appearance; thresholds
+then make pseudo labels. Classes that the image labels rule out never appear, and only channels that can appear are
+refined. The released code averages probabilities instead of logits; `calibration.fusion=probs` does that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from slrnet.calibration.refine import DILATIONS, refine
+from slrnet.calibration.refine import refine
 from slrnet.config import CalibrationConfig
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.ops.maps import class_probs, resize
 
-__all__ = ["Calibrated", "calibrate", "calibrate_views", "make_pseudo_labels", "possible_classes", "threshold"]
+__all__ = ["Calibrated", "calibrate_views", "make_pseudo_labels", "possible_classes", "threshold", "to_class_ids"]
 
 
 @dataclass(frozen=True)
@@ -27,46 +26,58 @@ class Calibrated:
     """Fused masks of a batch. N images, M channels (`classes` says which class each is), K classes."""
 
     classes: Tensor
-    """(N, M) int64 class of each channel: the background, the image's classes, and -1 for channels without one."""
+    """(N, M) int64 class of each channel: the background, the image's classes, then -1 for unused channels."""
     raw: Tensor
     """(N, M, h, w) fused probabilities before refinement, at the refinement's resolution."""
     refined: Tensor
     """(N, M, h, w) fused probabilities after refinement."""
 
 
-def calibrate(
+def calibrate_views(
     logits: Sequence[Tensor],
     images: Tensor,
     image_labels: Tensor,
+    config: CalibrationConfig,
     *,
     max_classes: int,
-    fusion: Literal["logits", "probs"] = "logits",
-    num_iters: int = 10,
-    dilations: tuple[int, ...] = DILATIONS,
 ) -> Calibrated:
     """Fuses the views' masks and refines them (Eq. 3). No gradient flows.
 
     Args:
         logits: per view (N, K, h, w), un-warped to one size, background first.
-        images: (N, 3, H, W) float in [0, 1] at the resolution at which the masks are refined.
-        image_labels: (N, K - 1) multi-hot; classes that are 0 are left out.
-        max_classes: largest number of classes that one image of the batch has, known without asking the device.
-        fusion: average `logits` (paper) or `probs` (released code).
-        num_iters: iterations of the refinement.
-        dilations: of the refinement.
+        images: (N, 3, H, W) float in [0, 1]; masks are refined at 1 / `config.refine_stride` of their size, rounded up.
+        image_labels: (N, K - 1) multi-hot, the classes that each image may show.
+        config: how to fuse and refine.
+        max_classes: largest number of classes that one image of the batch may show; given, because asking a GPU for
+            it would stall the step.
 
     Raises:
-        ValueError: an image has more than `max_classes` classes (seen on the CPU only), or the shapes do not fit.
+        ValueError: an image has more than `max_classes` classes (checked on the CPU only).
     """
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        views = [view.detach().float() for view in logits]
-        if fusion == "logits":
+        height, width = (-(-side // config.refine_stride) for side in images.shape[-2:])
+        images = resize(images, (height, width))
+        views = [view.float() for view in logits]
+        if config.fusion == "logits":
             probs = class_probs(sum(views[1:], views[0]) / len(views))
         else:
             probs = torch.stack([class_probs(view) for view in views]).mean(dim=0)
-        classes = present_classes(image_labels, max_classes=max_classes)
-        raw = resize(_take_channels(probs, classes), images.shape[-2:])
-        return Calibrated(classes, raw, refine(images, raw, num_iters=num_iters, dilations=dilations))
+        classes = _present_classes(image_labels, max_classes=max_classes)
+        channels = classes.clamp_min(0)[:, :, None, None].expand(-1, -1, *probs.shape[-2:])
+        raw = resize(probs.gather(1, channels) * (classes >= 0)[:, :, None, None], images.shape[-2:])
+        refined = refine(images, raw, num_iters=config.refine_iters, dilations=config.refine_dilations)
+        return Calibrated(classes, raw, refined)
+
+
+def make_pseudo_labels(calibrated: Calibrated, config: CalibrationConfig, *, size: tuple[int, int]) -> Tensor:
+    """Thresholds refined masks at the resolution `size` = (H, W): (N, H, W) int64 class ids, 255 where undecided."""
+    labels = threshold(
+        resize(calibrated.refined, size),
+        confidence_threshold=config.confidence_threshold,
+        background_threshold=config.background_threshold,
+        floor=config.floor,
+    )
+    return to_class_ids(labels, calibrated.classes)
 
 
 def threshold(probs: Tensor, *, confidence_threshold: float, background_threshold: float, floor: float) -> Tensor:
@@ -98,79 +109,32 @@ def threshold(probs: Tensor, *, confidence_threshold: float, background_threshol
     limit = (probs.amax(dim=(2, 3), keepdim=True) * share).clamp_min(floor)
     claimed = (probs > limit).to(torch.uint8)  # (N, K, H, W); K is at most 255, and so are the sums
     ids = torch.arange(probs.shape[1], dtype=torch.uint8, device=probs.device).view(-1, 1, 1)
-    label = (claimed * ids).sum(
-        dim=1, dtype=torch.uint8
-    )  # of the class that claims the pixel, where it is the only one
-    return torch.where(claimed.sum(dim=1, dtype=torch.uint8) == 1, label.long(), IGNORE_INDEX)
-
-
-def present_classes(image_labels: Tensor, *, max_classes: int) -> Tensor:
-    """Class ids of the background and of each image's classes: (N, 1 + max_classes) int64, -1 where there are fewer."""
-    labels = image_labels.bool()
-    if labels.device.type == "cpu" and int(labels.sum(dim=1).max()) > max_classes:
-        raise ValueError(
-            f"an image has {int(labels.sum(dim=1).max())} classes and max_classes is {max_classes}; "
-            "pass the largest number of classes of an image in the batch"
-        )
-    ids = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    ranked = torch.where(labels, ids, labels.shape[1] + 1).sort(dim=1).values[:, :max_classes]
-    ranked = torch.where(ranked <= labels.shape[1], ranked, -1)
-    return torch.cat([ranked.new_zeros(len(ranked), 1), ranked], dim=1)
+    claimant = (claimed * ids).sum(dim=1, dtype=torch.uint8)  # meaningful where exactly one class claims the pixel
+    return torch.where(claimed.sum(dim=1, dtype=torch.uint8) == 1, claimant.long(), IGNORE_INDEX)
 
 
 def to_class_ids(channel_labels: Tensor, classes: Tensor) -> Tensor:
     """Translates labels that count channels, (N, H, W) with 255 for void, into class ids by (N, M) `classes`."""
-    table = classes.clamp_min(0)
     void = channel_labels == IGNORE_INDEX
-    index = torch.where(void, 0, channel_labels).flatten(1)
-    return torch.where(void, IGNORE_INDEX, table.gather(1, index).view_as(channel_labels))
-
-
-def _take_channels(probs: Tensor, classes: Tensor) -> Tensor:
-    index = classes.clamp_min(0)[:, :, None, None].expand(-1, -1, *probs.shape[-2:])
-    return probs.gather(1, index) * (classes >= 0)[:, :, None, None]
-
-
-def calibrate_views(
-    logits: Sequence[Tensor],
-    images: Tensor,
-    image_labels: Tensor,
-    config: CalibrationConfig,
-    *,
-    max_classes: int,
-) -> Calibrated:
-    """Fuses and refines un-warped logits at the refinement's resolution (Eq. 3).
-
-    Args:
-        logits: per view (N, K, h, w), un-warped.
-        images: (N, 3, H, W) float in [0, 1].
-        image_labels: (N, K - 1) multi-hot, the classes that each image may show.
-        config: of the calibration.
-        max_classes: largest number of classes of an image in the batch.
-    """
-    height, width = (-(-side // config.refine_stride) for side in images.shape[-2:])
-    return calibrate(
-        logits,
-        resize(images, (height, width)),
-        image_labels,
-        max_classes=max_classes,
-        fusion=config.fusion,
-        num_iters=config.refine_iters,
-        dilations=config.refine_dilations,
-    )
-
-
-def make_pseudo_labels(calibrated: Calibrated, config: CalibrationConfig, *, size: tuple[int, int]) -> Tensor:
-    """Thresholds refined masks at the resolution `size` = (H, W): (N, H, W) int64 class ids, 255 where undecided."""
-    labels = threshold(
-        resize(calibrated.refined, size),
-        confidence_threshold=config.confidence_threshold,
-        background_threshold=config.background_threshold,
-        floor=config.floor,
-    )
-    return to_class_ids(labels, calibrated.classes)
+    channels = torch.where(void, 0, channel_labels).flatten(1)
+    ids = classes.clamp_min(0).gather(1, channels).view_as(channel_labels)
+    return torch.where(void, IGNORE_INDEX, ids)
 
 
 def possible_classes(image_labels: Tensor, has_image_labels: Tensor) -> Tensor:
     """(N, K - 1) multi-hot: the image labels, or every class where they are unknown."""
     return torch.where(has_image_labels[:, None], image_labels, 1.0)
+
+
+def _present_classes(image_labels: Tensor, *, max_classes: int) -> Tensor:
+    """Class ids of the background and of each image's classes: (N, 1 + max_classes) int64, -1 where there are fewer."""
+    labels, num_classes = image_labels.bool(), image_labels.shape[1]
+    if labels.device.type == "cpu" and int(labels.sum(dim=1).max()) > max_classes:
+        raise ValueError(
+            f"an image has {int(labels.sum(dim=1).max())} classes and max_classes is {max_classes}; "
+            "pass the largest number of classes of an image in the batch"
+        )
+    ids = torch.arange(1, num_classes + 1, device=labels.device)
+    ranked = torch.where(labels, ids, num_classes + 1).sort(dim=1).values[:, :max_classes]
+    ranked = torch.where(ranked <= num_classes, ranked, -1)
+    return torch.cat([ranked.new_zeros(len(ranked), 1), ranked], dim=1)

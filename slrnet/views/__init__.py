@@ -1,1 +1,1 @@
-"""Views of a batch of images: geometry, colours, and how to undo the geometry."""
+"""Views of a batch of images: geometry, colors, and how to undo the geometry."""

@@ -1,9 +1,9 @@
-"""Colour jitter of a whole batch on its device (paper Sec. 4.6: colour distortion of the views).
+"""Color jitter of a whole batch on its device (paper Sec. 4.6: color distortion of the views).
 
-Brightness, contrast, saturation and hue are changed by factors of their own for every image, in this fixed order. The
-arithmetic of each step is torchvision's functional one (`adjust_brightness`, ...); the released code runs it image by
-image on the CPU, in a random order. Hue goes without HSV images: the largest and the smallest channel of a pixel stay
-what they are, so only the hexagon's angle is worked out, shifted, and turned back into the channels.
+Brightness, contrast, saturation and hue change in this fixed order, by factors of each image's own. Each step computes
+what torchvision's function does (`adjust_brightness`, ...), which takes one factor for all images. The released code
+applies those image by image on the CPU, in a random order. Hue needs no HSV images: a pixel keeps its largest and
+smallest channel, so only the angle on the color hexagon is computed, shifted and turned back into channels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["ColorParams", "apply_color", "draw_color"]
 
-_GREY_WEIGHTS = (0.2989, 0.587, 0.114)
+_GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,10 @@ class ColorParams:
     """The drawn distortion of N images; a field is None where that distortion is off.
 
     Attributes:
-        brightness: (N,) float32 factors, 1 changes nothing.
-        contrast: (N,) float32 factors, 1 changes nothing.
-        saturation: (N,) float32 factors, 1 changes nothing.
-        hue: (N,) float32 shifts in turns of the colour circle, 0 changes nothing.
+        brightness: (N,) float32 factors; 1 changes nothing.
+        contrast: (N,) float32 factors; 1 changes nothing.
+        saturation: (N,) float32 factors; 1 changes nothing.
+        hue: (N,) float32 shifts in turns of the color circle; 0 changes nothing.
     """
 
     brightness: Tensor | None
@@ -52,20 +52,9 @@ def draw_color(
         contrast: largest change, as for brightness.
         saturation: largest change, as for brightness.
         hue: largest shift h, 0 to 0.5 turns; shifts are uniform in [-h, h].
-        generator: on the CPU; the same state gives the same distortion on any device.
-
-    Raises:
-        ValueError: a strength is outside its range.
+        generator: a generator on the CPU; the same state gives the same distortion on any device.
     """
-    for name, value, largest in (
-        ("brightness", brightness, 1.0),
-        ("contrast", contrast, 1.0),
-        ("saturation", saturation, 1.0),
-        ("hue", hue, 0.5),
-    ):
-        if not 0.0 <= value <= largest:
-            raise ValueError(f"{name} is {value}; allowed are strengths from 0 (off) to {largest}")
-    # All four rows are drawn whatever is switched on, so that one strength does not move the others' draws.
+    # Always draw all four rows, so that turning one distortion off does not change the others.
     uniform = torch.rand(4, n, generator=generator) * 2.0 - 1.0
     return ColorParams(
         brightness=1.0 + brightness * uniform[0] if brightness else None,
@@ -76,11 +65,11 @@ def draw_color(
 
 
 def apply_color(images: Tensor, params: ColorParams) -> Tensor:
-    """Distorts `images`; the input is left as it is.
+    """Distorts `images` without changing the input.
 
     Args:
         images: (N, 3, H, W) float RGB in [0, 1], on any device.
-        params: the distortion of N images, from `draw_color`.
+        params: the distortion, from `draw_color`.
 
     Returns:
         (N, 3, H, W) of the same dtype in [0, 1]; `images` itself where everything is off.
@@ -88,10 +77,10 @@ def apply_color(images: Tensor, params: ColorParams) -> Tensor:
     if params.brightness is not None:
         images = (images * _per_image(params.brightness, images)).clamp_(0.0, 1.0)
     if params.contrast is not None:
-        mean = _grey(images).mean(dim=(-2, -1), keepdim=True)
+        mean = _gray(images).mean(dim=(-2, -1), keepdim=True)
         images = _blend(images, mean, params.contrast)
     if params.saturation is not None:
-        images = _blend(images, _grey(images), params.saturation)
+        images = _blend(images, _gray(images), params.saturation)
     if params.hue is not None:
         images = _shift_hue(images, params.hue)
     return images
@@ -101,10 +90,10 @@ def _per_image(values: Tensor, images: Tensor) -> Tensor:
     return values.to(device=images.device, dtype=images.dtype, non_blocking=True).view(-1, 1, 1, 1)
 
 
-def _grey(images: Tensor) -> Tensor:
-    red, green, blue = _GREY_WEIGHTS
-    grey = images[:, 0:1] * red
-    return grey.add_(images[:, 1:2], alpha=green).add_(images[:, 2:3], alpha=blue)
+def _gray(images: Tensor) -> Tensor:
+    red, green, blue = _GRAY_WEIGHTS
+    gray = images[:, 0:1] * red
+    return gray.add_(images[:, 1:2], alpha=green).add_(images[:, 2:3], alpha=blue)
 
 
 def _blend(images: Tensor, other: Tensor, factors: Tensor) -> Tensor:
@@ -113,13 +102,13 @@ def _blend(images: Tensor, other: Tensor, factors: Tensor) -> Tensor:
 
 
 def _shift_hue(images: Tensor, shifts: Tensor) -> Tensor:
-    """Turns the hue by `shifts` turns; saturation and value, so a pixel's largest and smallest channel, stay."""
+    """Turns the hue by `shifts` turns; a pixel keeps its largest and smallest channel."""
     red, green, blue = images.unbind(1)
     smallest = torch.minimum(torch.minimum(red, green), blue)
     largest = torch.maximum(torch.maximum(red, green), blue)
     chroma = largest - smallest
-    # The angle on the colour hexagon, in sixths of a turn. Where two channels are largest both formulas agree; a grey
-    # pixel has chroma 0, and any finite angle serves it.
+    # The angle on the color hexagon, in sixths of a turn. Where two channels are largest, both formulas agree; a gray
+    # pixel has chroma 0, so any finite angle will do.
     angle = torch.where(
         red == largest,
         green - blue,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,8 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slrnet.calibration.pseudo_labels import calibrate, present_classes, threshold, to_class_ids
+from slrnet.calibration.pseudo_labels import (
+    Calibrated,
+    calibrate_views,
+    make_pseudo_labels,
+    possible_classes,
+    threshold,
+    to_class_ids,
+)
 from slrnet.calibration.refine import refine
+from slrnet.config import CalibrationConfig
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.ops.maps import resize
 
@@ -91,18 +100,28 @@ class TestThreshold:
             labels_of([0.5], [0.5], **{name: value})
 
 
-class TestPresentClasses:
+class TestClassesOfChannels:
+    def classes(self, image_labels: Tensor, max_classes: int) -> list[list[int]]:
+        n, k = image_labels.shape
+        logits, images = torch.zeros(n, k + 1, 1, 1), torch.zeros(n, 3, 1, 1)
+        calibrated = calibrate_views([logits], images, image_labels, CalibrationConfig(), max_classes=max_classes)
+        return calibrated.classes.tolist()  # type: ignore[no-any-return]
+
     def test_by_hand(self) -> None:
         image_labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 0]])
-        expected = [[0, 2, 4, -1], [0, -1, -1, -1], [0, 1, 2, 3]]
-        assert present_classes(image_labels, max_classes=3).tolist() == expected
+        assert self.classes(image_labels, 3) == [[0, 2, 4, -1], [0, -1, -1, -1], [0, 1, 2, 3]]
 
     def test_images_without_classes(self) -> None:
-        assert present_classes(torch.zeros(2, 4), max_classes=0).tolist() == [[0], [0]]
+        assert self.classes(torch.zeros(2, 4), 0) == [[0], [0]]
 
     def test_dropping_a_class_is_refused(self) -> None:
         with pytest.raises(ValueError, match="has 3 classes and max_classes is 2"):
-            present_classes(torch.tensor([[1, 1, 1], [1, 0, 0]]), max_classes=2)
+            self.classes(torch.tensor([[1, 1, 1], [1, 0, 0]]), 2)
+
+
+def test_images_with_unknown_labels_may_show_any_class() -> None:
+    possible = possible_classes(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([True, False]))
+    assert possible.tolist() == [[1.0, 0.0], [1.0, 1.0]]
 
 
 def test_channels_become_class_ids() -> None:
@@ -120,13 +139,14 @@ class TestCalibrate:
     image_labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [1, 0, 0, 0]])
     views = (random_logits(3, 5, 4, 5), random_logits(3, 5, 4, 5, seed=1), random_logits(3, 5, 4, 5, seed=2))
 
-    def run(self, **options: Any) -> Any:
-        return calibrate(self.views, self.images, self.image_labels, max_classes=2, **options)
+    def run(self, views: Sequence[Tensor] = views, **options: Any) -> Calibrated:
+        config = CalibrationConfig(refine_stride=1, **options)
+        return calibrate_views(views, self.images, self.image_labels, config, max_classes=2)
 
     @pytest.mark.parametrize("fusion", ["logits", "probs"])
     def test_equals_the_fusion_of_all_classes(self, fusion: Any) -> None:
         """Leaving classes out saves work and changes nothing for those that stay: softmax runs over all K."""
-        fused = self.run(fusion=fusion, num_iters=2)
+        fused = self.run(fusion=fusion, refine_iters=2)
         if fusion == "logits":
             probs = torch.softmax((self.views[0] + self.views[1] + self.views[2]) / 3, dim=1)
         else:
@@ -146,13 +166,8 @@ class TestCalibrate:
         views = [torch.zeros(1, 2, 1, 1), torch.tensor([4.0, -4.0]).view(1, 2, 1, 1)]
         values = {}
         for fusion in ("logits", "probs"):
-            out = calibrate(
-                views,
-                torch.zeros(1, 3, 1, 1),
-                torch.ones(1, 1),
-                max_classes=1,
-                fusion=fusion,  # type: ignore[arg-type]
-            )
+            config = CalibrationConfig(fusion=fusion)  # type: ignore[arg-type]
+            out = calibrate_views(views, torch.zeros(1, 3, 1, 1), torch.ones(1, 1), config, max_classes=1)
             values[fusion] = float(out.raw[0, 0])
         assert values["logits"] == pytest.approx(0.98201379, abs=1e-6)
         assert values["probs"] == pytest.approx(0.5 * (0.5 + 0.99966465), abs=1e-6)
@@ -167,24 +182,72 @@ class TestCalibrate:
                 assert set(labels[n].flatten().tolist()) <= allowed
 
     def test_images_without_classes(self) -> None:
-        out = calibrate(self.views, self.images, torch.zeros(3, 4), max_classes=0, num_iters=1)
+        config = CalibrationConfig(refine_stride=1, refine_iters=1)
+        out = calibrate_views(self.views, self.images, torch.zeros(3, 4), config, max_classes=0)
         assert out.raw.shape == (3, 1, 7, 9)
         labels = threshold(out.refined, confidence_threshold=0.6, background_threshold=0.7, floor=0.0)
         assert set(to_class_ids(labels, out.classes).flatten().tolist()) == {0, VOID}
 
     def test_one_view_and_no_refinement(self) -> None:
-        out = calibrate(self.views[:1], self.images, self.image_labels, max_classes=2, num_iters=0)
+        out = self.run(self.views[:1], refine_iters=0)
         assert torch.equal(out.raw, out.refined)
         assert torch.allclose(out.raw[0, 1], resize(self.views[0].softmax(1), (7, 9))[0, 2], atol=1e-6)
 
     def test_no_gradient_and_float32_under_autocast(self) -> None:
         views = [view.clone().requires_grad_() for view in self.views]
         with torch.autocast("cpu", torch.bfloat16):
-            out = calibrate(views, self.images, self.image_labels, max_classes=2, num_iters=2)
+            out = self.run(views, refine_iters=2)
         assert not out.refined.requires_grad
         assert out.refined.dtype == torch.float32
-        assert torch.equal(out.refined, self.run(num_iters=2).refined)
+        assert torch.equal(out.refined, self.run(refine_iters=2).refined)
 
     def test_settings_of_the_refinement_are_used(self) -> None:
-        assert not torch.equal(self.run(num_iters=1).refined, self.run(num_iters=2).refined)
-        assert not torch.equal(self.run(dilations=(1,)).refined, self.run(dilations=(2,)).refined)
+        assert not torch.equal(self.run(refine_iters=1).refined, self.run(refine_iters=2).refined)
+        assert not torch.equal(self.run(refine_dilations=(1,)).refined, self.run(refine_dilations=(2,)).refined)
+
+
+class TestSceneOfTwoHalves:
+    """A red left half (class 2) on a grey background, logits that are right but blurred over the edge."""
+
+    def scene(self) -> tuple[list[Tensor], Tensor]:
+        images = torch.full((1, 3, 32, 32), 0.5)
+        images[:, 0, :, :16], images[:, 1:, :, :16] = 0.9, 0.1
+        place = torch.linspace(-1, 1, 16).expand(1, 16, 16)
+        logits = torch.stack([2 + 4 * place, torch.full_like(place, 3.0), 2 - 4 * place], dim=1)
+        return [logits, logits[..., ::2, ::2].repeat_interleave(2, -1).repeat_interleave(2, -2)], images
+
+    def labels(self, image_labels: list[int], **options: Any) -> Tensor:
+        logits, images = self.scene()
+        config = CalibrationConfig(refine_stride=2, refine_dilations=(1, 2), **options)
+        calibrated = calibrate_views(
+            logits, images, torch.tensor([image_labels]), config, max_classes=sum(image_labels)
+        )
+        assert calibrated.refined.shape[-2:] == (16, 16)
+        return make_pseudo_labels(calibrated, config, size=(32, 32))
+
+    def test_both_halves_are_labeled_and_the_edge_is_sharp(self) -> None:
+        labels = self.labels([0, 1])
+        assert labels.shape == (1, 32, 32)
+        assert set(labels[..., :13].flatten().tolist()) == {2}
+        assert set(labels[..., 19:].flatten().tolist()) == {0}
+        assert set(labels.flatten().tolist()) <= {0, 2, 255}
+
+    def test_refinement_does_it(self) -> None:
+        decided = [int((self.labels([0, 1], refine_iters=iters) != 255).sum()) for iters in (0, 10)]
+        assert decided[1] > decided[0]
+
+    def test_absent_classes_never_appear(self) -> None:
+        assert set(self.labels([1, 0], floor=0.0).flatten().tolist()) <= {0, 1, 255}
+        assert set(self.labels([0, 0]).flatten().tolist()) <= {0, 255}
+
+    def test_every_threshold_is_used(self) -> None:
+        base = self.labels([0, 1], refine_iters=1)
+        for option in ("confidence_threshold", "background_threshold", "floor"):
+            assert not torch.equal(self.labels([0, 1], refine_iters=1, **{option: 0.97}), base)
+
+    def test_sizes_that_the_stride_does_not_divide(self) -> None:
+        logits, _ = self.scene()
+        config = CalibrationConfig(refine_stride=4)
+        calibrated = calibrate_views(logits, torch.rand(1, 3, 33, 30), torch.tensor([[0, 1]]), config, max_classes=1)
+        assert calibrated.refined.shape[-2:] == (9, 8)
+        assert make_pseudo_labels(calibrated, config, size=(33, 30)).shape == (1, 33, 30)

@@ -23,20 +23,20 @@ Array = npt.NDArray[np.float64]
 
 
 def refined_in_loops(image: Tensor, probs: Tensor, num_iters: int, dilations: tuple[int, ...]) -> Array:
-    """One image (3, H, W) and its masks (K, H, W), pixel by pixel and neighbour by neighbour, in float64."""
-    colours, masks = image.double().numpy(), probs.double().numpy()
-    height, width = colours.shape[1:]
+    """One image (3, H, W) and its masks (K, H, W), pixel by pixel and neighbor by neighbor, in float64."""
+    colors, masks = image.double().numpy(), probs.double().numpy()
+    height, width = colors.shape[1:]
     steps = [(dy * d, dx * d) for d in dilations for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
     around = {}
     for y in range(height):
         for x in range(width):
             places = [(min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1)) for dy, dx in steps]
-            samples = np.array([colours[:, v, u] for v, u in places])
+            samples = np.array([colors[:, v, u] for v, u in places])
             std = np.sqrt(((samples - samples.mean(axis=0)) ** 2).sum(axis=0) / (len(samples) - 1))
-            neighbours = [place for place, step in zip(places, steps, strict=True) if step != (0, 0)]
-            kernel = [np.mean(-np.abs(colours[:, v, u] - colours[:, y, x]) / (1e-8 + 0.1 * std)) for v, u in neighbours]
+            neighbors = [place for place, step in zip(places, steps, strict=True) if step != (0, 0)]
+            kernel = [np.mean(-np.abs(colors[:, v, u] - colors[:, y, x]) / (1e-8 + 0.1 * std)) for v, u in neighbors]
             powers = np.exp(np.array(kernel) - max(kernel))
-            around[y, x] = list(zip(neighbours, powers / powers.sum(), strict=True))
+            around[y, x] = list(zip(neighbors, powers / powers.sum(), strict=True))
     for _ in range(num_iters):
         after = np.zeros_like(masks)
         for (y, x), weighted in around.items():
@@ -61,8 +61,8 @@ def two_pass_affinities(images: Tensor, dilations: tuple[int, ...] = DILATIONS) 
         dim=1,
     )
     kernel = (-(samples - images.unsqueeze(1)).abs() / (1e-8 + 0.1 * samples.std(dim=1, keepdim=True))).mean(dim=2)
-    neighbours = [index for index in range(9 * len(dilations)) if index % 9 != 4]
-    return kernel[:, neighbours].softmax(dim=1)
+    neighbors = [index for index in range(9 * len(dilations)) if index % 9 != 4]
+    return kernel[:, neighbors].softmax(dim=1)
 
 
 def draw(n: int, k: int, height: int, width: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -89,10 +89,10 @@ class TestRefine:
         assert torch.equal(refine(images, probs), expected)
 
     def test_worked_by_hand(self) -> None:
-        """A black and a white pixel: five of the eight neighbours of each, border repeated, are like it.
+        """A black and a white pixel: five of the eight neighbors of each, border repeated, are like it.
 
-        Of nine samples three are the other colour: variance 3 * 6 / 9 / 8 = 1/4. The other colour lies 1 / (0.1 / 2) =
-        20 away, so that a neighbour of the own colour (5 of 8) weighs 1 / (5 + 3 exp(-20)).
+        Of nine samples three are the other color: variance 3 * 6 / 9 / 8 = 1/4. The other color lies 1 / (0.1 / 2) =
+        20 away, so that a neighbor of the own color (5 of 8) weighs 1 / (5 + 3 exp(-20)).
         """
         image = torch.tensor([[[0.0, 1.0]]]).repeat(1, 3, 1, 1)
         probs = torch.tensor([[[[0.2, 0.8]]]])
@@ -134,7 +134,7 @@ class TestRefine:
         mirrored = refine(images.flip(-1), probs.flip(-1), num_iters=3)
         assert torch.allclose(mirrored, refine(images, probs, num_iters=3).flip(-1), atol=1e-6)
 
-    def test_masks_stop_at_edges_of_colour(self) -> None:
+    def test_masks_stop_at_edges_of_color(self) -> None:
         """Left half black, right half white; a noisy mask of the left half becomes even on either side."""
         images = torch.zeros(1, 3, 12, 12)
         images[..., 6:] = 1
@@ -189,10 +189,10 @@ def test_both_forms_agree(channels: int, size: tuple[int, int], monkeypatch: pyt
 
 
 class TestFlatRegions:
-    """Where colours hardly differ, moments of the colours themselves would lose the standard deviation to rounding."""
+    """Where colors hardly differ, moments of the colors themselves would lose the standard deviation to rounding."""
 
     @pytest.mark.parametrize("level", [0.0, 0.7, 0.9137, 1.0])
-    def test_a_constant_image_weighs_all_neighbours_alike(self, level: float) -> None:
+    def test_a_constant_image_weighs_all_neighbors_alike(self, level: float) -> None:
         assert torch.allclose(affinities(torch.full((1, 3, 9, 9), level)), torch.tensor(1 / 48), atol=1e-7)
 
     @pytest.mark.parametrize("spread", [1e-7, 1e-6, 1e-4, 1e-2])

@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slrnet.calibration.pseudo_labels import calibrate_views, make_pseudo_labels
-from slrnet.config import CalibrationConfig, Config, ViewsConfig, config_from_dict
+from slrnet.config import Config, ViewsConfig, config_from_dict
 from slrnet.data.batch import Batch
 from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import Encoder
-from slrnet.models.network import Normalize, mixed_precision
+from slrnet.models.network import Normalize
 from slrnet.models.slrnet import Outputs, SLRNet
 from slrnet.training import step as step_module
 from slrnet.training.step import align, find_pseudo_rows, make_views, step_generator, step_losses
-from slrnet.views.geometry import View, apply_view
+from slrnet.views.align import align_maps
+from slrnet.views.geometry import View
 
 K = 3
 PLAIN = Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=4)
@@ -116,23 +116,17 @@ def outputs_of(maps: list[Tensor], *, cvlr: bool = True) -> Outputs:
 
 
 class TestAlign:
-    def test_maps_come_back_to_the_largest_view(self) -> None:
-        """Maps that are linear over the crop survive aligned-corners resizing exactly, so un-warping is exact."""
-        ramp = torch.linspace(0, 1, 9).expand(2, 1, 9, 9) * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)
-        views = [View(0.5, torch.tensor([True, False])), View(1.0, torch.tensor([False, True])), View(1.0)]
-        warped = [apply_view(ramp, view, stride=4) for view in views]
-        assert [view.shape[-1] for view in warped] == [5, 9, 9]
-        aligned = align(outputs_of(warped), views)
-        for maps in (*aligned.logits, *aligned.codes):
-            assert maps.shape == (2, 3, 9, 9)
-            assert torch.allclose(maps, ramp, atol=1e-5)
-        assert all(torch.allclose(maps, ramp + 1, atol=1e-5) for maps in aligned.auxiliary_logits)
-
-    def test_the_largest_view_may_exceed_the_crop(self) -> None:
-        maps = [torch.rand(1, 3, 4, 4), torch.rand(1, 3, 6, 6)]
-        aligned = align(outputs_of(maps), [View(1.0), View(1.5)])
-        assert {tuple(view.shape[-2:]) for view in aligned.logits} == {(6, 6)}
-        assert torch.equal(aligned.logits[1], maps[1])
+    def test_all_maps_come_back_to_the_largest_view(self) -> None:
+        views = [View(0.5, torch.tensor([True, False])), View(1.0)]
+        out = outputs_of([torch.rand(2, 3, 4, 4), torch.rand(2, 3, 6, 6)])
+        aligned = align(out, views)
+        for maps, own in (
+            (aligned.logits, out.logits),
+            (aligned.auxiliary_logits, out.auxiliary_logits),
+            (aligned.codes, out.codes),
+        ):
+            expected = align_maps(own, views, size=(6, 6))
+            assert all(torch.equal(left, right) for left, right in zip(maps, expected, strict=True))
 
     def test_scores_pass_and_missing_maps_stay_missing(self) -> None:
         out = outputs_of([torch.rand(1, 3, 4, 4), torch.rand(1, 3, 2, 2)], cvlr=False)
@@ -140,53 +134,6 @@ class TestAlign:
         assert aligned.class_scores is out.class_scores
         assert aligned.auxiliary_logits == []
         assert aligned.codes == []
-
-
-class TestPseudoLabels:
-    """A red left half (class 2) on a grey background, logits that are right but blurred over the edge."""
-
-    def scene(self) -> tuple[list[Tensor], Tensor]:
-        images = torch.full((1, 3, 32, 32), 0.5)
-        images[:, 0, :, :16], images[:, 1:, :, :16] = 0.9, 0.1
-        place = torch.linspace(-1, 1, 16).expand(1, 16, 16)
-        logits = torch.stack([2 + 4 * place, torch.full_like(place, 3.0), 2 - 4 * place], dim=1)
-        return [logits, logits[..., ::2, ::2].repeat_interleave(2, -1).repeat_interleave(2, -2)], images
-
-    def labels(self, image_labels: list[int], **options: Any) -> Tensor:
-        logits, images = self.scene()
-        config = CalibrationConfig(refine_stride=2, refine_dilations=(1, 2), **options)
-        calibrated = calibrate_views(
-            logits, images, torch.tensor([image_labels]), config, max_classes=sum(image_labels)
-        )
-        assert calibrated.refined.shape[-2:] == (16, 16)
-        return make_pseudo_labels(calibrated, config, size=(32, 32))
-
-    def test_halves_are_found_and_the_edge_is_sharp(self) -> None:
-        labels = self.labels([0, 1])
-        assert labels.shape == (1, 32, 32)
-        assert set(labels[..., :13].flatten().tolist()) == {2}
-        assert set(labels[..., 19:].flatten().tolist()) == {0}
-        assert set(labels.flatten().tolist()) <= {0, 2, 255}
-
-    def test_refinement_does_it(self) -> None:
-        decided = [int((self.labels([0, 1], refine_iters=iters) != 255).sum()) for iters in (0, 10)]
-        assert decided[1] > decided[0]
-
-    def test_absent_classes_never_appear(self) -> None:
-        assert set(self.labels([1, 0], floor=0.0).flatten().tolist()) <= {0, 1, 255}
-        assert set(self.labels([0, 0]).flatten().tolist()) <= {0, 255}
-
-    def test_every_threshold_is_used(self) -> None:
-        base = self.labels([0, 1], refine_iters=1)
-        for option in ("confidence_threshold", "background_threshold", "floor"):
-            assert not torch.equal(self.labels([0, 1], refine_iters=1, **{option: 0.97}), base)
-
-    def test_sizes_that_the_stride_does_not_divide(self) -> None:
-        logits, _ = self.scene()
-        config = CalibrationConfig(refine_stride=4)
-        calibrated = calibrate_views(logits, torch.rand(1, 3, 33, 30), torch.tensor([[0, 1]]), config, max_classes=1)
-        assert calibrated.refined.shape[-2:] == (9, 8)
-        assert make_pseudo_labels(calibrated, config, size=(33, 30)).shape == (1, 33, 30)
 
 
 def settings(**sections: Any) -> Config:
@@ -342,31 +289,6 @@ class TestStepLosses:
             assert low.parts[name].item() == pytest.approx(value.item(), rel=0.05, abs=0.02)
         labelled.total.backward()  # type: ignore[no-untyped-call]
         assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("precision", "capabilities", "enabled"),
-    [
-        ("auto", {"amx_bf16": True}, True),
-        ("auto", {"amx_bf16": False, "avx512_bf16": True}, False),
-        ("auto", {}, False),
-        ("fp32", {"amx_bf16": True}, False),
-        ("bf16", {}, True),
-    ],
-)
-def test_precision_follows_the_processor(
-    precision: str, capabilities: dict[str, bool], enabled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    with mixed_precision(precision, torch.device("cpu")):
-        assert torch.is_autocast_enabled("cpu") == enabled
-        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
-
-
-def test_precision_of_a_release_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    with mixed_precision("auto", torch.device("cpu")):
-        assert not torch.is_autocast_enabled("cpu")
 
 
 class TestKindsOfLabels:

@@ -1,0 +1,44 @@
+"""Precision of the network and the normalization of its images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from slrnet.models.encoders import build_encoder
+from slrnet.models.network import Normalize, mixed_precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "capabilities", "enabled"),
+    [
+        ("auto", {"amx_bf16": True}, True),
+        ("auto", {"amx_bf16": False, "avx512_bf16": True}, False),
+        ("auto", {}, False),
+        ("fp32", {"amx_bf16": True}, False),
+        ("bf16", {}, True),
+    ],
+)
+def test_precision_follows_the_processor(
+    precision: str, capabilities: dict[str, bool], enabled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    with mixed_precision(precision, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") == enabled
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def test_precision_of_a_release_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    with mixed_precision("auto", torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu")
+
+
+def test_normalization_is_the_encoders() -> None:
+    encoder = build_encoder("efficientnet_lite0", weights="none", output_stride=16)
+    normalize = Normalize.of(encoder)
+    assert (normalize.mean, normalize.std, normalize.output_stride) == (encoder.mean, encoder.std, 16)
+    images = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    for channel, values in enumerate(Normalize((0.1, 0.2, 0.3), (0.5, 0.25, 2.0), 8)(images).unbind(1)):
+        expected = (images[:, channel] - (0.1, 0.2, 0.3)[channel]) / (0.5, 0.25, 2.0)[channel]
+        torch.testing.assert_close(values, expected)
