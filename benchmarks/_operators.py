@@ -22,9 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from slrnet.config import Config
-from slrnet.cpu.depthwise import DepthwiseConv2d
-from slrnet.cpu.few_taps import FewTapsConv2d
-from slrnet.cpu.winograd import WinogradConv2d
 from slrnet.data.batch import Batch
 from slrnet.distributed.process import Process
 from slrnet.distributed.watchdog import Watchdog
@@ -419,11 +416,7 @@ def as_on_gpu() -> Iterator[None]:
     with (
         mock.patch("slrnet.models.cvlr._choose", return_value="triton"),
         mock.patch("slrnet.models.cvlr._require_triton"),
-        mock.patch.object(WinogradConv2d, "_pays", return_value=False),
-        mock.patch.object(FewTapsConv2d, "_few_taps", return_value=False),
-        mock.patch.object(DepthwiseConv2d, "_own_way", return_value=False),
         mock.patch("slrnet.calibration.refine._sparse_pays", return_value=False),
-        mock.patch("slrnet.cpu.dropout._four_at_once", return_value=False),
         mock.patch("slrnet.views.geometry._pixels_lie_together", return_value=False),
     ):
         yield

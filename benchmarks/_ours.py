@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 
 from slrnet.config import Config
+from slrnet.cpu import speed_up
 from slrnet.cpu.allocator import spare_memory
 from slrnet.data.batch import Batch
 from slrnet.losses import objective, segmentation
@@ -40,7 +41,7 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
     """
     torch.manual_seed(0)
     model = network_of(config, num_classes=num_classes, weights=False)
-    spare_memory(model)
+    spare_memory(speed_up(model))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     optimizer = build_optimizer(model, config.optim, batch_size=len(batch.images))

@@ -100,7 +100,7 @@ def side(args: argparse.Namespace) -> Callable[[], object]:
     if args.side == "released":
         infer = released(released_network(args.peer_dir, training=False), protocol)
     else:
-        keep_memory(torch.device("cpu"))  # as the commands do that predict
+        keep_memory()  # as the commands do that predict
         infer = ours(our_checkpoint(None), protocol, OURS[args.side])
     return lambda: infer(image)
 

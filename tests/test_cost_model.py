@@ -37,8 +37,8 @@ from slrnet.config import (
     TrainConfig,
     apply_overrides,
 )
-from slrnet.losses.segmentation import _sums_and_slopes
 from slrnet.models.slrnet import network_of
+from slrnet.ops.cross_entropy import sums_and_gradients
 from slrnet.recipes import get_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,7 +129,7 @@ class TestCounter:
         pixels = 2 * 321 * 321
         sizes = (2, 321, 321)
         (found,) = counted_operators(
-            lambda: _sums_and_slopes(
+            lambda: sums_and_gradients(
                 torch.empty(2, 21, 41, 41), torch.empty(sizes, dtype=torch.int64), torch.empty(sizes)
             )
         )
@@ -167,15 +167,16 @@ class TestCounter:
     def test_all_code_that_asks_for_the_device_is_known(self) -> None:
         asking = {
             path.name
-            for folder in ("models", "losses", "calibration", "data")
+            for folder in ("models", "losses", "calibration", "data", "ops", "views")
             for path in (ROOT / "slrnet" / folder).rglob("*.py")
             for line in path.read_text(encoding="utf-8").splitlines()
             if (".device.type" in line or ".is_cpu" in line or ".is_cuda" in line) and "autocast(" not in line
         }
         checks = {"pseudo_labels.py", "transforms.py"}  # of labels and of images, which are real
-        patched = {"cvlr.py", "convolutions.py", "dropout.py", "refine.py", "views.py"}
-        own = {"segmentation.py"}  # within an operator that is counted as the GPU's kernel
-        assert asking == patched | own | checks, "let `as_on_gpu` take a GPU's way there"
+        patched = {"cvlr.py", "geometry.py", "refine.py"}
+        own = {"cross_entropy.py"}  # within an operator that is counted as the GPU's kernel
+        triton = {"kernels.py", "factorize_triton.py"}  # whether the GPU's kernels can run
+        assert asking == patched | own | triton | checks, "let `as_on_gpu` take a GPU's way there"
 
     def test_stages_are_those_of_the_profile(self, counted: Count) -> None:
         assert {o.stage for o in counted.operators} - {BACKWARD} == set(cost_model.STAGES)

@@ -342,5 +342,9 @@ def restore_network(checkpoint: Checkpoint, device: torch.device) -> tuple[Netwo
         The network and its encoder's normalisation.
     """
     model = restore_model(checkpoint).eval()
+    if device.type == "cpu":
+        from slrnet.cpu import speed_up
+
+        speed_up(model)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model, Normalize.of(model.encoder)

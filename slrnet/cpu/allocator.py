@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import nn
 
 __all__ = ["LARGE_NETWORK", "keep_memory", "keep_small_pieces", "spare_memory"]
@@ -29,19 +28,15 @@ def spare_memory(model: nn.Module) -> None:
         _tell_allocator(_M_MMAP_THRESHOLD, 2**22)
 
 
-def keep_memory(device: torch.device) -> None:
+def keep_memory() -> None:
     """Lets a process that only predicts, on a CPU, keep the memory of its maps for those to come.
 
     glibc gives every map above 32 MiB back as soon as it is done with, and the system fills the pages of the next one
     with zeros: a fifth of an evaluation at several scales with WideResNet-38 (benchmarks/evaluate.py), which takes a
     quarter less memory that way.
-
-    Args:
-        device: that predicts; others than CPUs have an allocator of their own.
     """
-    if device.type == "cpu":
-        _tell_allocator(_M_MMAP_MAX, 0)
-        _tell_allocator(_M_TRIM_THRESHOLD, -1)
+    _tell_allocator(_M_MMAP_MAX, 0)
+    _tell_allocator(_M_TRIM_THRESHOLD, -1)
 
 
 def keep_small_pieces() -> None:

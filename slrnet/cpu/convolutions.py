@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-__all__ = ["StandInConv2d", "convolution_dtype", "eager_on_cpu", "keeps_size", "replace_convolutions"]
+__all__ = ["StandInConv2d", "convolution_dtype", "eager_on_cpu", "keeps_size"]
 
 
 class StandInConv2d(nn.Conv2d):
@@ -57,26 +55,6 @@ def eager_on_cpu(input: Tensor) -> bool:
 def convolution_dtype(input: Tensor) -> torch.dtype:
     """What a convolution on the CPU works in: autocast's dtype where it is on, else that of its input."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-
-
-def replace_convolutions(
-    root: nn.Module,
-    fits: Callable[[nn.Conv2d], bool],
-    make: Callable[[nn.Conv2d], nn.Module],
-    *,
-    of: tuple[type[nn.Conv2d], ...] = (nn.Conv2d,),
-) -> None:
-    """Replaces the convolutions within a module that fit.
-
-    Args:
-        root: module that holds convolutions; changed in place.
-        fits: says which.
-        make: gives what stands in for one.
-        of: classes whose own instances `fits` is asked of, not those of their subclasses.
-    """
-    for name, module in list(root.named_modules()):
-        if type(module) in of and fits(module):
-            root.set_submodule(name, make(module))
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:

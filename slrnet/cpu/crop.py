@@ -8,11 +8,10 @@ import itertools
 from collections.abc import Callable
 
 from slrnet.cpu.compiled import compiled
-from slrnet.ops.kernels import wanted
 
-__all__ = ["Kernel", "available", "kernel"]
+__all__ = ["CropKernel", "available", "crop_kernel"]
 
-Kernel = Callable[[int, int, int, int, int, int, int, int, bool, int], int]
+CropKernel = Callable[[int, int, int, int, int, int, int, int, bool, int], int]
 """Writes a box, resized to a square (bilinear, antialiased), and mirrored left to right if need be.
 
 It takes the address of an image of (H, W, 3) uint8, its bytes and those of a row; top, left, height and width of a box
@@ -20,8 +19,8 @@ within it, pixels; the side of the result; whether left becomes right; and the a
 It returns 0, or another number where there is no memory for a few rows.
 """
 
-_FEW = 16
-"""Times that a process is given no kernel."""
+_FEW = 128
+"""Crops for which a process is given no kernel."""
 _asked = itertools.count()
 
 
@@ -31,20 +30,20 @@ def available() -> bool:
     return library is not None and _function_of(library) is not None
 
 
-def kernel() -> Kernel | None:
-    """The kernel for the crops of a batch; None where operators have to make them, or should.
+def crop_kernel() -> CropKernel | None:
+    """The kernel for the next crop; None if PyTorch's operators have to make it, or should.
 
-    They should make the first ones: their bytes are the same, and a process that makes few, or whose first batch is
-    waited for, does without half a second of compiling.
+    They make the first ones: the bytes are the same, and a process that makes few crops, or whose first batch somebody
+    waits for, saves half a second of compiling.
     """
-    if next(_asked) < _FEW or not wanted():
+    if next(_asked) < _FEW:
         return None
     library = compiled("crop")
     return None if library is None else _function_of(library)
 
 
 @functools.cache
-def _function_of(library: ctypes.CDLL) -> Kernel | None:
+def _function_of(library: ctypes.CDLL) -> CropKernel | None:
     """The kernel in a library; None where the processor lacks its instructions."""
     if not library.can_crop():
         return None

@@ -1,4 +1,4 @@
-"""Cross-entropy of resized logits with its gradient, on the CPU; `losses.segmentation` has the form it must equal."""
+"""Cross-entropy of resized logits with its gradient, on the CPU; `ops.cross_entropy` has the form it must equal."""
 
 from __future__ import annotations
 
@@ -9,19 +9,14 @@ from torch import Tensor
 
 from slrnet.cpu.compiled import compiled
 
-__all__ = ["available", "resized_cross_entropy"]
+__all__ = ["sums_and_gradients"]
 
 
 _NO_MEMORY, _TOO_FAR, _NO_CLASS = 1, 2, 3
 """What the kernel returns when it did not come to its end."""
 
 
-def available() -> bool:
-    """Whether the kernel can be used on this machine."""
-    return compiled("cross_entropy") is not None
-
-
-def resized_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
+def sums_and_gradients(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
     """Sums over the pixels of weight times cross-entropy, logits being resized (bilinear, aligned corners).
 
     Args:
@@ -31,14 +26,15 @@ def resized_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tu
 
     Returns:
         (N,) the sums, and their gradients (N, K, h, w), channels last; the same to the bit for any number of threads.
-        None where a logit is 80 or more below the largest one of its pixel, or no finite number.
+        None without a compiler, or if a logit is not finite or 80 or more below the largest one of its pixel.
 
     Raises:
         IndexError: a label is not below K.
         MemoryError: there is no memory for a few rows of the small maps.
     """
     library = compiled("cross_entropy")
-    assert library is not None
+    if library is None:
+        return None
     maps, labels, weights = logits.permute(0, 2, 3, 1).contiguous(), labels.contiguous(), weights.contiguous()
     images, old_height, old_width, classes = maps.shape
     sums, own, gradients = torch.empty_like(weights), torch.empty_like(weights), torch.empty_like(maps)

@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from slrnet.cpu.convolutions import StandInConv2d, convolution_dtype, eager_on_cpu, keeps_size, replace_convolutions
-from slrnet.ops.factorize import working_dtype
+from slrnet.cpu.convolutions import StandInConv2d, convolution_dtype, eager_on_cpu, keeps_size
 
-__all__ = ["DepthwiseConv2d", "use_fast_depthwise"]
+__all__ = ["DepthwiseConv2d"]
 
 
 class DepthwiseConv2d(StandInConv2d):
@@ -38,11 +37,18 @@ class DepthwiseConv2d(StandInConv2d):
         super().__init__(conv)
         self.pads_itself = isinstance(conv, Conv2dSame)
 
+    @staticmethod
+    def serves(conv: nn.Conv2d) -> bool:
+        """Whether it can take the place of a convolution: a depthwise one that keeps the map's size or is strided."""
+        depthwise = type(conv) in (nn.Conv2d, Conv2dSame) and 1 < conv.groups == conv.in_channels == conv.out_channels
+        strided = conv.dilation == (1, 1) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        return depthwise and (strided or keeps_size(conv))
+
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the shape that the convolution gives."""
         if self.pads_itself:
             input = pad_same(input, list(self.kernel_size), list(self.stride))
-        if not self._own_way(input):
+        if not eager_on_cpu(input):
             return super().forward(input)
         maps, rate = input.to(convolution_dtype(input)), self.dilation[0]
         if rate > 1:
@@ -50,9 +56,6 @@ class DepthwiseConv2d(StandInConv2d):
         else:
             out = _undilated(maps, self.weight, self.stride, self.padding)
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
-
-    def _own_way(self, input: Tensor) -> bool:
-        return eager_on_cpu(input)
 
 
 def _interleaved(maps: Tensor, weight: Tensor, rate: int) -> Tensor:
@@ -95,7 +98,7 @@ class _Depthwise(torch.autograd.Function):
         """Gradients of maps and weight, each where it is wanted."""
         maps, weight = ctx.saved_tensors
         where = {"stride": ctx.stride, "padding": ctx.padding, "groups": len(weight)}
-        wide = working_dtype(maps)  # half precision has no fast form
+        wide = torch.promote_types(maps.dtype, torch.float32)  # half precision has no fast form
         of_maps = of_weight = None
         if ctx.needs_input_grad[0]:
             dtype = maps.dtype if ctx.stride == (1, 1) else wide
@@ -116,18 +119,3 @@ def _by_maps(maps: Tensor, slopes: Tensor, padding: tuple[int, ...]) -> Tensor:
     sources = maps.permute(2, 3, 0, 1).reshape(1, height, width, each).permute(0, 3, 1, 2)
     products = F.conv2d(sources, slopes.reshape(each, 1, *slopes.shape[-2:]), padding=padding, groups=each)
     return products.view(images, channels, *products.shape[-2:]).sum(dim=0).unsqueeze(1)
-
-
-def use_fast_depthwise(root: nn.Module) -> None:
-    """Replaces the depthwise convolutions within a module that keep the size of the map or are strided.
-
-    Args:
-        root: module that holds convolutions; changed in place. Parameters stay the same objects.
-    """
-    replace_convolutions(root, _fits, DepthwiseConv2d, of=(nn.Conv2d, Conv2dSame))
-
-
-def _fits(conv: nn.Conv2d) -> bool:
-    depthwise = 1 < conv.groups == conv.in_channels == conv.out_channels
-    strided = conv.dilation == (1, 1) and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
-    return depthwise and (strided or keeps_size(conv))

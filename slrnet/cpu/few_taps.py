@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slrnet.cpu.convolutions import StandInConv2d, convolution_dtype, eager_on_cpu
-from slrnet.ops.factorize import working_dtype
 
 __all__ = ["FewTapsConv2d"]
 
@@ -34,7 +33,9 @@ class FewTapsConv2d(StandInConv2d):
         """(N, C, H, W) to (N, K, H, W)."""
         if not self._few_taps(input):
             return super().forward(input)
-        out: Tensor = _FewTaps.apply(input.to(convolution_dtype(input)), self.weight, self.dilation[0])
+        maps = input.to(convolution_dtype(input)).permute(0, 2, 3, 1)
+        # Turned out here: PyTorch lets nobody change a view in place that a function of our own returns.
+        out: Tensor = _FewTaps.apply(maps, self.weight, self.dilation[0]).permute(0, 3, 1, 2)
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
 
     def _few_taps(self, input: Tensor) -> bool:
@@ -48,27 +49,27 @@ class FewTapsConv2d(StandInConv2d):
 
 
 class _FewTaps(torch.autograd.Function):
-    """The convolution of (N, C, H, W) by (K, C, 3, 3), with channels last within."""
+    """The convolution of (N, H, W, C) by (K, C, 3, 3) to (N, H, W, K)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, rate: int) -> Tensor:
+    def forward(ctx: Any, maps: Tensor, weight: Tensor, rate: int) -> Tensor:
         """The convolution; maps and weight are kept for the gradient."""
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(maps, weight)
         ctx.rate = rate
-        maps, filters = x.permute(0, 2, 3, 1), _filters(weight, x.dtype)
-        out = maps.new_zeros(*maps.shape[:3], len(weight), dtype=working_dtype(x))
+        filters = _filters(weight, maps.dtype)
+        out = maps.new_zeros(*maps.shape[:3], len(weight), dtype=_sum_dtype(maps))
         for i, j, seen, met in _taps(maps.shape[1], maps.shape[2], rate):
             part = out[seen]
             part += (maps[met].flatten(0, 2) @ filters[i, j].T).view(part.shape)
-        return out.to(x.dtype).permute(0, 3, 1, 2)
+        return out.to(maps.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Gradients of maps and weight, each where it is wanted."""
-        x, weight = ctx.saved_tensors
-        maps, slopes, filters = x.permute(0, 2, 3, 1), gradient.permute(0, 2, 3, 1), _filters(weight, x.dtype)
-        of_maps = torch.zeros_like(maps, dtype=working_dtype(x)) if ctx.needs_input_grad[0] else None
+        maps, weight = ctx.saved_tensors
+        filters = _filters(weight, maps.dtype)
+        of_maps = torch.zeros_like(maps, dtype=_sum_dtype(maps)) if ctx.needs_input_grad[0] else None
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i, j, seen, met in _taps(maps.shape[1], maps.shape[2], ctx.rate):
             slope = slopes[seen].flatten(0, 2)
@@ -77,7 +78,12 @@ class _FewTaps(torch.autograd.Function):
                 part += (slope @ filters[i, j]).view(part.shape)
             if of_weight is not None:
                 of_weight[:, :, i, j] = slope.T @ maps[met].flatten(0, 2)
-        return None if of_maps is None else of_maps.to(x.dtype).permute(0, 3, 1, 2), of_weight, None
+        return None if of_maps is None else of_maps.to(maps.dtype), of_weight, None
+
+
+def _sum_dtype(maps: Tensor) -> torch.dtype:
+    """The dtype of sums of products: float32 for half precision, else the maps' own."""
+    return torch.promote_types(maps.dtype, torch.float32)
 
 
 def _filters(weight: Tensor, dtype: torch.dtype) -> Tensor:

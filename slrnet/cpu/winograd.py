@@ -18,10 +18,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from slrnet.cpu.convolutions import convolution_dtype, eager_on_cpu, keeps_size, replace_convolutions
+from slrnet.cpu.convolutions import convolution_dtype, eager_on_cpu, keeps_size
 from slrnet.cpu.few_taps import FewTapsConv2d
 
-__all__ = ["WinogradConv2d", "use_winograd"]
+__all__ = ["WinogradConv2d"]
 
 _TILE = 4
 """Side of a tile of outputs; of inputs it is two more."""
@@ -68,6 +68,11 @@ class WinogradConv2d(FewTapsConv2d):
         super().__init__(conv)
         self._filters: tuple[tuple[int, int], Tensor] | None = None
 
+    @staticmethod
+    def serves(conv: nn.Conv2d) -> bool:
+        """Whether it can take the place of a convolution: a 3x3 one of one group that keeps the map's size."""
+        return type(conv) is nn.Conv2d and keeps_size(conv) and conv.groups == 1 and tuple(conv.kernel_size) == (3, 3)
+
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to (N, K, H, W)."""
         if not self._pays(input):
@@ -98,19 +103,6 @@ class WinogradConv2d(FewTapsConv2d):
             taps = self.weight.detach().permute(2, 3, 1, 0).reshape(9, -1)
             self._filters = of, (_TO_FILTER.to(taps) @ taps).view(36, self.in_channels, self.out_channels)
         return self._filters[1]
-
-
-def use_winograd(root: nn.Module) -> None:
-    """Replaces the 3x3 convolutions within a module that keep the size of the map.
-
-    Args:
-        root: module that holds convolutions; changed in place. Parameters stay the same objects.
-    """
-    replace_convolutions(root, _fits, WinogradConv2d)
-
-
-def _fits(conv: nn.Conv2d) -> bool:
-    return keeps_size(conv) and conv.groups == 1 and tuple(conv.kernel_size) == (3, 3)
 
 
 def _tiles(size: int, rate: int) -> int:

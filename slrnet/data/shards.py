@@ -26,8 +26,6 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from slrnet.cpu import crop as crop_cpu
-from slrnet.cpu.allocator import keep_small_pieces
 from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.counter_random import Bits, key_of, random_bits
@@ -511,25 +509,24 @@ class _BatchMaker:
             raise DataError(f"a batch of {number} crops has {len(items)} samples")
         images = torch.empty((number, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
         masks: list[Tensor | None] = [None] * number
-        kernel = crop_cpu.kernel()
         for place, (item, image) in enumerate(zip(items, images, strict=True)):
             if isinstance(item.found, FoundSample):
                 try:
-                    masks[place] = self._crop(item.found, item.crop, image, kernel)
+                    masks[place] = self._crop(item.found, item.crop, image)
                 except DataError as error:
                     items[place] = item._replace(found=self._reader.index.damage(item.found.sample, error))
         self._recent.extend(item for item in items if isinstance(item.found, FoundSample))
         self.skipped.extend(item.found for item in items if isinstance(item.found, SkippedSample))
         return _Crops(items, images, masks)
 
-    def _crop(self, found: FoundSample, crop: Crop, out: Tensor, kernel: crop_cpu.Kernel | None) -> Tensor | None:
+    def _crop(self, found: FoundSample, crop: Crop, out: Tensor) -> Tensor | None:
         """Writes the crop to `out`, (3, S, S); gives the mask's, (S, S), if there is one.
 
         Raises:
             DataError: the image or the mask is damaged.
         """
         index, files = self._reader.index, self._files.views(found)
-        crop_into(out, index.decode(found.row, files, crop.reduction), crop, kernel)
+        crop_into(out, index.decode(found.row, files, crop.reduction), crop)
         mask = index.decode_mask(found.row, files)
         return None if mask is None else crop_mask(mask, crop, size=self._reader.crop.size)
 
@@ -557,7 +554,7 @@ class _BatchMaker:
         assert isinstance(item.found, FoundSample)
         (crop,) = self._reader.boxes([item.found], np.array([key], dtype=np.uint64))
         with self._reader.index.naming(item.found.sample):
-            return item, self._crop(item.found, crop, out, None)
+            return item, self._crop(item.found, crop, out)
 
 
 def _stacked(masks: list[Tensor | None], size: int) -> Tensor | None:
@@ -624,6 +621,8 @@ def prepare_reader() -> None:
 
     What has been imported is taken from the garbage collector, which would look through it every few thousand images.
     """
+    from slrnet.cpu.allocator import keep_small_pieces
+
     gc.freeze()
     keep_small_pieces()
 

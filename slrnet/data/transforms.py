@@ -23,9 +23,9 @@ from torchvision.io import ImageReadMode
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from slrnet.cpu import crop as crop_cpu
 from slrnet.data.counter_random import Bits, uniform
 from slrnet.data.manifest import DataError
+from slrnet.ops import kernels
 
 __all__ = [
     "ASPECT_RATIOS",
@@ -127,31 +127,33 @@ def crop_image(image: Tensor, crop: Crop, *, size: int) -> Tensor:
         (3, size, size) uint8, channels last.
     """
     out = torch.empty(1, 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)[0]
-    crop_into(out, image, crop, crop_cpu.kernel())
+    crop_into(out, image, crop)
     return out
 
 
-def crop_into(out: Tensor, image: Tensor, crop: Crop, kernel: crop_cpu.Kernel | None) -> None:
+def crop_into(out: Tensor, image: Tensor, crop: Crop) -> None:
     """Like `crop_image`, but writes the result to a part of a batch.
 
     Args:
         out: (3, S, S) uint8.
         image: (3, H, W) uint8, as decoded with the crop's reduction.
-        crop: within the image.
-        kernel: from `kernels.crop_cpu`; without it, or where one of the two is not channels last, operators crop.
+        crop: the box within the image.
 
     Raises:
-        MemoryError: the kernel got no memory.
+        MemoryError: the compiled kernel got no memory.
     """
-    if kernel is None or not (_lies_channels_last(image) and _lies_channels_last(out)):
-        out.copy_(_crop_by_operators(image, crop, out.shape[-1]))
-        return
-    source, target = (image.data_ptr(), image.numel(), image.stride(1)), out.data_ptr()
-    if kernel(*source, *crop.on_decoded(), out.shape[-1], crop.mirrored, target):
-        raise MemoryError("the crop's kernel got no memory for its rows; lower data.workers")
+    if kernels.wanted() and _is_channels_last(image) and _is_channels_last(out):
+        from slrnet.cpu.crop import crop_kernel
+
+        if (kernel := crop_kernel()) is not None:
+            source = (image.data_ptr(), image.numel(), image.stride(1))
+            if kernel(*source, *crop.on_decoded(), out.shape[-1], crop.mirrored, out.data_ptr()):
+                raise MemoryError("the crop's kernel got no memory for its rows; lower data.workers")
+            return
+    out.copy_(_crop_by_operators(image, crop, out.shape[-1]))
 
 
-def _lies_channels_last(image: Tensor) -> bool:
+def _is_channels_last(image: Tensor) -> bool:
     return image.is_cpu and image.stride() == (1, 3 * image.shape[-1], 3)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint, check_classes, load_checkpoint, restore_network
 from slrnet.config import Config, config_from_dict
-from slrnet.cpu.allocator import keep_memory
 from slrnet.data.batch import EvalSample
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.shards import EvalLoader
@@ -162,7 +161,10 @@ def _evaluate(values: dict[str, Any], process: Process, report: Report) -> None:
     config = config_from_dict(values["config"])
     checkpoint = load_checkpoint(values["checkpoint"])
     shards = load_dataset(values["data"])
-    keep_memory(process.device)
+    if process.device.type == "cpu":
+        from slrnet.cpu.allocator import keep_memory
+
+        keep_memory()
     model, normalize = restore_network(checkpoint, process.device)
     loader = EvalLoader(
         shards, split=values["split"], rank=process.rank, world_size=process.world_size, on_error=config.data.on_error

@@ -33,7 +33,6 @@ from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint, check_classes, load_checkpoint, restore_network
 from slrnet.config import Config, config_from_dict
-from slrnet.cpu.allocator import keep_memory
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import SCHEMA, DataError, ShardSet, SplitView, load_dataset, save_dataset
@@ -331,7 +330,10 @@ class _Tally:
 def _label(values: dict[str, Any], process: Process, report: Report) -> None:
     config = config_from_dict(values["config"])
     shards = load_dataset(values["data"])
-    keep_memory(process.device)
+    if process.device.type == "cpu":
+        from slrnet.cpu.allocator import keep_memory
+
+        keep_memory()
     network = restore_network(load_checkpoint(values["checkpoint"]), process.device)
     mine = values["remaining"][process.rank :: process.world_size]
     predicted = _predict_all(*network, shards, mine, config, process)

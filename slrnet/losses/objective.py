@@ -12,7 +12,8 @@ from torch import Tensor
 from slrnet.config import LossConfig, WeightsConfig
 from slrnet.losses.classification import classification_loss
 from slrnet.losses.consistency import code_consistency, mask_consistency, mask_divergence
-from slrnet.losses.segmentation import weigh, weighted_cross_entropy
+from slrnet.losses.segmentation import weigh
+from slrnet.ops.cross_entropy import resized_cross_entropy
 
 __all__ = ["AlignedOutputs", "Labels", "Objective", "objective"]
 
@@ -130,7 +131,7 @@ def _segmentation_parts(
     views = len(outputs.logits)
     weighed = [count(targets)] * views if targets.ndim == 3 else [count(own) for own in targets.unbind()[:views]]
     main, auxiliary = (
-        [weighted_cross_entropy(view, own) for view, own in zip(maps, weighed, strict=bool(maps))]
+        [resized_cross_entropy(view, *own) for view, own in zip(maps, weighed, strict=bool(maps))]
         for maps in (outputs.logits, outputs.auxiliary_logits)
     )
     kinds = {"segmentation": (labels.pseudo_labels, ~labels.has_pixel_labels)}

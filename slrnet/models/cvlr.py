@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slrnet.ops import kernels
-from slrnet.ops.factorize import MASS_FLOOR, assigned_sums, directions_of, factorize_op, working_dtype
+from slrnet.ops.factorize import assigned_sums, directions_of, factorize_op, working_dtype
+from slrnet.ops.kernels import MASS_FLOOR
 
 __all__ = [
     "CrossViewLowRank",

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slrnet.cpu.dropout import RectifiedDropout, draw_kept
 from slrnet.ops.maps import resize
 
 __all__ = ["ASPP", "GlobalCueInjection", "MaskHead", "SkipFusion", "StochasticGate", "conv_norm", "conv_norm_relu"]
@@ -133,9 +132,8 @@ class StochasticGate(nn.Module):
         deep, shallow = deep.to(dtype), shallow.to(dtype)
         if not self.training or self.rate == 0:
             return torch.lerp(deep, shallow, self.rate)
-        keep = draw_kept(deep, 1 - self.rate)
-        centred = (deep - self.rate * shallow) / (1 - self.rate)
-        return torch.lerp(shallow, centred, keep)
+        # shallow, or shallow + (deep - shallow) / (1 - rate) = (deep - rate shallow) / (1 - rate)
+        return shallow + F.dropout(deep - shallow, self.rate)
 
 
 class MaskHead(nn.Module):
@@ -152,7 +150,7 @@ class MaskHead(nn.Module):
         super().__init__()
         self.predict_background = predict_background
         self.convs = nn.Sequential(
-            conv_norm(dim, dim, 3), RectifiedDropout(dropout), conv_norm(dim, dim, 3), RectifiedDropout(dropout / 5)
+            conv_norm_relu(dim, dim, 3), nn.Dropout(dropout), conv_norm_relu(dim, dim, 3), nn.Dropout(dropout / 5)
         )
         self.classify = nn.Conv2d(dim, num_classes - (not predict_background), 1)
 

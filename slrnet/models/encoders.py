@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slrnet.config import nearest
-from slrnet.cpu.depthwise import use_fast_depthwise
 from slrnet.models.frozen_norm import freeze_batch_norms
 from slrnet.models.wide_resnet38 import WideResNet38
 
@@ -209,7 +208,6 @@ def build_encoder(
     if output_stride not in (8, 16, 32):
         raise ValueError(f"output_stride is {output_stride}; allowed are 8, 16 and 32")
     encoder = _build_wide_resnet38(output_stride) if model is None else _build_timm(model, output_stride)
-    use_fast_depthwise(encoder.backbone)
     if weights != "none":
         tensors, source = _auto_tensors(name, model) if weights == "auto" else read_tensors(Path(weights))
         _load(encoder.backbone, model, tensors, source)

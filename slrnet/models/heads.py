@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slrnet.cpu.dropout import RectifiedDropout
-from slrnet.models.decoder import conv_norm
+from slrnet.models.decoder import conv_norm_relu
 
 __all__ = ["AuxiliaryHead", "class_scores"]
 
@@ -31,8 +30,8 @@ class AuxiliaryHead(nn.Module):
     def __init__(self, dim: int, *, num_classes: int, dropout: float = 0.5, predict_background: bool = False) -> None:
         super().__init__()
         self.predict_background = predict_background
-        self.conv = conv_norm(dim, dim, 3)
-        self.dropout = RectifiedDropout(dropout)
+        self.conv = conv_norm_relu(dim, dim, 3)
+        self.dropout = nn.Dropout(dropout)
         self.classify = nn.Conv2d(dim, num_classes - (not predict_background), 1)
 
     def forward(self, features: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from slrnet.config import Config, CvlrConfig, ModelConfig
-from slrnet.cpu.winograd import use_winograd
 from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.encoders import Encoder, build_encoder
@@ -122,12 +121,6 @@ def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int, predi
         ValueError: unknown encoder, a weights file that is missing or does not fit, or an architecture whose extra is
             not installed.
     """
-    network = _build(model, cvlr, num_classes=num_classes, predict_background=predict_background)
-    use_winograd(network)
-    return network
-
-
-def _build(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int, predict_background: bool) -> Network:
     encoder = build_encoder(
         model.encoder,
         weights=model.encoder_weights,

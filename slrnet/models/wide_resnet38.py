@@ -15,8 +15,6 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slrnet.cpu.dropout import RectifiedDropout2d
-
 __all__ = ["BottleneckBlock", "PlainBlock", "WideResNet38"]
 
 
@@ -163,10 +161,10 @@ class BottleneckBlock(nn.Module):
         self.bn_branch2a = nn.BatchNorm2d(in_channels)
         self.conv_branch2a = nn.Conv2d(in_channels, mid_channels, 1, stride, bias=False)
         self.bn_branch2b1 = nn.BatchNorm2d(mid_channels)
-        self.dropout_2b1 = RectifiedDropout2d(dropout)
+        self.dropout_2b1 = nn.Dropout2d(dropout)
         self.conv_branch2b1 = _conv3x3(mid_channels, wide_channels, dilation=dilation)
         self.bn_branch2b2 = nn.BatchNorm2d(wide_channels)
-        self.dropout_2b2 = RectifiedDropout2d(dropout)
+        self.dropout_2b2 = nn.Dropout2d(dropout)
         self.conv_branch2b2 = nn.Conv2d(wide_channels, out_channels, 1, bias=False)
         self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
@@ -174,8 +172,8 @@ class BottleneckBlock(nn.Module):
         """Maps (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         activated = F.relu(self.bn_branch2a(x), inplace=True)
         branch = self.conv_branch2a(activated)
-        branch = self.conv_branch2b1(self.dropout_2b1(self.bn_branch2b1(branch)))
-        branch = self.conv_branch2b2(self.dropout_2b2(self.bn_branch2b2(branch)))
+        branch = self.conv_branch2b1(self.dropout_2b1(F.relu(self.bn_branch2b1(branch), inplace=True)))
+        branch = self.conv_branch2b2(self.dropout_2b2(F.relu(self.bn_branch2b2(branch), inplace=True)))
         return branch.add_(self.conv_branch1(activated))  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of resized logits with its gradient in Triton; `losses.segmentation` has the form that it must equal.
+"""Cross-entropy of resized logits with its gradient in Triton; `ops.cross_entropy` has the form that it must equal.
 
 Four neighbours of the small map enclose a cell of pixels, and a program works on the pixels of one cell: it goes over
 the classes twice, for the sum of the exponentials and for what each class adds to the gradients of the four neighbours.
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["BLOCK", "PIXELS", "WARPS", "Plan", "plan_of", "resized_cross_entropy"]
+__all__ = ["BLOCK", "PIXELS", "WARPS", "Plan", "plan_of", "sums_and_gradients"]
 
 PIXELS = 128
 """Pixels of a program; cells of more are shared by several."""
@@ -114,7 +114,7 @@ def _cross_entropy_of_cells(
             tl.store(parts + corner * classes + k, tl.sum(slope * tall[corner], axis=0), mask=k < classes)
 
 
-def resized_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def sums_and_gradients(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over the pixels of weight times cross-entropy, logits being resized (bilinear, aligned corners).
 
     Args:

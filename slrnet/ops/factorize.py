@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MASS_FLOOR", "NORM_FLOOR", "assigned_sums", "directions_of", "factorize_op", "working_dtype"]
+from slrnet.ops.kernels import MASS_FLOOR, NORM_FLOOR
 
-MASS_FLOOR = 1e-6
-"""An atom's code mass is not divided by less than this; larger masses are left as they are."""
-NORM_FLOOR = 1e-6
-"""An atom is not divided by a norm below this when it is normalised."""
+__all__ = ["assigned_sums", "directions_of", "factorize_op", "working_dtype"]
+
 BLOCK = 2048
 """Positions that are worked on together on the CPU."""
 
@@ -48,9 +46,9 @@ def factorize_op(
         float32 at least; the last codes (N, k, P) and the reconstruction (N, d, P) in the type of the features.
     """
     if implementation == "triton":
-        from slrnet.ops import factorize_triton as kernels
+        from slrnet.ops import factorize_triton
 
-        return kernels.forward(features, codes, num_iters, temperature)
+        return factorize_triton.forward(features, codes, num_iters, temperature)
     return _forward(features, codes, num_iters, temperature)
 
 
@@ -69,9 +67,9 @@ def _backward_op(
     """Gradients of features and first codes, from those of the last dictionary (N, d, k), codes and reconstruction."""
     arguments = (features, codes, dictionaries, masses, grad_dictionary, grad_codes, grad_reconstruction, temperature)
     if implementation == "triton":
-        from slrnet.ops import factorize_triton as kernels
+        from slrnet.ops import factorize_triton
 
-        return kernels.backward(*arguments)
+        return factorize_triton.backward(*arguments)
     return _backward(*arguments)
 
 

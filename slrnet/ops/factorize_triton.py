@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slrnet.ops.factorize import MASS_FLOOR, NORM_FLOOR
+from slrnet.ops.kernels import MASS_FLOOR, NORM_FLOOR
 
 __all__ = ["INTERPRETED", "Plan", "backward", "forward", "misfit", "plan_of"]
 

@@ -1,4 +1,4 @@
-"""Kernels in Triton for GPUs and in C for CPUs; the PyTorch form that each must equal stands where it is used."""
+"""What all kernels share: the switch that turns them off, and the constants of Algorithm 1."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-__all__ = ["SWITCH", "triton_serves", "wanted"]
+__all__ = ["MASS_FLOOR", "NORM_FLOOR", "SWITCH", "triton_serves", "wanted"]
 
 SWITCH = "SLRNET_KERNELS"
-"""Environment variable; `off` leaves the work to PyTorch's operators where a kernel would be chosen."""
+"""Environment variable; `off` makes PyTorch's operators do the work of the kernels in Triton and in C."""
+MASS_FLOOR = 1e-6
+"""An atom's code mass is not divided by less than this; larger masses are left as they are."""
+NORM_FLOOR = 1e-6
+"""An atom is not divided by a norm below this when it is normalized."""
 
 
 def wanted() -> bool:

@@ -29,7 +29,6 @@ from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint, restore_n
 from slrnet.checkpoints.run_store import local_run, run_argument
 from slrnet.completion import parse
 from slrnet.config import PROTOCOLS, Protocol
-from slrnet.cpu.allocator import keep_memory
 from slrnet.data.catalog import voc_palette
 from slrnet.data.images import encode_mask, upright_size
 from slrnet.inference.predictor import Prediction, Predictor, rgb_array
@@ -148,7 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    keep_memory(predictor.device)
+    if predictor.device.type == "cpu":
+        from slrnet.cpu.allocator import keep_memory
+
+        keep_memory()
     records: dict[str, Any] = {}
     failed = 0
     with tqdm(total=len(images), unit="image", disable=None) as bar:

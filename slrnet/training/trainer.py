@@ -36,7 +36,6 @@ from slrnet.checkpoints.checkpoint import (
 )
 from slrnet.checkpoints.writer import CheckpointWriter
 from slrnet.config import Config
-from slrnet.cpu.allocator import spare_memory
 from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.manifest import ShardSet
 from slrnet.data.shards import EvalLoader, SkippedSample, TrainLoader
@@ -125,7 +124,10 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.model = network_of(config, num_classes=shards.info.num_classes)
         if process.device.type == "cpu":
-            spare_memory(self.model)
+            from slrnet.cpu import speed_up
+            from slrnet.cpu.allocator import spare_memory
+
+            spare_memory(speed_up(self.model))
         self.model.to(device=process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.normalize = Normalize.of(self.model.encoder)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)

@@ -49,10 +49,9 @@ def printed(script: str, *arguments: str) -> list[float]:
 
 def test_a_process_that_predicts_keeps_the_memory_of_its_maps() -> None:
     script = f"""{MEMORY_TAKEN}
-import torch
-from slrnet import allocator
+from slrnet.cpu import allocator
 
-allocator.keep_memory(torch.device("cpu"))
+allocator.keep_memory()
 print(*taken(100), *taken(100))
 """
     mapped, kept, left, _, new, _ = printed(script)
@@ -86,7 +85,7 @@ def test_a_large_network_takes_its_maps_from_the_system() -> None:
     """Maps of 8 MiB come from the heap, which keeps them, unless the network is large."""
     script = f"""{MEMORY_TAKEN}
 import sys, torch
-from slrnet import allocator
+from slrnet.cpu import allocator
 
 allocator.LARGE_NETWORK = 4 * int(sys.argv[1])
 torch.zeros(2**22)  # 16 MiB: from now on glibc takes what is smaller from the heap

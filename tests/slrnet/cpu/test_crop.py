@@ -44,7 +44,7 @@ def compiled_with(options: str) -> ctypes.CDLL:
         compiler.write_text(f'#!/bin/sh\nexec {compiled._compiler()} "$@" {options}\n')
         compiler.chmod(0o755)
         patch.setenv(compiled.COMPILER_VARIABLE, str(compiler))
-        library = compiled.compiled.__wrapped__("crop_cpu")
+        library = compiled.compiled.__wrapped__("crop")
     assert library is not None
     return library
 
@@ -102,7 +102,7 @@ def test_a_process_that_makes_few_crops_compiles_nothing(monkeypatch: pytest.Mon
 def test_writes_to_its_place_and_nowhere_else() -> None:
     batch = torch.full((3, 3, 33, 33), 7, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     image, crop = noise(50, 60, 0), Crop(3, 4, 40, 50, mirrored=True)
-    crop_into(batch[1], image, crop, crop_cpu.kernel())
+    crop_into(batch[1], image, crop)
     assert torch.equal(batch[1], crop_image(image, crop, size=33))
     assert (batch[0] == 7).all()
     assert (batch[2] == 7).all()

@@ -1,6 +1,6 @@
 """The compiled cross-entropy: what it refuses, and bits that do not depend on threads or layout.
 
-That its numbers are right is tested with `losses.segmentation`, which has the form that it must equal.
+Its numbers are tested with `ops.cross_entropy`, which has the form that it must equal.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slrnet.cpu import cross_entropy as cross_entropy_cpu
+from slrnet.cpu.compiled import compiled
+from slrnet.cpu.cross_entropy import sums_and_gradients
 
-pytestmark = pytest.mark.skipif(not cross_entropy_cpu.available(), reason="no C compiler")
+pytestmark = pytest.mark.skipif(compiled("cross_entropy") is None, reason="no C compiler")
 
 
 def case(*, classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -30,9 +31,7 @@ def test_the_same_to_the_bit_for_any_threads_and_layout() -> None:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            results.append(
-                cross_entropy_cpu.resized_cross_entropy(logits.contiguous(memory_format=layout), labels, weights)
-            )
+            results.append(sums_and_gradients(logits.contiguous(memory_format=layout), labels, weights))
         finally:
             torch.set_num_threads(before)
     one, three = results
@@ -44,9 +43,9 @@ def test_the_same_to_the_bit_for_any_threads_and_layout() -> None:
 @pytest.mark.parametrize("value", [-100.0, 100.0, math.nan, math.inf, -math.inf])
 def test_refuses_what_exponentials_do_not_reach(value: float) -> None:
     logits, labels, weights = case()
-    assert cross_entropy_cpu.resized_cross_entropy(logits, labels, weights) is not None
+    assert sums_and_gradients(logits, labels, weights) is not None
     logits[1, 4, 5, 6] = value
-    assert cross_entropy_cpu.resized_cross_entropy(logits, labels, weights) is None
+    assert sums_and_gradients(logits, labels, weights) is None
 
 
 @pytest.mark.parametrize("small", [(4, 5), (3, 3)])
@@ -56,7 +55,7 @@ def test_the_widest_spread_that_is_taken_keeps_its_digits(small: tuple[int, int]
     logits = -79.0 * (torch.rand(2, 21, *small, generator=generator) > 0.5).float()
     logits[:, 0] = torch.where(logits.amax(dim=1) < 0, 0.0, logits[:, 0])
     labels, weights = torch.randint(0, 21, (2, 70, 33), generator=generator), torch.rand(2, 70, 33, generator=generator)
-    done = cross_entropy_cpu.resized_cross_entropy(logits, labels, weights)
+    done = sums_and_gradients(logits, labels, weights)
     exact = logits.double().requires_grad_()
     resized = F.interpolate(exact, (70, 33), mode="bilinear", align_corners=True)
     losses = (F.cross_entropy(resized, labels, reduction="none") * weights).sum(dim=(1, 2))
@@ -69,8 +68,8 @@ def test_the_widest_spread_that_is_taken_keeps_its_digits(small: tuple[int, int]
 
 def test_large_logits_that_are_near_each_other_are_taken() -> None:
     logits, labels, weights = case()
-    plain = cross_entropy_cpu.resized_cross_entropy(logits, labels, weights)
-    moved = cross_entropy_cpu.resized_cross_entropy(logits + 2.0**12, labels, weights)
+    plain = sums_and_gradients(logits, labels, weights)
+    moved = sums_and_gradients(logits + 2.0**12, labels, weights)
     assert plain is not None
     assert moved is not None
     torch.testing.assert_close(moved[0], plain[0], rtol=1e-3, atol=0)  # 2^12 leaves logits three decimal places
@@ -80,7 +79,7 @@ def test_pixels_without_weight_add_nothing() -> None:
     logits, labels, weights = case()
     weights[0] = 0
     weights[1, :20] = 0
-    done = cross_entropy_cpu.resized_cross_entropy(logits, labels, weights)
+    done = sums_and_gradients(logits, labels, weights)
     assert done is not None
     losses, gradients = done
     assert losses[0] == 0
@@ -95,4 +94,4 @@ def test_labels_that_are_no_class_are_refused(label: int) -> None:
     logits, labels, weights = case()
     labels[1, 39, 49] = label
     with pytest.raises(IndexError, match="allowed are 0 to 4"):
-        cross_entropy_cpu.resized_cross_entropy(logits, labels, weights)
+        sums_and_gradients(logits, labels, weights)

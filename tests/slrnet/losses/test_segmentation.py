@@ -6,16 +6,12 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from slrnet.cpu import cross_entropy as cross_entropy_cpu
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.losses import segmentation
-from slrnet.losses.segmentation import WeighedLabels, balanced_cross_entropy, weighted_cross_entropy
+from slrnet.losses.segmentation import balanced_cross_entropy
 from slrnet.ops.maps import resize
 
 VOID = IGNORE_INDEX
@@ -80,119 +76,6 @@ def test_logits_are_resized_to_the_labels() -> None:
     _, labels = random_case(2, 3, 7, 9, seed=1)
     loss = balanced_cross_entropy(logits, labels)
     assert loss.tolist() == pytest.approx(loss_in_loops(resize(logits, (7, 9)), labels, None), abs=1e-5)
-
-
-@pytest.fixture
-def operators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLRNET_KERNELS", "off")
-
-
-SIZES = [((3, 4), (7, 9)), ((5, 5), (5, 5)), ((1, 4), (6, 1)), ((7, 9), (3, 4)), ((2, 3), (23, 65))]
-
-
-@pytest.mark.parametrize(("small", "large"), SIZES)
-@pytest.mark.parametrize("part", [(1, 1), (100, 3), (2**20, 2), (2**20, 24)])
-@pytest.mark.parametrize("scale", [1.0, 200.0])
-@pytest.mark.usefixtures("operators_alone")
-def test_equals_resizing_and_then_comparing(
-    small: tuple[int, int], large: tuple[int, int], part: tuple[int, int], scale: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Loss and gradient, worked on by rows, by images and all at once, are those of PyTorch's own operators."""
-    monkeypatch.setattr(segmentation, "_PART", {"cpu": part})
-    assert_equals_resized(small, large, classes=4, scale=scale)
-
-
-@pytest.mark.parametrize(("small", "large"), SIZES)
-@pytest.mark.parametrize("classes", [2, 16, 21, 201])
-@pytest.mark.parametrize("scale", [1.0, 8.0, 200.0])
-def test_the_kernel_equals_resizing_and_then_comparing(
-    small: tuple[int, int], large: tuple[int, int], classes: int, scale: float
-) -> None:
-    """It leaves maps of one row, and logits that are too far from each other, to the operators."""
-    assert_equals_resized(small, large, classes=classes, scale=scale)
-
-
-def assert_equals_resized(small: tuple[int, int], large: tuple[int, int], *, classes: int, scale: float) -> None:
-    logits = scale * random_case(3, classes, *small, seed=0)[0]
-    _, labels = random_case(3, classes, *large, seed=1)
-    labels[2, : large[0] // 2] = VOID
-    gradients = []
-    for one in (balanced_cross_entropy, resized_cross_entropy):
-        own = logits.clone().requires_grad_()
-        loss = one(own, labels)
-        (loss * torch.tensor([1.0, -2.0, 0.5])).sum().backward()  # type: ignore[no-untyped-call]
-        gradients.append((loss.detach(), own.grad))
-    for fast, slow in zip(*gradients, strict=True):
-        torch.testing.assert_close(fast, slow, atol=2e-6, rtol=2e-5)
-
-
-def test_kernels_are_switched_off_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Tensor) -> None:
-        raise AssertionError("the kernel is used")
-
-    logits, labels = random_case(2, 3, 4, 4, seed=0)
-    monkeypatch.setattr(cross_entropy_cpu, "available", lambda: True)
-    monkeypatch.setattr(cross_entropy_cpu, "resized_cross_entropy", refuse)
-    with pytest.raises(AssertionError, match="the kernel is used"):
-        balanced_cross_entropy(logits, labels)
-    monkeypatch.setenv("SLRNET_KERNELS", "off")
-    assert balanced_cross_entropy(logits, labels).isfinite().all()
-    monkeypatch.setenv("SLRNET_KERNELS", "no")
-    with pytest.raises(ValueError, match="SLRNET_KERNELS is 'no'; allowed are 'on' .* and 'off'"):
-        balanced_cross_entropy(logits, labels)
-
-
-def test_logits_that_are_no_numbers_give_no_number() -> None:
-    """The trainer finds a diverged network by its loss."""
-    logits, labels = random_case(2, 3, 4, 4, seed=0)
-    for value in (math.nan, math.inf):
-        logits[0, 1, 2, 2] = value
-        loss = balanced_cross_entropy(logits, labels)
-        assert math.isnan(loss[0])
-        assert math.isfinite(loss[1])
-
-
-def test_tensors_without_memory_and_compilers_see_one_operator() -> None:
-    logits, labels = random_case(2, 3, 4, 4, seed=0)
-    with FakeTensorMode() as mode:
-        own = mode.from_tensor(logits).requires_grad_()
-        loss = weighted_cross_entropy(own, WeighedLabels(mode.from_tensor(labels), torch.ones(2, 4, 4)))
-        loss.sum().backward()  # type: ignore[no-untyped-call]
-    assert loss.shape == (2,)
-    assert own.grad is not None
-    arguments = (logits, labels.clamp_max(2), torch.ones(2, 4, 4))
-    torch.library.opcheck(segmentation._sums_and_slopes, arguments)
-
-
-@pytest.mark.usefixtures("operators_alone")
-def test_images_that_weigh_nothing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others' losses and gradients stay what they are."""
-    monkeypatch.setattr(segmentation, "_PART", {"cpu": (1, 1)})
-    logits, labels = random_case(3, 4, 5, 6, seed=0)
-    labels[1] = VOID
-    results = []
-    for leave_out in (True, False):
-        if not leave_out:
-            monkeypatch.setattr(segmentation, "_known_to_weigh_nothing", lambda weights: False)
-        parts = [part for part, _ in segmentation._parts((labels != VOID).float(), 4, 5)]
-        assert {part.start for part in parts} == ({0, 2} if leave_out else {0, 1, 2})
-        own = logits.clone().requires_grad_()
-        loss = balanced_cross_entropy(own, labels)
-        loss.sum().backward()  # type: ignore[no-untyped-call]
-        results.append((loss.detach(), own.grad))
-    for left_out, computed in zip(*results, strict=True):
-        assert torch.equal(left_out, computed)
-
-
-def resized_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The same with a map of all classes at the labels' resolution."""
-    losses = F.cross_entropy(resize(logits, labels.shape[-2:]), labels, ignore_index=VOID, reduction="none")
-    weights = torch.zeros_like(losses)
-    for image, weight in zip(labels, weights, strict=True):
-        total = (image != VOID).sum()
-        for k in range(logits.shape[1]):
-            weight[image == k] = (total - (image == k).sum()) / (1 + total)
-    return (losses * weights).flatten(1).mean(dim=1)
 
 
 def test_half_precision_logits_get_a_gradient_of_their_type() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from slrnet.losses.segmentation import _by_operators
-from slrnet.ops import cross_entropy_triton as cross_entropy_gpu
+from slrnet.ops import cross_entropy_triton
+from slrnet.ops.cross_entropy import by_operators
 
 
 def case(
@@ -32,21 +32,21 @@ def case(
 def test_equals_operators(small: tuple[int, int], large: tuple[int, int], classes: int, scale: float) -> None:
     arguments = case(small, large, classes, scale=scale)
     for own, expected in zip(
-        cross_entropy_gpu.resized_cross_entropy(*arguments), _by_operators(*arguments), strict=True
+        cross_entropy_triton.sums_and_gradients(*arguments), by_operators(*arguments), strict=True
     ):
         torch.testing.assert_close(own, expected, rtol=2e-5, atol=2e-6 * float(expected.abs().max()))
         assert own.stride() == expected.stride()
 
 
 def test_cells_of_many_pixels_are_shared() -> None:
-    assert cross_entropy_gpu.plan_of((2, 3), (23, 65)).shared > 1
-    assert cross_entropy_gpu.plan_of((41, 41), (321, 321)) == (40, 40, 128, 1)
+    assert cross_entropy_triton.plan_of((2, 3), (23, 65)).shared > 1
+    assert cross_entropy_triton.plan_of((41, 41), (321, 321)) == (40, 40, 128, 1)
 
 
 @pytest.mark.parametrize("old", [(2, 2), (2, 40), (24, 24), (41, 41), (81, 7)])
 @pytest.mark.parametrize("new", [(2, 2), (7, 96), (192, 192), (321, 321), (512, 33)])
 def test_plans_hold_every_cell(old: tuple[int, int], new: tuple[int, int]) -> None:
-    plan = cross_entropy_gpu.plan_of(old, new)
+    plan = cross_entropy_triton.plan_of(old, new)
     cells = [[min(y * (o - 1) // (n - 1), o - 2) for y in range(n)] for o, n in zip(old, new, strict=True)]
     largest = math.prod(max(map(side.count, side)) for side in cells)
     assert plan.shared * plan.pixels >= largest
@@ -56,6 +56,6 @@ def test_plans_hold_every_cell(old: tuple[int, int], new: tuple[int, int]) -> No
 def test_what_is_no_number_is_seen() -> None:
     logits, labels, weights = case((3, 4), (7, 9), 5)
     logits[1, 2, 1, 1] = math.nan
-    losses, _ = cross_entropy_gpu.resized_cross_entropy(logits, labels, weights)
+    losses, _ = cross_entropy_triton.sums_and_gradients(logits, labels, weights)
     assert losses[0].isfinite()
     assert losses[1].isnan()
