@@ -185,7 +185,7 @@ def _under_torchrun(values: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from slrnet.distributed.process import configure_process, current_process
-    from slrnet.launch.train import Report
+    from slrnet.launch.rank import Report
 
     dist.init_process_group("gloo")
     configure_process(int(os.environ["OMP_NUM_THREADS"]))

@@ -40,7 +40,7 @@ def parse_arguments(about: str | None) -> argparse.Namespace:
 
 
 def build_config(options: argparse.Namespace, storage: Path, remote: str, recipe: str) -> Config:
-    from slrnet.launch.train import resume_config
+    from slrnet.launch.checks import resume_config
 
     if options.resume and not (options.recipe or options.config):
         config = resume_config(storage, options.resume, remote=remote)

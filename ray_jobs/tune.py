@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--search", action="append", default=[], metavar="SECTION.FIELD=KIND:VALUES", help="see above; repeatable")
     add("--num-samples", type=int, default=20, metavar="N", help="trials (default: 20)")
     add("--metric", default="val/miou", metavar="A,B", help="val/ or pseudo_mask/ miou, mfdr, mfnr (default: val/miou)")
-    add("--searcher", choices=["auto", "optuna", "random", "grid"], default="auto", help="default: auto, optuna if any")
+    add("--searcher", choices=["auto", "optuna", "random", "grid"], default="auto", help="default: auto, random for pbt, else optuna")
     add("--scheduler", choices=["asha", "pbt", "none"], default="asha", help="stop poor trials (default), or take over")
     add("--grace-epochs", type=int, metavar="N", help="epochs before that (default: pretraining + 1)")
     add("--perturb-every", type=int, default=1, metavar="N", help="epochs between take-overs of pbt (default: 1)")

@@ -44,7 +44,7 @@ DATA_PREP = HEIGHT["data"] + 1
 SEAMS = {
     "mlflow": {"slrnet/tracking/mlflow.py"},
     "ray.train": {"slrnet/launch/train.py"},
-    "ray.tune": {"slrnet/launch/train.py", "slrnet/sweeps/run.py"},
+    "ray.tune": {"slrnet/sweeps/run.py"},
     "pynvml": {"slrnet/tracking/gpu_monitor.py"},
 }
 WITHOUT_RAY = tuple(room for room, height in HEIGHT.items() if height < HEIGHT["launch"])

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from slrnet.checkpoints.checkpoint import Checkpoint, check_classes, load_checkpoint, restore_network
-from slrnet.config import Config, config_from_dict
+from slrnet.checkpoints.checkpoint import Checkpoint
+from slrnet.config import Config
 from slrnet.data.batch import EvalSample
-from slrnet.data.manifest import ShardSet, load_dataset
+from slrnet.data.manifest import ShardSet
 from slrnet.data.shards import EvalLoader
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality, count_masks, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix, merge_over_ranks
-from slrnet.evaluation.protocols import gating_labels, protocol_name
-from slrnet.inference.crf import crf_masks, require_crf
-from slrnet.inference.forward import gate
-from slrnet.inference.predictor import predict
-from slrnet.launch.train import LaunchOptions, Report, run_job
-from slrnet.models.network import Network, Normalize
+from slrnet.evaluation.protocols import gating_labels
+from slrnet.launch.prediction import MaskPredictor, check_prediction, job_values, open_job
+from slrnet.launch.rank import Report
+from slrnet.launch.train import LaunchOptions, run_job
 from slrnet.storage.files import write_json
 from slrnet.tracking.mlflow import RunHandle, Tracker, environment_tags, find_run, metric_key
 
@@ -40,37 +34,28 @@ def launch_evaluation(
     """Measures a checkpoint on a split; every image exactly once, and the same figure for any number of workers.
 
     Args:
-        checkpoint: to measure; the workers read it again from its path.
+        checkpoint: what to measure; the workers read it again from its path.
         shards: the data set; its classes must be the checkpoint's.
-        split: of the data set.
-        config: the checkpoint's, with the protocol to use in `evaluation` and `crf`.
+        split: name of the data set's split.
+        config: the checkpoint's settings, with the protocol to use in `evaluation` and `crf`.
         options: workers; name and storage give the folder of the result.
 
     Returns:
-        The content of `evaluation.json`, which is written into that folder: protocol, its settings, figures, images,
-        checkpoint, data fingerprint and commit; of `ms_crf` under `before_crf` also the figures of `ms`. Where the
-        store of the training's MLflow run can be reached, the run gets the means as `SPLIT/miou_PROTOCOL` and so on,
-        and `mlflow` says how to open it; else that is None.
+        The content of `evaluation.json`, which is written into that folder: protocol, its settings, metrics, images,
+        checkpoint, data fingerprint and commit; for `ms_crf` also the metrics of `ms`, as `before_crf`. The training's
+        MLflow run gets the means as `SPLIT/miou_PROTOCOL` and so on, and `mlflow` says how to open it; `mlflow` is None
+        if the run's store cannot be reached.
 
     Raises:
-        ValueError: the checkpoint is of other classes, there is no such split, the CRF is not installed, or the
-            cluster has less than was asked for.
+        ValueError: the checkpoint has other classes, there is no such split, the CRF is not installed, or the cluster
+            has too few resources.
         TrainingError: a worker failed.
     """
-    check_classes(checkpoint.state, shards.info.classes, data=shards.location)
-    shards.split(split)
-    if config.evaluation.protocol == "ms_crf":
-        require_crf()
-    folder = options.storage / options.name
-    values = {
-        "config": config.model_dump(mode="json"),
-        "checkpoint": str(checkpoint.path.resolve()),
-        "data": shards.location,
-        "split": split,
-        "result": str(folder / "evaluation.json"),
-    }
+    check_prediction(checkpoint, shards, [split], config)
+    file = options.folder / "evaluation.json"
+    values = job_values(checkpoint, shards, config) | {"split": split, "result": str(file)}
     run_job(_evaluate, values, options)
-    result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     figures = {
         metric_key(split, f"{name}_{protocol}"): metrics[f"val/{name}"]
         for protocol, metrics in ({result["protocol"]: result["metrics"]} | result["before_crf"]).items()
@@ -80,51 +65,41 @@ def launch_evaluation(
     return result | {"mlflow": track_figures(checkpoint, figures)}
 
 
-def measure(
-    model: Network, loader: EvalLoader, *, config: Config, normalize: Normalize, process: Process, crf_processes: int
-) -> tuple[Quality, ...]:
-    """Compares masks predicted by the configured protocol with true ones, over all ranks.
-
-    Returns the protocol's figures; of `ms_crf` then those of the same masks before the CRF, which are those of `ms`.
+def measure(predictor: MaskPredictor, loader: EvalLoader) -> tuple[Quality, ...]:
+    """Compares predicted masks with the true ones, over all ranks; every rank must call this function.
 
     Args:
-        model: in evaluation mode.
-        loader: this rank's share of the images; those without a mask are passed over.
-        config: of the run.
-        normalize: of the encoder.
-        process: every rank must call this.
-        crf_processes: helpers for the CRF, >= 1; used by `ms_crf` only.
+        predictor: predicts the masks.
+        loader: this rank's share of the images; images without a mask are skipped.
+
+    Returns:
+        The protocol's quality; for `ms_crf` then that of the same masks before the CRF, which is the quality of `ms`.
     """
-    protocol = config.evaluation.protocol
-    settings = config.evaluation_for(protocol)
-    name = protocol_name(settings, protocol)
-    gated = _gated_probs(model, loader, config=config, normalize=normalize, process=process)
-    count = partial(count_masks, num_classes=model.num_classes, protocol=name, process=process)
-    if protocol != "ms_crf":
-        return (count((sample, probs.argmax(dim=0).cpu()) for sample, probs in gated),)
-    plain = ConfusionMatrix(model.num_classes)
+    process, num_classes = predictor.process, predictor.model.num_classes
+    before_crf = ConfusionMatrix(num_classes)
 
-    def pictures() -> Iterator[tuple[EvalSample, npt.NDArray[np.uint8], npt.NDArray[np.float32]]]:
-        for sample, probs in gated:
-            assert sample.pixel_labels is not None
-            plain.update(probs.argmax(dim=0).cpu(), sample.pixel_labels)
-            yield sample, _pixels(sample), probs.cpu().numpy()
+    def masks() -> Iterator[tuple[EvalSample, Tensor]]:
+        labeled = (sample for sample in loader if sample.pixel_labels is not None)
+        for predicted in predictor((s, s.image, gating_labels(s, predictor.config)) for s in labeled):
+            if predicted.before_crf is not None and predicted.sample.pixel_labels is not None:
+                before_crf.update(torch.from_numpy(predicted.before_crf), predicted.sample.pixel_labels)
+            yield predicted.sample, torch.from_numpy(predicted.mask)
 
-    refined = crf_masks(pictures(), config.crf, processes=crf_processes)
-    quality = count((sample, torch.from_numpy(mask)) for sample, mask, _ in refined)
-    before = Quality(merge_over_ranks(plain, process), protocol_name(settings, "ms"), quality.images)
-    return quality, before
+    quality = count_masks(masks(), num_classes=num_classes, protocol=predictor.name(), process=process)
+    if predictor.settings.protocol != "ms_crf":
+        return (quality,)
+    return quality, Quality(merge_over_ranks(before_crf, process), predictor.name("ms"), quality.images)
 
 
 def track_figures(checkpoint: Checkpoint, figures: Mapping[str, float]) -> str | None:
-    """Adds figures to the MLflow run of the training that a checkpoint is of, where its store can be reached.
+    """Adds figures to the MLflow run of the training that wrote a checkpoint.
 
     Args:
-        checkpoint: of the run.
-        figures: values by key.
+        checkpoint: the training's checkpoint.
+        figures: values by MLflow key.
 
     Returns:
-        How to open the run, or None where the store or the run is out of reach.
+        How to open the run; None if the store or the run cannot be reached.
     """
     handle = training_run(checkpoint)
     if handle is None:
@@ -135,60 +110,30 @@ def track_figures(checkpoint: Checkpoint, figures: Mapping[str, float]) -> str |
 
 
 def training_run(checkpoint: Checkpoint) -> RunHandle | None:
-    """The MLflow run of the training that a checkpoint is of; None where the store or the run is out of reach."""
+    """The MLflow run of the training that wrote a checkpoint; None if the store or the run cannot be reached."""
     storage = checkpoint.path.resolve().parents[2]  # storage/RUN/checkpoints/checkpoint-EPOCH
     return find_run(checkpoint.config.tracking.uri, storage, checkpoint.state.run_id)
 
 
-def _gated_probs(
-    model: Network, loader: EvalLoader, *, config: Config, normalize: Normalize, process: Process
-) -> Iterator[tuple[EvalSample, Tensor]]:
-    """Images with a true mask and their (K, H, W) probabilities."""
-    protocol = config.evaluation.protocol
-    settings = config.evaluation_for(protocol)
-    for sample in loader:
-        if sample.pixel_labels is not None:
-            probs, scores = predict(model, sample.image.to(process.device), normalize, config, protocol)
-            yield sample, gate(probs, scores, gating_labels(sample, config).to(process.device), settings)[0]
-
-
-def _pixels(sample: EvalSample) -> npt.NDArray[np.uint8]:
-    pixels: npt.NDArray[np.uint8] = sample.image.permute(1, 2, 0).contiguous().numpy()
-    return pixels
-
-
 def _evaluate(values: dict[str, Any], process: Process, report: Report) -> None:
-    config = config_from_dict(values["config"])
-    checkpoint = load_checkpoint(values["checkpoint"])
-    shards = load_dataset(values["data"])
-    if process.device.type == "cpu":
-        from slrnet.cpu.allocator import keep_memory
-
-        keep_memory()
-    model, normalize = restore_network(checkpoint, process.device)
+    predictor, checkpoint, shards = open_job(values, process)
+    config, classes = predictor.config, shards.info.classes
     loader = EvalLoader(
         shards, split=values["split"], rank=process.rank, world_size=process.world_size, on_error=config.data.on_error
     )
-    quality, *before = measure(
-        model,
-        loader,
-        config=config,
-        normalize=normalize,
-        process=process,
-        crf_processes=values["cpus"] or os.cpu_count() or 1,
-    )
-    metrics = quality_metrics("val", quality, shards.info.classes)
+    quality, *before = measure(predictor, loader)
+    metrics = quality_metrics("val", quality, classes)
     report(metrics)
     if process.is_main:
         record = {
             "protocol": quality.protocol,
-            "evaluation": config.evaluation_for(config.evaluation.protocol).model_dump(mode="json"),
+            "evaluation": predictor.settings.model_dump(mode="json"),
             "crf": config.crf.model_dump(mode="json") if config.evaluation.protocol == "ms_crf" else None,
             "split": values["split"],
             "images": quality.images,
             "metrics": metrics,
-            "before_crf": {found.protocol: quality_metrics("val", found, shards.info.classes) for found in before},
-            "classes": shards.info.classes,
+            "before_crf": {plain.protocol: quality_metrics("val", plain, classes) for plain in before},
+            "classes": classes,
             "checkpoint": values["checkpoint"],
             "epoch": checkpoint.state.epoch,
             "data_fingerprint": shards.info.fingerprint,

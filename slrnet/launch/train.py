@@ -1,91 +1,48 @@
-"""Starts trainings on a Ray cluster, or in this process: the one module that imports Ray.
+"""Starts trainings and other jobs on a Ray cluster or in this process: the one module that imports ray.train.
 
 `launch` runs on the driver. It refuses everything that can be refused before work is lost (settings, data, weights,
 storage, tracking server, resources), creates the MLflow run, and then lets Ray Train start one process per worker.
-Checkpoints are written by rank 0 into the run's folder, which every node must see under the same path, or which is
-copied to and from an object store.
+Rank 0 writes the checkpoints into the run's folder. Every node must see that folder under the same path, unless the run
+is kept in an object store.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from slrnet.checkpoints.checkpoint import (
     MOST_AT_A_TIME,
-    CheckpointError,
     TrainState,
     find_checkpoint,
-    load_checkpoint,
     read_state,
     require_free_space,
 )
-from slrnet.checkpoints.run_store import CONFIG, RunStore, run_folder
-from slrnet.config import Config, config_from_dict, load_config
-from slrnet.data.class_balance import ClassLists, shares, table
+from slrnet.checkpoints.run_store import CONFIG, RunStore
+from slrnet.config import Config
 from slrnet.data.manifest import ShardSet, load_dataset
-from slrnet.data.supervision import Supervision, supervision_of
-from slrnet.distributed.process import Process, configure_process, current_process, gather_over_ranks
-from slrnet.distributed.watchdog import Hang, Watchdog, dump_stacks, shared_store
+from slrnet.data.supervision import supervision_of
+from slrnet.distributed.process import Process, configure_process, current_process
+from slrnet.launch.checks import check_folder, check_run, checkpoint_bytes, class_balance_table, with_absolute_paths
 from slrnet.launch.cluster import WorkerPlan, await_lost_nodes, plan_workers
+from slrnet.launch.rank import Job, Report, train_rank
 from slrnet.storage.remote import filesystem_of
-from slrnet.tracking.mlflow import NOTE_TAG, NullTracker, RunHandle, Tracker, create_run, environment_tags, resolve_uri
-from slrnet.tracking.run_log import RunLog, find_failure
+from slrnet.tracking.mlflow import NOTE_TAG, RunHandle, Tracker, create_run, environment_tags, resolve_uri
+from slrnet.tracking.run_log import find_failure
 from slrnet.tracking.summary import PICTURES, description, result_text
 
-# The network and the trainer are imported where they are used: Ray's controller reads this module and needs neither.
-__all__ = [
-    "Job",
-    "LaunchOptions",
-    "Report",
-    "RunResult",
-    "TrainingError",
-    "check_run",
-    "launch",
-    "resume_config",
-    "run_job",
-    "train_trial",
-    "with_absolute_paths",
-]
-
-
-class Report:
-    """Where a job leaves its figures and hears of what is to come; this one, of a single process, does neither.
-
-    Every worker must call both equally often.
-    """
-
-    def __call__(self, metrics: Mapping[str, float]) -> None:
-        """Leaves figures."""
-
-    def notice(self) -> str:
-        """Why the workers may be stopped soon; "" otherwise."""
-        return ""
-
-
-Job = Callable[[dict[str, Any], Process, Report], None]
-"""What runs on the workers: a function of plain values, the process's ranks and a place to report to."""
-
-_MOST_CLASSES = 20
-"""Rows of the table of classes that a start prints."""
+__all__ = ["LaunchOptions", "RunResult", "TrainingError", "launch", "run_job", "train_trial"]
 
 WORKER_ENVIRONMENT = {"env_vars": {"RAY_worker_niceness": "0"}}
-"""Of training workers: they run at the job's own priority. At Ray's usual one for workers, 15, its daemons push them
-aside whenever they wake up."""
-HANG_EXIT_CODE = 75
-"""Exit code of a worker whose rank, or one that it waits for, hangs."""
-LAST_WORDS = 30.0
-"""Seconds that such a worker has to copy its log to an object store."""
+"""Training workers run at the job's own priority. At Ray's usual niceness for workers, 15, its daemons push them aside
+whenever they wake up."""
 
 
 class TrainingError(RuntimeError):
@@ -94,7 +51,7 @@ class TrainingError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """Where and on what a run goes; the run itself is a `Config`."""
+    """Where a run is kept and what it runs on; the run itself is a `Config`."""
 
     name: str
     """Unique name of the run; its folder is storage/name."""
@@ -113,17 +70,32 @@ class LaunchOptions:
     cpu_only: bool = False
     """Use no GPUs."""
     wait_minutes: float = 0.0
-    """Time that a cluster which grows on demand has to get the nodes of the fewest workers; 0 takes it as it is."""
+    """Minutes to wait for the nodes of the fewest workers on a cluster that grows on demand; 0 takes it as it is."""
     max_failures: int = 0
-    """Times that a failed worker group is started again from the last checkpoint."""
+    """How often a failed worker group restarts from the last checkpoint."""
     hang_limit: float = 600.0
-    """Seconds that a rank may stand still before the attempt ends with its name; 0 waits for ever. Below 300 a storage
-    that fails for a while, for which a checkpoint waits, is taken for a hang."""
+    """Seconds without progress after which the attempt ends and names the rank; 0 never ends it. Below 300, a storage
+    outage during a checkpoint counts as a hang."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.storage / self.name
 
     @property
     def location(self) -> str:
-        """Of the run in the object store; empty where it is a folder."""
+        """The run's location in the object store; empty where it is kept in a folder."""
         return self.remote and f"{self.remote.rstrip('/')}/{self.name}"
+
+    def plan_workers(self, say: Callable[[str], None] = print) -> WorkerPlan:
+        """Decides how many workers the run gets; see `slrnet.launch.cluster.plan_workers`."""
+        return plan_workers(
+            self.num_workers,
+            cpus=self.cpus_per_worker,
+            cpu_only=self.cpu_only,
+            wait_minutes=self.wait_minutes,
+            say=say,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,9 +113,9 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     """Trains a run to its end.
 
     Args:
-        config: of the run, `data.path` set.
-        options: name, storage, workers.
-        say: receives lines for people.
+        config: the run's settings, `data.path` included.
+        options: name, storage and workers.
+        say: receives the lines to show.
 
     Raises:
         ValueError: a setting, the data, the weights, the storage, the tracking store or the cluster does not allow the
@@ -151,14 +123,14 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
         TrainingError: a worker failed.
     """
     config, shards = with_absolute_paths(config)
-    folder = options.storage / options.name
+    folder = options.folder
     store = RunStore(options.location, folder) if options.remote else None
     if store is not None:
         store.fetch() if options.resume else store.start()
-    last = _check_folder(folder, resume=options.resume)
-    workers = _plan_workers(options, say)
+    last = check_folder(folder, resume=options.resume)
+    workers = options.plan_workers(say)
     supervision = check_run(config, shards, max(1, workers.most))
-    require_free_space(folder, MOST_AT_A_TIME * _checkpoint_bytes(config, shards))
+    require_free_space(folder, MOST_AT_A_TIME * checkpoint_bytes(config, shards))
     labels = supervision.describe()
     handle = _create_run(config, options, shards, labels=labels, workers=workers, resume=options.resume)
     (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
@@ -169,7 +141,7 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
         f"{workers}, folder {options.location or folder}"
     )
     if config.data.class_balance:
-        say(_class_balance(config, shards, supervision))
+        say(class_balance_table(config, shards, supervision))
     say(f"curves and pictures: {handle.how_to_open()}")
     if last is not None:
         state = read_state(last)
@@ -188,76 +160,94 @@ def train_trial(
     *,
     parent: RunHandle,
     workers: WorkerPlan,
+    callbacks: Sequence[Any],
     until: int | None = None,
     notes: Mapping[str, float] | None = None,
 ) -> None:
-    """Trains one trial of a sweep within a Tune session, which receives the figures of every epoch.
-
-    A trial that was interrupted goes on from its last checkpoint, in the MLflow run that it has.
+    """Trains one trial of a sweep; an interrupted trial continues from its last checkpoint, in the same MLflow run.
 
     Args:
-        config: of the trial, with absolute paths; `check_run` has passed it.
-        options: name and storage of the trial.
-        parent: the sweep's run.
-        workers: of the trial.
-        until: stop when so many epochs are finished; None: all of them.
-        notes: figures for the trial's curves at the step from which it goes on.
+        config: the trial's settings, with absolute paths, checked by `check_run`.
+        options: the trial's name and storage.
+        parent: the sweep's MLflow run.
+        workers: the trial's processes.
+        callbacks: Ray Train's callbacks, which receive the metrics of every epoch.
+        until: epochs after which to stop; None: train all of them.
+        notes: values to add to the trial's curves at the step from which it continues.
 
     Raises:
-        TrainingError: a worker failed; the trial's run says why.
+        TrainingError: a worker failed; the trial's MLflow run says why.
     """
-    from ray.tune.integration.ray_train import TuneReportCallback
-
     shards = load_dataset(config.data.path)
     labels = supervision_of(config, shards).describe()
     handle = _create_run(config, options, shards, labels=labels, workers=workers, resume=None, parent=parent)
-    folder = options.storage / options.name
+    checkpoints = options.folder / "checkpoints"
     if notes:
-        last = find_checkpoint(folder / "checkpoints")
+        last = find_checkpoint(checkpoints)
         Tracker(handle, once=True).log_metrics(notes, 0 if last is None else read_state(last).step)
-    driver = _train_tracked(config, handle, options, workers, until=until, callbacks=[TuneReportCallback()])
-    best = find_checkpoint(folder / "checkpoints", which="best")
+    driver = _train_tracked(config, handle, options, workers, until=until, callbacks=callbacks)
+    best = find_checkpoint(checkpoints, which="best")
     if best is not None:
-        driver.describe(_result(config, folder, read_state(best)), PICTURES)
+        _describe_result(driver, config, options.folder, read_state(best))
     driver.finish()
 
 
-def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
-    """The configuration with which a run was started: its last checkpoint's, or before there is one the run's own.
-
-    Args:
-        storage: folder for runs.
-        name: of the run.
-        remote: place of runs in an object store, from which it is brought to the folder first; empty for none.
-
-    Raises:
-        CheckpointError: there is no such run.
-        RemoteError: the object store refuses it.
-    """
-    if remote:
-        RunStore(f"{remote.rstrip('/')}/{name}", storage / name).fetch()
-    last = _check_folder(storage / name, resume=True)
-    return load_config(storage / name / CONFIG) if last is None else load_checkpoint(last).config
-
-
 def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
-    """Runs something else than a training, an evaluation for instance, in this process or in Ray Train's workers.
+    """Runs a job other than a training, such as an evaluation, in this process or in Ray Train's workers.
 
     Args:
-        job: a function of a module; it is called in every worker with `values`, its `Process` and a place to report to.
-        values: plain values; the job finds its share of the CPU cores added as `cpus`.
+        job: a module-level function; every worker calls it with `values`, its `Process` and a `Report`.
+        values: plain values; the job also gets its share of the CPU cores, as `cpus`.
         options: workers; name and storage give the folder in which Ray keeps its own state.
 
     Raises:
-        ClusterError: the cluster has less than was asked for.
+        ClusterError: the cluster has too few resources.
         TrainingError: a worker failed.
     """
-    workers = _plan_workers(options, print)
+    workers = options.plan_workers()
     try:
-        _run(job, values | {"cpus": workers.cpus}, folder=options.storage / options.name, workers=workers)
+        _run(job, values | {"cpus": workers.cpus}, folder=options.folder, workers=workers)
     except Exception as error:
         cause = _cause(error)
         raise TrainingError(f"{type(cause).__name__}: {cause}") from error
+
+
+# The MLflow run around a training.
+
+
+def _create_run(
+    config: Config,
+    options: LaunchOptions,
+    shards: ShardSet,
+    *,
+    labels: str,
+    workers: WorkerPlan,
+    resume: bool | None,
+    parent: RunHandle | None = None,
+) -> RunHandle:
+    environment, folder = environment_tags(), options.folder
+    note = description(config, data=shards.info.name, labels=labels, commit=environment["git_commit"], folder=folder)
+    tags = environment | {
+        NOTE_TAG: note,
+        "slrnet.data": shards.info.name,
+        "slrnet.data_fingerprint": shards.info.fingerprint,
+        "slrnet.world_size": workers.count,
+        "slrnet.global_batch": str(config.train.batch_size),
+        "slrnet.setting": config.setting,
+        "slrnet.encoder": config.model.encoder,
+        "slrnet.recipe": config.recipe,
+        "slrnet.folder": options.location or str(folder),
+    }
+    return create_run(
+        resolve_uri(config.tracking.uri, options.remote or options.storage) if parent is None else parent.uri,
+        config.tracking.experiment,
+        options.name,
+        params=config.flat(),
+        tags=tags,
+        resume=resume,
+        config_json=config.to_json(),
+        parent=parent,
+    )
 
 
 def _train_tracked(
@@ -269,16 +259,16 @@ def _train_tracked(
     until: int | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Tracker:
-    """Trains; a run that fails says why. Returns the run's tracker, the run not yet ended."""
+    """Trains, and records in MLflow why a run failed. Returns the run's tracker; the run has not ended yet."""
     driver = Tracker(handle)
-    folder = options.storage / options.name
+    folder = options.folder
     values = {"config": config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
     values |= {"location": options.location, "until": until}
-    values["hang_limit"] = options.hang_limit if workers.most else 0.0  # this process is the user's
+    values["hang_limit"] = options.hang_limit if workers.most else 0.0  # without Ray this is the user's process
     begun = time.time()
     try:
         place = options.location or folder
-        _run(_train, values, folder=place, workers=workers, failures=options.max_failures, callbacks=callbacks)
+        _run(train_rank, values, folder=place, workers=workers, failures=options.max_failures, callbacks=callbacks)
     except KeyboardInterrupt:
         driver.finish("KILLED", "interrupted")
         raise
@@ -293,72 +283,26 @@ def _train_tracked(
     return driver
 
 
-def _train(values: dict[str, Any], process: Process, report: Report) -> None:
-    from slrnet.training.trainer import Trainer
-
-    config = config_from_dict(values["config"])
-    handle: RunHandle = values["handle"]
-    store = _open_store(values["location"], process)
-    folder = Path(values["folder"]) if store is None else store.folder
-    log = RunLog(folder, rank=process.rank)
-    tracker = Tracker(handle, once=True) if process.is_main else NullTracker()
-    watchdog = Watchdog(
-        process,
-        limit=values["hang_limit"],
-        store=shared_store(process),
-        on_hang=lambda hang: _end_hang(hang, log, store),
-    )
-    try:
-        trainer = Trainer(
-            config,
-            load_dataset(config.data.path),
-            process=process,
-            folder=folder,
-            tracker=tracker,
-            run_id=handle.run_id,
-            log=log,
-            watchdog=watchdog,
-            upload=None if store is None else store.upload,
+def _conclude(config: Config, folder: Path, handle: RunHandle, driver: Tracker) -> RunResult:
+    checkpoints = folder / "checkpoints"
+    last, best = find_checkpoint(checkpoints), find_checkpoint(checkpoints, which="best")
+    if last is None or best is None:
+        raise TrainingError(
+            f"the training ended without a checkpoint in {checkpoints}; is the folder shared by all nodes?"
         )
-        trainer.resume()
-        log.write("start", step=trainer.state.step, world_size=process.world_size)
-        trainer.fit(report=report, notice=report.notice, until=values["until"])
-        tracker.drain()
-    except Exception as error:
-        position = watchdog.position
-        log.write(
-            "failure",
-            step=position.step,
-            place=position.place,
-            exception=type(error).__name__,
-            message=" ".join(str(error).split())[:2000],
-        )
-        raise
-    finally:
-        watchdog.close()
-        if store is not None:
-            store.upload_rest()
+    state = read_state(best)
+    driver.log_artifacts(best, "checkpoint")
+    _describe_result(driver, config, folder, state)
+    driver.finish()
+    return RunResult(folder=folder, last=last, best=best, state=state, run=handle)
 
 
-def _open_store(location: str, process: Process) -> RunStore | None:
-    """The run's place in an object store, from which all ranks bring the same checkpoints to their nodes."""
-    if not location:
-        return None
-    store = RunStore(location, run_folder(location), rank=process.rank)
-    store.fetch(gather_over_ranks(store.checkpoints() if process.is_main else [], process)[0])
-    return store
+def _describe_result(driver: Tracker, config: Config, folder: Path, state: TrainState) -> None:
+    text = result_text(state.metrics, state.classes, epoch=state.epoch, folder=folder, data=config.data.path)
+    driver.describe(text, PICTURES)
 
 
-def _end_hang(hang: Hang, log: RunLog, store: RunStore | None) -> None:
-    """Ends this process: its main thread waits where no exception can reach it."""
-    log.write("hang", rank=hang.rank, node=hang.node, step=hang.step, exception="hang", message=hang.message)
-    print(f"{hang.message}; ending this rank. Its threads:", file=sys.stderr, flush=True)
-    dump_stacks()
-    if store is not None:
-        last = threading.Thread(target=store.upload_rest, daemon=True)
-        last.start()
-        last.join(LAST_WORDS)
-    os._exit(HANG_EXIT_CODE)
+# Ray Train.
 
 
 def _run(
@@ -370,9 +314,15 @@ def _run(
     failures: int = 0,
     callbacks: Sequence[Any] = (),
 ) -> None:
-    """Runs a job in this process (no workers) or in Ray Train's workers; `callbacks` are Ray Train's.
+    """Runs a job in this process (no workers) or in Ray Train's workers.
 
-    Ray keeps its own state in `folder`, a path or a location in an object store.
+    Args:
+        job: what each process runs.
+        values: its plain values.
+        folder: path, or location in an object store, where Ray keeps its own state.
+        workers: the job's processes.
+        failures: how often the workers restart after a failure.
+        callbacks: Ray Train's callbacks.
     """
     if workers.most == 0:
         configure_process(None)
@@ -399,20 +349,20 @@ def _run(
             storage_filesystem=system,
             failure_config=FailureConfig(max_failures=failures),
             worker_runtime_env=WORKER_ENVIRONMENT,
-            callbacks=[_knows_lost_nodes(), *callbacks],
+            callbacks=[_lost_node_callback(), *callbacks],
         ),
     ).fit()
 
 
-def _knows_lost_nodes() -> Any:
-    """A callback of Ray Train, called before workers that failed are started again."""
+def _lost_node_callback() -> Any:
+    """A callback of Ray Train that waits for Ray to notice lost nodes before failed workers restart."""
     from ray.train import UserCallback
 
-    class KnowsLostNodes(UserCallback):
+    class AwaitLostNodes(UserCallback):
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             await_lost_nodes()
 
-    return KnowsLostNodes()
+    return AwaitLostNodes()
 
 
 def _on_worker(arguments: dict[str, Any]) -> None:
@@ -426,7 +376,7 @@ def _on_worker(arguments: dict[str, Any]) -> None:
 
 
 class _RayReport(Report):
-    """To Ray Train, and from it the nodes that will be taken away."""
+    """Reports to Ray Train, and asks it which nodes will be taken away."""
 
     def __call__(self, metrics: Mapping[str, float]) -> None:
         import ray.train
@@ -444,156 +394,17 @@ class _RayReport(Report):
 
 
 def _silence_reports() -> None:
-    """Ray prints all metrics of each report, which the progress lines say better; its logger has the file's name."""
+    """Stops Ray from printing all metrics of each report, which the progress lines already show.
+
+    Ray names that logger after its source file.
+    """
     for name in list(logging.root.manager.loggerDict):
         if name.endswith("execution/context.py"):
             logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _conclude(config: Config, folder: Path, handle: RunHandle, driver: Tracker) -> RunResult:
-    checkpoints = folder / "checkpoints"
-    last, best = find_checkpoint(checkpoints), find_checkpoint(checkpoints, which="best")
-    if last is None or best is None:
-        raise TrainingError(
-            f"the training ended without a checkpoint in {checkpoints}; is the folder shared by all nodes?"
-        )
-    state = read_state(best)
-    driver.log_artifacts(best, "checkpoint")
-    driver.describe(_result(config, folder, state), PICTURES)
-    driver.finish()
-    return RunResult(folder=folder, last=last, best=best, state=state, run=handle)
-
-
-def _result(config: Config, folder: Path, state: TrainState) -> str:
-    return result_text(state.metrics, state.classes, epoch=state.epoch, folder=folder, data=config.data.path)
-
-
-def with_absolute_paths(config: Config) -> tuple[Config, ShardSet]:
-    """The configuration and its data set, with paths that mean the same in the folders in which Ray's workers run.
-
-    Raises:
-        ValueError: there is no such data set, or the encoder's weights are missing.
-    """
-    from slrnet.models.encoders import resolve_weights
-
-    shards = load_dataset(config.data.path)
-    weights = resolve_weights(config.model.encoder, config.model.encoder_weights)
-    changes = {
-        "data": config.data.model_copy(update={"path": shards.location}),
-        "model": config.model.model_copy(update={"encoder_weights": weights}),
-    }
-    return config.model_copy(update=changes), shards
-
-
-def _check_folder(folder: Path, *, resume: bool) -> Path | None:
-    last = find_checkpoint(folder / "checkpoints")
-    if resume and last is None and not (folder / CONFIG).exists():
-        raise CheckpointError(_nothing_to_resume(folder))
-    if not resume and folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(
-            f"run folder {folder} exists; continue that run with --resume {folder.name}, or choose another --name"
-        )
-    return last
-
-
-def _nothing_to_resume(folder: Path) -> str:
-    others = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG}"))
-    known = f"runs there: {', '.join(others)}" if others else "there are none"
-    return f"there is no run {folder.name!r} in {folder.parent} to resume; {known}; start it with --name"
-
-
-def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
-    """Refuses everything about data and batch that a worker would stumble over.
-
-    Args:
-        config: of the run.
-        shards: its data set.
-        world_size: number of workers.
-
-    Returns:
-        Which labels the training sees.
-
-    Raises:
-        ValueError: a split or subset is missing, or the batch does not fit the workers or the data.
-    """
-    from slrnet.training.trainer import check_batch
-
-    check_batch(config, world_size)
-    shards.split(config.data.val_split)
-    supervision = supervision_of(config, shards)
-    if supervision.draws < config.train.batch_size:
-        raise ValueError(
-            f"an epoch of split {config.data.train_split!r} has {supervision.draws} samples, fewer than "
-            f"train.batch_size {config.train.batch_size}; use a batch of {supervision.draws} or less"
-        )
-    return supervision
-
-
-def _class_balance(config: Config, shards: ShardSet, supervision: Supervision) -> str:
-    """What class balancing will do, as a table."""
-    samples = np.concatenate([pool.samples.array for pool in supervision.pools])
-    draws = np.concatenate([np.broadcast_to(pool.draws, len(pool.samples)) for pool in supervision.pools])
-    lists = ClassLists.of(shards.split(config.data.train_split), samples)
-    return table(shares(lists, draws, strength=config.data.class_balance), shards.info.classes, most=_MOST_CLASSES)
-
-
-def _checkpoint_bytes(config: Config, shards: ShardSet) -> int:
-    from slrnet.models.slrnet import network_of
-
-    with torch.device("meta"):
-        model = network_of(config, num_classes=shards.info.num_classes, weights=False)
-    values: int = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    momentum: int = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
-    return values + momentum
-
-
-def _create_run(
-    config: Config,
-    options: LaunchOptions,
-    shards: ShardSet,
-    *,
-    labels: str,
-    workers: WorkerPlan,
-    resume: bool | None,
-    parent: RunHandle | None = None,
-) -> RunHandle:
-    environment, folder = environment_tags(), options.storage / options.name
-    note = description(config, data=shards.info.name, labels=labels, commit=environment["git_commit"], folder=folder)
-    tags = environment | {
-        NOTE_TAG: note,
-        "slrnet.data": shards.info.name,
-        "slrnet.data_fingerprint": shards.info.fingerprint,
-        "slrnet.world_size": workers.count,
-        "slrnet.global_batch": str(config.train.batch_size),
-        "slrnet.setting": config.setting,
-        "slrnet.encoder": config.model.encoder,
-        "slrnet.recipe": config.recipe,
-        "slrnet.folder": options.location or str(folder),
-    }
-    return create_run(
-        resolve_uri(config.tracking.uri, options.remote or options.storage) if parent is None else parent.uri,
-        config.tracking.experiment,
-        options.name,
-        params=config.flat(),
-        tags=tags,
-        resume=resume,
-        config_json=config.to_json(),
-        parent=parent,
-    )
-
-
-def _plan_workers(options: LaunchOptions, say: Callable[[str], None]) -> WorkerPlan:
-    return plan_workers(
-        options.num_workers,
-        cpus=options.cpus_per_worker,
-        cpu_only=options.cpu_only,
-        wait_minutes=options.wait_minutes,
-        say=say,
-    )
-
-
 def _dead_ranks(error: BaseException) -> list[int]:
-    """Ranks whose process ended by itself."""
+    """Ranks whose process ended without an error of its own."""
     from ray.exceptions import RayActorError
 
     failures: Mapping[int, BaseException] = getattr(error, "worker_failures", None) or {}
@@ -606,5 +417,5 @@ def _cause(error: BaseException) -> BaseException:
     if failures:
         return _cause(failures[min(failures)])
     wrapped = (getattr(error, name, None) for name in ("_base_exc", "cause", "health_check_failure"))
-    inner = next((found for found in wrapped if isinstance(found, BaseException) and found is not error), None)
+    inner = next((layer for layer in wrapped if isinstance(layer, BaseException) and layer is not error), None)
     return error if inner is None else _cause(inner)

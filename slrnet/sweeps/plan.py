@@ -1,28 +1,34 @@
-"""What a sweep is: its options, its search space or ablation, checked before anything is started, and kept on disk."""
+"""Plans a sweep: its options and its search space or ablation, checked before anything starts and kept on disk."""
 
 from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from pydantic import TypeAdapter
+
 from slrnet.checkpoints.checkpoint import CheckpointError
-from slrnet.config import Config, ConfigError, apply_overrides, config_from_dict
-from slrnet.launch.train import check_run, with_absolute_paths
+from slrnet.config import Config, ConfigError, apply_overrides
+from slrnet.data.manifest import load_dataset
+from slrnet.distributed.process import Process
+from slrnet.evaluation.protocols import protocol_name
+from slrnet.launch.checks import check_run, with_absolute_paths
 from slrnet.storage.files import write_json
 from slrnet.sweeps.ablations import Variant, choose_variants, get_ablation
-from slrnet.sweeps.space import Domain, apply_values, check_space, parse_domain
+from slrnet.sweeps.space import Domain, apply_values, check_space
+from slrnet.tracking.mlflow import NullTracker, metric_key
 
 __all__ = [
     "SweepOptions",
     "SweepPlan",
     "describe",
     "estimate",
-    "grid_of",
     "may_change",
     "plan_sweep",
     "resume_plan",
@@ -30,29 +36,27 @@ __all__ = [
     "write_plan",
 ]
 
-Searcher = Literal["auto", "optuna", "random", "grid"]
-Scheduler = Literal["asha", "pbt", "none"]
 _RECORD = "sweep.json"
 _CHANGEABLE = ("weights.", "calibration.", "losses.", "optim.")
-"""Sections whose settings a training may change between epochs: they shape neither network nor epochs."""
+"""Sections whose settings can change between epochs: they shape neither the network nor the epochs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions:
-    """How a sweep goes; what it searches is its space or its ablation."""
+    """How a sweep runs; what it searches is its space or its ablation."""
 
     name: str
     """Unique name; the sweep's folder is storage/name."""
     storage: Path
     """Absolute folder for runs, visible to all nodes."""
     metrics: tuple[str, ...] = ("val/miou",)
-    """Figures to optimise; several of them give a front of trade-offs. `val/miou` is that of the run's protocol."""
+    """Metrics to optimize; several of them give a front of trade-offs. `val/miou` is that of the run's protocol."""
     num_samples: int = 20
-    """Trials; a grid has as many as it has points."""
-    searcher: Searcher = "auto"
-    """`optuna` (TPE), `random` or `grid`; `auto` is `optuna` where it is installed, else `random`."""
-    scheduler: Scheduler = "asha"
-    """`asha` stops poor trials early; `pbt` lets poor ones go on from the weights and settings of good ones
+    """Number of trials; a grid has as many as it has points."""
+    searcher: Literal["auto", "optuna", "random", "grid"] = "auto"
+    """`optuna` (TPE), `random` or `grid`; `auto` is `random` for `pbt`, else `optuna`."""
+    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    """`asha` stops poor trials early; with `pbt` poor trials take over weights and settings of good ones
     (`slrnet.sweeps.population`); `none` trains all of them to the end."""
     grace_epochs: int | None = None
     """Epochs before a trial may be stopped or take over; None: one more than the pretraining has."""
@@ -61,66 +65,59 @@ class SweepOptions:
     quantile: float = 0.25
     """Share of the trials that take over each time, and share from which they do."""
     reduction: float = 3.0
-    """Of the trials at a rung of ASHA, one in so many goes on."""
+    """ASHA's reduction factor: one trial in so many continues past a rung."""
     num_workers: int = 1
     """Training processes of each trial."""
     cpus_per_worker: int | None = None
-    """CPU cores of each; None: 1, or an equal share of the cluster's cores beside its GPUs."""
+    """CPU cores of each process; None: 1, or on GPUs an equal share of the cluster's cores."""
     max_concurrent: int | None = None
     """Trials at a time; None: as many as the cluster has room for."""
     max_failures: int = 1
-    """Times that a failed trial is started again, from its last checkpoint."""
+    """How often a failed trial restarts from its last checkpoint."""
     seed: int = 0
-    """Of the searcher."""
+    """Seed of the searcher."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepPlan:
-    """A sweep that has been checked: everything that `--resume` needs."""
+    """A checked sweep: everything that `--resume` needs."""
 
     config: Config
-    """What all trials share, with absolute paths."""
+    """Settings that all trials share, with absolute paths."""
     options: SweepOptions
-    """With the metrics' names as they are logged."""
+    """Options with nothing left open, and the metrics' names as they are logged."""
     space: tuple[Domain, ...]
-    """Empty for an ablation."""
+    """The search space; empty for an ablation."""
     ablation: str
     """Name of the ablation; empty for a search."""
     seeds: tuple[int, ...]
-    """Of an ablation's trials."""
+    """Seeds of an ablation's trials."""
     variants: tuple[int, ...] = ()
-    """Places in the ablation of those that are run."""
+    """Indices of the ablation's variants that are run."""
 
     @property
     def chosen_variants(self) -> tuple[Variant, ...]:
         """The ablation's variants that are run."""
-        known = get_ablation(self.ablation).variants
-        return tuple(known[index] for index in self.variants)
+        return tuple(get_ablation(self.ablation).variants[index] for index in self.variants)
 
     @property
     def folder(self) -> Path:
-        """Where the sweep keeps everything."""
+        """The sweep's folder."""
         return self.options.storage / self.options.name
 
     @property
     def recipe_point(self) -> dict[str, Any]:
         """The recipe's own values where they lie in the space: the first trial, to compare with."""
         own = self.config.flat()
-        point = {}
-        for domain in self.space:
-            value = own[domain.key]
-            low, high = domain.values[0], domain.values[-1]
-            if value in domain.values if domain.kind == "choice" else low <= value <= high:
-                point[domain.key] = value
-        return point
+        return {domain.key: own[domain.key] for domain in self.space if own[domain.key] in domain}
 
     @property
     def trials(self) -> int:
-        """How many trials there will be."""
+        """Number of trials."""
         if self.ablation:
             return len(self.variants) * len(self.seeds)
         if self.options.searcher == "grid":
-            return math.prod(len(grid_of(domain)) for domain in self.space)
+            return math.prod(len(domain.grid()) for domain in self.space)
         return self.options.num_samples
 
 
@@ -133,78 +130,74 @@ def plan_sweep(
     seeds: Sequence[int] = (),
     variants: Sequence[str] = (),
 ) -> SweepPlan:
-    """Checks a sweep before anything is started.
+    """Checks a sweep before anything starts.
 
     Args:
-        config: what all trials share, `data.path` set.
-        options: of the sweep.
+        config: settings that all trials share, `data.path` included.
+        options: how the sweep runs.
         space: what a search tries.
         ablation: instead of a space, a name of `slrnet.sweeps.ablations`.
-        seeds: of an ablation's trials.
+        seeds: seeds of an ablation's trials.
         variants: labels of an ablation's variants; none: all of them.
 
     Raises:
         ValueError: a setting, domain, metric or the data does not allow the sweep, or its folder exists.
     """
     config, shards = with_absolute_paths(config)
-    check_run(config, shards, options.num_workers)
-    chosen = choose_variants(ablation, variants) if ablation else ()
-    for index in chosen:
-        changes = get_ablation(ablation).variants[index].changes
-        check_run(apply_overrides(config, changes), shards, options.num_workers)
     if variants and not ablation:
         raise ConfigError("variants are those of an ablation; give --ablation NAME with --variants, or leave them out")
-    if not ablation:
-        check_space(config, space)
-    options = _settled(config, options, space, ablation)
-    folder = options.storage / options.name
-    if folder.exists() and any(folder.iterdir()):
-        raise CheckpointError(
-            f"sweep folder {folder} exists; continue that sweep with --resume {options.name}, or choose another --name"
-        )
-    return SweepPlan(
+    plan = SweepPlan(
         config=config,
         options=options,
         space=() if ablation else tuple(space),
         ablation=ablation,
         seeds=tuple(seeds) if ablation else (),
-        variants=chosen,
+        variants=choose_variants(ablation, variants) if ablation else (),
     )
+    for changes in [(), *(variant.changes for variant in plan.chosen_variants)] if ablation else [()]:
+        check_run(apply_overrides(config, changes), shards, options.num_workers)
+    if not ablation:
+        check_space(config, space)
+    plan = replace(plan, options=_settled(plan))
+    if plan.folder.exists() and any(plan.folder.iterdir()):
+        raise CheckpointError(
+            f"sweep folder {plan.folder} exists; continue that sweep with --resume {options.name}, or choose another "
+            "--name"
+        )
+    return plan
 
 
 def resume_plan(storage: Path, name: str) -> SweepPlan:
-    """The plan of a sweep that was started before.
+    """Reads the plan of an earlier sweep.
 
     Raises:
-        CheckpointError: there is none of that name in the storage folder.
+        CheckpointError: the storage folder has no sweep of that name.
     """
     path = storage / name / _RECORD
     if not path.is_file():
-        known = sorted(found.parent.name for found in storage.glob(f"*/{_RECORD}"))
+        known = sorted(record.parent.name for record in storage.glob(f"*/{_RECORD}"))
         listed = f"sweeps there: {', '.join(known)}" if known else "no sweep is there"
         raise CheckpointError(f"{storage} has no sweep {name!r} to resume; {listed}; start one with --name {name}")
     record = json.loads(path.read_text(encoding="utf-8"))
-    options = record["options"] | {"storage": storage, "metrics": tuple(record["options"]["metrics"])}
-    return SweepPlan(
-        config=config_from_dict(record["config"]),
-        options=SweepOptions(**options),
-        space=tuple(parse_domain(text) for text in record["space"]),
-        ablation=record["ablation"],
-        seeds=tuple(record["seeds"]),
-        variants=tuple(record["variants"]),
-    )
+    record["options"]["storage"] = storage  # the folder may have moved
+    return TypeAdapter(SweepPlan).validate_python(record)
+
+
+def write_plan(plan: SweepPlan) -> None:
+    """Writes a plan into the sweep's folder, for `resume_plan`."""
+    write_json(plan.folder / _RECORD, TypeAdapter(SweepPlan).dump_python(plan, mode="json"))
 
 
 def describe(plan: SweepPlan) -> str:
-    """What will be tried, a line each."""
+    """Describes what the sweep will try, one line each."""
     options = plan.options
     if plan.ablation:
-        ablation = get_ablation(plan.ablation)
-        lines = [f"{ablation.title}: {len(plan.variants)} variants, seeds {', '.join(map(str, plan.seeds))}"]
+        title = get_ablation(plan.ablation).title
+        lines = [f"{title}: {len(plan.variants)} variants, seeds {', '.join(map(str, plan.seeds))}"]
         lines += [f"  {variant.label}: {' '.join(variant.changes)}" for variant in plan.chosen_variants]
         return "\n".join([*lines, f"{plan.trials} trials, all trained to the end"])
     stop = {
-        "asha": f"ASHA may stop trials after {options.grace_epochs} epochs, one in {options.reduction:g} goes on",
+        "asha": f"ASHA may stop trials after {options.grace_epochs} epochs, one in {options.reduction:g} continues",
         "pbt": f"population-based: after {options.grace_epochs} epochs and every {options.perturb_every} from there "
         f"the worst {100 * options.quantile:g} % take over weights and settings of the best, which are then changed",
         "none": "all trained to the end",
@@ -216,19 +209,12 @@ def describe(plan: SweepPlan) -> str:
 def estimate(plan: SweepPlan, *, price_per_hour: float | None) -> str:
     """Times a training step in this process, and says what the whole sweep takes at most.
 
-    Measuring after epochs, starting up and the exchange of gradients between workers are left out.
+    The estimate leaves out measuring after epochs, starting up, and exchanging gradients between workers.
 
     Args:
-        plan: of the sweep.
-        price_per_hour: of one worker.
+        plan: the sweep.
+        price_per_hour: price of one worker's hour, in any currency; None: unknown.
     """
-    import tempfile
-
-    import torch
-
-    from slrnet.data.manifest import load_dataset
-    from slrnet.distributed.process import Process
-    from slrnet.tracking.mlflow import NullTracker
     from slrnet.training.trainer import Trainer
 
     workers, device = plan.options.num_workers, torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -249,27 +235,12 @@ def estimate(plan: SweepPlan, *, price_per_hour: float | None) -> str:
     )
 
 
-def write_plan(plan: SweepPlan) -> None:
-    """Keeps a plan in its folder, for `resume_plan`."""
-    options = asdict(plan.options)
-    del options["storage"]
-    record = {
-        "config": plan.config.model_dump(mode="json"),
-        "options": options,
-        "space": [str(domain) for domain in plan.space],
-        "ablation": plan.ablation,
-        "seeds": list(plan.seeds),
-        "variants": list(plan.variants),
-    }
-    write_json(plan.folder / _RECORD, record)
-
-
 def trial_config(plan: SweepPlan, values: Mapping[str, Any]) -> Config:
-    """The configuration of a trial.
+    """Builds the settings of a trial.
 
     Args:
-        plan: of the sweep.
-        values: settings by key; an ablation's trials also have the number of their `variant`.
+        plan: the sweep.
+        values: the trial's settings by key; for an ablation also the index of its `variant`.
     """
     config, rest = plan.config, dict(values)
     if plan.ablation:
@@ -277,39 +248,48 @@ def trial_config(plan: SweepPlan, values: Mapping[str, Any]) -> Config:
     return apply_values(config, rest)
 
 
-def _settled(config: Config, options: SweepOptions, space: Sequence[Domain], ablation: str) -> SweepOptions:
-    """Options with everything decided that could be left open."""
-    searcher = options.searcher
-    if options.scheduler == "pbt" and not ablation:
-        searcher = _check_population(options, space)
-    if searcher == "auto":
-        searcher = "optuna" if find_spec("optuna") else "random"
-    if searcher == "optuna" and not find_spec("optuna"):
-        raise ConfigError("searcher 'optuna' needs the extra `sweep`: pip install 'slrnet[sweep]'; or use random")
-    if searcher == "grid":
-        for domain in space:
-            grid_of(domain)
-    if config.evaluation.every != 1 and not ablation:
-        raise ConfigError(
-            f"evaluation.every is {config.evaluation.every}; a search needs figures of each epoch: set it to 1"
-        )
-    metrics = tuple(_logged_name(metric, config) for metric in options.metrics)
-    scheduler: Scheduler = "none" if ablation or len(metrics) > 1 else options.scheduler
-    least = config.train.pretrain_epochs + 1
-    grace = options.grace_epochs if options.grace_epochs is not None else least
-    if scheduler != "none":
-        _check_grace(config, grace, least, space)
-    changes = {"searcher": searcher, "scheduler": scheduler, "grace_epochs": grace, "metrics": metrics}
-    return SweepOptions(**{**asdict(options), **changes})
-
-
 def may_change(key: str) -> bool:
-    """Whether a training may change a setting between epochs, as population-based training does."""
+    """Whether a setting can change between epochs, as population-based training changes it."""
     return key.startswith(_CHANGEABLE)
 
 
-def _check_population(options: SweepOptions, space: Sequence[Domain]) -> Searcher:
-    """Refuses what population-based training cannot do; its first settings are drawn at random."""
+def _settled(plan: SweepPlan) -> SweepOptions:
+    """The plan's options with everything decided that was left open."""
+    config, options = plan.config, plan.options
+    population = options.scheduler == "pbt" and not plan.ablation
+    if population:
+        _check_population(options, plan.space)
+    if options.searcher == "grid":
+        for domain in plan.space:
+            domain.grid()
+    if config.evaluation.every != 1 and not plan.ablation:
+        raise ConfigError(
+            f"evaluation.every is {config.evaluation.every}; a search needs the metrics of each epoch: set it to 1"
+        )
+    least = config.train.pretrain_epochs + 1
+    settled = replace(
+        options,
+        metrics=tuple(_logged_name(metric, config) for metric in options.metrics),
+        scheduler="none" if plan.ablation or len(options.metrics) > 1 else options.scheduler,
+        searcher=("random" if population else "optuna") if options.searcher == "auto" else options.searcher,
+        grace_epochs=least if options.grace_epochs is None else options.grace_epochs,
+    )
+    if settled.scheduler != "none":
+        if settled.grace_epochs is not None and settled.grace_epochs < least:
+            raise ConfigError(
+                f"grace_epochs is {settled.grace_epochs}, and the first {config.train.pretrain_epochs} epochs have no "
+                f"pseudo labels: their metrics say nothing about a trial; use {least} or more"
+            )
+        for domain in plan.space:
+            if domain.key in ("train.epochs", "train.pretrain_epochs"):
+                raise ConfigError(
+                    f"{domain.key} cannot be searched while trials are compared by epochs; use --scheduler none"
+                )
+    return settled
+
+
+def _check_population(options: SweepOptions, space: Sequence[Domain]) -> None:
+    """Refuses what population-based training cannot do."""
     if options.searcher not in ("auto", "random"):
         raise ConfigError(f"scheduler pbt draws its first settings at random; leave out searcher {options.searcher!r}")
     if len(options.metrics) > 1:
@@ -327,44 +307,13 @@ def _check_population(options: SweepOptions, space: Sequence[Domain]) -> Searche
                 f"{domain.key} cannot change while a network trains, as scheduler pbt would; leave it out "
                 f"({domain.key}=fixed), or use --scheduler asha. It can change {', '.join(_CHANGEABLE)}*"
             )
-    return "random"
-
-
-def _check_grace(config: Config, grace: int, least: int, space: Sequence[Domain]) -> None:
-    if grace < least:
-        raise ConfigError(
-            f"grace_epochs is {grace}, and the first {config.train.pretrain_epochs} epochs have no pseudo labels: "
-            f"trials would be stopped by figures that say nothing; use {least} or more"
-        )
-    for domain in space:
-        if domain.key in ("train.epochs", "train.pretrain_epochs"):
-            raise ConfigError(
-                f"{domain.key} cannot be searched while trials are compared by epochs; use --scheduler none"
-            )
 
 
 def _logged_name(metric: str, config: Config) -> str:
-    """Checks a metric's name; `val/miou` gets the protocol that is part of its name."""
-    from slrnet.evaluation.protocols import protocol_name
-    from slrnet.tracking.mlflow import metric_key
-
-    kinds = ["miou", "mfdr", "mfnr"]
-    known = [*(f"pseudo_mask/{kind}" for kind in kinds), *(f"val/{kind}" for kind in kinds)]
+    """Checks a metric's name; `val/miou` gets the protocol that is part of its logged name."""
+    known = [f"{group}/{kind}" for group in ("pseudo_mask", "val") for kind in ("miou", "mfdr", "mfnr")]
     if metric not in known:
         raise ConfigError(f"metric {metric!r} is not measured in a sweep; allowed are {', '.join(known)}")
     if metric.startswith("pseudo_mask/") and not config.evaluation.pseudo_mask_images:
         raise ConfigError(f"metric {metric!r} needs evaluation.pseudo_mask_images above 0")
     return metric_key("val", f"miou_{protocol_name(config.evaluation)}") if metric == "val/miou" else metric
-
-
-def grid_of(domain: Domain) -> list[Any]:
-    """All values of a domain.
-
-    Raises:
-        ConfigError: it has no end of them.
-    """
-    if domain.kind == "choice":
-        return list(domain.values)
-    if domain.kind == "int":
-        return list(range(domain.values[0], domain.values[1] + 1))
-    raise ConfigError(f"a grid needs choices; write {domain.key}=choice:A,B,C instead of {str(domain)!r}")

@@ -23,8 +23,8 @@ from typing import Any, TypeAlias
 
 from slrnet.storage.files import write_json
 from slrnet.sweeps.plan import SweepPlan
-from slrnet.sweeps.results import Mode, Trial, mode_of, trial_from_rows, trial_rows
 from slrnet.sweeps.space import Domain
+from slrnet.sweeps.trials import Mode, Trial, mode_of, trial_from_rows, trial_rows
 
 __all__ = [
     "Change",
@@ -223,7 +223,7 @@ def _explore(values: Mapping[str, Any], domains: Sequence[Domain], rng: random.R
     changed = dict(values)
     for domain in domains:
         again = rng.random() < RESAMPLING
-        changed[domain.key] = domain.draw(rng) if again else domain.neighbour(changed[domain.key], rng)
+        changed[domain.key] = domain.draw(rng) if again else domain.neighbor(changed[domain.key], rng)
     return changed
 
 

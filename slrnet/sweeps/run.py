@@ -1,9 +1,9 @@
-"""Sweeps and ablations on a Ray cluster: the one module that imports ray.tune.
+"""Runs sweeps and ablations on a Ray cluster: the one module that imports ray.tune.
 
-Each trial is a whole distributed training, started by a small actor that takes no CPU core and sits on the head node,
-so that only workers compete for cores and GPUs. Trials keep their runs under `STORAGE/SWEEP/trials`; a sweep that was
-killed goes on with finished trials kept and interrupted ones from their last checkpoint. Figures of trials are read
-from those folders.
+Each trial is a whole distributed training. A small actor starts it; the actor takes no CPU core and sits on the head
+node, so that only workers compete for cores and GPUs. Trials keep their runs under `STORAGE/SWEEP/trials`, and their
+metrics are read from there. A killed sweep resumes: finished trials are kept, and interrupted ones continue from their
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ import json
 import math
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from slrnet.checkpoints.checkpoint import find_checkpoint
 from slrnet.launch.cluster import ClusterError, WorkerPlan, cluster_resources
 from slrnet.launch.train import LaunchOptions, TrainingError, train_trial
 from slrnet.sweeps.ablations import get_ablation
-from slrnet.sweeps.plan import SweepOptions, SweepPlan, grid_of, trial_config, write_plan
+from slrnet.sweeps.plan import SweepOptions, SweepPlan, trial_config, write_plan
 from slrnet.sweeps.population import Population, member_name, train_population
-from slrnet.sweeps.results import Mode, Trial, best_trial, mode_of, trial_from_rows, trial_rows, write_results
+from slrnet.sweeps.results import write_results
 from slrnet.sweeps.space import Domain
+from slrnet.sweeps.trials import Mode, Trial, best_trial, mode_of, trial_from_rows, trial_rows
 from slrnet.tracking.mlflow import (
     NOTE_TAG,
     RunHandle,
@@ -40,7 +42,8 @@ __all__ = ["SweepResult", "replay_asha", "run_sweep"]
 
 _COMPARED = 30
 """Trials in the link of a sweep's description, which has 5,000 characters."""
-_HEAD = {"node:__internal_head__": 0.001}
+_HEAD_NODE = {"node:__internal_head__": 0.001}
+"""Resources of the actor that starts a trial."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +52,7 @@ class SweepResult:
 
     trials: list[Trial]
     best: Trial
-    """By the first metric."""
+    """The best trial by the first metric."""
     best_config: Path | None
     """A file for `ray_jobs/train.py --config`; None for ablations."""
     table: str
@@ -61,16 +64,16 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
     """Runs a sweep to its end, or the rest of one.
 
     Args:
-        plan: from `plan_sweep`, or with `resume` from `resume_plan`.
-        resume: go on with the sweep that the plan's folder holds.
-        say: receives lines for people.
+        plan: the sweep, from `plan_sweep`, or with `resume` from `resume_plan`.
+        resume: continue the sweep in the plan's folder.
+        say: receives the lines to show.
 
     Raises:
         ValueError: the cluster or the tracking store does not allow it.
-        TrainingError: no trial reached an end.
+        TrainingError: no trial was measured.
     """
     options = plan.options
-    workers, concurrent = _room(options)
+    workers, concurrent = _capacity(options)
     parent = _open_parent(plan, resume=resume)
     if not resume:
         write_plan(plan)
@@ -91,42 +94,25 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         cause = next((trial.error for trial in trials if trial.error), "none was measured")
         driver.finish("FAILED", cause)
         raise TrainingError(f"no trial of sweep {options.name} has {options.metrics[0]}; the first error: {cause}")
-    folder = plan.folder / "results"
-    config = None if plan.ablation else trial_config(plan, best.values)
-    table = write_results(
-        trials,
-        options.metrics,
-        folder,
-        ablation=plan.ablation,
-        best_config=config,
-        replay=_replay(plan, trials, concurrent),
-        default=plan.recipe_point,
-    )
-    driver.log_artifacts(folder)
-    driver.log_metrics({name: value for name, value in best.metrics.items() if name.count("/") == 1}, 0)
-    driver.set_tags({"slrnet.best_trial": best.name})
-    following = "" if config is None else f"\n\nNext: `python ray_jobs/train.py --config {folder / 'best_config.json'}`"
-    trial_runs = [handle for handle, _ in runs_below(parent).values()][:_COMPARED]
-    link = f"[Trials side by side, with parallel coordinates]({comparison(trial_runs)})"
-    driver.describe(f"Best trial: {best.name}{following}\n\n{link}\n\n{table}")
-    driver.finish()
-    path = folder / "best_config.json" if config is not None else None
-    return SweepResult(trials=trials, best=best, best_config=path, table=table, run=parent)
+    return _conclude(plan, parent, driver, trials, best, replay=_replay(plan, trials, concurrent))
 
 
-def _room(options: SweepOptions) -> tuple[WorkerPlan, int]:
+def _capacity(options: SweepOptions) -> tuple[WorkerPlan, int]:
     """The workers of a trial, and how many trials fit at a time."""
     cpus, gpus = cluster_resources()
     per_worker = options.cpus_per_worker or (max(1, cpus // gpus) if gpus else 1)
     by_cpus = cpus // (options.num_workers * per_worker)
-    room = min(by_cpus, gpus // options.num_workers) if gpus else by_cpus
-    if room < 1:
+    most = min(by_cpus, gpus // options.num_workers) if gpus else by_cpus
+    if most < 1:
         raise ClusterError(
             f"a trial asks for {options.num_workers} worker(s) with {per_worker} CPU(s){' and a GPU' if gpus else ''} "
             f"each, the cluster has {cpus} CPUs and {gpus} GPUs; lower --num-workers or --cpus-per-worker"
         )
     workers = WorkerPlan(least=options.num_workers, most=options.num_workers, cpus=per_worker, gpu=gpus > 0)
-    return workers, min(room, options.max_concurrent or room)
+    return workers, min(most, options.max_concurrent or most)
+
+
+# The MLflow runs of the sweep and its trials.
 
 
 def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
@@ -150,63 +136,8 @@ def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
     )
 
 
-def _run_trials(
-    plan: SweepPlan,
-    parent: RunHandle,
-    workers: WorkerPlan,
-    *,
-    concurrent: int,
-    resume: bool,
-    say: Callable[[str], None],
-) -> list[Trial]:
-    job = {"plan": plan, "parent": parent, "workers": workers}
-    if plan.options.scheduler != "pbt":
-        start = {"param_space": _param_space(plan), "tune_config": _tune_config(plan, concurrent)}
-        results = _fit(plan, _trial, job, "tune", resume=resume, **start)
-        return [_trial_of(plan, result) for result in results]
-
-    def train_round(until: int, settings: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-        from ray import tune
-
-        start = {
-            "param_space": {"member": tune.grid_search(list(settings))},
-            "tune_config": tune.TuneConfig(search_alg=_in_turn(concurrent), trial_dirname_creator=_trial_id),
-        }
-        state = f"tune-{until:04d}"
-        results = _fit(plan, _member, job | {"until": until, "settings": settings}, state, resume=True, **start)
-        return {result.config["member"]: "" if result.error is None else _last_line(result.error) for result in results}
-
-    return train_population(plan, train_round, say=say, record=lambda found: _record_sources(plan, parent, found))
-
-
-def _trial(values: dict[str, Any], *, job: dict[str, Any]) -> None:
-    """What a trial's actor runs."""
-    from ray import tune
-
-    plan: SweepPlan = job["plan"]
-    options = LaunchOptions(
-        name=f"{plan.options.name}-{tune.get_context().get_trial_id()}", storage=plan.folder / "trials"
-    )
-    train_trial(trial_config(plan, values), options, parent=job["parent"], workers=job["workers"])
-
-
-def _member(values: dict[str, Any], *, job: dict[str, Any]) -> None:
-    """What the actor of a population's member runs in a round; its settings become curves."""
-    plan: SweepPlan = job["plan"]
-    settings = job["settings"][values["member"]]
-    notes = {f"setting/{key}": value for key, value in settings.items() if isinstance(value, (int, float))}
-    train_trial(
-        trial_config(plan, settings),
-        LaunchOptions(name=member_name(plan, values["member"]), storage=plan.folder / "trials"),
-        parent=job["parent"],
-        workers=job["workers"],
-        until=job["until"],
-        notes=notes,
-    )
-
-
 def _record_sources(plan: SweepPlan, parent: RunHandle, population: Population) -> None:
-    """Says in the runs of members from whom they took over, and when."""
+    """Tags the runs of members with the trials that they took over from, and when."""
     children = runs_below(parent)
     for member in population.members:
         taken = [change for change in member.schedule if change.source is not None]
@@ -216,210 +147,8 @@ def _record_sources(plan: SweepPlan, parent: RunHandle, population: Population) 
             Tracker(children[name][0]).set_tags({"slrnet.exploited_from": ", ".join(shown)})
 
 
-def _fit(
-    plan: SweepPlan,
-    trial: Callable[..., None],
-    job: dict[str, Any],
-    name: str,
-    *,
-    param_space: dict[str, Any],
-    tune_config: Any,
-    resume: bool,
-) -> Iterable[Any]:
-    """Runs trials with Tune, whose state has a name in the sweep's folder; its results, one for each."""
-    from ray import tune
-
-    trainable = tune.with_resources(tune.with_parameters(trial, job=job), _HEAD)
-    state = plan.folder / name
-    if resume and tune.Tuner.can_restore(str(state)):
-        tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
-    else:
-        shutil.rmtree(state, ignore_errors=True)  # a sweep killed before its first trial
-        tuner = tune.Tuner(
-            trainable,
-            param_space=param_space,
-            tune_config=tune_config,
-            run_config=tune.RunConfig(
-                name=name,
-                storage_path=str(plan.folder),
-                failure_config=tune.FailureConfig(max_failures=plan.options.max_failures),
-                callbacks=[_progress(plan)],
-                verbose=0,
-            ),
-        )
-    results: Iterable[Any] = tuner.fit()
-    return results
-
-
-def _param_space(plan: SweepPlan) -> dict[str, Any]:
-    from ray import tune
-
-    if plan.ablation:
-        return {"variant": tune.grid_search(list(plan.variants)), "train.seed": tune.grid_search(list(plan.seeds))}
-    return {domain.key: _tune_domain(domain, grid=plan.options.searcher == "grid") for domain in plan.space}
-
-
-def _tune_domain(domain: Domain, *, grid: bool) -> Any:
-    from ray import tune
-
-    if grid:
-        return tune.grid_search(grid_of(domain))
-    if domain.kind == "choice":
-        return tune.choice(list(domain.values))
-    low, high = domain.values
-    if domain.kind == "int":
-        return tune.randint(low, high + 1)
-    return tune.loguniform(low, high) if domain.kind == "loguniform" else tune.uniform(low, high)
-
-
-def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-
-    options = plan.options
-    whole = plan.ablation or options.searcher == "grid"
-    modes = [mode_of(metric) for metric in options.metrics]
-    aim: dict[str, Any] = {"metric": options.metrics[0], "mode": modes[0]} if len(modes) == 1 else {}
-    start = [] if whole else [plan.recipe_point]
-    most = None
-    if options.searcher == "optuna" and not whole:
-        from ray.tune.search.optuna import OptunaSearch
-
-        many = {} if len(modes) == 1 else {"metric": list(options.metrics), "mode": modes}
-        search: Any = OptunaSearch(points_to_evaluate=start, seed=options.seed, **many)
-        most = concurrent
-    else:
-        search = _in_turn(concurrent, points_to_evaluate=start or None, random_state=options.seed)
-    scheduler = None
-    if options.scheduler == "asha":
-        scheduler = ASHAScheduler(
-            time_attr="epoch",
-            max_t=plan.config.train.epochs,
-            grace_period=options.grace_epochs,
-            reduction_factor=options.reduction,
-        )
-    return tune.TuneConfig(
-        search_alg=search,
-        scheduler=scheduler,
-        num_samples=1 if whole else options.num_samples,
-        max_concurrent_trials=most,
-        trial_dirname_creator=_trial_id,
-        **aim,
-    )
-
-
-def _trial_id(trial: Any) -> str:
-    return str(trial.trial_id)
-
-
-def _in_turn(concurrent: int, **options: Any) -> Any:
-    """Grids and random draws, so many trials at a time; Tune's own limit does not reach this searcher."""
-    from ray.tune.search import BasicVariantGenerator
-
-    return BasicVariantGenerator(max_concurrent=concurrent, **options)
-
-
-def _progress(plan: SweepPlan) -> Any:
-    """Prints what trials report; a Tune callback, which Tune pickles."""
-    from ray.tune import Callback
-
-    epochs, metric = plan.config.train.epochs, plan.options.metrics[0]
-
-    class Progress(Callback):
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
-        ) -> None:
-            done = sum(other.is_finished() for other in trials)
-            value = result.get(metric, math.nan)
-            print(
-                f"trial {trial.trial_id}, epoch {result.get('epoch')}/{epochs}: {metric} {100 * value:.1f} % "
-                f"({done} of {plan.trials} trials done)",
-                flush=True,
-            )
-
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            print(f"trial {trial.trial_id} failed; the sweep goes on", flush=True)
-
-    return Progress()
-
-
-def _trial_of(plan: SweepPlan, result: Any) -> Trial:
-    name = f"{plan.options.name}-{Path(result.path).name}"
-    values = dict(result.config)
-    return trial_from_rows(
-        name,
-        values,
-        trial_rows(plan.folder / "trials" / name),
-        metric=plan.options.metrics[0],
-        planned=trial_config(plan, values).train.epochs,
-        error="" if result.error is None else _last_line(result.error),
-    )
-
-
-def _replay(plan: SweepPlan, trials: Sequence[Trial], concurrent: int) -> dict[str, int]:
-    """What ASHA would have made of a search whose trials were all trained to the end; empty for other sweeps."""
-    options = plan.options
-    if plan.ablation or options.scheduler != "none" or len(options.metrics) > 1:
-        return {}
-    curves = {trial.name: trial.curve for trial in trials if trial.status == "finished" and None not in trial.curve}
-    lengths = {len(curve) for curve in curves.values()}
-    if len(curves) < 2 or len(lengths) > 1:
-        return {}
-    return replay_asha(
-        curves, mode=mode_of(options.metrics[0]), grace=options.grace_epochs or 1, reduction=options.reduction,
-        concurrent=concurrent,
-    )  # fmt: skip
-
-
-def replay_asha(
-    curves: Mapping[str, Sequence[float | None]], *, mode: Mode, grace: int, reduction: float, concurrent: int
-) -> dict[str, int]:
-    """Shows ASHA the curves of whole trials, as if they were trained now, all at the same speed.
-
-    Args:
-        curves: figure after each epoch, by trial, in the order in which trials start; all of one length.
-        mode: whether more of the figure is better.
-        grace: epochs before a trial may be stopped.
-        reduction: one in so many goes on.
-        concurrent: trials at a time.
-
-    Returns:
-        Epochs that each trial would have been trained.
-    """
-    from ray.tune.schedulers import ASHAScheduler
-
-    longest = max(map(len, curves.values()))
-    scheduler = ASHAScheduler(
-        time_attr="epoch", metric="figure", mode=mode, max_t=longest, grace_period=grace, reduction_factor=reduction
-    )
-    waiting, running, trained = deque(_Replayed(name) for name in curves), list[_Replayed](), dict.fromkeys(curves, 0)
-    while waiting or running:
-        while waiting and len(running) < concurrent:
-            running.append(waiting.popleft())
-            scheduler.on_trial_add(None, running[-1])
-        for trial in tuple(running):
-            epoch = trained[trial.trial_id] = trained[trial.trial_id] + 1
-            result = {"epoch": epoch, "figure": curves[trial.trial_id][epoch - 1]}
-            if scheduler.on_trial_result(None, trial, result) == scheduler.STOP or epoch == longest:
-                running.remove(trial)
-    return trained
-
-
-@dataclass(frozen=True)
-class _Replayed:
-    """What ASHA asks of a trial."""
-
-    trial_id: str
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    last = lines[-1] if lines else type(error).__name__
-    return last.removeprefix(f"{TrainingError.__module__}.{TrainingError.__name__}: ")[:500]
-
-
 def _finish_children(plan: SweepPlan, parent: RunHandle, trials: Sequence[Trial], best: Trial | None) -> None:
-    """Ends the runs of trials that were stopped early or killed, and gives the best one its checkpoint."""
+    """Ends the runs of trials that were stopped early or killed, and uploads the best one's checkpoint."""
     children = runs_below(parent)
     for trial in trials:
         handle, status = children.get(trial.name, (None, ""))
@@ -437,3 +166,276 @@ def _finish_children(plan: SweepPlan, parent: RunHandle, trials: Sequence[Trial]
         checkpoint = find_checkpoint(plan.folder / "trials" / best.name / "checkpoints", which="best")
         if checkpoint is not None:
             Tracker(children[best.name][0]).log_artifacts(checkpoint, "checkpoint")
+
+
+def _conclude(
+    plan: SweepPlan, parent: RunHandle, driver: Tracker, trials: list[Trial], best: Trial, *, replay: Mapping[str, int]
+) -> SweepResult:
+    """Writes the results into the sweep's folder and its MLflow run."""
+    folder = plan.folder / "results"
+    config = None if plan.ablation else trial_config(plan, best.values)
+    table = write_results(
+        trials,
+        plan.options.metrics,
+        folder,
+        ablation=plan.ablation,
+        best_config=config,
+        replay=replay,
+        default=plan.recipe_point,
+    )
+    driver.log_artifacts(folder)
+    driver.log_metrics({name: value for name, value in best.metrics.items() if name.count("/") == 1}, 0)
+    driver.set_tags({"slrnet.best_trial": best.name})
+    path = None if config is None else folder / "best_config.json"
+    following = "" if path is None else f"\n\nNext: `python ray_jobs/train.py --config {path}`"
+    trial_runs = [handle for handle, _ in runs_below(parent).values()][:_COMPARED]
+    link = f"[Trials side by side, with parallel coordinates]({comparison(trial_runs)})"
+    driver.describe(f"Best trial: {best.name}{following}\n\n{link}\n\n{table}")
+    driver.finish()
+    return SweepResult(trials=trials, best=best, best_config=path, table=table, run=parent)
+
+
+# Ray Tune.
+
+
+def _run_trials(
+    plan: SweepPlan,
+    parent: RunHandle,
+    workers: WorkerPlan,
+    *,
+    concurrent: int,
+    resume: bool,
+    say: Callable[[str], None],
+) -> list[Trial]:
+    from ray import tune
+
+    def fit(name: str, space: dict[str, Any], config: Any, *, resume: bool, **job: Any) -> list[Any]:
+        job |= {"plan": plan, "parent": parent, "workers": workers}
+        trainable = tune.with_resources(tune.with_parameters(_trial, job=job), _HEAD_NODE)
+        return _fit(plan, trainable, name, space, config, resume=resume)
+
+    if plan.options.scheduler != "pbt":
+        return [
+            _trial_of(plan, r) for r in fit("tune", _param_space(plan), _tune_config(plan, concurrent), resume=resume)
+        ]
+
+    def train_round(until: int, settings: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+        config = tune.TuneConfig(search_alg=_in_turn(concurrent), trial_dirname_creator=_trial_id)
+        members = {"member": tune.grid_search(list(settings))}
+        results = fit(f"tune-{until:04d}", members, config, resume=True, until=until, settings=settings)
+        return {result.config["member"]: _error_of(result) for result in results}
+
+    return train_population(
+        plan, train_round, say=say, record=lambda population: _record_sources(plan, parent, population)
+    )
+
+
+def _trial(values: dict[str, Any], *, job: dict[str, Any]) -> None:
+    """Runs in a trial's actor; a population's member trains one round with its present settings, kept as curves."""
+    from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    plan: SweepPlan = job["plan"]
+    name, notes = f"{plan.options.name}-{tune.get_context().get_trial_id()}", {}
+    if "settings" in job:
+        name, values = member_name(plan, values["member"]), job["settings"][values["member"]]
+        notes = {f"setting/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+    train_trial(
+        trial_config(plan, values),
+        LaunchOptions(name=name, storage=plan.folder / "trials"),
+        parent=job["parent"],
+        workers=job["workers"],
+        callbacks=[TuneReportCallback()],
+        until=job.get("until"),
+        notes=notes,
+    )
+
+
+def _fit(plan: SweepPlan, trainable: Any, name: str, space: dict[str, Any], config: Any, *, resume: bool) -> list[Any]:
+    """Runs trials with Tune, which keeps its state under `name` in the sweep's folder; returns a result for each."""
+    from ray import tune
+
+    state = plan.folder / name
+    if resume and tune.Tuner.can_restore(str(state)):
+        tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
+    else:
+        shutil.rmtree(state, ignore_errors=True)  # a sweep killed before its first trial
+        tuner = tune.Tuner(
+            trainable,
+            param_space=space,
+            tune_config=config,
+            run_config=tune.RunConfig(
+                name=name,
+                storage_path=str(plan.folder),
+                failure_config=tune.FailureConfig(max_failures=plan.options.max_failures),
+                callbacks=[_progress(plan)],
+                verbose=0,
+            ),
+        )
+    return list(tuner.fit())
+
+
+def _param_space(plan: SweepPlan) -> dict[str, Any]:
+    from ray import tune
+
+    if plan.ablation:
+        return {"variant": tune.grid_search(list(plan.variants)), "train.seed": tune.grid_search(list(plan.seeds))}
+    return {domain.key: _tune_domain(domain, grid=plan.options.searcher == "grid") for domain in plan.space}
+
+
+def _tune_domain(domain: Domain, *, grid: bool) -> Any:
+    from ray import tune
+
+    if grid:
+        return tune.grid_search(domain.grid())
+    if domain.kind == "choice":
+        return tune.choice(list(domain.values))
+    low, high = domain.values
+    if domain.kind == "int":
+        return tune.randint(low, high + 1)
+    return tune.loguniform(low, high) if domain.kind == "loguniform" else tune.uniform(low, high)
+
+
+def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    options = plan.options
+    whole = plan.ablation or options.searcher == "grid"
+    modes = [mode_of(metric) for metric in options.metrics]
+    single: dict[str, Any] = {"metric": options.metrics[0], "mode": modes[0]} if len(modes) == 1 else {}
+    limit = None
+    if whole:
+        search = _in_turn(concurrent)
+    elif options.searcher == "optuna":
+        several = {} if single else {"metric": list(options.metrics), "mode": modes}
+        search = OptunaSearch(points_to_evaluate=[plan.recipe_point], seed=options.seed, **several)
+        limit = concurrent
+    else:
+        search = _in_turn(concurrent, points_to_evaluate=[plan.recipe_point], random_state=options.seed)
+    scheduler = None
+    if options.scheduler == "asha":
+        scheduler = ASHAScheduler(
+            time_attr="epoch",
+            max_t=plan.config.train.epochs,
+            grace_period=options.grace_epochs,
+            reduction_factor=options.reduction,
+        )
+    return tune.TuneConfig(
+        search_alg=search,
+        scheduler=scheduler,
+        num_samples=1 if whole else options.num_samples,
+        max_concurrent_trials=limit,
+        trial_dirname_creator=_trial_id,
+        **single,
+    )
+
+
+def _trial_id(trial: Any) -> str:
+    return str(trial.trial_id)
+
+
+def _in_turn(concurrent: int, **options: Any) -> Any:
+    """Grids and random draws, `concurrent` trials at a time; Tune's own limit has no effect on this searcher."""
+    from ray.tune.search import BasicVariantGenerator
+
+    return BasicVariantGenerator(max_concurrent=concurrent, **options)
+
+
+def _progress(plan: SweepPlan) -> Any:
+    """A Tune callback that prints what trials report."""
+    from ray.tune import Callback
+
+    epochs, metric = plan.config.train.epochs, plan.options.metrics[0]
+
+    class Progress(Callback):
+        def on_trial_result(
+            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
+        ) -> None:
+            done = sum(other.is_finished() for other in trials)
+            value = result.get(metric, math.nan)
+            print(
+                f"trial {trial.trial_id}, epoch {result.get('epoch')}/{epochs}: {metric} {100 * value:.1f} % "
+                f"({done} of {plan.trials} trials done)",
+                flush=True,
+            )
+
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+            print(f"trial {trial.trial_id} failed; the sweep continues", flush=True)
+
+    return Progress()
+
+
+def _trial_of(plan: SweepPlan, result: Any) -> Trial:
+    name, values = f"{plan.options.name}-{Path(result.path).name}", dict(result.config)
+    return trial_from_rows(
+        name,
+        values,
+        trial_rows(plan.folder / "trials" / name),
+        metric=plan.options.metrics[0],
+        planned=trial_config(plan, values).train.epochs,
+        error=_error_of(result),
+    )
+
+
+def _error_of(result: Any) -> str:
+    """The last line of a trial's error, without the exception's name where it is ours; empty where it has none."""
+    if result.error is None:
+        return ""
+    lines = [line.strip() for line in str(result.error).splitlines() if line.strip()]
+    last = lines[-1] if lines else type(result.error).__name__
+    return last.removeprefix(f"{TrainingError.__module__}.{TrainingError.__name__}: ")[:500]
+
+
+# What early stopping would have saved.
+
+
+def _replay(plan: SweepPlan, trials: Sequence[Trial], concurrent: int) -> dict[str, int]:
+    """Epochs that ASHA would have given the trials of a search without early stopping; empty for other sweeps."""
+    options = plan.options
+    if plan.ablation or options.scheduler != "none" or len(options.metrics) > 1:
+        return {}
+    curves = {trial.name: trial.curve for trial in trials if trial.status == "finished" and None not in trial.curve}
+    lengths = {len(curve) for curve in curves.values()}
+    if len(curves) < 2 or len(lengths) > 1:
+        return {}
+    return replay_asha(
+        curves, mode=mode_of(options.metrics[0]), grace=options.grace_epochs or 1, reduction=options.reduction,
+        concurrent=concurrent,
+    )  # fmt: skip
+
+
+def replay_asha(
+    curves: Mapping[str, Sequence[float | None]], *, mode: Mode, grace: int, reduction: float, concurrent: int
+) -> dict[str, int]:
+    """Shows ASHA the curves of complete trials, as if they were training now, all at the same speed.
+
+    Args:
+        curves: a metric after each epoch, by trial, in the order in which trials start; all of one length.
+        mode: whether a higher or a lower value is better.
+        grace: epochs before a trial may be stopped.
+        reduction: one trial in so many continues.
+        concurrent: trials at a time.
+
+    Returns:
+        Epochs that each trial would have been trained.
+    """
+    from ray.tune.schedulers import ASHAScheduler
+
+    longest = max(map(len, curves.values()))
+    scheduler = ASHAScheduler(
+        time_attr="epoch", metric="score", mode=mode, max_t=longest, grace_period=grace, reduction_factor=reduction
+    )
+    waiting, trained = deque(SimpleNamespace(trial_id=name) for name in curves), dict.fromkeys(curves, 0)
+    running: list[SimpleNamespace] = []
+    while waiting or running:
+        while waiting and len(running) < concurrent:
+            running.append(waiting.popleft())
+            scheduler.on_trial_add(None, running[-1])
+        for trial in tuple(running):
+            epoch = trained[trial.trial_id] = trained[trial.trial_id] + 1
+            result = {"epoch": epoch, "score": curves[trial.trial_id][epoch - 1]}
+            if scheduler.on_trial_result(None, trial, result) == scheduler.STOP or epoch == longest:
+                running.remove(trial)
+    return trained

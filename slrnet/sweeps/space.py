@@ -21,7 +21,7 @@ __all__ = ["DEFAULT_SPACE", "Domain", "apply_values", "check_space", "get_space"
 Kind = Literal["uniform", "loguniform", "int", "choice"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 _UNTRAINED = ("recipe", "data.path", "tracking.", "crf.", "inference.")
-"""Settings that change no training and none of its figures."""
+"""Settings that change neither the training nor its metrics."""
 
 
 @dataclass(frozen=True)
@@ -36,44 +36,52 @@ class Domain:
     """(low, high), or the choices."""
 
     def __str__(self) -> str:
-        """As it is written on the command line."""
+        """The domain as written on the command line."""
         if self.kind == "choice":
             return f"{self.key}=choice:{','.join(json.dumps(value) for value in self.values)}"
         return f"{self.key}={self.kind}:{self.values[0]:g}:{self.values[1]:g}"
 
-    def probes(self) -> tuple[Any, ...]:
-        """Values that are valid settings only if all of the domain is: its ends and one between, or all choices."""
+    def __contains__(self, value: Any) -> bool:
+        return value in self.values if self.kind == "choice" else bool(self.values[0] <= value <= self.values[1])
+
+    def grid(self) -> list[Any]:
+        """All values.
+
+        Raises:
+            ConfigError: the domain is continuous.
+        """
         if self.kind == "choice":
-            return self.values
-        low, high = self.values
-        return (low, high) if self.kind == "int" else (low, low + 0.37 * (high - low), high)
+            return list(self.values)
+        if self.kind == "int":
+            return list(range(self.values[0], self.values[1] + 1))
+        raise ConfigError(f"a grid needs choices; write {self.key}=choice:A,B,C instead of {str(self)!r}")
 
     def draw(self, rng: random.Random) -> Any:
-        """A value at random."""
-        if self.kind == "choice":
-            return rng.choice(self.values)
+        """A random value."""
+        if self.kind in ("choice", "int"):
+            return rng.choice(self.grid())
         low, high = self.values
-        if self.kind == "int":
-            return rng.randint(low, high)
         if self.kind == "loguniform":
-            return min(max(math.exp(rng.uniform(math.log(low), math.log(high))), low), high)
+            return self._clipped(math.exp(rng.uniform(math.log(low), math.log(high))))
         return rng.uniform(low, high)
 
-    def neighbour(self, value: Any, rng: random.Random) -> Any:
-        """A value near another one, above or below it, within the domain.
+    def neighbor(self, value: Any, rng: random.Random) -> Any:
+        """A value just above or below another one, within the domain.
 
-        The next choice or whole number, a tenth of the range of `uniform` away, or 1.2 times as much or as little for
-        `loguniform`.
+        The next choice or whole number; for `uniform` a tenth of the range away; for `loguniform` 1.2 times as much or
+        as little.
         """
         up = rng.random() < 0.5
         if self.kind == "choice":
             place = self.values.index(value) + (1 if up else -1)
             return self.values[min(max(place, 0), len(self.values) - 1)]
-        low, high = self.values
         if self.kind == "loguniform":
-            return min(max(value * 1.2 if up else value / 1.2, low), high)
-        step = 1 if self.kind == "int" else 0.1 * (high - low)
-        return min(max(value + step if up else value - step, low), high)
+            return self._clipped(value * 1.2 if up else value / 1.2)
+        step = 1 if self.kind == "int" else 0.1 * (self.values[1] - self.values[0])
+        return self._clipped(value + step if up else value - step)
+
+    def _clipped(self, value: Any) -> Any:
+        return sorted((value, *self.values))[1]
 
 
 DEFAULT_SPACE: tuple[Domain, ...] = (
@@ -86,10 +94,10 @@ DEFAULT_SPACE: tuple[Domain, ...] = (
 
 
 def get_space(name: str) -> tuple[Domain, ...]:
-    """The search space of a recipe: what `ray_jobs/tune.py` tries unless told otherwise.
+    """The search space of a recipe, which `ray_jobs/tune.py` tries by default.
 
     Raises:
-        ConfigError: there is no recipe of that name.
+        ConfigError: there is no such recipe.
     """
     config = get_recipe(name)
     if not config.cvlr.enabled:
@@ -107,7 +115,7 @@ def parse_domain(text: str) -> Domain:
     """Reads `section.field=KIND:VALUES`.
 
     Raises:
-        ConfigError: the text has another form, an unknown kind, or ends that are no range.
+        ConfigError: the text has another form or an unknown kind, or LOW is not below HIGH.
     """
     key, equals, rest = text.partition("=")
     kind, colon, values = rest.partition(":")
@@ -122,14 +130,14 @@ def parse_domain(text: str) -> Domain:
 
 
 def space_with(base: Iterable[Domain], texts: Iterable[str]) -> tuple[Domain, ...]:
-    """A space with domains of the command line added, each in the place of one of the same setting.
+    """Adds the domains of the command line to a space; each replaces one of the same setting.
 
     Args:
-        base: of the recipe.
+        base: the recipe's search space.
         texts: `section.field=KIND:VALUES`, or `section.field=fixed` to leave a setting out.
 
     Raises:
-        ConfigError: a text cannot be read, or leaves out what is not searched.
+        ConfigError: a text cannot be read, or leaves out a setting that is not searched.
     """
     domains = {domain.key: domain for domain in base}
     for text in texts:
@@ -144,7 +152,7 @@ def space_with(base: Iterable[Domain], texts: Iterable[str]) -> tuple[Domain, ..
 
 
 def check_space(config: Config, space: Sequence[Domain]) -> None:
-    """Refuses a space that would give an invalid configuration, or search a setting that does nothing in this one.
+    """Refuses a space that allows an invalid configuration or searches a setting without effect.
 
     Raises:
         ConfigError: the space is empty, a key is unknown, a value is out of range, or a setting changes no training.
@@ -158,7 +166,9 @@ def check_space(config: Config, space: Sequence[Domain]) -> None:
             raise ConfigError(
                 f"{domain.key} does nothing while cvlr.enabled is false; leave it out ({domain.key}=fixed)"
             )
-        for value in domain.probes():
+        low, high = domain.values[0], domain.values[-1]
+        between = () if domain.kind in ("choice", "int") else (low + 0.37 * (high - low),)
+        for value in (*domain.values, *between):
             try:
                 apply_values(config, {domain.key: value})
             except ConfigError as error:
@@ -166,7 +176,7 @@ def check_space(config: Config, space: Sequence[Domain]) -> None:
 
 
 def apply_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """The configuration with settings replaced by plain values.
+    """Replaces settings of a configuration by plain values.
 
     Raises:
         ConfigError: a key is unknown or a value is of the wrong type or range.
@@ -177,12 +187,12 @@ def apply_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 def _choices(text: str, values: str) -> tuple[Any, ...]:
     try:
-        found = json.loads(f"[{values}]")
+        choices = json.loads(f"[{values}]")
     except ValueError:
-        found = [part.strip() for part in values.split(",")]
-    if len(found) < 2:
-        raise ConfigError(f"search domain {text!r} has {len(found)} choice; give at least two, separated by commas")
-    return tuple(found)
+        choices = [part.strip() for part in values.split(",")]
+    if len(choices) < 2:
+        raise ConfigError(f"search domain {text!r} has {len(choices)} choice; give at least two, separated by commas")
+    return tuple(choices)
 
 
 def _ends(text: str, kind: str, values: str) -> tuple[float | int, float | int]:

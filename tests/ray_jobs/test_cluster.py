@@ -22,7 +22,8 @@ from mlflow import MlflowClient
 from ray_jobs.demo import local_cluster
 from slrnet.checkpoints.checkpoint import find_checkpoint, load_checkpoint
 from slrnet.config import apply_overrides, load_config
-from slrnet.launch.train import LaunchOptions, launch, resume_config
+from slrnet.launch.checks import resume_config
+from slrnet.launch.train import LaunchOptions, launch
 
 ROOT = Path(__file__).resolve().parents[2]
 Submit = Callable[..., subprocess.CompletedProcess[str]]

@@ -25,7 +25,8 @@ from slrnet.checkpoints.run_store import MARKER, RunStore, local_run, run_argume
 from slrnet.checkpoints.writer import CheckpointWriter
 from slrnet.config import Config, apply_overrides
 from slrnet.launch import train as ray_loop
-from slrnet.launch.train import LaunchOptions, RunResult, TrainingError, launch, resume_config
+from slrnet.launch.checks import resume_config
+from slrnet.launch.train import LaunchOptions, RunResult, TrainingError, launch
 from slrnet.storage.remote import RemoteError, cached
 
 PLACE = "s3://runs/all/mine"

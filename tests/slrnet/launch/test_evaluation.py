@@ -17,6 +17,7 @@ from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.launch.evaluation import launch_evaluation, measure
+from slrnet.launch.prediction import MaskPredictor
 from slrnet.launch.train import LaunchOptions, launch
 from slrnet.models.network import Normalize
 from slrnet.tools.predict import predictor_of
@@ -84,10 +85,11 @@ def test_any_number_of_ranks_counts_the_same(
     config = apply_overrides(tiny_config, [f"evaluation.protocol={protocol}"])
     model = restore_model(checkpoint).eval()
     normalize = Normalize.of(model.encoder)
+    predictor = MaskPredictor(model=model, config=config, normalize=normalize, process=Process(), crf_processes=1)
 
     def share(rank: int, world_size: int) -> tuple[Quality, ...]:
         loader = EvalLoader(tiny_data, split="val", rank=rank, world_size=world_size)
-        return measure(model, loader, config=config, normalize=normalize, process=Process(), crf_processes=1)
+        return measure(predictor, loader)
 
     whole, parts = share(0, 1), [share(rank, world_size) for rank in range(world_size)]
     assert len(whole) == (2 if protocol == "ms_crf" else 1)  # before the CRF too

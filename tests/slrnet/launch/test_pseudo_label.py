@@ -28,7 +28,7 @@ from slrnet.data.shards import EvalLoader
 from slrnet.distributed.process import Process
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.inference.predictor import predict
-from slrnet.launch import pseudo_label
+from slrnet.launch import prediction, pseudo_label
 from slrnet.launch.evaluation import launch_evaluation
 from slrnet.launch.pseudo_label import RECORD, SUBSET, launch_pseudo_labels
 from slrnet.launch.train import LaunchOptions, TrainingError
@@ -221,7 +221,7 @@ class TestStops:
             calls[0] += 1
             return predict(*arguments)
 
-        monkeypatch.setattr(pseudo_label, "predict", counted)
+        monkeypatch.setattr(prediction, "predict", counted)
         return calls
 
     def test_a_stopped_job_goes_on_with_what_is_missing(

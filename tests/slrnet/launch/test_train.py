@@ -11,7 +11,8 @@ from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.config import Config, apply_overrides
 from slrnet.data.manifest import ShardSet
 from slrnet.launch import train as ray_loop
-from slrnet.launch.train import LaunchOptions, RunResult, TrainingError, launch, resume_config
+from slrnet.launch.checks import resume_config
+from slrnet.launch.train import LaunchOptions, RunResult, TrainingError, launch
 from slrnet.tracking.mlflow import metric_history
 from slrnet.tracking.run_log import RunLog
 
@@ -156,7 +157,7 @@ def test_a_failed_training_is_marked_in_mlflow_with_its_cause(
     def fail(*arguments: Any) -> None:
         raise ArithmeticError("the loss is not finite")
 
-    monkeypatch.setattr(ray_loop, "_train", fail)
+    monkeypatch.setattr(ray_loop, "train_rank", fail)
     with pytest.raises(TrainingError, match="ArithmeticError: the loss is not finite"):
         start(tiny_config, tmp_path)
     (run,) = runs(tmp_path)

@@ -13,20 +13,17 @@ from PIL import Image
 from slrnet.config import load_config
 from slrnet.recipes import get_recipe
 from slrnet.sweeps.ablations import get_ablation
-from slrnet.sweeps.results import (
+from slrnet.sweeps.results import ablation_table, replay_text, trial_table, write_results
+from slrnet.sweeps.trials import (
     Trial,
     ablation_rows,
-    ablation_table,
     best_trial,
     epochs_trained,
     importances,
     mode_of,
     pareto_front,
-    replay_text,
     trial_from_rows,
     trial_rows,
-    trial_table,
-    write_results,
 )
 
 
@@ -71,7 +68,6 @@ def test_equal_trials_stay_on_the_front() -> None:
 
 
 def test_importances_find_the_setting_that_acts() -> None:
-    pytest.importorskip("optuna")
     trials = [
         trial(
             str(i), {"optim.lr": (i * 7 % 12) / 12, "views.flip": bool(i % 2), "cvlr.dim": 64}, miou=(i * 7 % 12) / 24
@@ -111,13 +107,13 @@ def ablation_trials() -> list[Trial]:
 def test_seeds_are_put_together() -> None:
     ablation = get_ablation("fig4-right")
     rows = ablation_rows(ablation, ablation_trials(), ["val/miou"])
-    assert [(row.label, row.seeds) for row in rows] == [("MVMC", 2), ("KL Div.", 1), ("CPS", 0)]
+    assert [(row.variant.label, row.seeds) for row in rows] == [("MVMC", 2), ("KL Div.", 1), ("CPS", 0)]
     assert rows[0].means["val/miou"] == pytest.approx(0.55)
     assert rows[0].spreads["val/miou"] == pytest.approx(0.0707, abs=1e-4)
     table = ablation_table(ablation, rows, ["val/miou"])
-    assert "| MVMC |  | 55.00 ± 7.07 | 2 |" in table
-    assert "| KL Div. |  | 40.00 | 1 |" in table
-    assert "| CPS |  | - | 0 |" in table
+    assert "| MVMC | | 55.00 ± 7.07 | 2 |" in table
+    assert "| KL Div. | | 40.00 | 1 |" in table
+    assert "| CPS | | - | 0 |" in table
 
 
 def test_the_papers_figures_stand_beside() -> None:
@@ -125,7 +121,7 @@ def test_the_papers_figures_stand_beside() -> None:
     failed = trial("e", {"variant": 4, "train.seed": 0}, "failed")
     rows = ablation_rows(get_ablation("table8"), [failed], ["val/miou"])
     assert "| EMAU | 61.76 | - | 0 |" in ablation_table(get_ablation("table8"), rows, ["val/miou"])
-    assert [row.label for row in rows] == ["EMAU"]
+    assert [row.variant.label for row in rows] == ["EMAU"]
 
 
 def test_a_search_leaves_files(tmp_path: Path) -> None:

@@ -118,9 +118,9 @@ def test_values_become_settings() -> None:
         ("cvlr.dim=choice:64,256,512", 64, {64, 256}),
     ],
 )
-def test_neighbours_lie_on_both_sides_and_within(text: str, value: float, near: set[float]) -> None:
+def test_neighbors_lie_on_both_sides_and_within(text: str, value: float, near: set[float]) -> None:
     rng = random.Random(0)
-    assert {parse_domain(text).neighbour(value, rng) for _ in range(30)} == near
+    assert {parse_domain(text).neighbor(value, rng) for _ in range(30)} == near
 
 
 @pytest.mark.parametrize(

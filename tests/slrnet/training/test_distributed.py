@@ -39,8 +39,7 @@ from slrnet.distributed.process import (
 )
 from slrnet.evaluation.masks import evaluate_masks, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix, merge_over_ranks
-from slrnet.launch import train as ray_loop
-from slrnet.launch.train import Report
+from slrnet.launch.rank import HANG_EXIT_CODE, Report, train_rank
 from slrnet.tracking.mlflow import NullTracker, RunHandle, create_run
 from slrnet.tracking.run_log import find_failure
 from slrnet.training import trainer as trainer_module
@@ -105,7 +104,7 @@ def _hanging_process(folder: Path, rank: int) -> None:
 
     trainer_module.step_losses = hang
     values = json.loads((folder / "values.json").read_text())
-    ray_loop._train(values | {"handle": RunHandle(**values["handle"])}, current_process(torch.device("cpu")), Report())
+    train_rank(values | {"handle": RunHandle(**values["handle"])}, current_process(torch.device("cpu")), Report())
 
 
 def _sums(process: Process) -> dict[str, Any]:
@@ -354,7 +353,7 @@ def test_a_rank_that_hangs_ends_both_and_is_named(config: Config, tmp_path: Path
     values |= {"location": "", "until": None}
     (tmp_path / "values.json").write_text(json.dumps(values | {"handle": asdict(handle)}))
     (waiting, hanging), printed = run_both(tmp_path, "hang")
-    assert hanging == ray_loop.HANG_EXIT_CODE, printed[1]
+    assert hanging == HANG_EXIT_CODE, printed[1]
     assert waiting in (hanging, 1)  # 1: it noticed first that the other one is gone
     failure = find_failure(tmp_path / "run", since=0)
     assert failure is not None

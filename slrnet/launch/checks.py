@@ -1,0 +1,132 @@
+"""Checks on the driver: everything about a run that can be refused before any work is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from slrnet.checkpoints.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from slrnet.checkpoints.run_store import CONFIG, RunStore
+from slrnet.config import Config, load_config
+from slrnet.data.class_balance import ClassLists, shares, table
+from slrnet.data.manifest import ShardSet, load_dataset
+from slrnet.data.supervision import Supervision, supervision_of
+
+# The network and the trainer are imported where they are used: Ray's controller reads this module and needs neither.
+__all__ = [
+    "check_folder",
+    "check_run",
+    "checkpoint_bytes",
+    "class_balance_table",
+    "resume_config",
+    "with_absolute_paths",
+]
+
+_MOST_CLASSES = 20
+"""Rows of the table of classes."""
+
+
+def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
+    """Reads the settings of an earlier run: those of its last checkpoint, or the run's own before the first one.
+
+    Args:
+        storage: folder that holds the runs.
+        name: the run's name.
+        remote: location of the runs in an object store, from which the run is copied to `storage` first; empty: none.
+
+    Raises:
+        CheckpointError: there is no such run.
+        RemoteError: the object store does not answer or refuses.
+    """
+    if remote:
+        RunStore(f"{remote.rstrip('/')}/{name}", storage / name).fetch()
+    last = check_folder(storage / name, resume=True)
+    return load_config(storage / name / CONFIG) if last is None else load_checkpoint(last).config
+
+
+def check_folder(folder: Path, *, resume: bool) -> Path | None:
+    """Checks that a run's folder is free, or with `resume` that it holds a run.
+
+    Returns:
+        The run's last checkpoint; None where there is none yet.
+
+    Raises:
+        CheckpointError: the folder is taken, or holds no run to resume; the message names the runs beside it.
+    """
+    last = find_checkpoint(folder / "checkpoints")
+    if resume and last is None and not (folder / CONFIG).exists():
+        others = sorted(path.parent.name for path in folder.parent.glob(f"*/{CONFIG}"))
+        known = f"runs there: {', '.join(others)}" if others else "there are none"
+        raise CheckpointError(
+            f"there is no run {folder.name!r} in {folder.parent} to resume; {known}; start it with --name"
+        )
+    if not resume and folder.exists() and any(folder.iterdir()):
+        raise CheckpointError(
+            f"run folder {folder} exists; continue that run with --resume {folder.name}, or choose another --name"
+        )
+    return last
+
+
+def with_absolute_paths(config: Config) -> tuple[Config, ShardSet]:
+    """Resolves the paths of a configuration, as Ray's workers run in other folders; returns the data set too.
+
+    Raises:
+        ValueError: there is no such data set, or the encoder's weights are missing.
+    """
+    from slrnet.models.encoders import resolve_weights
+
+    shards = load_dataset(config.data.path)
+    weights = resolve_weights(config.model.encoder, config.model.encoder_weights)
+    changes = {
+        "data": config.data.model_copy(update={"path": shards.location}),
+        "model": config.model.model_copy(update={"encoder_weights": weights}),
+    }
+    return config.model_copy(update=changes), shards
+
+
+def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
+    """Checks that data and batch allow a training.
+
+    Args:
+        config: the run's settings.
+        shards: its data set.
+        world_size: number of workers, >= 1.
+
+    Returns:
+        Which labels the training sees.
+
+    Raises:
+        ValueError: a split or subset is missing, or the batch does not fit the workers or the data.
+    """
+    from slrnet.training.trainer import check_batch
+
+    check_batch(config, world_size)
+    shards.split(config.data.val_split)
+    supervision = supervision_of(config, shards)
+    if supervision.draws < config.train.batch_size:
+        raise ValueError(
+            f"an epoch of split {config.data.train_split!r} has {supervision.draws} samples, fewer than "
+            f"train.batch_size {config.train.batch_size}; use a batch of {supervision.draws} or less"
+        )
+    return supervision
+
+
+def class_balance_table(config: Config, shards: ShardSet, supervision: Supervision) -> str:
+    """Shows how class balancing changes the share of each class among the images that an epoch draws."""
+    samples = np.concatenate([pool.samples.array for pool in supervision.pools])
+    draws = np.concatenate([np.broadcast_to(pool.draws, len(pool.samples)) for pool in supervision.pools])
+    lists = ClassLists.of(shards.split(config.data.train_split), samples)
+    return table(shares(lists, draws, strength=config.data.class_balance), shards.info.classes, most=_MOST_CLASSES)
+
+
+def checkpoint_bytes(config: Config, shards: ShardSet) -> int:
+    """Size of a checkpoint in bytes: the weights, and the momentum of those that train."""
+    from slrnet.models.slrnet import network_of
+
+    with torch.device("meta"):
+        model = network_of(config, num_classes=shards.info.num_classes, weights=False)
+    values: int = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    momentum: int = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
+    return values + momentum

@@ -1,0 +1,120 @@
+"""What runs in each process of a job: the training of one rank, and how jobs report."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from slrnet.checkpoints.run_store import RunStore, run_folder
+from slrnet.config import config_from_dict
+from slrnet.data.manifest import load_dataset
+from slrnet.distributed.process import Process, gather_over_ranks
+from slrnet.distributed.watchdog import Hang, Watchdog, dump_stacks, shared_store
+from slrnet.tracking.mlflow import NullTracker, RunHandle, Tracker
+from slrnet.tracking.run_log import RunLog
+
+__all__ = ["HANG_EXIT_CODE", "Job", "Report", "train_rank"]
+
+
+class Report:
+    """Takes a job's metrics and announces preemption; this one, for a single process, does neither.
+
+    Every worker must call both equally often.
+    """
+
+    def __call__(self, metrics: Mapping[str, float]) -> None:
+        """Takes metrics."""
+
+    def notice(self) -> str:
+        """Says why the workers may be stopped soon; "" otherwise."""
+        return ""
+
+
+Job = Callable[[dict[str, Any], Process, Report], None]
+"""What runs in each process: a function of plain values, the process, and where to report."""
+
+HANG_EXIT_CODE = 75
+"""Exit code of a worker whose rank, or one that it waits for, hangs."""
+LOG_UPLOAD_SECONDS = 30.0
+"""Seconds that a hanging worker has to copy its log to an object store before it exits."""
+
+
+def train_rank(values: dict[str, Any], process: Process, report: Report) -> None:
+    """Trains one rank of a run; a `Job`.
+
+    Args:
+        values: `config`, the run's settings as plain values; `folder`, its folder, and `location`, its object store
+            or ""; `handle`, its `RunHandle`; `until`, the epochs after which to stop, or None; `hang_limit`, seconds
+            without progress after which the process exits, or 0.
+        process: this rank.
+        report: receives the metrics of each epoch.
+    """
+    from slrnet.training.trainer import Trainer
+
+    config = config_from_dict(values["config"])
+    handle: RunHandle = values["handle"]
+    store = _open_store(values["location"], process)
+    folder = Path(values["folder"]) if store is None else store.folder
+    log = RunLog(folder, rank=process.rank)
+    tracker = Tracker(handle, once=True) if process.is_main else NullTracker()
+    watchdog = Watchdog(
+        process,
+        limit=values["hang_limit"],
+        store=shared_store(process),
+        on_hang=lambda hang: _end_hang(hang, log, store),
+    )
+    try:
+        trainer = Trainer(
+            config,
+            load_dataset(config.data.path),
+            process=process,
+            folder=folder,
+            tracker=tracker,
+            run_id=handle.run_id,
+            log=log,
+            watchdog=watchdog,
+            upload=None if store is None else store.upload,
+        )
+        trainer.resume()
+        log.write("start", step=trainer.state.step, world_size=process.world_size)
+        trainer.fit(report=report, notice=report.notice, until=values["until"])
+        tracker.drain()
+    except Exception as error:
+        position = watchdog.position
+        log.write(
+            "failure",
+            step=position.step,
+            place=position.place,
+            exception=type(error).__name__,
+            message=" ".join(str(error).split())[:2000],
+        )
+        raise
+    finally:
+        watchdog.close()
+        if store is not None:
+            store.upload_rest()
+
+
+def _open_store(location: str, process: Process) -> RunStore | None:
+    """The run's place in an object store; all ranks copy the checkpoints that rank 0 sees to their nodes."""
+    if not location:
+        return None
+    store = RunStore(location, run_folder(location), rank=process.rank)
+    store.fetch(gather_over_ranks(store.checkpoints() if process.is_main else [], process)[0])
+    return store
+
+
+def _end_hang(hang: Hang, log: RunLog, store: RunStore | None) -> None:
+    """Ends this process: its main thread waits where no exception can reach it."""
+    log.write("hang", rank=hang.rank, node=hang.node, step=hang.step, exception="hang", message=hang.message)
+    print(f"{hang.message}; ending this rank. Its threads:", file=sys.stderr, flush=True)
+    dump_stacks()
+    if store is not None:
+        upload = threading.Thread(target=store.upload_rest, daemon=True)
+        upload.start()
+        upload.join(LOG_UPLOAD_SECONDS)
+    os._exit(HANG_EXIT_CODE)
