@@ -31,7 +31,8 @@ def refine(images: Tensor, probs: Tensor, *, num_iters: int = 10, dilations: tup
 
     Args:
         images: (N, 3, H, W) float in [0, 1], at the masks' resolution.
-        probs: (N, K, H, W) float, any number of channels; each is refined separately.
+        probs: (N, K, H, W) float, any number of channels. Each is refined separately: alone or with others
+            it comes out the same within 1e-6, and the same input gives the same bits.
         num_iters: number of iterations; 0 returns `probs`.
         dilations: dilations of the 3x3 neighborhoods, in pixels, each at least 1.
 
