@@ -26,6 +26,10 @@ settings.register_profile(
 )
 settings.load_profile("slrnet")
 
+pytest_plugins = [
+    f"tests.fixtures.{name}" for name in ("tiny_data", "training", "checkpoints", "object_store", "servers", "browser")
+]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The sort is stable, so the order within the fast and within the slow tests stays.
