@@ -367,7 +367,7 @@ class Trainer:
         """Pseudo-mask quality and validation after an epoch; every rank takes part."""
         self.model.eval()
         share_buffers(self.model, self.process)
-        common: dict[str, Any] = {"config": self.config, "normalize": self.normalize, "ranks": self.process}
+        common: dict[str, Any] = {"config": self.config, "normalize": self.normalize, "process": self.process}
         metrics = self._measure_pseudo_masks(epoch, progress, common)
         progress.note(f"epoch {epoch + 1}: validating")
         samples = self._loader(self.config.data.val_split)

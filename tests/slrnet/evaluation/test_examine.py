@@ -100,7 +100,7 @@ def test_at_the_runs_gamma_the_sweep_is_what_the_training_measures(
     sweep = sweep_gamma(subject)
     view = tiny_data.split("train")
     chosen = pseudo_mask_subset(view, plan_supervision(view, tiny_config.data, tiny_config.setting), tiny_config)
-    common = {"config": tiny_config, "normalize": subject.normalize, "ranks": Process()}
+    common = {"config": tiny_config, "normalize": subject.normalize, "process": Process()}
     samples = EvalLoader(tiny_data, split="train", indices=chosen)
     dense, kept = measure_pseudo_masks(subject.model, samples, show=lambda masks: None, **common)  # type: ignore[arg-type]
     counts = kept.matrix.counts
