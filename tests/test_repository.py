@@ -115,53 +115,59 @@ def lines_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def one_seam_for_each_framework(root: Path) -> list[str]:
-    found = []
+    violations = []
     for name, path in sources(root, *CODE):
         names = imported(path)
-        found += [
+        violations += [
             f"{name} imports {seam}" for seam, allowed in SEAMS.items() if imports(names, seam) - (name in allowed) > 0
         ]
         inner = name.removeprefix("slrnet/").split("/")[0].removesuffix(".py")
         if name.startswith("slrnet/") and inner in WITHOUT_RAY and imports(names, "ray"):
-            found.append(f"{name} imports ray")
-    return found
+            violations.append(f"{name} imports ray")
+    return violations
 
 
 def dependencies_point_down(root: Path) -> list[str]:
-    found = []
+    violations = []
     for name, path in sources(root, "slrnet", "data_prep"):
         names = imported(path)
         parts = name.removesuffix(".py").split("/")
         own = parts[1] if parts[0] == "slrnet" else ""
         forbidden = ["ray_jobs", "tests", "benchmarks", *(["data_prep"] if own and own != "cli" else [])]
-        found += [f"{name} imports {above}" for above in forbidden if imports(names, above)]
-        found += [f"{name} imports relatively: {relative}" for relative in sorted(names) if relative.startswith(".")]
+        violations += [f"{name} imports {above}" for above in forbidden if imports(names, above)]
+        violations += [
+            f"{name} imports relatively: {relative}" for relative in sorted(names) if relative.startswith(".")
+        ]
         if name == "slrnet/__init__.py":
             continue  # it offers names of all rooms, on demand
         if own and own not in HEIGHT:
-            found.append(f"{name} is in no room; FLOORS in this test lists them, with the floor that each is on")
+            violations.append(f"{name} is in no room; FLOORS in this test lists them, with the floor that each is on")
             continue
         height = HEIGHT[own] if own else DATA_PREP
         for room in sorted({module.split(".")[1] for module in names if module.startswith("slrnet.")} - {own}):
             if room not in HEIGHT and room not in PUBLIC:
-                found.append(f"{name} imports slrnet.{room}, which is no room")
+                violations.append(f"{name} imports slrnet.{room}, which is no room")
             elif HEIGHT.get(room, len(FLOORS)) >= height:
-                found.append(f"{name} imports slrnet.{room}, which is not below it")
-    return found
+                violations.append(f"{name} imports slrnet.{room}, which is not below it")
+    return violations
 
 
 def functions_are_short(root: Path) -> list[str]:
     sizes = [
         (lines_of(node), f"{name}:{node.name}") for name, path in sources(root, "slrnet") for node in functions(path)
     ]
-    found = [f"{where} has {size} lines, over 80" for size, where in sizes if size > 80]
-    found += [f"{where} has {size} lines, over 40" for size, where in sizes if size > 40 and where.endswith(":forward")]
+    violations = [f"{where} has {size} lines, over 80" for size, where in sizes if size > 80]
+    violations += [
+        f"{where} has {size} lines, over 40" for size, where in sizes if size > 40 and where.endswith(":forward")
+    ]
     lengths = sorted(size for size, _ in sizes)
     if lengths and statistics.median(lengths) > 15:
-        found.append(f"the median function has {statistics.median(lengths)} lines, over 15")
+        violations.append(f"the median function has {statistics.median(lengths)} lines, over 15")
     if lengths and lengths[int(0.9 * (len(lengths) - 1))] > 40:
-        found.append(f"the 90th percentile of functions has {lengths[int(0.9 * (len(lengths) - 1))]} lines, over 40")
-    return found
+        violations.append(
+            f"the 90th percentile of functions has {lengths[int(0.9 * (len(lengths) - 1))]} lines, over 40"
+        )
+    return violations
 
 
 def job_scripts_are_thin(root: Path) -> list[str]:
@@ -173,20 +179,20 @@ def job_scripts_are_thin(root: Path) -> list[str]:
 
 
 def public_names_are_documented(root: Path) -> list[str]:
-    found = []
+    violations = []
     for name, path in sources(root, "slrnet"):
         tree = tree_of(path)
         if not ast.get_docstring(tree):
-            found.append(f"{name} has no docstring")
+            violations.append(f"{name} has no docstring")
         public = _all_of(tree)
         if public is None:
             if path.name != "__init__.py":
-                found.append(f"{name} has no __all__")
+                violations.append(f"{name} has no __all__")
             continue
         documented, defined = _documented(tree)
-        found += [f"{name}: __all__ names {item}, which it lacks" for item in public if item not in defined]
-        found += [f"{name}: {item} has no docstring" for item in public if item in defined - documented]
-    return found
+        violations += [f"{name}: __all__ names {item}, which it lacks" for item in public if item not in defined]
+        violations += [f"{name}: {item} has no docstring" for item in public if item in defined - documented]
+    return violations
 
 
 def _all_of(tree: ast.Module) -> list[str] | None:
@@ -240,8 +246,23 @@ def nothing_is_left_for_later(root: Path) -> list[str]:
     ]
 
 
+def each_test_file_mirrors_a_module(root: Path) -> list[str]:
+    """ROOM/test_NAME.py tests a module, folder or page of slrnet/ROOM; ROOM/test_NAME_PART.py tests a part of it."""
+    misplaced = []
+    for name, path in sources(root, "tests/slrnet"):
+        room = root / "slrnet" / path.parent.relative_to(root / "tests" / "slrnet")
+        if not room.is_dir():
+            misplaced.append(f"{name} is in a folder that slrnet does not have")
+        elif path.name != "conftest.py":
+            tested = path.stem.removeprefix("test_") + "_"
+            known = {entry.stem.lower() for entry in room.iterdir()} - {"__init__", "__pycache__"}
+            if path.stem == tested[:-1] or not any(tested.startswith(f"{entry}_") for entry in known):
+                misplaced.append(f"{name} is not named for anything in {room.relative_to(root).as_posix()}/")
+    return misplaced
+
+
 def every_test_can_fail(root: Path) -> list[str]:
-    found = []
+    violations = []
     for name, path in sources(root, "tests"):
         bodies = [(node, ast.unparse(ast.Module(node.body, []))) for node in functions(path)]
         expects = re.compile(r"\bassert|raises|warns|fail\(|gradcheck")
@@ -249,12 +270,12 @@ def every_test_can_fail(root: Path) -> list[str]:
         for _ in range(2):
             helpers = {node.name for node, body in bodies if expects.search(body) and not node.name.startswith("test")}
             expects = re.compile("|".join([r"\bassert|raises|warns|fail\(|gradcheck", *(rf"\b{h}\(" for h in helpers)]))
-        found += [
+        violations += [
             f"{name}:{node.lineno} {node.name} expects nothing"
             for node, body in bodies
             if node.name.startswith("test") and not expects.search(body)
         ]
-    return found
+    return violations
 
 
 def imports_are_declared(root: Path) -> list[str]:
@@ -263,14 +284,14 @@ def imports_are_declared(root: Path) -> list[str]:
     declared = {canonicalize_name(r.name) for r in requirements(root)}
     extras = [text for name, texts in project["optional-dependencies"].items() if name != "dev" for text in texts]
     declared |= {canonicalize_name(Requirement(text).name) for text in extras}
-    found = []
+    violations = []
     for name, path in sources(root, *CODE):
         for module in sorted(
             {dotted.split(".")[0] for dotted in imported(path)} - sys.stdlib_module_names - {*CODE, ""}
         ):
             if canonicalize_name(PACKAGES.get(module, module)) not in declared:
-                found.append(f"{name} imports {module}, which requirements.txt does not name")
-    return found
+                violations.append(f"{name} imports {module}, which requirements.txt does not name")
+    return violations
 
 
 def requirements(root: Path) -> list[Requirement]:
@@ -287,16 +308,16 @@ def constraints(root: Path) -> dict[str, str]:
 def pinned_versions_fit(root: Path) -> list[str]:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = [Requirement(text) for extra in project["optional-dependencies"].values() for text in extra]
-    pinned, found = constraints(root), []
+    pinned, violations = constraints(root), []
     for requirement in [*requirements(root), *extras]:
         version = pinned.get(canonicalize_name(requirement.name))
         if version is None:
-            found.append(f"constraints.txt has no version of {requirement.name}")
+            violations.append(f"constraints.txt has no version of {requirement.name}")
         elif version not in requirement.specifier:
-            found.append(f"constraints.txt has {requirement.name} {version}, outside {requirement.specifier}")
+            violations.append(f"constraints.txt has {requirement.name} {version}, outside {requirement.specifier}")
         if not any(bound.operator in (">=", "==") for bound in requirement.specifier):
-            found.append(f"{requirement.name} has no lower bound")
-    return found
+            violations.append(f"{requirement.name} has no lower bound")
+    return violations
 
 
 RULES: list[Rule] = [
@@ -307,6 +328,7 @@ RULES: list[Rule] = [
     public_names_are_documented,
     no_machine_paths,
     nothing_is_left_for_later,
+    each_test_file_mirrors_a_module,
     every_test_can_fail,
     imports_are_declared,
     pinned_versions_fit,
@@ -366,6 +388,15 @@ PLANTED: list[tuple[Rule, str, str, str]] = [
     (no_machine_paths, "slrnet/a.py", f"x = '{MACHINE_PATH}/x'", "slrnet/a.py:1 holds a path"),
     (no_machine_paths, "README.md", f"see {MACHINE_PATH}/x", "README.md:1 holds a path"),
     (nothing_is_left_for_later, "slrnet/a.py", "# TO" + "DO: the rest", "is unfinished"),
+    (each_test_file_mirrors_a_module, "tests/slrnet/kernels/test_a.py", "", "is in a folder that slrnet does not have"),
+    (each_test_file_mirrors_a_module, "tests/slrnet/test_utils.py", "", "is not named for anything in slrnet/"),
+    (
+        each_test_file_mirrors_a_module,
+        "tests/slrnet/models/test_cvlr.py",
+        "",
+        "is not named for anything in slrnet/models/",
+    ),
+    (each_test_file_mirrors_a_module, "tests/slrnet/helpers.py", "", "is not named for anything in slrnet/"),
     (every_test_can_fail, "tests/test_a.py", "def test_f():\n    f(1)", "test_f expects nothing"),
     (imports_are_declared, "slrnet/a.py", "import pandas", "imports pandas"),
     (imports_are_declared, "data_prep/a.py", "import no_such_module", "imports no_such_module"),
@@ -379,10 +410,11 @@ PLANTED: list[tuple[Rule, str, str, str]] = [
     ("rule", "file", "text", "expected"), PLANTED, ids=lambda value: getattr(value, "__name__", "")
 )
 def test_a_planted_violation_is_found(rule: Rule, file: str, text: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "slrnet" / "models").mkdir(parents=True)
     plant(tmp_path, {file: text})
-    found = rule(tmp_path)
-    assert any(expected in violation for violation in found), found
-    assert all(violation.startswith((file, "the ", "constraints", "torch")) for violation in found)
+    violations = rule(tmp_path)
+    assert any(expected in violation for violation in violations), violations
+    assert all(violation.startswith((file, "the ", "constraints", "torch")) for violation in violations)
 
 
 def test_what_is_allowed_is_not_found(tmp_path: Path) -> None:
@@ -396,6 +428,9 @@ def test_what_is_allowed_is_not_found(tmp_path: Path) -> None:
             "slrnet/__init__.py": DOC + "def load():\n    from slrnet.inference import predictor",
             "ray_jobs/demo.py": "x = 1\n" * 300,
             "ray_jobs/train.py": "import ray\nimport slrnet.training",
+            "tests/slrnet/training/conftest.py": "",
+            "tests/slrnet/training/test_trainer.py": "",
+            "tests/slrnet/training/test_trainer_resume.py": "",
             "tests/test_a.py": "def test_f():\n    refuses(1)\n\ndef refuses(x):\n    with raises(E):\n        f(x)",
             "README.md": "see docs/work/x, https://example.org/tmp/x and <folder>/root/x",
         },

@@ -1,6 +1,6 @@
 """The factorisation as an operator: compiled, exported, checkpointed; and flat in memory.
 
-Under distributed training it is tested as a part of the network, in tests/slrnet/training/test_distributed.py.
+Under distributed training it is tested as a part of the network, in tests/slrnet/training/test_trainer_distributed.py.
 """
 
 from __future__ import annotations
