@@ -11,8 +11,9 @@ SOURCES := slrnet data_prep ray_jobs tests docs $(wildcard benchmarks)
 
 PORT ?=
 RUN ?=
+ONLY ?=
 
-.PHONY: help demo dashboard app test test-fast lint format docs chaos bench dist clean
+.PHONY: help demo dashboard app test test-fast test-processors lint format docs chaos bench dist clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -39,23 +40,35 @@ dashboard: $(STAMP) ## MLflow's page over the runs of the default storage; PORT=
 app: $(STAMP) ## a page where an image gets its mask by the newest run, or by RUN=...; PORT=7860
 	@$(BIN)/python -m slrnet.tools.app $(if $(PORT),--port $(PORT)) $(RUN)
 
-test: test-fast ## all tests
-	@$(BIN)/python -m pytest -m slow
-
 # Side by side, with one thread each: the tests' networks are too small for more.
+FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+SLOW := $(BIN)/python -m pytest -m slow
+
+test: $(STAMP) ## all tests; the slow ones also where a fast one fails
+	@trap 'exit 130' INT TERM; fast=passed; slow=passed; \
+	    $(FAST) | tee -i .venv/test-fast.log || fast=FAILED; \
+	    $(SLOW) | tee -i .venv/test-slow.log || slow=FAILED; \
+	    echo; grep -hE '^(FAILED|ERROR) ' .venv/test-fast.log .venv/test-slow.log || true; \
+	    echo "fast tests: $$fast ($$(grep -E ' in [0-9.]+s' .venv/test-fast.log | tail -n 1))"; \
+	    echo "slow tests: $$slow ($$(grep -E ' in [0-9.]+s' .venv/test-slow.log | tail -n 1))"; \
+	    test "$$fast $$slow" = "passed passed"
+
 test-fast: $(STAMP) ## the tests that start neither Ray nor servers, nor train to the end
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(FAST)
+
+test-processors: $(STAMP) ## the numeric folders' fast tests as on other processors (half an hour); ONLY="NAME ..." chooses
+	@$(BIN)/python tests/processors.py $(if $(ONLY),--only $(ONLY))
 
 lint: $(STAMP) ## style, formatting, types
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy --strict slrnet
 
-format: $(STAMP) ## mend style and formatting
+format: $(STAMP) ## fix style and formatting
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
 
-chaos: $(STAMP) ## a training whose processes, storage and tracking server are killed, against one left in peace
+chaos: $(STAMP) ## a training whose processes, storage and tracking server are killed, against one left alone
 	@$(BIN)/python benchmarks/chaos.py
 
 docs: $(STAMP) ## the documentation in site/; broken links fail

@@ -21,6 +21,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests import processors
+
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("slrnet", "ray_jobs", "data_prep", "benchmarks")
 # The rooms of slrnet/, floor by floor: a room imports from the floors below it alone.
@@ -514,6 +516,13 @@ class TestClusterFile:
         assert all("# SET: " in line for line in unset)
 
 
+def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """Runs the project's Makefile in a folder that has what the installation reads, and nothing else."""
+    for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml"):
+        (folder / name).write_text((ROOT / name).read_text())
+    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
 class TestMakefile:
     def test_help_lists_every_target(self) -> None:
         done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -524,22 +533,54 @@ class TestMakefile:
         assert {"demo", "test", "test-fast", "lint", "format", "bench", "clean"} <= listed
 
     def test_an_old_python_is_refused_by_name(self, tmp_path: Path) -> None:
-        for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml"):
-            (tmp_path / name).write_text((ROOT / name).read_text())
         old = tmp_path / "python3.9"
         shim = "import sys; sys.version_info = (3, 9, 2); sys.version = '3.9.2 (old)'; exec(sys.argv[2])"
         old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{shim}" "$@"\n')
         old.chmod(0o755)
-        done = subprocess.run(
-            ["make", "test", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+        done = make(tmp_path, "test", f"PYTHON={old}")
         assert done.returncode != 0
         assert f"slrnet needs Python 3.11 or newer, and {old} is 3.9.2" in done.stderr
         assert not (tmp_path / ".venv").exists()
 
-    def test_continuous_integration_runs_lint_and_all_tests_and_cleans_up(self) -> None:
-        script = (ROOT / ".ci" / "run").read_text()
+    @pytest.mark.parametrize(("failing", "status"), [("", 0), ("not slow", 2), ("slow", 2)])
+    def test_all_tests_run_and_both_parts_are_reported(self, failing: str, status: int, tmp_path: Path) -> None:
+        (tmp_path / ".venv").mkdir()
+        python = tmp_path / "python"
+        python.write_text(
+            '#!/bin/sh\necho "$@" >> calls\n'
+            f'if [ "$4" != "{failing}" ]; then echo "2 passed in 1.00s"; exit; fi\n'
+            'echo "FAILED tests/test_a.py::test_b - no"; echo "1 failed in 1.00s"; exit 1\n'
+        )
+        python.chmod(0o755)
+        done = make(tmp_path, "test", f"BIN={tmp_path}", "STAMP=")
+        calls = (tmp_path / "calls").read_text().splitlines()
+        assert [call.split(" --")[0] for call in calls] == ["-m pytest -m not slow", "-m pytest -m slow"]
+        assert done.returncode == status
+        *failures, fast, slow = done.stdout.rpartition("\n\n")[2].splitlines()
+        assert failures == (["FAILED tests/test_a.py::test_b - no"] if failing else [])
+        outcome = {True: "FAILED (1 failed in 1.00s)", False: "passed (2 passed in 1.00s)"}
+        assert fast == f"fast tests: {outcome[failing == 'not slow']}"
+        assert slow == f"slow tests: {outcome[failing == 'slow']}"
+
+    @pytest.mark.parametrize("failing", ["", "lint", "test", "test-processors"])
+    def test_continuous_integration_runs_everything_and_cleans_up(self, failing: str, tmp_path: Path) -> None:
+        """With a `make` that writes down what it is asked for; .venv goes also where it fails."""
+        for name in (".ci", "bin", ".venv"):
+            (tmp_path / name).mkdir()
+        script, fake = tmp_path / ".ci" / "run", tmp_path / "bin" / "make"
+        script.write_text((ROOT / ".ci" / "run").read_text())
+        fake.write_text(f'#!/bin/sh\necho "$@" >> calls\n[ "$1" != "{failing}" ]\n')
+        script.chmod(0o755)
+        fake.chmod(0o755)
+        environment = {**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}"}
+        done = subprocess.run([script], env=environment, check=False)
+        targets = [call.split()[0] for call in (tmp_path / "calls").read_text().splitlines()]
+        assert (done.returncode == 0) == (failing == "")
+        assert targets == ["lint", "test", "test-processors"][: len(targets)]
+        assert targets[-1] == (failing or "test-processors")
+        assert not (tmp_path / ".venv").exists()
         assert os.access(ROOT / ".ci" / "run", os.X_OK)
-        assert "set -euo pipefail" in script
-        assert "trap 'rm -rf .venv' EXIT" in script
-        assert script.splitlines()[-2:] == ["make lint", "make test"]
+
+    def test_continuous_integration_names_combinations_that_exist(self) -> None:
+        (names,) = re.findall(r'^make test-processors ONLY="(.*)"$', (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+        assert set(names.split()) <= {combination.name for combination in processors.combinations()}
