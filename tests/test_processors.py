@@ -1,4 +1,4 @@
-"""The matrix of processors: every combination runs, one that this processor lacks is skipped, all failures are named."""
+"""The matrix of processors: each combination runs, one that this processor lacks is skipped, all failures are named."""
 
 from __future__ import annotations
 
