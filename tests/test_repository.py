@@ -249,7 +249,7 @@ def nothing_is_left_for_later(root: Path) -> list[str]:
 
 
 def each_test_file_mirrors_a_module(root: Path) -> list[str]:
-    """ROOM/test_NAME.py tests a module, folder or page of slrnet/ROOM; ROOM/test_NAME_PART.py tests a part of it."""
+    """ROOM/test_NAME.py tests a module, folder, page or name of slrnet/ROOM; ROOM/test_NAME_PART.py a part of it."""
     misplaced = []
     for name, path in sources(root, "tests/slrnet"):
         room = root / "slrnet" / path.parent.relative_to(root / "tests" / "slrnet")
@@ -258,6 +258,8 @@ def each_test_file_mirrors_a_module(root: Path) -> list[str]:
         elif path.name != "conftest.py":
             tested = path.stem.removeprefix("test_") + "_"
             known = {entry.stem.lower() for entry in room.iterdir()} - {"__init__", "__pycache__"}
+            init = room / "__init__.py"
+            known |= set(_all_of(tree_of(init)) or []) if init.is_file() else set()
             if path.stem == tested[:-1] or not any(tested.startswith(f"{entry}_") for entry in known):
                 misplaced.append(f"{name} is not named for anything in {room.relative_to(root).as_posix()}/")
     return misplaced

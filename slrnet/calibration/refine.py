@@ -1,9 +1,9 @@
 """Refinement of masks by pixel-adaptive convolution (the R of paper Eq. 3; Su et al. 2019, Araslanov and Roth 2020).
 
-In each iteration, a pixel's probabilities become a weighted mean over its 3x3 neighborhoods at several dilations; similar
-colors weigh more. The released code builds all neighbors of all channels as one tensor by convolutions. Adding shifted
-slices in place gives the same numbers in a fraction of the time and memory (`docs/performance.md`). On CPUs, many
-channels are faster still as columns of a matrix that a sparse matrix of the weights multiplies.
+In each iteration, a pixel's probabilities become a weighted mean over its 3x3 neighborhoods at several dilations;
+similar colors weigh more. The released code builds all neighbors of all channels as one tensor by convolutions. Adding
+shifted slices in place gives the same numbers in a fraction of the time and memory (`docs/performance.md`). On CPUs,
+many channels are faster still as columns of a matrix that a sparse matrix of the weights multiplies.
 """
 
 from __future__ import annotations
