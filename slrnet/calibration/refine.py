@@ -2,7 +2,7 @@
 
 In each iteration, a pixel's probabilities become a weighted mean over its 3x3 neighborhoods at several dilations;
 similar colors weigh more. The released code builds all neighbors of all channels as one tensor by convolutions. Adding
-shifted slices in place gives the same numbers in a fraction of the time and memory (`docs/performance.md`). On CPUs,
+shifted slices in place gives the same numbers in a fraction of the time and memory (benchmarks/refine.py). On CPUs,
 many channels are faster still as columns of a matrix that a sparse matrix of the weights multiplies.
 """
 
@@ -31,8 +31,7 @@ def refine(images: Tensor, probs: Tensor, *, num_iters: int = 10, dilations: tup
 
     Args:
         images: (N, 3, H, W) float in [0, 1], at the masks' resolution.
-        probs: (N, K, H, W) float, any number of channels. Each is refined separately: alone or with others
-            it comes out the same within 1e-6, and the same input gives the same bits.
+        probs: (N, K, H, W) float, any number of channels; each is refined separately.
         num_iters: number of iterations; 0 returns `probs`.
         dilations: dilations of the 3x3 neighborhoods, in pixels, each at least 1.
 
