@@ -415,8 +415,6 @@ def as_on_gpu() -> Iterator[None]:
     """While it lasts, code that asks for the device of a CPU tensor takes the way that it takes for a GPU's."""
     with (
         mock.patch("slrnet.models.cvlr._choose", return_value="triton"),
-        mock.patch("slrnet.models.cvlr._require_triton"),
         mock.patch("slrnet.calibration.refine._sparse_pays", return_value=False),
-        mock.patch("slrnet.views.geometry._pixels_lie_together", return_value=False),
     ):
         yield

@@ -1,23 +1,25 @@
-"""Cross-view low-rank factorisation (paper Sec. 3.3, Algorithm 1) and the module around it.
+"""Cross-view low-rank factorization (paper Sec. 3.3, Algorithm 1) and the module around it.
 
-`factorize` is Algorithm 1 as printed: one dictionary shared by all positions of all views, the un-normalised dictionary
-in the reconstruction, a gradient through every iteration. `CrossViewLowRank` adds the two linear projectors and the
-skip connection. The authors' released code computes something else (first dictionary from view 1 only and detached,
-normalised dictionary and earlier codes in the reconstruction); `form="released"` gives that arithmetic.
+`factorize` is Algorithm 1 as printed: all positions of all views share one dictionary, the reconstruction uses the
+dictionary before normalization, and the gradient flows through every iteration. `CrossViewLowRank` adds the two linear
+projectors and the skip connection. The authors' released code computes something else: its first dictionary comes from
+view 1 only, without gradient, and its reconstruction uses the normalized dictionary and earlier codes.
+`form="released"` gives that arithmetic.
 
-Letters: N images, d feature dimension, k atoms of the dictionary, P positions of all views side by side.
+Letters: N images, C channels, d feature dimension, k atoms of the dictionary, P positions of all views side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from slrnet.config import Implementation, LowRankForm
 from slrnet.ops import kernels
 from slrnet.ops.factorize import assigned_sums, directions_of, factorize_op, working_dtype
 from slrnet.ops.kernels import MASS_FLOOR
@@ -25,6 +27,7 @@ from slrnet.ops.kernels import MASS_FLOOR
 __all__ = [
     "CrossViewLowRank",
     "Factorization",
+    "Implementation",
     "LowRankViews",
     "apply_linear",
     "build_projectors",
@@ -33,14 +36,9 @@ __all__ = [
     "factorize",
 ]
 
-Form = Literal["paper", "released"]
-FORMS: tuple[Form, ...] = ("paper", "released")
-Implementation = Literal["auto", "reference", "recompute", "triton"]
-IMPLEMENTATIONS: tuple[Implementation, ...] = ("auto", "reference", "recompute", "triton")
-
 
 class Factorization(NamedTuple):
-    """What Algorithm 1 returns: `dictionary` (N, d, k), `codes` (N, k, P), `reconstruction` (N, d, P)."""
+    """The result of Algorithm 1: `dictionary` (N, d, k), `codes` (N, k, P), `reconstruction` (N, d, P)."""
 
     dictionary: Tensor
     codes: Tensor
@@ -55,31 +53,28 @@ def factorize(
     temperature: float = 1.0,
     implementation: Implementation = "auto",
 ) -> Factorization:
-    """Factorises features into a dictionary and codes (paper Algorithm 1).
+    """Factorizes features into a dictionary and codes (paper Algorithm 1).
 
     Args:
-        features: (N, d, P) float features of all positions of all views; half precision is worked on in float32.
+        features: (N, d, P) float features of all positions of all views; half precision is computed in float32.
         codes: (N, k, P) first codes, non-negative and summing to 1 over k at each position.
-        num_iters: T >= 1, alternating updates of dictionary and codes.
+        num_iters: T >= 1, the number of alternating updates of dictionary and codes.
         temperature: tau > 0 of the codes' softmax.
-        implementation: `reference` is plain autograd; `recompute` keeps the inputs and one dictionary per iteration
-            and its code masses and computes the codes again in the backward pass, which has no derivative of its own;
-            `triton` does the same in kernels for CUDA tensors. `auto` picks `triton` for CUDA tensors that it can take
-            and `recompute` for others, but plain operators (`reference`) for `torch.export`.
+        implementation: `reference` is plain autograd. `recompute` keeps the inputs and, per iteration, one dictionary
+            and its code masses; it computes the codes again in the backward pass, which has no derivative of its own.
+            `triton` does the same in kernels for CUDA tensors. `auto` chooses `triton` for CUDA tensors that it
+            supports, `reference` in `torch.export`, and else `recompute`.
 
     Returns:
-        The last dictionary, not normalised and in float32 at least, the last codes and their product. An atom that no
-        position chooses is the zero vector: masses and norms are divided by no less than 1e-6, and larger ones are
-        left as they are.
+        The last dictionary, not normalized and in float32 at least, the last codes and their product. An atom that no
+        position chooses is the zero vector: no division is by a mass or a norm below 1e-6.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, codes that are no distribution, num_iters < 1, temperature <= 0,
             an unknown implementation, or one that cannot run on these tensors.
     """
     _check_arguments(features, codes, num_iters, temperature, implementation)
-    chosen = _choose(features, codes) if implementation == "auto" else implementation
-    if chosen == "triton":
-        _require_triton(features, codes)
+    chosen = _choose(implementation, features, codes)
     with torch.autocast(features.device.type, enabled=False):
         if chosen == "reference":
             return _factorize_reference(features, codes, num_iters, temperature)
@@ -87,25 +82,22 @@ def factorize(
         return Factorization(dictionaries[-1], last_codes, reconstruction)
 
 
-def _choose(features: Tensor, codes: Tensor) -> Literal["reference", "recompute", "triton"]:
-    """What `auto` means: plain operators for exporters, kernels on GPUs where they can run, else `recompute`."""
-    if torch.compiler.is_exporting():
+def _choose(
+    implementation: Implementation, features: Tensor, codes: Tensor
+) -> Literal["reference", "recompute", "triton"]:
+    """The implementation that `auto` stands for, or the given one if it can run on these tensors."""
+    if implementation == "auto" and torch.compiler.is_exporting():
         return "reference"
-    if not kernels.triton_serves(features):
-        return "recompute"
-    from slrnet.ops import factorize_triton as triton_form
-
-    return "triton" if triton_form.misfit(features, codes.shape[1]) is None else "recompute"
-
-
-def _require_triton(features: Tensor, codes: Tensor) -> None:
+    if implementation != "triton" and not (implementation == "auto" and kernels.triton_serves(features)):
+        return "recompute" if implementation == "auto" else implementation
     if find_spec("triton") is None:
         raise ValueError("implementation 'triton' needs the package triton, which is not installed; use 'auto'")
-    from slrnet.ops import factorize_triton as triton_form
+    from slrnet.ops import factorize_triton
 
-    problem = triton_form.misfit(features, codes.shape[1])
-    if problem is not None:
-        raise ValueError(f"implementation 'triton' {problem}")
+    misfit = factorize_triton.misfit(features, codes.shape[1])
+    if misfit is not None and implementation == "triton":
+        raise ValueError(f"implementation 'triton' {misfit}")
+    return "triton" if misfit is None else "recompute"
 
 
 def _factorize_reference(features: Tensor, codes: Tensor, num_iters: int, temperature: float) -> Factorization:
@@ -130,7 +122,7 @@ def _update_codes(features: Tensor, dictionary: Tensor, temperature: float) -> T
 class LowRankViews(NamedTuple):
     """Per view: `features` (N, C, h, w) low-rank maps and `codes` (N, k, h, w); shared: `dictionary` (N, d, k).
 
-    Modules that factorise each view on its own return their dictionaries side by side, as (N, V, d, k).
+    Modules that factorize each view separately return their dictionaries side by side, as (N, V, d, k).
     """
 
     features: list[Tensor]
@@ -141,25 +133,25 @@ class LowRankViews(NamedTuple):
 class CrossViewLowRank(nn.Module):
     """CVLR with its projectors and skip connection (paper Sec. 3.3, "Detailed CVLR Module Design").
 
-    Args:
-        channels: channels C of the feature maps that come in and go out.
-        dim: d, dimension of the dictionary's atoms.
-        num_iters: T >= 1.
-        temperature: tau > 0.
-        form: `paper`, or `released` for the arithmetic of the published checkpoints.
-        centered: factorise the features less their mean over all positions of all views. Features after a ReLU share
-            a large mean; weighted means of them are then all but the same vector, the codes are uniform, and the
-            reconstruction adds the same vector to every position. Paper form only.
-        num_bases: k of atoms that stand for no class: the first codes are random, and the same ones each time when
-            evaluating (Table 8, "w/o latent space reg."). None: the atoms are the classes of the logits. Paper form
-            only.
-        implementation: see `factorize`; the released form has one implementation only.
-
     The output projection starts at zero, so the module starts as the identity.
 
+    Args:
+        channels: C, channels of the feature maps that come in and go out.
+        dim: d, dimension of the dictionary's atoms.
+        num_iters: T >= 1, the number of alternating updates.
+        temperature: tau > 0 of the codes' softmax.
+        form: `paper`, or `released` for the arithmetic of the published checkpoints.
+        centered: factorize the features less their mean over all positions of all views (paper form only). Features
+            after a ReLU share a large mean. Their weighted means are then nearly the same vector, the codes are
+            uniform, and the reconstruction adds the same vector to every position.
+        num_bases: k, for atoms that stand for no class (paper form only): the first codes are random, and the same
+            ones each time in evaluation mode (Table 8, "w/o latent space reg."). None: the atoms are the classes of the
+            logits.
+        implementation: see `factorize`; the released form has only one.
+
     Raises:
-        ValueError: an unknown form or implementation, num_iters < 1, temperature <= 0, or a released form with what
-            only the paper's form has.
+        ValueError: an unknown form or implementation, num_iters < 1, temperature <= 0, or the released form with an
+            option of the paper form.
     """
 
     def __init__(
@@ -169,18 +161,17 @@ class CrossViewLowRank(nn.Module):
         dim: int = 256,
         num_iters: int = 1,
         temperature: float = 1.0,
-        form: Form = "paper",
+        form: LowRankForm = "paper",
         centered: bool = False,
         num_bases: int | None = None,
         implementation: Implementation = "auto",
     ) -> None:
         super().__init__()
-        if form not in FORMS:
-            raise ValueError(f"form is {form!r}; allowed are {', '.join(FORMS)}")
-        if centered and form != "paper":
-            raise ValueError(f"centered goes with form 'paper', not {form!r}; set one of the two")
-        if num_bases is not None and form != "paper":
-            raise ValueError(f"num_bases goes with form 'paper', not {form!r}; set one of the two")
+        if form not in get_args(LowRankForm):
+            raise ValueError(f"form is {form!r}; allowed are {', '.join(get_args(LowRankForm))}")
+        for option, is_set in (("centered", centered), ("num_bases", num_bases is not None)):
+            if is_set and form != "paper":
+                raise ValueError(f"{option} goes with form 'paper', not {form!r}; set one of the two")
         check_settings(num_iters, temperature, implementation)
         self.project_in, self.project_out = build_projectors(channels, dim)
         self.num_iters = num_iters
@@ -192,16 +183,16 @@ class CrossViewLowRank(nn.Module):
 
     @property
     def class_codes(self) -> bool:
-        """Whether an atom stands for a class, so that codes can be compared with class scores and each other."""
+        """Whether an atom stands for a class; only then can codes be compared between views and with class scores."""
         return self.num_bases is None
 
     def forward(self, features: Sequence[Tensor], logits: Sequence[Tensor]) -> LowRankViews:
-        """Factorises the features of all views together.
+        """Factorizes the features of all views together.
 
         Args:
             features: per view (N, C, h, w); views may differ in size.
-            logits: per view (N, k, h, w), the auxiliary head's logits Z, whose softmax gives the first codes; not
-                looked at with `num_bases`.
+            logits: per view (N, k, h, w), the auxiliary head's logits Z, whose softmax gives the first codes; ignored
+                with `num_bases`.
 
         Returns:
             Low-rank feature maps and codes per view, of the sizes that came in, in float32 (CVLR does not run under
@@ -210,50 +201,37 @@ class CrossViewLowRank(nn.Module):
         with torch.autocast(features[0].device.type, enabled=False):
             positions = torch.cat([view.float().flatten(2) for view in features], dim=2)  # (N, C, P)
             run = self._paper if self.form == "paper" else self._released
-            low_rank, codes, dictionary = run(positions, [view.float() for view in logits])
-            sizes = [view.shape[-2] * view.shape[-1] for view in features]
-            return LowRankViews(
-                [
-                    part.unflatten(2, view.shape[-2:])
-                    for part, view in zip(low_rank.split(sizes, 2), features, strict=True)
-                ],
-                [
-                    part.unflatten(2, view.shape[-2:])
-                    for part, view in zip(codes.split(sizes, 2), features, strict=True)
-                ],
-                dictionary,
-            )
+            low_rank, codes, dictionary = run(positions, [view.float().flatten(2) for view in logits])
+        return LowRankViews(_to_maps(low_rank, features), _to_maps(codes, features), dictionary)
 
     def _paper(self, positions: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         if self.num_bases is None:
-            first = torch.cat([view.flatten(2) for view in logits], dim=2).softmax(dim=1)  # (N, k, P)
+            first = torch.cat(logits, dim=2).softmax(dim=1)  # (N, k, P)
         else:
             shape = (len(positions), self.num_bases, positions.shape[2])
             first = draw_start(torch.randn, shape, positions, training=self.training).softmax(dim=1)
-        mean = positions.mean(dim=2) if self.centered else None  # (N, C)
-        implementation = _choose(positions, first) if self.implementation == "auto" else self.implementation
-        if implementation == "recompute":
+        mean = positions.mean(dim=2, keepdim=True) if self.centered else None  # (N, C, 1)
+        if _choose(self.implementation, positions, first) == "recompute":
             return self._folded(positions, first, mean)
-        varying = positions if mean is None else positions - mean.unsqueeze(2)
         dictionary, codes, reconstruction = factorize(
-            apply_linear(self.project_in, varying),
+            apply_linear(self.project_in, positions if mean is None else positions - mean),
             first,
             num_iters=self.num_iters,
             temperature=self.temperature,
-            implementation=implementation,
+            implementation=self.implementation,
         )
         return positions + apply_linear(self.project_out, reconstruction), codes, dictionary
 
     def _folded(self, positions: Tensor, first: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same with the projectors applied to the k atoms instead of the P positions, which are many more.
+        """The paper's form with the projectors applied to the k atoms instead of the P positions, which are many more.
 
-        All that the projectors do is linear: the mean of W x + b is that of x, projected; the products of an atom a
-        with all W x + b are those of W^T a with x, and of a with b; and V (D C) + c is (V D + c) C, as codes sum to 1.
-        No projected position and no reconstruction ever stand in memory.
+        Projectors are linear. The mean of W x + b is the mean of x, projected. The product of an atom a with W x + b is
+        that of W^T a with x plus that of a with b. And V (D C) + c is (V D + c) C, because codes sum to 1. So neither
+        projected positions nor the reconstruction are ever in memory.
         """
         weight, shift = self.project_in.weight, self.project_in.bias.expand(len(positions), -1)  # (d, C), (N, d)
         if mean is not None:
-            shift = shift - mean @ weight.T
+            shift = shift - mean.squeeze(2) @ weight.T
         sums, mass = torch.bmm(positions, first.transpose(1, 2)), first.sum(dim=2)  # (N, C, k), (N, k)
         for step in range(self.num_iters):
             divisor = mass.clamp_min(MASS_FLOOR).unsqueeze(1)
@@ -269,7 +247,7 @@ class CrossViewLowRank(nn.Module):
 
     def _released(self, positions: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         eps = 1e-6
-        first = logits[0].detach().flatten(2).softmax(dim=1)
+        first = logits[0].detach().softmax(dim=1)
         first = first / (first.sum(dim=2, keepdim=True) + eps)
         means = positions[..., : first.shape[2]].detach() @ first.transpose(1, 2)  # (N, C, k), view 1 only
         dictionary = _unit(apply_linear(self.project_in, means), eps)
@@ -283,8 +261,14 @@ class CrossViewLowRank(nn.Module):
         return F.relu(positions + apply_linear(self.project_out, reconstruction)), codes, dictionary
 
 
+def _to_maps(positions: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Splits (N, c, P) into one map (N, c, h, w) per view, of the sizes of `like`."""
+    parts = positions.split([view.shape[-2] * view.shape[-1] for view in like], dim=2)
+    return [part.unflatten(2, view.shape[-2:]) for part, view in zip(parts, like, strict=True)]
+
+
 def build_projectors(channels: int, dim: int) -> tuple[nn.Linear, nn.Linear]:
-    """The linear maps into and out of a factorisation; the one out starts at zero."""
+    """The linear maps into and out of a factorization; the second starts at zero."""
     inwards, outwards = nn.Linear(channels, dim), nn.Linear(dim, channels)
     nn.init.orthogonal_(inwards.weight)
     for start in (inwards.bias, outwards.weight, outwards.bias):
@@ -293,13 +277,13 @@ def build_projectors(channels: int, dim: int) -> tuple[nn.Linear, nn.Linear]:
 
 
 def draw_start(draw: Callable[..., Tensor], shape: tuple[int, ...], like: Tensor, *, training: bool) -> Tensor:
-    """Random first values of a factorisation; the same ones each time when evaluating.
+    """Random first values of a factorization; the same ones each time in evaluation mode.
 
     Args:
         draw: `torch.rand` or `torch.randn`.
-        shape: of the values.
-        like: a tensor of their type, on their device.
-        training: draw from the global generator.
+        shape: shape of the values.
+        like: a tensor whose dtype and device they get.
+        training: draw from the global generator, instead of one with a fixed seed.
     """
     if training:
         return draw(shape, dtype=like.dtype, device=like.device)
@@ -330,12 +314,12 @@ def _check_arguments(features: Tensor, codes: Tensor, num_iters: int, temperatur
     if features.dtype != codes.dtype:
         raise ValueError(f"features are {features.dtype} and codes {codes.dtype}; convert one to the other's dtype")
     check_settings(num_iters, temperature, implementation)
-    if codes.device.type == "cpu" and not torch.compiler.is_compiling():
+    if codes.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU, waiting would stall every step
         _check_distribution(codes.detach())
 
 
 def check_settings(num_iters: int, temperature: float, implementation: str = "auto") -> None:
-    """Refuses settings that no factorisation has.
+    """Checks the settings that all factorizations share.
 
     Raises:
         ValueError: num_iters < 1, temperature <= 0, or an unknown implementation.
@@ -344,15 +328,12 @@ def check_settings(num_iters: int, temperature: float, implementation: str = "au
         raise ValueError(f"num_iters is {num_iters}; allowed are whole numbers from 1 (turn CVLR off to skip it)")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; allowed are numbers above 0 (the paper uses 1)")
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation is {implementation!r}; allowed are {', '.join(IMPLEMENTATIONS)}")
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"implementation is {implementation!r}; allowed are {', '.join(get_args(Implementation))}")
 
 
 def _check_distribution(codes: Tensor) -> None:
-    """On the CPU only: reading the answer from a GPU would stall every step.
-
-    NaN passes: it comes from a diverged network, which the trainer reports for all ranks by the loss.
-    """
+    """NaN passes: it comes from a diverged network, which the trainer reports for all ranks by the loss."""
     error = float((codes.sum(dim=1) - 1).abs().amax()) if codes.numel() else 0.0
     if error > 0.02 or (codes.numel() and float(codes.amin()) < 0):
         raise ValueError(

@@ -136,21 +136,10 @@ def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int, predi
             dilations=model.aspp_dilations,
             dropout=model.dropout,
         )
-    low_rank = build_low_rank(
-        cvlr.method,
-        model.decoder_dim,
-        dim=cvlr.dim,
-        num_bases=cvlr.num_bases,
-        num_iters=cvlr.num_iters,
-        temperature=cvlr.temperature,
-        form=cvlr.form,
-        centered=cvlr.centered,
-        implementation=cvlr.implementation,
-    )
     return SLRNet(
         encoder,
         num_classes=num_classes,
-        cvlr=low_rank if cvlr.enabled else None,
+        cvlr=build_low_rank(cvlr, model.decoder_dim) if cvlr.enabled else None,
         decoder_dim=model.decoder_dim,
         skip_dim=model.skip_dim,
         aspp_dilations=model.aspp_dilations,
