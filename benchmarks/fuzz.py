@@ -36,7 +36,8 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from slrnet.config import Config, ConfigError, apply_overrides, config_from_dict  # noqa: E402
 from slrnet.data.batch import EvalSample  # noqa: E402
-from slrnet.data.manifest import DATASET_FILE, MANIFEST_FILE, DataError, ManifestWriter, fingerprint, load_dataset  # noqa: E402
+from slrnet.data.manifest import DATASET_FILE, MANIFEST_FILE, DataError, load_dataset  # noqa: E402
+from slrnet.data.manifest_rows import ManifestWriter, fingerprint  # noqa: E402
 from slrnet.data.shards import EvalLoader  # noqa: E402
 from slrnet.recipes import RECIPES  # noqa: E402
 
@@ -236,9 +237,8 @@ def _change_rows(rng: random.Random, folder: Path, *, fitting: bool) -> None:
         return
     writer = ManifestWriter(folder / MANIFEST_FILE)
     writer.add(changed.replace_schema_metadata(None))
-    writer.close()
     description = json.loads((folder / DATASET_FILE).read_text())
-    description["fingerprint"] = fingerprint(description["classes"], changed)
+    description["fingerprint"] = fingerprint(description["classes"], writer.close())
     (folder / DATASET_FILE).write_text(json.dumps(description))
 
 

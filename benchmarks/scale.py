@@ -241,16 +241,14 @@ def write(*, folder: str, rows: int) -> Figures:
     import pyarrow as pa
 
     from slrnet.data.catalog import voc_palette
-    from slrnet.data.manifest import ManifestWriter, write_description
+    from slrnet.data.manifest import save_dataset
 
     Path(folder).mkdir()
     wall, rng = time.perf_counter(), np.random.default_rng(0)
-    writer = ManifestWriter(Path(folder) / "manifest.parquet")
-    for shard in range(rows // SAMPLES):
-        writer.add(shard_rows(pa, shard, rng))
+    parts = (shard_rows(pa, shard, rng) for shard in range(rows // SAMPLES))
     classes = ["background", *(f"class {i}" for i in range(1, 1000))]
     palette = np.resize(voc_palette(), (1000, 3))
-    write_description(folder, writer.close(), name="scale", classes=classes, palette=palette, made_by="scale.py")
+    save_dataset(folder, parts, name="scale", classes=classes, palette=palette, made_by="scale.py")
     size = (Path(folder) / "manifest.parquet").stat().st_size
     return {"bytes": size, "wall": time.perf_counter() - wall, "peak": peak()}
 

@@ -154,9 +154,7 @@ def write_dataset(
         tasks = [_WriteTask(folder / shard, tuple(members), encode) for shard, members in plan]
         weights = [len(task.samples) for task in tasks]
         parts = (workers or ConversionPool(1)).map(_write_shard, tasks, weights=weights, label="writing")
-        return save_dataset(
-            folder, pa.concat_tables(parts), name=name, classes=classes, palette=palette, made_by=made_by
-        )
+        return save_dataset(folder, parts, name=name, classes=classes, palette=palette, made_by=made_by)
 
 
 def verify(folder: str | os.PathLike[str], *, processes: int = 1) -> list[Damage]:

@@ -18,6 +18,8 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from slrnet.data.manifest import SplitView
 
@@ -53,11 +55,9 @@ class ClassLists:
     @classmethod
     def of(cls, split: SplitView, samples: Places) -> Self:
         """The image labels of some samples of a split; samples without known labels have none."""
-        starts, classes = split.class_lists
-        lengths = starts[samples + 1] - starts[samples]
-        within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        pairs = classes[np.repeat(starts[samples], lengths) + within]
-        return cls(np.repeat(np.arange(len(samples)), lengths), pairs, len(samples), split.num_classes)
+        classes = split.classes.take(pa.array(samples))
+        images, ids = pc.list_parent_indices(classes), pc.list_flatten(classes)
+        return cls(images.to_numpy(), ids.to_numpy().astype(np.int64), len(samples), split.num_classes)
 
     def occurrences(self, draws: Floats) -> Floats:
         """(K - 1,) how often each foreground class is drawn, given (n,) draws."""

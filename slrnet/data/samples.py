@@ -100,7 +100,7 @@ class SampleIndex:
 
     def shard_name(self, sample: int) -> str:
         """File name of the shard that holds a sample."""
-        return str(self.split.shard_names[self.split.shard_of(sample)].as_py())
+        return self.split.shard_names[self.split.shard_of(sample)]
 
     def image_labels(self, rows: Sequence[SampleRow | None]) -> Tensor:
         """Image labels of n samples: (n, K-1) float32 of 0 and 1; 0 alone where None stands for ungranted ones."""
@@ -251,7 +251,7 @@ class ShardFiles:
 
     def _path(self, shard: int) -> Path:
         """The shard on this machine; a copy of an object store's is made if need be, and compared with the manifest."""
-        index, name = self.index, str(self.index.split.shard_names[shard].as_py())
+        index, name = self.index, self.index.split.shard_names[shard]
         if not is_remote(index.location):
             return index.folder / name
         try:

@@ -29,6 +29,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -234,7 +235,7 @@ def _assemble(partial: Path, shards: ShardSet, job: _Job) -> dict[str, Any]:
         leftover.unlink()
     save_dataset(
         partial,
-        columns,
+        [pa.table(columns, schema=SCHEMA)],
         name=f"{shards.info.name}-pseudo",
         classes=shards.info.classes,
         palette=shards.info.palette_array(),
@@ -323,7 +324,7 @@ def _samples(shards: ShardSet, remaining: Sequence[_Shard]) -> Iterator[tuple[_S
         view = shards.split(split)
         index = index_split(shards, view, on_error="stop", checksums=True)
         for _, name, _ in entries:
-            place = view.shard_names.index(name).as_py()
+            place = view.shard_names.index(name)
             samples = range(int(index.firsts[place]), int(index.firsts[place + 1]))
             with ShardFiles(index) as reader:
                 for sample, row in zip(samples, view.shard_rows(place).to_pylist(), strict=True):
