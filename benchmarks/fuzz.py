@@ -36,9 +36,9 @@ import pyarrow.parquet as pq  # noqa: E402
 
 from slrnet.config import Config, ConfigError, apply_overrides, config_from_dict  # noqa: E402
 from slrnet.data.batch import EvalSample  # noqa: E402
+from slrnet.data.eval_loader import EvalLoader  # noqa: E402
 from slrnet.data.manifest import DATASET_FILE, MANIFEST_FILE, DataError, load_dataset  # noqa: E402
 from slrnet.data.manifest_rows import ManifestWriter, fingerprint  # noqa: E402
-from slrnet.data.shards import EvalLoader  # noqa: E402
 from slrnet.recipes import RECIPES  # noqa: E402
 
 LIMIT = 20

@@ -35,7 +35,8 @@ from slrnet.data import transforms
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import load_dataset
-from slrnet.data.shards import TrainLoader, prepare_reader
+from slrnet.data.readers import prepare_reader
+from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
 from slrnet.data.transforms import decode_image
 from slrnet.views.color import apply_color, draw_color
 
@@ -100,15 +101,8 @@ def large_photographs(folder: Path, size: tuple[int, int], repeats: int) -> None
 
 
 def open_loader(folder: Path) -> TrainLoader:
-    return TrainLoader(
-        load_dataset(folder / "shards"),
-        split="train",
-        batch_size=BATCH,
-        crop_size=CROP,
-        crop_scale=SCALE,
-        flip=0.5,
-        seed=0,
-    )
+    settings = TrainLoaderSettings(split="train", batch_size=BATCH, crop_size=CROP, crop_scale=SCALE, flip=0.5, seed=0)
+    return TrainLoader(load_dataset(folder / "shards"), settings)
 
 
 def rates_in_turn(forms: dict[str, Callable[[], object]], repeats: int, count: int) -> dict[str, float]:

@@ -188,24 +188,24 @@ def division(*, shards: int, samples: int, ranks: int, readers: int, batch: int)
     """All draws of all readers of all ranks, by the loader's own reader."""
     from slrnet.data.epoch_plan import Pool
     from slrnet.data.sample_set import SampleSet
-    from slrnet.data.shards import _CropSettings, _TrainReader
     from slrnet.data.supervision import Supervision
+    from slrnet.data.train_loader import TrainLoaderSettings, _TrainReader
 
     number = shards * samples
     everything = SampleSet.all(number)
-    index: Any = SimpleNamespace(firsts=np.arange(shards + 1, dtype=np.int64) * samples)
+    index: Any = SimpleNamespace(split=SimpleNamespace(firsts=np.arange(shards + 1, dtype=np.int64) * samples))
+    settings = TrainLoaderSettings(
+        split="train", batch_size=batch, crop_size=1, crop_scale=(1.0, 1.0), flip=0.0, seed=0, shuffle_buffer=WINDOW
+    )
     drawn, by_rank = np.zeros(number, dtype=np.int64), []
     for rank in range(ranks):
         reader = _TrainReader(
             index=index,
+            settings=settings,
             supervision=Supervision(SampleSet.all(0), everything, (Pool(everything, 1.0),)),
             steps=number // batch,
-            batch_size=batch,
             share=range(batch * rank // ranks, batch * (rank + 1) // ranks),
             readers=readers,
-            crop=_CropSettings(1, (1.0, 1.0), 0.0),
-            seed=0,
-            shuffle_buffer=WINDOW,
         )
         before = drawn.sum()
         for worker in range(readers):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from slrnet.data.tars import BLOCK, read_header
 from slrnet.data.transforms import decode_image, decode_mask
 from slrnet.storage.remote import RemoteError, is_remote, open_cached
 
-__all__ = ["FoundSample", "OnError", "SampleIndex", "ShardFiles", "SkippedSample", "index_split"]
+__all__ = ["LocatedSample", "OnError", "SampleIndex", "ShardFiles", "SkippedSample"]
 
 _OPEN_SHARDS = 128
 """Shards that a reader keeps open: more than the shuffling reaches at a time with shards of common size."""
@@ -49,16 +48,16 @@ class SkippedSample:
     reason: str
 
 
-class FoundSample(NamedTuple):
-    """Where a sample's files lie.
+class LocatedSample(NamedTuple):
+    """Where a sample's files lie in its shard.
 
     Attributes:
-        sample: its place in the split.
-        row: what the manifest says of it.
+        sample: index of the sample within the split.
+        row: what the manifest says about it.
         shard: place of its shard among those of the split.
-        files: the bytes of the shard that are each file that is wanted, by suffix, in the order of the tar.
+        files: for each wanted file, by suffix and in the order of the tar, its bytes in the shard.
         begin: first byte of these files.
-        size: bytes from there to the end of the last one.
+        size: bytes from there to the end of the last file.
     """
 
     sample: int
@@ -71,39 +70,34 @@ class FoundSample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleIndex:
-    """What readers know of a split; samples 0 to n - 1 are counted in the manifest's order.
+    """What readers know about a split. Making one touches no shard.
 
     Attributes:
-        folder: that holds the shards, or the copies of those in an object store.
-        location: of the data set; another than the folder where that holds copies.
-        split: what the manifest says.
-        compare: samples that are read whole are compared with their sha256.
-        on_error: what damage does.
-        advice: the commands that find and repair damage.
+        shard_set: the data set.
+        split: one of its splits.
+        on_error: what a damaged sample does.
+        compare: whether samples that are read whole are compared with the manifest's sha256.
     """
 
-    folder: Path
-    location: str
+    shard_set: ShardSet
     split: SplitView
-    compare: bool
-    on_error: OnError
-    advice: str
+    on_error: OnError = "stop"
+    compare: bool = False
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error is {self.on_error!r}; allowed are 'stop' and 'skip'")
 
     @property
-    def firsts(self) -> npt.NDArray[np.int64]:
-        """(S + 1,) first sample of each shard; the last entry is n."""
-        return self.split.firsts
-
-    def key(self, sample: int) -> str:
-        """Name of a sample."""
-        return self.split.key(sample)
-
-    def shard_name(self, sample: int) -> str:
-        """File name of the shard that holds a sample."""
-        return self.split.shard_names[self.split.shard_of(sample)]
+    def advice(self) -> str:
+        """The commands that find and repair damage."""
+        return (
+            f"find all damage with `{self.shard_set.verify_command}`, "
+            f"make the data set anew with `{self.shard_set.repair_command}`"
+        )
 
     def image_labels(self, rows: Sequence[SampleRow | None]) -> Tensor:
-        """Image labels of n samples: (n, K-1) float32 of 0 and 1; 0 alone where None stands for ungranted ones."""
+        """Image labels of n samples, (n, K-1) float32 of 0 and 1; a None, whose labels stay unread, gives 0."""
         labels = np.zeros((len(rows), self.split.num_classes - 1), dtype=np.float32)
         for place, row in enumerate(rows):
             for label in row.classes if row else ():
@@ -111,22 +105,18 @@ class SampleIndex:
         return torch.from_numpy(labels)
 
     def damage(self, sample: int, error: DataError) -> SkippedSample:
-        """Describes a damaged sample where those are skipped.
+        """Describes a damaged sample if damaged samples are skipped.
 
         Raises:
-            DataError: they are not: what is wrong where, and what to do.
+            DataError: they are not skipped; the message says what is wrong where, and what to do.
         """
         if self.on_error == "skip":
-            return SkippedSample(self.shard_name(sample), self.key(sample), str(error))
+            return SkippedSample(self._shard_name(sample), self.split.key(sample), str(error))
         raise self._described(sample, error) from None
 
     @contextmanager
     def naming(self, sample: int) -> Iterator[None]:
-        """Errors within name sample, shard and remedy, also where damaged samples are skipped elsewhere.
-
-        Raises:
-            DataError: one was raised within.
-        """
+        """Adds sample, shard and remedy to the message of a `DataError` that is raised within."""
         try:
             yield
         except DataError as error:
@@ -141,8 +131,8 @@ class SampleIndex:
         image = decode_image(files["jpg"], reduction)
         height, width = -(-row.height // reduction), -(-row.width // reduction)
         if image.shape != (3, height, width):
-            found = f"{'about ' * (reduction > 1)}{image.shape[2] * reduction} x {image.shape[1] * reduction}"
-            raise DataError(f"the image has {found} pixels, the manifest says {row.width} x {row.height}")
+            size = f"{'about ' * (reduction > 1)}{image.shape[2] * reduction} x {image.shape[1] * reduction}"
+            raise DataError(f"the image has {size} pixels, the manifest says {row.width} x {row.height}")
         return image
 
     def decode_mask(self, row: SampleRow, files: Mapping[str, bytes | memoryview]) -> Tensor | None:
@@ -159,8 +149,11 @@ class SampleIndex:
         return mask
 
     def _described(self, sample: int, error: DataError) -> DataError:
-        path = self.folder / self.shard_name(sample)
-        return DataError(f"shard {path}: sample {self.key(sample)!r}: {error}; {self.advice}")
+        path = self.shard_set.folder / self._shard_name(sample)
+        return DataError(f"shard {path}: sample {self.split.key(sample)!r}: {error}; {self.advice}")
+
+    def _shard_name(self, sample: int) -> str:
+        return self.split.shard_names[self.split.shard_of(sample)]
 
 
 class ShardFiles:
@@ -178,63 +171,58 @@ class ShardFiles:
         for file, _length in self._files.values():
             file.close()
 
-    def find(self, sample: int, *, masks: bool) -> FoundSample:
-        """Looks up the sample's image, or with `masks` all of its files; no other one is touched.
+    def locate(self, sample: int, *, masks: bool) -> LocatedSample:
+        """Looks up where the sample's image lies, or with `masks` all of its files; no other file is touched.
 
         Raises:
-            DataError: what is missing or damaged; neither the sample nor its shard is named.
+            DataError: something is missing or damaged; the message names neither the sample nor its shard.
         """
-        view = self.index.split
-        row, shard = view.row(sample), view.shard_of(sample)
-        file, length = self._open(shard)
-        end = row.offset + row.bytes
-        if end > length:
-            raise DataError(f"the shard is cut off: it has {length} bytes, the sample ends at byte {end}")
-        files = _members(file, row, only=None if masks else "jpg")
+        row, shard = self.index.split.row(sample), self.index.split.shard_of(sample)
+        files = _locate_files(*self._open(shard), row, only=None if masks else "jpg")
         if "jpg" not in files:
             raise DataError("its image is missing from the tar")
         parts = list(files.values())
-        return FoundSample(sample, row, shard, files, parts[0].start, parts[-1].stop - parts[0].start)
+        return LocatedSample(sample, row, shard, files, parts[0].start, parts[-1].stop - parts[0].start)
 
-    def views(self, found: FoundSample) -> dict[str, memoryview]:
-        """What is in a sample's files, by suffix; good until the next call, which writes to the same memory.
+    def contents(self, located: LocatedSample) -> dict[str, memoryview]:
+        """The bytes of a sample's files by suffix; valid until the next call, which writes to the same memory.
 
         Raises:
-            DataError: the shard cannot be read; neither the sample nor its shard is named.
+            DataError: the shard cannot be read; the message names neither the sample nor its shard.
         """
-        file, _ = self._open(found.shard)
-        if len(self._memory) < found.size:
-            self._memory = memoryview(bytearray(found.size))
-        _read(file, found.begin, self._memory[: found.size])
-        begin = found.begin
-        return {suffix: self._memory[part.start - begin : part.stop - begin] for suffix, part in found.files.items()}
+        file, _ = self._open(located.shard)
+        if len(self._memory) < located.size:
+            self._memory = memoryview(bytearray(located.size))
+        begin = located.begin
+        _read(file, begin, self._memory[: located.size])
+        return {suffix: self._memory[part.start - begin : part.stop - begin] for suffix, part in located.files.items()}
 
     def read(self, sample: int, *, masks: bool) -> dict[str, bytes]:
         """The sample's files by suffix: `jpg` alone, or with `masks` all of them, compared with the sha256.
 
         Raises:
-            DataError: what is missing or damaged; neither the sample nor its shard is named.
+            DataError: something is missing or damaged; the message names neither the sample nor its shard.
         """
-        found = self.find(sample, masks=masks)
-        files = {suffix: bytes(view) for suffix, view in self.views(found).items()}
+        located = self.locate(sample, masks=masks)
+        files = {suffix: bytes(content) for suffix, content in self.contents(located).items()}
         if masks and self.index.compare:
             digest = hashlib.sha256(b"".join(files.values())).hexdigest()
-            if digest != found.row.sha256:
+            if digest != located.row.sha256:
                 raise DataError(f"its files have the sha256 {digest[:12]}..., not that of the manifest")
         return files
 
     def load(self, sample: int) -> tuple[dict[str, bytes], Tensor, Tensor | None]:
-        """The sample's files, compared with the sha256, its image (3, H, W) and its mask (H, W), where it has one.
+        """The sample's files, compared with the sha256, its image (3, H, W) uint8 and its mask (H, W) uint8 or None.
 
         Raises:
-            DataError: what is missing or damaged in which sample of which shard, and what to do.
+            DataError: something is missing or damaged; the message names sample, shard and remedy.
         """
         with self.index.naming(sample):
             files, row = self.read(sample, masks=True), self.index.split.row(sample)
             return files, self.index.decode(row, files), self.index.decode_mask(row, files)
 
     def _open(self, shard: int) -> tuple[BinaryIO, int]:
-        """The shard's file, without a buffer of its own, and its length."""
+        """The shard's file, unbuffered, and its length in bytes."""
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
@@ -250,27 +238,23 @@ class ShardFiles:
         return self._files[shard]
 
     def _path(self, shard: int) -> Path:
-        """The shard on this machine; a copy of an object store's is made if need be, and compared with the manifest."""
-        index, name = self.index, self.index.split.shard_names[shard]
-        if not is_remote(index.location):
-            return index.folder / name
+        """The shard's file on this machine: a copy of an object store's is made if it is missing, and compared."""
+        shard_set, name = self.index.shard_set, self.index.split.shard_names[shard]
+        if not is_remote(shard_set.location):
+            return shard_set.folder / name
         try:
-            return open_cached(index.location, name, check=lambda copy: self._compare(shard, copy))
+            return open_cached(shard_set.location, name, check=lambda copy: self._compare(shard, copy))
         except RemoteError as error:
             raise DataError(str(error)) from None
 
     def _compare(self, shard: int, path: Path) -> None:
-        """Raises DataError where a sample is not the manifest's."""
-        view = self.index.split
+        """Raises DataError if a sample differs from the manifest's."""
+        split = self.index.split
         length = path.stat().st_size
         with path.open("rb", buffering=0) as file:
-            for sample in range(int(view.firsts[shard]), int(view.firsts[shard + 1])):
-                row = view.row(sample)
-                end = row.offset + row.bytes
-                if end > length:
-                    raise DataError(f"the shard is cut off: it has {length} bytes, the sample ends at byte {end}")
+            for row in map(split.row, range(int(split.firsts[shard]), int(split.firsts[shard + 1]))):
                 digest = hashlib.sha256()
-                for part in _members(file, row, only=None).values():
+                for part in _locate_files(file, length, row, only=None).values():
                     data = bytearray(part.stop - part.start)
                     _read(file, part.start, memoryview(data))
                     digest.update(data)
@@ -278,11 +262,13 @@ class ShardFiles:
                     raise DataError(f"sample {row.key!r} has another sha256 than in the manifest")
 
 
-def _members(file: BinaryIO, row: SampleRow, *, only: str | None) -> dict[str, slice]:
-    """The bytes of a shard that are a sample's files, by suffix; with `only` that one, and none after it is touched."""
+def _locate_files(file: BinaryIO, length: int, row: SampleRow, *, only: str | None) -> dict[str, slice]:
+    """The bytes of a sample's files in its shard, by suffix; with `only` that file alone, reading nothing after it."""
     position, end = row.offset, row.offset + row.bytes
-    block, found = bytearray(BLOCK), {}
-    while position < end and only not in found:
+    if end > length:
+        raise DataError(f"the shard is cut off: it has {length} bytes, the sample ends at byte {end}")
+    block, files = bytearray(BLOCK), {}
+    while position < end and only not in files:
         _read(file, position, memoryview(block))
         name, size = read_header(block)
         position += BLOCK
@@ -292,13 +278,13 @@ def _members(file: BinaryIO, row: SampleRow, *, only: str | None) -> dict[str, s
         if position + size > end:
             raise DataError(f"{name!r} is longer in the tar than in the manifest")
         if only in (None, suffix):
-            found[suffix] = slice(position, position + size)
+            files[suffix] = slice(position, position + size)
         position += -(-size // BLOCK) * BLOCK
-    return found
+    return files
 
 
 def _read(file: BinaryIO, position: int, out: memoryview) -> None:
-    """Fills some memory with the bytes of a file from a position on."""
+    """Fills `out` with the bytes of a file from a position on."""
     try:
         while out:
             done = os.preadv(file.fileno(), [out], position)
@@ -307,25 +293,3 @@ def _read(file: BinaryIO, position: int, out: memoryview) -> None:
             position, out = position + done, out[done:]
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}") from None
-
-
-def index_split(shard_set: ShardSet, view: SplitView, *, on_error: OnError, checksums: bool = False) -> SampleIndex:
-    """Gathers what readers need of a split; no shard is touched.
-
-    Args:
-        shard_set: the data set.
-        view: one of its splits.
-        on_error: what damage does.
-        checksums: compare samples that are read whole with the manifest's sha256.
-    """
-    return SampleIndex(
-        folder=shard_set.folder,
-        location=shard_set.location,
-        split=view,
-        compare=checksums,
-        on_error=on_error,
-        advice=(
-            f"find all damage with `{shard_set.verify_command}`, "
-            f"make the data set anew with `{shard_set.repair_command}`"
-        ),
-    )

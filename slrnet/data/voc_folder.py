@@ -15,7 +15,7 @@ import numpy as np
 from slrnet.data.catalog import IGNORE_INDEX, VOC_CLASSES, voc_ids, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, ShardSet
-from slrnet.data.samples import ShardFiles, index_split
+from slrnet.data.samples import SampleIndex, ShardFiles
 
 __all__ = ["check_voc_folder", "write_voc_folder"]
 
@@ -68,12 +68,12 @@ def _write_split(
     table: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
     palette: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
 ) -> list[str]:
-    index = index_split(shards, shards.split(split), on_error="stop", checksums=True)
+    view = shards.split(split)
     keys = []
-    with ShardFiles(index) as reader:
-        for sample in range(int(index.firsts[-1])):
+    with ShardFiles(SampleIndex(shard_set=shards, split=view, compare=True)) as reader:
+        for sample in range(view.num_samples):
             files, _, mask = reader.load(sample)
-            key = index.key(sample)
+            key = view.key(sample)
             image = folder / "JPEGImages" / f"{key}.jpg"
             if image.exists():
                 raise DataError(f"key {key!r} is in two of the splits; write them into folders of their own")

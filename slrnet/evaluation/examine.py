@@ -17,8 +17,8 @@ from slrnet.checkpoints.checkpoint import Checkpoint, check_classes, restore_net
 from slrnet.data.batch import EvalSample
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.epoch_plan import choose_subset
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet
-from slrnet.data.shards import EvalLoader
 from slrnet.data.supervision import supervision_of
 from slrnet.evaluation.masks import calibrate_sample, gated_probs, pseudo_mask_subset
 from slrnet.evaluation.metrics import ConfusionMatrix

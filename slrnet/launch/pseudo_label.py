@@ -38,7 +38,7 @@ from slrnet.config import Config
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import SCHEMA, DataError, ShardSet, SplitView, save_dataset
-from slrnet.data.samples import ShardFiles, index_split
+from slrnet.data.samples import SampleIndex, ShardFiles
 from slrnet.data.tars import ShardWriter
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality, quality_metrics
@@ -322,10 +322,10 @@ def _samples(shards: ShardSet, remaining: Sequence[_Shard]) -> Iterator[tuple[_S
     """The samples of some shards, in order, each with its image and its image labels."""
     for split, entries in groupby(remaining, key=itemgetter(0)):
         view = shards.split(split)
-        index = index_split(shards, view, on_error="stop", checksums=True)
+        index = SampleIndex(shard_set=shards, split=view, compare=True)
         for _, name, _ in entries:
             place = view.shard_names.index(name)
-            samples = range(int(index.firsts[place]), int(index.firsts[place + 1]))
+            samples = range(int(view.firsts[place]), int(view.firsts[place + 1]))
             with ShardFiles(index) as reader:
                 for sample, row in zip(samples, view.shard_rows(place).to_pylist(), strict=True):
                     files, image, true_mask = reader.load(sample)

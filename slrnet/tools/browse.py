@@ -27,7 +27,7 @@ from slrnet.completion import parse
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.epoch_plan import choose_subset
 from slrnet.data.manifest import DataError, DatasetInfo, ShardSet, SplitView, load_dataset
-from slrnet.data.samples import ShardFiles, index_split
+from slrnet.data.samples import SampleIndex, ShardFiles
 from slrnet.storage.files import written_whole
 from slrnet.viz.overlay import draw_overlay
 
@@ -152,7 +152,7 @@ def find_duplicates(shard_set: ShardSet) -> list[Duplicate]:
     with tqdm(total=total, desc="hashing", unit="image", disable=None) as bar:
         for name in shard_set.splits:
             view = shard_set.split(name)
-            index = index_split(shard_set, view, on_error="stop")
+            index = SampleIndex(shard_set=shard_set, split=view)
             with ShardFiles(index) as files:
                 for sample in range(view.num_samples):
                     with index.naming(sample):
@@ -306,7 +306,7 @@ def _samples(
     shard_set: ShardSet, view: SplitView, chosen: Sequence[int]
 ) -> Iterator[tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.uint8] | None]]:
     """Index, image (H, W, 3) and mask (H, W) of each chosen sample."""
-    index = index_split(shard_set, view, on_error="stop", checksums=True)
+    index = SampleIndex(shard_set=shard_set, split=view, compare=True)
     with ShardFiles(index) as files:
         for sample in chosen:
             _, image, mask = files.load(sample)

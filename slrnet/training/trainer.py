@@ -37,9 +37,11 @@ from slrnet.checkpoints.checkpoint import (
 from slrnet.checkpoints.writer import CheckpointWriter
 from slrnet.config import Config
 from slrnet.data.batch import Batch, EvalSample
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import ShardSet
-from slrnet.data.shards import EvalLoader, SkippedSample, TrainLoader
+from slrnet.data.samples import SkippedSample
 from slrnet.data.supervision import Supervision, supervision_of
+from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
 from slrnet.distributed.process import Process, share_buffers, sum_over_ranks
 from slrnet.distributed.watchdog import Watchdog
 from slrnet.evaluation.masks import (
@@ -535,20 +537,23 @@ def check_batch(config: Config, world_size: int) -> None:
 
 
 def _train_loader(config: Config, shards: ShardSet, process: Process, supervision: Supervision) -> TrainLoader:
-    return TrainLoader(
-        shards,
+    settings = TrainLoaderSettings(
         split=config.data.train_split,
         batch_size=config.train.batch_size,
         crop_size=config.data.crop_size,
         crop_scale=config.data.crop_scale,
         flip=config.data.flip,
         seed=config.train.seed,
+        shuffle_buffer=config.data.shuffle_buffer,
+        on_error=config.data.on_error,
+    )
+    return TrainLoader(
+        shards,
+        settings,
         supervision=supervision,
         rank=process.rank,
         world_size=process.world_size,
         workers=config.data.workers,
-        shuffle_buffer=config.data.shuffle_buffer,
-        on_error=config.data.on_error,
         pin_memory=process.device.type == "cuda",
     )
 

@@ -18,8 +18,8 @@ from PIL import Image
 
 from data_prep.conversion import Output
 from data_prep.folder import convert, main, read_palette
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, load_dataset
-from slrnet.data.shards import EvalLoader
 
 Array = npt.NDArray[Any]
 PALETTE = "background #000000\ncat 255 0 0\ndog #0000ff\nvoid #ffffff\n"

@@ -18,8 +18,8 @@ from PIL import Image
 from data_prep.conversion import Output
 from data_prep.l2id import convert, main, read_map
 from data_prep.shard_writer import verify
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, load_dataset
-from slrnet.data.shards import EvalLoader
 
 from .conftest import decode, stripes
 

@@ -65,7 +65,7 @@ def test_a_reader_keeps_the_memory_of_its_batches_and_is_not_looked_through() ->
     """But not that of a giant image; nor does the garbage collector look through what was imported."""
     script = f"""{MEMORY_TAKEN}
 import gc
-from slrnet.data.shards import prepare_reader
+from slrnet.data.readers import prepare_reader
 
 print(len(gc.get_objects()))
 prepare_reader()

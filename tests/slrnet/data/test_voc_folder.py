@@ -12,8 +12,8 @@ from PIL import Image
 from data_prep.conversion import Output
 from data_prep.voc import convert
 from slrnet.data.catalog import voc_palette
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
-from slrnet.data.shards import EvalLoader
 from slrnet.data.voc_folder import write_voc_folder
 
 

@@ -11,8 +11,8 @@ import torch
 
 from slrnet.checkpoints.checkpoint import Checkpoint
 from slrnet.config import Config
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet
-from slrnet.data.shards import EvalLoader
 from slrnet.data.supervision import plan_supervision
 from slrnet.distributed.process import Process
 from slrnet.evaluation.examine import Bins, ImageScore, Subject, choose_by_iou, examine, read_examples, sweep_gamma

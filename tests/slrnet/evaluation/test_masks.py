@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from slrnet.config import CalibrationConfig, Config, ConfigError, EvaluationConfig, apply_overrides
 from slrnet.data.batch import EvalSample
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet
-from slrnet.data.shards import EvalLoader
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import PseudoMask, Quality, evaluate_masks, measure_pseudo_masks, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix

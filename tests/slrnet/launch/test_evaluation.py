@@ -11,8 +11,8 @@ import torch
 
 from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, restore_model
 from slrnet.config import Config, apply_overrides
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import ShardSet
-from slrnet.data.shards import EvalLoader
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality
 from slrnet.evaluation.metrics import ConfusionMatrix

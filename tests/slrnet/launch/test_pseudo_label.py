@@ -23,8 +23,8 @@ from data_prep.shard_writer import verify
 from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError
 from slrnet.config import Config, apply_overrides
 from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
-from slrnet.data.shards import EvalLoader
 from slrnet.distributed.process import Process
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.inference.predictor import predict

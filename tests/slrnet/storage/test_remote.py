@@ -13,8 +13,9 @@ import pytest
 
 from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.config import Config, apply_overrides
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
-from slrnet.data.shards import EvalLoader, TrainLoader
+from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
 from slrnet.launch.train import LaunchOptions, launch
 from slrnet.storage import remote
 from slrnet.storage.remote import RemoteError, cached, is_remote, open_cached
@@ -48,13 +49,9 @@ def test_training_and_evaluation_see_what_lies_in_the_bucket(bucket: Put, tiny_d
     for split in ("train", "val"):
         pairs = zip(EvalLoader(shards, split=split), EvalLoader(tiny_data, split=split), strict=True)
         assert all(one.key == two.key and one.image.equal(two.image) for one, two in pairs)
-    settings = {"split": "train", "batch_size": 3, "crop_size": 32, "crop_scale": (0.5, 1.0), "flip": 0.5, "seed": 1}
-    for one, two in zip(
-        TrainLoader(shards, **settings).epoch(0),  # type: ignore[arg-type]
-        TrainLoader(tiny_data, **settings).epoch(0),  # type: ignore[arg-type]
-        strict=True,
-    ):
-        assert one.images.equal(two.images)
+    settings = TrainLoaderSettings(split="train", batch_size=3, crop_size=32, crop_scale=(0.5, 1.0), flip=0.5, seed=1)
+    batches = zip(TrainLoader(shards, settings).epoch(0), TrainLoader(tiny_data, settings).epoch(0), strict=True)
+    assert all(one.images.equal(two.images) for one, two in batches)
 
 
 def test_a_shard_is_copied_once_and_the_server_is_not_asked_again(bucket: Put) -> None:

@@ -27,8 +27,8 @@ from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.config import Config, apply_overrides, load_config
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import ShardSet, load_dataset
-from slrnet.data.shards import EvalLoader
 from slrnet.distributed.process import (
     Process,
     configure_process,

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from data_prep.shard_writer import Sample
 from slrnet.config import Config, apply_overrides
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet
-from slrnet.data.shards import EvalLoader
 from slrnet.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow  # whole trainings

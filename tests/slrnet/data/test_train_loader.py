@@ -1,4 +1,4 @@
-"""The loaders on tiny shards: exactly once, repeatable, the same on any cluster, unharmed by damage, blind to masks."""
+"""The training loader on tiny shards: repeatable, the same on any cluster, unharmed by damage, blind to masks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -17,71 +17,21 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep.shard_writer import Sample, verify, write_dataset
+from data_prep.shard_writer import Sample, verify
+from slrnet.data import readers as readers_module
 from slrnet.data import samples as samples_module
-from slrnet.data import shards as shards_module
+from slrnet.data import train_loader as train_loader_module
 from slrnet.data import transforms
 from slrnet.data.batch import Batch
-from slrnet.data.catalog import IGNORE_INDEX, voc_palette
+from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.epoch_plan import Pool, choose_subset
-from slrnet.data.manifest import DataError, SampleRow, ShardSet, SplitView, load_dataset
+from slrnet.data.manifest import DataError, SampleRow, ShardSet, SplitView
 from slrnet.data.sample_set import SampleSet
-from slrnet.data.shards import EvalLoader, TrainLoader
+from slrnet.data.samples import SampleIndex, ShardFiles
 from slrnet.data.supervision import Supervision
+from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
 
-NUM_TRAIN, NUM_SHARDS, NUM_VAL = 23, 5, 7
-COUNTS = (4, 5, 4, 5, 5)
-
-
-def _classes(number: int) -> tuple[int, ...]:
-    return tuple(c for c in (1, 2, 3) if number % (c + 1) == 0)
-
-
-def _encode(sample: Sample) -> tuple[bytes, bytes | None]:
-    """Noise whose grey level tells the samples apart; every third sample has no mask, the others their number."""
-    rng = np.random.default_rng(sample.source)
-    pixels = rng.integers(0, 256, (sample.height, sample.width, 3), dtype=np.uint8)
-    image, mask = io.BytesIO(), io.BytesIO()
-    Image.fromarray(pixels).save(image, "JPEG", quality=90)
-    Image.fromarray(np.full((sample.height, sample.width), sample.source % 4, dtype=np.uint8)).save(mask, "PNG")
-    return image.getvalue(), None if sample.source % 3 == 0 else mask.getvalue()
-
-
-def _encode_masks_of_noise(sample: Sample) -> tuple[bytes, bytes | None]:
-    image, mask = _encode(sample)
-    return image, None if mask is None else np.random.default_rng(99).bytes(700 + sample.source)
-
-
-def _write(folder: Path, encode: Callable[[Sample], tuple[bytes, bytes | None]]) -> ShardSet:
-    def samples(split: str, n: int) -> list[Sample]:
-        return [
-            Sample(key=f"{split}_{i}", split=split, width=20 + i % 3, height=16 + i % 2, classes=_classes(i), source=i)
-            for i in range(n)
-        ]
-
-    write_dataset(
-        folder,
-        samples("train", NUM_TRAIN) + samples("val", NUM_VAL),
-        encode,
-        name="tiny",
-        classes=("background", "a", "b", "c"),
-        palette=voc_palette(),
-        made_by="python data_prep/tiny.py --root here",
-        shards=NUM_SHARDS,
-    )
-    return load_dataset(folder)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-    return _write(tmp_path_factory.mktemp("tiny") / "shards", _encode)
-
-
-@pytest.fixture
-def copy(data: ShardSet, tmp_path: Path) -> ShardSet:
-    """The same data set in a folder that a test may damage."""
-    shutil.copytree(data.folder, tmp_path / "copy")
-    return load_dataset(tmp_path / "copy")
+from .conftest import COUNTS, NUM_SHARDS, NUM_TRAIN, classes_of, encode_masks_of_noise, write_shards
 
 
 def _loader(data: ShardSet, **changes: Any) -> TrainLoader:
@@ -89,7 +39,10 @@ def _loader(data: ShardSet, **changes: Any) -> TrainLoader:
         "split": "train", "batch_size": 2, "crop_size": 8, "crop_scale": (0.5, 1.0), "flip": 0.5, "seed": 3,
         "shuffle_buffer": 4,
     }  # fmt: skip
-    return TrainLoader(data, **{**settings, **changes})
+    names = {field.name for field in fields(TrainLoaderSettings)}
+    settings |= {name: value for name, value in changes.items() if name in names}
+    others = {name: value for name, value in changes.items() if name not in names}
+    return TrainLoader(data, TrainLoaderSettings(**settings), **others)
 
 
 def _keys(batches: Iterator[Batch]) -> list[str]:
@@ -190,7 +143,7 @@ def test_image_labels_are_those_of_the_manifest(data: ShardSet) -> None:
     for batch in _loader(data).epoch(0):
         assert batch.image_labels.dtype == torch.float32
         for key, labels in zip(batch.keys, batch.image_labels, strict=True):
-            present = _classes(int(key.removeprefix("train_")))
+            present = classes_of(int(key.removeprefix("train_")))
             assert labels.tolist() == [float(c in present) for c in (1, 2, 3)]
 
 
@@ -226,7 +179,7 @@ def test_the_global_generators_are_left_alone(data: ShardSet) -> None:
 
 def test_without_a_grant_masks_change_nothing(data: ShardSet, tmp_path: Path) -> None:
     """The masks are bytes of noise here, of other lengths than the real ones: nobody looks at them."""
-    noise = _write(tmp_path / "noise", _encode_masks_of_noise)
+    noise = write_shards(tmp_path / "noise", encode_masks_of_noise)
     assert noise.info.fingerprint != data.info.fingerprint
     batches = list(_loader(data).epoch(0))
     assert _equal(batches, list(_loader(noise).epoch(0)))
@@ -272,7 +225,7 @@ def _encode_bands(sample: Sample) -> tuple[bytes, bytes | None]:
 
 def test_images_that_are_decoded_smaller_stay_on_their_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As large photographs are; these would be too small for it."""
-    data = _write(tmp_path / "bands", _encode_bands)
+    data = write_shards(tmp_path / "bands", _encode_bands)
     reductions, decode = set(), samples_module.decode_image
     monkeypatch.setattr(transforms, "_REDUCED_FROM", 1)
     monkeypatch.setattr(samples_module, "decode_image", lambda data, by: reductions.add(by) or decode(data, by))
@@ -287,8 +240,8 @@ def test_images_that_are_decoded_smaller_stay_on_their_masks(tmp_path: Path, mon
 
 def test_an_image_of_another_size_is_found_whatever_its_reduction(data: ShardSet) -> None:
     view = data.split("train")
-    index = samples_module.index_split(data, view, on_error="stop")
-    with samples_module.ShardFiles(index) as files:
+    index = SampleIndex(shard_set=data, split=view)
+    with ShardFiles(index) as files:
         read = files.read(0, masks=False)
     row = view.row(0)
     assert index.decode(row, read, 4).shape == (3, -(-row.height // 4), -(-row.width // 4))
@@ -312,6 +265,28 @@ def test_image_labels_that_are_not_granted_stay_unread(data: ShardSet, monkeypat
         assert batch.image_labels.tolist() == [[0.0] * 3] * 2
     with pytest.raises(TypeError, match="'str' and 'int'"):
         list(_loader(data).epoch(0))
+
+
+@pytest.mark.parametrize(("world_size", "readers"), [(1, 2), (1, 5), (2, 2), (5, 1), (2, 9)])
+@pytest.mark.parametrize("start", [0, 1, 2, 3])
+def test_readers_of_all_ranks_take_disjoint_samples(data: ShardSet, world_size: int, readers: int, start: int) -> None:
+    """And each rank makes the steps from `start` on, in turns beginning with the first reader process."""
+    keys = []
+    for rank in range(world_size):
+        loader = _loader(data, rank=rank, world_size=world_size, workers=readers, batch_size=2 * world_size)
+        turns = {
+            begin: [
+                delivery.payload
+                for turn in zip_longest(*(loader._pool.reader.deliver(w, 0, begin) for w in range(readers)))
+                for delivery in turn
+                if delivery and delivery.payload
+            ]
+            for begin in (0, min(start, loader.steps_per_epoch))
+        }
+        assert len(turns[0]) == loader.steps_per_epoch
+        assert _equal(turns[min(start, loader.steps_per_epoch)], turns[0][start:])
+        keys += _keys(iter(turns[0]))
+    assert len(keys) == len(set(keys)) == NUM_TRAIN // (2 * world_size) * 2 * world_size
 
 
 # Users' mistakes.
@@ -392,7 +367,7 @@ def test_skipped_samples_are_counted_named_and_replaced(copy: ShardSet, caplog: 
     lost = {_damage_header(copy, 0, 1), _damage_image(copy, 1, 0), *_truncate(copy, 3)}
     lost |= {key for key in map(str, copy.split("train").keys) if "000004" in _shard_of(copy, key)}
     copy.split("train").shards[4].path.unlink()
-    with caplog.at_level(logging.WARNING, logger=shards_module.__name__):
+    with caplog.at_level(logging.WARNING, logger=readers_module.__name__):
         loader = _loader(copy, on_error="skip", batch_size=1)
         for epoch in range(2):
             batches = list(loader.epoch(epoch))
@@ -454,123 +429,13 @@ def test_a_swapped_shard_is_noticed(copy: ShardSet) -> None:
 def test_a_sample_lost_within_the_pipeline_is_noticed(
     data: ShardSet, monkeypatch: pytest.MonkeyPatch, lost: tuple[int, int], message: str
 ) -> None:
-    find = shards_module._TrainReader._find
+    plan = train_loader_module._TrainReader._plan_batches
 
     def lossy(*arguments: Any) -> Iterator[Any]:
-        items = list(find(*arguments))
+        items = list(plan(*arguments))
         del items[lost[0]][lost[1] :]
         return iter(batch for batch in items if batch)
 
-    monkeypatch.setattr(shards_module._TrainReader, "_find", lossy)
+    monkeypatch.setattr(train_loader_module._TrainReader, "_plan_batches", lossy)
     with pytest.raises(DataError, match=message):
         list(_loader(data).epoch(0))
-
-
-# Evaluation.
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_sees_each_sample_once_in_order(data: ShardSet, world_size: int) -> None:
-    keys, sizes = [], []
-    for rank in range(world_size):
-        loader = EvalLoader(data, split="train", rank=rank, world_size=world_size)
-        samples = list(loader)
-        assert len(samples) == len(loader)
-        keys += [sample.key for sample in samples]
-        sizes.append(len(samples))
-    assert keys == [data.split("train").key(i) for i in range(NUM_TRAIN)]
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_evaluation_in_reader_processes(copy: ShardSet) -> None:
-    """Two ranks of two reader processes each; a damaged sample is left out and reported to its rank."""
-    split = copy.split("val")
-    with split.shards[0].path.open("r+b") as file:
-        file.write(bytes(512))
-    keys, skipped = [], []
-    for rank in range(2):
-        loader = EvalLoader(copy, split="val", rank=rank, world_size=2, workers=2, on_error="skip")
-        keys += [sample.key for sample in loader]
-        skipped += [(rank, sample.key) for sample in loader.skipped]
-        loader.close()
-    assert keys == [split.key(i) for i in range(1, NUM_VAL)]
-    assert skipped == [(0, split.key(0))]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("readers", [2, 3])
-def test_readers_in_turns_keep_the_order(data: ShardSet, world_size: int, readers: int) -> None:
-    """What the processes of all ranks would send, collected here in torch's order."""
-    keys = []
-    for rank in range(world_size):
-        reader = EvalLoader(data, split="train", rank=rank, world_size=world_size, workers=readers)._pool.reader
-        turns = zip_longest(*(reader.deliver(worker, 0, 0) for worker in range(readers)))
-        keys += [delivery.payload.key for turn in turns for delivery in turn if delivery and delivery.payload]
-    assert keys == [data.split("train").key(i) for i in range(NUM_TRAIN)]
-
-
-@pytest.mark.parametrize(("world_size", "readers"), [(1, 2), (1, 5), (2, 2), (5, 1), (2, 9)])
-@pytest.mark.parametrize("start", [0, 1, 2, 3])
-def test_readers_of_all_ranks_take_disjoint_samples(data: ShardSet, world_size: int, readers: int, start: int) -> None:
-    """And each rank makes the steps from `start` on, in turns beginning with the first reader process."""
-    keys = []
-    for rank in range(world_size):
-        loader = _loader(data, rank=rank, world_size=world_size, workers=readers, batch_size=2 * world_size)
-        turns = {
-            begin: [
-                delivery.payload
-                for turn in zip_longest(*(loader._pool.reader.deliver(w, 0, begin) for w in range(readers)))
-                for delivery in turn
-                if delivery and delivery.payload
-            ]
-            for begin in (0, min(start, loader.steps_per_epoch))
-        }
-        assert len(turns[0]) == loader.steps_per_epoch
-        assert _equal(turns[min(start, loader.steps_per_epoch)], turns[0][start:])
-        keys += _keys(iter(turns[0]))
-    assert len(keys) == len(set(keys)) == NUM_TRAIN // (2 * world_size) * 2 * world_size
-
-
-def test_evaluation_samples_are_whole(data: ShardSet) -> None:
-    for sample in EvalLoader(data, split="train"):
-        number = int(sample.key.removeprefix("train_"))
-        assert sample.image.shape == (3, 16 + number % 2, 20 + number % 3)
-        assert sample.image.dtype == torch.uint8
-        assert sample.image_labels.tolist() == [float(c in _classes(number)) for c in (1, 2, 3)]
-        if number % 3 == 0:
-            assert sample.pixel_labels is None
-        else:
-            assert sample.pixel_labels is not None
-            assert sample.pixel_labels.shape == sample.image.shape[-2:]
-            assert sample.pixel_labels.unique().tolist() == [number % 4]
-    assert all(sample.pixel_labels is None for sample in EvalLoader(data, split="val", pixel_labels=False))
-
-
-def test_evaluation_of_chosen_samples(data: ShardSet) -> None:
-    split = data.split("train")
-    chosen = choose_subset(split, 9, seed=0)
-    keys = []
-    for rank in range(2):
-        loader = EvalLoader(data, split="train", indices=chosen, rank=rank, world_size=2)
-        assert loader.total == 9
-        keys += [sample.key for sample in loader]
-    assert keys == [split.key(i) for i in chosen]
-    assert list(EvalLoader(data, split="train", indices=[])) == []
-    with pytest.raises(ValueError, match="indices run from 1 to 23; split 'train' has the samples 0 to 22"):
-        EvalLoader(data, split="train", indices=[1, 23])
-
-
-def test_evaluation_compares_the_checksum(copy: ShardSet) -> None:
-    """A changed byte that no decoder minds."""
-    entry = copy.split("val").shards[1]
-    with entry.path.open("r+b") as file:
-        end = int(entry.offsets[0] + entry.sizes[0])
-        file.seek(end - 512)  # the JSON file's only block
-        file.write(b" ")
-    with pytest.raises(
-        DataError, match=r"shard .*val-000001.tar: sample 'val_\d': its files have the sha256 .*--verify"
-    ):
-        list(EvalLoader(copy, split="val"))
-    loader = EvalLoader(copy, split="val", on_error="skip")
-    assert len(list(loader)) == NUM_VAL - 1
-    assert [skipped.shard for skipped in loader.skipped] == ["val-000001.tar"]

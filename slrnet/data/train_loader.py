@@ -1,0 +1,364 @@
+"""The training loader: batches of random crops from tar shards, the same on any number of processes.
+
+`slrnet.data.epoch_plan` plans which samples a step draws; `slrnet.data.samples` reads single samples. WebDataset
+supplies the pipeline between the two. Its own shard order repeats every epoch and depends on the number of readers, and
+its shuffle buffer holds decoded samples; the plan replaces both by arithmetic on the manifest.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import webdataset as wds
+from torch import Tensor
+
+from slrnet.data.batch import Batch
+from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.data.counter_random import Bits, key_of, random_bits
+from slrnet.data.epoch_plan import Draws, plan_epoch
+from slrnet.data.manifest import DataError, ShardSet
+from slrnet.data.readers import Delivery, ReaderPool, check_at_least_one, check_place
+from slrnet.data.samples import LocatedSample, OnError, SampleIndex, ShardFiles, SkippedSample
+from slrnet.data.supervision import Supervision, image_labels_only
+from slrnet.data.transforms import Crop, crop_into, crop_mask, draw_crops
+
+__all__ = ["TrainLoader", "TrainLoaderSettings"]
+
+_RECENT = 32
+"""Good samples that a reader keeps as stand-ins for damaged ones."""
+_SHARDS_NAMED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainLoaderSettings:
+    """What a training's batches are made of; the same for all of its processes.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    split: str
+    """Name of the split."""
+    batch_size: int
+    """Images of a step over all ranks, at least one for each rank."""
+    crop_size: int
+    """Side of the crops, pixels."""
+    crop_scale: tuple[float, float]
+    """Smallest and largest share of the image's area that a crop covers, 0 to 1."""
+    flip: float
+    """Probability that a crop is mirrored."""
+    seed: int
+    """Seed of the draws and the crops."""
+    shuffle_buffer: int = 1000
+    """Draws over which the order of the shards is shuffled; 1 keeps it."""
+    on_error: OnError = "stop"
+    """`stop` raises at the first damaged sample. `skip` puts a recent sample of the same reader in its place (the next
+    one at the very beginning) and lists it in `skipped`."""
+
+    def __post_init__(self) -> None:
+        check_at_least_one(batch_size=self.batch_size, crop_size=self.crop_size, shuffle_buffer=self.shuffle_buffer)
+
+
+class TrainLoader:
+    """Batches of random crops of a split, for one rank.
+
+    The draws of a step are a pure function of (seed, epoch, step) and the data, for any number of ranks and readers.
+    The ranks share each global batch in order, as evenly as possible. A draw's crop is a function of (seed, epoch,
+    sample, repeat) alone. Labels stay unread unless `supervision` grants them.
+
+    Args:
+        shard_set: the data set.
+        settings: what the batches are made of.
+        supervision: which samples are drawn how often, and which of their labels the training may see; None: all
+            samples once, with their image labels.
+        rank: place of this process among `world_size`.
+        world_size: number of processes that train together, each with a loader of the same settings.
+        workers: reader processes of this rank; 0 reads in this process.
+        pin_memory: whether batches come in page-locked memory (needs an accelerator).
+
+    Attributes:
+        global_batch: images of a step over all ranks.
+        share: images of a step of this rank.
+        steps_per_epoch: whole global batches of an epoch.
+        draws: draws of an epoch.
+
+    Raises:
+        ValueError: an argument is out of range, or an epoch has fewer draws than one global batch.
+        DataError: there is no such split.
+    """
+
+    def __init__(
+        self,
+        shard_set: ShardSet,
+        settings: TrainLoaderSettings,
+        *,
+        supervision: Supervision | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        check_place(rank=rank, world_size=world_size, workers=workers)
+        split, batch = shard_set.split(settings.split), settings.batch_size
+        supervision = supervision or image_labels_only(split)
+        self.draws = supervision.draws
+        self.global_batch = batch
+        self.steps_per_epoch = self.draws // batch
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"an epoch of split {split.name!r} has {self.draws} samples, fewer than the global batch of {batch}; "
+                f"use a global batch of {self.draws} or less"
+            )
+        if batch < world_size:
+            raise ValueError(
+                f"a global batch of {batch} cannot be shared by {world_size} ranks; use {world_size} or more"
+            )
+        reader = _TrainReader(
+            index=SampleIndex(shard_set=shard_set, split=split, on_error=settings.on_error),
+            settings=settings,
+            supervision=supervision,
+            steps=self.steps_per_epoch,
+            share=range(batch * rank // world_size, batch * (rank + 1) // world_size),
+            readers=max(1, workers),
+        )
+        self.share = len(reader.share)
+        self._pool: ReaderPool[Batch] = ReaderPool(reader, workers=workers, pin_memory=pin_memory)
+
+    @property
+    def left_over(self) -> int:
+        """Draws, 0 to global_batch - 1, that an epoch leaves out; other ones every epoch."""
+        return self.draws - self.steps_per_epoch * self.global_batch
+
+    @property
+    def skipped(self) -> tuple[SkippedSample, ...]:
+        """Samples of the current (or last) epoch that this rank could not read so far."""
+        return tuple(self._pool.skipped)
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yields the batches of steps start_step, ..., steps_per_epoch - 1; one epoch at a time.
+
+        Starting late gives the same batches as skipping the first ones (but stand-ins for damaged samples may differ),
+        without reading what went into them.
+
+        Raises:
+            ValueError: `start_step` is negative or above `steps_per_epoch`.
+            DataError: a sample is damaged or missing and `on_error` is "stop", a reader finds no readable sample, or
+                the number of samples read is not the planned one.
+        """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step is {start_step}; an epoch has the steps 0 to {self.steps_per_epoch}")
+        return self._batches(epoch, start_step)
+
+    def close(self) -> None:
+        """Ends the reader processes; the next epoch starts new ones."""
+        self._pool.close()
+
+    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        steps = self.steps_per_epoch - start_step
+        batches = samples = 0
+        for batch in self._pool.deliver(epoch, start_step):
+            batches, samples = batches + 1, samples + len(batch.keys)
+            yield batch
+        if batches != steps or samples != steps * self.share:
+            raise DataError(
+                f"epoch {epoch} gave this rank {batches} batches of {samples} samples in all, planned were "
+                f"{steps} batches of {steps * self.share}; {self._pool.reader.index.advice}"
+            )
+
+
+class _PlannedCrop(NamedTuple):
+    """A crop that a batch needs."""
+
+    sample: LocatedSample | SkippedSample
+    """Where the sample's files lie, or what is wrong with it."""
+    crop: Crop
+    labeled: bool
+    """Whether its image labels are known and granted."""
+    key: int
+    """Random bits of this draw alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TrainReader:
+    """Makes the batches of a rank's readers. Picklable; nothing in it changes."""
+
+    index: SampleIndex
+    settings: TrainLoaderSettings
+    supervision: Supervision
+    steps: int
+    """Steps of an epoch."""
+    share: range
+    """Places within a global batch that are this rank's."""
+    readers: int
+    """Number of readers of this rank."""
+
+    def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[Delivery[Batch]]:
+        """The batches of a reader's steps from `start_step` on."""
+        # torch asks its workers in turn, beginning with worker 0: that one has to make step start_step.
+        steps = range(start_step + worker, self.steps, self.readers)
+        with ShardFiles(self.index) as files:
+            maker = _BatchMaker(self, files)
+            for batch in wds.DataPipeline(partial(self._plan_batches, files, steps, epoch), maker.batches):
+                yield Delivery(batch, skipped=tuple(maker.skipped))
+                maker.skipped.clear()
+            yield Delivery(None, skipped=tuple(maker.skipped))
+
+    def draws(self, steps: range, epoch: int) -> Iterator[Draws]:
+        """This rank's part of some global batches, in order.
+
+        The plan is asked for one step, or for several that lie within the reach of the shuffling.
+        """
+        batch, window = self.settings.batch_size, self.settings.shuffle_buffer
+        plan = plan_epoch(
+            self.supervision.pools_in(epoch),
+            self.index.split.firsts,
+            seed=self.settings.seed,
+            epoch=epoch,
+            window=window,
+        )
+        at_once = max(1, window // (steps.step * batch))
+        for first in range(0, len(steps), at_once):
+            starts = np.array(steps[first : first + at_once], dtype=np.int64) * batch
+            places = starts[:, None] + np.array(self.share)
+            begin = int(places[0, 0])
+            drawn = plan.draws(begin, int(places[-1, -1]) + 1)
+            for own in places - begin:
+                yield Draws(drawn.samples[own], drawn.repeats[own])
+
+    def draw_crops(self, samples: Sequence[LocatedSample | SkippedSample], keys: Bits) -> list[Crop]:
+        """Draws a crop for each sample, whose image has the size that the manifest says."""
+        sizes = [(one.row.height, one.row.width) if isinstance(one, LocatedSample) else (1, 1) for one in samples]
+        settings = self.settings
+        return draw_crops(sizes, size=settings.crop_size, scale=settings.crop_scale, flip=settings.flip, keys=keys)
+
+    def _plan_batches(self, files: ShardFiles, steps: range, epoch: int) -> Iterator[list[_PlannedCrop]]:
+        """The crops of one batch after another. Damaged samples keep their places, so that the others keep theirs.
+
+        All that needs no pixels happens here: code that runs once between two images has left the processor's caches.
+        """
+        key = key_of(self.settings.seed, epoch)
+        for draws in self.draws(steps, epoch):
+            masks = self.supervision.pixel_labels.has(draws.samples).tolist()
+            labeled = self.supervision.image_labels.has(draws.samples).tolist()
+            keys = random_bits(random_bits(key, draws.samples), draws.repeats)
+            samples = [self._locate(files, *one) for one in zip(draws.samples.tolist(), masks, strict=True)]
+            yield list(map(_PlannedCrop, samples, self.draw_crops(samples, keys), labeled, keys.tolist()))
+
+    def _locate(self, files: ShardFiles, sample: int, masks: bool) -> LocatedSample | SkippedSample:
+        try:
+            return files.locate(sample, masks=masks)
+        except DataError as error:
+            return self.index.damage(sample, error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Crops:
+    """A batch's crops, of which some may be lost."""
+
+    planned: list[_PlannedCrop]
+    images: Tensor
+    """(N, 3, S, S) uint8, channels last."""
+    masks: list[Tensor | None]
+    """(S, S) uint8 each, where granted."""
+
+
+class _BatchMaker:
+    """Makes batches from planned crops. Each crop is written to its place in the batch.
+
+    Attributes:
+        skipped: samples that could not be read; the caller clears it.
+    """
+
+    def __init__(self, reader: _TrainReader, files: ShardFiles) -> None:
+        self.skipped: list[SkippedSample] = []
+        self._reader = reader
+        self._files = files
+        self._recent: deque[_PlannedCrop] = deque(maxlen=_RECENT)
+
+    def batches(self, planned: Iterator[list[_PlannedCrop]]) -> Iterator[Batch]:
+        """Batches of crops in the order planned; recent good samples, cropped anew, replace damaged ones.
+
+        Raises:
+            DataError: a sample is damaged and `on_error` is "stop", or all samples are damaged.
+        """
+        waiting: list[_Crops] = []
+        for crops in planned:
+            waiting.append(self._crop_all(crops))
+            if self._recent:
+                yield from map(self._complete, waiting)
+                waiting.clear()
+        if waiting:
+            shards = sorted({sample.shard for sample in self.skipped})
+            more = f" and {len(shards) - _SHARDS_NAMED} more" if len(shards) > _SHARDS_NAMED else ""
+            raise DataError(
+                f"none of the {sum(len(crops.planned) for crops in waiting)} samples of a reader "
+                f"(shards {', '.join(shards[:_SHARDS_NAMED])}{more}) can be read; {self._reader.index.advice}"
+            )
+
+    def _crop_all(self, planned: list[_PlannedCrop]) -> _Crops:
+        """Decodes and crops the readable samples, and notes the others."""
+        number, size = len(self._reader.share), self._reader.settings.crop_size
+        if len(planned) != number:
+            raise DataError(f"a batch of {number} crops has {len(planned)} samples")
+        images = torch.empty((number, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
+        masks: list[Tensor | None] = [None] * number
+        for place, (one, image) in enumerate(zip(planned, images, strict=True)):
+            if isinstance(one.sample, LocatedSample):
+                try:
+                    masks[place] = self._crop(one.sample, one.crop, image)
+                except DataError as error:
+                    planned[place] = one._replace(sample=self._reader.index.damage(one.sample.sample, error))
+        self._recent.extend(one for one in planned if isinstance(one.sample, LocatedSample))
+        self.skipped.extend(one.sample for one in planned if isinstance(one.sample, SkippedSample))
+        return _Crops(planned, images, masks)
+
+    def _crop(self, sample: LocatedSample, crop: Crop, out: Tensor) -> Tensor | None:
+        """Writes the image's crop to `out`, (3, S, S); returns the mask's, (S, S), if there is one.
+
+        Raises:
+            DataError: the image or the mask is damaged.
+        """
+        index, contents = self._reader.index, self._files.contents(sample)
+        crop_into(out, index.decode(sample.row, contents, crop.reduction), crop)
+        mask = index.decode_mask(sample.row, contents)
+        return None if mask is None else crop_mask(mask, crop, size=self._reader.settings.crop_size)
+
+    def _complete(self, crops: _Crops) -> Batch:
+        """The batch, with stand-ins for lost crops."""
+        planned, masks = crops.planned, crops.masks
+        for place, one in enumerate(planned):
+            if isinstance(one.sample, SkippedSample):
+                planned[place], masks[place] = self._stand_in(one.key, crops.images[place])
+        rows = [one.sample.row for one in planned if isinstance(one.sample, LocatedSample)]
+        labeled = [one.labeled for one in planned]
+        granted = [row if known else None for row, known in zip(rows, labeled, strict=True)]
+        return Batch(
+            images=crops.images,
+            image_labels=self._reader.index.image_labels(granted),
+            has_image_labels=torch.tensor(labeled),
+            keys=tuple(row.key for row in rows),
+            has_pixel_labels=torch.tensor([mask is not None for mask in masks]),
+            pixel_labels=_stack_masks(masks, self._reader.settings.crop_size),
+        )
+
+    def _stand_in(self, key: int, out: Tensor) -> tuple[_PlannedCrop, Tensor | None]:
+        """A recent good sample, cropped anew to `out`, and the mask's crop."""
+        recent = self._recent[key % len(self._recent)]
+        assert isinstance(recent.sample, LocatedSample)
+        (crop,) = self._reader.draw_crops([recent.sample], np.array([key], dtype=np.uint64))
+        with self._reader.index.naming(recent.sample.sample):
+            return recent, self._crop(recent.sample, crop, out)
+
+
+def _stack_masks(masks: list[Tensor | None], size: int) -> Tensor | None:
+    """(N, S, S) uint8, void where a mask is missing; None if all are missing."""
+    if all(mask is None for mask in masks):
+        return None
+    void = torch.full((size, size), IGNORE_INDEX, dtype=torch.uint8)
+    return torch.stack([void if mask is None else mask for mask in masks])
