@@ -1,13 +1,13 @@
 """Data sets in object stores: `s3://BUCKET/FOLDER` (any endpoint) and `gs://BUCKET/FOLDER`, by path alone.
 
-Description and manifest are copied to this machine when the data set is opened, a shard when its first sample is asked
-for. Copies lie in `SLRNET_CACHE` (default: ~/.cache/slrnet), shared by all processes of the machine; where they take
-more than `SLRNET_CACHE_GB` (default: 100) the shards that were not used for longest go. A shard is compared with the
-manifest, sample by sample, before it is used; a copy that differs is made again once. What the store refuses for a
-while is tried again.
+Opening a data set copies its description and manifest to this machine; a shard is copied when its first sample is
+asked for. Copies lie in `SLRNET_CACHE` (default: ~/.cache/slrnet), shared by all processes of the machine. When they
+take more than `SLRNET_CACHE_GB` (default: 100), the shards that were used least recently are removed. Each sample of a
+shard is compared with the manifest before the shard is used; a copy that differs is made again once. A request that the
+store refuses for a while is tried again.
 
 Credentials come from the environment or the machine's role, as the cloud's own tools take them; an endpoint other than
-Amazon's from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL.
+Amazon's comes from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import fcntl
 import hashlib
 import logging
 import os
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from slrnet.storage.files import written_whole
 
@@ -30,7 +30,7 @@ __all__ = ["RemoteError", "cached", "copy_from", "filesystem_of", "is_remote", "
 
 ATTEMPTS = 6
 FIRST_PAUSE = 1.0
-"""Seconds before the second attempt; doubled each time."""
+"""Seconds before the second attempt; doubled before each further one."""
 SCHEMES = ("s3://", "gs://")
 
 Value = TypeVar("Value")
@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 
 class RemoteError(ValueError):
-    """A file of an object store cannot be had; the message names it and the remedy."""
+    """A file of an object store cannot be read; the message names it and the remedy."""
 
 
 def is_remote(location: str) -> bool:
@@ -64,13 +64,13 @@ def cached(location: str) -> Path:
 def open_cached(
     location: str, name: str, *, again: bool = False, check: Callable[[Path], None] = lambda path: None
 ) -> Path:
-    """The copy of a file on this machine, made now where it is missing.
+    """The copy of a file on this machine, made now if it is missing.
 
     Args:
-        location: of the folder.
-        name: of the file in it.
-        again: make it anew where it exists.
-        check: raises ValueError for a copy that is not as it must be; it is then made once more.
+        location: the folder in the object store.
+        name: name of the file in it.
+        again: whether to make a new copy even if there is one.
+        check: raises ValueError for a damaged copy, given its path; the copy is then made once more.
 
     Raises:
         RemoteError: the store does not have the file, or refuses it.
@@ -81,28 +81,29 @@ def open_cached(
         if again or not path.exists():
             source = f"{location.rstrip('/')}/{name}"
             try:
-                _copy(source, path, check)
+                copy_from(source, path, check)
             except RemoteError:
                 raise
             except ValueError as error:
                 _log.warning("the copy of %s is damaged (%s); making it again", source, error)
-                _copy(source, path, check)
+                copy_from(source, path, check)
             _make_room(path)
         os.utime(path)  # the last use
     return path
 
 
-def copy_from(source: str, target: Path) -> None:
+def copy_from(source: str, target: Path, check: Callable[[Path], None] = lambda path: None) -> None:
     """Copies a file of an object store, whole or not at all, into a folder that is made if missing.
+
+    Args:
+        source: location of the file.
+        target: path of the copy.
+        check: raises an error for a damaged copy, given its path before it takes its name.
 
     Raises:
         RemoteError: the store does not have the file, or refuses it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _copy(source, target, lambda path: None)
-
-
-def _copy(source: str, target: Path, check: Callable[[Path], None]) -> None:
     with written_whole(target) as incoming:
         _download(source, incoming)
         check(incoming)
@@ -110,7 +111,7 @@ def _copy(source: str, target: Path, check: Callable[[Path], None]) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time has a path, which need not exist."""
+    """Lets one process at a time work on a path, which need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -119,35 +120,58 @@ def locked(path: Path) -> Iterator[None]:
 
 def _download(source: str, target: Path) -> None:
     def copy() -> None:
+        from pyarrow import fs
+
         system, path = filesystem_of(source)
-        with system.open_input_stream(path) as incoming, target.open("wb") as file:
-            shutil.copyfileobj(incoming, file, 2**22)
+        fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
 
     patiently(source, copy)
 
 
 def patiently(source: str, act: Callable[[], Value]) -> Value:
-    """What `act` gives, which asks an object store for `source` and is tried again where that fails for a while.
+    """Runs a request to an object store, several times if it fails for a while.
+
+    Args:
+        source: the location that the request is about, for messages.
+        act: sends the request.
+
+    Returns:
+        What `act` returns.
 
     Raises:
-        RemoteError: the store does not have it, refuses it, or does not answer.
+        RemoteError: the store does not have the file, refuses it, or does not answer.
     """
-    pause = FIRST_PAUSE
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return act()
-        except FileNotFoundError:
-            raise RemoteError(f"{source} does not exist; check the path, or upload the data set whole") from None
-        except OSError as error:
-            reason = " ".join(str(error).split())[:300]
-            if attempt == ATTEMPTS or "ACCESS_DENIED" in reason:
-                break
-            _log.warning("%s cannot be read (%s); trying again in %.0f s", source, reason, pause)
-            time.sleep(pause)
-            pause *= 2
-    raise RemoteError(
-        f"{source} cannot be read: {reason}; check credentials (environment or role), region and endpoint"
+
+    def warn(state: RetryCallState) -> None:
+        reason = _reason_of(state.outcome.exception())  # type: ignore[union-attr]
+        _log.warning("%s cannot be read (%s); trying again in %.0f s", source, reason, state.upcoming_sleep)
+
+    retrying = Retrying(
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_exponential(multiplier=FIRST_PAUSE),
+        retry=retry_if_exception(_may_pass),
+        before_sleep=warn,
+        reraise=True,
     )
+    try:
+        return retrying(act)
+    except FileNotFoundError:
+        raise RemoteError(f"{source} does not exist; check the path, or upload the data set whole") from None
+    except OSError as error:
+        raise RemoteError(
+            f"{source} cannot be read: {_reason_of(error)}; check credentials (environment or role), region and "
+            "endpoint"
+        ) from None
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same request may succeed later."""
+    lasting = isinstance(error, FileNotFoundError) or "ACCESS_DENIED" in str(error)
+    return isinstance(error, OSError) and not lasting
+
+
+def _reason_of(error: BaseException | None) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def filesystem_of(source: str) -> tuple[Any, str]:
@@ -158,7 +182,7 @@ def filesystem_of(source: str) -> tuple[Any, str]:
 
 @cache
 def _open_filesystem(scheme: str, process: int) -> Any:
-    """One per process: the connections of a parent are no use to its children."""
+    """One file system per process: a child cannot use its parent's connections."""
     from pyarrow import fs
 
     if scheme == "gs":
@@ -169,11 +193,11 @@ def _open_filesystem(scheme: str, process: int) -> Any:
 
 
 def _make_room(keep: Path) -> None:
-    """Removes the shards that were not used for longest until the rest fits; who reads one goes on doing so."""
+    """Removes the least recently used shards until the rest fits; a process that has one open can read on."""
     limit = float(os.environ.get("SLRNET_CACHE_GB") or 100) * 1e9
     root = keep.parent.parent
     copies = []
-    for path in root.glob("*/[!.]*.tar"):  # not those on their way
+    for path in root.glob("*/[!.]*.tar"):  # not incomplete ones
         try:
             status = path.stat()
         except FileNotFoundError:  # another process made room
