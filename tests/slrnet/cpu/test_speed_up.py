@@ -106,7 +106,7 @@ def test_a_training_step_at_any_crop_is_that_of_the_plain_network(monkeypatch: p
 IMPORTS = """
 import sys
 import torch
-import slrnet.checkpoints.checkpoint, slrnet.data.shards, slrnet.data.transforms, slrnet.inference
+import slrnet.checkpoints.checkpoint, slrnet.data.train_loader, slrnet.data.transforms, slrnet.inference
 import slrnet.launch.evaluation, slrnet.launch.pseudo_label, slrnet.losses.objective, slrnet.training.trainer
 from slrnet.ops.cross_entropy import sums_and_gradients
 
