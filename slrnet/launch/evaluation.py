@@ -13,8 +13,8 @@ from torch import Tensor
 from slrnet.checkpoints.checkpoint import Checkpoint
 from slrnet.config import Config
 from slrnet.data.batch import EvalSample
-from slrnet.data.manifest import ShardSet
 from slrnet.data.eval_loader import EvalLoader
+from slrnet.data.manifest import ShardSet
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality, count_masks, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix, merge_over_ranks
