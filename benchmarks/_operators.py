@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves
 from slrnet.config import Config
 from slrnet.data.batch import Batch
 from slrnet.distributed.process import Process
-from slrnet.distributed.watchdog import Watchdog
 from slrnet.inference.forward import predict_single_scale
 from slrnet.models.network import Network, Normalize
 from slrnet.models.slrnet import network_of
 from slrnet.ops import cross_entropy_triton as cross_entropy_gpu
 from slrnet.tools.profile import PREFIX, named_stages
+from slrnet.training.listener import Listener
 from slrnet.training.optim import build_optimizer
 from slrnet.training.trainer import Trainer
 
@@ -406,7 +406,7 @@ def _trainer(config: Config, model: Network, images: int) -> Trainer:
     trainer.optimizer = build_optimizer(model, config.optim, batch_size=images)
     for group in trainer.optimizer.param_groups:
         group["foreach"] = True  # PyTorch's choice on GPUs
-    trainer.watchdog = Watchdog(trainer.process, limit=0, store=None, on_hang=lambda hang: None)
+    trainer.listener = Listener()
     return trainer
 
 

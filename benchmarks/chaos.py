@@ -38,7 +38,8 @@ sys.path.insert(0, str(ROOT))
 from benchmarks._cluster import NETWORK, events_of, kill_driver, submission, words_of  # noqa: E402
 from ray_jobs.demo import free_ports, local_cluster  # noqa: E402
 from slrnet.checkpoints.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
-from slrnet.tracking.mlflow import RunHandle, metric_history  # noqa: E402
+from slrnet.tracking.protocol import RunHandle  # noqa: E402
+from slrnet.tracking.reader import metric_history  # noqa: E402
 
 CHECKPOINT_EVERY = 3
 SETTINGS = (

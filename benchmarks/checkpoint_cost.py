@@ -25,7 +25,6 @@ from slrnet.config import Config, apply_overrides  # noqa: E402
 from slrnet.data.manifest import load_dataset  # noqa: E402
 from slrnet.distributed.process import Process  # noqa: E402
 from slrnet.recipes import RECIPES, get_recipe  # noqa: E402
-from slrnet.tracking.mlflow import NullTracker  # noqa: E402
 from slrnet.training.trainer import Trainer  # noqa: E402
 
 GOAL = 0.01
@@ -59,7 +58,7 @@ def _trainer(options: argparse.Namespace, folder: Path) -> Trainer:
     config = apply_overrides(get_recipe(options.recipe), [*small, f"data.path={folder / 'data'}", *options.set])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     process = Process(device=device)
-    return Trainer(config, load_dataset(folder / "data"), process=process, folder=folder / "run", tracker=NullTracker())
+    return Trainer(config, load_dataset(folder / "data"), process=process, folder=folder / "run")
 
 
 def _measure(trainer: Trainer, rounds: int, steps: int) -> tuple[list[float], float]:

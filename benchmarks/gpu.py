@@ -39,7 +39,6 @@ from slrnet.distributed.process import Process
 from slrnet.recipes import get_recipe
 from slrnet.storage.files import written_whole
 from slrnet.tools.profile import PREFIX, named_stages
-from slrnet.tracking.mlflow import NullTracker
 from slrnet.training.trainer import Trainer
 
 WARM_UP = 5
@@ -117,7 +116,7 @@ def measure(config: Config, *, steps: int, device: str, clock: Clock) -> Measure
             stack.enter_context(mock.patch(f"{module}.record_function", watch))
         process = Process(device=torch.device(device))
         shards = load_dataset(config.data.path)
-        trainer = Trainer(config, shards, process=process, folder=Path(folder), tracker=NullTracker())
+        trainer = Trainer(config, shards, process=process, folder=Path(folder))
         stack.enter_context(named_stages(trainer.model))
         taken = trainer.try_steps(steps + WARM_UP)
         for _ in range(WARM_UP):

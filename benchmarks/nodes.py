@@ -34,7 +34,8 @@ import psutil  # noqa: E402
 from benchmarks._cluster import NETWORK, events_of, words_of  # noqa: E402
 from ray_jobs.demo import WORKER_PORTS, free_ports, local_cluster, session_of  # noqa: E402
 from slrnet.checkpoints.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
-from slrnet.tracking.mlflow import RunHandle, metric_history  # noqa: E402
+from slrnet.tracking.protocol import RunHandle  # noqa: E402
+from slrnet.tracking.reader import metric_history  # noqa: E402
 
 CHECKPOINT_EVERY = 3
 PATIENCE = 300.0

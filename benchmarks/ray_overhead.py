@@ -140,7 +140,6 @@ def train(values: dict[str, Any], process: Any, report: Any) -> None:
     """The loop of both sides."""
     from slrnet.config import config_from_dict
     from slrnet.data.manifest import load_dataset
-    from slrnet.tracking.mlflow import NullTracker
     from slrnet.training.trainer import Trainer
 
     config, folder = config_from_dict(values["config"]), Path(values["folder"])
@@ -156,7 +155,7 @@ def train(values: dict[str, Any], process: Any, report: Any) -> None:
 
     begun = time.process_time()
     shards = load_dataset(config.data.path)
-    trainer = Trainer(config, shards, process=process, folder=folder, tracker=NullTracker())
+    trainer = Trainer(config, shards, process=process, folder=folder)
     trainer.fit(report=note)
     if process.is_main:
         speeds = [IMAGES / (end - begin) for begin, end in pairwise(times[:-1])]  # the last one is measured too

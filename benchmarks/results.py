@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 import psutil  # noqa: E402
 
 from slrnet.storage.files import written_whole  # noqa: E402
-from slrnet.tracking.mlflow import environment_tags  # noqa: E402
+from slrnet.tracking.provenance import environment_tags  # noqa: E402
 
 NAMES = (
     "train_step", "evaluate", "refine", "cvlr", "kernels", "cross_entropy", "winograd", "depthwise", "few_taps",

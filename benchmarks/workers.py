@@ -103,7 +103,6 @@ def _train(folder: Path, options: argparse.Namespace) -> None:
     from slrnet.data.manifest import load_dataset
     from slrnet.distributed.process import configure_process, current_process
     from slrnet.recipes import voc_wsss_lite
-    from slrnet.tracking.mlflow import NullTracker
     from slrnet.training.trainer import Trainer
 
     dist.init_process_group("gloo")
@@ -117,7 +116,7 @@ def _train(folder: Path, options: argparse.Namespace) -> None:
     def note(metrics: Mapping[str, float]) -> None:
         seen.append({name: value for name, value in metrics.items() if name.startswith("speed/")})
 
-    trainer = Trainer(config, load_dataset(data), process=process, folder=folder, tracker=NullTracker())
+    trainer = Trainer(config, load_dataset(data), process=process, folder=folder)
     trainer.fit(report=note, until=options.epochs)  # not to the end, which would be measured too
     if process.is_main:
         (folder / "seen.json").write_text(json.dumps(seen[1:]), encoding="utf-8")  # the first epoch warms up

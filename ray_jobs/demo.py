@@ -24,7 +24,7 @@ from types import FrameType
 
 import psutil
 
-from slrnet.tracking.mlflow import environment_tags
+from slrnet.tracking.provenance import environment_tags
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"

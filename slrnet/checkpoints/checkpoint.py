@@ -1,10 +1,10 @@
 """Checkpoints: directories that appear whole or not at all, and load without running code.
 
-A checkpoint holds `model.safetensors` (weights), `trainer.pt` (the optimiser's state; tensors and plain values, read
+A checkpoint holds `model.safetensors` (weights), `trainer.pt` (the optimizer's state; tensors and plain values, read
 with `weights_only=True`), `state.json` (schema version, progress, scores, classes, checksums) and `config.json`. It is
-written beside its place, brought to the disk and renamed into it. A run keeps its two last ones, so that there is one
-to go on from where the last turns out damaged, and its best one. `checkpoint-EPOCH` is of the end of an epoch,
-`checkpoint-EPOCH-STEP` of a step within the next one.
+written beside its final place, flushed to the disk and renamed. A run keeps its last two checkpoints, in case the last
+one is damaged, and its best one. `checkpoint-EPOCH` is written at the end of an epoch, `checkpoint-EPOCH-STEP` at a
+step within the next epoch.
 """
 
 from __future__ import annotations
@@ -15,23 +15,21 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import ConfigDict, NonNegativeInt, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slrnet.checkpoints.run_store import CONFIG, MARKER, PAYLOAD
+from slrnet.checkpoints.run_store import CONFIG, STATE, TRAINER, WEIGHTS
 from slrnet.config import Config, load_config
 from slrnet.models.network import Network, Normalize
 from slrnet.storage.files import sha256_of
-
-if TYPE_CHECKING:
-    from slrnet.models.network import Network
 
 __all__ = [
     "MOST_AT_A_TIME",
@@ -50,13 +48,11 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-WEIGHTS, TRAINER, _ = PAYLOAD
-STATE = MARKER
 KEEP_LAST = 2
-MOST_STATE = 2**28
-"""Bytes that `state.json` may have."""
+MAX_STATE_BYTES = 2**28
+"""Largest `state.json` that is read."""
 MOST_AT_A_TIME = KEEP_LAST + 2
-"""Checkpoints of a run on the disk at most: the last ones, the best one, and the one being written."""
+"""Most checkpoints of a run on the disk: the last ones, the best one, and the one being written."""
 
 _log = logging.getLogger(__name__)
 
@@ -67,17 +63,19 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Where a training stands."""
+    """How far a training is. Values of other types are refused where they are read."""
 
-    epoch: int
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    epoch: NonNegativeInt
     """Finished epochs."""
-    step: int
-    """Finished optimiser steps."""
+    step: NonNegativeInt
+    """Finished optimizer steps."""
     classes: tuple[str, ...]
     """Names of the K classes, background first."""
     data_fingerprint: str
     """Fingerprint of the data set that was trained on."""
-    world_size: int
+    world_size: NonNegativeInt
     """Processes that trained together."""
     best_score: float | None = None
     """Highest validation mIoU so far, in [0, 1]; None before the first measurement."""
@@ -86,14 +84,17 @@ class TrainState:
     run_id: str = ""
     """MLflow run that the training reports to."""
     unfinished: Mapping[str, float] = field(default_factory=dict)
-    """Loss parts summed over the steps of the epoch under way; empty at the end of an epoch."""
-    untracked: Sequence[tuple[int, Mapping[str, float]]] = ()
+    """Loss parts summed over the finished steps of the current epoch; empty at the end of an epoch."""
+    untracked: tuple[tuple[NonNegativeInt, Mapping[str, float]], ...] = ()
     """Step and figures that MLflow had not taken when this was saved."""
 
     @property
     def name(self) -> str:
         """Name of the checkpoint of this state."""
         return f"checkpoint-{self.epoch:04d}" + (f"-{self.step:08d}" if self.unfinished else "")
+
+
+_STATE = TypeAdapter(TrainState)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def save_checkpoint(
     """Writes a checkpoint into `folder` under the state's name, whole or not at all; returns its path.
 
     Raises:
-        OSError: the storage does not take it.
+        OSError: the storage refuses it.
     """
     target = folder / state.name
     incoming = folder / f".{target.name}.incoming-{os.getpid()}"
@@ -126,10 +127,10 @@ def save_checkpoint(
         record = {"schema_version": SCHEMA_VERSION, **asdict(state), "sha256": sums}
         (incoming / STATE).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         for path in (*incoming.iterdir(), incoming):
-            _bring_to_disk(path)
+            _flush(path)
         shutil.rmtree(target, ignore_errors=True)
         incoming.rename(target)
-        _bring_to_disk(folder)
+        _flush(folder)
     except BaseException:
         shutil.rmtree(incoming, ignore_errors=True)
         raise
@@ -157,11 +158,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def find_checkpoint(folder: Path, *, which: Literal["last", "best"] = "last") -> Path | None:
-    """The last or the best whole checkpoint in `folder`; damaged ones are passed over, with a warning that names them.
+    """The last or the best whole checkpoint in `folder`; damaged ones are skipped, with a warning that names them.
 
     Args:
         folder: a run's `checkpoints` folder.
-        which: `last` or `best` (highest validation mIoU; the later one of equals).
+        which: `last` or `best` (highest validation mIoU; of equal ones the later).
     """
     return _choose(_whole_checkpoints(folder), which)
 
@@ -187,7 +188,7 @@ def prune_checkpoints(folder: Path) -> None:
     whole = _whole_checkpoints(folder)
     if not whole:
         return
-    last = sorted(whole, key=lambda found: found[1].step)[-KEEP_LAST:]
+    last = sorted(whole, key=lambda entry: entry[1].step)[-KEEP_LAST:]
     keep = {_choose(whole, "best"), *(path for path, _ in last)}
     for path in folder.glob("checkpoint-*"):
         if path not in keep:
@@ -204,22 +205,22 @@ def check_classes(state: TrainState, classes: tuple[str, ...], *, data: str) -> 
     """
     if state.classes == classes:
         return
-    ours, theirs = ", ".join(state.classes), ", ".join(classes)
+    known, given = ", ".join(state.classes), ", ".join(classes)
     raise CheckpointError(
-        f"the checkpoint knows {len(state.classes)} classes ({ours}), the data in {data} has {len(classes)} "
-        f"({theirs}); use the data set that the checkpoint was trained on, or one prepared with the same --classes"
+        f"the checkpoint knows {len(state.classes)} classes ({known}), the data in {data} has {len(classes)} "
+        f"({given}); use the data set that the checkpoint was trained on, or one prepared with the same --classes"
     )
 
 
 def require_free_space(folder: Path, needed: int) -> None:
-    """Refuses to start where a checkpoint would not fit.
+    """Refuses to start if the checkpoints would not fit.
 
     Args:
         folder: where checkpoints go; created if missing.
         needed: bytes of all checkpoints that may exist at a time.
 
     Raises:
-        CheckpointError: there is less free space, or the folder cannot be made.
+        CheckpointError: there is less free space, or the folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -239,13 +240,13 @@ def _write_tensors(folder: Path, model: Mapping[str, Tensor], optimizer: Mapping
     try:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, folder / WEIGHTS)
         torch.save(dict(optimizer), folder / TRAINER)
-    except (SafetensorError, RuntimeError) as error:  # what both make of an OSError
+    except (SafetensorError, RuntimeError) as error:  # both libraries hide the OSError
         free = shutil.disk_usage(folder).free / 2**20
         raise OSError(f"tensors could not be written ({' '.join(str(error).split())}; {free:.0f} MiB free)") from error
 
 
-def _bring_to_disk(path: Path) -> None:
-    """Without it a power cut may leave the new checkpoint empty after the old one was removed."""
+def _flush(path: Path) -> None:
+    """Writes to the disk; otherwise a power cut may leave the new checkpoint empty after the old one is removed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -254,7 +255,7 @@ def _bring_to_disk(path: Path) -> None:
 
 
 def _resolve(path: Path) -> tuple[Path, TrainState]:
-    """The checkpoint directory that is meant and its state; each file is compared with its checksum once."""
+    """The checkpoint directory and its state; each file is compared with its checksum once."""
     if (path / STATE).is_file():
         return path, read_state(path)
     whole = _whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
@@ -273,7 +274,7 @@ def _whole_checkpoints(folder: Path) -> list[tuple[Path, TrainState]]:
         try:
             whole.append((path, read_state(path)))
         except CheckpointError as error:
-            _log.warning("passing over a checkpoint: %s", error)
+            _log.warning("skipping a checkpoint: %s", error)
     return whole
 
 
@@ -289,8 +290,8 @@ def read_state(path: Path) -> TrainState:
         CheckpointError: it is missing, of another version, or a file is damaged.
     """
     try:
-        if not stat.S_ISREG((status := (path / STATE).stat()).st_mode) or status.st_size > MOST_STATE:
-            raise ValueError(f"it is no file, or has more than {MOST_STATE >> 20} MiB")
+        if not stat.S_ISREG((status := (path / STATE).stat()).st_mode) or status.st_size > MAX_STATE_BYTES:
+            raise ValueError(f"it is no file, or has more than {MAX_STATE_BYTES >> 20} MiB")
         record = json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path / STATE} cannot be read: {error}; take another checkpoint of the run") from None
@@ -306,27 +307,9 @@ def read_state(path: Path) -> TrainState:
         if not (path / name).is_file() or sha256_of(path / name) != expected:
             raise CheckpointError(f"{path / name} is damaged or missing; take another checkpoint of the run")
     try:
-        untracked = tuple((step, values) for step, values in record.get("untracked", ()))
-        state = TrainState(**{**record, "classes": tuple(record["classes"]), "untracked": untracked})
-        _check_types(state)
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        return _STATE.validate_json(json.dumps(record))
+    except ValueError as error:
         raise CheckpointError(f"{path / STATE} lacks or has foreign fields: {error}") from None
-    return state
-
-
-def _check_types(state: TrainState) -> None:
-    """Values of other types would fail far from here."""
-    counts = (state.epoch, state.step, state.world_size, *(step for step, _ in state.untracked))
-    texts = (*state.classes, state.data_fingerprint, state.run_id)
-    tables = (state.metrics, state.unfinished, *(values for _, values in state.untracked))
-    numbers = [value for table in tables for value in table.values()]
-    numbers += [] if state.best_score is None else [state.best_score]
-    if any(type(count) is not int or count < 0 for count in counts):
-        raise ValueError("epochs, steps and processes are whole numbers from 0")
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("classes, fingerprint and run are texts")
-    if not all(type(number) in (int, float) for number in numbers):
-        raise ValueError("figures are numbers")
 
 
 def _score(state: TrainState) -> float:

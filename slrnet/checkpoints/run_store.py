@@ -20,14 +20,17 @@ from typing import Any
 
 from slrnet.storage.remote import RemoteError, cached, copy_from, filesystem_of, locked, patiently
 
-__all__ = ["CONFIG", "MARKER", "PAYLOAD", "RunStore", "local_run", "run_argument", "run_folder"]
+__all__ = ["CONFIG", "STATE", "TRAINER", "WEIGHTS", "RunStore", "local_run", "run_argument", "run_folder"]
 
-MARKER = "state.json"
-"""Of a checkpoint, the file whose presence says that it is whole."""
+STATE = "state.json"
+"""A checkpoint's progress and checksums; its presence says that the checkpoint is whole."""
 CONFIG = "config.json"
 """The configuration, of a run and of each of its checkpoints."""
-PAYLOAD = ("model.safetensors", "trainer.pt", CONFIG)
-"""The other files of a checkpoint: weights, optimiser, configuration."""
+WEIGHTS = "model.safetensors"
+"""A checkpoint's weights."""
+TRAINER = "trainer.pt"
+"""A checkpoint's optimizer state."""
+_PAYLOAD = (WEIGHTS, TRAINER, CONFIG)
 _CHECKPOINT = re.compile(r"checkpoint-\d{4,9}(-\d{8,12})?")
 _LOG = re.compile(r"rank-\d{1,6}\.jsonl")
 
@@ -89,7 +92,7 @@ class RunStore:
             for name in wanted:
                 target = self.folder / "checkpoints" / name
                 fetch_checkpoint(f"{self.location}/checkpoints/{name}", target)
-                self._sent[target] = _stamp(target / MARKER)
+                self._sent[target] = _stamp(target / STATE)
             if CONFIG in patiently(self.location, lambda: self._files("")):
                 copy_from(f"{self.location}/{CONFIG}", self.folder / CONFIG)
             self._fetch_logs()
@@ -127,13 +130,13 @@ class RunStore:
             _log.warning("log and pictures cannot be copied to %s: %s", self.location, error)
 
     def _upload_checkpoints(self) -> None:
-        ours = {path.parent for path in (self.folder / "checkpoints").glob(f"checkpoint-*/{MARKER}")}
+        ours = {path.parent for path in (self.folder / "checkpoints").glob(f"checkpoint-*/{STATE}")}
         found = self._found()
         for path in sorted(ours):
-            if self._sent.get(path) != (stamp := _stamp(path / MARKER)):
+            if self._sent.get(path) != (stamp := _stamp(path / STATE)):
                 if found.get(path.name):
-                    self._delete(path / MARKER)  # it is written again
-                for name in (*PAYLOAD, MARKER):
+                    self._delete(path / STATE)  # it is written again
+                for name in (*_PAYLOAD, STATE):
                     self._put(path / name)
                 self._sent[path] = stamp
         for name in set(found) - {path.name for path in ours}:
@@ -145,7 +148,7 @@ class RunStore:
         for place in self._files("checkpoints", recursive=True):
             name, _, file = place.partition("/")
             if _CHECKPOINT.fullmatch(name) and file:
-                found[name] = found.get(name, False) or file == MARKER
+                found[name] = found.get(name, False) or file == STATE
         return found
 
     def _files(self, folder: str, *, recursive: bool = False) -> dict[str, int]:
@@ -178,7 +181,7 @@ class RunStore:
     def _remove(self, name: str, *, whole: bool) -> None:
         folder = self.folder / "checkpoints" / name
         if whole:
-            self._delete(folder / MARKER)
+            self._delete(folder / STATE)
         system, place = self._place(folder)
         system.delete_dir(place)
 
@@ -224,10 +227,10 @@ def fetch_checkpoint(location: str, target: Path) -> None:
     shutil.rmtree(incoming, ignore_errors=True)
     incoming.mkdir(parents=True)
     try:
-        copy_from(f"{location}/{MARKER}", incoming / MARKER)
-        if (target / MARKER).is_file() and (target / MARKER).read_bytes() == (incoming / MARKER).read_bytes():
+        copy_from(f"{location}/{STATE}", incoming / STATE)
+        if (target / STATE).is_file() and (target / STATE).read_bytes() == (incoming / STATE).read_bytes():
             return
-        for name in PAYLOAD:
+        for name in _PAYLOAD:
             copy_from(f"{location}/{name}", incoming / name)
         shutil.rmtree(target, ignore_errors=True)
         incoming.rename(target)

@@ -1,14 +1,14 @@
-"""Writes checkpoints while the training goes on, and tries again where the storage fails for a while."""
+"""Writes checkpoints while the training goes on, and tries again if the storage fails for a while."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_exponential
 from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import CheckpointError, TrainState, prune_checkpoints, save_checkpoint
@@ -17,7 +17,7 @@ from slrnet.config import Config
 __all__ = ["CheckpointWriter"]
 
 PATIENCE = 300.0
-"""Seconds for which a checkpoint that the storage refuses is tried again."""
+"""Seconds for which a refused checkpoint is tried again."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds between two attempts: the first pause, doubled each time up to the longest."""
 
@@ -27,14 +27,14 @@ _log = logging.getLogger(__name__)
 class CheckpointWriter:
     """Writes the checkpoints of a run in a thread, one at a time and in order.
 
-    The training pays for a copy of the state; weights on a GPU are copied to the main memory. A checkpoint that the
-    storage refuses (full, gone for a while) is tried again, less and less often, while the training goes on.
+    The training pays for a copy of the state; weights on a GPU are copied to main memory. A checkpoint that the storage
+    refuses (full, unreachable) is tried again, less and less often, while the training goes on.
 
     Args:
-        folder: of the run's checkpoints.
-        config: of the run.
+        folder: the run's folder of checkpoints.
+        config: the run's settings.
         patience: seconds after which it gives up.
-        upload: copies what was written to where it shall stay; None where that is the folder.
+        upload: copies what was written to the run's storage; None if the folder is the storage.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class CheckpointWriter:
         self._writing: Future[None] | None = None
 
     def save(self, state: TrainState, *, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-        """Starts to write a checkpoint, once the one before it is written.
+        """Starts to write a checkpoint after the previous one is written.
 
         Raises:
-            CheckpointError: the one before it could not be written.
+            CheckpointError: the previous one could not be written.
         """
         self.wait()
         self._writing = self._thread.submit(self._write, state, _copied(model), _copied(optimizer))
@@ -72,7 +72,7 @@ class CheckpointWriter:
             writing.result()
 
     def close(self) -> None:
-        """Ends the thread after the checkpoint under way; does not raise."""
+        """Ends the thread after the current checkpoint; does not raise."""
         self._thread.shutdown(wait=True)
 
     def _write(self, state: TrainState, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
@@ -85,26 +85,29 @@ class CheckpointWriter:
             self._try(self._upload, f"the copy of {state.name}", "the run's storage")
 
     def _try(self, act: Callable[[], None], what: str, place: str) -> None:
-        """Until it works or the patience is at its end."""
-        begun, pause = time.monotonic(), FIRST_PAUSE
-        while True:
-            try:
-                act()
-                return
-            except OSError as error:
-                waited = time.monotonic() - begun
-                if waited + pause > self._patience:
-                    raise CheckpointError(
-                        f"{what} could not be written to {place} for {waited:.0f} s: {error}; free some space or mend "
-                        "the storage, then go on with --resume: earlier checkpoints are whole"
-                    ) from None
-                _log.warning("%s cannot be written (%s); trying again in %.0f s", what, error, pause)
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        def warn(attempt: RetryCallState) -> None:
+            error = attempt.outcome and attempt.outcome.exception()
+            _log.warning("%s cannot be written (%s); trying again in %.0f s", what, error, attempt.upcoming_sleep)
+
+        attempts = Retrying(
+            retry=retry_if_exception_type(OSError),
+            wait=wait_exponential(FIRST_PAUSE, LONGEST_PAUSE),
+            stop=stop_before_delay(self._patience),
+            before_sleep=warn,
+            reraise=True,
+        )
+        try:
+            attempts(act)
+        except OSError as error:
+            raise CheckpointError(
+                f"{what} could not be written to {place} for {attempts.statistics['delay_since_first_attempt']:.0f} s: "
+                f"{error}; free some space or repair the storage, then continue with --resume: earlier checkpoints are "
+                "whole"
+            ) from None
 
 
 def _copied(value: Any) -> Any:
-    """The same with tensors of its own in the main memory, through dictionaries and lists."""
+    """A copy with its own tensors in main memory, through dictionaries and lists."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):

@@ -32,7 +32,7 @@ from slrnet.evaluation.protocols import gating_labels, protocol_name, pseudo_mas
 from slrnet.inference.forward import fit_image, gate, network_outputs, predict_single_scale
 from slrnet.models.network import Network, Normalize
 from slrnet.ops.maps import resize
-from slrnet.tracking.mlflow import metric_key
+from slrnet.tracking.protocol import metric_key
 from slrnet.views.align import align_maps, largest_size
 from slrnet.views.geometry import View, apply_view
 

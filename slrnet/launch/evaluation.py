@@ -23,7 +23,10 @@ from slrnet.launch.prediction import MaskPredictor, check_prediction, job_values
 from slrnet.launch.rank import Report
 from slrnet.launch.train import LaunchOptions, run_job
 from slrnet.storage.files import write_json
-from slrnet.tracking.mlflow import RunHandle, Tracker, environment_tags, find_run, metric_key
+from slrnet.tracking.mlflow import MlflowTracker
+from slrnet.tracking.protocol import RunHandle, metric_key
+from slrnet.tracking.provenance import environment_tags
+from slrnet.tracking.reader import find_run
 
 __all__ = ["launch_evaluation", "measure", "track_figures", "training_run"]
 
@@ -104,7 +107,7 @@ def track_figures(checkpoint: Checkpoint, figures: Mapping[str, float]) -> str |
     handle = training_run(checkpoint)
     if handle is None:
         return None
-    tracker = Tracker(handle)
+    tracker = MlflowTracker(handle)
     tracker.log_metrics(figures, step=checkpoint.state.step)
     return handle.how_to_open() if tracker.flush() == 0 else None
 

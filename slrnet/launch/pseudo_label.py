@@ -49,7 +49,8 @@ from slrnet.launch.prediction import Mask, MaskPredictor, PredictedMask, check_p
 from slrnet.launch.rank import Report
 from slrnet.launch.train import LaunchOptions, run_job
 from slrnet.storage.files import sha256_of, write_json, written_whole
-from slrnet.tracking.mlflow import environment_tags, metric_key
+from slrnet.tracking.protocol import metric_key
+from slrnet.tracking.provenance import environment_tags
 
 __all__ = ["RECORD", "SUBSET", "launch_pseudo_labels", "read_record"]
 

@@ -14,7 +14,8 @@ from slrnet.config import config_from_dict
 from slrnet.data.manifest import load_dataset
 from slrnet.distributed.process import Process, gather_over_ranks
 from slrnet.distributed.watchdog import Hang, Watchdog, dump_stacks, shared_store
-from slrnet.tracking.mlflow import NullTracker, RunHandle, Tracker
+from slrnet.tracking.mlflow import MlflowTracker
+from slrnet.tracking.protocol import NullTracker, RunHandle, Tracker
 from slrnet.tracking.run_log import RunLog
 
 __all__ = ["HANG_EXIT_CODE", "Job", "Report", "train_rank"]
@@ -53,6 +54,7 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
         process: this rank.
         report: receives the metrics of each epoch.
     """
+    from slrnet.training.listener import RunListener
     from slrnet.training.trainer import Trainer
 
     config = config_from_dict(values["config"])
@@ -60,7 +62,7 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
     store = _open_store(values["location"], process)
     folder = Path(values["folder"]) if store is None else store.folder
     log = RunLog(folder, rank=process.rank)
-    tracker = Tracker(handle, once=True) if process.is_main else NullTracker()
+    tracker: Tracker = MlflowTracker(handle, once=True) if process.is_main else NullTracker()
     watchdog = Watchdog(
         process,
         limit=values["hang_limit"],
@@ -68,17 +70,11 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
         on_hang=lambda hang: _end_hang(hang, log, store),
     )
     try:
-        trainer = Trainer(
-            config,
-            load_dataset(config.data.path),
-            process=process,
-            folder=folder,
-            tracker=tracker,
-            run_id=handle.run_id,
-            log=log,
-            watchdog=watchdog,
-            upload=None if store is None else store.upload,
+        shards, upload = load_dataset(config.data.path), None if store is None else store.upload
+        listener = RunListener(
+            config, shards.info, process=process, folder=folder, tracker=tracker, log=log, watchdog=watchdog
         )
+        trainer = Trainer(config, shards, process=process, folder=folder, listener=listener, upload=upload)
         trainer.resume()
         log.write("start", step=trainer.state.step, world_size=process.world_size)
         trainer.fit(report=report, notice=report.notice, until=values["until"])

@@ -34,9 +34,12 @@ from slrnet.launch.checks import check_folder, check_run, checkpoint_bytes, clas
 from slrnet.launch.cluster import WorkerPlan, await_lost_nodes, plan_workers
 from slrnet.launch.rank import Job, Report, train_rank
 from slrnet.storage.remote import filesystem_of
-from slrnet.tracking.mlflow import NOTE_TAG, RunHandle, Tracker, create_run, environment_tags, resolve_uri
+from slrnet.tracking.location import resolve_uri
+from slrnet.tracking.mlflow import MlflowTracker, create_run
+from slrnet.tracking.protocol import RunHandle
+from slrnet.tracking.provenance import environment_tags
 from slrnet.tracking.run_log import find_failure
-from slrnet.tracking.summary import PICTURES, description, result_text
+from slrnet.tracking.summary import description, result_text
 
 __all__ = ["LaunchOptions", "RunResult", "TrainingError", "launch", "run_job", "train_trial"]
 
@@ -184,7 +187,7 @@ def train_trial(
     checkpoints = options.folder / "checkpoints"
     if notes:
         last = find_checkpoint(checkpoints)
-        Tracker(handle, once=True).log_metrics(notes, 0 if last is None else read_state(last).step)
+        MlflowTracker(handle, once=True).log_metrics(notes, 0 if last is None else read_state(last).step)
     driver = _train_tracked(config, handle, options, workers, until=until, callbacks=callbacks)
     best = find_checkpoint(checkpoints, which="best")
     if best is not None:
@@ -228,7 +231,6 @@ def _create_run(
     environment, folder = environment_tags(), options.folder
     note = description(config, data=shards.info.name, labels=labels, commit=environment["git_commit"], folder=folder)
     tags = environment | {
-        NOTE_TAG: note,
         "slrnet.data": shards.info.name,
         "slrnet.data_fingerprint": shards.info.fingerprint,
         "slrnet.world_size": workers.count,
@@ -246,6 +248,7 @@ def _create_run(
         tags=tags,
         resume=resume,
         config_json=config.to_json(),
+        description=note,
         parent=parent,
     )
 
@@ -258,9 +261,9 @@ def _train_tracked(
     *,
     until: int | None = None,
     callbacks: Sequence[Any] = (),
-) -> Tracker:
+) -> MlflowTracker:
     """Trains, and records in MLflow why a run failed. Returns the run's tracker; the run has not ended yet."""
-    driver = Tracker(handle)
+    driver = MlflowTracker(handle)
     folder = options.folder
     values = {"config": config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
     values |= {"location": options.location, "until": until}
@@ -283,7 +286,7 @@ def _train_tracked(
     return driver
 
 
-def _conclude(config: Config, folder: Path, handle: RunHandle, driver: Tracker) -> RunResult:
+def _conclude(config: Config, folder: Path, handle: RunHandle, driver: MlflowTracker) -> RunResult:
     checkpoints = folder / "checkpoints"
     last, best = find_checkpoint(checkpoints), find_checkpoint(checkpoints, which="best")
     if last is None or best is None:
@@ -297,9 +300,9 @@ def _conclude(config: Config, folder: Path, handle: RunHandle, driver: Tracker) 
     return RunResult(folder=folder, last=last, best=best, state=state, run=handle)
 
 
-def _describe_result(driver: Tracker, config: Config, folder: Path, state: TrainState) -> None:
+def _describe_result(driver: MlflowTracker, config: Config, folder: Path, state: TrainState) -> None:
     text = result_text(state.metrics, state.classes, epoch=state.epoch, folder=folder, data=config.data.path)
-    driver.describe(text, PICTURES)
+    driver.describe(text)
 
 
 # Ray Train.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from slrnet.launch.checks import check_run, with_absolute_paths
 from slrnet.storage.files import write_json
 from slrnet.sweeps.ablations import Variant, choose_variants, get_ablation
 from slrnet.sweeps.space import Domain, apply_values, check_space
-from slrnet.tracking.mlflow import NullTracker, metric_key
+from slrnet.tracking.protocol import metric_key
 
 __all__ = [
     "SweepOptions",
@@ -221,10 +222,9 @@ def estimate(plan: SweepPlan, *, price_per_hour: float | None) -> str:
     share = -(-plan.config.train.batch_size // workers)  # the largest of the ranks' shares
     one = apply_values(plan.config, {"train.batch_size": share})
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            one, load_dataset(one.data.path), process=Process(device=device), folder=Path(folder), tracker=NullTracker()
-        )
-        seconds = trainer.time_step()
+        trainer = Trainer(one, load_dataset(one.data.path), process=Process(device=device), folder=Path(folder))
+        times = list(trainer.try_steps(4))
+    seconds = statistics.median(times[1:] or times)  # the first step warms up
     steps = trainer.loader.steps_per_epoch // workers * plan.config.train.epochs
     hours = plan.trials * workers * steps * seconds / 3600
     cost = "" if price_per_hour is None else f", {hours * price_per_hour:.2f} at {price_per_hour:g} an hour"

@@ -27,16 +27,11 @@ from slrnet.sweeps.population import Population, member_name, train_population
 from slrnet.sweeps.results import write_results
 from slrnet.sweeps.space import Domain
 from slrnet.sweeps.trials import Mode, Trial, best_trial, mode_of, trial_from_rows, trial_rows
-from slrnet.tracking.mlflow import (
-    NOTE_TAG,
-    RunHandle,
-    Tracker,
-    comparison,
-    create_run,
-    environment_tags,
-    resolve_uri,
-    runs_below,
-)
+from slrnet.tracking.location import resolve_uri
+from slrnet.tracking.mlflow import MlflowTracker, create_run
+from slrnet.tracking.protocol import RunHandle
+from slrnet.tracking.provenance import environment_tags
+from slrnet.tracking.reader import comparison, runs_below
 
 __all__ = ["SweepResult", "replay_asha", "run_sweep"]
 
@@ -79,7 +74,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         write_plan(plan)
     say(f"sweep {options.name}: {plan.trials} trials, {concurrent} at a time with {workers} each; folder {plan.folder}")
     say(f"curves and pictures: {parent.how_to_open()}")
-    driver = Tracker(parent)
+    driver = MlflowTracker(parent)
     try:
         trials = _run_trials(plan, parent, workers, concurrent=concurrent, resume=resume, say=say)
     except KeyboardInterrupt:
@@ -120,7 +115,7 @@ def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
     tags = environment_tags() | {"slrnet.recipe": plan.config.recipe, "slrnet.folder": str(plan.folder)}
     tags["slrnet.sweep"] = plan.ablation or "search"
     asked = f"ablation {plan.ablation}" if plan.ablation else "search over " + ", ".join(d.key for d in plan.space)
-    tags[NOTE_TAG] = (
+    note = (
         f"- {asked}: {plan.trials} trials of recipe **{plan.config.recipe}**, setting **{plan.config.setting}**, "
         f"encoder **{plan.config.model.encoder}**\n- data `{plan.config.data.path}`\n"
         f"- commit {tags['git_commit'][:12]}, folder `{plan.folder}`"
@@ -133,6 +128,7 @@ def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
         tags=tags,
         resume=None if resume else False,
         config_json=plan.config.to_json(),
+        description=note,
     )
 
 
@@ -144,7 +140,7 @@ def _record_sources(plan: SweepPlan, parent: RunHandle, population: Population) 
         name = member_name(plan, member.index)
         if taken and name in children:
             shown = [f"{member_name(plan, change.source or 0)} after epoch {change.epoch}" for change in taken]
-            Tracker(children[name][0]).set_tags({"slrnet.exploited_from": ", ".join(shown)})
+            MlflowTracker(children[name][0]).set_tags({"slrnet.exploited_from": ", ".join(shown)})
 
 
 def _finish_children(plan: SweepPlan, parent: RunHandle, trials: Sequence[Trial], best: Trial | None) -> None:
@@ -154,7 +150,7 @@ def _finish_children(plan: SweepPlan, parent: RunHandle, trials: Sequence[Trial]
         handle, status = children.get(trial.name, (None, ""))
         if handle is None:
             continue
-        tracker = Tracker(handle)
+        tracker = MlflowTracker(handle)
         if trial.schedule:
             tracker.log_text(json.dumps(list(trial.schedule), indent=2), "schedule.json")
         tracker.set_tags({"slrnet.trial_status": trial.status})
@@ -165,11 +161,17 @@ def _finish_children(plan: SweepPlan, parent: RunHandle, trials: Sequence[Trial]
     if best is not None and best.name in children:
         checkpoint = find_checkpoint(plan.folder / "trials" / best.name / "checkpoints", which="best")
         if checkpoint is not None:
-            Tracker(children[best.name][0]).log_artifacts(checkpoint, "checkpoint")
+            MlflowTracker(children[best.name][0]).log_artifacts(checkpoint, "checkpoint")
 
 
 def _conclude(
-    plan: SweepPlan, parent: RunHandle, driver: Tracker, trials: list[Trial], best: Trial, *, replay: Mapping[str, int]
+    plan: SweepPlan,
+    parent: RunHandle,
+    driver: MlflowTracker,
+    trials: list[Trial],
+    best: Trial,
+    *,
+    replay: Mapping[str, int],
 ) -> SweepResult:
     """Writes the results into the sweep's folder and its MLflow run."""
     folder = plan.folder / "results"

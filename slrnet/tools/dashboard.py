@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slrnet.completion import parse
-from slrnet.tracking.mlflow import PORT, WORKFLOW
+from slrnet.tracking.page import PORT, runs_address
 
 __all__ = ["check_port", "default_storages", "main", "serve_command"]
 
@@ -46,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    place = f"http://127.0.0.1:{options.port}/#/experiments?{WORKFLOW}"
-    print(f"runs of {database.parent}: {place} (some seconds to start; Ctrl-C ends it)", flush=True)
+    print(
+        f"runs of {database.parent}: {runs_address(options.port)} (some seconds to start; Ctrl-C ends it)", flush=True
+    )
     # MLflow's jobs are for language models, and take five processes.
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(serve_command(database, options.port), env=os.environ | quiet)

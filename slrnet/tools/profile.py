@@ -29,7 +29,6 @@ from slrnet.data.manifest import load_dataset
 from slrnet.distributed.process import Process
 from slrnet.recipes import get_recipe
 from slrnet.storage.files import written_whole
-from slrnet.tracking.mlflow import NullTracker
 from slrnet.training.trainer import Trainer
 
 __all__ = ["PREFIX", "Profile", "main", "named_stages", "profile_steps", "stage_table"]
@@ -84,7 +83,7 @@ def profile_steps(config: Config, *, steps: int, device: str) -> Profile:
     shards = load_dataset(config.data.path)
     with tempfile.TemporaryDirectory() as folder:
         process = Process(device=torch.device(device))
-        trainer = Trainer(config, shards, process=process, folder=Path(folder), tracker=NullTracker())
+        trainer = Trainer(config, shards, process=process, folder=Path(folder))
         if trainer.loader.steps_per_epoch <= steps:
             raise ValueError(
                 f"an epoch has {trainer.loader.steps_per_epoch} steps of {config.train.batch_size} images, and one "

@@ -1,1 +1,1 @@
-"""Curves, pictures and logs of a run; MLflow is behind `mlflow.py`, NVML behind `gpu_monitor.py`."""
+"""Curves, pictures, logs and progress of a run. Only `mlflow.py` imports MLflow and only `gpu_monitor.py` NVML."""

@@ -8,15 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slrnet.config import Config
-from slrnet.tracking.mlflow import metric_key
+from slrnet.tracking.protocol import metric_key
 
-__all__ = ["MOST_CURVES", "PICTURES", "class_quality", "curves", "description", "quality_table", "result_text"]
+__all__ = ["MOST_CURVES", "class_quality", "curves", "description", "quality_table", "result_text"]
 
 MOST_CURVES = 30
 """Classes up to which each has a curve of its IoU: MLflow's page draws a chart for each, and hangs over thousands."""
-PICTURES = "samples"
-"""Folder of the pictures that show an image's way to its pseudo label. MLflow's page sorts folders by name, and these
-come after the curves of the pseudo masks; its cards have room for twenty letters, folder included."""
 _FEW = 10
 """Rows of a description's table where there are more than `MOST_CURVES` classes."""
 _KINDS = ("iou", "fdr", "fnr")

@@ -46,7 +46,7 @@ def make_views(
         generator: on the CPU.
 
     Returns:
-        Per view the normalised images (N, 3, H_v, W_v), and how to undo the view.
+        Per view the normalized images (N, 3, H_v, W_v), and how to undo the view.
     """
     views = draw_views(len(images), scales=config.scales, flip=config.flip, generator=generator)
     inputs = []

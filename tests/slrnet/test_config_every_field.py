@@ -33,7 +33,8 @@ from slrnet.launch.train import LaunchOptions, launch
 from slrnet.models.slrnet import build_model
 from slrnet.tools.predict import predictor_of
 from slrnet.tracking import gpu_monitor
-from slrnet.tracking.mlflow import NullTracker, RunHandle
+from slrnet.tracking.protocol import NullTracker, RunHandle
+from slrnet.training.listener import RunListener
 from slrnet.training.trainer import Trainer
 
 
@@ -203,7 +204,6 @@ class Log(NullTracker):
     """Keeps what is logged."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.points: list[tuple[int, dict[str, float]]] = []
         self.pictures: list[tuple[str, int]] = []
 
@@ -232,7 +232,9 @@ def observe(data: ShardSet, tmp_path_factory: pytest.TempPathFactory) -> Observe
 
 def _observe(config: Config, data: ShardSet, folder: Path) -> Mapping[str, Any]:
     log = Log()
-    trainer = Trainer(config, data, process=Process(), folder=folder, tracker=log)
+    process = Process()
+    listener = RunListener(config, data.info, process=process, folder=folder, tracker=log)
+    trainer = Trainer(config, data, process=process, folder=folder, listener=listener)
     if config.model.architecture == "slrnet":
         nn.init.constant_(trainer.model.mask_head.classify.bias, 1.2)  # else all is predicted as background
     first = _digest(trainer)
@@ -323,7 +325,7 @@ def test_changes_the_number_of_reader_processes(key: str, base: Config, data: Sh
     """The samples do not depend on it."""
 
     def processes(config: Config) -> int:
-        trainer = Trainer(config, data, process=Process(), folder=Path("unused"), tracker=NullTracker())
+        trainer = Trainer(config, data, process=Process(), folder=Path("unused"))
         next(iter(trainer.loader.epoch(0)))
         children = multiprocessing.active_children()
         trainer.loader.close()
@@ -337,9 +339,12 @@ def test_changes_the_interval_of_gpu_samples(
     key: str, base: Config, data: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[float] = []
+    state = TrainState(epoch=0, step=0, classes=data.info.classes, data_fingerprint="", world_size=1)
     monkeypatch.setattr(gpu_monitor, "open_monitor", lambda device, interval: asked.append(interval))
     for config in (base, override(base, key, CHANGES[key].value), override(base, key, 0.0)):
-        Trainer(config, data, process=Process(), folder=tmp_path, tracker=NullTracker()).gpus.start()
+        listener = RunListener(config, data.info, process=Process(), folder=tmp_path, tracker=NullTracker())
+        listener.start(state, total=1)
+        listener.close()
     assert asked == [1.0, CHANGES[key].value]
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slrnet.checkpoints.checkpoint import STATE
-from slrnet.checkpoints.run_store import CONFIG
+from slrnet.checkpoints.run_store import CONFIG, STATE
 from slrnet.config import Config, load_config
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.launch.pseudo_label import RECORD

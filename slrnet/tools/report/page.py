@@ -35,7 +35,8 @@ from slrnet.models.slrnet import SLRNet
 from slrnet.tools.codes import classes_of, code_maps, draw_code_maps, most_used
 from slrnet.tools.report.charts import HEIGHT, WIDTH, Chart, Series, draw_chart, limits_of
 from slrnet.tools.report.runs import Run, training_command, val_key
-from slrnet.tracking.mlflow import environment_tags, metric_key
+from slrnet.tracking.protocol import metric_key
+from slrnet.tracking.provenance import environment_tags
 from slrnet.viz.overlay import draw_overlay
 
 __all__ = ["MAX_BYTES", "Findings", "gamma_advice", "look", "render"]

@@ -12,13 +12,14 @@ from typing import Any
 
 from PIL import Image
 
-from slrnet.checkpoints.checkpoint import STATE, Checkpoint, load_checkpoint
+from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from slrnet.checkpoints.run_store import STATE
 from slrnet.config import Config
 from slrnet.evaluation.protocols import protocol_name
 from slrnet.launch.evaluation import training_run
 from slrnet.recipes import RECIPES, get_recipe
-from slrnet.tracking.mlflow import RunHandle, logged_pictures, metric_history, metric_key, run_tags
-from slrnet.tracking.summary import PICTURES
+from slrnet.tracking.protocol import RunHandle, metric_key
+from slrnet.tracking.reader import logged_pictures, metric_history, run_tags
 
 __all__ = ["Curve", "Run", "find_records", "read_run", "training_command", "val_key"]
 
@@ -175,7 +176,7 @@ def _panels(
                 panels.setdefault(found["key"], {})[int(found["epoch"])] = panel.convert("RGB")
     if panels:
         return panels, "the run's folder panels"
-    for (key, step), picture in (logged_pictures(handle, PICTURES) if handle else {}).items():
+    for (key, step), picture in (logged_pictures(handle) if handle else {}).items():
         panels.setdefault(key, {})[min((step + 1) * config.evaluation.every, config.train.epochs)] = picture
     if panels:
         return panels, "the pictures in MLflow"

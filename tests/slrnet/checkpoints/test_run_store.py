@@ -21,7 +21,7 @@ from slrnet.checkpoints.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from slrnet.checkpoints.run_store import MARKER, RunStore, local_run, run_argument, run_folder
+from slrnet.checkpoints.run_store import STATE, RunStore, local_run, run_argument, run_folder
 from slrnet.checkpoints.writer import CheckpointWriter
 from slrnet.config import Config, apply_overrides
 from slrnet.launch import train as ray_loop
@@ -59,7 +59,7 @@ def run(s3: Any, tmp_path: Path) -> RunStore:
     return RunStore(PLACE, tmp_path / "node" / "mine", rank=0)
 
 
-FILES = ("model.safetensors", "trainer.pt", "config.json", MARKER)
+FILES = ("model.safetensors", "trainer.pt", "config.json", STATE)
 
 
 def test_what_is_written_arrives_and_comes_back_elsewhere(run: RunStore, s3: Any, tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_a_half_uploaded_checkpoint_is_none(run: RunStore, s3: Any, monkeypatch:
     real = RunStore._put
 
     def lose(store: RunStore, path: Path) -> None:
-        if path.name == MARKER:
+        if path.name == STATE:
             raise OSError("connection lost")
         real(store, path)
 

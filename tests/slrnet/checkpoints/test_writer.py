@@ -6,6 +6,7 @@ import errno
 import logging
 import resource
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found["now"] += seconds
 
     monkeypatch.setattr(writer_module, "save_checkpoint", refuse)
-    monkeypatch.setattr(writer_module.time, "sleep", sleep)
-    monkeypatch.setattr(writer_module.time, "monotonic", lambda: found["now"])
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: found["now"])
     return found
 
 

@@ -21,7 +21,7 @@ from slrnet.launch.prediction import MaskPredictor
 from slrnet.launch.train import LaunchOptions, launch
 from slrnet.models.network import Normalize
 from slrnet.tools.predict import predictor_of
-from slrnet.tracking.mlflow import metric_history
+from slrnet.tracking.reader import metric_history
 
 PROTOCOLS = ("ss", "ms", "ms_crf")
 

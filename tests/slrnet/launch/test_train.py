@@ -13,7 +13,7 @@ from slrnet.data.manifest import ShardSet
 from slrnet.launch import train as ray_loop
 from slrnet.launch.checks import resume_config
 from slrnet.launch.train import LaunchOptions, RunResult, TrainingError, launch
-from slrnet.tracking.mlflow import metric_history
+from slrnet.tracking.reader import metric_history
 from slrnet.tracking.run_log import RunLog
 
 

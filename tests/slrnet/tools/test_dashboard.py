@@ -14,8 +14,10 @@ import pytest
 
 from slrnet.config import Config
 from slrnet.tools.dashboard import default_storages, main, serve_command
-from slrnet.tracking.mlflow import RunHandle, Tracker, create_run, resolve_uri
-from slrnet.tracking.summary import PICTURES
+from slrnet.tracking.location import resolve_uri
+from slrnet.tracking.mlflow import MlflowTracker, create_run
+from slrnet.tracking.page import sample_series
+from slrnet.tracking.protocol import RunHandle
 
 CURVES = ("pseudo_mask/miou", "pseudo_mask/mfdr", "pseudo_mask/mfnr")
 
@@ -51,11 +53,11 @@ def test_it_listens_on_loopback_alone(tmp_path: Path) -> None:
 def run(tmp_path: Path, tiny_config: Config) -> RunHandle:
     """Three epochs of curves and one picture each, as a training logs them."""
     handle = create_run(resolve_uri("", tmp_path), "slrnet", "seen", params=tiny_config.flat(), tags={}, resume=False)
-    tracker = Tracker(handle)
+    tracker = MlflowTracker(handle)
     for epoch in range(3):
         tracker.log_metrics(dict.fromkeys(CURVES, 0.3 + 0.1 * epoch), step=10 * epoch)
-        tracker.log_image(f"{PICTURES}/photo", np.full((24, 48, 3), 80 * epoch, np.uint8), step=epoch)
-    tracker.describe("Best checkpoint: epoch 3.", PICTURES)
+        tracker.log_image(sample_series("photo"), np.full((24, 48, 3), 80 * epoch, np.uint8), step=epoch)
+    tracker.describe("Best checkpoint: epoch 3.")
     tracker.finish()
     return handle
 
@@ -86,7 +88,7 @@ def test_a_visitor_finds_curves_and_pictures(address: str, browser: Any, tmp_pat
     wait.until(lambda _: browser.execute_script(drawn), "curves")
     wait.until(lambda _: all(key in text() for key in CURVES), "names of the curves")
     wait.until(lambda _: browser.execute_script(shown), "the picture")
-    assert text().index(CURVES[0]) < text().index(f"{PICTURES}/photo")
+    assert text().index(CURVES[0]) < text().index(sample_series("photo"))
     kept = Path(os.environ.get("SLRNET_SCREENSHOTS", "") or tmp_path)
     kept.mkdir(parents=True, exist_ok=True)
     assert browser.save_screenshot(str(kept / "dashboard.png"))

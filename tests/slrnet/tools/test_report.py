@@ -22,7 +22,7 @@ from slrnet.tools.report.__main__ import main
 from slrnet.tools.report.charts import Series, draw_chart, limits_of
 from slrnet.tools.report.page import MAX_BYTES, gamma_advice
 from slrnet.tools.report.runs import find_records, read_run, training_command, val_key
-from slrnet.tracking.mlflow import RunHandle
+from slrnet.tracking.protocol import RunHandle
 
 
 class Elements(HTMLParser):
@@ -195,7 +195,7 @@ def test_curves_and_pictures_of_the_mlflow_run(tiny_run: Path, tmp_path: Path, m
     monkeypatch.setattr(runs, "metric_history", lambda _, key: [(2, 0.1), (2, 0.3), (4, 0.5)])
     monkeypatch.setattr(runs, "run_tags", lambda _: {"git_commit": "abc", "mlflow.user": "somebody"})
     picture = Image.new("RGB", (4, 4))
-    monkeypatch.setattr(runs, "logged_pictures", lambda _, name: {("cat", 1): picture})
+    monkeypatch.setattr(runs, "logged_pictures", lambda _: {("cat", 1): picture})
     run = read_run(folder)
     assert run.curves["val/mfdr"] == [(1.0, 0.3), (2.0, 0.5)]
     assert run.environment == {"git_commit": "abc"}
@@ -217,7 +217,7 @@ def test_curves_of_a_checkpoint_within_an_epoch(
         curves = {"epoch": ends, "train/loss": [(2, 0.3), (3, 0.5)]}
         monkeypatch.setattr(runs, "metric_history", lambda _, key, curves=curves: curves.get(key, []))
         monkeypatch.setattr(runs, "run_tags", lambda _: {})
-        monkeypatch.setattr(runs, "logged_pictures", lambda _, name: {})
+        monkeypatch.setattr(runs, "logged_pictures", lambda _: {})
         assert read_run(path).curves["train/loss"] == expected
 
 

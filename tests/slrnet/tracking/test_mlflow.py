@@ -1,3 +1,5 @@
+"""Runs, curves, pictures and files in MLflow, and a store that stops answering."""
+
 from __future__ import annotations
 
 import io
@@ -9,133 +11,32 @@ import pickle
 import re
 import shutil
 import socket
-import string
 import subprocess
 import sys
-import threading
 import time
 import urllib.parse
 import urllib.request
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from slrnet.tracking import mlflow as tracking
-from slrnet.tracking.mlflow import (
-    NOTE_TAG,
-    NullTracker,
-    RunHandle,
-    Tracker,
-    comparison,
-    create_run,
-    environment_tags,
-    logged_pictures,
-    metric_history,
-    metric_key,
-    resolve_uri,
-    run_tags,
-)
-
-
-@pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    # Creating the tables takes seconds, so the tests of this file share one store. The space in the path is on purpose.
-    return resolve_uri("", tmp_path_factory.mktemp("my storage") / "runs")
-
-
-@pytest.fixture
-def handle(uri: str, request: pytest.FixtureRequest) -> RunHandle:
-    return create_run(uri, "exp", re.sub(r"\W", "-", request.node.name), params={}, tags={}, resume=False)
+from slrnet.tracking.location import resolve_uri
+from slrnet.tracking.mlflow import MlflowTracker, client_of, create_run
+from slrnet.tracking.page import NOTE_TAG
+from slrnet.tracking.protocol import RunHandle, metric_key
+from slrnet.tracking.reader import metric_history, run_tags
 
 
 def run_of(handle: RunHandle) -> Any:
-    return tracking._client(handle.uri).get_run(handle.run_id)
+    return client_of(handle.uri).get_run(handle.run_id)
 
 
 def artifact_root(handle: RunHandle) -> Path:
     return Path(urllib.request.url2pathname(run_of(handle).info.artifact_uri.removeprefix("file://")))
-
-
-class TestResolveUri:
-    def test_default_is_an_absolute_sqlite_file_in_the_storage(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        assert resolve_uri("", "store/here") == f"sqlite:///{tmp_path}/store/here/mlflow.db"
-        assert (tmp_path / "store" / "here").is_dir()
-
-    def test_environment_comes_second(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/env.db")
-        assert resolve_uri("", tmp_path) == f"sqlite:///{tmp_path}/env.db"
-        assert resolve_uri(f"sqlite:///{tmp_path}/own.db", tmp_path) == f"sqlite:///{tmp_path}/own.db"
-
-    @pytest.mark.parametrize("uri", ["file:///data/mlruns", "./mlruns", "mlruns", "postgresql://db/mlflow", "ftp://x"])
-    def test_stores_that_cannot_hold_a_run_are_refused(self, uri: str, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"cannot be used.*http\(s\)://HOST:PORT.*sqlite:////ABSOLUTE"):
-            resolve_uri(uri, tmp_path)
-
-    def test_relative_sqlite_path_is_refused_and_the_absolute_one_named(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(ValueError, match=f"working directory.*sqlite:///{tmp_path}/mlflow.db"):
-            resolve_uri("sqlite:///mlflow.db", tmp_path)
-
-    def test_remote_storage_needs_a_server(self) -> None:
-        with pytest.raises(ValueError, match=r"remote.*mlflow server.*tracking\.uri"):
-            resolve_uri("", "s3://bucket/runs")
-
-    def test_a_file_that_is_no_database_is_refused_at_once(self, tmp_path: Path) -> None:
-        (tmp_path / "mlflow.db").write_text("hello, this is text")
-        with pytest.raises(ValueError, match=r"mlflow\.db exists and is no SQLite database"):
-            resolve_uri("", tmp_path)
-
-    def test_storage_that_is_a_file_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "taken").write_text("")
-        with pytest.raises(ValueError, match="cannot create"):
-            resolve_uri("", tmp_path / "taken" / "deeper")
-
-    def test_credentials_belong_into_the_environment(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"http://host:5000 has a user .* MLFLOW_TRACKING_PASSWORD") as caught:
-            resolve_uri("http://me:secret@host:5000", tmp_path)
-        assert "secret" not in str(caught.value)
-
-    def test_closed_port_is_refused_without_its_credentials(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
-        with pytest.raises(
-            ValueError, match=rf"at http://127\.0\.0\.1:{port} does not answer.*mlflow server"
-        ) as caught:
-            resolve_uri("", tmp_path)
-        assert "secret" not in str(caught.value)
-
-    def test_silent_server_is_given_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tracking, "SERVER_TIMEOUT", 0.2)
-        with socket.socket() as silent:
-            silent.bind(("127.0.0.1", 0))
-            silent.listen()
-            with pytest.raises(ValueError, match="does not answer"):
-                resolve_uri(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
-
-    @pytest.mark.parametrize(("status", "accepted"), [(200, True), (401, True), (404, True), (502, False)])
-    def test_what_counts_as_an_answer(self, status: int, accepted: bool, tmp_path: Path) -> None:
-        with answering(status) as (address, asked):
-            if accepted:
-                assert resolve_uri(f"{address}/", tmp_path) == address
-            else:
-                with pytest.raises(ValueError, match="HTTP status 502"):
-                    resolve_uri(address, tmp_path)
-        assert asked == ["/health"]
 
 
 class TestCreateRun:
@@ -181,7 +82,7 @@ class TestCreateRun:
 
     def test_resume_attaches_to_the_same_run(self, uri: str) -> None:
         first = create_run(uri, "exp", "again", params={"epochs": 2, "lr": 0.1}, tags={}, resume=False)
-        tracker = Tracker(first)
+        tracker = MlflowTracker(first)
         tracker.log_metrics({"loss": 2.0}, step=1)
         tracker.log_metrics({"loss": 1.5}, step=2)
         tracker.finish("FAILED", reason="node lost")
@@ -197,12 +98,12 @@ class TestCreateRun:
         assert run.data.tags["resumed.epochs"] == "4"
         assert "resumed.lr" not in run.data.tags
         assert json.loads((artifact_root(second) / "config.json").read_text())["epochs"] == 4
-        Tracker(second).log_metrics({"loss": 1.25}, step=2)
+        MlflowTracker(second).log_metrics({"loss": 1.25}, step=2)
         assert metric_history(second, "loss") == [(1, 2.0), (2, 1.5), (2, 1.25)]
 
     def test_two_runs_of_one_name_are_not_guessed_between(self, uri: str) -> None:
         first = create_run(uri, "exp", "twin", params={}, tags={}, resume=False)
-        client = tracking._client(uri)
+        client = client_of(uri)
         second = client.create_run(first.experiment_id, run_name="twin").info.run_id
         with pytest.raises(ValueError, match="2 runs 'twin'") as caught:
             create_run(uri, "exp", "twin", params={}, tags={}, resume=True)
@@ -211,7 +112,7 @@ class TestCreateRun:
 
     def test_deleted_experiment_is_named_with_its_remedy(self, uri: str) -> None:
         handle = create_run(uri, "gone", "a", params={}, tags={}, resume=False)
-        tracking._client(uri).delete_experiment(handle.experiment_id)
+        client_of(uri).delete_experiment(handle.experiment_id)
         with pytest.raises(ValueError, match=f"restore --experiment-id {handle.experiment_id}"):
             create_run(uri, "gone", "b", params={}, tags={}, resume=False)
 
@@ -223,26 +124,10 @@ class TestCreateRun:
     def test_handle_survives_the_way_to_a_worker(self, handle: RunHandle) -> None:
         assert pickle.loads(pickle.dumps(handle)) == handle
 
-    def test_how_to_open_hides_credentials(self) -> None:
-        handle = RunHandle(uri="https://me:secret@host:5000", run_id="r", experiment_id="7")
-        assert handle.how_to_open() == "https://host:5000/#/experiments/7/runs/r"
-
-    def test_runs_are_compared_by_their_ids(self) -> None:
-        handles = [RunHandle(uri="", run_id=name, experiment_id="7") for name in ("a", "b")]
-        page, _, query = comparison(handles).partition("?")
-        assert page == "#/compare-runs"
-        assert urllib.parse.parse_qs(query) == {"runs": ['["a","b"]'], "experiments": ['["7"]']}
-
-    def test_how_to_open_a_file(self) -> None:
-        handle = RunHandle(uri="sqlite:////data/my runs/mlflow.db", run_id="r", experiment_id="7")
-        place, command = handle.how_to_open().split(" after ")
-        assert place.startswith("http://127.0.0.1:5000/#/experiments/7/runs/r")
-        assert command == "`python -m slrnet.tools.dashboard --storage '/data/my runs'`"
-
 
 class TestTracker:
     def test_history(self, handle: RunHandle) -> None:
-        tracker = Tracker(handle)
+        tracker = MlflowTracker(handle)
         for step, value in [(1, 0.5), (3, 0.25), (2, 1.0)]:
             tracker.log_metrics({"train/loss": value, "b": -value}, step)
         assert metric_history(handle, "train/loss") == [(1, 0.5), (2, 1.0), (3, 0.25)]
@@ -250,12 +135,12 @@ class TestTracker:
         assert metric_history(handle, "never") == []
 
     def test_more_metrics_than_one_batch_takes(self, handle: RunHandle) -> None:
-        Tracker(handle).log_metrics({f"m{i:04d}": float(i) for i in range(1003)}, step=1)
+        MlflowTracker(handle).log_metrics({f"m{i:04d}": float(i) for i in range(1003)}, step=1)
         stored = run_of(handle).data.metrics
         assert stored == {f"m{i:04d}": float(i) for i in range(1003)}
 
     def test_values_that_are_not_finite_are_counted_and_left_out(self, handle: RunHandle) -> None:
-        tracker = Tracker(handle)
+        tracker = MlflowTracker(handle)
         tracker.log_metrics({"iou/a": math.nan, "iou/b": 0.5, "iou/c": math.inf}, step=1)
         tracker.log_metrics({"iou/a": math.nan}, step=2)
         assert tracker.skipped == 3
@@ -265,35 +150,18 @@ class TestTracker:
 
     def test_class_names_become_keys(self, handle: RunHandle) -> None:
         names = ["potted-plant", "tv/monitor", "dining table", "hair drier (electric)", "été"]
-        tracker = Tracker(handle)
+        tracker = MlflowTracker(handle)
         tracker.log_metrics({metric_key("iou", name): 1.0 for name in names}, step=0)
         assert sorted(run_of(handle).data.metrics) == sorted(
             ["iou/potted-plant", "iou/tv-monitor", "iou/dining table", "iou/hair drier _electric_", "iou/_t_"]
         )
         assert tracker.lost == 0
 
-    def test_keys_that_collide_are_refused(self, handle: RunHandle) -> None:
-        with pytest.raises(ValueError, match="'a\\?' becomes 'a_', which another metric"):
-            Tracker(handle).log_metrics({"a!": 1.0, "a?": 2.0}, step=0)
-
-    @pytest.mark.parametrize("part", ["", " ", "..", "."])
-    def test_empty_keys_are_refused(self, part: str) -> None:
-        with pytest.raises(ValueError, match="is no key"):
-            metric_key("iou", part)
-
-    @given(st.lists(st.text(alphabet=string.printable + "éß猫", max_size=300), min_size=1, max_size=3))
-    def test_every_key_is_one_that_mlflow_takes(self, parts: list[str]) -> None:
-        from mlflow.utils.validation import _validate_metric_name
-
-        key = metric_key(*("x" + part for part in parts))
-        assert key.count("/") == len(parts) - 1
-        _validate_metric_name(key)
-
     @pytest.mark.parametrize("kind", ["pil", "array"])
     def test_images_are_artifacts_that_the_page_groups_by_key_and_step(self, handle: RunHandle, kind: str) -> None:
         pixels = np.arange(4 * 5 * 3, dtype=np.uint8).reshape(4, 5, 3)
         image = Image.fromarray(pixels) if kind == "pil" else pixels
-        Tracker(handle).log_image("panels/2007_000032", image, step=7)
+        MlflowTracker(handle).log_image("panels/2007_000032", image, step=7)
         files = sorted(path.name for path in (artifact_root(handle) / "images").iterdir())
         assert len(files) == 2
         assert all(name.startswith("panels~2007_000032+step+7+timestamp+") for name in files)
@@ -303,11 +171,11 @@ class TestTracker:
 
     def test_what_a_restarted_training_makes_again_is_left_out(self, handle: RunHandle) -> None:
         pixels = np.zeros((4, 5, 3), dtype=np.uint8)
-        first = Tracker(handle, once=True)
+        first = MlflowTracker(handle, once=True)
         for step in (10, 20):
             first.log_metrics({"train/loss": step / 100, "train/loss_a": 1.0}, step)
             first.log_image("panels/a", pixels, step)
-        second = Tracker(handle, once=True)
+        second = MlflowTracker(handle, once=True)
         for step in (20, 30):
             second.log_metrics({"train/loss": step / 100, "train/new": 2.0}, step)
             second.log_image("panels/a", pixels, step)
@@ -317,72 +185,51 @@ class TestTracker:
         assert metric_history(handle, "train/new") == [(20, 2.0), (30, 2.0)]
         pictures = [path.name.split("+timestamp")[0] for path in (artifact_root(handle) / "images").glob("*.png")]
         assert sorted(pictures) == [f"panels~{name}" for name in ("a+step+10", "a+step+20", "a+step+30", "b+step+20")]
-        Tracker(handle).log_metrics({"train/loss": 7.0}, 10)  # not a training's: figures that are measured again
+        MlflowTracker(handle).log_metrics({"train/loss": 7.0}, 10)  # not a training's: figures that are measured again
         assert metric_history(handle, "train/loss")[:2] == [(10, 0.1), (10, 7.0)]
 
-    def test_pictures_and_tags_are_read_back(self, handle: RunHandle) -> None:
-        tracker = Tracker(handle)
-        for step, level in ((1, 10), (2, 20), (2, 200)):  # the second step twice, as after a restart
-            tracker.log_image("panels/2008_000001", np.full((4, 5, 3), level, np.uint8), step)
-            time.sleep(0.002)
-        tracker.log_image("other/2008_000001", np.zeros((4, 5, 3), np.uint8), 1)
-        tracker.set_tags({"git_commit": "abc"})
-        pictures = logged_pictures(handle, "panels")
-        assert {series: np.asarray(picture).max() for series, picture in pictures.items()} == {
-            ("2008_000001", 1): 10,
-            ("2008_000001", 2): 200,
-        }
-        assert run_tags(handle)["git_commit"] == "abc"
-
     def test_a_description_keeps_what_people_wrote_above_the_result(self, uri: str) -> None:
-        handle = create_run(uri, "exp", "described", params={}, tags={NOTE_TAG: "- setting wsss"}, resume=False)
-        tracker = Tracker(handle)
+        handle = create_run(uri, "exp", "described", params={}, tags={}, resume=False, description="- setting wsss")
+        tracker = MlflowTracker(handle)
         tracker.describe("first")
         assert run_tags(handle)[NOTE_TAG] == "- setting wsss\n\n## Result\n\nfirst"
         tracker.set_tags({NOTE_TAG: "- setting wsss\n\nMine.\n\n## Result\n\nfirst"})
-        create_run(uri, "exp", "described", params={}, tags={NOTE_TAG: "- another"}, resume=True)
+        create_run(uri, "exp", "described", params={}, tags={}, resume=True, description="- another")
         tracker.describe("second" + 9000 * "!")
         note = run_tags(handle)[NOTE_TAG]
         assert note.startswith("- setting wsss\n\nMine.\n\n## Result\n\nsecond!")
         assert len(note) == 5000
         for step in (0, 1):
             tracker.log_image("samples/a", np.zeros((4, 4, 3), np.uint8), step)
-        tracker.describe("third", "samples")
+        tracker.describe("third")
         shown = re.findall(
             r"!\[(\w+)\]\(get-artifact\?path=images%2Fsamples~a%2Bstep%2B1\S+\.png&run_uuid=(\w+)\)",
             run_tags(handle)[NOTE_TAG],
         )
         assert shown == [("a", handle.run_id)]
-        experiment = tracking._client(uri).get_experiment(handle.experiment_id)
+        experiment = client_of(uri).get_experiment(handle.experiment_id)
         assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
-    def test_files_folders_and_texts(self, handle: RunHandle, tmp_path: Path) -> None:
+    def test_folders_and_texts(self, handle: RunHandle, tmp_path: Path) -> None:
         (tmp_path / "ckpt" / "deep").mkdir(parents=True)
         (tmp_path / "ckpt" / "deep" / "state.json").write_text("{}")
-        (tmp_path / "one.txt").write_text("1")
-        tracker = Tracker(handle)
+        tracker = MlflowTracker(handle)
         tracker.log_artifacts(tmp_path / "ckpt", "checkpoints/best")
-        tracker.log_artifact(tmp_path / "one.txt", "notes")
-        tracker.log_artifact(tmp_path / "one.txt")
         tracker.log_text("hello", "notes/two.txt")
         root = artifact_root(handle)
         files = {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
         files.pop("config.json")
         assert files == {
             "checkpoints/best/deep/state.json": "{}",
-            "notes/one.txt": "1",
-            "one.txt": "1",
             "notes/two.txt": "hello",
         }
 
-    def test_missing_files_are_refused_by_the_caller(self, handle: RunHandle, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"is not a file; a folder goes through log_artifacts"):
-            Tracker(handle).log_artifact(tmp_path)
-        with pytest.raises(ValueError, match=r"is not a folder; a file goes through log_artifact"):
-            Tracker(handle).log_artifacts(tmp_path / "none")
+    def test_a_missing_folder_is_refused_by_the_caller(self, handle: RunHandle, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"is not a folder"):
+            MlflowTracker(handle).log_artifacts(tmp_path / "none")
 
     def test_finish_and_tags(self, handle: RunHandle) -> None:
-        tracker = Tracker(handle)
+        tracker = MlflowTracker(handle)
         tracker.set_tags({"a": "1", "long": "z" * 6000})
         tracker.set_tags({"a": "2"})
         tracker.finish("KILLED", reason="stopped by hand")
@@ -395,63 +242,68 @@ class TestTracker:
     def test_a_deleted_run_loses_records_aloud_and_does_not_stop_the_training(
         self, handle: RunHandle, caplog: pytest.LogCaptureFixture
     ) -> None:
-        tracking._client(handle.uri).delete_run(handle.run_id)
-        tracker = Tracker(handle)
+        client_of(handle.uri).delete_run(handle.run_id)
+        tracker = MlflowTracker(handle)
         with caplog.at_level(logging.ERROR, logger="slrnet"):
             tracker.log_metrics({"a": 1.0}, step=1)
         assert (tracker.lost, tracker.undelivered) == (1, 0)
         assert "refused a record" in caplog.text
 
 
+class Outage:
+    """A connection that can be cut; `asked` says whether it was used meanwhile."""
+
+    def __init__(self) -> None:
+        self.down = True
+        self.asked = False
+
+    def __call__(self, uri: str) -> Any:
+        if self.down:
+            self.asked = True
+            raise ConnectionError("connection refused")
+        return client_of(uri)
+
+
 class TestOutage:
     """The store stops answering in the middle of a run and comes back."""
 
     @pytest.fixture
-    def outage(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
-        state = {"down": True, "asked": False}
-        real = tracking._client
-
-        def client(uri: str) -> Any:
-            if state["down"]:
-                state["asked"] = True
-                raise ConnectionError("connection refused")
-            return real(uri)
-
-        monkeypatch.setattr(tracking, "_client", client)
-        return state
+    def outage(self) -> Outage:
+        return Outage()
 
     def test_records_are_kept_in_order_and_delivered_later(
-        self, uri: str, request: pytest.FixtureRequest, outage: dict[str, bool], caplog: pytest.LogCaptureFixture
+        self, uri: str, request: pytest.FixtureRequest, outage: Outage, caplog: pytest.LogCaptureFixture
     ) -> None:
-        outage["down"] = False
         handle = create_run(uri, "exp", request.node.name, params={}, tags={}, resume=False)
-        tracker = Tracker(handle, retry_after=0.0)
-        outage["down"] = True
+        tracker = MlflowTracker(handle, retry_after=0.0, connect=outage)
+        outage.down = True
         tracker.log_metrics({"loss": 1.0}, step=1)
         tracker.log_metrics({"loss": 2.0}, step=2)
         assert tracker.undelivered == 2
         assert "behind by 2 records: connection refused" in caplog.text
-        outage["down"] = False
+        outage.down = False
         tracker.log_metrics({"loss": 3.0}, step=3)
         assert tracker.undelivered == 0
         assert metric_history(handle, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
-    def test_no_attempt_before_the_time_and_flush_does_not_wait(self, outage: dict[str, bool]) -> None:
-        tracker = Tracker(RunHandle(uri="sqlite:////x.db", run_id="r", experiment_id="0"), retry_after=1e9)
+    def test_no_attempt_before_the_time_and_flush_does_not_wait(self, outage: Outage) -> None:
+        tracker = MlflowTracker(
+            RunHandle(uri="sqlite:////x.db", run_id="r", experiment_id="0"), retry_after=1e9, connect=outage
+        )
         tracker.log_metrics({"loss": 1.0}, step=1)
-        assert outage["asked"]
-        outage["asked"] = False
+        assert outage.asked
+        outage.asked = False
         tracker.log_metrics({"loss": 2.0}, step=2)
-        assert not outage["asked"]
+        assert not outage.asked
         assert tracker.flush() == 2
-        assert outage["asked"]
+        assert outage.asked
 
     def test_what_never_arrives_is_reported_at_the_end(
-        self, outage: dict[str, bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, outage: Outage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         monkeypatch.setattr(tracking, "PENDING_LIMIT", 3)
         monkeypatch.setattr(tracking, "PATIENCE", 0.0)
-        tracker = Tracker(RunHandle(uri="http://me:secret@host", run_id="r", experiment_id="0"))
+        tracker = MlflowTracker(RunHandle(uri="http://me:secret@host", run_id="r", experiment_id="0"), connect=outage)
         for step in range(4):
             tracker.log_metrics({"loss": 1.0}, step)
         tracker.finish()
@@ -462,103 +314,44 @@ class TestOutage:
         self,
         uri: str,
         request: pytest.FixtureRequest,
-        outage: dict[str, bool],
+        outage: Outage,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        outage["down"] = False
         handle = create_run(uri, "exp", request.node.name, params={}, tags={}, resume=False)
-        outage["down"] = True
-        tracker = Tracker(handle)
+        outage.down = True
+        tracker = MlflowTracker(handle, connect=outage)
         tracker.log_metrics({"loss": 1.0}, step=4)
         assert tracker.undelivered_points() == [(4, {"loss": 1.0})]
-        monkeypatch.setattr(tracking.time, "sleep", lambda seconds: outage.update(down=False))
+        monkeypatch.setattr(tracking.time, "sleep", lambda seconds: setattr(outage, "down", False))
         assert tracker.drain() == 0
         assert tracker.undelivered_points() == []
         assert metric_history(handle, "loss") == [(4, 1.0)]
 
-    def test_a_file_that_vanished_meanwhile_does_not_block_the_rest(
-        self, uri: str, request: pytest.FixtureRequest, outage: dict[str, bool], tmp_path: Path
+    def test_a_folder_that_vanished_meanwhile_does_not_block_the_rest(
+        self, uri: str, request: pytest.FixtureRequest, outage: Outage, tmp_path: Path
     ) -> None:
-        outage["down"] = False
         handle = create_run(uri, "exp", request.node.name, params={}, tags={}, resume=False)
-        outage["down"] = True
-        tracker = Tracker(handle, retry_after=0.0)
+        outage.down = True
+        tracker = MlflowTracker(handle, retry_after=0.0, connect=outage)
         (tmp_path / "ckpt").mkdir()
         (tmp_path / "ckpt" / "a").write_text("a")
-        (tmp_path / "file").write_text("b")
         tracker.log_artifacts(tmp_path / "ckpt")
-        tracker.log_artifact(tmp_path / "file")
         shutil.rmtree(tmp_path / "ckpt")
-        (tmp_path / "file").unlink()
-        outage["down"] = False
+        outage.down = False
         tracker.log_metrics({"loss": 1.0}, step=1)
-        assert (tracker.lost, tracker.undelivered) == (2, 0)
+        assert (tracker.lost, tracker.undelivered) == (1, 0)
         assert metric_history(handle, "loss") == [(1, 1.0)]
-
-
-class TestNullTracker:
-    def test_same_interface_without_a_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tracking, "_client", lambda uri: pytest.fail("a NullTracker asked for a client"))
-        tracker = NullTracker()
-        tracker.log_metrics({"a": 1.0}, step=1)
-        tracker.log_image("k", np.zeros((2, 2, 3), np.uint8), step=1)
-        tracker.log_text("t", "t.txt")
-        tracker.log_artifacts(tmp_path)
-        tracker.set_tags({"a": "b"})
-        assert tracker.flush() == 0
-        tracker.finish("FAILED", reason="r")
-        assert list(tmp_path.iterdir()) == []
-
-    def test_it_still_refuses_what_a_tracker_refuses(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="is not a file"):
-            NullTracker().log_artifact(tmp_path / "none")
-
-
-class TestEnvironmentTags:
-    def test_versions_and_nothing_of_the_host(self) -> None:
-        tags = environment_tags()
-        assert tags["version.python"] == ".".join(map(str, sys.version_info[:3]))
-        assert tags["version.torch"].startswith("2.")
-        assert tags["git_commit"] == tags["mlflow.source.git.commit"]
-        values = " ".join(tags.values())
-        assert socket.gethostname() not in values.split()
-        assert str(Path.home()) not in values
-
-    def test_git_state(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delenv("SLRNET_GIT_COMMIT", raising=False)
-        code = tmp_path / "package" / "code.py"
-        code.parent.mkdir()
-        code.write_text("1")
-        assert tracking._git_state(code) == ("unknown", "unknown")
-        git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
-        subprocess.run([*git, "init", "-q"], check=True)
-        (tmp_path / "other").write_text("1")
-        subprocess.run([*git, "add", "other"], check=True)
-        subprocess.run([*git, "commit", "-qm", "m"], check=True)
-        # The file is in a foreign checkout, not part of it.
-        assert tracking._git_state(code) == ("unknown", "unknown")
-        subprocess.run([*git, "add", "."], check=True)
-        subprocess.run([*git, "commit", "-qm", "m"], check=True)
-        head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
-        assert tracking._git_state(code) == (head, "clean")
-        code.write_text("2")
-        assert tracking._git_state(code) == (head, "dirty")
-
-    def test_uploaded_code_names_its_commit_by_the_environment(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("SLRNET_GIT_COMMIT", "abc123")
-        assert tracking._git_state(tmp_path / "code.py") == ("abc123", "unknown")
 
 
 def test_the_process_stays_quiet_and_needs_no_active_run(tmp_path: Path, uri: str) -> None:
     # A fresh process with an existing database: no notice, no ./mlruns, no global tracking URI.
     script = (
         "import sys\n"
-        "from slrnet.tracking.mlflow import Tracker, create_run, resolve_uri\n"
+        "from slrnet.tracking.location import resolve_uri\n"
+        "from slrnet.tracking.mlflow import MlflowTracker, create_run\n"
         "assert 'mlflow' not in sys.modules\n"
         f"handle = create_run({uri!r}, 'exp', 'quiet', params={{'a': 1}}, tags={{}}, resume=False)\n"
-        "Tracker(handle).log_metrics({'a': 1.0}, 1)\n"
+        "MlflowTracker(handle).log_metrics({'a': 1.0}, 1)\n"
         "import mlflow\n"
         "assert mlflow.active_run() is None\n"
     )
@@ -580,7 +373,7 @@ def test_a_real_server(tmp_path: Path) -> None:
     with serving(tmp_path) as address:
         uri = resolve_uri(address, tmp_path)
         handle = create_run(uri, "exp", "served", params={"a": 1}, tags={"t": "x"}, resume=False)
-        tracker = Tracker(handle)
+        tracker = MlflowTracker(handle)
         tracker.log_metrics({"train/loss": 0.5, "iou/tv-monitor": 0.25}, step=3)
         tracker.log_image("panel", np.full((6, 8, 3), 90, np.uint8), step=3)
         tracker.log_text("hello", "notes/a.txt")
@@ -590,7 +383,7 @@ def test_a_real_server(tmp_path: Path) -> None:
         assert again == handle
         assert metric_history(handle, "train/loss") == [(3, 0.5)]
         assert run_of(handle).info.status == "RUNNING"
-        images = [item.path for item in tracking._client(uri).list_artifacts(handle.run_id, "images")]
+        images = [item.path for item in client_of(uri).list_artifacts(handle.run_id, "images")]
         assert len(images) == 2
         (png,) = (path for path in images if path.endswith(".png"))
         query = urllib.parse.urlencode({"run_id": handle.run_id, "path": png})
@@ -632,30 +425,3 @@ class serving:
         os.killpg(self.process.pid, 15)
         self.process.wait(timeout=30)
         self.log.close()
-
-
-class answering:
-    """An HTTP server that answers everything with one status and notes what was asked for."""
-
-    def __init__(self, status: int) -> None:
-        self.asked: list[str] = []
-        asked = self.asked
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                asked.append(self.path)
-                self.send_response(status)
-                self.end_headers()
-
-            def log_message(self, format: str, *args: object) -> None:
-                del format, args
-
-        self.server = HTTPServer(("127.0.0.1", 0), Handler)
-
-    def __enter__(self) -> tuple[str, list[str]]:
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
-        return f"http://127.0.0.1:{self.server.server_port}", self.asked
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from slrnet.checkpoints.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from slrnet.config import Config, apply_overrides
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
+from slrnet.distributed.process import Process
+from slrnet.training.listener import Listener
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 from slrnet.training.trainer import NonFiniteLossError, Trainer, check_batch
 
@@ -121,14 +123,15 @@ class TestResume:
         interrupted = start_trainer(config, folder=tmp_path / "run")
         with pytest.raises(KeyboardInterrupt):
             interrupted.fit(report=lambda metrics: None, notice=_notices([""] * 6 + [KeyboardInterrupt]))
-        resumed = start_trainer(config, folder=tmp_path / "run", tracker=type(tracker)())
+        continued = type(tracker)()
+        resumed = start_trainer(config, folder=tmp_path / "run", tracker=continued)
         assert resumed.resume()
         assert (resumed.state.epoch, resumed.state.step) == (1, 6)
         assert same(fit(resumed), expected[1:])  # the epoch's mean losses too
 
         assert same(resumed.model.state_dict(), whole.model.state_dict())
         assert same(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
-        assert resumed.tracker.curve("train/loss") == tracker.curve("train/loss")[6:]  # type: ignore[attr-defined]
+        assert continued.curve("train/loss") == tracker.curve("train/loss")[6:]
 
     def test_before_its_node_is_taken_away_it_saves(
         self, quiet: Config, start_trainer: StartTrainer, capsys: pytest.CaptureFixture[str]
@@ -150,13 +153,13 @@ class TestResume:
         killed = start_trainer(config, folder=tmp_path / "run", tracker=tracker)
         with pytest.raises(KeyboardInterrupt):
             killed.fit(report=lambda metrics: None, notice=_notices([""] * 6 + [KeyboardInterrupt]))
-        resumed = start_trainer(config, folder=tmp_path / "run", tracker=type(tracker)())
+        continued = type(tracker)()
+        resumed = start_trainer(config, folder=tmp_path / "run", tracker=continued)
         resumed.resume()
         fit(resumed)
-        found: Any = resumed.tracker
-        assert found.curve("train/loss")[:6] == tracker.curve("train/loss")[:6]
-        assert [step for step, _ in found.curve("train/loss")] == list(range(1, 9))
-        assert [step for step, _ in found.curve("epoch")] == [4, 8]
+        assert continued.curve("train/loss")[:6] == tracker.curve("train/loss")[:6]
+        assert [step for step, _ in continued.curve("train/loss")] == list(range(1, 9))
+        assert [step for step, _ in continued.curve("epoch")] == [4, 8]
 
     def test_without_a_checkpoint_there_is_nothing_to_resume(self, quiet: Config, start_trainer: StartTrainer) -> None:
         assert start_trainer(quiet).resume() is False
@@ -307,6 +310,37 @@ class TestWhatIsLogged:
         fit(trainer)
         assert trainer.state.best_score is None
         assert "NaN" not in (trainer.folder / "checkpoints" / "checkpoint-0002" / "state.json").read_text()
+
+
+class Recorder(Listener):
+    """Keeps the names of what it hears, and the places."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        method = super().__getattribute__(name)
+        if name in vars(Listener) and not name.startswith("_"):
+            return lambda *arguments, **named: self._hear(name, method, *arguments, **named)
+        return method
+
+    def _hear(self, name: str, method: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+        self.heard.append(arguments[0] if name == "at" else name)
+        return method(*arguments, **named)
+
+
+def test_a_listener_hears_everything_in_order(quiet: Config, tiny_data: ShardSet, tmp_path: Path) -> None:
+    config = apply_overrides(quiet, ["train.epochs=1", "train.pretrain_epochs=0", "train.checkpoint_every=1"])
+    listener = Recorder()
+    fit(Trainer(config, tiny_data, process=Process(), folder=tmp_path, listener=listener))
+    saved = ["alive", "remember", "checkpoint"]
+    step = ["waiting for data", "going forward", "going backward", "comparing losses", "step"]
+    measured = ["notice", "measuring", *["alive"] * 5, "adding up what was measured"]
+    steps = [*step, *saved, *step]  # the second one is the last of the epoch, which saves itself
+    assert listener.heard == [
+        *("start", "begin", *steps, "summing up the epoch", "end"),
+        *(*measured, "epoch", *saved, "close"),
+    ]
 
 
 class TestStep:

@@ -40,9 +40,11 @@ from slrnet.distributed.process import (
 from slrnet.evaluation.masks import evaluate_masks, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix, merge_over_ranks
 from slrnet.launch.rank import HANG_EXIT_CODE, Report, train_rank
-from slrnet.tracking.mlflow import NullTracker, RunHandle, create_run
+from slrnet.tracking.mlflow import create_run
+from slrnet.tracking.protocol import NullTracker, RunHandle
 from slrnet.tracking.run_log import find_failure
 from slrnet.training import trainer as trainer_module
+from slrnet.training.listener import RunListener
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 from slrnet.training.trainer import NonFiniteLossError, Trainer
 
@@ -63,7 +65,6 @@ class _Log(NullTracker):
     """Names of the pictures that are logged."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.pictures: list[str] = []
 
     def log_image(self, key: str, image: Any, step: int) -> None:
@@ -137,7 +138,7 @@ def _semi(config: Config, setting: str) -> Config:
 def _gradients(config: Config, shards: ShardSet, process: Process) -> dict[str, Tensor]:
     """Gradients of this rank's half of eight images, through the trainer's own wrapping."""
     config = apply_overrides(config, STILL)
-    trainer = Trainer(config, shards, process=process, folder=Path("unused"), tracker=NullTracker())
+    trainer = Trainer(config, shards, process=process, folder=Path("unused"))
     share = slice(4 * process.rank, 4 * process.rank + 4) if process.world_size > 1 else slice(0, 8)
     batch = _eight(shards, config.setting).part(share)
     trainer.wrapped.eval()
@@ -161,7 +162,7 @@ def _gradients(config: Config, shards: ShardSet, process: Process) -> dict[str, 
 def _uneven_step(config: Config, shards: ShardSet, process: Process) -> dict[str, Tensor]:
     """Weights after a step of seven images, of which rank 0 has three."""
     config = apply_overrides(config, [*STILL, "train.batch_size=7", "optim.lr=0.1"])
-    trainer = Trainer(config, shards, process=process, folder=Path("unused"), tracker=NullTracker())
+    trainer = Trainer(config, shards, process=process, folder=Path("unused"))
     share = slice(7 * process.rank // process.world_size, 7 * (process.rank + 1) // process.world_size)
     trainer.wrapped.eval()
     trainer._step(_eight(shards, config.setting).part(share), 0, pretraining=False)
@@ -174,7 +175,7 @@ def _resumed_within_an_epoch(config: Config, shards: ShardSet, process: Process,
     found: dict[str, Any] = {}
     for name, steps in (("whole", 9), ("stopped", 3), ("resumed", 9)):
         run = folder / ("whole" if name == "whole" else "within")
-        trainer = Trainer(config, shards, process=process, folder=run, tracker=NullTracker())
+        trainer = Trainer(config, shards, process=process, folder=run)
         trainer.resume()
         told = iter([""] * steps)
         reports: list[dict[str, float]] = []
@@ -206,7 +207,7 @@ def _sized(maps: Tensor) -> Tensor:
 
 def _error(config: Config, shards: ShardSet, process: Process, folder: Path) -> dict[str, Any]:
     """Rank 1 alone gets a loss that is not finite."""
-    trainer = Trainer(config, shards, process=process, folder=folder / "error", tracker=NullTracker())
+    trainer = Trainer(config, shards, process=process, folder=folder / "error")
     if process.rank == 1:
         trainer.normalize = type(trainer.normalize)((0.0,) * 3, (0.0,) * 3, trainer.normalize.output_stride)
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
@@ -225,7 +226,8 @@ def _training(config: Config, shards: ShardSet, process: Process, folder: Path) 
     reports: list[dict[str, float]] = []
     for epochs in (2, 3):
         longer = apply_overrides(config, [f"train.epochs={epochs}"])
-        trainer = Trainer(longer, shards, process=process, folder=folder / "run", tracker=log)
+        listener = RunListener(longer, shards.info, process=process, folder=folder / "run", tracker=log)
+        trainer = Trainer(longer, shards, process=process, folder=folder / "run", listener=listener)
         torch.nn.init.constant_(trainer.model.mask_head.classify.bias, 1.2)  # else all is predicted as background
         resumed = trainer.resume()
         trainer.fit(report=lambda metrics: reports.append(dict(metrics)))
@@ -317,9 +319,7 @@ def test_shares_of_other_sizes_count_by_their_images(
     results: list[dict[str, Any]], config: Config, tiny_data: ShardSet
 ) -> None:
     joined = _uneven_step(config, tiny_data, Process())
-    before = Trainer(
-        config, tiny_data, process=Process(), folder=Path("unused"), tracker=NullTracker()
-    ).model.state_dict()
+    before = Trainer(config, tiny_data, process=Process(), folder=Path("unused")).model.state_dict()
     first, second = (result["uneven"] for result in results)
     moved = [name for name in joined if not joined[name].equal(before[name])]
     assert len(moved) > 50
@@ -382,7 +382,7 @@ class TestTraining:
     ) -> None:
         checkpoint = load_checkpoint(folder / "run" / "checkpoints" / "checkpoint-0003")
         assert checkpoint.state.world_size == 2
-        trainer = Trainer(config, tiny_data, process=Process(), folder=tmp_path, tracker=NullTracker())
+        trainer = Trainer(config, tiny_data, process=Process(), folder=tmp_path)
         trainer.model.load_state_dict(checkpoint.model)
         quality = evaluate_masks(
             trainer.model.eval(),

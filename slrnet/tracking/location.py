@@ -1,0 +1,105 @@
+"""Where runs are tracked: resolves a tracking URI and refuses one that would lose a run."""
+
+from __future__ import annotations
+
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+__all__ = ["SQLITE", "public", "resolve_uri"]
+
+SQLITE = "sqlite:///"
+"""How the URI of a database file begins."""
+SERVER_TIMEOUT = 5.0
+"""Seconds that a tracking server may take to answer before a run starts."""
+
+
+def resolve_uri(uri: str, storage: str | Path) -> str:
+    """Decides where the run is tracked, and refuses what would lose it.
+
+    Args:
+        uri: `http(s)://...` of a tracking server, `sqlite:////...` with an absolute path, or empty: then
+            the environment's `MLFLOW_TRACKING_URI`, and without one a SQLite file `mlflow.db` in `storage`.
+        storage: the run's storage folder; created if the SQLite file goes into it.
+
+    Returns:
+        A tracking URI that means the same in every process and working directory.
+
+    Raises:
+        ValueError: the server does not answer, the SQLite path is relative or cannot be written, `storage` is remote
+            and no URI is given, MLflow cannot write to such a store or it has no place for artifacts, or `uri` holds
+            a password, which the configuration would carry into every checkpoint.
+    """
+    if public(uri) != uri:
+        raise ValueError(
+            f"tracking URI {public(uri)} has a user or a password in it, which would be written into checkpoints and "
+            "logs; give them as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+        )
+    uri = (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).strip()
+    if not uri:
+        uri = _default_store(storage)
+    if uri.startswith(("http://", "https://")):
+        _check_server(uri)
+        return uri.rstrip("/")
+    if uri.startswith("sqlite:"):
+        _check_sqlite(uri)
+        return uri
+    raise ValueError(
+        f"tracking URI {uri!r} cannot be used; MLflow's file stores are retired and a bare database has no place for "
+        "artifacts. Allowed are http(s)://HOST:PORT of a running `mlflow server`, sqlite:////ABSOLUTE/PATH/mlflow.db, "
+        "or nothing (a SQLite file in the storage folder)"
+    )
+
+
+def public(uri: str) -> str:
+    """The URI without the credentials that it may hold."""
+    return re.sub(r"//[^/@]*@", "//", uri)
+
+
+def _default_store(storage: str | Path) -> str:
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(storage)):
+        raise ValueError(
+            f"storage {str(storage)!r} is remote, and a SQLite file needs a local folder; "
+            "start `mlflow server` and give its address as tracking.uri (or MLFLOW_TRACKING_URI)"
+        )
+    return f"{SQLITE}{Path(storage).expanduser().absolute() / 'mlflow.db'}"
+
+
+def _check_sqlite(uri: str) -> None:
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or not path.is_absolute():
+        raise ValueError(
+            f"tracking URI {uri!r} depends on the working directory, which differs between the processes of a run; "
+            f"write the absolute path with four slashes, for instance {SQLITE}{path.absolute()}"
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot create {path.parent} for the tracking store: {error.strerror}") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"the tracking store {path} cannot be written; give another storage folder or tracking.uri")
+    # MLflow would try for minutes to open a file of another format.
+    if path.exists() and path.stat().st_size:
+        with path.open("rb") as file:
+            if file.read(16) != b"SQLite format 3\0":
+                raise ValueError(f"{path} exists and is no SQLite database; move it or give another tracking.uri")
+
+
+def _check_server(uri: str) -> None:
+    try:
+        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=SERVER_TIMEOUT):
+            return
+    except urllib.error.HTTPError as error:
+        # A server that asks for credentials or sits behind a prefix answers with 4xx, a gateway without a server 5xx.
+        if error.code < 500:
+            return
+        reason = f"HTTP status {error.code}"
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "reason", error))
+    raise ValueError(
+        f"the tracking server at {public(uri)} does not answer ({reason}); "
+        "start it with `mlflow server --host 0.0.0.0 --port 5000 --backend-store-uri sqlite:////DATA/mlflow.db "
+        "--artifacts-destination /DATA/artifacts`, or leave tracking.uri empty"
+    )

@@ -1,0 +1,131 @@
+"""What a training needs of a tracking backend, a backend that records nothing, and the names of metrics."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from slrnet.tracking.page import run_address
+
+__all__ = ["NullTracker", "Picture", "RunHandle", "Tracker", "clean_key", "clean_metrics", "metric_key"]
+
+Picture: TypeAlias = "Image.Image | np.ndarray[Any, np.dtype[np.uint8]]"
+"""A PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8."""
+
+MAX_KEY_LENGTH = 250
+"""Characters that MLflow allows in a metric's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunHandle:
+    """What a process needs to attach to a run; small and picklable, because it travels to the workers."""
+
+    uri: str
+    """MLflow tracking URI as `resolve_uri` returns it."""
+    run_id: str
+    """MLflow's id of the run."""
+    experiment_id: str
+    """MLflow's id of the experiment."""
+
+    def how_to_open(self) -> str:
+        """One line that says where to look at the run: an address, or the command that serves it."""
+        return run_address(self.uri, self.experiment_id, self.run_id)
+
+
+class Tracker(Protocol):
+    """Records the curves, pictures and tags of one training."""
+
+    @property
+    def run_id(self) -> str:
+        """The run's id, which checkpoints record; "" for none."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Adds one point to each curve.
+
+        Args:
+            metrics: values by metric name.
+            step: position on the x axis, >= 0.
+
+        Raises:
+            ValueError: two names become the same key, or a name has no usable character.
+        """
+
+    def log_image(self, key: str, image: Picture, step: int) -> None:
+        """Adds a picture to the series `key`, at position `step` >= 0."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Sets tags of the run; a tag that exists takes the new value."""
+
+    def undelivered_points(self) -> list[tuple[int, dict[str, float]]]:
+        """Step and values of the points that would be lost if this process died now."""
+
+    def drain(self) -> int:
+        """Delivers what is pending; returns how many records could not be delivered."""
+
+
+class NullTracker:
+    """Records nothing; for ranks other than 0. It refuses the same metric names as other trackers do."""
+
+    run_id = ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Checks the names."""
+        clean_metrics(metrics)
+
+    def log_image(self, key: str, image: Picture, step: int) -> None:
+        """Checks the name."""
+        clean_key(key)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Does nothing."""
+
+    def undelivered_points(self) -> list[tuple[int, dict[str, float]]]:
+        """Nothing is pending."""
+        return []
+
+    def drain(self) -> int:
+        """Nothing is pending."""
+        return 0
+
+
+def metric_key(*parts: str) -> str:
+    """Joins the parts of a metric's name, for instance ("pseudo_mask", "iou", "tv/monitor").
+
+    Returns:
+        The parts joined by `/`. Within a part, slashes become `-` and other characters that MLflow refuses become `_`,
+        so that a class name is always one level.
+    """
+    return "/".join(clean_key(part.replace("/", "-")) for part in parts)
+
+
+def clean_key(key: str) -> str:
+    """Replaces what MLflow refuses in a key: other characters become `_`, and empty, "." and ".." levels are dropped.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    levels = (re.sub(r"[^A-Za-z0-9_\-. ]", "_", level).strip() for level in key.split("/"))
+    clean = "/".join(level for level in levels if level.strip("."))
+    if not clean:
+        raise ValueError(f"{key!r} is no key; it needs a letter, a digit or one of _ -")
+    return clean[:MAX_KEY_LENGTH]
+
+
+def clean_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The same values by clean keys.
+
+    Raises:
+        ValueError: two keys become the same one, or nothing is left of a key.
+    """
+    clean: dict[str, float] = {}
+    for key, value in metrics.items():
+        safe = clean_key(key)
+        if safe in clean:
+            raise ValueError(f"metric {key!r} becomes {safe!r}, which another metric of this step already has")
+        clean[safe] = float(value)
+    return clean

@@ -1,0 +1,86 @@
+"""Reads back what MLflow has of a run: curves, tags, pictures, and the runs of a sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import urllib.parse
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from slrnet.tracking.location import resolve_uri
+from slrnet.tracking.mlflow import client_of, store_errors
+from slrnet.tracking.page import PARENT_TAG, sample_files
+from slrnet.tracking.protocol import RunHandle, clean_key
+
+__all__ = ["comparison", "find_run", "logged_pictures", "metric_history", "run_tags", "runs_below"]
+
+
+def find_run(uri: str, storage: str | Path, run_id: str) -> RunHandle | None:
+    """The run that a checkpoint names, or None if its store cannot be reached or no longer has it.
+
+    Args:
+        uri: `tracking.uri` of the run's configuration.
+        storage: the run's storage folder, for the default store.
+        run_id: MLflow's id of the run; empty for none.
+    """
+    default = Path(storage).expanduser().absolute() / "mlflow.db"
+    if not run_id or (not uri and not os.environ.get("MLFLOW_TRACKING_URI") and not default.exists()):
+        return None
+    unreachable: tuple[type[Exception], ...] = (ValueError, *store_errors())
+    try:
+        resolved = resolve_uri(uri, storage)
+        run = client_of(resolved).get_run(run_id)
+    except unreachable:
+        return None
+    return RunHandle(uri=resolved, run_id=run_id, experiment_id=str(run.info.experiment_id))
+
+
+def metric_history(handle: RunHandle, key: str) -> list[tuple[int, float]]:
+    """The curve `key` of a run as (step, value), by step and then by the time of logging; empty if never logged."""
+    points = client_of(handle.uri).get_metric_history(handle.run_id, clean_key(key))
+    ordered = sorted(points, key=lambda point: (point.step, point.timestamp))
+    return [(int(point.step), float(point.value)) for point in ordered]
+
+
+def run_tags(handle: RunHandle) -> dict[str, str]:
+    """The tags of a run."""
+    return dict(client_of(handle.uri).get_run(handle.run_id).data.tags)
+
+
+def logged_pictures(handle: RunHandle) -> dict[tuple[str, int], Image.Image]:
+    """The samples' pictures by (sample's key, step); of pictures logged twice for a step, the later one."""
+    client, pictures = client_of(handle.uri), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for series, path in sample_files(client, handle.run_id).items():
+            with Image.open(client.download_artifacts(handle.run_id, path, folder)) as picture:
+                pictures[series] = picture.convert("RGB")
+    return pictures
+
+
+def comparison(handles: Sequence[RunHandle]) -> str:
+    """Link to MLflow's comparison of runs, with parallel coordinates over the settings that differ."""
+    ids = json.dumps([handle.run_id for handle in handles], separators=(",", ":"))
+    experiment = json.dumps(sorted({handle.experiment_id for handle in handles}))
+    return f"#/compare-runs?{urllib.parse.urlencode({'runs': ids, 'experiments': experiment})}"
+
+
+def runs_below(parent: RunHandle) -> dict[str, tuple[RunHandle, str]]:
+    """The runs of a sweep: handle and status (`RUNNING`, `FINISHED`, `FAILED`, `KILLED`) by run name."""
+    runs, token = dict[str, tuple[RunHandle, str]](), None
+    while True:
+        page = client_of(parent.uri).search_runs(
+            [parent.experiment_id],
+            filter_string=f"tags.`{PARENT_TAG}` = '{parent.run_id}'",
+            max_results=500,
+            page_token=token,
+        )
+        for run in page:
+            handle = RunHandle(uri=parent.uri, run_id=run.info.run_id, experiment_id=parent.experiment_id)
+            runs[str(run.info.run_name)] = (handle, str(run.info.status))
+        token = page.token
+        if not token:
+            return runs

@@ -1,0 +1,116 @@
+"""Where runs may be tracked, and what is refused."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from slrnet.tracking import location
+from slrnet.tracking.location import resolve_uri
+
+
+class TestResolveUri:
+    def test_default_is_an_absolute_sqlite_file_in_the_storage(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        assert resolve_uri("", "store/here") == f"sqlite:///{tmp_path}/store/here/mlflow.db"
+        assert (tmp_path / "store" / "here").is_dir()
+
+    def test_environment_comes_second(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/env.db")
+        assert resolve_uri("", tmp_path) == f"sqlite:///{tmp_path}/env.db"
+        assert resolve_uri(f"sqlite:///{tmp_path}/own.db", tmp_path) == f"sqlite:///{tmp_path}/own.db"
+
+    @pytest.mark.parametrize("uri", ["file:///data/mlruns", "./mlruns", "mlruns", "postgresql://db/mlflow", "ftp://x"])
+    def test_stores_that_cannot_hold_a_run_are_refused(self, uri: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"cannot be used.*http\(s\)://HOST:PORT.*sqlite:////ABSOLUTE"):
+            resolve_uri(uri, tmp_path)
+
+    def test_relative_sqlite_path_is_refused_and_the_absolute_one_named(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match=f"working directory.*sqlite:///{tmp_path}/mlflow.db"):
+            resolve_uri("sqlite:///mlflow.db", tmp_path)
+
+    def test_remote_storage_needs_a_server(self) -> None:
+        with pytest.raises(ValueError, match=r"remote.*mlflow server.*tracking\.uri"):
+            resolve_uri("", "s3://bucket/runs")
+
+    def test_a_file_that_is_no_database_is_refused_at_once(self, tmp_path: Path) -> None:
+        (tmp_path / "mlflow.db").write_text("hello, this is text")
+        with pytest.raises(ValueError, match=r"mlflow\.db exists and is no SQLite database"):
+            resolve_uri("", tmp_path)
+
+    def test_storage_that_is_a_file_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "taken").write_text("")
+        with pytest.raises(ValueError, match="cannot create"):
+            resolve_uri("", tmp_path / "taken" / "deeper")
+
+    def test_credentials_belong_into_the_environment(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"http://host:5000 has a user .* MLFLOW_TRACKING_PASSWORD") as caught:
+            resolve_uri("http://me:secret@host:5000", tmp_path)
+        assert "secret" not in str(caught.value)
+
+    def test_closed_port_is_refused_without_its_credentials(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
+        with pytest.raises(
+            ValueError, match=rf"at http://127\.0\.0\.1:{port} does not answer.*mlflow server"
+        ) as caught:
+            resolve_uri("", tmp_path)
+        assert "secret" not in str(caught.value)
+
+    def test_silent_server_is_given_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(location, "SERVER_TIMEOUT", 0.2)
+        with socket.socket() as silent:
+            silent.bind(("127.0.0.1", 0))
+            silent.listen()
+            with pytest.raises(ValueError, match="does not answer"):
+                resolve_uri(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
+
+    @pytest.mark.parametrize(("status", "accepted"), [(200, True), (401, True), (404, True), (502, False)])
+    def test_what_counts_as_an_answer(self, status: int, accepted: bool, tmp_path: Path) -> None:
+        with answering(status) as (address, asked):
+            if accepted:
+                assert resolve_uri(f"{address}/", tmp_path) == address
+            else:
+                with pytest.raises(ValueError, match="HTTP status 502"):
+                    resolve_uri(address, tmp_path)
+        assert asked == ["/health"]
+
+
+class answering:
+    """An HTTP server that answers everything with one status and notes what was asked for."""
+
+    def __init__(self, status: int) -> None:
+        self.asked: list[str] = []
+        asked = self.asked
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                asked.append(self.path)
+                self.send_response(status)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                del format, args
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+
+    def __enter__(self) -> tuple[str, list[str]]:
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{self.server.server_port}", self.asked
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
