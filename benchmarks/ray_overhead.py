@@ -72,7 +72,7 @@ def _compare(rounds: int, epochs: int, workers: int) -> int:
     if all_cores < 2:
         raise SystemExit("error: this process may use one core; two are needed, one of them for Ray's own processes")
     forms = {"a core to spare": all_cores - 1, "every core": all_cores}
-    found: dict[str, dict[str, list[list[float]]]] = {form: {side: [] for side in SIDES} for form in forms}
+    speeds: dict[str, dict[str, list[list[float]]]] = {form: {side: [] for side in SIDES} for form in forms}
     with tempfile.TemporaryDirectory() as temporary:
         build_demo(Path(temporary) / "data", num_train=IMAGES, num_val=4, image_size=160, samples_per_shard=8)
         for number in range(rounds):
@@ -82,8 +82,8 @@ def _compare(rounds: int, epochs: int, workers: int) -> int:
                         folder = Path(temporary) / f"{side}-{number}-{cores}"
                         command = [*start, str(Path(__file__).resolve()), "--side", side, "--folder", str(folder)]
                         command += ["--epochs", str(epochs), "--workers", str(workers), "--cores", str(cores)]
-                        found[form][side].append(_speeds(command, environment, folder, f"{side}, {form}"))
-    return _report(found)
+                        speeds[form][side].append(_speeds(command, environment, folder, f"{side}, {form}"))
+    return _report(speeds)
 
 
 @contextmanager
@@ -114,9 +114,9 @@ def _speeds(command: list[str], environment: Mapping[str, str], folder: Path, wh
     return speeds
 
 
-def _report(found: Mapping[str, Mapping[str, list[list[float]]]]) -> int:
+def _report(speeds: Mapping[str, Mapping[str, list[list[float]]]]) -> int:
     failed = False
-    for form, sides in found.items():
+    for form, sides in speeds.items():
         ours, theirs = (statistics.median(chain(*sides[side])) for side in SIDES)
         ratio = ours / theirs
         pairs = [
@@ -159,8 +159,8 @@ def train(values: dict[str, Any], process: Any, report: Any) -> None:
     trainer.fit(report=note)
     if process.is_main:
         speeds = [IMAGES / (end - begin) for begin, end in pairwise(times[:-1])]  # the last one is measured too
-        found = {"speeds": speeds, "reporting": statistics.median(spent), "busy": time.process_time() - begun}
-        (folder / "speeds.json").write_text(json.dumps(found), encoding="utf-8")
+        record = {"speeds": speeds, "reporting": statistics.median(spent), "busy": time.process_time() - begun}
+        (folder / "speeds.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def _keep_to(cores: int) -> None:

@@ -128,10 +128,10 @@ class Bench:
             return sorted(status for (status,) in database.execute(below, parents[0]))
 
 
-def wait(found: Callable[[], Any], what: str) -> Any:
+def wait(ready: Callable[[], Any], what: str) -> Any:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        if value := found():
+        if value := ready():
             return value
         time.sleep(0.5)
     raise SystemExit(f"error: {what} did not come in {PATIENCE:.0f} s")
@@ -178,12 +178,12 @@ def without_retry(bench: Bench) -> dict[str, bool]:
     job = bench.start("spent", retries=0)
     killed, _ = bench.kill_worker("spent")
     code = job.wait(timeout=PATIENCE)
-    found = {trial["name"]: trial for trial in bench.trials("spent")}
-    lost = found.pop(killed.name, {"status": "missing", "error": "", "metrics": {}})
+    others = {trial["name"]: trial for trial in bench.trials("spent")}
+    lost = others.pop(killed.name, {"status": "missing", "error": "", "metrics": {}})
     children = bench.children("spent")
     print(f"spent: {killed.name} is recorded as {lost['status']}: {lost['error']}", flush=True)
     return {
-        "without a retry the sweep goes on": code == 0 and [t["status"] for t in found.values()] == ["finished"] * 3,
+        "without a retry the sweep goes on": code == 0 and [t["status"] for t in others.values()] == ["finished"] * 3,
         "the lost trial is recorded with its error and no score": (
             lost["status"] == "failed" and "died" in lost["error"] and not lost["metrics"]
         ),

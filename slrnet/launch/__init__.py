@@ -1,1 +1,1 @@
-"""Starts trainings, evaluations and pseudo labelling, on a Ray cluster or in this process."""
+"""Starts trainings, evaluations and pseudo labeling, on a Ray cluster or in this process."""

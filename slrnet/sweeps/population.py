@@ -1,13 +1,13 @@
 """Population-based training (Jaderberg et al. 2017): the settings of trials change while they train.
 
-All members train to the same epoch. Then the worst ones take over the checkpoint and the settings of a good one, the
-settings changed a little, and all train on: weights are inherited, and a member's settings become a schedule. The
-decisions are a function of figures, seed and epoch, and are on the disk before anything is copied, so that a sweep that
-was killed goes on as it would have.
+All members train to the same epoch. Then the worst ones take over the checkpoint and the settings of a good one, with
+the settings changed a little, and all train on. So weights are inherited, and a member's settings become a schedule.
+The decisions depend only on metrics, seed and epoch, and are on disk before anything is copied, so a killed sweep
+resumes with the same outcome.
 
-Ray's own scheduler of that name is not used: it copies checkpoints that trials hand over to Tune, and those here
-belong to Ray Train's workers; its state is not among what `Tuner.restore` brings back; and in its synchronous form the
-others wait for ever when the last member of a round dies. Who trains a round is up to the caller.
+Ray Tune's own `PopulationBasedTraining` cannot serve here. It copies the checkpoints that trials report to Tune, but
+these checkpoints belong to Ray Train's workers. `Tuner.restore` does not bring back the scheduler's state. Its
+synchronous form waits forever if the last member of a round dies. The caller decides who trains a round.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from pydantic import TypeAdapter
+
 from slrnet.storage.files import write_json
 from slrnet.sweeps.plan import SweepPlan
 from slrnet.sweeps.space import Domain
-from slrnet.sweeps.trials import Mode, Trial, mode_of, trial_from_rows, trial_rows
+from slrnet.sweeps.trials import Trial, mode_of, trial_from_rows, trial_rows
 
 __all__ = [
     "Change",
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 RESAMPLING = 0.25
-"""Probability that a setting is drawn anew instead of being moved a little."""
+"""Probability that a setting is drawn anew instead of moving a little."""
 _RECORD = "population.json"
 
 Round: TypeAlias = Callable[[int, Mapping[int, Mapping[str, Any]]], Mapping[int, str]]
@@ -64,11 +66,11 @@ class Member:
 
     index: int
     schedule: tuple[Change, ...]
-    """Its settings, in the order of time."""
+    """Its settings in order of time."""
     rows: Mapping[int, Mapping[str, float]]
-    """Figures by epoch of the weights that it has: after a take-over, those of their former owner."""
+    """Metrics by epoch of its present weights: after a take-over, those of their former owner."""
     error: str = ""
-    """Why it failed; it then takes no further part."""
+    """Why it failed; a failed member leaves the population."""
 
     @property
     def values(self) -> Mapping[str, Any]:
@@ -82,14 +84,19 @@ class Population:
 
     members: tuple[Member, ...]
     rounds: int = 0
-    """Finished ones."""
+    """Finished rounds."""
     copied: bool = True
-    """Whether the checkpoints that changed hands after the last round are where they belong."""
+    """Whether the take-overs of the last round have copied their checkpoints."""
 
     @property
     def alive(self) -> tuple[Member, ...]:
         """Members without an error."""
         return tuple(member for member in self.members if not member.error)
+
+    def takers(self, epoch: int) -> list[tuple[Member, Change, int]]:
+        """Members that take over weights after an epoch, each with its change and the member it takes them from."""
+        last = [(member, member.schedule[-1]) for member in self.alive]
+        return [(member, c, c.source) for member, c in last if c.epoch == epoch and c.source is not None]
 
     def save(self, folder: Path) -> None:
         """Writes the population into a sweep's folder, whole or not at all."""
@@ -97,21 +104,9 @@ class Population:
 
     @classmethod
     def load(cls, folder: Path) -> Population | None:
-        """The population that a sweep's folder holds, if any."""
+        """Reads the population in a sweep's folder, if there is one."""
         path = folder / _RECORD
-        if not path.is_file():
-            return None
-        record = json.loads(path.read_text(encoding="utf-8"))
-        members = tuple(
-            Member(
-                found["index"],
-                tuple(Change(**change) for change in found["schedule"]),
-                {int(epoch): row for epoch, row in found["rows"].items()},
-                found["error"],
-            )
-            for found in record["members"]
-        )
-        return cls(members, record["rounds"], record["copied"])
+        return TypeAdapter(cls).validate_python(json.loads(path.read_text("utf-8"))) if path.is_file() else None
 
 
 def boundaries(epochs: int, *, first: int, every: int) -> tuple[int, ...]:
@@ -120,13 +115,13 @@ def boundaries(epochs: int, *, first: int, every: int) -> tuple[int, ...]:
 
 
 def start_population(domains: Sequence[Domain], *, size: int, first: Mapping[str, Any], seed: int) -> Population:
-    """A population before its first round.
+    """Draws a population before its first round.
 
     Args:
-        domains: whose values are drawn.
-        size: members.
-        first: settings of the first member; what it lacks is drawn.
-        seed: of the draws.
+        domains: the settings to draw.
+        size: number of members.
+        first: settings of the first member; missing ones are drawn.
+        seed: seed of the draws.
     """
     rng = random.Random(seed)
     drawn = [{domain.key: domain.draw(rng) for domain in domains} for _ in range(size)]
@@ -135,29 +130,23 @@ def start_population(domains: Sequence[Domain], *, size: int, first: Mapping[str
 
 
 def exploit(
-    population: Population,
-    domains: Sequence[Domain],
-    *,
-    metric: str,
-    epoch: int,
-    quantile: float,
-    seed: int,
+    population: Population, domains: Sequence[Domain], *, metric: str, epoch: int, quantile: float, seed: int
 ) -> Population:
     """Lets the worst members take over from the best ones.
 
     Args:
-        population: whose members have finished `epoch`.
-        domains: the settings that may change, and within which ends.
-        metric: figure to compare by; one that is missing is the worst.
-        epoch: that all have finished.
-        quantile: share of the members that take over, and from which they do: at least one, at most half.
-        seed: of the sweep.
+        population: members that have finished `epoch`.
+        domains: the settings that may change, and their ranges.
+        metric: metric to compare by; a missing value counts as the worst.
+        epoch: epoch that all have finished.
+        quantile: share of the members that take over, and share from which they do; between one member and half.
+        seed: the sweep's seed.
 
     Returns:
         The population with the settings of the next round. No checkpoint has been copied.
     """
     rng = random.Random(f"{seed}/{epoch}")
-    scores = {member.index: _score(member, metric, mode_of(metric), epoch) for member in population.alive}
+    scores = {member.index: _score(member, metric, epoch) for member in population.alive}
     ranked = sorted(population.alive, key=lambda member: (scores[member.index], -member.index))
     count = min(max(1, int(quantile * len(ranked))), len(ranked) // 2)
     changed = {}
@@ -177,13 +166,13 @@ def train_population(
     say: Callable[[str], None],
     record: Callable[[Population], None] = lambda population: None,
 ) -> list[Trial]:
-    """Trains a population to the end, or from where its folder says that it stands.
+    """Trains a population to the end, from the start or from the state in the sweep's folder.
 
     Args:
-        plan: of the sweep.
-        train_round: trains members to the end of an epoch; what it trained before a kill it need not train again.
-        say: receives lines for people.
-        record: is told of the population whenever settings have changed.
+        plan: the sweep.
+        train_round: trains members to the end of an epoch; it need not repeat what it trained before a kill.
+        say: receives the lines to show.
+        record: called with the population whenever settings have changed.
     """
     options, folder = plan.options, plan.folder
     population = Population.load(folder) or start_population(
@@ -191,19 +180,22 @@ def train_population(
     )
     assert options.grace_epochs is not None
     ends = boundaries(plan.config.train.epochs, first=options.grace_epochs, every=options.perturb_every)
+    common: dict[str, Any] = {"metric": options.metrics[0], "quantile": options.quantile, "seed": options.seed}
     for until in ends[population.rounds :]:
         if not population.copied:
-            _copy_checkpoints(plan, population)
+            _copy_checkpoints(plan, population, ends[population.rounds - 1])
             population = replace(population, copied=True)
         population.save(folder)
         record(population)
         errors = train_round(until, {member.index: member.values for member in population.alive})
         population = _after_round(plan, population, errors, until)
         if until != ends[-1]:
-            common: dict[str, Any] = {"metric": options.metrics[0], "quantile": options.quantile, "seed": options.seed}
             population = exploit(population, plan.space, epoch=until, **common)
-            for line in _describe_changes(plan, population, until):
-                say(line)
+            for member, change, source in population.takers(until):
+                say(
+                    f"after epoch {until} {member_name(plan, member.index)} continues with the weights of "
+                    f"{member_name(plan, source)}, with {_settings_text(change.values)}"
+                )
         population = replace(population, rounds=population.rounds + 1)
         population.save(folder)
     return [_trial_of(plan, member) for member in population.members]
@@ -214,9 +206,9 @@ def member_name(plan: SweepPlan, index: int) -> str:
     return f"{plan.options.name}-{index:02d}"
 
 
-def _score(member: Member, metric: str, mode: Mode, epoch: int) -> float:
+def _score(member: Member, metric: str, epoch: int) -> float:
     value = member.rows.get(epoch, {}).get(metric, math.nan)
-    return (value if mode == "max" else -value) if math.isfinite(value) else -math.inf
+    return (value if mode_of(metric) == "max" else -value) if math.isfinite(value) else -math.inf
 
 
 def _explore(values: Mapping[str, Any], domains: Sequence[Domain], rng: random.Random) -> dict[str, Any]:
@@ -228,27 +220,21 @@ def _explore(values: Mapping[str, Any], domains: Sequence[Domain], rng: random.R
 
 
 def _after_round(plan: SweepPlan, population: Population, errors: Mapping[int, str], until: int) -> Population:
-    """The population with the figures of the round, and the errors."""
-    members = []
-    for member in population.members:
-        if not member.error:
-            own = trial_rows(plan.folder / "trials" / member_name(plan, member.index))
-            begun = max(member.rows, default=0)  # epochs before belong to the weights, whoever trained them
-            rows = {**member.rows, **{epoch: row for epoch, row in own.items() if begun < epoch <= until}}
-            member = replace(member, rows=rows, error=errors.get(member.index, ""))
-        members.append(member)
-    return replace(population, members=tuple(members))
-
-
-def _copy_checkpoints(plan: SweepPlan, population: Population) -> None:
-    """Gives members the checkpoints of those they took over from, who give and do not take in the same round."""
-    newest = max(member.schedule[-1].epoch for member in population.members)
+    """The population with the metrics and errors of a round."""
+    members = {member.index: member for member in population.members}
     for member in population.alive:
-        change = member.schedule[-1]
-        if change.source is None or change.epoch != newest:
-            continue
+        logged = trial_rows(plan.folder / "trials" / member_name(plan, member.index))
+        begun = max(member.rows, default=0)  # earlier epochs belong to the weights, whoever trained them
+        rows = {**member.rows, **{epoch: row for epoch, row in logged.items() if begun < epoch <= until}}
+        members[member.index] = replace(member, rows=rows, error=errors.get(member.index, ""))
+    return replace(population, members=tuple(members.values()))
+
+
+def _copy_checkpoints(plan: SweepPlan, population: Population, epoch: int) -> None:
+    """Copies the checkpoints of the take-overs after an epoch; nobody both gives and takes in the same round."""
+    for member, _, giver in population.takers(epoch):
         source, target = (
-            plan.folder / "trials" / member_name(plan, index) / "checkpoints" for index in (change.source, member.index)
+            plan.folder / "trials" / member_name(plan, index) / "checkpoints" for index in (giver, member.index)
         )
         incoming = target.with_name(".checkpoints.incoming")
         shutil.rmtree(incoming, ignore_errors=True)
@@ -257,29 +243,15 @@ def _copy_checkpoints(plan: SweepPlan, population: Population) -> None:
         incoming.rename(target)
 
 
-def _describe_changes(plan: SweepPlan, population: Population, epoch: int) -> list[str]:
-    lines = []
-    for member in population.alive:
-        change = member.schedule[-1]
-        if change.source is not None and change.epoch == epoch:
-            settings = ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                                 for key, value in change.values.items())  # fmt: skip
-            lines.append(
-                f"after epoch {epoch} {member_name(plan, member.index)} goes on from the weights of "
-                f"{member_name(plan, change.source)}, with {settings}"
-            )
-    return lines
+def _settings_text(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                     for key, value in values.items())  # fmt: skip
 
 
 def _trial_of(plan: SweepPlan, member: Member) -> Trial:
-    trial = trial_from_rows(
-        member_name(plan, member.index),
-        member.values,
-        member.rows,
-        metric=plan.options.metrics[0],
-        planned=plan.config.train.epochs,
-        error=member.error,
-    )
+    metric, planned = plan.options.metrics[0], plan.config.train.epochs
+    name = member_name(plan, member.index)
+    trial = trial_from_rows(name, member.values, member.rows, metric=metric, planned=planned, error=member.error)
     schedule = tuple(
         {
             "epoch": change.epoch,

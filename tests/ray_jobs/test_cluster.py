@@ -47,8 +47,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[tuple[str, dict[str, str]]]:
-    with local_cluster() as found:
-        yield found
+    with local_cluster() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -168,11 +168,11 @@ def test_a_sweep_goes_on_after_its_driver_was_stopped(
     resumed = submit("ray_jobs/tune.py", "--storage", str(tmp_path), "--resume", "sweep")
     assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
     assert "| failed: " in resumed.stdout
-    found = json.loads((tmp_path / "sweep" / "results" / "trials.json").read_text())["trials"]
-    assert sorted((trial["values"]["optim.lr"], trial["status"]) for trial in found) == [
+    recorded = json.loads((tmp_path / "sweep" / "results" / "trials.json").read_text())["trials"]
+    assert sorted((trial["values"]["optim.lr"], trial["status"]) for trial in recorded) == [
         (0.01, "finished"), (1e30, "failed"),
     ]  # fmt: skip
-    assert "not finite" in next(trial["error"] for trial in found if trial["status"] == "failed")
+    assert "not finite" in next(trial["error"] for trial in recorded if trial["status"] == "failed")
     assert finished in [path.stat().st_mtime_ns for path in trials.glob("*/checkpoints/checkpoint-0002/state.json")]
     assert load_config(tmp_path / "sweep" / "results" / "best_config.json").optim.lr == 0.01
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")

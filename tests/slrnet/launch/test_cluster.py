@@ -14,20 +14,20 @@ from slrnet.launch.cluster import ClusterError, WorkerPlan, await_lost_nodes, pl
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A cluster that has `cpus` and `gpus`, and one more GPU node of 8 cores at each of `arrivals` (seconds)."""
-    found: dict[str, Any] = {"cpus": 8, "gpus": 0, "arrivals": [], "now": 0.0, "requests": [], "said": []}
+    state: dict[str, Any] = {"cpus": 8, "gpus": 0, "arrivals": [], "now": 0.0, "requests": [], "said": []}
 
     def resources() -> tuple[int, int]:
-        arrived = sum(time <= found["now"] for time in found["arrivals"])
-        return found["cpus"] + 8 * arrived, found["gpus"] + arrived
+        arrived = sum(time <= state["now"] for time in state["arrivals"])
+        return state["cpus"] + 8 * arrived, state["gpus"] + arrived
 
     def sleep(seconds: float) -> None:
-        found["now"] += seconds
+        state["now"] += seconds
 
     monkeypatch.setattr(cluster_module, "cluster_resources", resources)
     monkeypatch.setattr(cluster_module.time, "sleep", sleep)
-    monkeypatch.setattr(cluster_module.time, "monotonic", lambda: found["now"])
-    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: found["requests"].append(bundles))
-    return found
+    monkeypatch.setattr(cluster_module.time, "monotonic", lambda: state["now"])
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: state["requests"].append(bundles))
+    return state
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_any_number_of_ranks_counts_the_same(
         for other in shares[1:]:
             shares[0].matrix.merge(other.matrix)
         assert shares[0].matrix.counts.equal(total.matrix.counts)
-        assert sum(found.images for found in shares) == total.images == 5
+        assert sum(share.images for share in shares) == total.images == 5
 
 
 def test_an_evaluation_repeats_the_figures_of_the_training(

@@ -49,14 +49,14 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def notes(folder: Path, split: str) -> dict[str, dict[str, Any]]:
-    found = {}
+    entries = {}
     for shard in sorted(folder.glob(f"{split}-*.tar")):
         with tarfile.open(shard) as archive:
             for member in archive:
                 file = archive.extractfile(member)
                 if member.name.endswith(".json") and file is not None:
-                    found[member.name.removesuffix(".json")] = json.load(file)
-    return found
+                    entries[member.name.removesuffix(".json")] = json.load(file)
+    return entries
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +130,13 @@ class TestTheDataSet:
             assert new.pixel_labels is not None
             assert true.pixel_labels is not None
             kept.update(new.pixel_labels, true.pixel_labels)
-        found = made[1]["quality"]["train"]
-        assert list(found) == ["ss+gated_by_image_labels", "ss+gated_by_image_labels, void below 0.5"]
-        thresholded = found["ss+gated_by_image_labels, void below 0.5"]
+        quality = made[1]["quality"]["train"]
+        assert list(quality) == ["ss+gated_by_image_labels", "ss+gated_by_image_labels, void below 0.5"]
+        thresholded = quality["ss+gated_by_image_labels, void below 0.5"]
         assert thresholded["images"] == 9
         assert thresholded["metrics"]["miou"] == pytest.approx(kept.miou(), abs=1e-12)
         assert thresholded["metrics"]["coverage"] == pytest.approx(kept.coverage(), abs=1e-12)
-        assert found["ss+gated_by_image_labels"]["metrics"]["coverage"] == 1
+        assert quality["ss+gated_by_image_labels"]["metrics"]["coverage"] == 1
 
     def test_quality_is_what_an_evaluation_says(
         self, made: tuple[ShardSet, Any], checkpoint: Checkpoint, tiny_data: ShardSet, tmp_path: Path
@@ -144,8 +144,8 @@ class TestTheDataSet:
         config = apply_overrides(checkpoint.config, GATED)
         options = LaunchOptions(name="evaluation", storage=tmp_path, num_workers=0)
         record = launch_evaluation(checkpoint, tiny_data, split="train", config=config, options=options)
-        found = made[1]["quality"]["train"][record["protocol"]]["metrics"]
-        assert found["miou"] == pytest.approx(record["metrics"]["val/miou"], abs=1e-12)
+        metrics = made[1]["quality"]["train"][record["protocol"]]["metrics"]
+        assert metrics["miou"] == pytest.approx(record["metrics"]["val/miou"], abs=1e-12)
 
     def test_the_record_lies_beside_the_shards(self, made: tuple[ShardSet, Any]) -> None:
         record = json.loads((made[0].folder / RECORD).read_text())

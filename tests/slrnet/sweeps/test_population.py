@@ -38,8 +38,8 @@ def population(*scores: float, epoch: int = 2) -> Population:
     return Population(tuple(Member(i, (Change(0, values),), {epoch: row}) for i, row in enumerate(rows)))
 
 
-def takers(found: Population) -> dict[int, int | None]:
-    return {member.index: member.schedule[-1].source for member in found.members if len(member.schedule) > 1}
+def takers(after: Population) -> dict[int, int | None]:
+    return {member.index: member.schedule[-1].source for member in after.members if len(member.schedule) > 1}
 
 
 def decide(before: Population, *, quantile: float = 0.25, seed: int = 0, metric: str = METRIC) -> Population:
@@ -70,9 +70,9 @@ def test_of_error_rates_the_largest_is_the_worst() -> None:
 
 
 def test_half_of_the_members_at_most_take_over() -> None:
-    found = takers(decide(population(0.1, 0.2, 0.3, 0.4, 0.5), quantile=0.5))
-    assert set(found) == {0, 1}
-    assert set(found.values()) <= {3, 4}
+    sources = takers(decide(population(0.1, 0.2, 0.3, 0.4, 0.5), quantile=0.5))
+    assert set(sources) == {0, 1}
+    assert set(sources.values()) <= {3, 4}
 
 
 def test_without_a_figure_a_member_is_the_worst_and_nothing_is_taken_from_it() -> None:
@@ -89,10 +89,10 @@ def test_equals_and_the_dead_change_nothing() -> None:
 
 def test_changed_settings_stay_in_their_domains_and_come_from_the_seed() -> None:
     before = population(0.1, 0.4)
-    found = [decide(before, seed=seed).members[0].values for seed in range(40)]
-    assert found == [decide(before, seed=seed).members[0].values for seed in range(40)]
-    weights = {values["weights.consistency"] for values in found}
-    gammas = {values["calibration.confidence_threshold"] for values in found}
+    settings = [decide(before, seed=seed).members[0].values for seed in range(40)]
+    assert settings == [decide(before, seed=seed).members[0].values for seed in range(40)]
+    weights = {values["weights.consistency"] for values in settings}
+    gammas = {values["calibration.confidence_threshold"] for values in settings}
     assert {2.0 * 1.2, 2.0 / 1.2} < weights, "moved, and now and then drawn anew"
     assert all(0.5 <= weight <= 8 for weight in weights)
     assert all(0.3 <= gamma <= 0.9 for gamma in gammas)
@@ -169,7 +169,7 @@ def test_checkpoints_change_hands_and_the_schedule_is_kept(plan: SweepPlan) -> N
     assert [(change["epoch"], change["from"]) for change in first.schedule][:2] == [(0, ""), (2, "p-03")]
     assert first.curve == pytest.approx([0.04, 0.08, 0.12, 0.04]), "the figures of the weights that it has"
     assert first.values == first.schedule[-1]["values"]
-    assert any("p-00 goes on from the weights of p-03" in line for line in said)
+    assert any("p-00 continues with the weights of p-03" in line for line in said)
 
 
 @pytest.mark.parametrize("kill_at", [2, 3, 4])

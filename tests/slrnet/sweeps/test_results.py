@@ -59,7 +59,7 @@ def test_the_best() -> None:
 
 def test_the_front_by_hand() -> None:
     """c is beaten by a in one figure and equal in the other; e and f have no figures."""
-    assert [found.name for found in pareto_front(POINTS, ["val/mfdr", "val/mfnr"])] == ["d", "b", "a"]
+    assert [trial.name for trial in pareto_front(POINTS, ["val/mfdr", "val/mfnr"])] == ["d", "b", "a"]
 
 
 def test_equal_trials_stay_on_the_front() -> None:
@@ -74,12 +74,12 @@ def test_importances_find_the_setting_that_acts() -> None:
         )
         for i in range(12)
     ]
-    found = importances(trials, "val/miou")
-    assert next(iter(found)) == "optim.lr"
-    assert found["optim.lr"] > 0.8
-    assert sum(found.values()) == pytest.approx(1)
+    shares = importances(trials, "val/miou")
+    assert next(iter(shares)) == "optim.lr"
+    assert shares["optim.lr"] > 0.8
+    assert sum(shares.values()) == pytest.approx(1)
     assert importances(trials[:3], "val/miou") == {}, "too few"
-    equals = [replace(found, metrics={"val/miou": 0.2}) for found in trials]
+    equals = [replace(trial, metrics={"val/miou": 0.2}) for trial in trials]
     assert importances(equals, "val/miou") == {}, "nothing to explain"
 
 
@@ -154,19 +154,19 @@ def curves(*values: list[float], planned: int = 4) -> list[Trial]:
         trial_from_rows(
             f"t{number}",
             {"weights.consistency": 1.0 + number},
-            {epoch: {"val/miou": value} for epoch, value in enumerate(found, 1)},
+            {epoch: {"val/miou": value} for epoch, value in enumerate(scores, 1)},
             metric="val/miou",
             planned=planned,
         )
-        for number, found in enumerate(values)
+        for number, scores in enumerate(values)
     ]
 
 
 def test_a_trial_is_its_best_epoch_and_keeps_its_curve() -> None:
-    (found,) = curves([0.1, 0.3, 0.2])
-    assert (found.status, found.epochs, found.planned) == ("stopped early", 3, 4)
-    assert found.metrics == {"val/miou": 0.3}
-    assert found.curve == (0.1, 0.3, 0.2)
+    (only,) = curves([0.1, 0.3, 0.2])
+    assert (only.status, only.epochs, only.planned) == ("stopped early", 3, 4)
+    assert only.metrics == {"val/miou": 0.3}
+    assert only.curve == (0.1, 0.3, 0.2)
     broken = trial_from_rows("b", {}, {1: {"val/miou": 0.1}}, metric="val/miou", planned=4, error="nan")
     assert (broken.status, broken.epochs, broken.metrics) == ("failed", 1, {})
 
@@ -202,7 +202,7 @@ def test_the_fate_of_the_best_trial_under_early_stopping() -> None:
 
 def test_a_summary_tells_of_epochs_the_recipe_early_stopping_and_schedules(tmp_path: Path) -> None:
     schedule = tuple({"epoch": epoch, "values": {"optim.lr": 1.0 / (1 + epoch)}, "from": ""} for epoch in (0, 2))
-    trials = [replace(found, schedule=schedule) for found in curves([0.1, 0.25, 0.2], [0.1, 0.2, 0.3, 0.5])]
+    trials = [replace(trial, schedule=schedule) for trial in curves([0.1, 0.25, 0.2], [0.1, 0.2, 0.3, 0.5])]
     summary = write_results(
         trials,
         ["val/miou"],

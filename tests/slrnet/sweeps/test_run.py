@@ -23,6 +23,6 @@ def test_nobody_is_stopped_before_the_grace_period_or_without_company() -> None:
 def test_trials_run_side_by_side() -> None:
     """The poor one is first to its rung, and nothing is known yet that it could be compared with."""
     curves = {"poor": [0.1, 0.1, 0.1, 0.1], "good": [0.5, 0.5, 0.5, 0.5], "late": [0.2, 0.2, 0.2, 0.2]}
-    found = replay_asha(curves, mode="max", grace=1, reduction=2.0, concurrent=2)
-    assert found["good"] == 4
-    assert found["late"] == 1
+    epochs = replay_asha(curves, mode="max", grace=1, reduction=2.0, concurrent=2)
+    assert epochs["good"] == 4
+    assert epochs["late"] == 1

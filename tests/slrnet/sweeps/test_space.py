@@ -124,15 +124,15 @@ def test_neighbors_lie_on_both_sides_and_within(text: str, value: float, near: s
 
 
 @pytest.mark.parametrize(
-    "domain", [*DEFAULT_SPACE, parse_domain("cvlr.num_iters=int:1:6")], ids=lambda found: found.kind
+    "domain", [*DEFAULT_SPACE, parse_domain("cvlr.num_iters=int:1:6")], ids=lambda domain: domain.kind
 )
 def test_draws_fill_the_domain(domain: Domain) -> None:
     rng = random.Random(0)
-    found = [domain.draw(rng) for _ in range(300)]
+    drawn = [domain.draw(rng) for _ in range(300)]
     if domain.kind in ("choice", "int"):
-        assert set(found) == set(domain.values if domain.kind == "choice" else range(1, 7))
+        assert set(drawn) == set(domain.values if domain.kind == "choice" else range(1, 7))
         return
     low, high = domain.values
-    assert low <= min(found) < max(found) <= high
+    assert low <= min(drawn) < max(drawn) <= high
     middle = (low * high) ** 0.5 if domain.kind == "loguniform" else (low + high) / 2
-    assert 100 < sum(value < middle for value in found) < 200
+    assert 100 < sum(value < middle for value in drawn) < 200
