@@ -9,7 +9,7 @@ from typing import Any
 
 from slrnet.storage.files import written_whole
 from slrnet.sweeps.ablations import Ablation
-from slrnet.sweeps.trials import AblationRow, Trial, has_metrics, is_wide, mode_of, study_of
+from slrnet.sweeps.trials import AblationRow, Trial, is_wide, mode_of, scored, study_of
 
 __all__ = ["draw_ablation", "draw_schedules", "draw_search"]
 
@@ -32,23 +32,23 @@ def draw_search(trials: Sequence[Trial], metrics: Sequence[str], folder: Path, *
     from optuna.visualization import matplotlib as optuna_plots
 
     mpl.use("agg")  # these plots go through pyplot, which otherwise looks for a display
-    scored = [trial for trial in trials if has_metrics(trial, metrics[:1])]
+    measured = scored(trials, metrics[:1])
     names = [f"{metric}, %" for metric in metrics[:2]]
     with mpl.rc_context(), warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
-        study = study_of(scored, metrics[:1])
+        study = study_of(measured, metrics[:1])
         _save(optuna_plots.plot_slice(study, target_name=names[0]), folder / "trials")
         curves = optuna_plots.plot_intermediate_values(study)
         curves.set(xlabel="epoch", ylabel=names[0])
         curves.xaxis.get_major_locator().set_params(integer=True)
-        if len(curves.lines) == len(scored) > 1:
-            curves.legend(curves.lines, [trial.name for trial in scored], bbox_to_anchor=(1.05, 1), loc="upper left")
+        if len(curves.lines) == len(measured) > 1:
+            curves.legend(curves.lines, [trial.name for trial in measured], bbox_to_anchor=(1.05, 1), loc="upper left")
         _save(curves, folder / "curves")
         if with_importances:
             evaluator = FanovaImportanceEvaluator(seed=0)
             importances = optuna_plots.plot_param_importances(study, evaluator=evaluator, target_name=names[0])
             _save(importances, folder / "importances")
         if len(metrics) > 1:
-            both = study_of([trial for trial in trials if has_metrics(trial, metrics[:2])], metrics[:2])
+            both = study_of(scored(trials, metrics[:2]), metrics[:2])
             _save(optuna_plots.plot_pareto_front(both, target_names=names), folder / "front")
 
 

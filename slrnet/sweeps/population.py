@@ -13,7 +13,6 @@ synchronous form waits forever if the last member of a round dies. The caller de
 from __future__ import annotations
 
 import json
-import math
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ from pydantic import TypeAdapter
 from slrnet.storage.files import write_json
 from slrnet.sweeps.plan import SweepPlan
 from slrnet.sweeps.space import Domain
-from slrnet.sweeps.trials import Trial, mode_of, trial_from_rows, trial_rows
+from slrnet.sweeps.trials import Trial, score_of, trial_from_rows, trial_rows
 
 __all__ = [
     "Change",
@@ -146,7 +145,7 @@ def exploit(
         The population with the settings of the next round. No checkpoint has been copied.
     """
     rng = random.Random(f"{seed}/{epoch}")
-    scores = {member.index: _score(member, metric, epoch) for member in population.alive}
+    scores = {member.index: score_of(member.rows.get(epoch, {}), metric) for member in population.alive}
     ranked = sorted(population.alive, key=lambda member: (scores[member.index], -member.index))
     count = min(max(1, int(quantile * len(ranked))), len(ranked) // 2)
     changed = {}
@@ -204,11 +203,6 @@ def train_population(
 def member_name(plan: SweepPlan, index: int) -> str:
     """Name of a member's run and folder."""
     return f"{plan.options.name}-{index:02d}"
-
-
-def _score(member: Member, metric: str, epoch: int) -> float:
-    value = member.rows.get(epoch, {}).get(metric, math.nan)
-    return (value if mode_of(metric) == "max" else -value) if math.isfinite(value) else -math.inf
 
 
 def _explore(values: Mapping[str, Any], domains: Sequence[Domain], rng: random.Random) -> dict[str, Any]:

@@ -21,10 +21,9 @@ from slrnet.sweeps.trials import (
     ablation_rows,
     best_trial,
     epochs_trained,
-    has_metrics,
     importances,
-    mode_of,
     pareto_front,
+    score_of,
     settings_of,
 )
 
@@ -33,8 +32,7 @@ __all__ = ["ablation_table", "replay_text", "trial_table", "write_results"]
 
 def trial_table(trials: Sequence[Trial], metrics: Sequence[str]) -> str:
     """Trials as a Markdown table, best first by the first metric; metrics in percent."""
-    first, sign = metrics[0], -1 if mode_of(metrics[0]) == "max" else 1
-    ranked = sorted(trials, key=lambda t: sign * t.metrics[first] if has_metrics(t, [first]) else math.inf)
+    ranked = sorted(trials, key=lambda trial: -score_of(trial.metrics, metrics[0]))
     keys = settings_of(trials)
     rows = [
         [

@@ -19,11 +19,12 @@ __all__ = [
     "ablation_rows",
     "best_trial",
     "epochs_trained",
-    "has_metrics",
     "importances",
     "is_wide",
     "mode_of",
     "pareto_front",
+    "score_of",
+    "scored",
     "settings_of",
     "study_of",
     "trial_from_rows",
@@ -98,13 +99,13 @@ def trial_from_rows(
     epochs = max(rows, default=0)
     if error:
         return Trial(name=name, values=values, status="failed", epochs=epochs, metrics={}, error=error, planned=planned)
-    scored = [row for _, row in sorted(rows.items()) if math.isfinite(row.get(metric, math.nan))]
+    best = max((row for _, row in sorted(rows.items())), key=lambda row: score_of(row, metric), default={})
     return Trial(
         name=name,
         values=values,
         status="finished" if epochs >= planned else "stopped early",
         epochs=epochs,
-        metrics=max(scored, key=lambda row: _sign(metric) * row[metric], default={}),
+        metrics={} if score_of(best, metric) == -math.inf else best,
         planned=planned,
         curve=tuple(rows.get(epoch, {}).get(metric) for epoch in range(1, epochs + 1)),
     )
@@ -115,15 +116,20 @@ def mode_of(metric: str) -> Mode:
     return "min" if any(word in metric for word in ("fdr", "fnr", "loss")) else "max"
 
 
-def has_metrics(trial: Trial, metrics: Sequence[str]) -> bool:
-    """Whether a trial has finite values of all these metrics."""
-    return all(math.isfinite(trial.metrics.get(metric, math.nan)) for metric in metrics)
+def score_of(metrics: Mapping[str, float], metric: str) -> float:
+    """A metric with the sign that makes higher better; -inf where it is missing or not finite."""
+    value = metrics.get(metric, math.nan)
+    return (value if mode_of(metric) == "max" else -value) if math.isfinite(value) else -math.inf
+
+
+def scored(trials: Sequence[Trial], metrics: Sequence[str]) -> list[Trial]:
+    """The trials that have finite values of all these metrics."""
+    return [trial for trial in trials if all(score_of(trial.metrics, metric) > -math.inf for metric in metrics)]
 
 
 def best_trial(trials: Sequence[Trial], metric: str) -> Trial | None:
     """The trial with the best value of a metric; None where no trial has it."""
-    scored = [trial for trial in trials if has_metrics(trial, [metric])]
-    return max(scored, key=lambda trial: _sign(metric) * trial.metrics[metric], default=None)
+    return max(scored(trials, [metric]), key=lambda trial: score_of(trial.metrics, metric), default=None)
 
 
 def study_of(trials: Sequence[Trial], metrics: Sequence[str]) -> Any:
@@ -148,7 +154,7 @@ def study_of(trials: Sequence[Trial], metrics: Sequence[str]) -> Any:
         curve = {epoch: 100 * value for epoch, value in enumerate(trial.curve, 1) if value is not None}
         study.add_trial(
             optuna.create_trial(
-                params={key: value if _is_number(value) else str(value) for key, value in trial.values.items()},
+                params={key: _plain(value) for key, value in trial.values.items()},
                 distributions={key: distributions[key] for key in trial.values},
                 values=[100 * trial.metrics[metric] for metric in metrics],
                 intermediate_values=curve,
@@ -159,8 +165,8 @@ def study_of(trials: Sequence[Trial], metrics: Sequence[str]) -> Any:
 
 def pareto_front(trials: Sequence[Trial], metrics: Sequence[str]) -> list[Trial]:
     """The trials that no other one beats in one metric without losing in another, sorted by the first metric."""
-    scored = [trial for trial in trials if has_metrics(trial, metrics)]
-    front = [scored[best.number] for best in study_of(scored, metrics).best_trials]
+    measured = scored(trials, metrics)
+    front = [measured[best.number] for best in study_of(measured, metrics).best_trials]
     return sorted(front, key=lambda trial: trial.metrics[metrics[0]])
 
 
@@ -170,13 +176,13 @@ def importances(trials: Sequence[Trial], metric: str) -> dict[str, float]:
     Returns:
         Shares that sum to 1; empty with fewer than four trials that have the metric, or if it is the same in all.
     """
-    scored = [trial for trial in trials if has_metrics(trial, [metric])]
-    if len(scored) < _FEWEST or len({trial.metrics[metric] for trial in scored}) == 1:
+    measured = scored(trials, [metric])
+    if len(measured) < _FEWEST or len({trial.metrics[metric] for trial in measured}) == 1:
         return {}
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     evaluator = FanovaImportanceEvaluator(seed=0)
-    return dict(get_param_importances(study_of(scored, [metric]), evaluator=evaluator))
+    return dict(get_param_importances(study_of(measured, [metric]), evaluator=evaluator))
 
 
 def epochs_trained(trials: Sequence[Trial]) -> dict[str, float]:
@@ -207,7 +213,7 @@ def ablation_rows(ablation: Ablation, trials: Sequence[Trial], metrics: Sequence
     rows = []
     for index, variant in enumerate(ablation.variants):
         own = [trial for trial in trials if trial.values["variant"] == index]
-        scores = {m: [trial.metrics[m] for trial in own if has_metrics(trial, [m])] for m in metrics}
+        scores = {m: [trial.metrics[m] for trial in scored(own, [m])] for m in metrics}
         means = {metric: statistics.mean(values) if values else math.nan for metric, values in scores.items()}
         spreads = {metric: statistics.stdev(values) if len(values) > 1 else 0.0 for metric, values in scores.items()}
         if own:
@@ -220,10 +226,6 @@ def settings_of(trials: Sequence[Trial]) -> list[str]:
     return list(dict.fromkeys(key for trial in trials for key in trial.values))
 
 
-def _sign(metric: str) -> int:
-    return 1 if mode_of(metric) == "max" else -1
-
-
 def is_wide(values: Sequence[Any]) -> bool:
     """Whether values are positive numbers that differ by a factor of 8 or more, for a logarithmic axis."""
     return all(map(_is_number, values)) and 0 < 8 * min(values) <= max(values)
@@ -233,9 +235,13 @@ def _distribution(values: Sequence[Any]) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if not all(map(_is_number, values)):
-        return CategoricalDistribution(sorted({str(value) for value in values}))
+        return CategoricalDistribution(sorted({_plain(value) for value in values}, key=str))
     low, high = float(min(values)), float(max(values))
     return FloatDistribution(low, high if high > low else low + 1.0, log=is_wide(values))
+
+
+def _plain(value: Any) -> Any:
+    return value if _is_number(value) else str(value)
 
 
 def _is_number(value: Any) -> bool:
