@@ -32,13 +32,13 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@touch $@
 
 demo: $(STAMP) ## train on the embedded data set through a local Ray cluster, from shards to scores
-	@$(BIN)/python ray_jobs/demo.py
+	@$(BIN)/slrnet demo
 
 dashboard: $(STAMP) ## MLflow's page over the runs of the default storage; PORT=5000
-	@$(BIN)/python -m slrnet.tools.dashboard $(if $(PORT),--port $(PORT))
+	@$(BIN)/slrnet dashboard $(if $(PORT),--port $(PORT))
 
 app: $(STAMP) ## a page where an image gets its mask by the newest run, or by RUN=...; PORT=7860
-	@$(BIN)/python -m slrnet.tools.app $(if $(PORT),--port $(PORT)) $(RUN)
+	@$(BIN)/slrnet app $(if $(PORT),--port $(PORT)) $(RUN)
 
 # Side by side, with one thread each: the tests' networks are too small for more.
 FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile

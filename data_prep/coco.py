@@ -1,7 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """COCO 2014 or 2017 as tar shards.
 
-    python data_prep/coco.py --root COCO --out DIR [--year 2014] [--fraction 0.5]
+    slrnet prepare coco --root COCO --out DIR [--year 2014] [--fraction 0.5]
 
 Reads {train,val}YEAR/*.jpg (in --root or its folder `images`) and annotations/instances_{train,val}YEAR.json. Needs the
 extra `coco` (pycocotools). What is made:
@@ -36,14 +36,14 @@ import numpy.typing as npt
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.conversion import Output, add_arguments, convert_items, run_command
+from data_prep.conversion import Output, add_common_arguments, convert_items, run_conversion
 from data_prep.shard_writer import Sample, check_output
 from data_prep.source_files import ImageForm, names_of, read_keys, seeded_share, subset_members
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
-__all__ = ["Annotations", "class_mask", "convert", "read_annotations"]
+__all__ = ["Annotations", "add_arguments", "class_mask", "convert", "read_annotations", "run"]
 
 YEARS = (2014, 2017)
 SPLITS = ("train", "val")
@@ -438,16 +438,19 @@ def _text(value: str) -> str:
 # Command line.
 
 
-def main() -> int:
-    """Command line; see `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder with train2017, val2017, annotations")
     parser.add_argument("--year", type=int, choices=YEARS, help="which COCO (default: the one that is there)")
     parser.add_argument(
         "--fraction", type=float, default=1.0, metavar="X", help="share of train that is kept (default: %(default)s)"
     )
-    add_arguments(parser, name="coco")
-    return run_command(parser, _make)
+    add_common_arguments(parser, name="coco")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Makes or verifies the data set; returns the exit status."""
+    return run_conversion(options, lambda: _make(options))
 
 
 def _make(args: argparse.Namespace) -> DatasetInfo:
@@ -457,4 +460,6 @@ def _make(args: argparse.Namespace) -> DatasetInfo:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from slrnet.cli.main import main
+
+    sys.exit(main(["prepare", "coco", *sys.argv[1:]]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -18,10 +17,17 @@ import numpy.typing as npt
 
 from data_prep.shard_writer import Sample, check_output, report_problems, verify, write_dataset
 from data_prep.workers import ConversionPool
-from slrnet.completion import parse
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 
-__all__ = ["Output", "Source", "add_arguments", "add_longest_side", "convert_items", "parse_named_files", "run_command"]
+__all__ = [
+    "Output",
+    "Source",
+    "add_common_arguments",
+    "add_longest_side",
+    "convert_items",
+    "parse_named_files",
+    "run_conversion",
+]
 
 Item = TypeVar("Item", contravariant=True)
 
@@ -52,7 +58,7 @@ class Output:
 
     @classmethod
     def of_arguments(cls, args: argparse.Namespace) -> Output:
-        """The output that the options of `add_arguments` ask for."""
+        """The output that the options of `add_common_arguments` ask for."""
         return cls(
             args.out,
             name=args.name,
@@ -187,13 +193,19 @@ def add_longest_side(parser: argparse.ArgumentParser, *, default: int) -> None:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -> None:
-    """Adds the options that all scripts share; with `name`, its default, also those of scripts that read images."""
-    parser.epilog = "Exit status: 0, 1 where --verify found damage, 2 for input that was refused, 130 after Ctrl-C."
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to make; must not exist or be empty")
-    parser.add_argument(
+def add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -> None:
+    """Adds the options that all converters share.
+
+    Args:
+        parser: the parser to extend.
+        name: the data set's default name; None for a converter that draws its own images.
+    """
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, metavar="DIR", help="folder to make; must not exist or be empty")
+    target.add_argument(
         "--verify", type=Path, metavar="DIR", help="instead of writing: compare the shards of DIR with its manifest"
     )
+    parser.set_defaults(interrupted="interrupted; nothing was written")
     parser.add_argument(
         "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)"
     )
@@ -218,33 +230,25 @@ def add_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -
         )
 
 
-def run_command(parser: argparse.ArgumentParser, make: Callable[[argparse.Namespace], DatasetInfo]) -> int:
-    """Parses the command line, verifies or makes a data set, and prints what came of it.
+def run_conversion(options: argparse.Namespace, make: Callable[[], DatasetInfo]) -> int:
+    """Verifies or makes a data set, and prints what came of it.
 
     Args:
-        parser: Knows the options of `add_arguments` and the script's own.
-        make: Makes the data set from the parsed options.
+        options: the options of `add_common_arguments`.
+        make: makes the data set.
 
     Returns:
-        Exit status: 0, 1 when `--verify` found damage, 2 for input that was refused, 130 after Ctrl-C.
+        Exit status: 0, or 1 when `--verify` found damage.
+
+    Raises:
+        DataError: the input is refused.
     """
-    args = parse(parser)
-    if (args.out is None) == (args.verify is None):
-        parser.error("give either --out DIR to make a data set or --verify DIR to check one")
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        if args.verify is not None:
-            return print_verification(args.verify, processes=args.processes)
-        info = make(args)
-    except (DataError, OSError) as error:  # OSError: no space, no permission; its text names the path
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    if options.verify is not None:
+        return print_verification(options.verify, processes=options.processes)
+    info = make()
     counts = ", ".join(f"{count} {split}" for split, count in info.counts.items())
-    print(f"wrote {args.out}: {counts} samples, {info.num_classes} classes, fingerprint {info.fingerprint[:12]}")
-    print(f"look at it: python -m slrnet.tools.browse {shlex.quote(str(args.out))}")
+    print(f"wrote {options.out}: {counts} samples, {info.num_classes} classes, fingerprint {info.fingerprint[:12]}")
+    print(f"look at it: slrnet browse {shlex.quote(str(options.out))}")
     return 0
 
 
@@ -287,7 +291,3 @@ def print_verification(folder: Path, *, processes: int) -> int:
         print(f"  {damage}", file=sys.stderr)
     print(f"repair with: {dataset.repair_command}", file=sys.stderr)
     return 1
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt

@@ -1,7 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """The embedded demo data set: synthetic pictures of fish, kites, ladybirds and mushrooms, drawn from a seed.
 
-    python data_prep/demo.py --out DIR [--voc-folder DIR] [--train 240] [--val 60] [--image-size 128] [--seed 0]
+    slrnet prepare demo --out DIR [--voc-folder DIR] [--train 240] [--val 60] [--image-size 128] [--seed 0]
 
 Nothing is downloaded: numpy draws textured clutter and, on it, one to four objects that overlap, vary in size and may
 be cut by the border. Each class has a larger body whose outline, colours and texture another class shares (fish with
@@ -33,14 +33,14 @@ if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep import voc
-from data_prep.conversion import Output, add_arguments, run_command
+from data_prep.conversion import Output, add_common_arguments, run_conversion
 from data_prep.shard_writer import check_output
 from data_prep.workers import ConversionPool
 from slrnet.data.catalog import BACKGROUND, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
-__all__ = ["CLASSES", "build_demo", "draw_scene", "write_voc_folder"]
+__all__ = ["CLASSES", "add_arguments", "build_demo", "demo_data", "draw_scene", "run", "write_voc_folder"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -141,6 +141,16 @@ def write_voc_folder(
         pictures += [(key, (seed, split == "val", index)) for index, key in enumerate(keys)]
     with ConversionPool(processes) as workers:
         workers.map(partial(_write_picture, root, image_size), pictures, label="drawing")
+
+
+def demo_data(storage: Path) -> Path:
+    """The demo's shards in a folder of runs, built if they are missing; says that they stand in for real data."""
+    hint = "Real data: slrnet train --recipe voc_wsss --data SHARDS, with shards from `slrnet prepare voc`."
+    print(f"No --data given: training on the embedded, synthetic demo data. {hint}", flush=True)
+    folder = storage / "demo_data"
+    if not folder.exists():
+        build_demo(folder)
+    return folder
 
 
 def draw_scene(
@@ -476,16 +486,19 @@ def _finish(random: np.random.Generator, canvas: Floats) -> npt.NDArray[np.uint8
 # Command line.
 
 
-def main() -> int:
-    """Command line; see `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
     parser.add_argument("--train", type=int, default=240, metavar="N", help="training pictures (default: %(default)s)")
     parser.add_argument("--val", type=int, default=60, metavar="N", help="validation pictures (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=128, metavar="N", help="side, pixels (default: %(default)s)")
     parser.add_argument("--voc-folder", type=Path, metavar="DIR", help="also keep the pictures in VOC's folder layout")
-    add_arguments(parser)
+    add_common_arguments(parser)
     parser.set_defaults(samples_per_shard=32)
-    return run_command(parser, _make)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Makes or verifies the data set; returns the exit status."""
+    return run_conversion(options, lambda: _make(options))
 
 
 def _make(args: argparse.Namespace) -> DatasetInfo:
@@ -503,4 +516,6 @@ def _make(args: argparse.Namespace) -> DatasetInfo:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from slrnet.cli.main import main
+
+    sys.exit(main(["prepare", "demo", *sys.argv[1:]]))

@@ -1,9 +1,9 @@
 # PYTHON_ARGCOMPLETE_OK
 """Your own images as tar shards: with masks, with a table of labels, with both, or with neither.
 
-    python data_prep/folder.py --images DIR --masks DIR --classes cat,dog --val-fraction 0.1 --out DIR
-    python data_prep/folder.py --images DIR --labels labels.csv --split val=val.txt --out DIR
-    python data_prep/folder.py --images DIR --masks DIR --classes cat,dog --unlabelled --out DIR
+    slrnet prepare folder --images DIR --masks DIR --classes cat,dog --val-fraction 0.1 --out DIR
+    slrnet prepare folder --images DIR --labels labels.csv --split val=val.txt --out DIR
+    slrnet prepare folder --images DIR --masks DIR --classes cat,dog --unlabelled --out DIR
 
 Images are all files of the folder and the folders in it; an image's key is its path without suffix, `a/b.jpg` being
 `a_b`. Its mask has the same path below --masks, ending in .png:
@@ -39,7 +39,14 @@ import numpy.typing as npt
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.conversion import Output, add_arguments, add_longest_side, convert_items, parse_named_files, run_command
+from data_prep.conversion import (
+    Output,
+    add_common_arguments,
+    add_longest_side,
+    convert_items,
+    parse_named_files,
+    run_conversion,
+)
 from data_prep.shard_writer import Sample, check_output
 from data_prep.source_files import (
     ImageForm,
@@ -58,7 +65,7 @@ from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
-__all__ = ["LabelTable", "Palette", "convert", "read_label_table", "read_palette"]
+__all__ = ["LabelTable", "Palette", "add_arguments", "convert", "read_label_table", "read_palette", "run"]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 REMEDY = "replace it or take it away"
@@ -435,9 +442,8 @@ def _codes(colours: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.int64]:
 # Command line.
 
 
-def main() -> int:
-    """Command line; see `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder with the images")
     parser.add_argument("--masks", type=Path, metavar="DIR", help="folder with PNG masks of the same paths")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="CSV file with image labels")
@@ -449,8 +455,12 @@ def main() -> int:
         "--unlabelled", action="store_true", help="take images with neither a mask nor a line as unlabelled ones"
     )
     add_longest_side(parser, default=0)
-    add_arguments(parser, name="folder")
-    return run_command(parser, _make)
+    add_common_arguments(parser, name="folder")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Makes or verifies the data set; returns the exit status."""
+    return run_conversion(options, lambda: _make(options))
 
 
 def _make(args: argparse.Namespace) -> DatasetInfo:
@@ -471,4 +481,6 @@ def _make(args: argparse.Namespace) -> DatasetInfo:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from slrnet.cli.main import main
+
+    sys.exit(main(["prepare", "folder", *sys.argv[1:]]))

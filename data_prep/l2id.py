@@ -1,7 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """The weakly supervised track of the L2ID challenge (ILSVRC DET images, 200 classes) as tar shards.
 
-    python data_prep/l2id.py --root ILSVRC --val-images LID_track1/val --val-masks track1_val_annotations_raw --out DIR
+    slrnet prepare l2id --root ILSVRC --val-images LID_track1/val --val-masks track1_val_annotations_raw --out DIR
 
 What is read, as the archives unpack:
 
@@ -35,7 +35,7 @@ import numpy.typing as npt
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.conversion import Output, add_arguments, add_longest_side, convert_items, run_command
+from data_prep.conversion import Output, add_common_arguments, add_longest_side, convert_items, run_conversion
 from data_prep.shard_writer import Sample, check_output
 from data_prep.source_files import (
     ImageForm,
@@ -52,7 +52,7 @@ from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
-__all__ = ["convert", "read_map"]
+__all__ = ["add_arguments", "convert", "read_map", "run"]
 
 LONGEST_SIDE = 1000
 MAP_FILE = Path("devkit", "data", "map_det.txt")
@@ -246,16 +246,19 @@ def _files(folder: Path, suffix: str) -> Iterator[str]:
 # Command line.
 
 
-def main() -> int:
-    """Command line; see `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder ILSVRC with Data/DET and Annotations/DET")
     parser.add_argument("--val-images", type=Path, metavar="DIR", help="the challenge's validation images")
     parser.add_argument("--val-masks", type=Path, metavar="DIR", help="their raw masks")
     parser.add_argument("--map-file", type=Path, metavar="FILE", help="the devkit's map_det.txt")
     add_longest_side(parser, default=LONGEST_SIDE)
-    add_arguments(parser, name="l2id")
-    return run_command(parser, _make)
+    add_common_arguments(parser, name="l2id")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Makes or verifies the data set; returns the exit status."""
+    return run_conversion(options, lambda: _make(options))
 
 
 def _make(args: argparse.Namespace) -> DatasetInfo:
@@ -273,4 +276,6 @@ def _make(args: argparse.Namespace) -> DatasetInfo:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from slrnet.cli.main import main
+
+    sys.exit(main(["prepare", "l2id", *sys.argv[1:]]))

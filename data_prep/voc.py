@@ -1,7 +1,7 @@
 # PYTHON_ARGCOMPLETE_OK
 """PASCAL VOC 2012, with or without SBD's masks, as tar shards.
 
-    python data_prep/voc.py --root VOCdevkit/VOC2012 --out DIR [--sbd DIR] [--classes cat,dog] [--subset NAME=LISTFILE]
+    slrnet prepare voc --root VOCdevkit/VOC2012 --out DIR [--sbd DIR] [--classes cat,dog] [--subset NAME=LISTFILE]
 
 Reads any folder in VOC's layout: JPEGImages/KEY.jpg, SegmentationClass/KEY.png, Annotations/KEY.xml,
 ImageSets/Segmentation/{train,val}.txt. A file labels.txt in it, one name a line with `background` first, replaces VOC's
@@ -32,7 +32,7 @@ import numpy.typing as npt
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.conversion import Output, add_arguments, convert_items, run_command
+from data_prep.conversion import Output, add_common_arguments, convert_items, run_conversion
 from data_prep.shard_writer import Sample, check_output
 from data_prep.source_files import (
     ImageForm,
@@ -49,7 +49,7 @@ from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, VOC_CLASSES, voc_palet
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
-__all__ = ["VocFolder", "VocItem", "convert", "read_list", "train_aug_keys"]
+__all__ = ["VocFolder", "VocItem", "add_arguments", "convert", "read_list", "run", "train_aug_keys"]
 
 FORM = ImageForm()
 PNG_REMEDY = "take the original PNGs, not ones converted to colours, or fetch it again"
@@ -366,15 +366,18 @@ def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
 # Command line.
 
 
-def main() -> int:
-    """Command line; see `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder in VOC's layout, VOCdevkit/VOC2012")
     parser.add_argument("--sbd", type=Path, metavar="DIR", help="SBD's masks: SegmentationClassAug PNGs or cls/*.mat")
     parser.add_argument("--classes", metavar="A,B", help="keep these classes only; ids become 1, 2, ...")
     parser.add_argument("--download", action="store_true", help="fetch VOC 2012 into --root first (2 GB)")
-    add_arguments(parser, name="voc2012")
-    return run_command(parser, _make)
+    add_common_arguments(parser, name="voc2012")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Makes or verifies the data set; returns the exit status."""
+    return run_conversion(options, lambda: _make(options))
 
 
 def _make(args: argparse.Namespace) -> DatasetInfo:
@@ -406,4 +409,6 @@ def _download(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from slrnet.cli.main import main
+
+    sys.exit(main(["prepare", "voc", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""The whole way on this machine: a private Ray cluster, a submitted job, scores, a picture. `make demo` runs it.
+"""The whole way on this machine: a private Ray cluster, a submitted job, scores, a picture. `slrnet demo` runs it.
 
 The cluster listens on loopback only, with token authentication and a token of its own, and is stopped at the end, also
 after Ctrl-C. Other Ray clusters on the machine are left alone.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +19,6 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 import psutil
 
@@ -34,29 +32,23 @@ START_LIMIT = 180.0
 """Seconds that the cluster may take to answer."""
 
 
-def main() -> int:
-    signal.signal(signal.SIGTERM, interrupt)
+def run_demo(options: list[str]) -> int:
+    """Runs the demo; `options` are further ones of ray_jobs/train.py. Returns 0, or 1 where the job failed."""
+    if not (ROOT / "pyproject.toml").is_file():
+        raise ValueError("the demo submits a checkout to Ray, and this is none; try `slrnet train --num-workers 0`")
     started = time.monotonic()
     name = f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
-    command = ["python", "ray_jobs/train.py", "--name", name, "--storage", str(RUNS), *sys.argv[1:]]
-    try:
-        with local_cluster() as (address, environment):
-            job = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *command]
-            print("$ " + " ".join(job), flush=True)
-            code = run(job, environment)
-    except KeyboardInterrupt:
-        print("\nstopped; the cluster is down", file=sys.stderr)
-        return 130
+    command = ["python", "ray_jobs/train.py", "--name", name, "--storage", str(RUNS), *options]
+    with local_cluster() as (address, environment):
+        job = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *command]
+        print("$ " + " ".join(job), flush=True)
+        code = run(job, environment)
     if code:
         print(f"error: the job failed (exit code {code}); its messages are above", file=sys.stderr)
         return 1
     conclude(name)
     print(f"done in {time.monotonic() - started:.0f} s")
     return 0
-
-
-def interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -165,9 +157,11 @@ def conclude(name: str) -> None:
         print(f"picture (image, raw, refined, pseudo label, truth): {overlay}")
     python = Path(sys.executable)
     shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
-    print(f"MLflow page: {shown} -m slrnet.tools.dashboard --storage {RUNS}")
-    print(f"masks of your own images, in a page: {shown} -m slrnet.tools.app {RUNS / name}")
+    print(f"MLflow page: {shown} -m slrnet dashboard --storage {RUNS}")
+    print(f"masks of your own images, in a page: {shown} -m slrnet app {RUNS / name}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from slrnet.cli.main import main
+
+    sys.exit(main(["demo", *sys.argv[1:]]))

@@ -68,7 +68,7 @@ def voc_wsss() -> Config:
     """Pascal VOC 2012 from image labels, WideResNet-38 (paper Experiment I).
 
     Paper: 67.2 % mIoU on val with multi-scale inference and CRF, 64.07 % without CRF (Table 7). Not yet run by us.
-    Command: `ray_jobs/train.py --recipe voc_wsss --data SHARDS --num-workers 8`; needs the ImageNet weights file of
+    Command: `slrnet train --recipe voc_wsss --data SHARDS --num-workers 8`; needs the ImageNet weights file of
     WideResNet-38 (see the README).
     """
     return Config(train=TrainConfig(epochs=20, pretrain_epochs=5))
@@ -80,8 +80,8 @@ def voc_sss_image_labels() -> Config:
 
     Paper: 75.1 % mIoU on val, 75.5 % on test, without CRF (Table 5). Not yet run by us. The paper draws images with
     masks five times and doubles their loss. The released code trains 30 epochs at crop 448 and draws them three times.
-    Command: `ray_jobs/train.py --recipe voc_sss_image_labels --data SHARDS --num-workers 8` on 8 GPUs. Make SHARDS with
-    `data_prep/voc.py --sbd`, which names the training list `voc_train`. Weights as for `voc_wsss`.
+    Command: `slrnet train --recipe voc_sss_image_labels --data SHARDS --num-workers 8` on 8 GPUs. Make SHARDS with
+    `slrnet prepare voc --sbd`, which names the training list `voc_train`. Weights as for `voc_wsss`.
     """
     return _derive(voc_wsss(), setting="sss_image_labels", data={"pixel_labeled_subset": "voc_train"})
 
@@ -93,7 +93,7 @@ def voc_sss() -> Config:
     Paper: 72.4 % mIoU on val without CRF, 72.9 % with ResNet-101 (Table 6; `--set model.encoder=resnet101`). Not yet
     run by us. As in the paper, only the labels differ from `voc_sss_image_labels`. The thresholds are those of the
     released code, which trains 40 epochs at crop 448 and draws images with masks seven times.
-    Command: `ray_jobs/train.py --recipe voc_sss --data SHARDS --num-workers 8` on 8 GPUs; shards and weights as for
+    Command: `slrnet train --recipe voc_sss --data SHARDS --num-workers 8` on 8 GPUs; shards and weights as for
     `voc_sss_image_labels`.
     """
     return _derive(voc_sss_image_labels(), setting="sss", calibration=RELEASED_SSS_THRESHOLDS)
@@ -105,8 +105,8 @@ def coco_wsss() -> Config:
 
     Paper: 35.0 % mIoU on val (Table 3). Not yet run by us. The released code doubles the consistency weights
     (`--set weights.consistency=8`) and makes its pseudo labels by another rule.
-    Command: `ray_jobs/train.py --recipe coco_wsss --data SHARDS --num-workers 8` on 8 GPUs. Make SHARDS with
-    `data_prep/coco.py --fraction 0.5`. Weights as for `voc_wsss`.
+    Command: `slrnet train --recipe coco_wsss --data SHARDS --num-workers 8` on 8 GPUs. Make SHARDS with
+    `slrnet prepare coco --fraction 0.5`. Weights as for `voc_wsss`.
     """
     return voc_wsss()
 
@@ -118,8 +118,8 @@ def l2id_wsss() -> Config:
     Paper: 52.3 % mIoU on val, 49.03 % on test, by a DeepLabv3+ trained on pseudo labels of this network, which itself
     reaches 52.5 % on val (Table 4, Sec. 4.3). Not yet run by us. As in the released code, sampling balances the classes
     and the decoder is 512 wide.
-    Command: `ray_jobs/train.py --recipe l2id_wsss --data SHARDS --num-workers 8` on 8 GPUs. Make SHARDS with
-    `data_prep/l2id.py`. Weights as for `voc_wsss`. `python -m slrnet.data.class_balance SHARDS --strength 1` shows the
+    Command: `slrnet train --recipe l2id_wsss --data SHARDS --num-workers 8` on 8 GPUs. Make SHARDS with
+    `slrnet prepare l2id`. Weights as for `voc_wsss`. `slrnet class-balance SHARDS --strength 1` shows the
     shares of the classes.
     """
     return _derive(voc_wsss(), data={"class_balance": 1.0}, model={"decoder_dim": 512, "skip_dim": 96})
@@ -134,7 +134,7 @@ def voc_wsss_lite() -> Config:
     cross entropy makes the network predict too much foreground. Validation therefore takes the square root of the
     background's probability and predicts only classes with high class scores. The CRF strengthens the background by
     itself, so it gets a higher exponent.
-    Command: `ray_jobs/train.py --recipe voc_wsss_lite --data SHARDS --num-workers 2`; two workers of one thread are
+    Command: `slrnet train --recipe voc_wsss_lite --data SHARDS --num-workers 2`; two workers of one thread are
     faster than one of two. Hardware, minutes and score: see the README.
     """
     return Config(
@@ -163,7 +163,7 @@ def voc_sss_image_labels_lite() -> Config:
 
     True masks train from the first step, so one epoch before pseudo labels is enough. Validation uses the masks
     unchanged, as in `voc_sss_lite`, whose network has no class scores.
-    Command: `ray_jobs/train.py --recipe voc_sss_image_labels_lite --data SHARDS --num-workers 2`, with
+    Command: `slrnet train --recipe voc_sss_image_labels_lite --data SHARDS --num-workers 2`, with
     `--set data.pixel_labeled_subset=NAME` for another subset. About 19 minutes on 2 cores with 150 masks and 1,053
     image labels. Score: see the README.
     """
@@ -183,7 +183,7 @@ def voc_sss_lite() -> Config:
 
     The first two epochs draw only images with masks, because unlabeled ones teach nothing yet. As in the released code,
     every epoch draws images with masks seven times.
-    Command: `ray_jobs/train.py --recipe voc_sss_lite --data SHARDS --num-workers 2`. For comparison, train only on the
+    Command: `slrnet train --recipe voc_sss_lite --data SHARDS --num-workers 2`. For comparison, train only on the
     images with masks: `--set data.train_subset=NAME --set data.pixel_labeled_subset=NAME --set train.epochs=12`.
     Hardware, minutes and score: see the README.
     """
@@ -200,7 +200,7 @@ def voc_sss_lite() -> Config:
 def coco_wsss_lite() -> Config:
     """COCO from image labels on two CPU cores: `voc_wsss_lite`, its consistency weight doubled as in the released code.
 
-    Command: `ray_jobs/train.py --recipe coco_wsss_lite --data SHARDS --num-workers 2`. Score: not yet run.
+    Command: `slrnet train --recipe coco_wsss_lite --data SHARDS --num-workers 2`. Score: not yet run.
     """
     return _derive(voc_wsss_lite(), weights={"consistency": 2.0})
 
@@ -209,7 +209,7 @@ def coco_wsss_lite() -> Config:
 def l2id_wsss_lite() -> Config:
     """L2ID from image labels on two CPU cores: `voc_wsss_lite` with class-balanced sampling.
 
-    Command: `ray_jobs/train.py --recipe l2id_wsss_lite --data SHARDS --num-workers 2`. Score: not yet run.
+    Command: `slrnet train --recipe l2id_wsss_lite --data SHARDS --num-workers 2`. Score: not yet run.
     """
     return _derive(voc_wsss_lite(), data={"class_balance": 1.0})
 
@@ -220,8 +220,8 @@ def voc_distill() -> Config:
 
     Paper: 69.3 % mIoU on val, 69.4 % on test, with WideResNet-38 (`--set model.encoder=wide_resnet38`). Not yet run by
     us. The paper gives no schedule, so this one is ours.
-    Command: `ray_jobs/distill.py --recipe voc_distill --data PSEUDO --num-workers 8`. Make PSEUDO with
-    `ray_jobs/pseudo_label.py`.
+    Command: `slrnet distill --recipe voc_distill --data PSEUDO --num-workers 8`. Make PSEUDO with
+    `slrnet pseudo-label`.
     """
     return Config(
         setting="sss",
@@ -251,7 +251,7 @@ def voc_distill() -> Config:
 def voc_distill_lite() -> Config:
     """`voc_distill` on two CPU cores: EfficientNet-Lite0 with the batch norms of its ImageNet weights, crop 192.
 
-    Command: `ray_jobs/distill.py --recipe voc_distill_lite --data PSEUDO --num-workers 2`. Score: see the README.
+    Command: `slrnet distill --recipe voc_distill_lite --data PSEUDO --num-workers 2`. Score: see the README.
     """
     return _derive(
         voc_distill(),
@@ -265,7 +265,7 @@ def voc_distill_lite() -> Config:
 def demo() -> Config:
     """The embedded, synthetic data set on two CPU cores, in minutes.
 
-    Command: `make demo`, or `ray_jobs/train.py` without arguments.
+    Command: `make demo`, or `slrnet train` without arguments.
     """
     return _derive(
         voc_wsss_lite(),

@@ -12,7 +12,7 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,8 @@ import pytest
 import yaml
 
 import slrnet
+from slrnet.cli.data import KINDS
+from slrnet.cli.main import COMMANDS, build_parser
 from slrnet.config import apply_overrides
 from slrnet.data.manifest import SCHEMA, DatasetInfo
 from slrnet.recipes import get_recipe
@@ -30,6 +32,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *PAGES]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+# The files of which a shell asks for completions.
+SCRIPTS = [
+    *(f"data_prep/{kind}.py" for kind in KINDS),
+    *(f"ray_jobs/{name}.py" for name in ("distill", "evaluate", "pseudo_label", "train", "tune")),
+    "slrnet/cli/main.py",
+]
 # Programs that are not ours, and why their lines are not tried here.
 FOREIGN = {
     "aws": "needs an account",
@@ -62,19 +70,13 @@ def commands() -> list[tuple[str, list[str]]]:
     return found
 
 
-@cache
-def parser_of(module: str) -> argparse.ArgumentParser:
-    """The parser that a script builds, taken at the moment when it would parse."""
-    found: list[argparse.ArgumentParser] = []
-
-    def take(parser: argparse.ArgumentParser, *_: Any) -> argparse.Namespace:
-        found.append(parser)
-        raise SystemExit(0)
-
-    with pytest.MonkeyPatch.context() as patch, suppress(SystemExit):
-        patch.setattr(argparse.ArgumentParser, "parse_args", take)
-        runpy.run_module(module, run_name="__main__", alter_sys=False)
-    return found[0]
+def subcommand(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of a subcommand, as `slrnet` builds it."""
+    parser = build_parser(words)
+    for word in words:
+        (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        parser = commands.choices[word]
+    return parser
 
 
 def test_every_block_says_what_it_is() -> None:
@@ -88,45 +90,65 @@ def test_commands_are_accepted(file: str, words: list[str]) -> None:
     if program == "ray" and "--" in words:
         words = words[words.index("--") + 1 :]
         program = words[0]
-    if program != "python":
+    if program == "slrnet":
+        arguments = words[1:]
+    elif program == "python" and words[1] == "docs/generate.py":
+        return
+    elif program == "python" and words[1].startswith("benchmarks/"):
+        parser_of(words[1]).parse_args(words[2:])
+        return
+    elif program == "python":
+        assert (ROOT / words[1]).is_file(), words
+        arguments = [*command_of(words[1]), *words[2:]]
+    else:
         assert program in FOREIGN, words
         if program == "make":
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         return
-    module = words[2] if words[1] == "-m" else words[1].removesuffix(".py").replace("/", ".")
-    arguments = words[3:] if words[1] == "-m" else words[2:]
-    if words[1] != "-m":
-        assert (ROOT / words[1]).is_file(), words
-    if module == "docs.generate":
-        return
-    arguments = arguments[: arguments.index(">")] if ">" in arguments else arguments
-    options = parse(module, arguments)
-    if module.startswith("ray_jobs.") and getattr(options, "recipe", None):
+    options = parse(arguments[: arguments.index(">")] if ">" in arguments else arguments)
+    if getattr(options, "recipe", None):
         apply_overrides(get_recipe(options.recipe), options.set)
 
 
-def parse(module: str, arguments: list[str]) -> argparse.Namespace:
-    parser = parser_of(module)
-    return parser.parse_args(arguments)
+@cache
+def parser_of(script: str) -> argparse.ArgumentParser:
+    """The parser that a benchmark builds, taken at the moment when it would parse."""
+    parsers: list[argparse.ArgumentParser] = []
+
+    def take(parser: argparse.ArgumentParser, *_: Any) -> argparse.Namespace:
+        parsers.append(parser)
+        raise SystemExit(0)
+
+    with pytest.MonkeyPatch.context() as patch, suppress(SystemExit):
+        patch.setattr(argparse.ArgumentParser, "parse_args", take)
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return parsers[0]
+
+
+def command_of(script: str) -> list[str]:
+    """The subcommand that a script runs."""
+    (called,) = re.findall(r"main\(\[(.*), \*sys.argv\[1:\]\]\)", (ROOT / script).read_text(encoding="utf-8"))
+    return [ast.literal_eval(word) for word in called.split(", ")]
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    return build_parser(arguments).parse_args(arguments)
 
 
 def test_a_wrong_option_is_found() -> None:
     with pytest.raises(SystemExit):
-        parse("data_prep.folder", ["--image", "photos", "--labels-file", "x"])
+        parse(["prepare", "folder", "--out", "x", "--images", "photos", "--labels-file", "x"])
 
 
-SCRIPTS = [
-    *(f"data_prep.{name}" for name in ("coco", "demo", "folder", "l2id", "voc")),
-    *(f"ray_jobs.{name}" for name in ("distill", "evaluate", "pseudo_label", "train", "tune")),
-    *(f"slrnet.tools.{name}" for name in ("browse", "class_balance", "codes", "dashboard", "export", "predict")),
-    *(f"slrnet.tools.{name}" for name in ("convert_weights", "voc_archive")),
-    *(f"slrnet.tools.{name}.__main__" for name in ("app", "figures", "report")),
+SUBCOMMANDS = [
+    *([name] for group in COMMANDS.values() for name in group if name != "prepare"),
+    *(["prepare", kind] for kind in KINDS),
 ]
 
 
-@pytest.mark.parametrize("module", SCRIPTS)
-def test_help_explains_every_option(module: str) -> None:
-    parser = parser_of(module)
+@pytest.mark.parametrize("words", SUBCOMMANDS, ids=" ".join)
+def test_help_explains_every_option(words: list[str]) -> None:
+    parser = subcommand(words)
     assert parser.description is not None
     assert "Exit status" in parser.format_help()
     for action in parser._actions:
@@ -137,28 +159,39 @@ def test_help_explains_every_option(module: str) -> None:
             assert action.metavar or not action.option_strings, f"{action.dest} has no metavar"
 
 
-@pytest.mark.parametrize("module", SCRIPTS)
-def test_shells_know_that_they_may_ask(module: str) -> None:
-    source = ROOT / f"{module.replace('.', '/')}.py"
-    assert "PYTHON_ARGCOMPLETE_OK" in source.read_text(encoding="utf-8")[:1024]
+def test_the_first_page_lists_every_subcommand() -> None:
+    page = build_parser([]).format_help()
+    for group, names in COMMANDS.items():
+        assert f"\n{group}:\n" in page
+        for name, line in names.items():
+            assert re.search(rf"^  {name} +{re.escape(line)}$", page, re.MULTILINE)
+    assert max(map(len, page.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
+def test_shells_know_that_they_may_ask(script: str) -> None:
+    assert "PYTHON_ARGCOMPLETE_OK" in (ROOT / script).read_text(encoding="utf-8")[:1024]
 
 
 def completions(words: str, answers: Path) -> list[str]:
-    """What a script offers to a shell for the last of these words, as argcomplete's shell function asks."""
+    """What a command offers to a shell for the last of these words, as argcomplete's shell function asks."""
+    program = "slrnet/__main__.py" if words.startswith("slrnet ") else words.split()[0]
     asked = {"_ARGCOMPLETE": "1", "COMP_LINE": words, "COMP_POINT": str(len(words))}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "_ARGCOMPLETE_STDOUT_FILENAME": str(answers), **asked}
-    script = words.split()[0]
     done = subprocess.run(
-        [sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, program], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return sorted(word.strip() for word in re.split(r"[\v\n]", answers.read_text()) if word.strip())
 
 
-@pytest.mark.skipif(importlib.util.find_spec("argcomplete") is None, reason="the extra `completion` is not installed")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
+        ("slrnet p", ["predict", "prepare", "profile", "pseudo-label"]),
+        ("slrnet prepare l", ["l2id"]),
+        ("slrnet train --num", ["--num-workers"]),
+        ("slrnet prepare voc --sb", ["--sbd"]),
         ("ray_jobs/train.py --num", ["--num-workers"]),
         ("ray_jobs/evaluate.py --protocol m", ["ms", "ms_crf"]),
         ("data_prep/voc.py --sb", ["--sbd"]),
@@ -368,12 +401,15 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
         *("model.decoder_dim=8", "model.frozen_stages=0"),
     ]
     changes = [word for setting in settings for word in ("--set", setting)]
-    train = "-m ray_jobs.train --recipe demo --data shards --num-workers 0 --name w --storage runs"
+    train = "train --recipe demo --data shards --num-workers 0 --name w --storage runs"
+    (script,) = packages.glob("slrnet-*.dist-info/entry_points.txt")
+    assert "slrnet = slrnet.cli.main:main" in script.read_text()
     for words in (
         ["-c", f"import slrnet; assert slrnet.__file__.startswith({str(packages)!r}), slrnet.__file__"],
-        ["-m", "slrnet.tools.predict", "--help"],
-        shlex.split("-m data_prep.demo --train 8 --val 4 --image-size 64 --out shards"),
-        [*shlex.split(train), *changes],
+        shlex.split("-m slrnet --help"),
+        shlex.split("-m slrnet predict --help"),
+        shlex.split("-m slrnet prepare demo --train 8 --val 4 --image-size 64 --out shards"),
+        ["-m", "slrnet", *shlex.split(train), *changes],
     ):
         command = [str(tmp_path / "venv" / "bin" / "python"), *words]
         done = subprocess.run(command, cwd=elsewhere, env=alone(), capture_output=True, text=True, check=False)

@@ -10,7 +10,6 @@ A run that goes on takes what is in the store, whatever a node's own folder hold
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 import shutil
@@ -20,7 +19,7 @@ from typing import Any
 
 from slrnet.storage.remote import RemoteError, cached, copy_from, filesystem_of, locked, patiently
 
-__all__ = ["CONFIG", "STATE", "TRAINER", "WEIGHTS", "RunStore", "local_run", "run_argument", "run_folder"]
+__all__ = ["CONFIG", "STATE", "TRAINER", "WEIGHTS", "RunStore", "local_run", "run_folder"]
 
 STATE = "state.json"
 """A checkpoint's progress and checksums; its presence says that the checkpoint is whole."""
@@ -209,16 +208,6 @@ def local_run(location: str) -> Path:
         raise RemoteError(f"{location} holds no checkpoint; give a run's location, or a checkpoint's")
     store.fetch(names)
     return folder
-
-
-def run_argument(text: str) -> Path:
-    """A command's argument that names a run or a checkpoint; one in an object store is copied to this machine."""
-    if "://" not in text:
-        return Path(text)
-    try:
-        return local_run(text)
-    except (RemoteError, OSError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def fetch_checkpoint(location: str, target: Path) -> None:

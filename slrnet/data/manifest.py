@@ -496,8 +496,8 @@ def _read_info(path: Path) -> DatasetInfo:
     except FileNotFoundError:
         raise DataError(
             f"no shards in {path}; make them with "
-            f"`python data_prep/voc.py --root VOCdevkit/VOC2012 --out {path}`, "
-            f"or the embedded synthetic data set with `python data_prep/demo.py --out {path}`"
+            f"`slrnet prepare voc --root VOCdevkit/VOC2012 --out {path}`, "
+            f"or the embedded synthetic data set with `slrnet prepare demo --out {path}`"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {file}: {error}; {remake}") from None

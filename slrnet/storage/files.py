@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["sha256_of", "write_json", "written_whole"]
+__all__ = ["sha256_of", "write_json", "write_text", "written_whole"]
 
 
 @contextmanager
@@ -34,7 +34,12 @@ def sha256_of(path: Path) -> str:
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record as indented JSON, whole or not at all, into a folder that is made if missing."""
+    """Write a record as indented JSON; see `write_text`."""
+    write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all, into a folder that is made if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as incoming:
-        incoming.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        incoming.write_text(text, encoding="utf-8")

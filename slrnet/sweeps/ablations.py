@@ -109,7 +109,7 @@ ABLATIONS: dict[str, Ablation] = {
         ),
     ),
 }
-"""By name, as in `ray_jobs/tune.py --ablation NAME`. The columns of Table 7 are read from the text of the paper."""
+"""By name, as in `slrnet tune --ablation NAME`. The columns of Table 7 are read from the text of the paper."""
 
 
 def get_ablation(name: str) -> Ablation:

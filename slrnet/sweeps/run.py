@@ -49,7 +49,7 @@ class SweepResult:
     best: Trial
     """The best trial by the first metric."""
     best_config: Path | None
-    """A file for `ray_jobs/train.py --config`; None for ablations."""
+    """A file for `slrnet train --config`; None for ablations."""
     table: str
     """Markdown, also in `results/summary.md`."""
     run: RunHandle
@@ -189,7 +189,7 @@ def _conclude(
     driver.log_metrics({name: value for name, value in best.metrics.items() if name.count("/") == 1}, 0)
     driver.set_tags({"slrnet.best_trial": best.name})
     path = None if config is None else folder / "best_config.json"
-    following = "" if path is None else f"\n\nNext: `python ray_jobs/train.py --config {path}`"
+    following = "" if path is None else f"\n\nNext: `slrnet train --config {path}`"
     trial_runs = [handle for handle, _ in runs_below(parent).values()][:_COMPARED]
     link = f"[Trials side by side, with parallel coordinates]({comparison(trial_runs)})"
     driver.describe(f"Best trial: {best.name}{following}\n\n{link}\n\n{table}")

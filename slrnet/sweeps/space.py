@@ -94,7 +94,7 @@ DEFAULT_SPACE: tuple[Domain, ...] = (
 
 
 def get_space(name: str) -> tuple[Domain, ...]:
-    """The search space of a recipe, which `ray_jobs/tune.py` tries by default.
+    """The search space of a recipe, which `slrnet tune` tries by default.
 
     Raises:
         ConfigError: there is no such recipe.

@@ -1,19 +1,14 @@
-# PYTHON_ARGCOMPLETE_OK
-"""Looks at a prepared data set: `python -m slrnet.tools.browse DIR [--out FOLDER]`.
+"""Looks at a prepared data set: `slrnet browse`.
 
 For every split it writes SPLIT.jpg, a contact sheet of images beside their masks with the names of their labels, and
 for all of them report.txt, which is printed too: the kinds of labels, a histogram of the classes, warnings and errors.
 Images whose bytes occur twice are found by their hash; a duplicate in two splits is an error, for a score on images
 that were trained on is worthless.
-
-Exit status: 0, 1 where there is an error, 2 where the data set cannot be read.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +18,19 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from slrnet.completion import parse
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.epoch_plan import choose_subset
-from slrnet.data.manifest import DataError, DatasetInfo, ShardSet, SplitView, load_dataset
+from slrnet.data.manifest import DatasetInfo, ShardSet, SplitView, load_dataset
 from slrnet.data.samples import SampleIndex, ShardFiles
-from slrnet.storage.files import written_whole
+from slrnet.storage.files import write_text, written_whole
 from slrnet.viz.overlay import draw_overlay
 
 __all__ = [
     "Duplicate",
     "SplitSurvey",
+    "browse",
     "contact_sheet",
     "find_duplicates",
-    "main",
     "report",
     "survey_split",
     "warnings_of",
@@ -247,31 +241,34 @@ def contact_sheet(shard_set: ShardSet, name: str, *, number: int, seed: int = 0)
     return sheet
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; the module's docstring has the exit statuses."""
-    options = parse(_parser(), arguments)
-    out = options.out or Path("browse") / options.folder.resolve().name
-    try:
-        if options.samples < 1 or options.masks < 0:
-            raise DataError(f"--samples {options.samples}, --masks {options.masks}: at least 1 and 0 are allowed")
-        shard_set = load_dataset(options.folder, check=True)
-        text, errors = _examine(shard_set, measured=options.masks, seed=options.seed, hashes=not options.no_duplicates)
-        sheets = {
-            f"{name}.jpg": contact_sheet(shard_set, name, number=options.samples, seed=options.seed)
-            for name in shard_set.splits
-        }
-        out.mkdir(parents=True, exist_ok=True)
-        for file, sheet in sheets.items():
-            with written_whole(out / file) as incoming:
-                sheet.save(incoming, quality=88)
-        with written_whole(out / "report.txt") as incoming:
-            incoming.write_text(text, encoding="utf-8")
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(text, end="")
-    print(f"in {out}: report.txt, {', '.join(sheets)}")
-    return 1 if errors else 0
+def browse(
+    folder: Path, out: Path, *, samples: int, masks: int, seed: int, duplicates: bool
+) -> tuple[str, list[str], list[str]]:
+    """Surveys a data set, and writes report.txt and a contact sheet of each split.
+
+    Args:
+        folder: the data set's shards.
+        out: folder to write to.
+        samples: images on each sheet, >= 1.
+        masks: masks to measure per split at most, >= 0.
+        seed: seed that draws the images and the masks.
+        duplicates: whether to read all images to find duplicates.
+
+    Returns:
+        The report's text, its errors, and the names of the sheets.
+
+    Raises:
+        DataError: the data set cannot be read.
+    """
+    shard_set = load_dataset(folder, check=True)
+    text, errors = _examine(shard_set, measured=masks, seed=seed, hashes=duplicates)
+    sheets = {f"{name}.jpg": contact_sheet(shard_set, name, number=samples, seed=seed) for name in shard_set.splits}
+    out.mkdir(parents=True, exist_ok=True)
+    for file, sheet in sheets.items():
+        with written_whole(out / file) as incoming:
+            sheet.save(incoming, quality=88)
+    write_text(out / "report.txt", text)
+    return text, errors, list(sheets)
 
 
 def _examine(shard_set: ShardSet, *, measured: int, seed: int, hashes: bool) -> tuple[str, list[str]]:
@@ -282,24 +279,6 @@ def _examine(shard_set: ShardSet, *, measured: int, seed: int, hashes: bool) -> 
         for text in warnings_of(survey, shard_set.info, training=survey.name == "train" or len(surveys) == 1)
     ]
     return report(shard_set.info, surveys, warnings, find_duplicates(shard_set) if hashes else [])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="folder with shards from data_prep/")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write (default: browse/NAME)")
-    parser.add_argument(
-        "--samples", type=int, default=24, metavar="N", help="images on each sheet (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--masks", type=int, default=1000, metavar="N", help="masks to measure per split (default: 1000)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of both (default: %(default)s)")
-    parser.add_argument("--no-duplicates", action="store_true", help="do not read all images to find duplicates")
-    return parser
-
-
-# Reading.
 
 
 def _samples(
@@ -384,7 +363,3 @@ def _draw_tile(
         draw.text((left + _SWATCH + 4, top + _LINE), info.classes[label], fill=_INK, font=font)
         left += _SWATCH + 14 + font.getlength(info.classes[label])
     return tile
-
-
-if __name__ == "__main__":
-    sys.exit(main())

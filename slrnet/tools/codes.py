@@ -1,18 +1,13 @@
-# PYTHON_ARGCOMPLETE_OK
-"""Draws what the dictionary's atoms stand for: `python -m slrnet.tools.codes CHECKPOINT IMAGE... --out DIR`.
+"""Draws what the dictionary's atoms stand for: `slrnet codes`.
 
 For each image, NAME.codes.png has a row for each number of iterations (`--num-iters 1 2 6`: the paper's Fig. 7) and a
 column for each atom: the code map C_k over the image, from dark (0) to yellow (1). With CVLR an atom is a class, and
 the classes that the image's mask holds are drawn (Fig. 5); of other methods the most used atoms are.
-
-Exit status: 0, or 2 for wrong arguments.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,18 +18,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from slrnet.checkpoints.checkpoint import load_checkpoint, restore_network
-from slrnet.checkpoints.run_store import run_argument
-from slrnet.completion import parse
+from slrnet.checkpoints.checkpoint import Checkpoint, restore_network
 from slrnet.inference.forward import fit_image
 from slrnet.inference.predictor import rgb_array
 from slrnet.models.network import Normalize
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import channels_last, resize
 from slrnet.storage.files import written_whole
-from slrnet.tools.predict import find_images
 
-__all__ = ["CodeMaps", "classes_of", "code_maps", "draw_code_maps", "heat", "main", "most_used"]
+__all__ = ["CodeMaps", "classes_of", "code_maps", "draw_code_maps", "heat", "most_used", "write_code_maps"]
 
 MAX_COLUMNS = 6
 _TILE, _GAP, _LINE = 220, 8, 24
@@ -122,31 +114,40 @@ def draw_code_maps(
     return page
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, or 2 for wrong arguments."""
-    options = parse(_parser(), arguments)
-    try:
-        images = find_images(options.images)
-        checkpoint = load_checkpoint(options.checkpoint)
-        model, normalize = restore_network(checkpoint, torch.device("cpu"))
-        if not isinstance(model, SLRNet):
-            raise ValueError(f"{checkpoint.path} is a {type(model).__name__}, which has no codes; name one of SLRNet")
-        classes = checkpoint.state.classes
-        for name, path in images.items():
-            with Image.open(path) as file:
-                pixels = rgb_array(file)
-            tensor = fit_image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), checkpoint.config)
-            maps = code_maps(model, tensor, normalize, options.num_iters or [checkpoint.config.cvlr.num_iters])
-            named = model.cvlr is not None and model.cvlr.class_codes
-            atoms = classes_of(maps, classes, options.classes) if named else most_used(maps)
-            options.out.mkdir(parents=True, exist_ok=True)
-            with written_whole(options.out / f"{name}.codes.png") as incoming:
-                draw_code_maps(pixels, maps, names=classes if named else None, atoms=atoms).save(incoming)
-            print(options.out / f"{name}.codes.png")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def write_code_maps(
+    checkpoint: Checkpoint,
+    images: Mapping[str, Path],
+    out: Path,
+    num_iters: Sequence[int] | None = None,
+    classes: Sequence[str] | None = None,
+) -> Iterator[Path]:
+    """Draws the code maps of images; yields the path of each picture.
+
+    Args:
+        checkpoint: the network's checkpoint.
+        images: paths by name.
+        out: folder for the pictures, NAME.codes.png.
+        num_iters: values of T, a row each; None for the checkpoint's own.
+        classes: names of the classes to draw; None for those that each mask holds.
+
+    Raises:
+        ValueError: the network has no codes, a class is unknown, or a T is below 1.
+    """
+    model, normalize = restore_network(checkpoint, torch.device("cpu"))
+    if not isinstance(model, SLRNet):
+        raise ValueError(f"{checkpoint.path} is a {type(model).__name__}, which has no codes; name one of SLRNet")
+    known = checkpoint.state.classes
+    for name, path in images.items():
+        with Image.open(path) as file:
+            pixels = rgb_array(file)
+        tensor = fit_image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), checkpoint.config)
+        maps = code_maps(model, tensor, normalize, num_iters or [checkpoint.config.cvlr.num_iters])
+        named = model.cvlr is not None and model.cvlr.class_codes
+        atoms = classes_of(maps, known, classes) if named else most_used(maps)
+        out.mkdir(parents=True, exist_ok=True)
+        with written_whole(out / f"{name}.codes.png") as incoming:
+            draw_code_maps(pixels, maps, names=known if named else None, atoms=atoms).save(incoming)
+        yield out / f"{name}.codes.png"
 
 
 def classes_of(maps: CodeMaps, classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
@@ -183,17 +184,3 @@ def heat(codes: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     share = (place - below)[..., None]
     colours: npt.NDArray[np.uint8] = np.rint(_STOPS[below] * (1 - share) + _STOPS[below + 1] * share).astype(np.uint8)
     return colours
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=run_argument, help="checkpoint, or a run's folder for its best one")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures")
-    parser.add_argument("--num-iters", type=int, nargs="+", metavar="T", help="default: the checkpoint's")
-    parser.add_argument("--classes", nargs="+", metavar="NAME", help="default: those that the mask holds")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

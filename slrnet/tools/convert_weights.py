@@ -1,38 +1,32 @@
-# PYTHON_ARGCOMPLETE_OK
 """The authors' published checkpoints (WideResNet-38, any of the three settings) as ours, and those of 1-Stage.
 
-`released_checkpoint` reads a file and renames its tensors; `python -m slrnet.tools.convert_weights FILE --out DIR`
-writes a checkpoint directory that all commands take. Every tensor of the file is accounted for: taken, a second name of
+`released_checkpoint` reads a file and renames its tensors; `slrnet convert-weights FILE --out DIR` writes a checkpoint
+directory that all commands take. Every tensor of the file is accounted for: taken, a second name of
 one that is taken, or a constant of the refinement. Nothing in the file can run code.
 
 The setting shows in the heads: those of pixel labels and unlabelled images have an output more, for the background.
 1-Stage (Araslanov and Roth 2020, visinf/1-stage-wseg) is SLRNet's network less the auxiliary head and CVLR, with the
 encoder's modules at the top level; its checkpoints with WideResNet-38 can be read. Those with ResNets and VGG16 have
 other strides than the encoders here.
-
-Exit status: 0, or 2 where the file is refused.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from slrnet.checkpoints.checkpoint import Checkpoint, TrainState, save_checkpoint
-from slrnet.completion import parse
+from slrnet.checkpoints.checkpoint import Checkpoint, TrainState
 from slrnet.config import CalibrationConfig, Config, CvlrConfig, DataConfig, EvaluationConfig, LossConfig, Setting
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.models.encoders import describe_misfit, read_tensors
 from slrnet.models.slrnet import network_of
 from slrnet.recipes import RELEASED_SSS_THRESHOLDS
 
-__all__ = ["main", "released_checkpoint", "rename_released"]
+__all__ = ["released_checkpoint", "rename_released"]
 
 PREFIXES = {
     "backbone.": "encoder.backbone.",
@@ -100,7 +94,7 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
         highest, the background to the power 3; for pixel labels and unlabelled images neither, as there are no scores.
         For 1-Stage without CVLR, with its scales and scores above .1 (the mean over the scales, where its code has the
         maximum).
-        `slrnet.checkpoints.checkpoint.save_checkpoint` or `main` write it.
+        `slrnet.checkpoints.checkpoint.save_checkpoint` writes it.
 
     Raises:
         ValueError: the file is damaged, holds more than tensors, or does not fit: the tensors that are missing, unknown
@@ -163,29 +157,6 @@ def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, 
     return renamed
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Converts a file; returns the exit status: 0, or 2 where it cannot be done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="published .pth file")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="new folder for the run, its checkpoint below"
-    )
-    parser.add_argument("--classes", metavar="A,B", help="comma-separated names, background first (default: VOC's 21)")
-    options = parse(parser, arguments)
-    try:
-        if options.out.exists():
-            raise ValueError(f"{options.out} exists; name a new folder")
-        classes = options.classes.split(",") if options.classes else VOC_CLASSES
-        found = released_checkpoint(options.file, classes=classes)
-        folder = options.out / "checkpoints"
-        path = save_checkpoint(folder, config=found.config, state=found.state, model=found.model, optimizer={})
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(found.model)} tensors written to {path}")
-    return 0
-
-
 def _released_config(setting: Setting) -> Config:
     alone = setting == "sss"
     config = Config(
@@ -222,7 +193,3 @@ def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str | None:
         if name.startswith(prefix):
             return own + name.removeprefix(prefix)
     return None
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,26 +1,18 @@
-# PYTHON_ARGCOMPLETE_OK
-"""The MLflow page over the runs of a storage folder: `python -m slrnet.tools.dashboard`. `make dashboard` runs it.
-
-Serves on loopback only, until Ctrl-C. Without --storage it takes $SLRNET_STORAGE, else ~/slrnet_runs; where neither
-has runs, those of `make demo` in the folder runs.
-
-Exit status: the server's; 2 where there is nothing to show or the port is taken.
-"""
+"""MLflow's page over the runs of a storage folder (`slrnet dashboard`), and where commands look for runs by default."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from slrnet.completion import parse
-from slrnet.tracking.page import PORT, runs_address
+from slrnet.tracking.page import runs_address
 
-__all__ = ["check_port", "default_storages", "main", "serve_command"]
+__all__ = ["check_port", "default_storages", "newest_run", "serve", "serve_command"]
 
 DATABASE = "mlflow.db"
 
@@ -31,30 +23,55 @@ def default_storages() -> list[Path]:
     return [usual, Path("runs").absolute()]
 
 
+def newest_run(storages: Sequence[Path]) -> Path:
+    """The run with the newest checkpoint, of the first folder that has one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from slrnet.checkpoints.checkpoint import CheckpointError, read_state  # imports PyTorch, which takes seconds
+
+    for storage in storages:
+        checkpoints = sorted(storage.glob("*/checkpoints/checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        for path in reversed(checkpoints):
+            with suppress(CheckpointError):
+                read_state(path)  # older ones are not read: they may be many and large
+                return path.parents[1]
+    raise ValueError(
+        f"there is no run with a checkpoint in {' or '.join(map(str, storages))}; train one with `make demo`, or name "
+        "one: slrnet app CHECKPOINT_OR_RUN"
+    )
+
+
 def serve_command(database: Path, port: int) -> list[str]:
     """The command that serves a SQLite store on loopback, with one process and without MLflow's own jobs."""
     server = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     return [*server, "--backend-store-uri", f"sqlite:///{database}"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command until the server ends; returns the exit status."""
-    options = parse(_parser(), arguments)
-    try:
-        database = _database(options.storage)
-        check_port(options.port)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"runs of {database.parent}: {runs_address(options.port)} (some seconds to start; Ctrl-C ends it)", flush=True
-    )
+def serve(storage: Path | None, port: int) -> int:
+    """Serves the page until Ctrl-C.
+
+    Args:
+        storage: folder of runs; None: the first default folder that has some.
+        port: port on 127.0.0.1.
+
+    Returns:
+        The server's exit status; 0 after Ctrl-C.
+
+    Raises:
+        ValueError: there are no runs, or the port is taken.
+    """
+    database = _database(storage)
+    check_port(port)
+    print(f"runs of {database.parent}: {runs_address(port)} (some seconds to start; Ctrl-C ends it)", flush=True)
     # MLflow's jobs are for language models, and take five processes.
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    server = subprocess.Popen(serve_command(database, options.port), env=os.environ | quiet)
+    server = subprocess.Popen(serve_command(database, port), env=os.environ | quiet)
     try:
         return server.wait()
     except KeyboardInterrupt:
+        server.terminate()  # Ctrl-C has reached it already, SIGTERM has not
         server.wait()
         return 0
 
@@ -83,18 +100,3 @@ def check_port(port: int) -> None:
             probe.bind(("127.0.0.1", port))
         except OSError:
             raise ValueError(f"port {port} is taken, perhaps by an earlier call; give another --port") from None
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m slrnet.tools.dashboard",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--storage", type=Path, metavar="DIR", help="folder of runs (default: see above)")
-    parser.add_argument("--port", type=int, default=PORT, metavar="N", help="on 127.0.0.1 (default: %(default)s)")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

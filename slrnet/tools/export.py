@@ -1,23 +1,16 @@
-# PYTHON_ARGCOMPLETE_OK
-"""A network as a file for other programs: `python -m slrnet.tools.export RUN --out FOLDER`.
+"""A network as a file for other programs: `slrnet export`.
 
 `torch.export` (network.pt2) and ONNX (network.onnx, the extra `export`) of one view: images in [0, 1] in,
 probabilities and class scores out, batch and size open. What the two give is compared with the network itself at other
-sizes than that of the export, before the files take their names. `--mlflow` also logs the ONNX file to the training's
-run, as a model that `mlflow models serve` serves.
+sizes than that of the export, before the files take their names.
 
 Sizes: the sides of the images are multiples of the output stride, or one more where the training crop was; so
 export.json says. Several scales, gating and the CRF stay with `slrnet.load`.
-
-Exit status: 0, or 2 where something was refused or differs.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,9 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint, restore_model
-from slrnet.checkpoints.run_store import run_argument
-from slrnet.completion import parse
+from slrnet.checkpoints.checkpoint import Checkpoint, restore_model
 from slrnet.config import Config
 from slrnet.launch.evaluation import training_run
 from slrnet.models.cvlr import CrossViewLowRank
@@ -38,7 +29,7 @@ from slrnet.ops.maps import resize
 from slrnet.storage.files import write_json, written_whole
 from slrnet.tracking.onnx_model import log_onnx_model
 
-__all__ = ["SingleView", "export_network", "main", "require_onnx"]
+__all__ = ["SingleView", "export_network", "log_to_training_run", "require_onnx"]
 
 TOLERANCE = 1e-4
 """Largest difference of a probability between an exported network and the network itself."""
@@ -138,32 +129,6 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
     return record
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, or 2 where the network cannot be exported."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=run_argument, help="checkpoint, or a run's folder for its best one")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="for network.pt2, network.onnx and export.json"
-    )
-    parser.add_argument("--no-onnx", action="store_true", help="torch.export alone, without the extra `export`")
-    parser.add_argument("--mlflow", metavar="NAME", help="also log the ONNX file to the training's run")
-    options = parse(parser, arguments)
-    if options.mlflow and options.no_onnx:
-        parser.error("--mlflow logs the ONNX file; leave --no-onnx out")
-    try:
-        checkpoint = load_checkpoint(options.checkpoint.expanduser())
-        record = export_network(checkpoint, options.out, onnx=not options.no_onnx)
-        uri = _log(checkpoint, options.mlflow, options.out / "network.onnx") if options.mlflow else ""
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(record["largest_difference"]))
-    print(
-        f"written to {options.out}" + (f"; serve it: mlflow models serve -m {uri} --env-manager local" if uri else "")
-    )
-    return 0
-
-
 def _export(view: SingleView) -> torch.export.ExportedProgram:
     stride, rest = view.normalize.output_stride, view.rest
     sides = {
@@ -211,7 +176,20 @@ def _compare(view: SingleView, other: Callable[[Tensor], Any], name: str) -> flo
     return largest
 
 
-def _log(checkpoint: Checkpoint, name: str, file: Path) -> str:
+def log_to_training_run(checkpoint: Checkpoint, name: str, file: Path) -> str:
+    """Logs an ONNX file to the training's MLflow run, as a model that `mlflow models serve` serves.
+
+    Args:
+        checkpoint: a checkpoint of the training.
+        name: the model's name.
+        file: the ONNX file.
+
+    Returns:
+        The model's URI.
+
+    Raises:
+        ValueError: the run cannot be reached.
+    """
     handle = training_run(checkpoint)
     if handle is None:
         raise ValueError(
@@ -219,7 +197,3 @@ def _log(checkpoint: Checkpoint, name: str, file: Path) -> str:
             "--mlflow out"
         )
     return log_onnx_model(handle, name, file)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

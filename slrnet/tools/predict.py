@@ -1,16 +1,11 @@
-# PYTHON_ARGCOMPLETE_OK
-"""Masks for images on the command line: `python -m slrnet.tools.predict CHECKPOINT IMAGE... --out DIR`.
+"""Masks of image files (`slrnet predict`), and the predictor of a checkpoint.
 
-IMAGE is a file, a folder (its images, not those of folders in it) or a quoted pattern such as 'photos/**/*.jpg'. Each
-image NAME gives NAME.png, a palette PNG of class ids, NAME.overlay.jpg for people, and an entry in predictions.json:
-its classes, their share of the pixels and their scores.
-
-Exit status: 0, 1 where an image could not be read, 2 for wrong arguments.
+Each image NAME gives NAME.png, a palette PNG of class ids, NAME.overlay.jpg for people, and an entry in
+predictions.json: its classes, their share of the pixels and their scores.
 """
 
 from __future__ import annotations
 
-import argparse
 import glob
 import math
 import sys
@@ -26,16 +21,15 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint, restore_network
-from slrnet.checkpoints.run_store import local_run, run_argument
-from slrnet.completion import parse
-from slrnet.config import PROTOCOLS, Protocol
+from slrnet.checkpoints.run_store import local_run
+from slrnet.config import Protocol
 from slrnet.data.catalog import voc_palette
 from slrnet.data.images import encode_mask, upright_size
 from slrnet.inference.predictor import Prediction, Predictor, rgb_array
 from slrnet.storage.files import write_json, written_whole
 from slrnet.viz.overlay import draw_overlay
 
-__all__ = ["batches", "find_images", "load_predictor", "main", "positive", "predictor_of", "summarise"]
+__all__ = ["batches", "find_images", "load_predictor", "predict_images", "predictor_of", "summarise"]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 """Files of a folder that are taken for images."""
@@ -134,19 +128,22 @@ def batches(images: Mapping[str, Path], size: int) -> Iterator[list[str]]:
         yield from (names[start : start + size] for start in range(0, len(names), size))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, 1 where an image could not be read, 2 for wrong arguments."""
-    options = parse(_parser(), arguments)
-    try:
-        images = find_images(options.images)
-        existing = [path for name in images if (path := options.out / f"{name}.png").exists()]
-        if existing and not options.overwrite:
-            raise ValueError(f"{existing[0]} exists; give another --out, or allow it with --overwrite")
-        predictor = load_predictor(options.checkpoint, protocol=options.protocol, device=options.device)
-        options.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def predict_images(
+    predictor: Predictor, images: Mapping[str, Path], out: Path, *, source: Path, batch_size: int = 1
+) -> int:
+    """Writes mask and overlay of each image, and predictions.json.
+
+    Args:
+        predictor: the predictor.
+        images: paths by name.
+        out: folder to write to.
+        source: the checkpoint that predictions.json names.
+        batch_size: images of one size to predict at a time, >= 1.
+
+    Returns:
+        How many images could not be read; a line on stderr names each.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     if predictor.device.type == "cpu":
         from slrnet.cpu.allocator import keep_memory
 
@@ -154,37 +151,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     records: dict[str, Any] = {}
     failed = 0
     with tqdm(total=len(images), unit="image", disable=None) as bar:
-        for batch in batches(images, options.batch_size):
+        for batch in batches(images, batch_size):
             pixels = {name: found for name in batch if (found := _read(images[name])) is not None}
             failed += len(batch) - len(pixels)
             for name, prediction in zip(pixels, predictor.predict_batch(list(pixels.values())), strict=True):
-                _write(options.out, name, pixels[name], prediction.mask)
+                _write(out, name, pixels[name], prediction.mask)
                 records[name] = {"image": str(images[name])} | summarise(prediction, predictor.classes)
             bar.update(len(batch))
     records = {name: records[name] for name in images if name in records}
-    content = {"checkpoint": str(options.checkpoint), "protocol": predictor.protocol, "images": records}
-    write_json(options.out / "predictions.json", content)
-    print(f"{len(records)} masks in {options.out}" + (f", {failed} images could not be read" if failed else ""))
-    return 1 if failed else 0
-
-
-def positive(text: str) -> int:
-    """A whole number from 1, as an argument's `type`."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=run_argument, help="checkpoint, or a run's folder for its best one")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the masks")
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the checkpoint's configuration says")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
-    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="images at a time (default: 1)")
-    parser.add_argument("--overwrite", action="store_true", help="replace masks that exist")
-    return parser
+    content = {"checkpoint": str(source), "protocol": predictor.protocol, "images": records}
+    write_json(out / "predictions.json", content)
+    return failed
 
 
 def _read(path: Path) -> npt.NDArray[np.uint8] | None:
@@ -203,7 +180,3 @@ def _write(out: Path, name: str, pixels: npt.NDArray[np.uint8], mask: npt.NDArra
         draw_overlay(pixels[::step, ::step], mask[::step, ::step], palette).save(incoming)
     with written_whole(out / f"{name}.png") as incoming:
         incoming.write_bytes(encode_mask(mask, palette))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,37 +1,27 @@
-# PYTHON_ARGCOMPLETE_OK
-"""Where a training step spends its time: `python -m slrnet.tools.profile --recipe NAME --data DIR --out FOLDER`.
+"""Where a training step spends its time (`slrnet profile`): a time line, and a table of stages.
 
-Takes some optimiser steps in this process, on the GPU where there is one, and writes to FOLDER
-    trace.json.gz   every operation on a time line; opens in https://ui.perfetto.dev and chrome://tracing
-    stages.md       seconds of each stage per step, and its share
-The table is printed too. Stages of the network are what going forward takes; going backward is one stage. On a GPU the
-seconds are the device's, and may lack what another thread has started going backward (`benchmarks/gpu.py` times that).
-
-Exit status: 0, or 2 for wrong arguments.
+Stages of the network are what going forward takes; going backward is one stage. On a GPU the seconds are the device's,
+and may lack what another thread has started going backward (`benchmarks/gpu.py` times that).
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from slrnet.completion import parse
-from slrnet.config import Config, apply_overrides
+from slrnet.config import Config
 from slrnet.data.manifest import load_dataset
 from slrnet.distributed.process import Process
-from slrnet.recipes import get_recipe
 from slrnet.storage.files import written_whole
 from slrnet.training.trainer import Trainer
 
-__all__ = ["PREFIX", "Profile", "main", "named_stages", "profile_steps", "stage_table"]
+__all__ = ["PREFIX", "Profile", "named_stages", "profile_steps", "stage_table"]
 
 PREFIX = "slrnet: "
 """Of the names of all stages, here and in `slrnet.training`."""
@@ -136,40 +126,3 @@ def named_stages(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Profiles the steps that the command line describes; see the module's docstring."""
-    options = parse(_parser(), arguments)
-    try:
-        config = apply_overrides(get_recipe(options.recipe), [f"data.path={options.data}", *options.set])
-        options.out.mkdir(parents=True, exist_ok=True)
-        found = profile_steps(config, steps=options.steps, device=options.device)
-        found.write_trace(options.out / "trace.json.gz")
-        table = stage_table(found)
-        with written_whole(options.out / "stages.md") as incoming:
-            incoming.write_text(table + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(table)
-    print(f"\ntime line: {options.out / 'trace.json.gz'} (open it in https://ui.perfetto.dev)")
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m slrnet.tools.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--recipe", required=True, metavar="NAME", help="named configuration")
-    parser.add_argument("--data", required=True, metavar="DIR", help="folder with shards from data_prep/")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the time line and the table")
-    parser.add_argument("--steps", type=int, default=5, metavar="N", help="that are profiled (default: 5)")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cpu", "cuda"], default=device, help=f"(default here: {device})")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

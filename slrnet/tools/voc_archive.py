@@ -1,21 +1,15 @@
-# PYTHON_ARGCOMPLETE_OK
-"""The archive that VOC's evaluation server takes: `python -m slrnet.tools.voc_archive RUN IMAGES --out FILE`.
+"""The archive that VOC's evaluation server takes: `slrnet voc-archive`.
 
-IMAGES is a folder of JPEGs, or a VOC folder's JPEGImages with `--list test.txt` for the images to predict. The archive
-(.tgz) holds results/VOC2012/Segmentation/comp6_test_cls/ID.png: indexed PNGs of VOC's ids 0 to 20, of the images' own
-sizes. Before it takes its name it is read back and compared with the images: count, names, sizes, ids.
-
-Exit status: 0, or 2 where something was refused.
+The archive (.tgz) holds results/VOC2012/Segmentation/comp6_test_cls/ID.png: indexed PNGs of VOC's ids 0 to 20, of the
+images' own sizes. Before it takes its name it is read back and compared with the images: count, names, sizes, ids.
 """
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import io
-import sys
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,17 +18,13 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from slrnet.checkpoints.run_store import run_argument
-from slrnet.completion import parse
-from slrnet.config import PROTOCOLS
 from slrnet.data.catalog import VOC_CLASSES, voc_ids, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.tars import tar_end, tar_members
 from slrnet.inference.predictor import Predictor
 from slrnet.storage.files import written_whole
-from slrnet.tools.predict import load_predictor
 
-__all__ = ["FOLDER", "check_voc_archive", "list_images", "main", "write_voc_archive"]
+__all__ = ["FOLDER", "check_voc_archive", "list_images", "write_voc_archive"]
 
 FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 """Where the server expects the masks."""
@@ -123,33 +113,6 @@ def check_voc_archive(path: Path, images: Mapping[str, Path]) -> list[str]:
     return problems
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, or 2 where the archive cannot be made."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=run_argument, help="checkpoint, or a run's folder for its best one")
-    parser.add_argument("images", type=Path, help="folder with ID.jpg, for instance VOC's JPEGImages")
-    parser.add_argument(
-        "--list", type=Path, metavar="FILE", help="an id a line, such as test.txt (default: all images)"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="archive to write, for instance results.tgz"
-    )
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the checkpoint's configuration says")
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
-    options = parse(parser, arguments)
-    try:
-        if options.out.exists():
-            raise ValueError(f"{options.out} exists; name a new file")
-        images = list_images(options.images.expanduser(), options.list)
-        predictor = load_predictor(options.checkpoint, protocol=options.protocol, device=options.device)
-        write_voc_archive(predictor, images, options.out)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{len(images)} masks by {predictor.protocol} in {options.out}, checked: names, sizes, ids")
-    return 0
-
-
 def _wrong(data: bytes, image: Path) -> Iterator[str]:
     with Image.open(io.BytesIO(data)) as mask, Image.open(image) as photo:
         if mask.mode != "P":
@@ -175,7 +138,3 @@ def _open_gzip(path: Path) -> Iterator[gzip.GzipFile]:
     """A gzip file without name and time in its header, so that equal masks give equal archives."""
     with path.open("wb") as file, gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as archive:
         yield archive
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -51,7 +51,7 @@ def run_address(uri: str, experiment_id: str, run_id: str) -> str:
     if uri.startswith("http"):
         return f"{public(uri)}/{page}"
     database = Path(uri.removeprefix(SQLITE))
-    command = ["python", "-m", "slrnet.tools.dashboard", "--storage", str(database.parent)]
+    command = ["slrnet", "dashboard", "--storage", str(database.parent)]
     if database.name != "mlflow.db":
         command = ["mlflow", "server", "--host", "127.0.0.1", "--backend-store-uri", uri]
     return f"http://127.0.0.1:{PORT}/{page}?{_WORKFLOW} after `{shlex.join(command)}`"

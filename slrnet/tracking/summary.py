@@ -92,8 +92,8 @@ def result_text(metrics: Mapping[str, float], classes: tuple[str, ...], *, epoch
     run, where = shlex.quote(str(folder)), shlex.quote(data)
     return (
         f"Best checkpoint: epoch {epoch}.{which}\n\n```text\n{table}\n```\n\nNext:\n\n```sh\n"
-        f"python ray_jobs/evaluate.py --checkpoint {run} --data {where} --split val --protocol ms\n"
-        f"python -m slrnet.tools.report {run} --data {where}\npython -m slrnet.tools.app {run}\n```"
+        f"slrnet evaluate --checkpoint {run} --data {where} --split val --protocol ms\n"
+        f"slrnet report {run} --data {where}\nslrnet app {run}\n```"
     )
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shlex
-import signal
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data_prep.coco
-from data_prep.coco import _elements, _JsonReader, class_mask, convert, main, read_annotations
+from data_prep.coco import _elements, _JsonReader, class_mask, convert, read_annotations
 from data_prep.conversion import Output
 from data_prep.shard_writer import verify
+from slrnet.cli.main import main
 from slrnet.data.manifest import DataError, load_dataset
 
 from .conftest import decode
@@ -309,16 +308,12 @@ def test_damaged_images_can_be_left_out_by_name(
 # Command line.
 
 
-def test_command_makes_shards_that_its_own_record_makes_again(
-    coco: CocoBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_makes_shards_that_its_own_record_makes_again(coco: CocoBuilder, tmp_path: Path) -> None:
     root = coco.write()
     (tmp_path / "few.txt").write_text("000000000002\n000000000001\n000000000030\n")
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
 
     def run(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["coco.py", *words, "--processes", "1"])
-        return main()
+        return main(["prepare", "coco", *words, "--processes", "1"])
 
     options = ["--fraction", "0.9", "--subset", f"few={tmp_path / 'few.txt'}", "--shards", "1", "--seed", "3"]
     assert run("--root", str(root), "--out", str(tmp_path / "first"), *options) == 0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import shlex
-import signal
-import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,8 @@ import pytest
 from PIL import Image
 
 from data_prep.conversion import Output
-from data_prep.folder import convert, main, read_palette
+from data_prep.folder import convert, read_palette
+from slrnet.cli.main import main
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, load_dataset
 
@@ -195,15 +194,13 @@ def test_large_images_are_scaled_down_with_their_masks(photos: Path) -> None:
     assert " --longest-side 40 " in load_dataset(photos / "out").info.made_by
 
 
-def test_command_makes_shards_that_its_own_record_makes_again(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_makes_shards_that_its_own_record_makes_again(photos: Path) -> None:
     (photos / "few.txt").write_text("one\n")
     (photos / "val.txt").write_text("two\n")
     (photos / "masks" / "more" / "four.png").unlink()
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
 
     def run(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["folder.py", *words, "--processes", "1"])
-        return main()
+        return main(["prepare", "folder", *words, "--processes", "1"])
 
     options = ["--masks", str(photos / "masks"), "--classes", "cat,dog", "--unlabelled", "--name", "mine"]
     options += ["--subset", f"few={photos / 'few.txt'}", "--split", f"val={photos / 'val.txt'}", "--shards", "1"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import shlex
-import signal
-import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +14,9 @@ import pytest
 from PIL import Image
 
 from data_prep.conversion import Output
-from data_prep.l2id import convert, main, read_map
+from data_prep.l2id import convert, read_map
 from data_prep.shard_writer import verify
+from slrnet.cli.main import main
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, load_dataset
 
@@ -230,13 +229,11 @@ class TestRefusals:
 
 
 def test_command_makes_shards_that_its_own_record_makes_again(
-    l2id: L2idBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    l2id: L2idBuilder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
 
     def run(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["l2id.py", *words, "--processes", "1"])
-        return main()
+        return main(["prepare", "l2id", *words, "--processes", "1"])
 
     folders = ["--val-images", str(l2id.root / "LID_track1" / "val")]
     folders += ["--val-masks", str(l2id.root / "track1_val_annotations_raw")]

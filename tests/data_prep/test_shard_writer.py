@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.conversion import add_arguments, run_command
+from data_prep.conversion import add_common_arguments, run_conversion
 from data_prep.shard_writer import Sample, verify, write_dataset
 from data_prep.workers import ConversionPool
+from slrnet.cli.exit_codes import exit_code
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 
@@ -279,8 +280,9 @@ def test_failure_midway_leaves_nothing_behind(tmp_path: Path, processes: int) ->
 
 SLOW_WRITER = """
 import argparse, signal, sys, time
-from data_prep.conversion import add_arguments, run_command
+from data_prep.conversion import add_common_arguments, run_conversion
 from data_prep.shard_writer import Sample, write_dataset
+from slrnet.cli.exit_codes import exit_code
 from slrnet.data.catalog import voc_palette
 
 def encode(sample):
@@ -288,16 +290,17 @@ def encode(sample):
     time.sleep(0.2)
     return b"jpg", None
 
-def make(args):
+def make():
     samples = [Sample(key=f"k{n}", split="train", width=1, height=1, classes=(1,)) for n in range(1000)]
-    return write_dataset(args.out, samples, encode, name="slow", classes=("background", "cat"),
+    return write_dataset(options.out, samples, encode, name="slow", classes=("background", "cat"),
                          palette=voc_palette(), made_by="x", samples_per_shard=2)
 
 # A shell that starts tests in the background has them ignore the interrupt key, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 parser = argparse.ArgumentParser()
-add_arguments(parser)
-sys.exit(run_command(parser, make))
+add_common_arguments(parser)
+options = parser.parse_args()
+sys.exit(exit_code(lambda: run_conversion(options, make), interrupted=options.interrupted))
 """
 
 
@@ -312,7 +315,7 @@ def test_interruption_leaves_nothing_behind(tmp_path: Path, sent: signal.Signals
         while not list((tmp_path / "shards").glob(".out.*.partial/*.tar")) and time.monotonic() < deadline:
             time.sleep(0.01)
         process.send_signal(sent)
-        assert process.wait(timeout=120) == 130
+        assert process.wait(timeout=120) == 128 + sent
         assert process.stderr.read().endswith("interrupted; nothing was written\n")
     assert list((tmp_path / "shards").iterdir()) == []
 
@@ -376,41 +379,33 @@ def test_swapped_samples_are_found(damaged: Path) -> None:
 # Command line.
 
 
-def _run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+def _run(*words: str) -> int:
     parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    monkeypatch.setattr(sys, "argv", ["voc.py", *words])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
-        return run_command(parser, lambda args: _write(args.out, processes=args.processes))
+    add_common_arguments(parser)
+    options = parser.parse_args(words)
+    return exit_code(lambda: run_conversion(options, lambda: _write(options.out, processes=options.processes)))
 
 
-def test_command_writes_and_verifies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_writes_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
-    assert _run(monkeypatch, "--out", out, "--processes", "1") == 0
+    assert _run("--out", out, "--processes", "1") == 0
     assert "20 train, 5 val samples, 3 classes" in capsys.readouterr().out
-    assert _run(monkeypatch, "--verify", out, "--processes", "1") == 0
+    assert _run("--verify", out, "--processes", "1") == 0
     assert "all 25 samples are intact" in capsys.readouterr().out
 
 
-def test_command_says_how_to_repair(
-    damaged: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_says_how_to_repair(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (damaged / "val-000000.tar").unlink()
-    assert _run(monkeypatch, "--verify", str(damaged), "--processes", "1") == 1
+    assert _run("--verify", str(damaged), "--processes", "1") == 1
     text = capsys.readouterr().err
     assert "val-000000.tar: is missing" in text
     assert f"repair with: rm -r {damaged} && python data_prep/voc.py --root VOC2012 --out {damaged}" in text
 
 
-def test_command_refuses_without_a_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_refuses_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").write_text("mine")
-    assert _run(monkeypatch, "--out", str(tmp_path / "out")) == 2
+    assert _run("--out", str(tmp_path / "out")) == 2
     assert capsys.readouterr().err.startswith("error: the output folder")
     with pytest.raises(SystemExit):
-        _run(monkeypatch)
-    assert "give either --out DIR" in capsys.readouterr().err
+        _run()
+    assert "one of the arguments --out --verify is required" in capsys.readouterr().err

@@ -3,7 +3,6 @@ from __future__ import annotations
 import csv
 import io
 import shutil
-import signal
 import sys
 import tarfile
 from pathlib import Path
@@ -19,7 +18,8 @@ from scipy.io import savemat
 import data_prep.voc
 from data_prep.conversion import Output
 from data_prep.shard_writer import verify
-from data_prep.voc import VocFolder, _items, _sbd_keys, convert, main, read_list, train_aug_keys
+from data_prep.voc import VocFolder, _items, _sbd_keys, convert, read_list, train_aug_keys
+from slrnet.cli.main import main
 from slrnet.data.catalog import VOC_CLASSES, voc_palette
 from slrnet.data.manifest import DataError, load_dataset
 
@@ -395,38 +395,32 @@ def test_list_files_that_cannot_be_used(tmp_path: Path, text: str | None, messag
 # Command line.
 
 
-def _main(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["voc.py", *words, "--processes", "1"])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
-    return main()
+def _main(*words: str) -> int:
+    return main(["prepare", "voc", *words, "--processes", "1"])
 
 
-def test_command_makes_shards_that_its_own_record_makes_again(
-    voc: VocBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_command_makes_shards_that_its_own_record_makes_again(voc: VocBuilder, tmp_path: Path) -> None:
     (tmp_path / "some.txt").write_text("t2\n")
     options = ["--classes", "cat,dog", "--subset", f"some={tmp_path / 'some.txt'}", "--shards", "1", "--seed", "3"]
-    assert _main(monkeypatch, "--root", str(voc.root), "--out", str(tmp_path / "first"), *options) == 0
+    assert _main("--root", str(voc.root), "--out", str(tmp_path / "first"), *options) == 0
     first = load_dataset(tmp_path / "first")
     program, script, *recorded = first.info.made_by.split()
     assert (program, script) == ("python", "data_prep/voc.py")
-    assert _main(monkeypatch, *recorded, "--out", str(tmp_path / "second")) == 0
+    assert _main(*recorded, "--out", str(tmp_path / "second")) == 0
     for path in (tmp_path / "first").iterdir():
         assert (tmp_path / "second" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_command_refuses_bad_options(
-    voc: VocBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_refuses_bad_options(voc: VocBuilder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = ["--out", str(tmp_path / "out")]
     for words, message in (
         (["--subset", "half"], "--subset 'half' is not NAME=LISTFILE"),
         (["--subset", "voc_train=x"], "--subset voc_train is taken"),
         (["--classes", "cats"], "--classes has ['cats']"),
     ):
-        assert _main(monkeypatch, "--root", str(voc.root), *out, *words) == 2
+        assert _main("--root", str(voc.root), *out, *words) == 2
         assert message in capsys.readouterr().err
-    assert _main(monkeypatch, *out) == 2
+    assert _main(*out) == 2
     assert "--root is missing" in capsys.readouterr().err
 
 
@@ -442,11 +436,11 @@ def test_download_goes_through_torchvision(
     monkeypatch.setitem(sys.modules, "torchvision.datasets", SimpleNamespace(VOCSegmentation=fetch))
     root = tmp_path / "VOCdevkit" / "VOC2012"
     words = ["--out", str(tmp_path / "out"), "--download"]
-    assert _main(monkeypatch, "--root", str(root), *words) == 2
+    assert _main("--root", str(root), *words) == 2
     text = capsys.readouterr().err
     assert f"no network for {tmp_path}>" in text
     assert "fetch VOCtrainval_11-May-2012.tar by hand" in text
-    assert _main(monkeypatch, "--root", str(tmp_path / "elsewhere"), *words) == 2
+    assert _main("--root", str(tmp_path / "elsewhere"), *words) == 2
     assert "must end in that" in capsys.readouterr().err
 
 
@@ -455,7 +449,7 @@ def test_download_leaves_a_folder_that_is_there(
 ) -> None:
     monkeypatch.setattr(data_prep.voc, "convert", lambda *_, **__: load_dataset(tmp_path / "done").info)
     convert(voc.root, Output(tmp_path / "done"))
-    assert _main(monkeypatch, "--root", str(voc.root), "--out", str(tmp_path / "out"), "--download") == 0
+    assert _main("--root", str(voc.root), "--out", str(tmp_path / "out"), "--download") == 0
     assert "nothing to download" in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ import jsonschema
 import pytest
 import yaml
 
-from ray_jobs.train import parse_arguments
+from slrnet.cli.main import build_parser
 from slrnet.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,13 +156,11 @@ class TestJob:
         assert spec["shutdownAfterJobFinishes"] is True
         assert spec["ttlSecondsAfterFinished"] > 0
 
-    def test_workers_scale_down_to_none_and_up_to_what_the_training_asks_for(
-        self, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_workers_scale_down_to_none_and_up_to_what_the_training_asks_for(self, spec: dict[str, Any]) -> None:
         program, script, *arguments = shlex.split(spec["entrypoint"])
         assert (program, script) == ("python", "/shared/slrnet/ray_jobs/train.py")
-        monkeypatch.setattr(sys, "argv", [script, *arguments])
-        options = parse_arguments("")
+        words = ["train", *arguments]
+        options = build_parser(words).parse_args(words)
         (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
         assert spec["rayClusterSpec"]["enableInTreeAutoscaling"] is True
         assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (0, *[options.num_workers] * 2)

@@ -28,13 +28,13 @@ def run_job(script: str, *arguments: str) -> int:
     [
         ("train.py", ("--recipe", "voc_wss", "--num-workers", "0"), "'voc_wsss'"),
         ("train.py", ("--recipe", "demo", "--data", "x", "--set", "optim.lrr=1"), "nearest one is 'optim.lr'"),
-        ("train.py", ("--recipe", "demo", "--data", "x", "--num-workers", "0"), "data_prep"),
+        ("train.py", ("--recipe", "demo", "--data", "x", "--num-workers", "0"), "slrnet prepare"),
         ("train.py", ("--storage", "ftp://host/runs"), "allowed are folders, s3:// and gs://"),
         ("tune.py", ("--storage", "s3://bucket/runs"), "mount the storage"),
         ("train.py", ("--resume", "nothing"), "no run 'nothing' in"),
         ("evaluate.py", ("--checkpoint", "nowhere"), "holds no checkpoint"),
         ("pseudo_label.py", ("--checkpoint", "nowhere", "--out", "x"), "holds no checkpoint"),
-        ("distill.py", ("--data", "x"), "holds no pseudo masks; make some with `python ray_jobs/pseudo_label.py"),
+        ("distill.py", ("--data", "x"), "holds no pseudo masks; make some with `slrnet pseudo-label"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(
@@ -73,7 +73,7 @@ def test_a_job_that_is_stopped_says_so_and_marks_its_run(tmp_path: Path) -> None
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 143
-    assert errors.splitlines()[-1] == "interrupted; a training goes on from its last checkpoint with --resume NAME"
+    assert errors.splitlines()[-1] == "interrupted; continue the training with --resume NAME"
     assert "Traceback" not in errors
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])

@@ -173,7 +173,7 @@ def code_figure(subject: Subject, examination: Examination, *, number: int) -> F
     if model.cvlr is None or not model.cvlr.class_codes:
         raise ValueError(
             f"{subject.checkpoint.path} has no low-rank module whose atoms are classes, so Fig. 5 cannot be drawn; "
-            "python -m slrnet.tools.codes draws the codes of other atoms"
+            "slrnet codes draws the codes of other atoms"
         )
     chosen = dict(list(best_of_each_class(examination.scores).items())[:number])
     examples = {one.key: one for one in read_examples(subject, examination.split, list(chosen.values()))}

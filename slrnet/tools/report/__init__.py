@@ -1,1 +1,1 @@
-"""One self-contained HTML page about one run or several: `python -m slrnet.tools.report`."""
+"""One self-contained HTML page about one run or several: `slrnet report`."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from slrnet.checkpoints.checkpoint import Checkpoint
+from slrnet.data.manifest import load_dataset
 from slrnet.evaluation.examine import (
     Bins,
     Examination,
@@ -32,6 +34,7 @@ from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.evaluation.protocols import protocol_name, pseudo_mask_protocol
 from slrnet.inference.forward import fit_image
 from slrnet.models.slrnet import SLRNet
+from slrnet.storage.remote import is_remote
 from slrnet.tools.codes import classes_of, code_maps, draw_code_maps, most_used
 from slrnet.tools.report.charts import HEIGHT, WIDTH, Chart, Series, draw_chart, limits_of
 from slrnet.tools.report.runs import Run, training_command, val_key
@@ -39,7 +42,7 @@ from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.provenance import environment_tags
 from slrnet.viz.overlay import draw_overlay
 
-__all__ = ["MAX_BYTES", "Findings", "gamma_advice", "look", "render"]
+__all__ = ["MAX_BYTES", "Findings", "findings_of", "gamma_advice", "look", "render"]
 
 MAX_BYTES = 10_000_000
 """Largest size of a page."""
@@ -68,6 +71,27 @@ class Findings:
     """Reasons by part: `masks`, `sweep`, `codes`."""
     note: str = ""
     """A warning about the data."""
+
+
+def findings_of(run: Run, *, data: Path | None, device: str | None, images: int, at_most: int | None) -> Findings:
+    """Measures a run on a data set, or on that of its training if it is still there.
+
+    Args:
+        run: the run.
+        data: folder with shards; None for those of the training.
+        device: device of the network; None for a GPU where there is one.
+        images: see `look`.
+        at_most: see `look`.
+
+    Raises:
+        DataError: the data set is damaged or has other classes.
+    """
+    location = str(data or run.checkpoint.config.data.path)
+    if data is None and not is_remote(location) and not (Path(location) / "dataset.json").is_file():
+        reason = "the training's data are not at hand; give their folder with --data"
+        return Findings(absent={"masks": reason, "codes": reason, "sweep": reason})
+    subject = Subject.of(run.checkpoint, load_dataset(location), device)
+    return look(subject, images=images, at_most=at_most)
 
 
 def look(subject: Subject, *, images: int, at_most: int | None = None) -> Findings:

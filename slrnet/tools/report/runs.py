@@ -109,7 +109,7 @@ def training_command(checkpoint: Checkpoint) -> str:
     """
     config = checkpoint.config
     known = config.recipe in RECIPES
-    words = ["python", "ray_jobs/train.py", *(["--recipe", config.recipe] if known else ["--config", "config.json"])]
+    words = ["slrnet", "train", *(["--recipe", config.recipe] if known else ["--config", "config.json"])]
     words += ["--data", config.data.path or "SHARDS", "--num-workers", str(checkpoint.state.world_size)]
     if known:
         usual = get_recipe(config.recipe).flat()

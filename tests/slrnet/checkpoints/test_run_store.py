@@ -21,8 +21,9 @@ from slrnet.checkpoints.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from slrnet.checkpoints.run_store import STATE, RunStore, local_run, run_argument, run_folder
+from slrnet.checkpoints.run_store import STATE, RunStore, local_run, run_folder
 from slrnet.checkpoints.writer import CheckpointWriter
+from slrnet.cli.arguments import run_argument
 from slrnet.config import Config, apply_overrides
 from slrnet.launch import train as ray_loop
 from slrnet.launch.checks import resume_config
@@ -232,7 +233,7 @@ class TestReading:
         assert load_checkpoint(local_run(PLACE)).state.epoch == 1  # the best
         assert load_checkpoint(run_argument(f"{PLACE}/checkpoints/checkpoint-0002/")).state.epoch == 2
         assert cached(PLACE) in local_run(PLACE).parents
-        assert run_argument("~/runs/x") == Path("~/runs/x")
+        assert run_argument("~/runs/x") == Path("~/runs/x").expanduser()
 
     def test_a_checkpoint_that_was_replaced_is_copied_again(self, run: RunStore) -> None:
         for score in (0.1, 0.2):

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slrnet.cli.main import main
 from slrnet.data.class_balance import ClassLists, balance, table
 from slrnet.data.manifest import ShardSet
-from slrnet.tools.class_balance import main
 
 
 def lists(classes: list[tuple[int, ...]], num_classes: int) -> ClassLists:
@@ -100,10 +100,10 @@ def test_the_table_shows_the_rarest_first_and_cuts_the_middle() -> None:
 def test_the_command_prints_the_table_of_a_data_set(
     tiny_data: ShardSet, capsys: pytest.CaptureFixture[str], write_tiny: Callable[..., Any]
 ) -> None:
-    assert main([str(tiny_data.folder), "--strength", "1"]) == 0
+    assert main(["class-balance", str(tiny_data.folder), "--strength", "1"]) == 0
     printed = capsys.readouterr().out
     images = [line.split()[:2] for line in printed.splitlines()[1:4]]
     assert images == [["cat", "4"], ["ant", "5"], ["bee", "5"]]
-    assert main([str(tiny_data.folder), "--strength", "2"]) == 2
+    assert main(["class-balance", str(tiny_data.folder), "--strength", "2"]) == 2
     assert "allowed are 0 to 1" in capsys.readouterr().err
-    assert main([str(tiny_data.folder), "--split", "test"]) == 2
+    assert main(["class-balance", str(tiny_data.folder), "--split", "test"]) == 2

@@ -160,7 +160,7 @@ def test_unknown_split_is_refused_with_the_known_ones(folder: Path) -> None:
 
 def test_folder_without_shards_is_refused_with_the_commands_that_make_them(tmp_path: Path) -> None:
     for missing in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(DataError, match=r"no shards in .*data_prep/voc.py .*--out .*data_prep/demo.py --out"):
+        with pytest.raises(DataError, match=r"no shards in .*slrnet prepare voc .*--out .*slrnet prepare demo --out"):
             load_dataset(missing)
 
 

@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from slrnet.checkpoints.checkpoint import load_checkpoint
-from slrnet.tools.app.__main__ import main, newest_run
+from slrnet.cli.main import main
 from slrnet.tools.app.studio import MAX_SIDE, Studio, shrunk
+from slrnet.tools.dashboard import newest_run
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -85,18 +86,18 @@ def test_the_newest_run_is_taken(tiny_run: Path, tmp_path: Path) -> None:
 
 
 def test_refusals(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tmp_path)]) == 2
+    assert main(["app", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert main([str(tiny_run), "--port", str(taken.getsockname()[1])]) == 2
+        assert main(["app", str(tiny_run), "--port", str(taken.getsockname()[1])]) == 2
     assert "is taken" in capsys.readouterr().err
 
 
 @pytest.fixture
 def address(tiny_run: Path, serve: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
-    with serve("slrnet.tools.app", str(tiny_run)) as found:
+    with serve("slrnet", "app", str(tiny_run)) as found:
         yield found
 
 

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 
 from data_prep.shard_writer import Sample, write_dataset
+from slrnet.cli.main import main
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import ShardSet, load_dataset
-from slrnet.tools.browse import contact_sheet, find_duplicates, main, survey_split, warnings_of
+from slrnet.tools.browse import contact_sheet, find_duplicates, survey_split, warnings_of
 
 CLASSES = ("background", "ant", "bee", "cat")
 
@@ -72,7 +73,7 @@ def test_labels_are_counted_and_masks_measured(tmp_path: Path) -> None:
 
 def test_a_good_data_set_has_no_warnings_and_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "shards", **GOOD)
-    assert main([str(tmp_path / "shards"), "--out", str(tmp_path / "seen")]) == 0
+    assert main(["browse", str(tmp_path / "shards"), "--out", str(tmp_path / "seen")]) == 0
     printed = capsys.readouterr().out
     assert "no warnings" in printed
     assert printed.startswith((tmp_path / "seen" / "report.txt").read_text())
@@ -127,11 +128,11 @@ def test_duplicates_in_two_splits_are_an_error_and_within_one_a_warning(
         (True, frozenset([("train", "c"), ("val", "f")])),
         (False, frozenset([("train", "a"), ("train", "g")])),
     }
-    assert main([str(tmp_path / "shards"), "--out", str(tmp_path / "seen")]) == 1
+    assert main(["browse", str(tmp_path / "shards"), "--out", str(tmp_path / "seen")]) == 1
     printed = capsys.readouterr().out
     assert "error: 1 duplicates in two splits: train/c = val/f" in printed
     assert "warning: 1 duplicates within a split: " in printed
-    assert main([str(tmp_path / "shards"), "--out", str(tmp_path / "seen"), "--no-duplicates"]) == 0
+    assert main(["browse", str(tmp_path / "shards"), "--out", str(tmp_path / "seen"), "--no-duplicates"]) == 0
 
 
 def test_damage_and_missing_shards_are_told_with_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,10 +141,10 @@ def test_damage_and_missing_shards_are_told_with_the_remedy(tmp_path: Path, caps
     data = bytearray(path.read_bytes())
     data[520:540] = bytes(20)
     path.write_bytes(data)
-    assert main([str(tmp_path / "shards"), "--out", str(tmp_path / "seen")]) == 2
+    assert main(["browse", str(tmp_path / "shards"), "--out", str(tmp_path / "seen")]) == 2
     assert "make the data set anew" in capsys.readouterr().err
     assert not (tmp_path / "seen").exists()
-    assert main([str(tmp_path), "--out", str(tmp_path / "seen")]) == 2
+    assert main(["browse", str(tmp_path), "--out", str(tmp_path / "seen")]) == 2
     assert "no shards in" in capsys.readouterr().err
-    assert main([str(tmp_path / "shards"), "--samples", "0"]) == 2
+    assert main(["browse", str(tmp_path / "shards"), "--samples", "0"]) == 2
     assert "--samples 0" in capsys.readouterr().err

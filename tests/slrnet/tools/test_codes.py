@@ -9,11 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from slrnet.cli.main import main
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import build_encoder
 from slrnet.models.network import Normalize
 from slrnet.models.slrnet import SLRNet
-from slrnet.tools.codes import CodeMaps, code_maps, draw_code_maps, heat, main
+from slrnet.tools.codes import CodeMaps, code_maps, draw_code_maps, heat
 
 
 def model_of(**options: object) -> SLRNet:
@@ -70,6 +71,6 @@ def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(ValueError, match=r"num_iters is \[0\]"):
         code_maps(model, IMAGE, normalize_of(model), [0])
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    assert main([str(tmp_path / "none"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 2
+    assert main(["codes", str(tmp_path / "none"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 2
     assert "error:" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from slrnet import load
 from slrnet.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from slrnet.cli.main import main
 from slrnet.config import Config, Setting
 from slrnet.models.slrnet import build_model
 from slrnet.tools import convert_weights as released_weights
-from slrnet.tools.convert_weights import PREFIXES, SECOND_NAMES, main, released_checkpoint
+from slrnet.tools.convert_weights import PREFIXES, SECOND_NAMES, released_checkpoint
 
 CLASSES = ("background", "ant", "bee", "cat")
 
@@ -156,11 +157,11 @@ def test_the_command_writes_a_checkpoint_that_predicts(
 ) -> None:
     file = save(tmp_path, released(ours))
     arguments = [str(file), "--out", str(tmp_path / "run"), "--classes", ",".join(CLASSES)]
-    assert main(arguments) == 0
+    assert main(["convert-weights", *arguments]) == 0
     assert load_checkpoint(tmp_path / "run").state.classes == CLASSES
     predictor = load(tmp_path / "run", device="cpu")
     assert predictor(torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()).mask.shape == (40, 50)
-    assert main(arguments) == 2
+    assert main(["convert-weights", *arguments]) == 2
     assert "exists; name a new folder" in capsys.readouterr().err
 
 

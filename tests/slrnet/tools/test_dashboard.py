@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slrnet.cli.main import main
 from slrnet.config import Config
-from slrnet.tools.dashboard import default_storages, main, serve_command
+from slrnet.tools.dashboard import default_storages, serve_command
 from slrnet.tracking.location import resolve_uri
 from slrnet.tracking.mlflow import MlflowTracker, create_run
 from slrnet.tracking.page import sample_series
@@ -28,7 +29,7 @@ def test_places_without_runs_are_named(
     monkeypatch.setenv("SLRNET_STORAGE", str(tmp_path / "usual"))
     monkeypatch.chdir(tmp_path)
     assert default_storages() == [tmp_path / "usual", tmp_path / "runs"]
-    assert main([]) == 2
+    assert main(["dashboard"]) == 2
     said = capsys.readouterr().err
     assert f"no mlflow.db in {tmp_path / 'usual'} or {tmp_path / 'runs'}" in said
     assert "make demo" in said
@@ -40,7 +41,7 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path, capsys: pytest.CaptureF
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert main(["--storage", str(tmp_path), "--port", str(port)]) == 2
+        assert main(["dashboard", "--storage", str(tmp_path), "--port", str(port)]) == 2
     assert f"port {port} is taken" in capsys.readouterr().err
 
 
@@ -64,7 +65,7 @@ def run(tmp_path: Path, tiny_config: Config) -> RunHandle:
 
 @pytest.fixture
 def address(run: RunHandle, tmp_path: Path, serve: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
-    with serve("slrnet.tools.dashboard", "--storage", str(tmp_path), path="health") as found:
+    with serve("slrnet", "dashboard", "--storage", str(tmp_path), path="health") as found:
         yield f"{found}#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
 

@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint, restore_model
+from slrnet.cli.main import main
 from slrnet.config import Config, apply_overrides
 from slrnet.launch.train import LaunchOptions, launch
 from slrnet.ops.maps import resize
 from slrnet.tools import export
-from slrnet.tools.export import SingleView, export_network, main
+from slrnet.tools.export import SingleView, export_network
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 
@@ -79,7 +80,7 @@ def test_refusals(
     checkpoint: Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
-    assert main([str(checkpoint.path), "--out", str(tmp_path / "out")]) == 2
+    assert main(["export", str(checkpoint.path), "--out", str(tmp_path / "out")]) == 2
     assert "ONNX needs onnxscript; run `pip install 'slrnet[export]'`" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -89,7 +90,7 @@ def test_mlflow_serves_the_logged_model(
     tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = launch(tiny_config, LaunchOptions(name="run", storage=tmp_path, num_workers=0), say=lambda line: None)
-    assert main([str(result.best), "--out", str(tmp_path / "out"), "--mlflow", "network"]) == 0
+    assert main(["export", str(result.best), "--out", str(tmp_path / "out"), "--mlflow", "network"]) == 0
     uri = f"runs:/{result.run.run_id}/models/network"
     assert f"mlflow models serve -m {uri}" in capsys.readouterr().out
     with socket.socket() as free:

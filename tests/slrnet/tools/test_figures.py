@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 
 from slrnet.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from slrnet.cli.main import main
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.data.manifest import ShardSet
 from slrnet.evaluation.examine import Examination, Subject, choose_by_iou, examine, read_examples
 from slrnet.inference.forward import fit_image
 from slrnet.models.slrnet import SLRNet
 from slrnet.tools.codes import code_maps, heat
-from slrnet.tools.figures.__main__ import _checkpoints, main
+from slrnet.tools.figures.draw import _checkpoints
 from slrnet.tools.figures.paper import PAPER_TABLES
 from slrnet.tools.figures.pictures import (
     best_of_each_class,
@@ -138,7 +139,7 @@ class TestPictures:
 class TestCommand:
     @pytest.mark.parametrize("what", ["fig2", "fig3", "fig5"])
     def test_a_figure_of_one_checkpoint(self, what: str, tiny_run: Path, tmp_path: Path) -> None:
-        assert main([what, str(tiny_run), "--out", str(tmp_path), "--images", "1", "--device", "cpu"]) == 0
+        assert main(["figures", what, str(tiny_run), "--out", str(tmp_path), "--images", "1", "--device", "cpu"]) == 0
         assert sorted(path.name for path in tmp_path.iterdir()) == [f"{what}.pdf", f"{what}.png"]
         with Image.open(tmp_path / f"{what}.png") as picture:
             assert picture.width == 1584  # 7.2 inches at 220 dots each
@@ -146,7 +147,9 @@ class TestCommand:
 
     def test_the_first_and_last_checkpoint_of_a_run(self, two_epochs: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
-        assert main(["fig7", str(two_epochs), "--out", str(out), "--images", "1", "--num-iters", "1", "2"]) == 0
+        assert (
+            main(["figures", "fig7", str(two_epochs), "--out", str(out), "--images", "1", "--num-iters", "1", "2"]) == 0
+        )
         assert (out / "fig7.png").is_file()
 
     def test_of_three_checkpoints_the_first_and_the_last_are_taken(self, two_epochs: Path) -> None:
@@ -170,7 +173,7 @@ class TestCommand:
             "is no folder": ["tables", str(tmp_path / "none")],
         }
         for expected, arguments in cases.items():
-            assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+            assert main(["figures", *arguments, "--out", str(tmp_path / "out")]) == 2
             assert expected in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
@@ -178,8 +181,8 @@ class TestCommand:
         self, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], make_plain: Callable[[Path], Path]
     ) -> None:
         plain = str(make_plain(tmp_path / "plain"))
-        for what, expected in (("fig2", "without a low-rank module"), ("fig5", "python -m slrnet.tools.codes draws")):
-            assert main([what, plain, "--out", str(tmp_path / "out"), "--images", "1"]) == 2
+        for what, expected in (("fig2", "without a low-rank module"), ("fig5", "slrnet codes draws")):
+            assert main(["figures", what, plain, "--out", str(tmp_path / "out"), "--images", "1"]) == 2
             assert expected in capsys.readouterr().err
 
 
@@ -237,7 +240,7 @@ class TestTables:
         (tmp_path / "pseudo").mkdir()
         (tmp_path / "pseudo" / "pseudo_labels.json").write_text(json.dumps({"job": job, "quality": quality}))
         out = tmp_path / "out"
-        assert main(["tables", str(tmp_path), "--out", str(out)]) == 0
+        assert main(["figures", "tables", str(tmp_path), "--out", str(out)]) == 0
         parts = (out / "tables.md").read_text().split("\n## ")[1:]
         ours = [[line for line in part.splitlines() if "ours: " in line] for part in parts]
         name, encoder = "| slrnet, we\\|ak, epoch 2 |", "timm:test_efficientnet"

@@ -13,10 +13,11 @@ from PIL import Image
 
 from slrnet import load
 from slrnet.checkpoints.checkpoint import TrainState, save_checkpoint
+from slrnet.cli.main import main
 from slrnet.config import Config
 from slrnet.data.catalog import voc_palette
 from slrnet.models.slrnet import build_model
-from slrnet.tools.predict import batches, find_images, main
+from slrnet.tools.predict import batches, find_images
 
 CLASSES = ("background", "ant", "bee", "cat")
 
@@ -44,7 +45,7 @@ def photos(tmp_path: Path) -> Path:
 
 def test_masks_overlays_and_areas(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "masks"
-    assert main([str(checkpoint), str(photos), "--out", str(out), "--device", "cpu"]) == 0
+    assert main(["predict", str(checkpoint), str(photos), "--out", str(out), "--device", "cpu"]) == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "a.overlay.jpg",
         "a.png",
@@ -70,7 +71,7 @@ def test_masks_overlays_and_areas(checkpoint: Path, photos: Path, tmp_path: Path
 
 def test_patterns_and_files_may_name_an_image_twice(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     places = [str(photos / "*.jpg"), str(photos / "a.jpg")]
-    assert main([str(checkpoint), *places, "--out", str(tmp_path / "masks"), "--device", "cpu"]) == 0
+    assert main(["predict", str(checkpoint), *places, "--out", str(tmp_path / "masks"), "--device", "cpu"]) == 0
     assert list(json.loads((tmp_path / "masks" / "predictions.json").read_text())["images"]) == ["a"]
 
 
@@ -85,8 +86,8 @@ def test_batches_are_of_one_size_each_and_change_nothing(checkpoint: Path, photo
     images = find_images([str(photos)])
     assert sorted(batches(images, 3)) == [["a", "c", "d"], ["b"], ["e", "f"]]
     arguments = [str(checkpoint), str(photos), "--device", "cpu", "--out"]
-    assert main([*arguments, str(tmp_path / "one")]) == 0
-    assert main([*arguments, str(tmp_path / "three"), "--batch-size", "3"]) == 0
+    assert main(["predict", *arguments, str(tmp_path / "one")]) == 0
+    assert main(["predict", *arguments, str(tmp_path / "three"), "--batch-size", "3"]) == 0
     records = [json.loads((tmp_path / name / "predictions.json").read_text())["images"] for name in ("one", "three")]
     assert list(records[0]) == list(records[1]) == list("abcdef")
     for name in records[0]:
@@ -98,7 +99,7 @@ def test_an_unreadable_image_is_named_and_the_others_are_done(
     checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photos / "a.jpg").write_bytes(b"no JPEG")
-    assert main([str(checkpoint), str(photos), "--out", str(tmp_path / "masks"), "--device", "cpu"]) == 1
+    assert main(["predict", str(checkpoint), str(photos), "--out", str(tmp_path / "masks"), "--device", "cpu"]) == 1
     assert "a.jpg cannot be read and is left out" in capsys.readouterr().err
     assert (tmp_path / "masks" / "b.png").exists()
     assert not list((tmp_path / "masks").glob(".incoming*"))
@@ -108,7 +109,7 @@ def test_mistakes_are_refused_before_anything_is_written(
     checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(*arguments: str) -> str:
-        assert main([*arguments, "--device", "cpu"]) == 2
+        assert main(["predict", *arguments, "--device", "cpu"]) == 2
         return capsys.readouterr().err
 
     out = tmp_path / "masks"
@@ -126,5 +127,5 @@ def test_mistakes_are_refused_before_anything_is_written(
         str(checkpoint), str(photos), "--out", str(out)
     )
     assert (out / "a.png").read_bytes() == b"mine"
-    assert main([str(checkpoint), str(photos), "--out", str(out), "--overwrite", "--device", "cpu"]) == 0
+    assert main(["predict", str(checkpoint), str(photos), "--out", str(out), "--overwrite", "--device", "cpu"]) == 0
     assert (out / "a.png").read_bytes() != b"mine"

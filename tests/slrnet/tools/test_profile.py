@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from slrnet.cli.main import main
 from slrnet.config import Config
-from slrnet.tools.profile import main, profile_steps, stage_table
+from slrnet.tools.profile import profile_steps, stage_table
 
 STAGES = {"views", "network", "alignment", "calibration", "losses", "backward", "agreement", "optimiser"}
 PARTS = {"encoder", "aspp", "fusion", "auxiliary_head", "cvlr", "cue_injection", "gate", "mask_head"}
@@ -44,6 +45,6 @@ def test_mistakes_are_named(
 ) -> None:
     usual = ["--recipe", "demo", "--data", tiny_config.data.path, "--out", str(tmp_path), "--device", "cpu"]
     network = ["model.encoder=timm:test_resnet", "model.encoder_weights=none", "model.frozen_stages=0"]
-    assert main([*usual, *(word for text in network for word in ("--set", text)), *arguments]) == 2
+    assert main(["profile", *usual, *(word for text in network for word in ("--set", text)), *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.gz"))

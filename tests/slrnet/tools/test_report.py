@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from slrnet.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from slrnet.cli.main import main
 from slrnet.config import Config, apply_overrides
 from slrnet.evaluation.examine import Bins, GammaSweep
 from slrnet.recipes import get_recipe
 from slrnet.tools.report import page, runs
-from slrnet.tools.report.__main__ import main
 from slrnet.tools.report.charts import Series, draw_chart, limits_of
 from slrnet.tools.report.page import MAX_BYTES, gamma_advice
 from slrnet.tools.report.runs import find_records, read_run, training_command, val_key
@@ -65,7 +65,7 @@ def saved(folder: Path, source: Path, **changes: Any) -> Path:
 @pytest.fixture(scope="module")
 def text(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     out = tmp_path_factory.mktemp("report") / "report.html"
-    assert main([str(tiny_run), "--out", str(out), "--images", "2"]) == 0
+    assert main(["report", str(tiny_run), "--out", str(out), "--images", "2"]) == 0
     assert [file.name for file in out.parent.iterdir()] == ["report.html"]
     return out.read_text(encoding="utf-8")
 
@@ -115,7 +115,7 @@ def test_hostile_names_stay_text(tiny_run: Path, write_tiny: Any, tmp_path: Path
     panels = folder / "panels"
     panels.mkdir()
     Image.new("RGB", (9, 9)).save(panels / "<i>key<&>-epoch-001.png")
-    assert main([str(folder), "--data", str(shards.folder), "--out", str(tmp_path / "out.html")]) == 0
+    assert main(["report", str(folder), "--data", str(shards.folder), "--out", str(tmp_path / "out.html")]) == 0
     elements = Elements((tmp_path / "out.html").read_text(encoding="utf-8"))
     assert len(elements.of("script")) == 1
     assert not elements.of("i")
@@ -129,7 +129,7 @@ class TestAbsent:
     def test_without_data_panels_and_mlflow(self, tiny_run: Path, tiny_config: Config, tmp_path: Path) -> None:
         nowhere = tiny_config.data.model_copy(update={"path": str(tmp_path / "gone")})
         folder = saved(tmp_path / "bare", tiny_run, metrics={}, config={"data": nowhere})
-        assert main([str(folder), "--out", str(tmp_path / "out.html")]) == 0
+        assert main(["report", str(folder), "--out", str(tmp_path / "out.html")]) == 0
         text = (tmp_path / "out.html").read_text(encoding="utf-8")
         assert text.count("the training&#39;s data are not at hand; give their folder with --data") == 5
         assert "there is no folder panels with pictures and no MLflow run can be reached" in text
@@ -140,7 +140,7 @@ class TestAbsent:
     def test_without_masks(self, tiny_run: Path, write_tiny: Any, tmp_path: Path) -> None:
         shards = write_tiny(tmp_path / "shards", mask_bytes=lambda sample, png: None)
         out = tmp_path / "out.html"
-        assert main([str(tiny_run), "--data", str(shards.folder), "--out", str(out)]) == 0
+        assert main(["report", str(tiny_run), "--data", str(shards.folder), "--out", str(out)]) == 0
         text = out.read_text(encoding="utf-8")
         assert text.count("have no masks in split &#39;val&#39; to compare with") >= 4
         assert "have no masks in split &#39;train&#39;" in text
@@ -150,14 +150,14 @@ class TestAbsent:
         seen = tiny_config.data.model_copy(update={"train_subset": "pixels", "pixel_labeled_subset": "pixels"})
         folder = saved(tmp_path / "seen", tiny_run, config={"setting": "sss_image_labels", "data": seen})
         out = tmp_path / "out.html"
-        assert main([str(folder), "--out", str(out)]) == 0
+        assert main(["report", str(folder), "--out", str(out)]) == 0
         assert "the run trains on every true mask of its training images" in out.read_text(encoding="utf-8")
 
 
 def test_several_runs_have_a_column_each(tiny_run: Path, tmp_path: Path) -> None:
     other = saved(tmp_path / "other", tiny_run)
     out = tmp_path / "out.html"
-    assert main([str(tiny_run), str(other), "--out", str(out), "--images", "1", "--measured", "2"]) == 0
+    assert main(["report", str(tiny_run), str(other), "--out", str(out), "--images", "1", "--measured", "2"]) == 0
     text = out.read_text(encoding="utf-8")
     assert text.count("<h3>tiny</h3>") == text.count("<h3>other</h3>") == len(re.findall("<section>", text))
     assert "ss, 2 images of val" in text
@@ -167,19 +167,19 @@ def test_a_page_that_would_be_too_large_is_refused(
     tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(page, "MAX_BYTES", 10_000)
-    assert main([str(tiny_run), "--out", str(tmp_path / "out.html"), "--images", "1", "--measured", "1"]) == 2
+    assert main(["report", str(tiny_run), "--out", str(tmp_path / "out.html"), "--images", "1", "--measured", "1"]) == 2
     assert "give fewer runs, or fewer --images" in capsys.readouterr().err
     assert not (tmp_path / "out.html").exists()
 
 
 def test_mistakes_are_named(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.html"
-    assert main([str(tmp_path / "none"), "--out", str(out)]) == 2
+    assert main(["report", str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
-    assert main([str(tiny_run), "--data", str(tmp_path), "--out", str(out)]) == 2
+    assert main(["report", str(tiny_run), "--data", str(tmp_path), "--out", str(out)]) == 2
     assert str(tmp_path) in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main([str(tiny_run), "--images", "0"])
+        main(["report", str(tiny_run), "--images", "0"])
     assert "'0' is no whole number from 1" in capsys.readouterr().err
     (tmp_path / "evaluation.json").write_text("[")
     with pytest.raises(ValueError, match="cannot be read"):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from slrnet.tools.report.__main__ import main
+from slrnet.cli.main import main
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +21,7 @@ def address(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     shutil.copytree(tiny_run, run)
     for place, panel in enumerate(sorted((run / "panels").iterdir())):  # that differ for certain
         Image.new("RGB", (1200, 240), (60 * place, 90, 160)).save(panel)
-    assert main([str(run), str(run), "--out", str(out), "--images", "2"]) == 0
+    assert main(["report", str(run), str(run), "--out", str(out), "--images", "2"]) == 0
     return out.as_uri()
 
 

@@ -14,11 +14,12 @@ from PIL import Image
 
 from slrnet import load
 from slrnet.checkpoints.checkpoint import TrainState, save_checkpoint
+from slrnet.cli.main import main
 from slrnet.config import Config
 from slrnet.data.catalog import voc_palette
 from slrnet.data.tars import tar_end, tar_members
 from slrnet.models.slrnet import build_model
-from slrnet.tools.voc_archive import FOLDER, check_voc_archive, list_images, main
+from slrnet.tools.voc_archive import FOLDER, check_voc_archive, list_images
 
 SIZES = {"2008_000001": (40, 60), "2008_000002": (64, 32), "2009_000003": (50, 50)}
 
@@ -51,7 +52,10 @@ def test_the_archive_holds_vocs_ids_of_the_listed_images(checkpoint: Path, photo
     names = tmp_path / "test.txt"
     names.write_text("2008_000002\n2009_000003\n")
     out = tmp_path / "results.tgz"
-    assert main([str(checkpoint), str(photos), "--list", str(names), "--out", str(out), "--device", "cpu"]) == 0
+    assert (
+        main(["voc-archive", str(checkpoint), str(photos), "--list", str(names), "--out", str(out), "--device", "cpu"])
+        == 0
+    )
     with tarfile.open(out) as archive:
         members = {member.name: archive.extractfile(member) for member in archive}
         assert list(members) == [f"{FOLDER}/2008_000002.png", f"{FOLDER}/2009_000003.png"]
@@ -64,7 +68,12 @@ def test_the_archive_holds_vocs_ids_of_the_listed_images(checkpoint: Path, photo
     assert len(np.unique(mask)) > 1
     assert FOLDER == "results/VOC2012/Segmentation/comp6_test_cls"
     again = tmp_path / "again.tgz"
-    assert main([str(checkpoint), str(photos), "--list", str(names), "--out", str(again), "--device", "cpu"]) == 0
+    assert (
+        main(
+            ["voc-archive", str(checkpoint), str(photos), "--list", str(names), "--out", str(again), "--device", "cpu"]
+        )
+        == 0
+    )
     assert again.read_bytes() == out.read_bytes()
 
 
@@ -105,7 +114,9 @@ def test_mistakes_are_refused(
     out = tmp_path / "results.tgz"
 
     def refused(*arguments: str) -> str:
-        assert main([str(checkpoint), str(photos), "--out", str(out), "--device", "cpu", *arguments]) == 2
+        assert (
+            main(["voc-archive", str(checkpoint), str(photos), "--out", str(out), "--device", "cpu", *arguments]) == 2
+        )
         assert not out.exists()
         return capsys.readouterr().err
 

@@ -14,4 +14,4 @@ def test_how_to_open_a_file() -> None:
     handle = RunHandle(uri="sqlite:////data/my runs/mlflow.db", run_id="r", experiment_id="7")
     place, command = handle.how_to_open().split(" after ")
     assert place.startswith("http://127.0.0.1:5000/#/experiments/7/runs/r")
-    assert command == "`python -m slrnet.tools.dashboard --storage '/data/my runs'`"
+    assert command == "`slrnet dashboard --storage '/data/my runs'`"

@@ -76,7 +76,7 @@ def test_a_result_fits_into_a_description(classes: int) -> None:
     text = result_text(metrics, names, epoch=7, folder=Path("my runs/a"), data="/data/voc")
     assert len(text) < MAX_TAG_LENGTH - 1000
     assert "epoch 7" in text
-    assert "evaluate.py --checkpoint 'my runs/a' --data /data/voc" in text
+    assert "slrnet evaluate --checkpoint 'my runs/a' --data /data/voc" in text
     shown = [name for name in names if f"\n{name}" in text]
     assert shown == list(names if classes <= MOST_CURVES else names[:10])  # the lowest
     assert result_text({}, names, epoch=1, folder=Path("a"), data="b")

@@ -1,0 +1,88 @@
+"""Commands about data sets: `slrnet prepare`, `browse`, `class-balance`."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from pathlib import Path
+
+from slrnet.cli.arguments import describe
+
+__all__ = ["KINDS", "add_browse", "add_class_balance", "add_prepare", "browse", "class_balance"]
+
+KINDS = {
+    "voc": "PASCAL VOC 2012, with or without SBD's masks, and any folder in VOC's layout",
+    "coco": "COCO 2014 or 2017",
+    "l2id": "the weakly supervised track of the L2ID challenge (ImageNet DET)",
+    "folder": "your own images, with masks, image labels, both or neither",
+    "demo": "the embedded demo: synthetic pictures drawn from a seed",
+}
+"""What can be prepared, each by the module of that name in data_prep."""
+
+
+def add_prepare(parser: argparse.ArgumentParser) -> None:
+    """Make shards of a data set: `slrnet prepare voc|coco|l2id|folder|demo --out DIR ...`.
+
+    `slrnet prepare KIND --help` explains what each kind reads and writes.
+    """
+    kinds = parser.add_subparsers(metavar="KIND", required=True, help="what to prepare")
+    for name, line in KINDS.items():
+        converter = import_module(f"data_prep.{name}")
+        describe(kinds.add_parser(name, help=line), converter.__doc__, converter.add_arguments, converter.run)
+
+
+def add_browse(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet browse`."""
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="folder with shards from `slrnet prepare`")
+    add("--out", type=Path, metavar="FOLDER", help="where to write (default: browse/NAME)")
+    add("--samples", type=int, default=24, metavar="N", help="images on each sheet (default: %(default)s)")
+    add("--masks", type=int, default=1000, metavar="N", help="masks to measure per split (default: 1000)")
+    add("--seed", type=int, default=0, metavar="N", help="seed that draws the images and masks (default: 0)")
+    add("--no-duplicates", action="store_true", help="do not read all images to find duplicates")
+
+
+def browse(options: argparse.Namespace) -> int:
+    """Check a prepared data set: `slrnet browse DIR [--out FOLDER]`.
+
+    For every split it writes SPLIT.jpg, a contact sheet of images beside their masks with the names of their labels,
+    and for all of them report.txt, which is printed too: the kinds of labels, a histogram of the classes, warnings and
+    errors. Images whose bytes occur twice are found by their hash; a duplicate in two splits is an error, because a
+    score on images that were trained on is worthless. The exit status is 1 when there is an error.
+    """
+    from slrnet.tools.browse import browse
+
+    if options.samples < 1 or options.masks < 0:
+        raise ValueError(f"--samples {options.samples}, --masks {options.masks}: at least 1 and 0 are allowed")
+    out = options.out or Path("browse") / options.folder.resolve().name
+    counts = {"samples": options.samples, "masks": options.masks, "seed": options.seed}
+    text, errors, sheets = browse(options.folder, out, **counts, duplicates=not options.no_duplicates)
+    print(text, end="")
+    print(f"in {out}: report.txt, {', '.join(sheets)}")
+    return 1 if errors else 0
+
+
+def add_class_balance(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet class-balance`."""
+    add = parser.add_argument
+    add("data", help="folder with shards")
+    add("--split", default="train", metavar="NAME", help="split to balance (default: train)")
+    add("--strength", type=float, default=0.5, metavar="X", help="data.class_balance, 0 to 1 (default: 0.5)")
+    add("--limit", type=float, default=10.0, metavar="X", help="data.balance_limit, >= 1 (default: 10)")
+
+
+def class_balance(options: argparse.Namespace) -> int:
+    """Show how often training draws each class: `slrnet class-balance SHARDS --strength 0.5`.
+
+    The table has the share of draws that each class has, should have and would have with `data.class_balance`.
+    """
+    import numpy as np
+
+    from slrnet.data.class_balance import ClassLists, balance, table
+    from slrnet.data.manifest import load_dataset
+
+    shards = load_dataset(options.data)
+    split = shards.split(options.split)
+    lists = ClassLists.of(split, np.arange(split.num_samples))
+    print(table(balance(lists, strength=options.strength, limit=options.limit), shards.info.classes))
+    return 0

@@ -1,0 +1,213 @@
+"""Commands that show what a network sees: `slrnet predict`, `report`, `figures`, `codes`, `app`, `dashboard`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from slrnet.cli.arguments import add_checkpoint, add_device, add_protocol, positive, run_argument
+from slrnet.tools.figures import FIGURES
+
+__all__ = [
+    "add_app",
+    "add_codes",
+    "add_dashboard",
+    "add_figures",
+    "add_predict",
+    "add_report",
+    "app",
+    "codes",
+    "dashboard",
+    "figures",
+    "predict",
+    "report",
+]
+
+
+def add_predict(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet predict`."""
+    add = parser.add_argument
+    add_checkpoint(parser)
+    add("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the masks")
+    add_protocol(parser)
+    add_device(parser)
+    add("--batch-size", type=positive, default=1, metavar="N", help="images at a time (default: 1)")
+    add("--overwrite", action="store_true", help="replace masks that exist")
+
+
+def predict(options: argparse.Namespace) -> int:
+    """Make masks of images: `slrnet predict CHECKPOINT IMAGE... --out DIR`.
+
+    IMAGE is a file, a folder (its images, not those of folders in it) or a quoted pattern such as 'photos/**/*.jpg'.
+    Each image NAME gives NAME.png, a palette PNG of class ids, NAME.overlay.jpg for people, and an entry in
+    predictions.json: its classes, their share of the pixels and their scores. The exit status is 1 when an image could
+    not be read.
+    """
+    from slrnet.tools.predict import find_images, load_predictor, predict_images
+
+    images = find_images(options.images)
+    existing = [path for name in images if (path := options.out / f"{name}.png").exists()]
+    if existing and not options.overwrite:
+        raise ValueError(f"{existing[0]} exists; give another --out, or allow it with --overwrite")
+    predictor = load_predictor(options.checkpoint, protocol=options.protocol, device=options.device)
+    failed = predict_images(predictor, images, options.out, source=options.checkpoint, batch_size=options.batch_size)
+    print(f"{len(images) - failed} masks in {options.out}" + (f", {failed} images could not be read" if failed else ""))
+    return 1 if failed else 0
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet report`."""
+    add = parser.add_argument
+    what = "a run's folder (its best checkpoint), or a checkpoint"
+    add("runs", type=run_argument, nargs="+", metavar="RUN_OR_CHECKPOINT", help=what)
+    add("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
+    add("--data", type=Path, metavar="DIR", help="folder with shards (default: that of each training)")
+    each = "number of best, of worst images and of code maps (default: %(default)s)"
+    add("--images", type=positive, default=4, metavar="N", help=each)
+    add("--measured", type=positive, metavar="N", help="images to measure at most (default: all)")
+    add_device(parser)
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write an HTML page about one run or several: `slrnet report RUN_OR_CHECKPOINT... [--out FILE.html]`.
+
+    Settings, curves, scores per class, confusions, best and worst images, the way from mask to pseudo label over the
+    epochs, code maps, calibration. The file needs no network and nothing beside it. It says what a run does not have,
+    and why.
+    """
+    from slrnet.storage.files import write_text
+    from slrnet.tools.report.page import findings_of, render
+    from slrnet.tools.report.runs import read_run
+
+    runs = [read_run(path) for path in options.runs]
+    measured = {"images": options.images, "at_most": options.measured}
+    findings = [findings_of(run, data=options.data, device=options.device, **measured) for run in runs]
+    write_text(options.out, render(runs, findings))
+    print(f"{options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def add_figures(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet figures`."""
+    add = parser.add_argument
+    add("what", choices=(*FIGURES, "tables"), help="what to make")
+    what = "a checkpoint, or a run's folder (its best one)"
+    add("checkpoints", type=run_argument, nargs="+", metavar="CHECKPOINT", help=what)
+    add("--data", type=Path, metavar="DIR", help="folder with shards (default: that of the training)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for PNG and PDF, or for tables.md")
+    add("--images", type=positive, metavar="N", help=f"images, rows or classes (default: {FIGURES})")
+    add("--measured", type=positive, metavar="N", help="images to choose from (default: all)")
+    iterations = "values of T in fig7 (default: 1 2 3 6)"
+    add("--num-iters", type=positive, nargs="+", default=[1, 2, 3, 6], metavar="T", help=iterations)
+    add_device(parser)
+
+
+def figures(options: argparse.Namespace) -> int:
+    """Draw the paper's figures and tables: `slrnet figures fig2|fig3|fig5|fig7|tables CHECKPOINT... --out DIR`.
+
+    fig2 draws the features before and after the low-rank module, fig3 the masks of simple and hard images, fig5 the
+    codes of the classes, each of one checkpoint. fig7 draws codes over T at an early and a late epoch: of two
+    checkpoints of a training, or of the first and the last one that a run's folder holds. Images are those of the
+    validation split, chosen by IoU. tables writes tables 1 to 6 with our figures from the records in the folders that
+    are given.
+    """
+    if options.what == "tables":
+        from slrnet.storage.files import write_text
+        from slrnet.tools.figures.tables import read_results, write_tables
+
+        results, unused = read_results(options.checkpoints)
+        for line in unused:
+            print(f"left out: {line}", file=sys.stderr)
+        paths = [options.out / "tables.md"]
+        write_text(paths[0], write_tables(results))
+    else:
+        from slrnet.tools.figures.draw import write_figure
+
+        shown = {"number": options.images or FIGURES[options.what], "num_iters": options.num_iters}
+        source = {"data": options.data, "measured": options.measured, "device": options.device}
+        paths = write_figure(options.what, options.checkpoints, options.out, **shown, **source)
+    for path in paths:
+        print(path)
+    return 0
+
+
+def add_codes(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet codes`."""
+    add = parser.add_argument
+    add_checkpoint(parser)
+    add("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures")
+    add("--num-iters", type=int, nargs="+", metavar="T", help="default: the checkpoint's")
+    add("--classes", nargs="+", metavar="NAME", help="default: those that the mask holds")
+
+
+def codes(options: argparse.Namespace) -> int:
+    """Draw what the dictionary's atoms stand for: `slrnet codes CHECKPOINT IMAGE... --out DIR`.
+
+    For each image, NAME.codes.png has a row for each number of iterations (`--num-iters 1 2 6`: the paper's Fig. 7)
+    and a column for each atom: the code map C_k over the image, from dark (0) to yellow (1). With CVLR an atom is a
+    class, and the classes that the image's mask holds are drawn (Fig. 5); of other methods the most used atoms are.
+    """
+    from slrnet.checkpoints.checkpoint import load_checkpoint
+    from slrnet.tools.codes import write_code_maps
+    from slrnet.tools.predict import find_images
+
+    images, checkpoint = find_images(options.images), load_checkpoint(options.checkpoint)
+    for path in write_code_maps(checkpoint, images, options.out, options.num_iters, options.classes):
+        print(path)
+    return 0
+
+
+def add_app(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet app`."""
+    add = parser.add_argument
+    newest = "default: the newest run, see above"
+    add("checkpoint", type=run_argument, nargs="?", metavar="CHECKPOINT_OR_RUN", help=newest)
+    add("--port", type=int, default=7860, metavar="N", help="port on 127.0.0.1 (default: %(default)s)")
+    add_device(parser)
+
+
+def app(options: argparse.Namespace) -> int:
+    """Open a page that shows what a checkpoint sees in an image: `slrnet app [CHECKPOINT_OR_RUN]`.
+
+    Drop an image: mask, class scores, code maps per class, and what T, gamma and the refinement do to the pseudo
+    label. Serves on 127.0.0.1 only, until Ctrl-C, and sends nothing anywhere. Without an argument it takes the newest
+    run of $SLRNET_STORAGE, else of ~/slrnet_runs; when neither has one, that of `make demo` in the folder runs. Needs
+    the extra `app`.
+    """
+    if find_spec("nicegui") is None:
+        raise ValueError("the app needs nicegui, which is not installed: pip install 'slrnet[app]'")
+    from slrnet.checkpoints.checkpoint import load_checkpoint
+    from slrnet.tools.dashboard import check_port, default_storages, newest_run
+
+    checkpoint = load_checkpoint(options.checkpoint or newest_run(default_storages()))
+    check_port(options.port)
+    from slrnet.tools.app.page import serve
+    from slrnet.tools.app.studio import Studio
+
+    studio = Studio(checkpoint, device=options.device)
+    print(f"{checkpoint.path}: http://127.0.0.1:{options.port} (Ctrl-C ends it)", flush=True)
+    folder = checkpoint.path.resolve()
+    serve(studio, name=f"{folder.parents[1].name}, {folder.name}", port=options.port)
+    return 0
+
+
+def add_dashboard(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet dashboard`."""
+    add = parser.add_argument
+    add("--storage", type=Path, metavar="DIR", help="folder of runs (default: see above)")
+    add("--port", type=int, default=5000, metavar="N", help="port on 127.0.0.1 (default: %(default)s)")
+
+
+def dashboard(options: argparse.Namespace) -> int:
+    """Open MLflow's page over the runs of a storage folder: `slrnet dashboard`; `make dashboard` runs it.
+
+    Serves on loopback only, until Ctrl-C. Without --storage it takes $SLRNET_STORAGE, else ~/slrnet_runs; when neither
+    has runs, those of `make demo` in the folder runs. When the server ends by itself, the exit status is the server's.
+    """
+    from slrnet.tools.dashboard import serve
+
+    return serve(options.storage, options.port)

@@ -1,0 +1,108 @@
+# PYTHON_ARGCOMPLETE_OK
+"""The `slrnet` command: finds the subcommand, builds its parser alone, and runs it.
+
+`slrnet --help` imports nothing beyond the standard library. Each group of subcommands is a module of this package;
+NAME there runs the subcommand, its docstring is the text of the help, and add_NAME adds the arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from slrnet.cli.arguments import describe
+from slrnet.cli.exit_codes import exit_code
+from slrnet.version import __version__
+
+__all__ = ["COMMANDS", "build_parser", "main"]
+
+COMMANDS = {
+    "data": {
+        "prepare": "make shards of VOC, COCO, L2ID, your own images or the demo",
+        "browse": "check a data set: contact sheets, classes, warnings",
+        "class-balance": "show how often training draws each class",
+    },
+    "training": {
+        "train": "train one run",
+        "tune": "search settings, or run one of the paper's ablations",
+        "evaluate": "measure a checkpoint",
+        "pseudo-label": "make pseudo masks for a data set",
+        "distill": "train DeepLabV3+ on pseudo masks",
+        "profile": "show where a training step spends its time",
+        "demo": "try everything on this machine: cluster, training, scores, a picture",
+    },
+    "looking": {
+        "predict": "make masks of your images",
+        "report": "write an HTML page about one run or several",
+        "figures": "draw the paper's figures and tables from your runs",
+        "codes": "draw what the dictionary's atoms stand for",
+        "app": "open a page that shows what a checkpoint sees in an image",
+        "dashboard": "open MLflow's page over your runs",
+    },
+    "sharing": {
+        "export": "write a network as torch.export and ONNX files",
+        "convert-weights": "turn a published checkpoint into one of ours",
+        "voc-archive": "make the archive that VOC's evaluation server takes",
+    },
+}
+"""A line of help for each subcommand, by group, which is the module that has it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand.
+
+    Args:
+        arguments: the subcommand and its arguments; None: those of the process.
+
+    Returns:
+        The exit status; see `slrnet.cli.exit_codes`.
+
+    Raises:
+        SystemExit: after `--help`, and for arguments that do not parse (status 2).
+    """
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(arguments or ())
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = build_parser(words).parse_args(words)
+    return exit_code(lambda: int(options.run(options)), interrupted=options.interrupted)
+
+
+def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """Build the parser of the command, of all subcommands only the one that is asked for.
+
+    Args:
+        words: the arguments; the first one names the subcommand.
+    """
+    parser = argparse.ArgumentParser(
+        "slrnet", usage="slrnet COMMAND ...", description=_page(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=__version__, help="print the version")
+    commands = parser.add_subparsers(prog="slrnet", metavar="COMMAND", required=True, help=argparse.SUPPRESS)
+    for group, name in ((group, name) for group, names in COMMANDS.items() for name in names):
+        command = commands.add_parser(name)
+        if words[:1] == [name]:
+            module, function = import_module(f"slrnet.cli.{group}"), name.replace("-", "_")
+            add, run = getattr(module, f"add_{function}"), getattr(module, function, None)  # `prepare` only has kinds
+            describe(command, (run or add).__doc__, add, run)
+    return parser
+
+
+def _page() -> str:
+    lines = ["Weakly supervised semantic segmentation with low-rank networks (SLRNet), trained on Ray."]
+    for group, commands in COMMANDS.items():
+        lines += ["", f"{group}:", *(f"  {name:16}{line}" for name, line in commands.items())]
+    return "\n".join([*lines, "", "`slrnet COMMAND --help` explains a command and its options."])
+
+
+def _complete(command: Sequence[str]) -> None:
+    """Answer a shell that asks for completions, and end the process; a script's words follow its subcommand's."""
+    import argcomplete
+
+    start = int(os.environ["_ARGCOMPLETE"])
+    typed = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split(" ", start)[start:]
+    line = " ".join(["slrnet", *command, *typed])
+    os.environ.update({"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))})
+    argcomplete.autocomplete(build_parser(line.split()[1:]))

@@ -1,0 +1,103 @@
+"""Commands that exchange networks and results with others: `slrnet export`, `convert-weights`, `voc-archive`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from slrnet.cli.arguments import add_checkpoint, add_device, add_protocol
+
+__all__ = ["add_convert_weights", "add_export", "add_voc_archive", "convert_weights", "export", "voc_archive"]
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet export`."""
+    add = parser.add_argument
+    add_checkpoint(parser)
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for network.pt2, network.onnx and export.json")
+    formats = parser.add_mutually_exclusive_group()
+    formats.add_argument("--no-onnx", action="store_true", help="torch.export alone, without the extra `export`")
+    formats.add_argument("--mlflow", metavar="NAME", help="also log the ONNX file to the training's run")
+
+
+def export(options: argparse.Namespace) -> int:
+    """Write a network for other programs: `slrnet export RUN --out FOLDER`.
+
+    Writes `torch.export` (network.pt2) and ONNX (network.onnx, the extra `export`) of one view: images in [0, 1] in,
+    probabilities and class scores out, batch and size open. Both are compared with the network itself at other sizes
+    than that of the export, before the files take their names. `--mlflow` also logs the ONNX file to the training's
+    run, as a model that `mlflow models serve` serves.
+
+    Sizes: the sides of the images are multiples of the output stride, or one more when the training crop was;
+    export.json says which. Several scales, gating and the CRF stay with `slrnet.load`.
+    """
+    from slrnet.checkpoints.checkpoint import load_checkpoint
+    from slrnet.tools.export import export_network, log_to_training_run
+
+    checkpoint = load_checkpoint(options.checkpoint.expanduser())
+    record = export_network(checkpoint, options.out, onnx=not options.no_onnx)
+    served = ""
+    if options.mlflow:
+        uri = log_to_training_run(checkpoint, options.mlflow, options.out / "network.onnx")
+        served = f"; serve it: mlflow models serve -m {uri} --env-manager local"
+    print(json.dumps(record["largest_difference"]))
+    print(f"written to {options.out}{served}")
+    return 0
+
+
+def add_convert_weights(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet convert-weights`."""
+    add = parser.add_argument
+    add("file", type=Path, help="published .pth file")
+    add("--out", type=Path, required=True, metavar="DIR", help="new folder for the run, with its checkpoint in it")
+    add("--classes", metavar="A,B", help="comma-separated names, background first (default: VOC's 21)")
+
+
+def convert_weights(options: argparse.Namespace) -> int:
+    """Turn a published checkpoint into one of ours: `slrnet convert-weights FILE --out DIR`.
+
+    Reads the authors' checkpoints (WideResNet-38, any of the three settings) and those of 1-Stage with WideResNet-38,
+    and writes a run whose checkpoint all commands take. Nothing in the file can run code.
+    """
+    from slrnet.checkpoints.checkpoint import save_checkpoint
+    from slrnet.data.catalog import VOC_CLASSES
+    from slrnet.tools.convert_weights import released_checkpoint
+
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists; name a new folder")
+    read = released_checkpoint(options.file, classes=options.classes.split(",") if options.classes else VOC_CLASSES)
+    folder = options.out / "checkpoints"
+    path = save_checkpoint(folder, config=read.config, state=read.state, model=read.model, optimizer={})
+    print(f"{len(read.model)} tensors written to {path}")
+    return 0
+
+
+def add_voc_archive(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet voc-archive`."""
+    add = parser.add_argument
+    add_checkpoint(parser)
+    add("images", type=Path, help="folder with ID.jpg, for instance VOC's JPEGImages")
+    add("--list", type=Path, metavar="FILE", help="an id a line, such as test.txt (default: all images)")
+    add("--out", type=Path, required=True, metavar="FILE", help="archive to write, for instance results.tgz")
+    add_protocol(parser)
+    add_device(parser)
+
+
+def voc_archive(options: argparse.Namespace) -> int:
+    """Make the archive that VOC's evaluation server takes: `slrnet voc-archive RUN IMAGES --out FILE`.
+
+    IMAGES is a folder of JPEGs, or a VOC folder's JPEGImages with `--list test.txt` for the images to predict. The
+    archive (.tgz) holds results/VOC2012/Segmentation/comp6_test_cls/ID.png: indexed PNGs of VOC's ids 0 to 20, of the
+    images' own sizes. Before it takes its name it is read back and compared with the images: count, names, sizes, ids.
+    """
+    from slrnet.tools.predict import load_predictor
+    from slrnet.tools.voc_archive import list_images, write_voc_archive
+
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists; name a new file")
+    images = list_images(options.images.expanduser(), options.list)
+    predictor = load_predictor(options.checkpoint, protocol=options.protocol, device=options.device)
+    write_voc_archive(predictor, images, options.out)
+    print(f"{len(images)} masks by {predictor.protocol} in {options.out}, checked: names, sizes, ids")
+    return 0

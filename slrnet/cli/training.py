@@ -1,0 +1,366 @@
+"""Commands that train and measure: `slrnet train`, `tune`, `evaluate`, `pseudo-label`, `distill`, `profile`, `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slrnet.cli.arguments import add_protocol, add_settings, add_storage, add_workers, data_location, run_argument
+from slrnet.config import GATINGS, Config, apply_overrides, load_config
+from slrnet.recipes import RECIPES, get_recipe
+from slrnet.storage.remote import cached
+from slrnet.sweeps.ablations import ABLATIONS
+from slrnet.sweeps.space import DEFAULT_SPACE, get_space, space_with
+
+if TYPE_CHECKING:
+    from slrnet.sweeps.plan import SweepPlan
+
+__all__ = [
+    "add_demo",
+    "add_distill",
+    "add_evaluate",
+    "add_profile",
+    "add_pseudo_label",
+    "add_train",
+    "add_tune",
+    "demo",
+    "distill",
+    "evaluate",
+    "profile",
+    "pseudo_label",
+    "train",
+    "tune",
+]
+
+
+def add_train(parser: argparse.ArgumentParser, *, recipe: str = "demo") -> None:
+    """Add the options of `slrnet train`; `recipe` is trained when none is named."""
+    start = parser.add_mutually_exclusive_group()
+    names = ", ".join(RECIPES)
+    start.add_argument("--recipe", metavar="NAME", help=f"named configuration (default: {recipe}): {names}")
+    start.add_argument("--config", type=Path, metavar="FILE", help="configuration, such as another run's config.json")
+    data = "folder with shards from `slrnet prepare`, or its s3:// or gs:// location (default: the embedded demo data)"
+    parser.add_argument("--data", metavar="DIR", help=data)
+    add_settings(parser)
+    add_workers(parser)
+    name = parser.add_mutually_exclusive_group()
+    name.add_argument("--name", metavar="NAME", help="unique name of the run (default: recipe and time)")
+    name.add_argument("--resume", metavar="NAME", help="continue the run of that name from its last checkpoint")
+    add_storage(parser, remote=True)
+    parser.set_defaults(default_recipe=recipe, interrupted="interrupted; continue the training with --resume NAME")
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train one run: `slrnet train --recipe NAME --data DIR`.
+
+    On a cluster: `ray job submit --working-dir . -- python ray_jobs/train.py --recipe NAME --data DIR`. Without
+    --recipe and --data it trains the embedded demo, and builds its shards first if they are missing.
+    """
+    return _launch(options, _configure(options))
+
+
+def add_distill(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet train`, with another default recipe."""
+    add_train(parser, recipe="voc_distill_lite")
+
+
+def distill(options: argparse.Namespace) -> int:
+    """Train DeepLabV3+ on pseudo masks: `slrnet distill --data PSEUDO`.
+
+    PSEUDO is a folder that `slrnet pseudo-label --splits train` made: training images with predicted masks, and the
+    validation split with its true ones. Needs the extra `distill`. The options are those of `slrnet train`.
+    """
+    from slrnet.launch.distillation import check_distillation
+
+    config = _configure(options)
+    print(check_distillation(config), flush=True)
+    return _launch(options, config)
+
+
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet tune`."""
+    add = parser.add_argument
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--recipe", default="voc_wsss", metavar="NAME", help=f"{', '.join(RECIPES)} (default: voc_wsss)")
+    start.add_argument("--config", type=Path, metavar="FILE", help="a configuration file instead of a recipe")
+    add("--data", type=data_location, metavar="DIR", help="folder with shards, or its s3:// or gs:// location")
+    add_settings(parser, meaning="change one setting of all trials; repeatable")
+    add("--search", action="append", default=[], metavar="SECTION.FIELD=KIND:VALUES", help="see above; repeatable")
+    add("--num-samples", type=int, default=20, metavar="N", help="trials (default: 20)")
+    add("--metric", default="val/miou", metavar="A,B", help="val/ or pseudo_mask/ miou, mfdr, mfnr (default: val/miou)")
+    searcher = "default: auto, which is random for pbt, else optuna"
+    add("--searcher", choices=["auto", "optuna", "random", "grid"], default="auto", help=searcher)
+    add("--scheduler", choices=["asha", "pbt", "none"], default="asha", help="stop poor trials (default), or take over")
+    add("--grace-epochs", type=int, metavar="N", help="epochs before that (default: pretraining + 1)")
+    add("--perturb-every", type=int, default=1, metavar="N", help="epochs between take-overs of pbt (default: 1)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the searcher (default: 0)")
+    add("--ablation", choices=list(ABLATIONS), default="", help="a figure or table of the paper instead of a search")
+    add("--variants", nargs="+", default=[], metavar="LABEL", help="some of an ablation's variants (default: all)")
+    add("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="seeds of an ablation (default: 0 1)")
+    add("--num-workers", type=int, default=1, metavar="N", help="training processes of each trial (default: 1)")
+    add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
+    add("--max-concurrent", type=int, metavar="N", help="trials at a time (default: as many as fit)")
+    add("--max-failures", type=int, default=1, metavar="N", help="restarts of a failed trial (default: 1)")
+    name = parser.add_mutually_exclusive_group()
+    name.add_argument("--name", metavar="NAME", help="unique name of the sweep (default: recipe and time)")
+    name.add_argument("--resume", metavar="NAME", help="continue the sweep of that name")
+    add_storage(parser)
+    add("--dry-run", action="store_true", help="time a step here, print what the sweep would take, and stop")
+    add("--price-per-hour", type=float, metavar="X", help="price of a worker in any currency, for --dry-run")
+    parser.set_defaults(interrupted="interrupted; continue the sweep with --resume NAME")
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Search settings, or run one of the paper's ablations.
+
+        slrnet tune --recipe NAME --data DIR --num-samples 20
+        slrnet tune --recipe NAME --data DIR --ablation fig4 --seeds 0 1
+
+    On a cluster, submit `python ray_jobs/tune.py` with the same options. By default lambda_reg, T, d and gamma are
+    searched, and poor trials stopped early. --search adds a setting (KIND is uniform:LOW:HIGH, loguniform:LOW:HIGH,
+    int:LOW:HIGH or choice:A,B,...) or leaves one out (fixed). --scheduler pbt is population-based training: lambda_reg
+    and gamma change while the trials train. The exit status is 1 when no trial could be trained.
+    """
+    from slrnet.sweeps.plan import describe, estimate, resume_plan
+    from slrnet.sweeps.run import run_sweep
+
+    plan = resume_plan(options.storage, options.resume) if options.resume else _plan(options)
+    print(describe(plan), flush=True)
+    if options.dry_run:
+        print(estimate(plan, price_per_hour=options.price_per_hour))
+        return 0
+    result = run_sweep(plan, resume=bool(options.resume))
+    print(f"\n{result.table}\nbest: {result.best.name}; tables and pictures: {plan.folder / 'results'}")
+    if result.best_config is not None:
+        print(f"train with it: slrnet train --config {result.best_config}")
+    print(f"curves: {result.run.how_to_open()}")
+    return 0
+
+
+def _add_prediction(parser: argparse.ArgumentParser, *, protocol: str, gating: str | None) -> None:
+    """Add the options of commands that predict a split, in this process or on Ray workers."""
+    add = parser.add_argument
+    add("--data", metavar="DIR", help="folder with shards (default: what the checkpoint was trained on)")
+    add_protocol(parser, default=protocol)
+    add("--gating", choices=GATINGS, default=gating, help=f"classes to allow (default: {gating or 'as trained'})")
+    add_settings(parser, meaning="change a setting, such as evaluation.scales; repeatable")
+    add("--num-workers", type=int, default=0, metavar="N", help="Ray workers; 0 (default): in this process")
+    add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet evaluate`."""
+    add = parser.add_argument
+    where = "checkpoint, or a run's folder for its best one"
+    add("--checkpoint", type=run_argument, required=True, metavar="RUN", help=where)
+    add("--split", default="val", metavar="NAME", help="split to measure (default: val)")
+    add("--out", type=Path, metavar="DIR", help="folder for evaluation.json (default: beside the checkpoint)")
+    _add_prediction(parser, protocol="ss", gating=None)
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Measure a checkpoint: `slrnet evaluate --checkpoint RUN --data DIR --split val --protocol ss`.
+
+    `ss` is one scale; `ms` the mean over five scales and their mirror images; `ms_crf` adds a dense CRF (the extra
+    `crf`). Gating by class scores or by the true image labels, and the power of the background's probability, are off
+    by default; they become part of the protocol's name.
+    """
+    from slrnet.launch.evaluation import launch_evaluation
+    from slrnet.launch.train import LaunchOptions
+    from slrnet.tracking.summary import quality_table
+
+    checkpoint, config, shards = _prediction(options)
+    out = (options.out or checkpoint.path.parent.parent / "evaluations").expanduser().resolve()
+    name = f"{checkpoint.path.name}-{options.split}-{time.strftime('%Y%m%d-%H%M%S')}"
+    workers = LaunchOptions(
+        name=name, storage=out, num_workers=options.num_workers, cpus_per_worker=options.cpus_per_worker
+    )
+    result = launch_evaluation(checkpoint, shards, split=options.split, config=config, options=workers)
+    print(quality_table(result["metrics"], tuple(result["classes"])))
+    for protocol, metrics in result["before_crf"].items():
+        print(f"before the CRF ({protocol}): mIoU {100 * metrics['val/miou']:.1f} %")
+    print(
+        f"protocol {result['protocol']}, {result['images']} images of split "
+        f"{result['split']}, checkpoint {result['checkpoint']} (epoch {result['epoch']}); "
+        f"written to {out / name / 'evaluation.json'}"
+    )
+    print(f"MLflow: {result['mlflow'] or 'the store of the training cannot be reached, or does not have its run'}")
+    return 0
+
+
+def add_pseudo_label(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet pseudo-label`."""
+    add = parser.add_argument
+    add("--checkpoint", type=run_argument, metavar="RUN", help="checkpoint, or a run's folder for its best one")
+    add("--out", type=Path, metavar="DIR", help="folder to make")
+    add("--splits", default="train", metavar="A,B", help="or all (default: train); others are copied")
+    add("--voc-folder", type=Path, metavar="DIR", help="also write a folder in VOC's layout")
+    add("--verify", type=Path, metavar="DIR", help="instead: compare the shards of DIR with its manifest")
+    _add_prediction(parser, protocol="ms", gating="image_labels")
+    parser.set_defaults(interrupted="interrupted; run the same command again to continue")
+
+
+def pseudo_label(options: argparse.Namespace) -> int:
+    """Make pseudo masks for a data set: `slrnet pseudo-label --checkpoint RUN --data DIR --out PSEUDO`.
+
+    Writes shards like those of DIR, with the network's masks in the train split (or --splits), and prints how good
+    they are where there are true ones. Rerun the same command to resume a job that was stopped.
+    """
+    if options.verify is not None:
+        from data_prep.conversion import print_verification
+
+        return print_verification(options.verify, processes=1)
+    if options.checkpoint is None or options.out is None:
+        raise ValueError("give --checkpoint RUN and --out DIR, or --verify DIR")
+    from slrnet.data.manifest import load_dataset
+    from slrnet.data.voc_folder import check_voc_folder, write_voc_folder
+    from slrnet.launch.pseudo_label import launch_pseudo_labels
+
+    checkpoint, config, shards = _prediction(options)
+    splits = shards.splits if options.splits == "all" else tuple(options.splits.split(","))
+    if options.voc_folder is not None:
+        check_voc_folder(options.voc_folder)
+    workers = {"num_workers": options.num_workers, "cpus_per_worker": options.cpus_per_worker}
+    record = launch_pseudo_labels(checkpoint, shards, splits=splits, config=config, out=options.out, **workers)
+    if options.voc_folder is not None:
+        write_voc_folder(load_dataset(options.out.expanduser()), options.voc_folder, splits=splits)
+    for split, protocols in record["quality"].items():
+        for protocol, quality in protocols.items():
+            names = ("miou", "mfdr", "mfnr", "coverage")
+            shown = ", ".join(f"{name} {100 * quality['metrics'].get(name, float('nan')):.1f} %" for name in names)
+            print(f"{split}, {protocol}, {quality['images']} images: {shown}")
+    print(f"pseudo masks: {options.out}; MLflow: {record['mlflow'] or 'the run of the training cannot be reached'}")
+    return 0
+
+
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet profile`."""
+    add = parser.add_argument
+    add("--recipe", required=True, metavar="NAME", help="named configuration")
+    add("--data", required=True, metavar="DIR", help="folder with shards from `slrnet prepare`")
+    add_settings(parser)
+    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the time line and the table")
+    add("--steps", type=int, default=5, metavar="N", help="steps to profile (default: 5)")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
+
+
+def profile(options: argparse.Namespace) -> int:
+    """Show where a training step spends its time: `slrnet profile --recipe NAME --data DIR --out FOLDER`.
+
+    Takes some optimizer steps in this process, on the GPU where there is one, and writes to FOLDER
+        trace.json.gz   every operation on a time line; opens in https://ui.perfetto.dev and chrome://tracing
+        stages.md       seconds of each stage per step, and its share
+    The table is printed too. Stages of the network are what going forward takes; going backward is one stage. On a GPU
+    the seconds are the device's, and may lack what another thread has started going backward (`benchmarks/gpu.py`
+    times that).
+    """
+    import torch
+
+    from slrnet.storage.files import write_text
+    from slrnet.tools.profile import profile_steps, stage_table
+
+    config = apply_overrides(get_recipe(options.recipe), [f"data.path={options.data}", *options.set])
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.out.mkdir(parents=True, exist_ok=True)
+    profile = profile_steps(config, steps=options.steps, device=device)
+    profile.write_trace(options.out / "trace.json.gz")
+    table = stage_table(profile)
+    write_text(options.out / "stages.md", table + "\n")
+    print(f"{table}\n\ntime line: {options.out / 'trace.json.gz'} (open it in https://ui.perfetto.dev)")
+    return 0
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `slrnet demo`."""
+    add_settings(parser, meaning="change one setting of the training; repeatable")
+    parser.set_defaults(interrupted="interrupted; the cluster is down")
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Try everything on this machine: `slrnet demo` in a checkout; `make demo` runs it.
+
+    Starts a private Ray cluster, trains on the embedded data through a submitted job, and shows scores and a picture.
+    The cluster listens on loopback only, with a token of its own, and stops at the end, also after Ctrl-C.
+    """
+    from ray_jobs.demo import run_demo
+
+    return run_demo([word for setting in options.set for word in ("--set", setting)])
+
+
+def _configure(options: argparse.Namespace) -> Config:
+    """The configuration that the options of `slrnet train` describe.
+
+    Raises:
+        ValueError: a recipe, setting, file or run does not exist or does not fit.
+    """
+    from slrnet.launch.checks import resume_config
+
+    storage, remote = _places(options.storage)
+    if options.resume and not (options.recipe or options.config):
+        config = resume_config(storage, options.resume, remote=remote)
+    else:
+        config = load_config(options.config) if options.config else get_recipe(options.recipe or options.default_recipe)
+    data = options.data or config.data.path
+    if not data:
+        from data_prep.demo import demo_data
+
+        data = str(demo_data(storage))
+    return apply_overrides(config, [f"data.path={data_location(data)}", *options.set, *_tracking(options)])
+
+
+def _launch(options: argparse.Namespace, config: Config) -> int:
+    """Train with a configuration, and print the scores and where the results are."""
+    from slrnet.launch.train import LaunchOptions, launch
+    from slrnet.tracking.summary import quality_table
+
+    storage, remote = _places(options.storage)
+    run = LaunchOptions(
+        name=options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
+        storage=storage,
+        remote=remote,
+        resume=bool(options.resume),
+        **{name: getattr(options, name) for name in ("num_workers", "cpus_per_worker", "cpu_only")},
+        **{name: getattr(options, name) for name in ("wait_minutes", "max_failures", "hang_limit")},
+    )
+    result = launch(config, run)
+    print(f"\nbest checkpoint, epoch {result.state.epoch}: {result.best}")
+    print(quality_table(result.state.metrics, result.state.classes))
+    print(f"curves and pictures: {result.run.how_to_open()}")
+    return 0
+
+
+def _places(storage: str) -> tuple[Path, str]:
+    """This machine's folder for runs, and the object store's location that it is copied to, or ""."""
+    return (cached(storage), storage) if "://" in storage else (Path(storage), "")
+
+
+def _tracking(options: argparse.Namespace) -> list[str]:
+    return [f"tracking.uri={options.tracking_uri}"] if options.tracking_uri else []
+
+
+def _plan(options: argparse.Namespace) -> SweepPlan:
+    config = load_config(options.config) if options.config else get_recipe(options.recipe)
+    data = [f"data.path={options.data}"] if options.data else []
+    config = apply_overrides(config, [*data, *_tracking(options), *options.set])
+    from slrnet.sweeps.plan import SweepOptions, may_change, plan_sweep
+
+    base = get_space(config.recipe) if config.recipe in RECIPES else DEFAULT_SPACE
+    domains = [domain for domain in base if options.scheduler != "pbt" or may_change(domain.key)]
+    named = {name: value for name, value in vars(options).items() if name in SweepOptions.__dataclass_fields__}
+    named["name"] = options.name or f"{options.ablation or 'sweep'}-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    sweep = SweepOptions(metrics=tuple(options.metric.split(",")), **named)
+    ablation = {"ablation": options.ablation, "seeds": options.seeds, "variants": options.variants}
+    return plan_sweep(config, sweep, space=space_with(domains, options.search), **ablation)
+
+
+def _prediction(options: argparse.Namespace) -> tuple[Any, Config, Any]:
+    """The checkpoint, the configuration and the data of a command with the options of `_add_prediction`."""
+    from slrnet.checkpoints.checkpoint import load_checkpoint
+    from slrnet.data.manifest import load_dataset
+
+    checkpoint = load_checkpoint(options.checkpoint.expanduser())
+    gating = [f"evaluation.gating={options.gating}"] if options.gating else []
+    config = apply_overrides(checkpoint.config, [f"evaluation.protocol={options.protocol}", *gating, *options.set])
+    return checkpoint, config, load_dataset(options.data or config.data.path)
