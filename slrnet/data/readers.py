@@ -180,10 +180,7 @@ def prepare_reader() -> None:
 
     The garbage collector no longer looks through what has been imported, every few thousand images.
     """
-    from slrnet.cpu.allocator import keep_small_pieces
-
     gc.freeze()
-    keep_small_pieces()
 
 
 def _begin_reader(parent: int, worker: int) -> None:

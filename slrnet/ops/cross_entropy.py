@@ -1,13 +1,12 @@
 """Weighted cross-entropy of logits that are resized to the labels, with its gradient.
 
 The gradient is computed on the way forward, at the logits' own small size; no map of all classes at the labels'
-resolution is ever kept. A Triton kernel does it on GPUs and a C kernel on CPUs; where neither can run, PyTorch's
-operators do it part by part (`by_operators`, the form that both kernels must equal).
+resolution is kept. A Triton kernel does it on GPUs and a C kernel on CPUs. Where neither can run, PyTorch's operators
+do it row by row (`by_operators`, the form that both kernels must equal).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,11 +17,8 @@ from slrnet.ops import kernels
 
 __all__ = ["by_operators", "resized_cross_entropy", "sums_and_gradients"]
 
-_PART = {"cpu": (2**20, 24), "cuda": (2**26, 2**16)}
-"""Resized logits and rows of them to work on at a time, at most. On CPUs the logits then fit the caches, and the rows
-lie between few rows of the small map, so that one small product of matrices makes them."""
-_SPREAD = 80.0
-"""Logits so far below 0 have exponentials that are normal numbers in float32."""
+_ROWS = 24
+"""Rows of resized logits that PyTorch's operators work on at a time; they stay in a CPU's caches."""
 
 
 def resized_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -101,74 +97,22 @@ def by_operators(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tenso
         weights: (N, H, W) of the logits' dtype.
 
     Returns:
-        (N,) the sums, and their gradients (N, K, h, w).
+        (N,) the sums, and their gradients (N, K, h, w), channels last.
     """
-    small = logits - logits.amax(dim=1, keepdim=True)  # what is resized from it is at most 0 then
-    near = _known_to_be_near(small)
-    down, across = (_interpolation(old, new, small) for old, new in zip(small.shape[2:], labels.shape[1:], strict=True))
-    gradient = torch.zeros_like(small, memory_format=torch.channels_last)
-    loss, room = small.new_zeros(len(small)), small.new_empty(0, 0)
-    shape = small.shape[1], labels.shape[2]
-    for images, bands in _parts(weights, small.shape[1], small.shape[2]):
-        label, weight = (maps[images].transpose(0, 1).unsqueeze(2) for maps in (labels, weights))
-        maps = small[images].permute(2, 0, 1, 3)  # (h, n, K, w): rows come first from here on
-        wide = (maps.reshape(-1, maps.shape[3]) @ across.mT).view(len(maps), -1)  # (h, n K W)
-        slopes = torch.zeros_like(wide)
-        total, right = torch.empty_like(weight), torch.empty_like(weight)  # (H, n, 1, W)
-        for rows, source in bands:
-            own = down[rows, source]
-            if len(room) < len(own) or room.shape[1] != wide.shape[1]:
-                room = wide.new_empty(len(own), wide.shape[1])
-            scores = torch.mm(own, wide[source], out=room[: len(own)]).view(len(own), -1, *shape)
-            if not near:
-                scores -= scores.amax(dim=2, keepdim=True)
-            torch.gather(scores, 2, label[rows], out=right[rows])
-            torch.sum(scores.exp_(), dim=2, keepdim=True, out=total[rows])
-            scores.mul_(weight[rows] / total[rows]).scatter_add_(2, label[rows], -weight[rows])
-            slopes[source].addmm_(own.mT, scores.view(len(own), -1))
-        loss[images] = ((total.log_() - right) * weight).sum(dim=(0, 2, 3))
-        slopes = slopes.view(-1, shape[1]) @ across
-        gradient[images] = slopes.view(maps.shape).permute(1, 2, 0, 3)
-    return loss, gradient
-
-
-def _parts(weights: Tensor, num_classes: int, height: int) -> Iterator[tuple[slice, Iterator[tuple[slice, slice]]]]:
-    """Images to work on at a time, and bands of rows; on CPUs, where it costs nothing to ask, images that count alone.
-
-    Args:
-        weights: (N, H, W), of the pixels.
-        num_classes: K.
-        height: h, of the maps before they are resized.
-
-    Yields:
-        Images, and for each band its rows of H and those of h from which they are made.
-    """
-    images, new_height, width = weights.shape
-    elements, most = _PART.get(weights.device.type, _PART["cpu"])
-    at_once = max(1, elements // (num_classes * width))  # rows
-    rows = min(new_height, at_once, most)
-    together = max(1, at_once // rows)
-    for start in range(0, images, together):
-        part = slice(start, start + together)
-        if not _known_to_weigh_nothing(weights[part]):
-            yield part, _bands(height, new_height, rows)
-
-
-def _bands(old: int, new: int, rows: int) -> Iterator[tuple[slice, slice]]:
-    """Bands of `rows` out of `new` rows, with those of the `old` ones that they lie between."""
-    for top in range(0, new, rows):
-        bottom = min(new, top + rows)
-        first, last = (row * (old - 1) // max(1, new - 1) for row in (top, bottom - 1))
-        yield slice(top, bottom), slice(first, last + 2)
-
-
-def _known_to_weigh_nothing(weights: Tensor) -> bool:
-    return weights.device.type == "cpu" and not weights.any()
-
-
-def _known_to_be_near(logits: Tensor) -> bool:
-    """Whether no class of a pixel resized from these, whose largest is 0, can be as far below it as exp underflows."""
-    return logits.device.type == "cpu" and bool(logits.amin() > -_SPREAD)
+    losses, gradients = logits.new_zeros(len(logits)), torch.empty_like(logits, memory_format=torch.channels_last)
+    down, across = (_interpolation(*sides, logits) for sides in zip(logits.shape[2:], labels.shape[1:], strict=True))
+    for i in range(len(logits)):
+        wide = logits[i].transpose(0, 1) @ across.mT  # (h, K, W)
+        slopes = torch.zeros_like(wide).flatten(1)
+        for top in range(0, len(down), _ROWS):  # maps of all classes at the labels' size stay small
+            rows = slice(top, top + _ROWS)
+            label, weight = labels[i, rows].unsqueeze(1), weights[i, rows].unsqueeze(1)  # (rows, 1, W)
+            scores = (down[rows] @ wide.flatten(1)).view(-1, *wide.shape[1:]).log_softmax(dim=1)
+            losses[i] -= (scores.gather(1, label) * weight).sum()
+            own = scores.exp_().mul_(weight).scatter_add_(1, label, -weight)
+            slopes.addmm_(down[rows].mT, own.flatten(1))
+        gradients[i] = (slopes.view_as(wide) @ across).transpose(0, 1)
+    return losses, gradients
 
 
 def _interpolation(old: int, new: int, like: Tensor) -> Tensor:

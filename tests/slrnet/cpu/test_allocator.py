@@ -61,26 +61,6 @@ print(*taken(100), *taken(100))
     assert new < 1
 
 
-def test_a_reader_keeps_the_memory_of_its_batches_and_is_not_looked_through() -> None:
-    """But not that of a giant image; nor does the garbage collector look through what was imported."""
-    script = f"""{MEMORY_TAKEN}
-import gc
-from slrnet.data.readers import prepare_reader
-
-print(len(gc.get_objects()))
-prepare_reader()
-print(len(gc.get_objects()), *taken(30), *taken(50))
-"""
-    objects, objects_seen, mapped, kept, left, giant, giant_kept, giant_left = printed(script)
-    assert objects_seen < objects / 4
-    assert mapped < 1
-    assert kept > 15
-    assert left < 1
-    assert giant >= 50
-    assert giant_kept < 1
-    assert giant_left < 1
-
-
 def test_a_large_network_takes_its_maps_from_the_system() -> None:
     """Maps of 8 MiB come from the heap, which keeps them, unless the network is large."""
     script = f"""{MEMORY_TAKEN}

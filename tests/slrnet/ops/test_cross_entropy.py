@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from slrnet.ops import cross_entropy
 from slrnet.ops.cross_entropy import resized_cross_entropy, sums_and_gradients
 from slrnet.ops.maps import resize
 
@@ -53,14 +52,11 @@ SIZES = [((3, 4), (7, 9)), ((5, 5), (5, 5)), ((1, 4), (6, 1)), ((7, 9), (3, 4)),
 
 
 @pytest.mark.parametrize(("small", "large"), SIZES)
-@pytest.mark.parametrize("part", [(1, 1), (100, 3), (2**20, 2), (2**20, 24)])
 @pytest.mark.parametrize("scale", [2.0, 400.0])
 @pytest.mark.usefixtures("operators_alone")
 def test_operators_equal_resizing_and_then_comparing(
-    small: tuple[int, int], large: tuple[int, int], part: tuple[int, int], scale: float, monkeypatch: pytest.MonkeyPatch
+    small: tuple[int, int], large: tuple[int, int], scale: float
 ) -> None:
-    """Loss and gradient, worked on by rows, by images and all at once, are those of PyTorch's own operators."""
-    monkeypatch.setattr(cross_entropy, "_PART", {"cpu": part})
     assert_equals_resized(small, large, classes=4, scale=scale)
 
 
@@ -110,21 +106,19 @@ def test_tensors_without_memory_and_compilers_see_one_operator() -> None:
     torch.library.opcheck(sums_and_gradients, (logits, labels, weights))
 
 
-@pytest.mark.usefixtures("operators_alone")
-def test_images_that_weigh_nothing_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others' losses and gradients stay what they are."""
-    monkeypatch.setattr(cross_entropy, "_PART", {"cpu": (1, 1)})
-    logits, labels, weights = random_case(3, 4, (5, 6), (5, 6))
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_images_that_weigh_nothing_change_no_other(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLRNET_KERNELS", kernels)
+    logits, labels, weights = random_case(3, 4, (5, 6), (15, 16))
     weights[1] = 0
-    results = []
-    for leave_out in (True, False):
-        if not leave_out:
-            monkeypatch.setattr(cross_entropy, "_known_to_weigh_nothing", lambda weights: False)
-        parts = [part for part, _ in cross_entropy._parts(weights, 4, 5)]
-        assert {part.start for part in parts} == ({0, 2} if leave_out else {0, 1, 2})
-        own = logits.clone().requires_grad_()
-        loss = resized_cross_entropy(own, labels, weights)
-        loss.sum().backward()  # type: ignore[no-untyped-call]
-        results.append((loss.detach(), own.grad))
-    for left_out, computed in zip(*results, strict=True):
-        torch.testing.assert_close(left_out, computed, rtol=0, atol=0)
+    own = logits.clone().requires_grad_()
+    loss = resized_cross_entropy(own, labels, weights)
+    loss.sum().backward()  # type: ignore[no-untyped-call]
+    assert own.grad is not None
+    assert loss[1] == 0
+    assert not own.grad[1].any()
+    others = logits[[0, 2]].requires_grad_()
+    alone = resized_cross_entropy(others, labels[[0, 2]], weights[[0, 2]])
+    alone.sum().backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(loss[[0, 2]], alone)
+    torch.testing.assert_close(own.grad[[0, 2]], others.grad)
