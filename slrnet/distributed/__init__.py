@@ -1,1 +1,1 @@
-"""Ranks of one training, and a watchdog over them."""
+"""The processes of one training, and a watchdog over them."""

@@ -1,4 +1,4 @@
-"""What a training process knows of the others: its rank, its device, and sums over all ranks."""
+"""One process of a training: its rank, its device, and sums over all ranks."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = [
-    "Process",
-    "configure_process",
-    "current_process",
-    "gather_over_ranks",
-    "share_buffers",
-    "sum_over_ranks",
-]
+__all__ = ["Process", "configure_process", "current_process", "gather_over_ranks", "share_buffers", "sum_over_ranks"]
 
 Value = TypeVar("Value")
 
@@ -37,7 +30,7 @@ class Process:
 
 
 def current_process(device: torch.device) -> Process:
-    """The process group's view, or a single process where there is none."""
+    """This process as torch's process group knows it; a single process if there is no group."""
     if dist.is_available() and dist.is_initialized():
         return Process(dist.get_rank(), dist.get_world_size(), device)
     return Process(device=device)
@@ -62,9 +55,9 @@ def gather_over_ranks(value: Value, process: Process) -> list[Value]:
 
 
 def share_buffers(model: nn.Module, process: Process) -> None:
-    """Gives every rank rank 0's buffers: the batch norms' statistics, which differ by each rank's last batch.
+    """Gives every rank the buffers of rank 0, so that all ranks measure the model that rank 0 saves.
 
-    All ranks then measure the very model that rank 0 saves.
+    They are the batch norms' statistics, which differ by each rank's last batch.
     """
     if process.world_size > 1:
         for buffer in model.buffers():
@@ -72,10 +65,10 @@ def share_buffers(model: nn.Module, process: Process) -> None:
 
 
 def configure_process(threads: int | None) -> None:
-    """Sets what a CPU process needs to be fast: its share of the cores, and no time lost on denormal numbers.
+    """Makes a CPU process fast: it uses its share of the cores and treats denormal numbers as 0.
 
     Args:
-        threads: threads for operators; None keeps what the environment says.
+        threads: threads for operators; None, or a set OMP_NUM_THREADS, keeps torch's own number.
     """
     if threads is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, threads))

@@ -1,9 +1,9 @@
 """Finds a rank that hangs, and says which one and where.
 
 A rank that hangs leaves all others waiting in a collective operation, for half an hour by torch's default, and the
-error that ends it names none. Here every rank says where it is (`at`) and that it still works there (`alive`); a thread
-publishes that in a store that all ranks see. When this rank has not moved for longer than allowed, the rank that is
-furthest behind is the one that the others wait for.
+error that ends the wait names no rank. Here every rank says where it is (`at`) and that it still works there (`alive`).
+A thread publishes that in a store that all ranks see. If this rank has not moved for longer than allowed, the others
+wait for the rank that is furthest behind.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,21 +29,8 @@ from slrnet.distributed.process import Process
 
 __all__ = ["Hang", "Position", "Watchdog", "dump_stacks", "find_hang", "shared_store"]
 
-LOOKS = 10
-"""Looks at the other ranks within the time that a rank may stand still."""
-
-
-class Store(Protocol):
-    """What is used of torch's key-value stores."""
-
-    def set(self, key: str, value: str) -> None:
-        """Writes a value."""
-
-    def get(self, key: str) -> bytes:
-        """Reads a value."""
-
-    def check(self, keys: list[str]) -> bool:
-        """Whether all keys are there."""
+CHECKS = 10
+"""How often a rank publishes its position within the time that it may stand still."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +38,11 @@ class Position:
     """Where a rank is."""
 
     count: int
-    """Places that it has come to; all ranks come to the same places in the same order."""
+    """Places that the rank has reached; all ranks reach the same places in the same order."""
     step: int
-    """Optimiser step, from 0."""
+    """Optimizer step, from 0."""
     place: str
-    """What it does there."""
+    """What the rank does there."""
     node: str
     """Host name."""
 
@@ -63,23 +52,23 @@ class Hang:
     """A rank that does not move."""
 
     rank: int
-    """The one that the others wait for; the one that found it, where all stand in the same place."""
+    """The rank that the others wait for; if all stand in the same place, the rank that noticed."""
     node: str
     step: int
     message: str
 
 
 class Watchdog:
-    """Watches this rank and looks at the others.
+    """Watches this rank and compares it with the others.
 
     Args:
         process: this process among all.
-        limit: seconds that a rank may stand still; 0 turns it off.
-        store: that all ranks see (`shared_store`); None for a single process.
+        limit: seconds that a rank may stand still; 0 turns the watchdog off.
+        store: a key-value store of torch that all ranks see (`shared_store`); None for a single process.
         on_hang: called once, in the watchdog's thread, when this rank has stood still for too long.
     """
 
-    def __init__(self, process: Process, *, limit: float, store: Store | None, on_hang: Callable[[Hang], None]) -> None:
+    def __init__(self, process: Process, *, limit: float, store: Any, on_hang: Callable[[Hang], None]) -> None:
         self._process = process
         self._limit = limit
         self._store = store
@@ -97,12 +86,12 @@ class Watchdog:
         return self._position
 
     def at(self, place: str, step: int) -> None:
-        """This rank comes to a place; all ranks must come to the same places in the same order."""
+        """This rank reaches a place; all ranks must reach the same places in the same order."""
         self._position = replace(self._position, count=self._position.count + 1, step=step, place=place)
         self._moved = time.monotonic()
 
     def alive(self) -> None:
-        """This rank works on where it is."""
+        """This rank still works at its place."""
         self._moved = time.monotonic()
 
     def close(self) -> None:
@@ -112,39 +101,32 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._limit / LOOKS):
-            self._publish()
+        while not self._ended.wait(self._limit / CHECKS):
+            if self._store is not None:
+                self._store.set(f"position/{self._process.rank}", json.dumps(asdict(self._position)))
             stood = time.monotonic() - self._moved
             if stood > self._limit:
                 self._on_hang(find_hang(self._positions(), own=self._process.rank, stood=stood))
                 return
 
-    def _publish(self) -> None:
-        if self._store is not None:
-            self._store.set(f"position/{self._process.rank}", json.dumps(asdict(self._position)))
-
     def _positions(self) -> dict[int, Position]:
-        """Of all ranks whose position is known."""
-        found = {self._process.rank: self._position}
-        if self._store is None:
-            return found
-        for rank in range(self._process.world_size):
-            key = f"position/{rank}"
-            try:
-                if rank != self._process.rank and self._store.check([key]):
-                    found[rank] = Position(**json.loads(self._store.get(key)))
-            except RuntimeError:  # rank 0, which holds the store, is gone
-                break
-        return found
+        """The positions of all ranks that published one."""
+        positions = {self._process.rank: self._position}
+        with suppress(RuntimeError):  # rank 0, which holds the store, is gone
+            for rank in range(self._process.world_size if self._store is not None else 0):
+                key = f"position/{rank}"
+                if rank not in positions and self._store.check([key]):
+                    positions[rank] = Position(**json.loads(self._store.get(key)))
+        return positions
 
 
 def find_hang(positions: Mapping[int, Position], *, own: int, stood: float) -> Hang:
     """Which rank the others wait for.
 
     Args:
-        positions: by rank, where known.
-        own: rank that has stood still.
-        stood: seconds for which it has.
+        positions: the known positions by rank, that of `own` included.
+        own: the rank that has stood still.
+        stood: seconds that it has stood still.
     """
     behind = min(positions, key=lambda rank: (positions[rank].count, rank))
     last, waiting = positions[behind], positions[own]
@@ -156,27 +138,19 @@ def find_hang(positions: Mapping[int, Position], *, own: int, stood: float) -> H
     return Hang(behind, last.node, last.step, message)
 
 
-def shared_store(process: Process) -> Store | None:
-    """A store that all ranks see, held by rank 0; None for a single process. All ranks must call it."""
+def shared_store(process: Process) -> Any:
+    """A key-value store of torch that all ranks see, held by rank 0; None for a single process. All ranks call it."""
     if process.world_size == 1:
         return None
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    port = torch.zeros((), dtype=torch.int64, device=process.device)
-    own = _tcp_store(host, 0, is_master=True) if process.is_main else None
-    port.fill_(own.port if own else 0)
+    host, timeout = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=60)
+    connect = partial(dist.TCPStore, host, wait_for_workers=False, timeout=timeout)  # type: ignore[attr-defined]
+    own = connect(port=0, is_master=True) if process.is_main else None
+    port = torch.tensor(own.port if own else 0, device=process.device)
     dist.broadcast(port, src=0)
-    store: Store = own or _tcp_store(host, int(port.item()), is_master=False)
-    return store
+    return own or connect(port=int(port.item()), is_master=False)
 
 
 def dump_stacks() -> None:
     """Writes what all threads of this process are doing to its standard error."""
-    try:
+    with suppress(OSError, ValueError, RuntimeError):
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
-    except (OSError, ValueError, RuntimeError):
-        return
-
-
-def _tcp_store(host: str, port: int, *, is_master: bool) -> Any:
-    timeout = timedelta(seconds=60)
-    return dist.TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout)  # type: ignore[attr-defined]

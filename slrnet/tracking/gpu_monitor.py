@@ -1,21 +1,21 @@
 """Watches the GPU of each rank through NVML: the one module that imports `pynvml` (package nvidia-ml-py).
 
 Every rank samples its own GPU in a thread, so that all nodes of a run are covered. At the end of an epoch rank 0 gets
-what all ranks saw during its training steps (measuring and saving are left out), for MLflow, whose page has a tab for
-what begins with `system`: `system/gpu/rank_R/NAME` for each rank, and `system/gpu/NAME` over the ranks that have the
-figure (the largest where NAME ends on `_max`, else the mean).
+the figures of all ranks during their training steps, without measuring and saving. MLflow's page has a tab for names
+that begin with `system`: `system/gpu/rank_R/NAME` is for one rank, `system/gpu/NAME` is over the ranks that have the
+figure (the maximum if NAME ends in `_max`, else the mean).
 
 - `utilisation`, `utilisation_max`: share of the time in which some kernel ran, [0, 1]
 - `memory_used`, `memory_used_max`, `memory_total`: GiB, of all processes together, caches included
 - `temperature`, `temperature_max`: degrees Celsius
 - `power`, `power_max`: W
 - `energy`, `energy_per_image`: J, by the GPU's own counter, or integrated power where it has none
-- `throttled`: share of the samples in which heat, the power brake or the hardware slowed the clocks, [0, 1]
+- `throttled`: share of the samples in which heat, the power brake or the hardware lowered the clocks, [0, 1]
 - `power_capped`: share of the samples at the power limit, [0, 1]; usual under full load
 - `ecc_errors`: uncorrected memory errors since the driver was loaded
 
-What a GPU does not count is absent, not zero, and so is everything where there is no GPU or no NVML. A part of
-a GPU (MIG) has no utilisation, power and energy of its own; its temperature, clocks and memory errors are the GPU's.
+A figure that a GPU does not offer is absent, not zero; without a GPU or NVML all are absent. A part of a GPU (MIG) has
+no utilisation, power and energy of its own; its temperature, clocks and memory errors are those of the GPU.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pynvml
 import torch
 
@@ -39,11 +39,11 @@ __all__ = ["GpuMonitor", "GpuWatch", "open_monitor"]
 
 GIB = 2**30
 MEMORY_NEARLY_FULL = 0.95
-"""Share of the memory from which on people are warned."""
+"""Share of the memory above which people are warned."""
 
 _COOLING = "clear its airflow, check its fan, or lower its power limit (nvidia-smi -pl)"
 _POWER = "check its power supply and cables, or lower its power limit (nvidia-smi -pl)"
-# Reasons for lower clocks that people can do something about. Idling and the software power limit are none of them.
+# Reasons for lower clocks that people can act on; idling and the software power limit are not among them.
 _REASONS: dict[str, tuple[int, str]] = {
     "hardware_thermal_slowdown": (pynvml.nvmlClocksEventReasonHwThermalSlowdown, _COOLING),
     "software_thermal_slowdown": (pynvml.nvmlClocksEventReasonSwThermalSlowdown, _COOLING),
@@ -53,7 +53,7 @@ _REASONS: dict[str, tuple[int, str]] = {
 _MEANS = ("utilisation", "memory_used", "temperature", "power", "throttled", "power_capped")
 _MAXIMA = ("utilisation", "memory_used", "temperature", "power")
 _STATES = ("memory_total", "ecc_errors")
-# What NVML answers where a GPU, a driver or a container does not offer a figure.
+# NVML's errors if a GPU, a driver or a container does not offer a figure.
 _ABSENT = (
     pynvml.NVMLError_NotSupported,
     pynvml.NVMLError_FunctionNotFound,
@@ -67,7 +67,7 @@ class GpuMonitor:
     """Samples one GPU in a thread until it is closed, or until NVML loses the GPU.
 
     Args:
-        uuids: names under which NVML may know the GPU, `GPU-...` or `MIG-...`; the first that it knows is taken.
+        uuids: possible names of the GPU in NVML, `GPU-...` or `MIG-...`; the first known one is used.
         interval: seconds between samples.
 
     Raises:
@@ -76,7 +76,7 @@ class GpuMonitor:
 
     def __init__(self, uuids: Sequence[str], *, interval: float) -> None:
         pynvml.nvmlInit()
-        self._handle = _find(uuids)
+        self._handle = _handle_of(uuids)
         uuid = pynvml.nvmlDeviceGetUUID(self._handle)
         partition = uuid.startswith("MIG-")
         self._card = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self._handle) if partition else self._handle
@@ -103,16 +103,16 @@ class GpuMonitor:
         self._thread.start()
 
     def begin(self) -> None:
-        """Starts an interval with a sample; figures of before are dropped, warnings are kept."""
+        """Starts an interval with a sample; drops earlier figures and keeps warnings."""
         with self._lock:
             self._samples = defaultdict(list)
         self.sample()
 
     def end(self, images: int) -> tuple[dict[str, float], dict[str, str]]:
-        """Figures since `begin`, and what people were not yet warned of, by cause.
+        """Figures since `begin`, and new warnings by cause.
 
         Args:
-            images: that this GPU took in that time, > 0.
+            images: images that this GPU trained on since then, > 0.
         """
         self.sample()
         with self._lock:
@@ -120,7 +120,7 @@ class GpuMonitor:
             return _figures(self._samples, images), warnings
 
     def sample(self) -> None:
-        """Reads all figures once. What the GPU lacks is not asked for again; any other error of NVML ends it all."""
+        """Reads all figures once. A figure that the GPU lacks is not read again; any other NVML error ends sampling."""
         with self._lock:
             values: dict[str, float] = {}
             for read in tuple(self._readers):
@@ -174,7 +174,7 @@ class GpuMonitor:
 
     def _other_processes(self) -> dict[str, float]:
         memory = {entry.pid: entry.usedGpuMemory for entry in pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle)}
-        # Within a container NVML may give the host's ids, among which the own one cannot be told apart.
+        # In a container NVML may give the host's process ids, among which this process cannot be recognized.
         known = os.getpid() in memory
         memory.pop(os.getpid(), None)
         if len(memory) > (not known):
@@ -190,7 +190,7 @@ class GpuWatch:
 
     Args:
         process: this process among all.
-        interval: seconds between samples; 0 turns it off.
+        interval: seconds between samples; 0 turns the monitors off.
     """
 
     def __init__(self, process: Process, *, interval: float) -> None:
@@ -212,10 +212,10 @@ class GpuWatch:
             self._monitor.begin()
 
     def end(self, images: int) -> tuple[dict[str, float], dict[str, str]]:
-        """Ends the interval: figures of all ranks by their MLflow names, and new warnings for people by their tags.
+        """Ends the interval: figures of all ranks by their MLflow names, and new warnings by their tags.
 
         Args:
-            images: that this rank took in that time, > 0.
+            images: images that this rank trained on in the interval, > 0.
         """
         gathered = gather_over_ranks(({}, {}) if self._monitor is None else self._monitor.end(images), self._process)
         metrics, by_name = dict[str, float](), defaultdict[str, list[float]](list)
@@ -237,10 +237,10 @@ class GpuWatch:
 
 
 def open_monitor(device: torch.device, *, interval: float) -> GpuMonitor | None:
-    """Starts to watch the GPU that PyTorch calls `device`; None where it is none or NVML does not know it.
+    """Starts to watch the GPU that PyTorch calls `device`; None if it is no GPU or NVML does not know it.
 
     Args:
-        device: of this rank.
+        device: this rank's device.
         interval: seconds between samples.
     """
     if device.type != "cuda":
@@ -252,14 +252,14 @@ def open_monitor(device: torch.device, *, interval: float) -> GpuMonitor | None:
 
 
 def _uuids(device: torch.device) -> list[str]:
-    """Names that NVML may have for a device of PyTorch, which leaves out whether it is a GPU or a part of one."""
+    """Possible NVML names of a PyTorch device; PyTorch does not tell a GPU from a part of one."""
     index = device.index or 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[index : index + 1]
     uuid = torch.cuda.get_device_properties(index).uuid
     return [*(name.strip() for name in visible if name.strip().startswith("MIG-")), f"MIG-{uuid}", f"GPU-{uuid}"]
 
 
-def _find(uuids: Sequence[str]) -> Any:
+def _handle_of(uuids: Sequence[str]) -> Any:
     for uuid in uuids:
         with suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
             return pynvml.nvmlDeviceGetHandleByUUID(uuid)
@@ -269,14 +269,13 @@ def _find(uuids: Sequence[str]) -> Any:
 def _figures(samples: Mapping[str, list[float]], images: int) -> dict[str, float]:
     times = samples["time"]
     whole = {name: values for name, values in samples.items() if len(values) == len(times)}
-    found = {name: fmean(whole[name]) for name in _MEANS if name in whole}
-    found |= {f"{name}_max": max(whole[name]) for name in _MAXIMA if name in whole}
-    found |= {name: whole[name][-1] for name in _STATES if name in whole}
+    figures = {name: fmean(whole[name]) for name in _MEANS if name in whole}
+    figures |= {f"{name}_max": max(whole[name]) for name in _MAXIMA if name in whole}
+    figures |= {name: whole[name][-1] for name in _STATES if name in whole}
     if "counter" in whole:
-        found["energy"] = whole["counter"][-1] - whole["counter"][0]
+        figures["energy"] = whole["counter"][-1] - whole["counter"][0]
     elif "power" in whole:
-        points = zip(times, whole["power"], strict=True)
-        found["energy"] = sum((b - a) * (p + q) / 2 for (a, p), (b, q) in pairwise(points))
-    if "energy" in found:
-        found["energy_per_image"] = found["energy"] / images
-    return found
+        figures["energy"] = float(np.trapezoid(whole["power"], times))
+    if "energy" in figures:
+        figures["energy_per_image"] = figures["energy"] / images
+    return figures

@@ -11,17 +11,17 @@ from tqdm import tqdm
 __all__ = ["Progress"]
 
 LINE_EVERY = 15.0
-"""Seconds between two lines in a log."""
+"""Seconds between two lines if the output is no terminal."""
 
 
 class Progress:
-    """Shows how far a training is, how fast it goes and when it will be done.
+    """Shows how far a training is, how fast it goes and when it ends.
 
     Args:
-        total: optimiser steps of the whole training.
-        done: steps finished before, in a resumed training.
-        show: off on ranks other than 0.
-        stream: where to write; standard output unless given.
+        total: optimizer steps of the whole training.
+        done: steps that are finished already, in a resumed training.
+        show: whether to write anything; False on ranks other than 0.
+        stream: where to write; None for standard output.
     """
 
     def __init__(self, total: int, *, done: int = 0, show: bool = True, stream: TextIO | None = None) -> None:
@@ -61,11 +61,11 @@ class Progress:
         self._last_step = time.perf_counter()
 
     def rate(self) -> float:
-        """Images per second of training so far, measuring and saving left out."""
+        """Images per second so far, without the time for measuring and saving."""
         return self._images / self._busy if self._busy else 0.0
 
     def eta(self) -> str:
-        """Time left as h:mm:ss, measuring and saving left out."""
+        """Remaining time as h:mm:ss, without the time for measuring and saving."""
         seconds = int((self.total - self.done) * self._busy / max(1, self.steps))
         return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 

@@ -1,7 +1,8 @@
 """SGD with Nesterov momentum, its four parameter groups and the learning rate schedule.
 
-Groups as in the released code: pretrained weights, pretrained biases, new weights, new biases, with rates 1, 2, 10, 20
-and no decay of biases. The rate is constant while pretraining and then follows half a cosine to 0.
+The groups are those of the released code: pretrained weights, pretrained biases, new weights, new biases, with rates 1,
+2, 10 and 20 times the base rate and no decay of biases. The rate is constant during pretraining and then follows half
+a cosine to 0.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig, *, batch_size: int) 
     """Sorts the trainable parameters of an `SLRNet` into four groups with their rates.
 
     Args:
-        model: its pretrained part is the submodule `encoder`; parameters that do not train are left out.
-        config: rates hold for a global batch of `config.reference_batch_size`.
-        batch_size: the global batch, to which all rates are proportional.
+        model: the network; its pretrained part is the submodule `encoder`, and frozen parameters are left out.
+        config: the optimizer's settings; its rates are for a global batch of `config.reference_batch_size`.
+        batch_size: size of the global batch; all rates are proportional to it.
     """
     base = config.lr * batch_size / config.reference_batch_size
     factors = {(False, False): 1.0, (False, True): config.bias_lr_factor}

@@ -1,6 +1,6 @@
 """One training step as functions: views, network, un-warping, calibration, losses.
 
-What happens is the same in every setting; which labels a batch grants decides which parts exist.
+The steps are the same in every setting; the labels that a batch grants decide which loss parts exist.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ def make_views(
 
     Args:
         images: (N, 3, H, W) float in [0, 1].
-        config: scales, flips and colours.
-        normalize: of the encoder.
-        generator: on the CPU.
+        config: scales, flips and color changes.
+        normalize: the encoder's normalization.
+        generator: a CPU generator.
 
     Returns:
         Per view the normalized images (N, 3, H_v, W_v), and how to undo the view.
     """
     views = draw_views(len(images), scales=config.scales, flip=config.flip, generator=generator)
     inputs = []
-    colour: ColorParams | None = None
+    color: ColorParams | None = None
     for view in views:
-        if colour is None or config.own_color:
-            colour = draw_color(
+        if color is None or config.own_color:
+            color = draw_color(
                 len(images),
                 brightness=config.brightness,
                 contrast=config.contrast,
@@ -62,7 +62,7 @@ def make_views(
                 generator=generator,
             )
         warped = apply_view(images, view, stride=normalize.output_stride)
-        inputs.append(normalize(apply_color(warped, colour)))
+        inputs.append(normalize(apply_color(warped, color)))
     return inputs, views
 
 
@@ -80,19 +80,19 @@ def align(outputs: Outputs, views: Sequence[View]) -> AlignedOutputs:
 
 @dataclass(frozen=True)
 class PseudoRows:
-    """Which images of a batch need pseudo labels; found on the CPU, so that no step waits for the device."""
+    """Which images of a batch need pseudo labels; computed on the CPU, so that no step waits for the device."""
 
     rows: Tensor | None
     """(M,) int64 on the CPU; None for all images of the batch."""
     max_classes: int
-    """Largest number of foreground classes that one of them may show."""
+    """Largest number of foreground classes that one of these images may show."""
 
 
 def find_pseudo_rows(batch: Batch) -> PseudoRows:
-    """Images without a true mask, and how many classes they may show: all of them where their labels are unknown.
+    """Images without a true mask, and how many classes they may show: all classes if their labels are unknown.
 
     Args:
-        batch: on the CPU.
+        batch: a batch on the CPU.
     """
     rows = None if not batch.has_pixel_labels.any() else (~batch.has_pixel_labels).nonzero()[:, 0]
     labels = possible_classes(batch.image_labels, batch.has_image_labels)
@@ -115,10 +115,10 @@ def step_losses(
     Args:
         model: an `SLRNet`, possibly wrapped for distributed training.
         batch: crops and the labels that they grant.
-        config: of the run.
-        normalize: of the model's encoder.
-        generator: on the CPU, for the views.
-        pseudo_rows: of the batch.
+        config: the run's settings.
+        normalize: the normalization of the model's encoder.
+        generator: a CPU generator for the views.
+        pseudo_rows: what `find_pseudo_rows` says of the batch.
         pretraining: leave out pseudo labels and their loss.
     """
     with record_function("slrnet: views"):
@@ -140,15 +140,15 @@ def losses_of(
     pseudo_rows: PseudoRows,
     pretraining: bool,
 ) -> Objective:
-    """From the network's outputs to the loss parts.
+    """Computes the loss parts from the network's outputs; the other arguments are those of `step_losses`.
 
     Args:
-        outputs: of the network, for all views.
-        views: how to undo each.
+        outputs: the network's outputs for all views.
+        views: how to undo each view.
         images: (N, 3, H, W) float in [0, 1], the crops.
-        batch: of the crops.
-        config: of the run.
-        pseudo_rows: of the batch.
+        batch: the crops' labels.
+        config: the run's settings.
+        pseudo_rows: which images need pseudo labels.
         pretraining: leave out pseudo labels and their loss.
     """
     with record_function("slrnet: alignment"):

@@ -92,7 +92,7 @@ def test_a_killed_worker_is_named_and_the_run_goes_on(submit: Submit, data: Path
     assert failed.returncode != 0
     printed = failed.stdout + failed.stderr
     said = printed[-3000:] + "".join(path.read_text()[-1500:] for path in sorted(log.parent.glob("*.jsonl")))
-    assert "error: died: its process ended without a word" in printed, said
+    assert "error: died: its process ended without an error" in printed, said
     assert re.search(r"\(rank 1 on \S+, step \d+\)", printed), said
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = search(client)

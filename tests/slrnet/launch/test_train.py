@@ -145,7 +145,7 @@ def test_a_killed_worker_that_ray_alone_has_noticed_is_named(
         raise WorkerGroupError("[Rank 1 Error Snippet]", {1: lost})
 
     monkeypatch.setattr(ray_loop, "_run", lose_worker)
-    with pytest.raises(TrainingError, match=r"^died: its process ended without a word.*\(rank 1 on \S+, step 7\)$"):
+    with pytest.raises(TrainingError, match=r"^died: its process ended without an error.*\(rank 1 on \S+, step 7\)$"):
         start(tiny_config, tmp_path)
     (run,) = runs(tmp_path)
     assert (run.data.tags["failure.rank"], run.data.tags["failure.exception"]) == ("1", "died")
