@@ -1,4 +1,4 @@
-"""What the Ray cluster has, and how many workers a run gets of it."""
+"""The resources of the Ray cluster, and how many workers a run gets."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["ClusterError", "WorkerPlan", "await_lost_nodes", "cluster_resources"
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 LOOK_EVERY = 5.0
-"""Seconds between two looks at a cluster that is to grow."""
+"""Seconds between two looks at a growing cluster."""
 _GCS_ADDRESS = re.compile(r"[^/\s]+:\d+")
 
 
 class ClusterError(ValueError):
-    """The cluster has less than was asked for."""
+    """The cluster has too few resources."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +28,13 @@ class WorkerPlan:
     """The processes of a run."""
 
     least: int
-    """With fewer it does not start; 0: it runs in this process, without Ray."""
+    """The run does not start with fewer; 0: it runs in this process, without Ray."""
     most: int
-    """As many as there is room for, up to these; more than `least`: the number follows the cluster's size."""
+    """Upper limit; if it is more than `least`, the number follows the cluster's size."""
     cpus: int
-    """CPU cores of each."""
+    """CPU cores of each process."""
     gpu: bool
-    """Whether each has a GPU."""
+    """Whether each process has a GPU."""
 
     @property
     def count(self) -> str:
@@ -42,12 +42,12 @@ class WorkerPlan:
         return f"{self.least} to {self.most}" if self.least < self.most else str(max(1, self.most))
 
     def __str__(self) -> str:
-        """For people: number, cores and GPU."""
+        """Number, cores and GPU, to show."""
         return f"{self.count} worker(s) x {self.cpus} CPU(s){' + 1 GPU' if self.gpu else ''}"
 
 
 def cluster_resources() -> tuple[int, int]:
-    """CPU cores and GPUs of the Ray cluster; connects to it, or starts a local one where there is none."""
+    """CPU cores and GPUs of the Ray cluster; connects to it, or starts a local one if there is none."""
     import ray
 
     if not ray.is_initialized():
@@ -57,10 +57,10 @@ def cluster_resources() -> tuple[int, int]:
 
 
 def _environment() -> dict[str, str]:
-    """What all processes of a run have in their environment.
+    """Environment variables for all processes of a run.
 
-    Ray gives a job its cluster's address, but not the actors that the job starts: that of Ray Train which frees a dead
-    run's cores would take whichever cluster began last on its machine for its own, and find its run dead there.
+    Ray passes the cluster's address to a job, but not to the actors that the job starts. On a machine with two
+    clusters, Ray Train's actor that frees a dead run's cores would then connect to the cluster started last.
     """
     paths = [str(PROJECT_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
@@ -76,18 +76,18 @@ def plan_workers(
     wait_minutes: float = 0.0,
     say: Callable[[str], None] = print,
 ) -> WorkerPlan:
-    """Decides how many workers a run gets, by what the cluster has.
+    """Decides how many workers a run gets of the cluster.
 
     Args:
-        count: workers; the fewest and the most of them; 0: in this process; None: one per GPU, else 1.
+        count: number of workers, or (fewest, most); 0: this process; None: one per GPU, else 1.
         cpus: CPU cores per worker; None: an equal share of the cluster's.
         cpu_only: use no GPUs.
-        wait_minutes: for a cluster that grows on demand: asks it for the workers' nodes and waits for them, of GPUs
-            unless `cpu_only`. 0 takes the cluster as it is.
-        say: receives a line a minute while it waits.
+        wait_minutes: minutes to wait for the nodes of the fewest workers on a cluster that grows on demand, with GPUs
+            unless `cpu_only`; 0 takes the cluster as it is.
+        say: receives a line a minute while waiting.
 
     Raises:
-        ClusterError: the cluster has less than was asked for.
+        ClusterError: the cluster has too few resources.
     """
     if count == 0:
         return WorkerPlan(least=0, most=0, cpus=os.cpu_count() or 1, gpu=False)
@@ -111,16 +111,16 @@ def plan_workers(
 
 
 def await_lost_nodes(*, seconds: float = 60.0) -> set[str]:
-    """Waits until Ray has noticed which of its nodes are gone; at once where all of them answer.
+    """Waits until Ray has noticed which of its nodes are gone; returns at once if all of them answer.
 
-    Ray asks its nodes every few seconds and gives up after several silent times. Until then it would place new workers
-    on a node that is gone, and count their end as one more failure.
+    Ray needs several failed health checks to notice. Until then it would place new workers on a lost node and count
+    their end as one more failure.
 
     Args:
-        seconds: that it waits at most.
+        seconds: longest wait.
 
     Returns:
-        Names of the nodes that do not answer and that Ray still counts on.
+        IDs of the nodes that do not answer and that Ray still takes for alive.
     """
     import ray
 
@@ -143,7 +143,7 @@ def _answers(node: Mapping[str, Any]) -> bool:
 def _await_nodes(
     count: int | tuple[int, int] | None, *, cpus: int, gpu: bool, minutes: float, say: Callable[[str], None]
 ) -> None:
-    """Asks the cluster to grow until the fewest workers fit, and waits for that."""
+    """Asks the cluster to grow until the fewest workers fit, and waits for it."""
     from ray.autoscaler.sdk import request_resources
 
     least = count[0] if isinstance(count, tuple) else count or 1
@@ -160,12 +160,12 @@ def _await_nodes(
             wants = f"{least} worker(s) of {cpus} CPU(s){' and a GPU' if gpu else ''}"
             if now - begun > 60 * minutes:
                 raise ClusterError(
-                    f"after {minutes:g} minutes {has}, which {wants} do not fit into; look at `ray status` for why it "
-                    "does not grow, lower --num-workers, or wait longer with --wait-for-nodes"
+                    f"after {minutes:g} minutes {has}, too little for {wants}; see `ray status` for why it does not "
+                    "grow, lower --num-workers, or wait longer with --wait-for-nodes"
                 )
             if now - told >= 60:
                 told = now
-                say(f"waiting for nodes: {has}; {wants} are wanted")
+                say(f"waiting for nodes: {has}; needed: {wants}")
             time.sleep(LOOK_EVERY)
     finally:
         request_resources(bundles=[])

@@ -275,19 +275,14 @@ def _total_quality(notes: Sequence[Mapping[str, Any]], classes: tuple[str, ...])
 
 
 def _command(job: _Job) -> str:
+    """The command line that makes these masks."""
     evaluation = job["evaluation"]
     named = ("scales", "scale", "gating_threshold", "gating_top", "background_power")
     settings = {f"evaluation.{name}": evaluation[name] for name in named}
     settings |= {f"crf.{name}": value for name, value in (job["crf"] or {}).items() if value is not None}
     settings["inference.void_below"] = job["void_below"]
-    arguments = {
-        "--checkpoint": job["checkpoint"],
-        "--data": job["data"],
-        "--splits": ",".join(job["splits"]),
-        "--protocol": evaluation["protocol"],
-        "--gating": evaluation["gating"],
-    }
-    words = [word for name, value in arguments.items() for word in (name, value)]
+    words = ["--checkpoint", job["checkpoint"], "--data", job["data"], "--splits", ",".join(job["splits"])]
+    words += ["--protocol", evaluation["protocol"], "--gating", evaluation["gating"]]
     words += [word for name, value in settings.items() for word in ("--set", f"{name}={json.dumps(value)}")]
     return shlex.join(["python", "ray_jobs/pseudo_label.py", *words])
 

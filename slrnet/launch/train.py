@@ -43,10 +43,6 @@ from slrnet.tracking.summary import description, result_text
 
 __all__ = ["LaunchOptions", "RunResult", "TrainingError", "launch", "run_job", "train_trial"]
 
-WORKER_ENVIRONMENT = {"env_vars": {"RAY_worker_niceness": "0"}}
-"""Training workers run at the job's own priority. At Ray's usual niceness for workers, 15, its daemons push them aside
-whenever they wake up."""
-
 
 class TrainingError(RuntimeError):
     """The training failed; the message is the cause, without the layers around it."""
@@ -351,7 +347,8 @@ def _run(
             storage_path=f"{place}/ray",
             storage_filesystem=system,
             failure_config=FailureConfig(max_failures=failures),
-            worker_runtime_env=WORKER_ENVIRONMENT,
+            # The job's own priority: at Ray's usual niceness for workers, 15, its daemons push them aside.
+            worker_runtime_env={"env_vars": {"RAY_worker_niceness": "0"}},
             callbacks=[_lost_node_callback(), *callbacks],
         ),
     ).fit()

@@ -1,7 +1,7 @@
-"""The paper's ablations as data: variants of a configuration, and the figures that the paper gives for them.
+"""The paper's ablations as data: variants of a configuration, and the paper's numbers for them.
 
-Paper figures are mIoU on the validation set of VOC in percent, single-scale, without CRF (Sec. 4.6). Where the paper
-has a plot and no numbers, there is none here.
+The numbers are mIoU in percent on VOC's validation set, single-scale, without CRF (Sec. 4.6). Where the paper has a plot
+without numbers, there are none here.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class Variant:
     """One row of a table or one point of a plot."""
 
     label: str
-    """As the paper names it."""
+    """The paper's name."""
     changes: tuple[str, ...]
-    """`section.field=value` that make the variant of the recipe."""
+    """Changes of the recipe, each `section.field=value`."""
     paper: float | None = None
     """The paper's mIoU, percent."""
     x: float | None = None
@@ -39,9 +39,9 @@ class Ablation:
     variants: tuple[Variant, ...]
     """In the paper's order."""
     logarithmic: bool = False
-    """Whether the axis is."""
+    """Whether the axis is logarithmic."""
     chosen: float | None = None
-    """The position on a plot's axis that the paper settles on (Sec. 4.1)."""
+    """Position on the axis of the paper's choice (Sec. 4.1)."""
 
 
 def _series(key: str, values: tuple[int, ...]) -> tuple[Variant, ...]:
@@ -52,10 +52,10 @@ def _module(label: str, paper: float, *changes: str) -> Variant:
     return Variant(label, changes, paper)
 
 
-def _views(scales: str, *, colour: bool, flip: bool, paper: float) -> Variant:
-    """A check mark of the paper means that the views differ in it; without one, they share it."""
-    differ = " + ".join(name for name, on in (("colour", colour), ("flip", flip)) if on)
-    changes = (f"views.scales=[{scales}]", f"views.own_color={str(colour).lower()}", f"views.flip={str(flip).lower()}")
+def _views(scales: str, *, color: bool, flip: bool, paper: float) -> Variant:
+    """A check mark in the paper means that the views differ in this; without one, they share it."""
+    differ = " + ".join(name for name, on in (("color", color), ("flip", flip)) if on)
+    changes = (f"views.scales=[{scales}]", f"views.own_color={str(color).lower()}", f"views.flip={str(flip).lower()}")
     return Variant(f"({scales}) {differ}".strip(), changes, paper)
 
 
@@ -88,12 +88,12 @@ ABLATIONS: dict[str, Ablation] = {
         "Augmentations of the views (paper Table 7)",
         "views",
         (
-            _views("1.0", colour=True, flip=True, paper=60.88),
-            _views("0.5, 1.0", colour=True, flip=True, paper=64.07),
-            _views("1.0, 1.0", colour=True, flip=True, paper=61.53),
-            _views("0.5, 1.0", colour=True, flip=False, paper=63.89),
-            _views("0.5, 1.0", colour=False, flip=True, paper=63.99),
-            _views("0.5, 1.0, 1.5", colour=False, flip=False, paper=63.90),
+            _views("1.0", color=True, flip=True, paper=60.88),
+            _views("0.5, 1.0", color=True, flip=True, paper=64.07),
+            _views("1.0, 1.0", color=True, flip=True, paper=61.53),
+            _views("0.5, 1.0", color=True, flip=False, paper=63.89),
+            _views("0.5, 1.0", color=False, flip=True, paper=63.99),
+            _views("0.5, 1.0, 1.5", color=False, flip=False, paper=63.90),
         ),
     ),
     "table8": Ablation(
@@ -116,7 +116,7 @@ def get_ablation(name: str) -> Ablation:
     """An ablation by its name.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no such ablation.
     """
     if name not in ABLATIONS:
         raise ConfigError(f"unknown ablation {name!r}; known are {', '.join(ABLATIONS)}")
@@ -124,11 +124,11 @@ def get_ablation(name: str) -> Ablation:
 
 
 def choose_variants(name: str, labels: Sequence[str] = ()) -> tuple[int, ...]:
-    """The places of variants in an ablation, in the paper's order.
+    """Indices of variants in an ablation, in the paper's order.
 
     Args:
-        name: of the ablation.
-        labels: as the paper names them, in any case and without the dash before those of a group; none: all.
+        name: the ablation's name.
+        labels: the paper's names of the variants, in any case, with or without a leading dash; none: all variants.
 
     Raises:
         ConfigError: there is no such ablation or variant.

@@ -14,6 +14,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,6 @@ from slrnet.sweeps.ablations import get_ablation
 from slrnet.sweeps.plan import SweepOptions, SweepPlan, trial_config, write_plan
 from slrnet.sweeps.population import Population, member_name, train_population
 from slrnet.sweeps.results import write_results
-from slrnet.sweeps.space import Domain
 from slrnet.sweeps.trials import Mode, Trial, best_trial, mode_of, trial_from_rows, trial_rows
 from slrnet.tracking.location import resolve_uri
 from slrnet.tracking.mlflow import MlflowTracker, create_run
@@ -45,7 +45,6 @@ _HEAD_NODE = {"node:__internal_head__": 0.001}
 class SweepResult:
     """What a sweep leaves."""
 
-    trials: list[Trial]
     best: Trial
     """The best trial by the first metric."""
     best_config: Path | None
@@ -194,7 +193,7 @@ def _conclude(
     link = f"[Trials side by side, with parallel coordinates]({comparison(trial_runs)})"
     driver.describe(f"Best trial: {best.name}{following}\n\n{link}\n\n{table}")
     driver.finish()
-    return SweepResult(trials=trials, best=best, best_config=path, table=table, run=parent)
+    return SweepResult(best=best, best_config=path, table=table, run=parent)
 
 
 # Ray Tune.
@@ -222,7 +221,7 @@ def _run_trials(
         ]
 
     def train_round(until: int, settings: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-        config = tune.TuneConfig(search_alg=_in_turn(concurrent), trial_dirname_creator=_trial_id)
+        config = tune.TuneConfig(search_alg=_in_turn(concurrent), trial_dirname_creator=attrgetter("trial_id"))
         members = {"member": tune.grid_search(list(settings))}
         results = fit(f"tune-{until:04d}", members, config, resume=True, until=until, settings=settings)
         return {result.config["member"]: _error_of(result) for result in results}
@@ -282,20 +281,15 @@ def _param_space(plan: SweepPlan) -> dict[str, Any]:
 
     if plan.ablation:
         return {"variant": tune.grid_search(list(plan.variants)), "train.seed": tune.grid_search(list(plan.seeds))}
-    return {domain.key: _tune_domain(domain, grid=plan.options.searcher == "grid") for domain in plan.space}
-
-
-def _tune_domain(domain: Domain, *, grid: bool) -> Any:
-    from ray import tune
-
-    if grid:
-        return tune.grid_search(domain.grid())
-    if domain.kind == "choice":
-        return tune.choice(list(domain.values))
-    low, high = domain.values
-    if domain.kind == "int":
-        return tune.randint(low, high + 1)
-    return tune.loguniform(low, high) if domain.kind == "loguniform" else tune.uniform(low, high)
+    if plan.options.searcher == "grid":
+        return {domain.key: tune.grid_search(domain.grid()) for domain in plan.space}
+    kinds = {
+        "choice": lambda *choices: tune.choice(list(choices)),
+        "int": lambda low, high: tune.randint(low, high + 1),
+        "uniform": tune.uniform,
+        "loguniform": tune.loguniform,
+    }
+    return {domain.key: kinds[domain.kind](*domain.values) for domain in plan.space}
 
 
 def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
@@ -316,26 +310,18 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
         limit = concurrent
     else:
         search = _in_turn(concurrent, points_to_evaluate=[plan.recipe_point], random_state=options.seed)
-    scheduler = None
+    asha = None
     if options.scheduler == "asha":
-        scheduler = ASHAScheduler(
-            time_attr="epoch",
-            max_t=plan.config.train.epochs,
-            grace_period=options.grace_epochs,
-            reduction_factor=options.reduction,
-        )
+        rungs = {"grace_period": options.grace_epochs, "reduction_factor": options.reduction}
+        asha = ASHAScheduler(time_attr="epoch", max_t=plan.config.train.epochs, **rungs)
     return tune.TuneConfig(
         search_alg=search,
-        scheduler=scheduler,
+        scheduler=asha,
         num_samples=1 if whole else options.num_samples,
         max_concurrent_trials=limit,
-        trial_dirname_creator=_trial_id,
+        trial_dirname_creator=attrgetter("trial_id"),
         **single,
     )
-
-
-def _trial_id(trial: Any) -> str:
-    return str(trial.trial_id)
 
 
 def _in_turn(concurrent: int, **options: Any) -> Any:
@@ -396,16 +382,12 @@ def _error_of(result: Any) -> str:
 def _replay(plan: SweepPlan, trials: Sequence[Trial], concurrent: int) -> dict[str, int]:
     """Epochs that ASHA would have given the trials of a search without early stopping; empty for other sweeps."""
     options = plan.options
-    if plan.ablation or options.scheduler != "none" or len(options.metrics) > 1:
-        return {}
     curves = {trial.name: trial.curve for trial in trials if trial.status == "finished" and None not in trial.curve}
-    lengths = {len(curve) for curve in curves.values()}
-    if len(curves) < 2 or len(lengths) > 1:
+    alike = len(curves) > 1 and len({len(curve) for curve in curves.values()}) == 1
+    if plan.ablation or options.scheduler != "none" or len(options.metrics) > 1 or not alike:
         return {}
-    return replay_asha(
-        curves, mode=mode_of(options.metrics[0]), grace=options.grace_epochs or 1, reduction=options.reduction,
-        concurrent=concurrent,
-    )  # fmt: skip
+    mode, grace = mode_of(options.metrics[0]), options.grace_epochs or 1
+    return replay_asha(curves, mode=mode, grace=grace, reduction=options.reduction, concurrent=concurrent)
 
 
 def replay_asha(

@@ -81,7 +81,9 @@ def test_it_asks_a_growing_cluster_for_nodes_and_waits(cluster: dict[str, Any]) 
     assert cluster["requests"] == [[{"CPU": 6, "GPU": 1}] * 2, []]  # and no longer than it needs
     assert cluster["now"] == 200
     assert len(cluster["said"]) == 3
-    assert cluster["said"][1].startswith("waiting for nodes: the cluster has 8 CPUs and 1 GPUs; 2 worker(s) of 6 CPU")
+    assert cluster["said"][1].startswith(
+        "waiting for nodes: the cluster has 8 CPUs and 1 GPUs; needed: 2 worker(s) of 6 CPU"
+    )
 
 
 def test_a_cluster_that_does_not_grow_in_time_is_given_up(cluster: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def test_tables_carry_the_papers_figures_and_plots_an_axis() -> None:
     best = {
         name: max(ABLATIONS[name].variants, key=lambda variant: variant.paper or 0) for name in ("table7", "table8")
     }
-    assert best["table7"].label == "(0.5, 1.0) colour + flip"
+    assert best["table7"].label == "(0.5, 1.0) color + flip"
     assert best["table8"].label == "CVLR"
 
 
