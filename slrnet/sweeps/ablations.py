@@ -1,7 +1,7 @@
 """The paper's ablations as data: variants of a configuration, and the paper's numbers for them.
 
-The numbers are mIoU in percent on VOC's validation set, single-scale, without CRF (Sec. 4.6). Where the paper has a plot
-without numbers, there are none here.
+The numbers are mIoU in percent on VOC's validation set, single-scale, without CRF (Sec. 4.6). For a plot without
+numbers in the paper there are none here.
 """
 
 from __future__ import annotations
