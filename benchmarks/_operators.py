@@ -356,7 +356,7 @@ def count_validation(config: Config, *, num_classes: int, size: tuple[int, int])
         image = torch.empty(3, *size, dtype=torch.uint8)
     counter = OperatorCounter()
     with as_on_gpu(), named_stages(model), counter:
-        predict_single_scale(model, image, Normalize.of(model.encoder), config)
+        predict_single_scale(model, image, config)
     return tuple(counter.operators)
 
 

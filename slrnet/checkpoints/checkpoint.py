@@ -28,7 +28,7 @@ from torch import Tensor
 
 from slrnet.checkpoints.run_store import CONFIG, STATE, TRAINER, WEIGHTS
 from slrnet.config import Config, load_config
-from slrnet.models.network import Network, Normalize
+from slrnet.models.network import Network
 from slrnet.storage.files import sha256_of
 
 __all__ = [
@@ -318,16 +318,18 @@ def _score(state: TrainState) -> float:
     return next((value for value in scores if math.isfinite(value)), -1.0)
 
 
-def restore_network(checkpoint: Checkpoint, device: torch.device) -> tuple[Network, Normalize]:
-    """The network of a checkpoint as the trainer measures it: on a device, in evaluation mode, channels last.
+def restore_network(checkpoint: Checkpoint, device: torch.device | str | None) -> Network:
+    """Restores the network of a checkpoint as the trainer measures it: in evaluation mode, channels last.
 
-    Returns:
-        The network and its encoder's normalisation.
+    Args:
+        checkpoint: the loaded checkpoint.
+        device: the network's device; None for a GPU if there is one.
     """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = restore_model(checkpoint).eval()
     if device.type == "cpu":
         from slrnet.cpu import speed_up
 
         speed_up(model)
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model, Normalize.of(model.encoder)
+    return model

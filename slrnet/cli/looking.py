@@ -79,13 +79,13 @@ def report(options: argparse.Namespace) -> int:
     and why.
     """
     from slrnet.storage.files import write_text
-    from slrnet.tools.report.page import findings_of, render
+    from slrnet.tools.report.measurements import measure_run
+    from slrnet.tools.report.page import render
     from slrnet.tools.report.runs import read_run
 
     runs = [read_run(path) for path in options.runs]
-    measured = {"images": options.images, "at_most": options.measured}
-    findings = [findings_of(run, data=options.data, device=options.device, **measured) for run in runs]
-    write_text(options.out, render(runs, findings))
+    choice = {"data": options.data, "device": options.device, "images": options.images, "at_most": options.measured}
+    write_text(options.out, render(runs, [measure_run(run.checkpoint, **choice) for run in runs]))
     print(f"{options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
     return 0
 
@@ -185,13 +185,13 @@ def app(options: argparse.Namespace) -> int:
 
     checkpoint = load_checkpoint(options.checkpoint or newest_run(default_storages()))
     check_port(options.port)
+    from slrnet.tools.app.analyzer import Analyzer
     from slrnet.tools.app.page import serve
-    from slrnet.tools.app.studio import Studio
 
-    studio = Studio(checkpoint, device=options.device)
+    analyzer = Analyzer(checkpoint, device=options.device)
     print(f"{checkpoint.path}: http://127.0.0.1:{options.port} (Ctrl-C ends it)", flush=True)
     folder = checkpoint.path.resolve()
-    serve(studio, name=f"{folder.parents[1].name}, {folder.name}", port=options.port)
+    serve(analyzer, name=f"{folder.parents[1].name}, {folder.name}", port=options.port)
     return 0
 
 

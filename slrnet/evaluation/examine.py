@@ -1,9 +1,10 @@
-"""Looks into a checkpoint's masks image by image: scores, confidence, and what other values of gamma would keep."""
+"""Examines a checkpoint image by image: scores, confidence, and what other values of gamma would keep."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,16 +24,16 @@ from slrnet.data.supervision import supervision_of
 from slrnet.evaluation.masks import calibrate_sample, gated_probs, pseudo_mask_subset
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.evaluation.protocols import protocol_name, pseudo_mask_protocol
-from slrnet.models.network import Network, Normalize
+from slrnet.models.network import Network
 from slrnet.ops.maps import resize
 
 __all__ = [
     "Bins",
+    "EvaluationTarget",
     "Examination",
     "Example",
     "GammaSweep",
     "ImageScore",
-    "Subject",
     "choose_by_iou",
     "examine",
     "measured_images",
@@ -46,38 +47,44 @@ GAMMAS = tuple(round(0.05 * step, 2) for step in range(2, 20))
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A checkpoint's network, ready to predict, and the data set that it is looked at on."""
+class EvaluationTarget:
+    """A checkpoint's network, ready to predict, and the data set to examine it on."""
 
     checkpoint: Checkpoint
     shards: ShardSet
     model: Network
-    normalize: Normalize
-    device: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return next(self.model.parameters()).device
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, shards: ShardSet, device: torch.device | str | None = None) -> Subject:
+    def of(cls, checkpoint: Checkpoint, shards: ShardSet, device: torch.device | str | None = None) -> EvaluationTarget:
         """Restores the network.
 
         Args:
-            checkpoint: to look at.
+            checkpoint: the checkpoint to examine.
             shards: the data set.
-            device: for the network; None: a GPU where there is one.
+            device: the network's device; None for a GPU if there is one.
 
         Raises:
-            CheckpointError: the checkpoint is of other classes.
+            CheckpointError: the checkpoint has other classes than the data set.
         """
         check_classes(checkpoint.state, shards.info.classes, data=shards.location)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(checkpoint, shards, *restore_network(checkpoint, place), place)
+        return cls(checkpoint, shards, restore_network(checkpoint, device))
+
+    def predict(self, sample: EvalSample) -> Tensor:
+        """Returns the probabilities (K, H, W) of an image on the CPU, by the protocol of the training's validation."""
+        return gated_probs(self.model, sample, config=self.checkpoint.config, device=self.device).cpu()
 
 
 class Bins:
-    """Pixels by confidence: how many there are, how many of them are right.
+    """Counts pixels, and right ones among them, by confidence.
 
     Attributes:
         pixels: (10,) int64 counts; bin i holds the confidences from i / 10 to (i + 1) / 10.
-        right: (10,) int64 of them, those whose class is the true one.
+        right: (10,) int64 counts of the pixels whose class is the true one.
     """
 
     def __init__(self) -> None:
@@ -86,7 +93,12 @@ class Bins:
         self._confidence = np.zeros(NUM_BINS)
 
     def update(self, confidence: Tensor, right: Tensor) -> None:
-        """Adds pixels: their confidence in [0, 1] and whether each is right, two tensors of one shape (n,)."""
+        """Adds pixels.
+
+        Args:
+            confidence: (n,) in [0, 1].
+            right: (n,) bool, whether the pixel's class is the true one.
+        """
         values = confidence.double().cpu().numpy()
         places = np.clip((values * NUM_BINS).astype(np.int64), 0, NUM_BINS - 1)
         self.pixels += np.bincount(places, minlength=NUM_BINS)
@@ -94,50 +106,50 @@ class Bins:
         self._confidence += np.bincount(places, weights=values, minlength=NUM_BINS)
 
     def points(self) -> list[tuple[float, float]]:
-        """Mean confidence and accuracy of each bin that holds pixels."""
-        held = np.flatnonzero(self.pixels)
-        return [(self._confidence[i] / self.pixels[i], self.right[i] / self.pixels[i]) for i in held]
+        """Returns mean confidence and accuracy of each bin that holds pixels."""
+        filled = np.flatnonzero(self.pixels)
+        return [(self._confidence[i] / self.pixels[i], self.right[i] / self.pixels[i]) for i in filled]
 
     def error(self) -> float:
-        """Expected calibration error: mean distance of confidence and accuracy over all pixels; NaN without any."""
+        """Returns the expected calibration error: the mean distance of confidence and accuracy; NaN without pixels."""
         total = self.pixels.sum()
         return float(np.abs(self._confidence - self.right).sum() / total) if total else float("nan")
 
 
 @dataclass(frozen=True)
 class ImageScore:
-    """How well one image's mask fits the true one."""
+    """How well the mask of one image fits the true mask."""
 
     index: int
     """Place in the split."""
     key: str
     """Name of the image."""
     iou: npt.NDArray[np.float64]
-    """(K,) by class, NaN for those that neither mask shows."""
+    """(K,) by class; NaN for classes that neither mask shows."""
     true_pixels: npt.NDArray[np.int64]
-    """(K,) pixels of the true mask by class."""
+    """(K,) number of pixels of the true mask by class."""
 
     @property
     def miou(self) -> float:
-        """Mean IoU over the classes that either mask shows; NaN where the true mask is void throughout."""
+        """Mean IoU over the classes that either mask shows; NaN if the true mask is void everywhere."""
         return float(np.nanmean(self.iou)) if not np.isnan(self.iou).all() else float("nan")
 
     @property
     def main_class(self) -> int:
-        """The largest foreground class of the true mask; 0 where it has none."""
+        """Largest foreground class of the true mask; 0 if it has none."""
         return int(self.true_pixels[1:].argmax()) + 1 if self.true_pixels[1:].any() else 0
 
 
 @dataclass(frozen=True)
 class Examination:
-    """What the masks of a split are worth, in one scale and without a CRF."""
+    """Scores of a split's masks, in one scale and without a CRF."""
 
     split: str
     protocol: str
     matrix: ConfusionMatrix
     scores: tuple[ImageScore, ...]
     confidence: Bins
-    """Of the predicted class: its share of the pixel's probabilities, after gating."""
+    """Confidence of the predicted class: its share of the pixel's probabilities, after gating."""
 
 
 @dataclass(frozen=True)
@@ -150,49 +162,55 @@ class Example:
     mask: npt.NDArray[np.uint8]
     """(H, W) predicted class ids."""
     truth: npt.NDArray[np.uint8]
-    """(H, W) true class ids, 255 where void."""
+    """(H, W) true class ids, 255 for void."""
     miou: float
-    """Of this image, over the classes that either mask shows."""
+    """Mean IoU of this image, over the classes that either mask shows."""
 
 
 @dataclass(frozen=True)
 class GammaSweep:
-    """What the pseudo labels of training images would be with other values of gamma and the same weights."""
+    """Quality of the pseudo labels that other values of gamma would give with the same weights."""
 
     protocol: str
     images: int
     gammas: tuple[float, ...]
-    """Ascending; the run's own is among them."""
+    """Ascending; the run's own value is among them."""
     fidelity: tuple[float, ...]
-    """By gamma: of the pixels that get a foreground label, the share whose label is right; NaN without such pixels."""
+    """By gamma: share of the pixels with a foreground label whose label is right; NaN without such pixels."""
     completeness: tuple[float, ...]
-    """By gamma: of the true foreground pixels, the share that gets its right label; NaN without such pixels."""
+    """By gamma: share of the true foreground pixels that get their right label; NaN without such pixels."""
     confidence: Bins
-    """Of the most probable class where it is a foreground class: its probability as a share of its maximum over the
-    image, which is what gamma is compared with."""
+    """Confidence of pixels whose most probable class is foreground: that class's probability as a share of its maximum
+    over the image, which is what gamma is compared with."""
+
+    @property
+    def harmonic_means(self) -> tuple[float, ...]:
+        """Harmonic mean of fidelity and completeness by gamma; NaN where it is not defined."""
+        pairs = zip(self.fidelity, self.completeness, strict=True)
+        return tuple(2 * one * two / (one + two) if one + two > 0 else math.nan for one, two in pairs)
 
 
-def examine(subject: Subject, split: str, *, at_most: int | None = None) -> Examination:
+def examine(target: EvaluationTarget, split: str, *, at_most: int | None = None) -> Examination:
     """Compares a split's masks with the true ones, as the training's validation does.
 
     Args:
-        subject: network and data.
-        split: of the data set.
-        at_most: images, a fixed choice of those with a mask; None for all.
+        target: the network and the data.
+        split: name of the split.
+        at_most: largest number of images, a fixed choice of those with a mask; None for all.
 
     Raises:
-        DataError: there is no such split, it has no mask, or an image is damaged.
+        DataError: the split does not exist or has no mask, or an image is damaged.
     """
-    config = subject.checkpoint.config
-    view = subject.shards.split(split)
+    config = target.checkpoint.config
+    view = target.shards.split(split)
     chosen = choose_subset(view, view.num_samples if at_most is None else at_most, seed=0, among=view.with_masks)
     if not chosen:
-        raise DataError(f"split {split!r} of {subject.shards.location} has no image with a mask to compare with")
-    matrix, confidence, scores = ConfusionMatrix(subject.model.num_classes), Bins(), []
-    loader = EvalLoader(subject.shards, split=split, indices=chosen)
+        raise DataError(f"split {split!r} of {target.shards.location} has no image with a mask to compare with")
+    matrix, confidence, scores = ConfusionMatrix(target.model.num_classes), Bins(), []
+    loader = EvalLoader(target.shards, split=split, indices=chosen)
     for index, sample in zip(chosen, tqdm(loader, desc=f"{split} masks", unit="image", disable=None), strict=True):
         assert sample.pixel_labels is not None
-        probs, own = _gated_probs(subject, sample), ConfusionMatrix(subject.model.num_classes)
+        probs, own = target.predict(sample), ConfusionMatrix(target.model.num_classes)
         mask = probs.argmax(dim=0)
         own.update(mask, sample.pixel_labels)
         matrix.merge(own)
@@ -204,12 +222,12 @@ def examine(subject: Subject, split: str, *, at_most: int | None = None) -> Exam
 
 
 def choose_by_iou(scores: Sequence[ImageScore], number: int, *, hardest: bool) -> list[ImageScore]:
-    """The images with the highest mIoU, or the lowest; another image of a class only once every class has had its turn.
+    """Chooses the images with the highest mIoU, or the lowest; no class comes again before every class has come once.
 
     Args:
-        scores: of a split's images; those without any class, or without foreground in the truth, are passed over.
-        number: how many at most.
-        hardest: the lowest.
+        scores: scores of a split's images; images without true foreground are skipped.
+        number: largest number of images.
+        hardest: whether to choose the lowest.
     """
     known = [score for score in scores if score.main_class and not np.isnan(score.miou)]
     ranked = sorted(known, key=lambda score: (score.miou if hardest else -score.miou, score.key))
@@ -219,104 +237,90 @@ def choose_by_iou(scores: Sequence[ImageScore], number: int, *, hardest: bool) -
         turns.append(taken[score.main_class])
         taken[score.main_class] += 1
     order = sorted(range(len(ranked)), key=lambda place: turns[place])  # stable: by IoU within a turn
-    chosen = sorted(order[:number])
-    return [ranked[place] for place in chosen]
+    return [ranked[place] for place in sorted(order[:number])]
 
 
-def read_examples(subject: Subject, split: str, scores: Sequence[ImageScore]) -> list[Example]:
+def read_examples(target: EvaluationTarget, split: str, scores: Sequence[ImageScore]) -> list[Example]:
     """Reads and predicts images again, in the order of `scores`.
 
     Raises:
         DataError: an image is damaged.
     """
-    indices = sorted({score.index for score in scores})
-    found: dict[str, Example] = {}
-    known = {score.key: score.miou for score in scores}
-    for sample in EvalLoader(subject.shards, split=split, indices=indices):
+    by_index = {score.index: score for score in scores}
+    indices = sorted(by_index)
+    examples: dict[str, Example] = {}
+    for index, sample in zip(indices, EvalLoader(target.shards, split=split, indices=indices), strict=True):
         assert sample.pixel_labels is not None
-        mask = _gated_probs(subject, sample).argmax(dim=0).numpy().astype(np.uint8)
+        mask = target.predict(sample).argmax(dim=0).numpy().astype(np.uint8)
         pixels = sample.image.permute(1, 2, 0).contiguous().numpy()
-        found[sample.key] = Example(sample.key, pixels, mask, sample.pixel_labels.numpy(), known[sample.key])
-    return [found[score.key] for score in scores]
+        truth, miou = sample.pixel_labels.numpy(), by_index[index].miou
+        examples[sample.key] = Example(sample.key, pixels, mask, truth, miou)
+    return [examples[score.key] for score in scores]
 
 
-def measured_images(subject: Subject) -> list[int]:
-    """Rows of the training split whose pseudo masks the run measures: masks that it does not train on, a subset."""
-    config = subject.checkpoint.config
-    view = subject.shards.split(config.data.train_split)
-    return list(pseudo_mask_subset(view, supervision_of(config, subject.shards), config))
+def measured_images(target: EvaluationTarget) -> list[int]:
+    """Returns the indices of the training images whose pseudo masks the run measures."""
+    config = target.checkpoint.config
+    view = target.shards.split(config.data.train_split)
+    return list(pseudo_mask_subset(view, supervision_of(config, target.shards), config))
 
 
-def sweep_gamma(subject: Subject, *, at_most: int | None = None) -> GammaSweep:
+def sweep_gamma(target: EvaluationTarget, *, at_most: int | None = None) -> GammaSweep:
     """Thresholds the refined masks of the run's measured training images with many values of gamma.
 
     Background threshold and floor stay the run's own.
 
     Args:
-        subject: network and data.
-        at_most: images, the first ones; None for all that the run measures.
+        target: the network and the data.
+        at_most: largest number of images, the first ones; None for all that the run measures.
 
     Raises:
         DataError: no training image has a mask to compare with, or one is damaged.
     """
-    config = subject.checkpoint.config
-    chosen = measured_images(subject)[:at_most]
+    config = target.checkpoint.config
+    chosen = measured_images(target)[:at_most]
     if not chosen:
         raise DataError(
-            f"no training image of {subject.shards.location} has a mask to compare pseudo labels with, or "
+            f"no training image of {target.shards.location} has a mask to compare pseudo labels with, or "
             "evaluation.pseudo_mask_images is 0"
         )
     gammas = tuple(sorted({*GAMMAS, config.calibration.confidence_threshold}))
-    counts, confidence = np.zeros((len(gammas), 3)), Bins()
-    loader = EvalLoader(subject.shards, split=config.data.train_split, indices=chosen)
+    matrices = [ConfusionMatrix(target.model.num_classes) for _ in gammas]
+    confidence = Bins()
+    loader = EvalLoader(target.shards, split=config.data.train_split, indices=chosen)
     for sample in tqdm(loader, desc="pseudo labels", unit="image", disable=None):
-        counts += _count_sample(subject, sample, gammas, confidence)
-    right, labelled, true = counts.T
-    with np.errstate(invalid="ignore"):
-        fidelity, completeness = right / labelled, right / true
+        _count_sample(target, sample, dict(zip(gammas, matrices, strict=True)), confidence)
+    counts = torch.stack([matrix.counts for matrix in matrices])  # (gammas, true, predicted)
+    right = counts.diagonal(dim1=1, dim2=2)[:, 1:].sum(dim=1)
+    labeled, true = counts[:, :, 1:-1].sum(dim=(1, 2)), counts[:, 1:].sum(dim=(1, 2))
     return GammaSweep(
         pseudo_mask_protocol(config),
         len(chosen),
         gammas,
-        tuple(fidelity.tolist()),
-        tuple(completeness.tolist()),
+        tuple((right / labeled).tolist()),
+        tuple((right / true).tolist()),
         confidence,
     )
 
 
 def _count_sample(
-    subject: Subject, sample: EvalSample, gammas: Sequence[float], confidence: Bins
-) -> npt.NDArray[np.float64]:
-    """By gamma: right foreground labels, foreground labels, true foreground pixels."""
-    config = subject.checkpoint.config
-    calibrated = calibrate_sample(
-        subject.model, sample, config=config, normalize=subject.normalize, device=subject.device
-    )
-    assert sample.pixel_labels is not None
-    truth = sample.pixel_labels
-    probs = resize(calibrated.refined, (truth.shape[0], truth.shape[1])).cpu()
-    classes, valid = calibrated.classes.cpu(), truth != IGNORE_INDEX
-    best = to_class_ids(probs.argmax(dim=1), classes)[0]
-    share = (probs / probs.amax(dim=(2, 3), keepdim=True).clamp_min(1e-12))[0]
-    share = share.gather(0, probs[0].argmax(dim=0, keepdim=True))[0]
-    shown = valid & (best > 0)
-    confidence.update(share[shown], (best == truth)[shown])
-    rows = []
-    for gamma in gammas:
+    target: EvaluationTarget, sample: EvalSample, matrices: Mapping[float, ConfusionMatrix], confidence: Bins
+) -> None:
+    """Adds the pixels of an image to the confusion matrices of the pseudo labels by gamma, and to the bins."""
+    config, truth = target.checkpoint.config, sample.pixel_labels
+    assert truth is not None
+    calibrated = calibrate_sample(target.model, sample, config=config, device=target.device)
+    probs, classes = resize(calibrated.refined, (truth.shape[0], truth.shape[1])).cpu(), calibrated.classes.cpu()
+    highest, channel = probs[0].max(dim=0)
+    share = highest / probs[0].amax(dim=(1, 2)).clamp_min(1e-12)[channel]
+    best = to_class_ids(channel[None], classes)[0]
+    foreground = (truth != IGNORE_INDEX) & (best > 0)
+    confidence.update(share[foreground], (best == truth)[foreground])
+    for gamma, matrix in matrices.items():
         labels = threshold(
             probs,
             confidence_threshold=gamma,
             background_threshold=config.calibration.background_threshold,
             floor=config.calibration.floor,
         )
-        ids = to_class_ids(labels, classes)[0]
-        foreground = valid & (ids > 0) & (ids != IGNORE_INDEX)
-        right = int((foreground & (ids == truth)).sum())
-        rows.append((right, int(foreground.sum()), int((valid & (truth > 0)).sum())))
-    return np.array(rows, dtype=np.float64)
-
-
-def _gated_probs(subject: Subject, sample: EvalSample) -> Tensor:
-    """(K, H, W) on the CPU, by the protocol of the training's validation."""
-    config = subject.checkpoint.config
-    return gated_probs(subject.model, sample, config=config, normalize=subject.normalize, device=subject.device).cpu()
+        matrix.update(to_class_ids(labels, classes)[0], truth)

@@ -12,10 +12,10 @@ __all__ = ["ConfusionMatrix", "merge_over_ranks"]
 
 
 class ConfusionMatrix:
-    """Counts of pixels by true class (rows) and predicted class (columns).
+    """Counts pixels by true class (rows) and predicted class (columns).
 
-    A prediction of 255 on a labelled pixel is counted as missed: it is in the last column, a false negative of its true
-    class and a false positive of none. Pixels whose true label is 255 do not count.
+    A prediction of 255 on a labeled pixel is in the last column: a false negative of its true class, and a false
+    positive of no class. Pixels whose true label is 255 are ignored.
 
     Args:
         num_classes: K with the background.
@@ -33,7 +33,7 @@ class ConfusionMatrix:
             targets: true class ids of the same shape, 255 for void.
 
         Raises:
-            ValueError: shapes that differ, or an id that is neither below K nor 255.
+            ValueError: the shapes differ, or an id is neither below K nor 255.
         """
         if predictions.shape != targets.shape:
             raise ValueError(
@@ -64,7 +64,7 @@ class ConfusionMatrix:
         self.counts += other.counts
 
     def iou(self) -> Tensor:
-        """(K,) float64 intersection over union; NaN for a class that is neither true nor predicted anywhere."""
+        """Intersection over union, (K,) float64; NaN for a class that is neither true nor predicted anywhere."""
         hits, predicted, true = self._totals()
         return hits / (predicted + true - hits)
 
@@ -73,12 +73,12 @@ class ConfusionMatrix:
         return _mean(self.iou())
 
     def fdr(self) -> Tensor:
-        """(K,) share of the pixels predicted as a class that are not it; NaN for a class that is never predicted."""
+        """Share of a class's predicted pixels that are not it, (K,); NaN for a class that is never predicted."""
         hits, predicted, _ = self._totals()
         return (predicted - hits) / predicted
 
     def fnr(self) -> Tensor:
-        """(K,) share of a class's pixels that are not predicted as it; NaN for a class without pixels."""
+        """Share of a class's true pixels that are not predicted as it, (K,); NaN for a class without pixels."""
         hits, _, true = self._totals()
         return (true - hits) / true
 
@@ -91,9 +91,8 @@ class ConfusionMatrix:
         return _mean(self.fnr()[1:])
 
     def coverage(self) -> float:
-        """Share of the labelled pixels for which there is a prediction; NaN without pixels."""
-        decided = self.counts[:, : self.num_classes].sum()
-        return float(decided / self.counts.sum()) if self.counts.sum() else float("nan")
+        """Share of the labeled pixels that have a prediction; NaN without pixels."""
+        return float(self.counts[:, : self.num_classes].sum() / self.counts.sum())
 
     def _totals(self) -> tuple[Tensor, Tensor, Tensor]:
         counts = self.counts.double()
@@ -102,7 +101,7 @@ class ConfusionMatrix:
 
 
 def merge_over_ranks(matrix: ConfusionMatrix, process: Process) -> ConfusionMatrix:
-    """A confusion matrix with the counts of all ranks (one all-reduce of int64)."""
+    """Sums the counts of all ranks (one all-reduce of int64)."""
     merged = ConfusionMatrix(matrix.num_classes)
     merged.counts = sum_over_ranks(matrix.counts, process)
     return merged

@@ -1,4 +1,7 @@
-"""evaluation.protocols."""
+"""Names of protocols: a score is comparable only with scores of the same name.
+
+`slrnet.evaluation.masks` measures by them, and `slrnet.launch.evaluation` starts an evaluation.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ __all__ = ["gating_labels", "protocol_name", "pseudo_mask_protocol"]
 
 
 def protocol_name(config: EvaluationConfig, protocol: str = "ss") -> str:
-    """Name of a protocol (`ss`, `ms`, `ms_crf`), with what deviates from the plain arg max at full size appended."""
+    """Names a protocol (`ss`, `ms`, `ms_crf`), followed by what differs from the plain arg max at full size."""
     name = protocol
     if protocol != "ss" and config.scales != EvaluationConfig().scales:
         name += f"+scales_{','.join(f'{scale:g}' for scale in config.scales)}"
@@ -26,16 +29,16 @@ def protocol_name(config: EvaluationConfig, protocol: str = "ss") -> str:
 
 
 def pseudo_mask_protocol(config: Config) -> str:
-    """Name of how a run's refined pseudo masks are made."""
+    """Names the way in which a run makes its refined pseudo masks."""
     gated = "not gated" if config.setting == "sss" else "gated by image labels"
     return f"fused {len(config.views.scales)} views, refined, {gated}"
 
 
 def gating_labels(sample: EvalSample, config: Config) -> Tensor:
-    """(K - 1,) image labels of an image that is measured, for `gate`.
+    """Returns the image labels (K - 1,) of an image for `gate`.
 
     Raises:
-        DataError: the protocol gates by them, and they are not known.
+        DataError: the protocol gates by image labels, and they are not known.
     """
     if config.evaluation.gating == "image_labels" and not sample.has_image_labels:
         raise DataError(

@@ -1,7 +1,7 @@
-"""The dense CRF of the protocol `ms_crf`, by the package pydensecrf2 (the extra `crf`).
+"""Refines masks with the dense CRF of the protocol `ms_crf` (Kraehenbuehl and Koltun 2011).
 
-It makes masks follow the edges of the image (Kraehenbuehl and Koltun 2011). It runs on the CPU, a core per image, in
-helper processes beside the network.
+It makes masks follow the edges of the image. The package pydensecrf2 (the extra `crf`) computes it on the CPU, one core
+per image, in helper processes beside the network.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["crf_masks", "dense_crf", "require_crf"]
 Key = TypeVar("Key")
 _Masked = tuple[npt.NDArray[np.uint8], npt.NDArray[np.float32]]
 PROBABILITY_FLOOR = 1e-5
-"""Probabilities below it are raised to it before their logarithm is taken, as in pydensecrf's own helper."""
+"""Lower probabilities are raised to it before the logarithm, as in pydensecrf's own helper."""
 
 
 def require_crf() -> None:
     """Checks that the extra is installed.
 
     Raises:
-        ValueError: it is not; the message says how to install it.
+        ValueError: it is missing; the message says how to install it.
     """
     if find_spec("pydensecrf") is None:
         raise ValueError(
@@ -46,13 +46,13 @@ def dense_crf(image: npt.NDArray[np.uint8], probs: npt.NDArray[np.float32], conf
     Args:
         image: (H, W, 3) uint8.
         probs: (K, H, W) float32 in [0, 1]; a class that is 0 everywhere cannot come back.
-        config: kernels and iterations.
+        config: the CRF's kernels and iterations.
 
     Returns:
         (K, H, W) float32 probabilities.
 
     Raises:
-        ValueError: the extra is not installed, or the sizes differ.
+        ValueError: the extra is missing, or the sizes differ.
     """
     require_crf()
     from pydensecrf.densecrf import DenseCRF2D
@@ -82,12 +82,12 @@ def dense_crf(image: npt.NDArray[np.uint8], probs: npt.NDArray[np.float32], conf
 def crf_masks(
     items: Iterable[tuple[Key, npt.NDArray[np.uint8], npt.NDArray[np.float32]]], config: CrfConfig, *, processes: int
 ) -> Iterator[tuple[Key, npt.NDArray[np.uint8], npt.NDArray[np.float32]]]:
-    """Refines the masks of many images in helper processes, while the caller goes on to the next images.
+    """Refines the masks of many images in helper processes, while the caller prepares the next images.
 
     Args:
-        items: per image a key that comes back with its mask, the image and its probabilities (see `dense_crf`).
-        config: kernels and iterations.
-        processes: helpers, >= 1.
+        items: per image a key that comes back with the mask, the image, and its probabilities (see `dense_crf`).
+        config: the CRF's kernels and iterations.
+        processes: number of helper processes, >= 1.
 
     Yields:
         Key, (H, W) uint8 class ids and the (H, W) float32 probability of each pixel's class, in the order of the items.
@@ -97,7 +97,7 @@ def crf_masks(
     with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with, initargs=(os.getpid(),)) as pool:
         pending: deque[tuple[Key, Future[_Masked]]] = deque()
         for key, image, probs in items:
-            possible = np.flatnonzero(probs.max(axis=(1, 2)) > 0).astype(np.uint8)  # the others need not travel
+            possible = np.flatnonzero(probs.max(axis=(1, 2)) > 0).astype(np.uint8)  # the others are not sent
             pending.append((key, pool.submit(_mask, image, probs[possible], possible, config)))
             while len(pending) > 2 * processes or (pending and pending[0][1].done()):
                 first, result = pending.popleft()

@@ -1,9 +1,9 @@
-"""Large images by overlapping tiles, without seams.
+"""Predicts large images in overlapping tiles, without seams.
 
-Each tile is predicted like an image of its own. Where tiles overlap, one fades linearly into the next: at each pixel
-the tiles' weights sum to 1, so that a mask is cut nowhere. Maps are added up in a band as high as a tile; rows that no
-further tile reaches leave it as class ids. So besides the image, its mask and one tile's network, memory holds the
-band: K classes x tile x width x 4 bytes, 0.5 GB for 21 classes, tiles of 768 and a width of 8,000 pixels.
+Each tile is predicted like an image of its own. Where tiles overlap, one fades linearly into the next: the tiles'
+weights sum to 1 at each pixel. Maps are summed in a band as high as a tile, and rows that no later tile reaches leave
+the band as class ids. So the band is all that memory holds besides the image, its mask, and the network's pass over one
+tile: K classes x tile x width x 4 bytes, 0.5 GB for 21 classes, tiles of 768 and a width of 8,000 pixels.
 """
 
 from __future__ import annotations
@@ -19,12 +19,15 @@ Maps = npt.NDArray[np.float32]
 
 
 def tile_starts(length: int, *, tile: int, overlap: int) -> tuple[int, ...]:
-    """First pixels of the tiles along a side: as few as overlap enough, evenly spread, the last one ending with it.
+    """Places tiles along a side of an image: as few as possible, evenly spread.
 
     Args:
-        length: of the side, pixels; where it is no longer than a tile, one tile has all of it.
+        length: length of the side, pixels; a single tile covers a side that is no longer than it.
         tile: side of a tile, pixels.
-        overlap: pixels that neighbours share at least, below `tile`.
+        overlap: smallest number of pixels that neighbors share, below `tile`.
+
+    Returns:
+        First pixel of each tile; the last tile ends with the side.
     """
     if length <= tile:
         return (0,)
@@ -33,20 +36,20 @@ def tile_starts(length: int, *, tile: int, overlap: int) -> tuple[int, ...]:
 
 
 def fading_weights(length: int, starts: Sequence[int], *, tile: int) -> list[Maps]:
-    """Weights of the tiles along a side; at each of its pixels they sum to 1.
+    """Computes the weights of the tiles along a side; they sum to 1 at each pixel.
 
     Args:
-        length: of the side, pixels.
-        starts: of the tiles, ascending; neighbours may overlap by any part of a tile.
+        length: length of the side, pixels.
+        starts: first pixel of each tile, ascending; neighbors may overlap by any part of a tile.
         tile: side of a tile, pixels.
 
     Returns:
-        Per tile (min(tile, length),) float32: 1 where it is alone, falling linearly towards its ends elsewhere.
+        Per tile (min(tile, length),) float32: 1 where no other tile is, falling linearly toward its ends elsewhere.
     """
     size = min(tile, length)
     weights = []
     for place, start in enumerate(starts):
-        before = starts[place - 1] + size - start if place else 0  # pixels shared with the neighbours
+        before = starts[place - 1] + size - start if place else 0  # pixels shared with the neighbors
         after = start + size - starts[place + 1] if place + 1 < len(starts) else 0
         rise, fall = np.arange(1, size + 1) / (before + 1), np.arange(size, 0, -1) / (after + 1)
         weights.append(np.minimum(np.minimum(rise, fall), 1))
@@ -70,10 +73,10 @@ def predict_tiles(
 
     Args:
         image: (H, W, 3) uint8.
-        predict: gives (K, h, w) probabilities of an (h, w, 3) tile.
-        num_classes: K.
+        predict: returns (K, h, w) probabilities of an (h, w, 3) tile.
+        num_classes: K with the background.
         tile: side of a tile, pixels.
-        overlap: pixels that neighbours share at least, at most half a tile.
+        overlap: smallest number of pixels that neighbors share, at most half a tile.
 
     Returns:
         (H, W) uint8 class ids.
@@ -92,14 +95,14 @@ def predict_tiles(
             band[:, :, left : left + len(weight)] += predict(part) * (row_weights[place][:, None] * weight)
         done = (rows[place + 1] if place + 1 < len(rows) else height) - top
         mask[top : top + done] = _choose(band[:, :done])
-        for maps in band:  # one by one, as the copy takes memory
+        for maps in band:  # one by one, because the copy takes memory
             maps[: size - done] = maps[done:].copy()
             maps[size - done :] = 0
     return mask
 
 
 def _choose(maps: Maps) -> npt.NDArray[np.uint8]:
-    """The most probable class, row by row: an arg max over all at once would need eight bytes a pixel."""
+    """Returns the most probable class, row by row: one arg max over all would need eight bytes a pixel."""
     chosen = np.empty(maps.shape[1:], dtype=np.uint8)
     for row in range(maps.shape[1]):
         chosen[row] = maps[:, row].argmax(axis=0)

@@ -18,9 +18,8 @@ from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.distributed.process import Process
 from slrnet.evaluation.protocols import protocol_name
 from slrnet.inference.crf import crf_masks, require_crf
-from slrnet.inference.forward import gate
 from slrnet.inference.predictor import predict
-from slrnet.models.network import Network, Normalize
+from slrnet.models.network import Network
 
 __all__ = ["Mask", "MaskPredictor", "PredictedMask", "check_prediction", "job_values", "open_job"]
 
@@ -73,8 +72,6 @@ class MaskPredictor:
     """In evaluation mode, on the process's device."""
     config: Config
     """Settings, with the protocol in `evaluation` and `crf`."""
-    normalize: Normalize
-    """The encoder's normalization of images."""
     process: Process
     """This rank."""
     crf_processes: int
@@ -111,8 +108,8 @@ class MaskPredictor:
     def _gated_probs(self, samples: Iterable[tuple[Sample, Tensor, Tensor]]) -> Iterator[tuple[Sample, Tensor, Tensor]]:
         device = self.process.device
         for sample, image, labels in samples:
-            probs, scores = predict(self.model, image.to(device), self.normalize, self.config, self.settings.protocol)
-            yield sample, image, gate(probs, scores, labels.to(device), self.settings)[0].float()
+            probs, _ = predict(self.model, image.to(device), self.config, self.settings.protocol, labels)
+            yield sample, image, probs[0].float()
 
 
 def open_job(values: dict[str, Any], process: Process) -> tuple[MaskPredictor, Checkpoint, ShardSet]:
@@ -122,11 +119,10 @@ def open_job(values: dict[str, Any], process: Process) -> tuple[MaskPredictor, C
 
         keep_memory()
     checkpoint = load_checkpoint(values["checkpoint"])
-    model, normalize = restore_network(checkpoint, process.device)
+    model = restore_network(checkpoint, process.device)
     predictor = MaskPredictor(
         model=model,
         config=config_from_dict(values["config"]),
-        normalize=normalize,
         process=process,
         crf_processes=values["cpus"] or os.cpu_count() or 1,
     )

@@ -8,6 +8,7 @@ the classes that the image's mask holds are drawn (Fig. 5); of other methods the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from PIL import Image
 
 from slrnet.checkpoints.checkpoint import Checkpoint, restore_network
+from slrnet.config import Config
 from slrnet.inference.forward import fit_image
 from slrnet.inference.predictor import rgb_array
-from slrnet.models.network import Normalize
+from slrnet.models.low_rank import LowRankModule
+from slrnet.models.network import Network, Normalize
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import channels_last, resize
 from slrnet.storage.files import written_whole
+from slrnet.viz.grid import Tile, draw_grid
+from slrnet.viz.heat import heat
 
-__all__ = ["CodeMaps", "classes_of", "code_maps", "draw_code_maps", "heat", "most_used", "write_code_maps"]
+__all__ = ["CodeMaps", "code_maps", "draw_code_maps", "iterations", "low_rank_module", "write_code_maps"]
 
-MAX_COLUMNS = 6
-_TILE, _GAP, _LINE = 220, 8, 24
-# Dark violet, teal, yellow: grows in lightness, so it reads the same in grey and to the colour-blind.
-_STOPS = np.array([[40, 10, 70], [50, 90, 140], [50, 160, 130], [150, 210, 80], [250, 230, 60]], dtype=np.float64)
+MAX_ATOMS = 6
+"""Most atoms in a picture, if none are named."""
+TILE = 220
+"""Width of a tile, pixels."""
 
 
 @dataclass(frozen=True)
@@ -42,76 +46,117 @@ class CodeMaps:
     """By T: (k, H, W), in [0, 1] for methods whose codes are a softmax."""
     mask: npt.NDArray[np.int64]
     """(H, W) class ids that the network predicts with its own T."""
+    class_codes: bool = True
+    """Whether each atom stands for a class."""
+
+    def choose_atoms(self, classes: Sequence[str], wanted: Sequence[str] | None = None) -> dict[int, str]:
+        """Chooses the atoms to draw.
+
+        Args:
+            classes: names of the K classes, background first.
+            wanted: names of classes; None for the background and the largest classes of the mask. Atoms that stand for
+                no class have no names: those with the largest mean code are chosen, whatever is wanted.
+
+        Returns:
+            Titles of the atoms by their indices.
+
+        Raises:
+            ValueError: a wanted class is not among the classes.
+        """
+        if not self.class_codes:
+            means = next(iter(self.codes.values())).mean(axis=(1, 2))
+            most_used = np.argsort(-means, kind="stable")[:MAX_ATOMS].tolist()
+            return {atom: f"atom {atom}" for atom in most_used}
+        unknown = [name for name in wanted or () if name not in classes]
+        if unknown:
+            raise ValueError(f"there is no class {unknown[0]!r}; the checkpoint's are {', '.join(classes)}")
+        if wanted:
+            return {list(classes).index(name): name for name in wanted}
+        counts = np.bincount(self.mask.ravel(), minlength=len(classes))
+        present = [index for index in (np.argsort(-counts[1:]) + 1).tolist() if counts[index]]
+        return {index: classes[index] for index in [0, *present[: MAX_ATOMS - 1]]}
+
+
+def low_rank_module(model: Network) -> LowRankModule:
+    """Returns a network's low-rank module.
+
+    Raises:
+        ValueError: the network is no SLRNet, or was trained without the module.
+    """
+    if not isinstance(model, SLRNet):
+        raise ValueError(f"the network is a {type(model).__name__}, which has no codes; name a checkpoint of SLRNet")
+    if model.cvlr is None:
+        raise ValueError("the network was trained without a low-rank module (cvlr.enabled is false): it has no codes")
+    return model.cvlr
+
+
+@contextmanager
+def iterations(module: LowRankModule, num_iters: int) -> Iterator[None]:
+    """Lets a low-rank module take `num_iters` iterations, >= 1, inside the context."""
+    trained, module.num_iters = module.num_iters, num_iters
+    try:
+        yield
+    finally:
+        module.num_iters = trained
 
 
 @torch.no_grad()
-def code_maps(model: SLRNet, image: Tensor, normalize: Normalize, num_iters: Sequence[int]) -> CodeMaps:
+def code_maps(
+    model: Network, image: npt.NDArray[np.uint8], config: Config, num_iters: Sequence[int] | None = None
+) -> CodeMaps:
     """Computes the codes of an image, seen in one view, for several numbers of iterations.
 
     Args:
-        model: in evaluation mode; its own number of iterations is restored.
-        image: (1, 3, H, W) in [0, 1], of a size that the network is used to (`fit_image`), on the model's device.
-        normalize: of the encoder.
-        num_iters: values of T, each >= 1.
+        model: an SLRNet in evaluation mode; its own number of iterations is restored.
+        image: (H, W, 3) uint8.
+        config: the run's settings.
+        num_iters: values of T, each >= 1; None for the network's own.
+
+    Returns:
+        Maps of the size at which the network sees the image (`fit_image`).
 
     Raises:
-        ValueError: the network has no low-rank module, or a T below 1.
+        ValueError: the network has no low-rank module, or a T is below 1.
     """
-    module = model.cvlr
-    if module is None:
-        raise ValueError("the network was trained without a low-rank module (cvlr.enabled is false): it has no codes")
-    if min(num_iters, default=0) < 1:
-        raise ValueError(f"num_iters is {list(num_iters)}; whole numbers from 1 are allowed, at least one of them")
+    module = low_rank_module(model)
+    counts = [module.num_iters] if num_iters is None else num_iters
+    if min(counts, default=0) < 1:
+        raise ValueError(f"num_iters is {list(counts)}; whole numbers from 1 are allowed, at least one of them")
+    pixels = fit_image(torch.from_numpy(image).permute(2, 0, 1).to(next(model.parameters()).device), config)
     inputs: list[tuple[Any, ...]] = []
-    handle = module.register_forward_pre_hook(lambda _, given: inputs.append(given))
+    handle = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments))
     try:
-        outputs = model([channels_last(normalize(image))])
+        outputs = model([channels_last(Normalize.of(model.encoder)(pixels))])
     finally:
         handle.remove()
-    size, maps, trained = image.shape[-2:], {}, module.num_iters
-    try:
-        for count in num_iters:
-            module.num_iters = count
+    size, maps = pixels.shape[-2:], {}
+    for count in counts:
+        with iterations(module, count):
             maps[count] = resize(module(*inputs[0]).codes[0], size)[0].cpu().numpy()
-    finally:
-        module.num_iters = trained
-    return CodeMaps(maps, resize(outputs.logits[0].float(), size)[0].argmax(dim=0).cpu().numpy())
+    mask = resize(outputs.logits[0].float(), size)[0].argmax(dim=0).cpu().numpy()
+    return CodeMaps(maps, mask, module.class_codes)
 
 
-def draw_code_maps(
-    image: npt.NDArray[np.uint8], maps: CodeMaps, *, names: Sequence[str] | None, atoms: Sequence[int]
-) -> Image.Image:
-    """Draws the image and the chosen code maps, a row for each number of iterations.
+def draw_code_maps(image: npt.NDArray[np.uint8], maps: CodeMaps, atoms: Mapping[int, str]) -> Image.Image:
+    """Draws an image and its code maps, a row for each number of iterations.
 
     Args:
         image: (H, W, 3) uint8.
-        maps: of this image.
-        names: of the atoms by index; None where they have none.
-        atoms: indices of the atoms to draw, left to right.
+        maps: the codes of this image.
+        atoms: titles of the atoms to draw by their indices, left to right.
     """
-    font = ImageFont.load_default(15)
-    height = round(_TILE * image.shape[0] / image.shape[1])
-    left = 60
-    page = Image.new(
-        "RGB",
-        (left + (len(atoms) + 1) * (_TILE + _GAP), _LINE + _GAP + len(maps.codes) * (height + _GAP) + _LINE),
-        (255, 255, 255),
-    )
-    draw = ImageDraw.Draw(page)
-    titles = ["image", *(names[atom] if names else f"atom {atom}" for atom in atoms)]
-    for column, title in enumerate(titles):
-        draw.text((left + column * (_TILE + _GAP) + _TILE / 2, _LINE / 2 + 2), title, (34, 34, 34), font, anchor="mm")
-    for row, (count, codes) in enumerate(maps.codes.items()):
-        top = _LINE + _GAP + row * (height + _GAP)
-        draw.text((8, top + height / 2), f"T = {count}", (34, 34, 34), font, anchor="lm")
-        for column, tile in enumerate([image, *(heat(codes[atom]) for atom in atoms)]):
-            picture = Image.fromarray(tile).resize((_TILE, height), Image.Resampling.BILINEAR)
-            page.paste(picture, (left + column * (_TILE + _GAP), top))
-    bar = heat(np.linspace(0, 1, _TILE, dtype=np.float32)[None].repeat(12, axis=0))
-    page.paste(Image.fromarray(bar), (left, page.height - 18))
-    draw.text((left - 8, page.height - 12), "0", (34, 34, 34), font, anchor="rm")
-    draw.text((left + _TILE + 8, page.height - 12), "1", (34, 34, 34), font, anchor="lm")
-    return page
+    size = (TILE, round(TILE * image.shape[0] / image.shape[1]))
+
+    def tile(picture: npt.NDArray[np.uint8], caption: str) -> Tile:
+        return Tile(np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)), caption)
+
+    rows = [
+        [tile(image, "image"), *(tile(heat(codes[atom]), title) for atom, title in atoms.items())]
+        for codes in maps.codes.values()
+    ]
+    values = np.linspace(0, 1, 5)
+    scale = [(f"{value:g}", (red, green, blue)) for value, (red, green, blue) in zip(values, heat(values), strict=True)]
+    return draw_grid(rows, row_names=[f"T = {count}" for count in maps.codes], legend=scale)
 
 
 def write_code_maps(
@@ -133,54 +178,13 @@ def write_code_maps(
     Raises:
         ValueError: the network has no codes, a class is unknown, or a T is below 1.
     """
-    model, normalize = restore_network(checkpoint, torch.device("cpu"))
-    if not isinstance(model, SLRNet):
-        raise ValueError(f"{checkpoint.path} is a {type(model).__name__}, which has no codes; name one of SLRNet")
-    known = checkpoint.state.classes
+    model = restore_network(checkpoint, "cpu")
     for name, path in images.items():
         with Image.open(path) as file:
             pixels = rgb_array(file)
-        tensor = fit_image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), checkpoint.config)
-        maps = code_maps(model, tensor, normalize, num_iters or [checkpoint.config.cvlr.num_iters])
-        named = model.cvlr is not None and model.cvlr.class_codes
-        atoms = classes_of(maps, known, classes) if named else most_used(maps)
+        maps = code_maps(model, pixels, checkpoint.config, num_iters)
+        atoms = maps.choose_atoms(checkpoint.state.classes, classes)
         out.mkdir(parents=True, exist_ok=True)
         with written_whole(out / f"{name}.codes.png") as incoming:
-            draw_code_maps(pixels, maps, names=known if named else None, atoms=atoms).save(incoming)
+            draw_code_maps(pixels, maps, atoms).save(incoming)
         yield out / f"{name}.codes.png"
-
-
-def classes_of(maps: CodeMaps, classes: Sequence[str], wanted: Sequence[str] | None) -> list[int]:
-    """Atoms to draw where atoms are classes: the wanted ones, or the background and the largest classes of the mask.
-
-    Args:
-        maps: of the image.
-        classes: names of the K classes, background first.
-        wanted: names; None for those that the mask holds.
-
-    Raises:
-        ValueError: a wanted class is not among the classes.
-    """
-    if wanted:
-        unknown = [name for name in wanted if name not in classes]
-        if unknown:
-            raise ValueError(f"there is no class {unknown[0]!r}; the checkpoint's are {', '.join(classes)}")
-        return [list(classes).index(name) for name in wanted]
-    counts = np.bincount(maps.mask.ravel(), minlength=len(classes))
-    present = [int(index) for index in np.argsort(-counts[1:]) + 1 if counts[index]]
-    return [0, *present[: MAX_COLUMNS - 1]]
-
-
-def most_used(maps: CodeMaps) -> list[int]:
-    """Atoms to draw where atoms have no names: those with the largest mean code."""
-    codes = next(iter(maps.codes.values()))
-    return [int(index) for index in np.argsort(-codes.mean(axis=(1, 2)), kind="stable")[:MAX_COLUMNS]]
-
-
-def heat(codes: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Colours (h, w, 3) of codes (h, w) in [0, 1], which are clipped: from dark (0) to yellow (1)."""
-    place = np.clip(codes, 0, 1) * (len(_STOPS) - 1)
-    below = np.minimum(place.astype(np.intp), len(_STOPS) - 2)
-    share = (place - below)[..., None]
-    colours: npt.NDArray[np.uint8] = np.rint(_STOPS[below] * (1 - share) + _STOPS[below + 1] * share).astype(np.uint8)
-    return colours

@@ -59,8 +59,7 @@ def predictor_of(
     checkpoint: Checkpoint, *, protocol: Protocol | None = None, device: torch.device | str | None = None
 ) -> Predictor:
     """A predictor with the network, configuration and classes of a loaded checkpoint; see `load_predictor`."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, _ = restore_network(checkpoint, place)
+    model = restore_network(checkpoint, device)
     return Predictor(model, config=checkpoint.config, classes=checkpoint.state.classes, protocol=protocol)
 
 

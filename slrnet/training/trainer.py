@@ -287,7 +287,7 @@ class Trainer:
         """Pseudo-mask quality and validation after an epoch; every rank takes part."""
         self.model.eval()
         share_buffers(self.model, self.process)
-        common: dict[str, Any] = {"config": self.config, "normalize": self.normalize, "process": self.process}
+        common: dict[str, Any] = {"config": self.config, "process": self.process}
         metrics = self._measure_pseudo_masks(epoch, common)
         self.listener.notice(f"epoch {epoch + 1}: validating")
         quality = evaluate_masks(self.model, self._samples(epoch, self.config.data.val_split), **common)

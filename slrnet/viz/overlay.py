@@ -1,7 +1,7 @@
-"""A mask drawn over its image.
+"""Draws a mask over its image.
 
-Classes have their colours and an outline, the background is dimmed, void pixels are striped. So undecided never looks
-like a class, whatever the palette.
+Classes have their colors and an outline, the background is dimmed, and void pixels are striped, so that undecided
+pixels never look like a class.
 """
 
 from __future__ import annotations
@@ -32,24 +32,20 @@ def draw_overlay(image: Pixels, mask: Mask, palette: Pixels) -> Image.Image:
     Args:
         image: (H, W, 3) uint8 RGB.
         mask: (H, W) class ids; 0 is the background (dimmed), 255 is void (striped).
-        palette: (C, 3) uint8 colours by class id.
+        palette: (C, 3) uint8 colors by class id.
 
     Returns:
         RGB picture of the image's size.
 
     Raises:
-        ValueError: the mask's size differs from the image's, or it holds an id without a colour.
+        ValueError: the mask's size differs from the image's, or it holds an id without a color.
     """
     check_mask(mask, image, len(palette), "mask")
     ids = np.where(mask == IGNORE_INDEX, 0, mask).astype(np.intp)
-    photo = image.astype(np.float32)
-    # The background in grey and darkened, so that every colour that is seen is a class.
-    grey = photo @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    out = np.repeat(grey[..., None] * _BACKGROUND_DIM, 3, axis=2)
-    # Colour over grey keeps the photograph's texture without shifting the class's hue.
-    colours = palette[ids].astype(np.float32)
-    shaded = _CLASS_OPACITY * colours + (1.0 - _CLASS_OPACITY) * grey[..., None]
-    out = np.where((ids > 0)[..., None], shaded, out)
+    # Gray keeps the photo's texture, and leaves all color to the classes.
+    gray = (image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32))[..., None]
+    shaded = _CLASS_OPACITY * palette[ids].astype(np.float32) + (1.0 - _CLASS_OPACITY) * gray
+    out = np.where((ids > 0)[..., None], shaded, _BACKGROUND_DIM * gray)
     out = np.where((mask == IGNORE_INDEX)[..., None], 0.5 * void_stripes(mask.shape) + 0.5 * out, out)
     edge = _outline(ids)
     out[edge] = 0.35 * out[edge] + 0.65 * 255.0
@@ -62,11 +58,11 @@ def check_mask(mask: Mask, image: Pixels, num_known: int, name: str) -> None:
     Args:
         mask: (H, W) class ids.
         image: (H, W, 3) uint8 RGB.
-        num_known: ids 0 to num_known - 1 are allowed, and 255 for void.
+        num_known: number of known classes; the ids 0 to num_known - 1 are allowed, and 255 for void.
         name: what the message calls the mask.
 
     Raises:
-        ValueError: they do not.
+        ValueError: the image is not 8-bit RGB, or the mask does not fit it.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image has shape {image.shape} and type {image.dtype}; it must be (H, W, 3) uint8")
@@ -78,18 +74,17 @@ def check_mask(mask: Mask, image: Pixels, num_known: int, name: str) -> None:
 
 
 def void_stripes(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """(H, W, 3) light and dark stripes, 0 to 255, that stand for void."""
+    """Returns light and dark stripes (H, W, 3), 0 to 255, that stand for void."""
     rows, columns = np.indices(shape)
     light = ((rows + columns) // (_STRIPE // 2)) % 2 == 0
     return np.where(light[..., None], _VOID_LIGHT, _VOID_DARK).astype(np.float32)
 
 
 def _outline(ids: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
-    """(H, W): foreground pixels that touch another class."""
+    """Finds the foreground pixels (H, W) that touch another class."""
     edge = np.zeros(ids.shape, dtype=bool)
-    for axis in (0, 1):
-        change = np.diff(ids, axis=axis) != 0
-        before, after = [(0, 0), (0, 0)], [(0, 0), (0, 0)]
-        before[axis], after[axis] = (0, 1), (1, 0)
-        edge |= np.pad(change, before) | np.pad(change, after)
+    for pixels, border in ((ids, edge), (ids.T, edge.T)):
+        change = pixels[1:] != pixels[:-1]
+        border[1:] |= change
+        border[:-1] |= change
     return edge & (ids > 0)

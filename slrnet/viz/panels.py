@@ -1,35 +1,23 @@
-"""Pictures for MLflow's page and the demo: an image's way from mask to pseudo label, and the scores of all classes."""
+"""Pictures of a run: an image's way from mask to pseudo label, and the scores of all classes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.viz.overlay import check_mask, draw_overlay, void_stripes
+from slrnet.viz.grid import BACKGROUND, FAINT, FONT_SIZE, GAP, INK, LINE, PAGE, Tile, class_legend, draw_grid, shorten
+from slrnet.viz.overlay import Mask, Pixels, check_mask, draw_overlay
 
 __all__ = ["draw_class_scores", "draw_panel"]
 
-Pixels: TypeAlias = npt.NDArray[np.uint8]
-Mask: TypeAlias = npt.NDArray[Any]
-Colour: TypeAlias = tuple[int, int, int]
-
-_PAGE: Colour = (255, 255, 255)
-_INK: Colour = (34, 34, 34)
-_FAINT: Colour = (190, 190, 190)
-
 _MIN_TILE = 240
-_GAP = 10
-_FONT_SIZE = 15
-_LINE = 24
-_SWATCH = 14
+"""Narrower images are enlarged, pixels."""
 _ROWS = 51
-"""Classes below each other, the background with 50 others."""
+"""Classes below each other: the background and 50 others."""
 _NAME, _BAR, _NUMBER = 150, 150, 52
+"""Widths of a class's name, bar, and each figure, pixels."""
 
 
 def draw_panel(
@@ -52,16 +40,16 @@ def draw_panel(
         raw_mask: (H, W) class ids of the fused masks before refinement; 255 is void here and below.
         refined_mask: (H, W) class ids after refinement.
         pseudo_labels: (H, W) class ids after the thresholds.
-        ground_truth: (H, W) class ids, or None where there are none: then there are four pictures.
-        palette: (C, 3) uint8 colours by class id, C >= the number of classes.
-        class_names: Names by class id, background first.
-        title: Line above, for instance the image's key; empty for none.
+        ground_truth: (H, W) true class ids; None leaves this picture out.
+        palette: (C, 3) uint8 colors by class id, C >= the number of classes.
+        class_names: names by class id, background first.
+        title: line at the top, for instance the image's key; empty for none.
 
     Returns:
-        RGB picture; small images are enlarged by a whole factor so that details can be seen.
+        RGB picture; small images are enlarged by a whole factor so that you can see details.
 
     Raises:
-        ValueError: a mask's size differs from the image's, or it holds an id without a name or colour.
+        ValueError: a mask's size differs from the image's, or it holds an id without a name or color.
     """
     masks = {"raw mask": raw_mask, "refined mask": refined_mask, "pseudo label": pseudo_labels}
     if ground_truth is not None:
@@ -69,11 +57,15 @@ def draw_panel(
     for name, mask in masks.items():
         check_mask(mask, image, min(len(class_names), len(palette)), name)
     factor = -(-_MIN_TILE // image.shape[1])
-    tiles = {"image": _enlarge(image, factor)}
+    size = (image.shape[1] * factor, image.shape[0] * factor)
+    large = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+    tiles = [Tile(large, "image")]
     for name, mask in masks.items():
-        tiles[name] = np.asarray(draw_overlay(_enlarge(image, factor), _enlarge_mask(mask, factor), palette))
-    occurring = sorted(set(np.unique(np.stack(list(masks.values()))).tolist()))
-    return _compose(tiles, _legend_entries(occurring, palette, class_names), title)
+        overlay = draw_overlay(large, mask.repeat(factor, axis=0).repeat(factor, axis=1), palette)
+        tiles.append(Tile(np.asarray(overlay), name))
+    columns = -(-len(tiles) // 2)
+    legend = class_legend(masks.values(), palette, class_names)
+    return draw_grid([tiles[:columns], tiles[columns:]], title=title, legend=legend)
 
 
 def draw_class_scores(
@@ -88,104 +80,31 @@ def draw_class_scores(
     """Draws IoU as bars, and IoU, FDR and FNR in percent, a row for each class and 51 rows to a column.
 
     Args:
-        iou: by class, shares in [0, 1]; NaN where the class occurs nowhere.
-        fdr: likewise.
-        fnr: likewise.
-        palette: (C, 3) uint8 colours by class id, C >= the number of classes.
+        iou: intersection over union by class, in [0, 1]; NaN for a class that occurs nowhere.
+        fdr: false discovery rate by class, likewise.
+        fnr: false negative rate by class, likewise.
+        palette: (C, 3) uint8 colors by class id, C >= the number of classes.
         class_names: K names, background first.
-        title: Line above.
+        title: line at the top.
     """
-    font, bold = ImageFont.load_default(_FONT_SIZE - 2), ImageFont.load_default(_FONT_SIZE + 2)
-    column = _NAME + _BAR + 3 * _NUMBER + 3 * _GAP
+    font, bold = ImageFont.load_default(FONT_SIZE - 2), ImageFont.load_default(FONT_SIZE + 2)
+    column = _NAME + _BAR + 3 * _NUMBER + 3 * GAP
     rows, columns = min(_ROWS, len(class_names)), -(-len(class_names) // _ROWS)
-    page = Image.new("RGB", (columns * column + _GAP, 2 * _LINE + rows * (_LINE - 4) + 2 * _GAP), _PAGE)
+    page = Image.new("RGB", (columns * column + GAP, 2 * LINE + rows * (LINE - 4) + 2 * GAP), PAGE)
     draw = ImageDraw.Draw(page)
-    draw.text((_GAP, _GAP), title, fill=_INK, font=bold)
+    draw.text((GAP, GAP), title, fill=INK, font=bold)
     for place, name in enumerate(class_names):
-        left, top = _GAP + place // _ROWS * column, _GAP + 2 * _LINE + place % _ROWS * (_LINE - 4)
+        left, top = GAP + place // _ROWS * column, GAP + 2 * LINE + place % _ROWS * (LINE - 4)
         start, end = left + _NAME, left + _NAME + _BAR
         if place % _ROWS == 0:
             for number, text in enumerate(("IoU %", "FDR", "FNR")):
-                draw.text((end + (number + 1) * _NUMBER, top - _LINE / 2), text, fill=_INK, font=font, anchor="rm")
-        draw.text((left, top + 8), _shortened(name, font), fill=_INK, font=font, anchor="lm")
-        draw.rectangle((start, top, end, top + 15), outline=_FAINT)
+                draw.text((end + (number + 1) * _NUMBER, top - LINE / 2), text, fill=INK, font=font, anchor="rm")
+        draw.text((left, top + 8), shorten(name, font, _NAME - GAP), fill=INK, font=font, anchor="lm")
+        draw.rectangle((start, top, end, top + 15), outline=FAINT)
         if iou[place] == iou[place]:
-            colour = tuple(int(value) for value in palette[place]) if place else (70, 70, 70)
-            draw.rectangle((start, top, start + round(_BAR * iou[place]), top + 15), fill=colour, outline=_INK)
+            color = tuple(palette[place].tolist()) if place else BACKGROUND
+            draw.rectangle((start, top, start + round(_BAR * iou[place]), top + 15), fill=color, outline=INK)
         for number, values in enumerate((iou, fdr, fnr)):
             text = f"{100 * values[place]:.1f}" if values[place] == values[place] else "-"
-            draw.text((end + (number + 1) * _NUMBER, top + 8), text, fill=_INK, font=font, anchor="rm")
+            draw.text((end + (number + 1) * _NUMBER, top + 8), text, fill=INK, font=font, anchor="rm")
     return page
-
-
-def _shortened(name: str, font: Any) -> str:
-    """The name, cut where it does not fit its column."""
-    if font.getlength(name) <= _NAME - _GAP:
-        return name
-    while name and font.getlength(name + "…") > _NAME - _GAP:
-        name = name[:-1]
-    return name + "…"
-
-
-def _enlarge(image: Pixels, factor: int) -> Pixels:
-    height, width = image.shape[:2]
-    size = (width * factor, height * factor)
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) if factor > 1 else image
-
-
-def _enlarge_mask(mask: Mask, factor: int) -> Mask:
-    return np.repeat(np.repeat(mask, factor, axis=0), factor, axis=1)
-
-
-def _legend_entries(
-    occurring: Sequence[int], palette: Pixels, class_names: Sequence[str]
-) -> list[tuple[str, Image.Image]]:
-    entries = []
-    for index in occurring:
-        swatch = np.zeros((_SWATCH, _SWATCH, 3), dtype=np.uint8)
-        if index == IGNORE_INDEX:
-            swatch[:] = void_stripes(swatch.shape[:2])
-        else:
-            # The background is drawn as dimmed grey, whatever its colour in the palette.
-            swatch[:] = palette[index] if index else 70
-        name = "void" if index == IGNORE_INDEX else class_names[index]
-        entries.append((name, Image.fromarray(swatch)))
-    return entries
-
-
-def _compose(tiles: dict[str, Pixels], legend: list[tuple[str, Image.Image]], title: str) -> Image.Image:
-    font = ImageFont.load_default(_FONT_SIZE)
-    height, width = next(iter(tiles.values())).shape[:2]
-    columns = -(-len(tiles) // 2)
-    total_width = _GAP + columns * (width + _GAP)
-    positions = _legend_positions([font.getlength(name) for name, _ in legend], total_width)
-    top = _GAP + (_LINE if title else 0)
-    row_height = _LINE + height + _GAP
-    legend_top = top + -(-len(tiles) // columns) * row_height
-    total_height = legend_top + (positions[-1][1] + 1) * _LINE + _GAP // 2
-    page = Image.new("RGB", (total_width, total_height), _PAGE)
-    draw = ImageDraw.Draw(page)
-    if title:
-        draw.text((_GAP, top - _LINE + 2), title, fill=_INK, font=ImageFont.load_default(_FONT_SIZE + 2))
-    for place, (caption, tile) in enumerate(tiles.items()):
-        left, row_top = _GAP + place % columns * (width + _GAP), top + place // columns * row_height
-        draw.text((left + width / 2, row_top + _LINE / 2), caption, fill=_INK, font=font, anchor="mm")
-        page.paste(Image.fromarray(tile), (left, row_top + _LINE))
-    for (name, swatch), (left, line) in zip(legend, positions, strict=True):
-        y = legend_top + line * _LINE
-        draw.rectangle((left - 1, y + 4, left + _SWATCH, y + 5 + _SWATCH), outline=_FAINT)
-        page.paste(swatch, (left, y + 5))
-        draw.text((left + _SWATCH + 6, y + 5 + _SWATCH / 2), name, fill=_INK, font=font, anchor="lm")
-    return page
-
-
-def _legend_positions(widths: Sequence[float], total_width: int) -> list[tuple[int, int]]:
-    """(left, line) of each entry, with a new line where the page ends."""
-    positions, left, line = [], _GAP, 0
-    for width in widths:
-        needed = _SWATCH + 6 + round(width) + 2 * _GAP
-        if left > _GAP and left + needed > total_width:
-            left, line = _GAP, line + 1
-        positions.append((left, line))
-        left += needed
-    return positions

@@ -12,9 +12,10 @@ from nicegui import app, events, run, ui
 from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from slrnet.data.catalog import IGNORE_INDEX, voc_palette
-from slrnet.tools.app.studio import MAX_SIDE, Look, Studio, shrunk
-from slrnet.tools.codes import heat
+from slrnet.data.catalog import voc_palette
+from slrnet.tools.app.analyzer import MAX_SIDE, Analysis, Analyzer, shrink
+from slrnet.viz.grid import class_legend
+from slrnet.viz.heat import heat
 from slrnet.viz.overlay import draw_overlay
 
 __all__ = ["serve"]
@@ -22,6 +23,8 @@ __all__ = ["serve"]
 MAX_BYTES = 50_000_000
 """Of an uploaded file."""
 _MOST_SCORES = 10
+_STRIPES = "repeating-linear-gradient(135deg, #fafafa 0 4px, #969696 4px 8px)"
+"""CSS of the legend's swatch for undecided pixels."""
 _PICTURES = {
     "image": "Image",
     "mask": "Mask",
@@ -30,28 +33,28 @@ _PICTURES = {
 }
 
 
-def serve(studio: Studio, *, name: str, port: int) -> None:
+def serve(analyzer: Analyzer, *, name: str, port: int) -> None:
     """Serves the app on loopback until Ctrl-C.
 
     Args:
-        studio: the network to look at.
-        name: of the checkpoint, for the page's heading.
-        port: on 127.0.0.1.
+        analyzer: the network that analyzes images.
+        name: the checkpoint's name, for the page's heading.
+        port: the port on 127.0.0.1.
     """
     # Another site's page must not reach this one under a name of its own.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-    ui.page("/")(lambda: _Visit(studio, name).build())
+    ui.page("/")(lambda: _Page(analyzer, name).build())
     ui.run(host="127.0.0.1", port=port, title=f"slrnet: {name}", dark=None, reload=False, show=False)
 
 
-class _Visit:
+class _Page:
     """One visitor's page: the image, the controls and what is shown."""
 
-    def __init__(self, studio: Studio, name: str) -> None:
-        self.studio, self.name = studio, name
-        self.controls = studio.usual
+    def __init__(self, analyzer: Analyzer, name: str) -> None:
+        self.analyzer, self.name = analyzer, name
+        self.controls = analyzer.defaults
         self.image: npt.NDArray[np.uint8] | None = None
-        self.asked = 0
+        self.request = 0
         self.pictures: dict[str, Any] = {}
 
     def build(self) -> None:
@@ -78,13 +81,13 @@ class _Visit:
             self.below = ui.column().classes("w-full gap-2")
 
     def _controls(self) -> None:
-        usual = self.studio.usual
-        if self.studio.has_codes:
-            self._slider("T", "iterations of CVLR (cvlr.num_iters)", 1, 10, 1, usual.num_iters, "num_iters")
+        defaults = self.analyzer.defaults
+        if self.analyzer.has_codes:
+            self._slider("T", "iterations of CVLR (cvlr.num_iters)", 1, 10, 1, defaults.num_iters, "num_iters")
         text = "share of a class's maximum that a pixel needs (calibration.confidence_threshold)"
-        self._slider("gamma", text, 0, 1, 0.05, usual.gamma, "gamma")
-        iterations = max(usual.refine_iters, 1)
-        switch = ui.switch("refinement", value=usual.refine_iters > 0).classes("refinement")
+        self._slider("gamma", text, 0, 1, 0.05, defaults.gamma, "gamma")
+        iterations = max(defaults.refine_iters, 1)
+        switch = ui.switch("refinement", value=defaults.refine_iters > 0).classes("refinement")
         slider = self._slider(
             "iterations", "of the refinement (calibration.refine_iters)", 1, 30, 1, iterations, "refine_iters"
         )
@@ -92,7 +95,7 @@ class _Visit:
         switch.on_value_change(lambda event: self._change(refine_iters=int(slider.value) if event.value else 0))
         self.chosen = (
             ui.select(
-                list(self.studio.classes[1:]),
+                list(self.analyzer.classes[1:]),
                 multiple=True,
                 label="classes of the pseudo label (else: by their scores)",
             )
@@ -121,7 +124,7 @@ class _Visit:
         event.sender.reset()
         try:
             with Image.open(io.BytesIO(await event.file.read())) as file:
-                self.image = await run.io_bound(shrunk, file)
+                self.image = await run.io_bound(shrink, file)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             ui.notify(f"{event.file.name} cannot be read as an image: {error}", type="negative")
             return
@@ -132,47 +135,44 @@ class _Visit:
         await self._show()
 
     async def _show(self) -> None:
-        """Asks for what the controls say; an answer that a later question has overtaken is dropped."""
+        """Analyzes the image with the controls' settings; drops the result if a newer request came meanwhile."""
         if self.image is None:
             return
-        self.asked += 1
-        mine, image = self.asked, self.image
-        self.status.set_text("looking ...")
-        look = await run.io_bound(self.studio.look, image, self.controls)
-        if mine == self.asked:
-            self._draw(image, look)
+        self.request += 1
+        request, image = self.request, self.image
+        self.status.set_text("analyzing ...")
+        analysis = await run.io_bound(self.analyzer.analyze, image, self.controls)
+        if request == self.request:
+            self._draw(image, analysis)
 
-    def _draw(self, image: npt.NDArray[np.uint8], look: Look) -> None:
+    def _draw(self, image: npt.NDArray[np.uint8], analysis: Analysis) -> None:
         palette = voc_palette()
         self.pictures["image"].set_source(Image.fromarray(image))
-        for key, mask in (("mask", look.mask), ("refined", look.refined), ("pseudo", look.pseudo_labels)):
+        for key, mask in (("mask", analysis.mask), ("refined", analysis.refined), ("pseudo", analysis.pseudo_labels)):
             self.pictures[key].set_source(draw_overlay(image, mask, palette))
         large = f"; larger images are scaled down to {MAX_SIDE}" if max(image.shape[:2]) == MAX_SIDE else ""
         self.status.set_text(
-            f"{image.shape[1]} x {image.shape[0]} pixels{large}. The pseudo label decides {100 * look.coverage:.1f} % "
-            f"of them; classes that it may show: {', '.join(look.classes)}"
+            f"{image.shape[1]} x {image.shape[0]} pixels{large}. The pseudo label decides "
+            f"{100 * analysis.coverage:.1f} % of them; classes that it may show: {', '.join(analysis.classes)}"
         )
-        self._draw_legend(look, palette)
+        self._draw_legend(analysis, palette)
         self.below.clear()
         with self.below:
-            self._draw_scores(look)
-            self._draw_codes(look)
+            self._draw_scores(analysis)
+            self._draw_codes(analysis)
 
-    def _draw_legend(self, look: Look, palette: npt.NDArray[np.uint8]) -> None:
-        ids = sorted({int(i) for mask in (look.mask, look.refined, look.pseudo_labels) for i in np.unique(mask)})
+    def _draw_legend(self, analysis: Analysis, palette: npt.NDArray[np.uint8]) -> None:
         self.legend.clear()
         with self.legend:
-            for index in ids:
-                void = index == IGNORE_INDEX
-                colour = "rgb({}, {}, {})".format(*palette[index]) if index else "rgb(70, 70, 70)"
-                stripes = "repeating-linear-gradient(135deg, #fafafa 0 4px, #969696 4px 8px)"
+            masks = (analysis.mask, analysis.refined, analysis.pseudo_labels)
+            for name, color in class_legend(masks, palette, self.analyzer.classes):
+                fill = "rgb({}, {}, {})".format(*color) if color else _STRIPES
                 with ui.row().classes("items-center gap-2"):
-                    swatch = ui.element("div").classes("w-4 h-4 border")
-                    swatch.style(f"background: {stripes if void else colour}")
-                    ui.label("undecided" if void else self.studio.classes[index])
+                    ui.element("div").classes("w-4 h-4 border").style(f"background: {fill}")
+                    ui.label(name if color else "undecided")
 
-    def _draw_scores(self, look: Look) -> None:
-        if not look.scores:
+    def _draw_scores(self, analysis: Analysis) -> None:
+        if not analysis.scores:
             ui.label("The network has no class scores (setting sss).").classes("text-sm")
             return
         ui.label("Class scores").classes("text-sm font-medium")
@@ -181,18 +181,18 @@ class _Visit:
             .classes("scores grid gap-x-4 gap-y-1 w-full max-w-xl")
             .style("grid-template-columns: max-content 1fr max-content")
         ):
-            for name, score in list(look.scores.items())[:_MOST_SCORES]:
+            for name, score in list(analysis.scores.items())[:_MOST_SCORES]:
                 ui.label(name).classes("text-sm")
                 ui.linear_progress(score, show_value=False).props("instant-feedback").classes("self-center")
                 ui.label(f"{score:.2f}").classes("text-sm")
 
-    def _draw_codes(self, look: Look) -> None:
-        if not look.codes:
+    def _draw_codes(self, analysis: Analysis) -> None:
+        if not analysis.codes:
             ui.label("The network has no low-rank module, and no codes.").classes("text-sm")
             return
         ui.label(f"Code maps, T = {self.controls.num_iters} (dark 0, yellow 1)").classes("text-sm font-medium")
         with ui.element("div").classes("codes grid grid-cols-2 sm:grid-cols-3 lg:grid-cols-6 gap-3 w-full"):
-            for name, codes in look.codes.items():
+            for name, codes in analysis.codes.items():
                 with ui.column().classes("gap-1"):
                     ui.image(Image.fromarray(heat(codes))).classes("w-full").props("no-transition")
                     ui.label(name).classes("text-sm")

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint
 from slrnet.data.manifest import load_dataset
-from slrnet.evaluation.examine import Examination, Subject, choose_by_iou, examine, read_examples
+from slrnet.evaluation.examine import EvaluationTarget, Examination, choose_by_iou, examine, read_examples
 from slrnet.storage.files import written_whole
 from slrnet.tools.figures.pictures import code_figure, feature_figure, iteration_figure, mask_figure
 
@@ -48,9 +48,9 @@ def write_figure(
     loaded = _checkpoints(what, checkpoints)
     config = loaded[-1].config
     shards = load_dataset(data or config.data.path)
-    subjects = [Subject.of(checkpoint, shards, device) for checkpoint in loaded]
-    examination = examine(subjects[-1], config.data.val_split, at_most=measured)
-    figure = _draw(what, subjects, examination, number, num_iters)
+    targets = [EvaluationTarget.of(checkpoint, shards, device) for checkpoint in loaded]
+    examination = examine(targets[-1], config.data.val_split, at_most=measured)
+    figure = _draw(what, targets, examination, number, num_iters)
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{what}.{kind}" for kind in ("png", "pdf")]
     for file in files:
@@ -60,18 +60,18 @@ def write_figure(
 
 
 def _draw(
-    what: str, subjects: Sequence[Subject], examination: Examination, number: int, num_iters: Sequence[int]
+    what: str, targets: Sequence[EvaluationTarget], examination: Examination, number: int, num_iters: Sequence[int]
 ) -> Figure:
-    subject = subjects[-1]
+    target = targets[-1]
     if what == "fig3":
-        return mask_figure(subject, examination, number=number)
+        return mask_figure(target, examination, number=number)
     if what == "fig5":
-        return code_figure(subject, examination, number=number)
+        return code_figure(target, examination, number=number)
     scores = choose_by_iou(examination.scores, number, hardest=False)
-    examples = read_examples(subject, examination.split, scores)
+    examples = read_examples(target, examination.split, scores)
     if what == "fig2":
-        return feature_figure(subject, examples)
-    return iteration_figure(subjects, examples, scores, num_iters)
+        return feature_figure(target, examples)
+    return iteration_figure(targets, examples, scores, num_iters)
 
 
 def _checkpoints(what: str, paths: Sequence[Path]) -> list[Checkpoint]:

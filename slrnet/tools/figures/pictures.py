@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,19 +12,20 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from slrnet.evaluation.examine import Examination, Example, ImageScore, Subject, choose_by_iou, read_examples
+from slrnet.evaluation.examine import EvaluationTarget, Examination, Example, ImageScore, choose_by_iou, read_examples
 from slrnet.inference.forward import fit_image
-from slrnet.models.slrnet import SLRNet
+from slrnet.models.network import Network, Normalize
 from slrnet.ops.maps import channels_last
-from slrnet.tools.codes import code_maps, heat
+from slrnet.tools.codes import code_maps, low_rank_module
 from slrnet.views.geometry import View, apply_view
+from slrnet.viz.grid import Color, Tile, class_legend
+from slrnet.viz.heat import heat
 from slrnet.viz.overlay import draw_overlay
 
 __all__ = [
-    "Tile",
     "best_of_each_class",
     "code_figure",
-    "draw_grid",
+    "draw_tiles",
     "feature_figure",
     "feature_rgb",
     "features_around",
@@ -39,30 +39,20 @@ PAGE_WIDTH = 7.2
 """Width of a figure, inches: that of the paper's text."""
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A picture in a figure."""
-
-    picture: Pixels
-    """(H, W, 3)."""
-    title: str = ""
-    """Text above it."""
-
-
-def draw_grid(
+def draw_tiles(
     rows: Sequence[Sequence[Tile | None]],
     *,
     names: Sequence[str] = (),
-    legend: Sequence[tuple[str, Sequence[int]]] = (),
+    legend: Sequence[tuple[str, Color | None]] = (),
     scale: bool = False,
 ) -> Figure:
-    """Draws tiles in rows and columns at the paper's width.
+    """Draws tiles in rows and columns at the paper's width, with matplotlib for the sake of PDF's text.
 
     Args:
-        rows: of equally many tiles; None leaves a place empty.
-        names: of the rows, written at their left; empty for none.
-        legend: names and RGB colours, 0 to 255, of the classes shown.
-        scale: draw the scale of codes below, from 0 to 1.
+        rows: tiles, equally many in each row; None leaves a place empty.
+        names: texts at the left of the rows; empty for none.
+        legend: names and RGB colors, 0 to 255, of the classes shown.
+        scale: whether to draw the scale of codes below, from 0 to 1.
     """
     left, top, line = (0.3 if names else 0.04), 0.06, 0.2
     width = (PAGE_WIDTH - left - 0.04) / len(rows[0])
@@ -81,7 +71,7 @@ def draw_grid(
                 axes = figure.add_axes(_inches(box, total))
                 axes.imshow(tile.picture, interpolation="lanczos", aspect="auto")
                 axes.set_axis_off()
-                axes.set_title(tile.title, fontsize=8, pad=2)
+                axes.set_title(tile.caption, fontsize=8, pad=2)
         if names:
             middle = (y - line - (height - line) / 2) / total
             figure.text(0.15 / PAGE_WIDTH, middle, names[place], fontsize=8, rotation=90, ha="center", va="center")
@@ -95,7 +85,7 @@ def draw_grid(
     return figure
 
 
-def feature_figure(subject: Subject, examples: Sequence[Example]) -> Figure:
+def feature_figure(target: EvaluationTarget, examples: Sequence[Example]) -> Figure:
     """Fig. 2, right: the features that enter the low-rank module and those that leave it.
 
     A row for each image and view. Colours are the three main components of both kinds and all views of the image
@@ -105,43 +95,42 @@ def feature_figure(subject: Subject, examples: Sequence[Example]) -> Figure:
     Raises:
         ValueError: the network has no low-rank module.
     """
-    config = subject.checkpoint.config
+    config = target.checkpoint.config
     rows, names = [], []
     for example in examples:
-        image = fit_image(_tensor(example, subject), config)
+        image = fit_image(torch.from_numpy(example.image).permute(2, 0, 1).to(target.device), config)
         views = [View(scale=scale, flip=None) for scale in config.views.scales]
-        stride = subject.normalize.output_stride
-        inputs = [channels_last(subject.normalize(apply_view(image, view, stride=stride))) for view in views]
-        pairs = features_around(_slrnet(subject), inputs)
-        colours = feature_rgb([feature for pair in pairs for feature in pair])
+        stride = target.model.encoder.output_stride
+        pairs = features_around(target.model, [apply_view(image, view, stride=stride) for view in views])
+        colors = feature_rgb([feature for pair in pairs for feature in pair])
         for place, (before, after) in enumerate(pairs):
             rows.append(
                 [
                     Tile(example.image, example.key if place == 0 else ""),
-                    Tile(colours[2 * place], "features before"),
-                    Tile(colours[2 * place + 1], "features after"),
+                    Tile(colors[2 * place], "features before"),
+                    Tile(colors[2 * place + 1], "features after"),
                     Tile(_activation(before), "activation before"),
                     Tile(_activation(after), "activation after"),
                 ]
             )
             names.append(f"scale {views[place].scale:g}")
-    return draw_grid(rows, names=names)
+    return draw_tiles(rows, names=names)
 
 
-def mask_figure(subject: Subject, examination: Examination, *, number: int) -> Figure:
+def mask_figure(target: EvaluationTarget, examination: Examination, *, number: int) -> Figure:
     """Fig. 3: image, truth and prediction; on the left the images with the highest IoU, on the right the lowest.
 
     Args:
-        subject: network and data.
+        target: network and data.
         examination: of the split that the images come from.
         number: rows.
     """
-    classes, palette = subject.checkpoint.state.classes, subject.shards.info.palette_array()
+    palette = target.shards.info.palette_array()
     halves = [
-        read_examples(subject, examination.split, choose_by_iou(examination.scores, number, hardest=hardest))
+        read_examples(target, examination.split, choose_by_iou(examination.scores, number, hardest=hardest))
         for hardest in (False, True)
     ]
-    rows, shown = [], set[int]()
+    rows = []
     for simple, hard in zip(*halves, strict=True):
         row = []
         for example in (simple, hard):
@@ -153,49 +142,52 @@ def mask_figure(subject: Subject, examination: Examination, *, number: int) -> F
                     f"prediction, mIoU {100 * example.miou:.0f}",
                 ),
             ]
-            shown |= {*np.unique(example.mask).tolist(), *np.unique(example.truth).tolist()} - {0, 255}
         rows.append(row)
-    return draw_grid(rows, legend=[(classes[index], palette[index].tolist()) for index in sorted(shown)])
+    shown = [mask for examples in halves for one in examples[: len(rows)] for mask in (one.mask, one.truth)]
+    classes = target.checkpoint.state.classes
+    return draw_tiles(rows, legend=class_legend(shown, palette, classes, foreground_only=True))
 
 
-def code_figure(subject: Subject, examination: Examination, *, number: int) -> Figure:
+def code_figure(target: EvaluationTarget, examination: Examination, *, number: int) -> Figure:
     """Fig. 5: for each class the code of its atom on the image where the class is predicted best, three a row.
 
     Args:
-        subject: network and data.
+        target: network and data.
         examination: of the split that the images come from.
         number: most classes.
 
     Raises:
         ValueError: the network has no low-rank module, or one whose atoms are no classes.
     """
-    model = _slrnet(subject)
-    if model.cvlr is None or not model.cvlr.class_codes:
+    if not low_rank_module(target.model).class_codes:
         raise ValueError(
-            f"{subject.checkpoint.path} has no low-rank module whose atoms are classes, so Fig. 5 cannot be drawn; "
+            f"{target.checkpoint.path} has no low-rank module whose atoms are classes, so Fig. 5 cannot be drawn; "
             "slrnet codes draws the codes of other atoms"
         )
     chosen = dict(list(best_of_each_class(examination.scores).items())[:number])
-    examples = {one.key: one for one in read_examples(subject, examination.split, list(chosen.values()))}
-    palette, config = subject.shards.info.palette_array(), subject.checkpoint.config
+    examples = {one.key: one for one in read_examples(target, examination.split, list(chosen.values()))}
+    palette = target.shards.info.palette_array()
     tiles: list[Tile | None] = []
     for index, score in chosen.items():
-        example, name = examples[score.key], subject.checkpoint.state.classes[index]
-        maps = _code_maps(subject, example, [config.cvlr.num_iters])
+        example, name = examples[score.key], target.checkpoint.state.classes[index]
+        (codes,) = code_maps(target.model, example.image, target.checkpoint.config).codes.values()
         only = np.where(example.truth == index, index, 0).astype(np.uint8)
-        code = maps[config.cvlr.num_iters][index]
-        tiles += [Tile(np.asarray(draw_overlay(example.image, only, palette)), f"{name}, truth"), _code(code, name)]
+        truth = np.asarray(draw_overlay(example.image, only, palette))
+        tiles += [Tile(truth, f"{name}, truth"), Tile(heat(codes[index]), name)]
     tiles += [None] * (-len(tiles) % 6)
-    return draw_grid([tiles[start : start + 6] for start in range(0, len(tiles), 6)], scale=True)
+    return draw_tiles([tiles[start : start + 6] for start in range(0, len(tiles), 6)], scale=True)
 
 
 def iteration_figure(
-    subjects: Sequence[Subject], examples: Sequence[Example], scores: Sequence[ImageScore], num_iters: Sequence[int]
+    targets: Sequence[EvaluationTarget],
+    examples: Sequence[Example],
+    scores: Sequence[ImageScore],
+    num_iters: Sequence[int],
 ) -> Figure:
     """Fig. 7: the code of each image's main class after several numbers of iterations, at an early and a late epoch.
 
     Args:
-        subjects: checkpoints of one training, early first.
+        targets: checkpoints of one training, early first.
         examples: images.
         scores: of the images, for their main classes.
         num_iters: values of T, each >= 1.
@@ -204,14 +196,14 @@ def iteration_figure(
         ValueError: a network has no low-rank module.
     """
     rows, names = [], []
-    for subject in subjects:
+    for target in targets:
         for example, score in zip(examples, scores, strict=True):
-            maps = _code_maps(subject, example, num_iters)
-            name = subject.checkpoint.state.classes[score.main_class]
-            codes = [_code(maps[count][score.main_class], f"T = {count}") for count in num_iters]
+            maps = code_maps(target.model, example.image, target.checkpoint.config, num_iters).codes
+            name = target.checkpoint.state.classes[score.main_class]
+            codes = [Tile(heat(maps[count][score.main_class]), f"T = {count}") for count in num_iters]
             rows.append([Tile(example.image, f"{example.key}: {name}"), *codes])
-            names.append(f"epoch {subject.checkpoint.state.epoch}")
-    return draw_grid(rows, names=names, scale=True)
+            names.append(f"epoch {target.checkpoint.state.epoch}")
+    return draw_tiles(rows, names=names, scale=True)
 
 
 def best_of_each_class(scores: Sequence[ImageScore]) -> dict[int, ImageScore]:
@@ -225,25 +217,24 @@ def best_of_each_class(scores: Sequence[ImageScore]) -> dict[int, ImageScore]:
 
 
 @torch.no_grad()
-def features_around(model: SLRNet, views: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The features of one image before and after the low-rank module, per view (C, h, w), on the CPU.
+def features_around(model: Network, views: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Computes the features of one image before and after the low-rank module, per view (C, h, w), on the CPU.
 
     Args:
-        model: in evaluation mode.
-        views: per view (1, 3, H, W), normalised.
+        model: an SLRNet, in evaluation mode.
+        views: per view (1, 3, H, W) in [0, 1], on the model's device.
 
     Raises:
         ValueError: the network has no low-rank module.
     """
-    if model.cvlr is None:
-        raise ValueError("the network was trained without a low-rank module (cvlr.enabled is false): nothing to draw")
-    seen: list[tuple[Any, Any]] = []
-    handle = model.cvlr.register_forward_hook(lambda _, given, result: seen.append((given[0], result.features)))
+    features: list[tuple[Any, Any]] = []
+    module, normalize = low_rank_module(model), Normalize.of(model.encoder)
+    handle = module.register_forward_hook(lambda _, inputs, result: features.append((inputs[0], result.features)))
     try:
-        model(list(views))
+        model([channels_last(normalize(view)) for view in views])
     finally:
         handle.remove()
-    before, after = seen[0]
+    before, after = features[0]
     return [(one[0].float().cpu(), two[0].float().cpu()) for one, two in zip(before, after, strict=True)]
 
 
@@ -273,33 +264,15 @@ def _activation(features: Tensor) -> Pixels:
     return heat((length - length.min()) / max(float(np.ptp(length)), 1e-12))
 
 
-def _code(codes: npt.NDArray[np.float32], title: str) -> Tile:
-    return Tile(heat(codes), title)
-
-
-def _code_maps(subject: Subject, example: Example, num_iters: Sequence[int]) -> dict[int, npt.NDArray[np.float32]]:
-    image = fit_image(_tensor(example, subject), subject.checkpoint.config)
-    return code_maps(_slrnet(subject), image, subject.normalize, num_iters).codes
-
-
-def _slrnet(subject: Subject) -> SLRNet:
-    if not isinstance(subject.model, SLRNet):
-        raise ValueError(f"{subject.checkpoint.path} is a {type(subject.model).__name__}; name a checkpoint of SLRNet")
-    return subject.model
-
-
-def _tensor(example: Example, subject: Subject) -> Tensor:
-    return torch.from_numpy(example.image).permute(2, 0, 1).contiguous().to(subject.device)
-
-
 def _inches(box: tuple[float, float, float, float], height: float) -> tuple[float, float, float, float]:
     return box[0] / PAGE_WIDTH, box[1] / height, box[2] / PAGE_WIDTH, box[3] / height
 
 
-def _draw_legend(figure: Figure, legend: Sequence[tuple[str, Sequence[int]]], per_line: int) -> None:
+def _draw_legend(figure: Figure, legend: Sequence[tuple[str, Color | None]], per_line: int) -> None:
     if legend:
         patches = [
-            Patch(facecolor=[value / 255 for value in colour], edgecolor="#555555", linewidth=0.5, label=name)
-            for name, colour in legend
+            Patch(facecolor=[value / 255 for value in color], edgecolor="#555555", linewidth=0.5, label=name)
+            for name, color in legend
+            if color
         ]
         figure.legend(handles=patches, loc="lower center", ncols=min(per_line, len(patches)), fontsize=8, frameon=False)

@@ -1,4 +1,4 @@
-"""The paper's tables with our rows below, as Markdown; ours are read from the records that measurements leave."""
+"""Writes the paper's tables with our rows below as Markdown; our figures are from the records of evaluations."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tabulate import tabulate
 
 from slrnet.checkpoints.run_store import CONFIG, STATE
 from slrnet.config import Config, load_config
@@ -23,20 +25,20 @@ _SUPERVISION = {"wsss": "I", "sss_image_labels": "I, P", "sss": "P"}
 
 @dataclass(frozen=True)
 class Result:
-    """One of our figures."""
+    """One of our scores."""
 
     run: str
     """Name of the run's folder."""
     epoch: int
     config: Config
-    """Of the training."""
+    """Settings of the training."""
     classes: tuple[str, ...]
     protocol: str
     split: str
     images: int
-    """How many it was measured on; 0 where the record does not say."""
+    """Number of images that it was measured on; 0 if the record does not say."""
     miou: float
-    """Share in [0, 1]."""
+    """In [0, 1]."""
 
     @property
     def data(self) -> str:
@@ -58,13 +60,13 @@ class Result:
 
 
 def read_results(folders: Sequence[Path]) -> tuple[list[Result], list[str]]:
-    """Our figures below some folders.
+    """Reads our scores below some folders.
 
     Args:
-        folders: of runs, or that hold them; searched for `evaluation.json` and `pseudo_labels.json`.
+        folders: folders of runs, or folders that hold runs; searched for `evaluation.json` and `pseudo_labels.json`.
 
     Returns:
-        The figures, and a line about each record that cannot be used because its checkpoint is gone.
+        The scores, and a line about each record that cannot be used because its checkpoint is gone.
 
     Raises:
         ValueError: a folder does not exist, or a record is damaged.
@@ -74,21 +76,17 @@ def read_results(folders: Sequence[Path]) -> tuple[list[Result], list[str]]:
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder; give a run's folder, or one that holds runs")
-        for path, record in find_records(folder, "evaluation.json").items():
-            try:
-                results += _of_evaluation(path, record)
-            except FileNotFoundError as error:
-                unused.append(f"{path}: its checkpoint {error} is gone")
-        for path, record in find_records(folder, RECORD).items():
-            try:
-                results += _of_pseudo_labels(path, record)
-            except FileNotFoundError as error:
-                unused.append(f"{path}: its checkpoint {error} is gone")
+        for name, read in (("evaluation.json", _of_evaluation), (RECORD, _of_pseudo_labels)):
+            for path, record in find_records(folder, name).items():
+                try:
+                    results += read(path, record)
+                except FileNotFoundError as error:
+                    unused.append(f"{path}: its checkpoint {error} is gone")
     return list(dict.fromkeys(results)), unused
 
 
 def write_tables(results: Sequence[Result]) -> str:
-    """Markdown of the paper's tables 1 to 6, each with our figures that belong to it."""
+    """Writes the paper's tables 1 to 6 as Markdown, each with our scores that belong to it."""
     lines = [
         "# Tables 1 to 6",
         "",
@@ -102,19 +100,19 @@ def write_tables(results: Sequence[Result]) -> str:
         rows += [_our_row(table, result) for result in ours]
         if not ours:
             rows.append(["slrnet", *[""] * (len(table.head) - 1), "not run"])
-        lines += _markdown([*table.head, "source"], rows)
+        lines.append(_markdown([*table.head, "source"], rows))
     rest = [result for result in results if not result.table]
     if rest:
         lines += ["", "## Figures that belong to none of these tables", ""]
         rows = [[_name(one), one.split, f"{100 * one.miou:.1f}", _source(one)] for one in rest]
-        lines += _markdown(["Run", "split", "mIoU", "source"], rows)
+        lines.append(_markdown(["Run", "split", "mIoU", "source"], rows))
     return "\n".join(lines) + "\n"
 
 
 def _of_evaluation(path: Path, record: Mapping[str, Any]) -> Iterator[Result]:
     config, classes, run = _origin(path.parent, record["checkpoint"])
-    found = {record["protocol"]: record["metrics"]} | record.get("before_crf", {})
-    for protocol, metrics in found.items():
+    by_protocol = {record["protocol"]: record["metrics"]} | record.get("before_crf", {})
+    for protocol, metrics in by_protocol.items():
         if "val/miou" in metrics:
             split, images = record["split"], record["images"]
             yield Result(run, record["epoch"], config, classes, protocol, split, images, metrics["val/miou"])
@@ -124,17 +122,17 @@ def _of_pseudo_labels(path: Path, record: Mapping[str, Any]) -> Iterator[Result]
     job = record["job"]
     config, classes, run = _origin(path.parent, job["checkpoint"])
     for split, protocols in record["quality"].items():
-        for protocol, found in protocols.items():
-            if "miou" in found["metrics"]:
-                images = found.get("images", 0)
-                yield Result(run, job["epoch"], config, classes, protocol, split, images, found["metrics"]["miou"])
+        for protocol, quality in protocols.items():
+            if "miou" in quality["metrics"]:
+                images, miou = quality.get("images", 0), quality["metrics"]["miou"]
+                yield Result(run, job["epoch"], config, classes, protocol, split, images, miou)
 
 
 def _origin(place: Path, checkpoint: str) -> tuple[Config, tuple[str, ...], str]:
-    """Configuration, classes and run of a record's checkpoint, also where the run was moved with its records.
+    """Returns settings, classes, and run of a record's checkpoint, even if the run was moved with its records.
 
     Raises:
-        FileNotFoundError: it is gone.
+        FileNotFoundError: the checkpoint is gone.
     """
     written = Path(checkpoint)
     folders = [written, *(parent / "checkpoints" / written.name for parent in place.parents)]
@@ -168,8 +166,6 @@ def _source(result: Result) -> str:
     return f"ours: {result.protocol}{number}{note}"
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(head), line(["---"] * len(head)), *(line(row) for row in rows)]
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return tabulate(escaped, head, tablefmt="github", disable_numparse=True)

@@ -15,14 +15,22 @@ from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet
 from slrnet.data.supervision import plan_supervision
 from slrnet.distributed.process import Process
-from slrnet.evaluation.examine import Bins, ImageScore, Subject, choose_by_iou, examine, read_examples, sweep_gamma
+from slrnet.evaluation.examine import (
+    Bins,
+    EvaluationTarget,
+    ImageScore,
+    choose_by_iou,
+    examine,
+    read_examples,
+    sweep_gamma,
+)
 from slrnet.evaluation.masks import evaluate_masks, measure_pseudo_masks, pseudo_mask_subset
 from slrnet.evaluation.metrics import ConfusionMatrix
 
 
 @pytest.fixture(scope="module")
-def subject(checkpoint: Checkpoint, tiny_data: ShardSet) -> Subject:
-    return Subject.of(checkpoint, tiny_data, "cpu")
+def target(checkpoint: Checkpoint, tiny_data: ShardSet) -> EvaluationTarget:
+    return EvaluationTarget.of(checkpoint, tiny_data, "cpu")
 
 
 def score(key: str, iou: float, main: int) -> ImageScore:
@@ -33,14 +41,13 @@ def score(key: str, iou: float, main: int) -> ImageScore:
 
 class TestExamine:
     def test_its_matrix_is_that_of_the_trainings_validation(
-        self, subject: Subject, tiny_data: ShardSet, tiny_config: Config
+        self, target: EvaluationTarget, tiny_data: ShardSet, tiny_config: Config
     ) -> None:
-        found = examine(subject, "val")
+        found = examine(target, "val")
         quality = evaluate_masks(
-            subject.model,
+            target.model,
             EvalLoader(tiny_data, split="val"),
             config=tiny_config,
-            normalize=subject.normalize,
             process=Process(),
         )
         torch.testing.assert_close(found.matrix.counts, quality.matrix.counts)
@@ -50,24 +57,24 @@ class TestExamine:
         assert found.confidence.pixels.sum() == pixels
         assert found.confidence.right.sum() == quality.matrix.counts.diagonal().sum()
 
-    def test_each_image_has_its_own_score(self, subject: Subject) -> None:
-        scores = examine(subject, "val").scores
-        for example, one in zip(read_examples(subject, "val", scores[::-1]), scores[::-1], strict=True):
+    def test_each_image_has_its_own_score(self, target: EvaluationTarget) -> None:
+        scores = examine(target, "val").scores
+        for example, one in zip(read_examples(target, "val", scores[::-1]), scores[::-1], strict=True):
             matrix = ConfusionMatrix(4)
             matrix.update(torch.from_numpy(example.mask), torch.from_numpy(example.truth))
             assert example.key == one.key
             assert example.image.shape == (*example.mask.shape, 3)
             assert one.miou == pytest.approx(matrix.miou()) == pytest.approx(example.miou)
 
-    def test_at_most_so_many(self, subject: Subject) -> None:
-        assert len(examine(subject, "val", at_most=2).scores) == 2
+    def test_at_most_so_many(self, target: EvaluationTarget) -> None:
+        assert len(examine(target, "val", at_most=2).scores) == 2
 
     def test_without_masks_it_says_so(self, checkpoint: Checkpoint, write_tiny: Any, tmp_path: Path) -> None:
         bare = write_tiny(tmp_path / "bare", mask_bytes=lambda sample, png: None)
         with pytest.raises(DataError, match="no image with a mask"):
-            examine(Subject.of(checkpoint, bare, "cpu"), "val")
+            examine(EvaluationTarget.of(checkpoint, bare, "cpu"), "val")
         with pytest.raises(DataError, match="no training image"):
-            sweep_gamma(Subject.of(checkpoint, bare, "cpu"))
+            sweep_gamma(EvaluationTarget.of(checkpoint, bare, "cpu"))
 
 
 class TestChoice:
@@ -95,14 +102,15 @@ def test_bins_by_hand() -> None:
 
 
 def test_at_the_runs_gamma_the_sweep_is_what_the_training_measures(
-    subject: Subject, tiny_data: ShardSet, tiny_config: Config
+    target: EvaluationTarget, tiny_data: ShardSet, tiny_config: Config
 ) -> None:
-    sweep = sweep_gamma(subject)
+    sweep = sweep_gamma(target)
     view = tiny_data.split("train")
     chosen = pseudo_mask_subset(view, plan_supervision(view, tiny_config.data, tiny_config.setting), tiny_config)
-    common = {"config": tiny_config, "normalize": subject.normalize, "process": Process()}
     samples = EvalLoader(tiny_data, split="train", indices=chosen)
-    dense, kept = measure_pseudo_masks(subject.model, samples, show=lambda masks: None, **common)  # type: ignore[arg-type]
+    dense, kept = measure_pseudo_masks(
+        target.model, samples, config=tiny_config, process=Process(), show=lambda masks: None
+    )
     counts = kept.matrix.counts
     place = sweep.gammas.index(tiny_config.calibration.confidence_threshold)
     assert sweep.images == len(chosen) == 3

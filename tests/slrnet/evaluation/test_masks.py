@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slrnet.config import CalibrationConfig, Config, ConfigError, EvaluationConfig, apply_overrides
+from slrnet.config import CalibrationConfig, Config, EvaluationConfig, apply_overrides
 from slrnet.data.batch import EvalSample
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet
@@ -18,7 +18,6 @@ from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import PseudoMask, Quality, evaluate_masks, measure_pseudo_masks, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.evaluation.protocols import protocol_name
-from slrnet.inference.forward import gate, predict_single_scale
 from slrnet.models.network import Normalize
 from slrnet.models.slrnet import Outputs
 
@@ -38,6 +37,7 @@ class ColourNetwork(nn.Module):
     """Background where it is dark, class 1 where green, class 2 where blue; sure of itself, at full resolution."""
 
     num_classes = 3
+    encoder = PLAIN
 
     def __init__(self, scores: Sequence[float] = (1.0, 1.0)) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def sample(
 
 
 def evaluate(samples: Sequence[EvalSample], *, config: Config = CONFIG, model: nn.Module | None = None) -> Quality:
-    return evaluate_masks(model or ColourNetwork(), samples, config=config, normalize=PLAIN, process=Process())  # type: ignore[arg-type]
+    return evaluate_masks(model or ColourNetwork(), samples, config=config, process=Process())  # type: ignore[arg-type]
 
 
 class TestEvaluateMasks:
@@ -116,79 +116,11 @@ class TestEvaluateMasks:
         assert whole.matrix.miou() > 0.8
 
 
-class TestPredictSingleScale:
-    @pytest.mark.parametrize(
-        ("crop", "size", "expected"),
-        [
-            (64, (37, 53), (32, 48)),
-            (65, (37, 53), (33, 49)),
-            (64, (5, 7), (16, 16)),
-            (65, (5, 7), (17, 17)),
-            (64, (64, 80), (64, 80)),
-        ],
-    )
-    def test_the_network_sees_sizes_like_the_crops(
-        self, crop: int, size: tuple[int, int], expected: tuple[int, int]
-    ) -> None:
-        network = ColourNetwork()
-        config = apply_overrides(CONFIG, [f"data.crop_size={crop}"])
-        image = sample([BLACK, GREEN, BLUE], None, size=size).image
-        probs, scores = predict_single_scale(network, image, PLAIN, config)  # type: ignore[arg-type]
-        assert network.sizes == [expected]
-        assert probs.shape == (1, 3, *size)
-        torch.testing.assert_close(probs.sum(dim=1), torch.ones(1, *size))
-        assert scores.tolist() == [[1.0, 1.0]]
-
-    @pytest.mark.parametrize(("scale", "expected"), [(0.5, (32, 48)), (2.0, (144, 192)), (0.1, (16, 16))])
-    def test_and_the_configured_scale(self, scale: float, expected: tuple[int, int]) -> None:
-        network = ColourNetwork()
-        config = apply_overrides(CONFIG, [f"evaluation.scale={scale}"])
-        image = sample([BLACK, GREEN, BLUE], None, size=(70, 100)).image
-        probs, _ = predict_single_scale(network, image, PLAIN, config)  # type: ignore[arg-type]
-        assert network.sizes == [expected]
-        assert probs.shape == (1, 3, 70, 100)
-
-    def test_images_are_normalised(self) -> None:
-        seen: list[Tensor] = []
-        network = ColourNetwork()
-        network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
-        normalize = Normalize(mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.125), output_stride=16)
-        predict_single_scale(network, sample([WHITE], None).image, normalize, CONFIG)  # type: ignore[arg-type]
-        assert seen[0][0, :, 3, 4].tolist() == [1.0, 2.0, 4.0]
-
-
-class TestGate:
-    PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1]).view(1, 4, 1, 1)
-    SCORES = torch.tensor([[0.0, 3.0, -3.0]])  # sigmoids 0.5, 0.95, 0.05
-    LABELS = torch.tensor([0.0, 0.0, 1.0])
-
-    @pytest.mark.parametrize(
-        ("settings", "expected"),
-        [
-            ({}, [0.4, 0.3, 0.2, 0.1]),
-            ({"gating": "image_labels"}, [0.4, 0.0, 0.0, 0.1]),
-            ({"gating": "scores", "gating_threshold": 0.3}, [0.4, 0.3, 0.2, 0.0]),
-            ({"gating": "scores", "gating_threshold": 0.9}, [0.4, 0.0, 0.2, 0.0]),
-            ({"gating": "scores", "gating_threshold": 0.0}, [0.4, 0.3, 0.2, 0.1]),
-            ({"gating": "scores", "gating_threshold": 0.5}, [0.4, 0.0, 0.2, 0.0]),  # strictly above
-            ({"gating": "scores", "gating_threshold": 0.0, "gating_top": 1}, [0.4, 0.0, 0.2, 0.0]),
-            ({"gating": "scores", "gating_threshold": 0.0, "gating_top": 2}, [0.4, 0.3, 0.2, 0.0]),
-            ({"background_power": 3.0}, [0.064, 0.3, 0.2, 0.1]),
-            ({"background_power": 2.0, "gating": "image_labels"}, [0.16, 0.0, 0.0, 0.1]),
-        ],
-    )
-    def test_by_hand(self, settings: dict[str, object], expected: list[float]) -> None:
-        config = EvaluationConfig(**settings)  # type: ignore[arg-type]
-        gated = gate(self.PROBS.clone(), self.SCORES, self.LABELS, config)
-        torch.testing.assert_close(gated.flatten(), torch.tensor(expected))
-
-    def test_what_cannot_be_gated_is_refused(self) -> None:
+class TestGating:
+    def test_image_labels_that_are_not_known_are_refused(self) -> None:
         by_labels = apply_overrides(CONFIG, ["evaluation.gating=image_labels"])
-        by_scores = apply_overrides(CONFIG, ["evaluation.gating=scores"])
         with pytest.raises(DataError, match="image 'a' has none; use none or scores, or prepare the data with"):
             evaluate([replace(sample([BLUE], [2]), has_image_labels=False)], config=by_labels)
-        with pytest.raises(ValueError, match="gating is 'scores' and a network that predicts the background has none"):
-            gate(self.PROBS, None, self.LABELS, by_scores.evaluation)
 
     def test_a_network_without_class_scores_is_measured(self) -> None:
         class Scoreless(ColourNetwork):
@@ -241,7 +173,6 @@ class TestMeasurePseudoMasks:
             ColourNetwork(),  # type: ignore[arg-type]
             samples,
             config=config,
-            normalize=PLAIN,
             process=Process(),
             show=shown.append,
         )
@@ -312,8 +243,3 @@ def test_figures_of_a_matrix_by_hand() -> None:
             "val/fnr/tv-monitor": 2 / 4,
         }
     )
-
-
-def test_gating_is_one_of_three() -> None:
-    with pytest.raises(ConfigError, match=r"evaluation\.gating: Input should be 'none', 'scores' or 'image_labels'"):
-        apply_overrides(CONFIG, ["evaluation.gating=labels"])

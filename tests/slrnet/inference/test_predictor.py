@@ -22,8 +22,6 @@ from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import resize
 from slrnet.tools.predict import predictor_of
 
-PLAIN = Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 16)
-
 
 def picture(height: int = 70, width: int = 90, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -45,25 +43,25 @@ class TestPredictMultiScale:
         expected, scores = [], []
         with torch.no_grad():
             for scale in (1.0, 0.5):
-                inputs = PLAIN(fit_image(image, config, scale))
+                inputs = Normalize.of(model.encoder)(fit_image(image, config, scale))
                 for flip in (False, True):
                     out = model([inputs.flip(-1) if flip else inputs])
                     probs = out.logits[0].softmax(dim=1)
                     expected.append(resize(probs.flip(-1) if flip else probs, (70, 90)))
                     scores.append(out.class_scores[0])
-        probs, class_scores = predict_multi_scale(model, image, PLAIN, config)
+        probs, class_scores = predict_multi_scale(model, image, config)
         torch.testing.assert_close(probs, torch.stack(expected).mean(dim=0))
         torch.testing.assert_close(class_scores, torch.stack(scores).mean(dim=0))
-        assert not torch.allclose(probs, predict_single_scale(model, image, PLAIN, config)[0], atol=1e-3)
+        assert not torch.allclose(probs, predict_single_scale(model, image, config)[0], atol=1e-3)
 
     def test_a_mirrored_image_has_the_mirrored_mask(self, model: SLRNet, tiny_config: Config) -> None:
         config = apply_overrides(tiny_config, ["evaluation.scales=1.0,1.5"])
         image = tensor(picture(64, 80))
-        straight, _ = predict_multi_scale(model, image, PLAIN, config)
-        mirrored, _ = predict_multi_scale(model, image.flip(-1), PLAIN, config)
+        straight, _ = predict_multi_scale(model, image, config)
+        mirrored, _ = predict_multi_scale(model, image.flip(-1), config)
         torch.testing.assert_close(mirrored.flip(-1), straight, atol=1e-5, rtol=1e-4)
-        single, _ = predict_single_scale(model, image.flip(-1), PLAIN, config)
-        assert not torch.allclose(single.flip(-1), predict_single_scale(model, image, PLAIN, config)[0], atol=1e-3)
+        single, _ = predict_single_scale(model, image.flip(-1), config)
+        assert not torch.allclose(single.flip(-1), predict_single_scale(model, image, config)[0], atol=1e-3)
 
     def test_large_images_go_through_the_network_one_at_a_time(
         self, model: SLRNet, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
@@ -72,9 +70,9 @@ class TestPredictMultiScale:
         counts: list[int] = []
         hook = model.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0][0])))
         try:
-            together = predict_multi_scale(model, images, PLAIN, tiny_config)
+            together = predict_multi_scale(model, images, tiny_config)
             monkeypatch.setattr(predictor, "_LARGE", 64 * 64)
-            alone = predict_multi_scale(model, images, PLAIN, tiny_config)
+            alone = predict_multi_scale(model, images, tiny_config)
         finally:
             hook.remove()
         scales = tiny_config.evaluation.scales
@@ -90,7 +88,7 @@ class TestPredictMultiScale:
         left = apply_overrides(tiny_config, ["evaluation.scales=0.5", "evaluation.scale=2.0"])
         right = apply_overrides(tiny_config, ["evaluation.scales=1.0"])
         torch.testing.assert_close(
-            predict_multi_scale(model, image, PLAIN, left)[0], predict_multi_scale(model, image, PLAIN, right)[0]
+            predict_multi_scale(model, image, left)[0], predict_multi_scale(model, image, right)[0]
         )
 
 

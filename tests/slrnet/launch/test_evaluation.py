@@ -19,7 +19,6 @@ from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.launch.evaluation import launch_evaluation, measure
 from slrnet.launch.prediction import MaskPredictor
 from slrnet.launch.train import LaunchOptions, launch
-from slrnet.models.network import Normalize
 from slrnet.tools.predict import predictor_of
 from slrnet.tracking.reader import metric_history
 
@@ -84,8 +83,7 @@ def test_any_number_of_ranks_counts_the_same(
     need(protocol)
     config = apply_overrides(tiny_config, [f"evaluation.protocol={protocol}"])
     model = restore_model(checkpoint).eval()
-    normalize = Normalize.of(model.encoder)
-    predictor = MaskPredictor(model=model, config=config, normalize=normalize, process=Process(), crf_processes=1)
+    predictor = MaskPredictor(model=model, config=config, process=Process(), crf_processes=1)
 
     def share(rank: int, world_size: int) -> tuple[Quality, ...]:
         loader = EvalLoader(tiny_data, split="val", rank=rank, world_size=world_size)

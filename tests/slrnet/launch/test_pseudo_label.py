@@ -100,14 +100,12 @@ class TestTheDataSet:
         self, made: tuple[ShardSet, Any], checkpoint: Checkpoint
     ) -> None:
         from slrnet.checkpoints.checkpoint import restore_model
-        from slrnet.models.network import Normalize
 
         model = restore_model(checkpoint).eval()
-        normalize = Normalize.of(model.encoder)
         described = notes(made[0].folder, "train")
         void = 0
         for sample in EvalLoader(made[0], split="train"):
-            probs = predict(model, sample.image, normalize, checkpoint.config, "ss")[0][0]
+            probs = predict(model, sample.image, checkpoint.config, "ss")[0][0]
             probs[1:] *= sample.image_labels[:, None, None]
             confidence, mask = (probs / probs.sum(dim=0)).max(dim=0)
             expected = torch.where(confidence < 0.5, IGNORE_INDEX, mask)

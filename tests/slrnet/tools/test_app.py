@@ -17,15 +17,15 @@ from PIL import Image
 
 from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.cli.main import main
-from slrnet.tools.app.studio import MAX_SIDE, Studio, shrunk
+from slrnet.tools.app.analyzer import MAX_SIDE, Analyzer, shrink
 from slrnet.tools.dashboard import newest_run
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @pytest.fixture(scope="module")
-def studio(tiny_run: Path) -> Studio:
-    return Studio(load_checkpoint(tiny_run), device="cpu")
+def analyzer(tiny_run: Path) -> Analyzer:
+    return Analyzer(load_checkpoint(tiny_run), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -33,50 +33,50 @@ def image() -> Pixels:
     return np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
 
 
-def test_a_look_has_all_that_the_page_shows(studio: Studio, image: Pixels) -> None:
-    look = studio.look(image, studio.usual)
-    for mask in (look.mask, look.refined, look.pseudo_labels):
+def test_an_analysis_has_all_that_the_page_shows(analyzer: Analyzer, image: Pixels) -> None:
+    analysis = analyzer.analyze(image, analyzer.defaults)
+    for mask in (analysis.mask, analysis.refined, analysis.pseudo_labels):
         assert mask.shape == (64, 96)
-    assert set(look.scores) == set(studio.classes[1:])
-    assert list(look.scores.values()) == sorted(look.scores.values(), reverse=True)
-    assert set(look.classes) <= set(studio.classes[1:])
-    assert look.codes
-    assert set(look.codes) <= set(studio.classes)
+    assert set(analysis.scores) == set(analyzer.classes[1:])
+    assert list(analysis.scores.values()) == sorted(analysis.scores.values(), reverse=True)
+    assert set(analysis.classes) <= set(analyzer.classes[1:])
+    assert analysis.codes
+    assert set(analysis.codes) <= set(analyzer.classes)
 
 
-def test_gamma_decides_how_much_is_labelled(studio: Studio, image: Pixels) -> None:
-    every = replace(studio.usual, classes=studio.classes[1:], refine_iters=0)
-    covered = [studio.look(image, replace(every, gamma=gamma)).coverage for gamma in (0.0, 0.5, 1.0)]
+def test_gamma_decides_how_much_is_labelled(analyzer: Analyzer, image: Pixels) -> None:
+    every = replace(analyzer.defaults, classes=analyzer.classes[1:], refine_iters=0)
+    covered = [analyzer.analyze(image, replace(every, gamma=gamma)).coverage for gamma in (0.0, 0.5, 1.0)]
     assert covered[0] != covered[2]
-    masks = [studio.look(image, replace(every, gamma=gamma)).refined for gamma in (0.0, 1.0)]
+    masks = [analyzer.analyze(image, replace(every, gamma=gamma)).refined for gamma in (0.0, 1.0)]
     assert (masks[0] == masks[1]).all()  # before the threshold
 
 
-def test_iterations_change_codes_and_leave_the_network_as_it_was(studio: Studio, image: Pixels) -> None:
-    first = studio.look(image, studio.usual)
-    other = studio.look(image, replace(studio.usual, num_iters=6))
+def test_iterations_change_codes_and_leave_the_network_as_it_was(analyzer: Analyzer, image: Pixels) -> None:
+    first = analyzer.analyze(image, analyzer.defaults)
+    other = analyzer.analyze(image, replace(analyzer.defaults, num_iters=6))
     name = next(iter(set(first.codes) & set(other.codes)))
     assert not np.allclose(first.codes[name], other.codes[name], atol=1e-6)
-    again = Studio(load_checkpoint_of(studio), device="cpu").look(image, studio.usual)
-    assert (studio.look(image, studio.usual).mask == again.mask).all()
+    again = Analyzer(load_checkpoint_of(analyzer), device="cpu").analyze(image, analyzer.defaults)
+    assert (analyzer.analyze(image, analyzer.defaults).mask == again.mask).all()
 
 
-def load_checkpoint_of(studio: Studio) -> Any:
+def load_checkpoint_of(analyzer: Analyzer) -> Any:
     from slrnet.checkpoints.checkpoint import Checkpoint, TrainState
 
-    state = TrainState(epoch=1, step=1, classes=studio.classes, data_fingerprint="", world_size=1)
-    return Checkpoint(Path(), studio.config, state, studio._model.state_dict(), {})
+    state = TrainState(epoch=1, step=1, classes=analyzer.classes, data_fingerprint="", world_size=1)
+    return Checkpoint(Path(), analyzer.config, state, analyzer._model.state_dict(), {})
 
 
-def test_chosen_classes_alone_are_labelled(studio: Studio, image: Pixels) -> None:
-    chosen = studio.look(image, replace(studio.usual, classes=(studio.classes[2],)))
+def test_chosen_classes_alone_are_labelled(analyzer: Analyzer, image: Pixels) -> None:
+    chosen = analyzer.analyze(image, replace(analyzer.defaults, classes=(analyzer.classes[2],)))
     assert set(np.unique(chosen.pseudo_labels)) <= {0, 2, 255}
-    assert chosen.classes == (studio.classes[2],)
+    assert chosen.classes == (analyzer.classes[2],)
 
 
 def test_large_images_are_scaled_down() -> None:
-    assert shrunk(Image.new("RGB", (3000, 1000))).shape == (round(1000 * MAX_SIDE / 3000), MAX_SIDE, 3)
-    assert shrunk(Image.new("L", (30, 20))).shape == (20, 30, 3)
+    assert shrink(Image.new("RGB", (3000, 1000))).shape == (round(1000 * MAX_SIDE / 3000), MAX_SIDE, 3)
+    assert shrink(Image.new("L", (30, 20))).shape == (20, 30, 3)
 
 
 def test_the_newest_run_is_taken(tiny_run: Path, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from slrnet.cli.main import main
+from slrnet.config import Config, apply_overrides
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import build_encoder
-from slrnet.models.network import Normalize
 from slrnet.models.slrnet import SLRNet
-from slrnet.tools.codes import CodeMaps, code_maps, draw_code_maps, heat
+from slrnet.tools.codes import CodeMaps, code_maps, draw_code_maps
+from slrnet.viz.heat import heat
 
 
 def model_of(**options: object) -> SLRNet:
@@ -24,16 +25,13 @@ def model_of(**options: object) -> SLRNet:
     return SLRNet(encoder, num_classes=3, cvlr=module, decoder_dim=8, skip_dim=4, aspp_dilations=(1, 2, 3)).eval()
 
 
-def normalize_of(model: SLRNet) -> Normalize:
-    return Normalize.of(model.encoder)
-
-
-IMAGE = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(1))
+IMAGE = np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+CONFIG = apply_overrides(Config(), ["model.output_stride=16", "data.crop_size=64"])
 
 
 def test_codes_of_several_numbers_of_iterations() -> None:
     model = model_of()
-    maps = code_maps(model, IMAGE, normalize_of(model), [1, 2, 5])
+    maps = code_maps(model, IMAGE, CONFIG, [1, 2, 5])
     assert list(maps.codes) == [1, 2, 5]
     for codes in maps.codes.values():
         assert codes.shape == (3, 48, 64)
@@ -46,8 +44,20 @@ def test_codes_of_several_numbers_of_iterations() -> None:
 
 def test_atoms_without_names() -> None:
     model = model_of(num_bases=5)
-    maps = code_maps(model, IMAGE, normalize_of(model), [3])
+    maps = code_maps(model, IMAGE, CONFIG, [3])
     assert maps.codes[3].shape == (5, 48, 64)
+    means = maps.codes[3].mean(axis=(1, 2))
+    assert list(maps.choose_atoms(["background", "cat", "dog"])) == np.argsort(-means).tolist()
+
+
+def test_the_largest_classes_of_the_mask_are_drawn_unless_others_are_named() -> None:
+    mask = np.array([[2, 2, 2, 1], [0, 0, 0, 0]])
+    maps = CodeMaps({1: np.zeros((4, 2, 4), dtype=np.float32)}, mask)
+    classes = ["background", "cat", "dog", "cow"]
+    assert maps.choose_atoms(classes) == {0: "background", 2: "dog", 1: "cat"}
+    assert maps.choose_atoms(classes, ["cow"]) == {3: "cow"}
+    with pytest.raises(ValueError, match="there is no class 'bee'; the checkpoint's are background, cat, dog, cow"):
+        maps.choose_atoms(classes, ["bee"])
 
 
 def test_the_picture_shows_each_map_in_its_place() -> None:
@@ -55,21 +65,22 @@ def test_the_picture_shows_each_map_in_its_place() -> None:
     codes[2] = 1
     image = np.full((20, 40, 3), 7, dtype=np.uint8)
     maps = CodeMaps({1: codes, 4: 1 - codes}, np.zeros((20, 40), dtype=np.int64))
-    picture = np.asarray(draw_code_maps(image, maps, names=["background", "cat", "dog"], atoms=[0, 2]))
+    picture = np.asarray(draw_code_maps(image, maps, {0: "background", 2: "dog"}))
     dark, bright = ([int(value) for value in heat(np.full((1, 1), level, np.float32))[0, 0]] for level in (0, 1))
     for row, (first, second) in enumerate(((dark, bright), (bright, dark))):
-        y = 32 + row * (110 + 8) + 55
-        colours = [picture[y, 60 + column * 228 + 110].tolist() for column in range(3)]
+        y = 10 + row * (24 + 110 + 10) + 24 + 55
+        columns = [picture.shape[1] - 230 * (3 - column) + 110 for column in range(3)]
+        colours = [picture[y, x].tolist() for x in columns]
         assert colours == [[7, 7, 7], first, second]
 
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = SLRNet(model_of().encoder, num_classes=3, cvlr=None, decoder_dim=8, skip_dim=4, aspp_dilations=(1, 2, 3))
     with pytest.raises(ValueError, match="without a low-rank module"):
-        code_maps(plain.eval(), IMAGE, normalize_of(plain), [1])
+        code_maps(plain.eval(), IMAGE, CONFIG, [1])
     model = model_of()
     with pytest.raises(ValueError, match=r"num_iters is \[0\]"):
-        code_maps(model, IMAGE, normalize_of(model), [0])
+        code_maps(model, IMAGE, CONFIG, [0])
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert main(["codes", str(tmp_path / "none"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 2
     assert "error:" in capsys.readouterr().err

@@ -18,9 +18,10 @@ from slrnet.cli.main import main
 from slrnet.config import Config, apply_overrides
 from slrnet.evaluation.examine import Bins, GammaSweep
 from slrnet.recipes import get_recipe
-from slrnet.tools.report import page, runs
-from slrnet.tools.report.charts import Series, draw_chart, limits_of
-from slrnet.tools.report.page import MAX_BYTES, gamma_advice
+from slrnet.tools.report import runs
+from slrnet.tools.report.charts import Chart, Series, draw_chart
+from slrnet.tools.report.measurements import Measurements, gamma_advice
+from slrnet.tools.report.page import MAX_BYTES, render
 from slrnet.tools.report.runs import find_records, read_run, training_command, val_key
 from slrnet.tracking.protocol import RunHandle
 
@@ -163,13 +164,10 @@ def test_several_runs_have_a_column_each(tiny_run: Path, tmp_path: Path) -> None
     assert "ss, 2 images of val" in text
 
 
-def test_a_page_that_would_be_too_large_is_refused(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(page, "MAX_BYTES", 10_000)
-    assert main(["report", str(tiny_run), "--out", str(tmp_path / "out.html"), "--images", "1", "--measured", "1"]) == 2
-    assert "give fewer runs, or fewer --images" in capsys.readouterr().err
-    assert not (tmp_path / "out.html").exists()
+def test_a_page_that_would_be_too_large_is_refused(tiny_run: Path) -> None:
+    measured = Measurements(absent=dict.fromkeys(("masks", "codes", "sweep"), "not wanted"))
+    with pytest.raises(ValueError, match=r"larger than 0\.01 MB .* give fewer runs, or fewer --images"):
+        render([read_run(tiny_run)], [measured], max_bytes=10_000)
 
 
 def test_mistakes_are_named(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,18 +252,27 @@ class TestGammaAdvice:
 
 def test_charts_place_points_and_leave_out_what_is_not_finite() -> None:
     series = [Series("a", [(0, 10), (1, float("nan")), (4, 30)], labels=["first", "", "last"])]
-    assert limits_of(series, 1) == (10, 30)
-    assert limits_of([], 0) == (0, 1)
-    chart = draw_chart(
-        "t", series, x_label="x", y_label="y", x_limits=(0, 4), y_limits=(10, 30), note="n", diagonal=True
-    )
+    chart = draw_chart(Chart(title="t", series=series, x_label="x", y_label="y", note="n", diagonal=True))
     assert chart.lines[0].path == "M52 246 L404 14"
     assert [label[2] for label in chart.lines[0].labels] == ["first", "last"]
     assert chart.diagonal == ""  # the axes share no range
     assert [text for _, text in chart.x_ticks] == ["0", "1", "2", "3", "4"]
+    assert [text for _, text in chart.y_ticks][:: len(chart.y_ticks) - 1] == ["10", "30"]
+
+
+def test_charts_that_are_compared_have_the_same_axes() -> None:
+    def chart(*points: tuple[float, float]) -> Chart:
+        return Chart(title="t", series=[Series("a", points)], x_label="x", y_label="y", note="n", diagonal=True)
+
+    small, large = chart((0, 0), (1, 1)), chart((0, 0), (4, 2))
+    assert draw_chart(small).lines[0].path == draw_chart(small).diagonal == "M52 246 L404 14"
+    assert draw_chart(small, [large]).lines[0].path == "M52 246 L140 130"
+    assert draw_chart(large, [small]).x_ticks == draw_chart(small, [large]).x_ticks
+    empty = draw_chart(chart())
+    assert [empty.lines[0].path, empty.x_ticks[0], empty.x_ticks[-1]] == ["", (52, "0"), (404, "1")]
 
 
 def test_the_template_is_part_of_the_package() -> None:
-    root = Path(__file__).resolve().parents[2]
-    assert '"report/*.jinja"' in (root / "pyproject.toml").read_text()
+    root = Path(__file__).resolve().parents[3]
+    assert '"tools/report/*.jinja"' in (root / "pyproject.toml").read_text()
     assert files("slrnet.tools.report").joinpath("page.html.jinja").is_file()

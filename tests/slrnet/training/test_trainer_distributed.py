@@ -388,7 +388,6 @@ class TestTraining:
             trainer.model.eval(),
             EvalLoader(tiny_data, split="val"),
             config=config,
-            normalize=trainer.normalize,
             process=Process(),
         )
         figures = quality_metrics("val", quality, tiny_data.info.classes)

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from slrnet.data.catalog import VOC_CLASSES, voc_palette
-from slrnet.viz import panels
+from slrnet.viz import grid
+from slrnet.viz.grid import class_legend
 from slrnet.viz.overlay import draw_overlay
 from slrnet.viz.panels import draw_class_scores, draw_panel
 
@@ -57,9 +58,9 @@ class TestDrawPanel:
         assert (np.asarray(titled)[:30, :150] < 100).any()
 
     def test_legend_names_what_occurs_in_any_mask(self) -> None:
-        entries = panels._legend_entries([0, 2, 255], PALETTE, NAMES)
-        assert [name for name, _ in entries] == ["background", "dog", "void"]
-        assert (np.asarray(entries[1][1]) == PALETTE[2]).all()
+        entries = class_legend([np.array([[2, 0]]), np.array([[255]])], PALETTE, NAMES)
+        assert entries == [("background", (70, 70, 70)), ("dog", tuple(PALETTE[2].tolist())), ("void", None)]
+        assert class_legend([np.array([[2, 0, 255]])], PALETTE, NAMES, foreground_only=True) == entries[1:2]
         image, mask = grey_image(240, 240), np.zeros((240, 240), int)
         refined = mask.copy()
         refined[100:200, 100:200] = 3
@@ -71,7 +72,7 @@ class TestDrawPanel:
     def test_long_legends_wrap_inside_the_page(self) -> None:
         widths = [100.0, 100.0, 100.0, 700.0, 100.0]
         # 20 for swatch and space, 20 behind: entries of 140; the fourth does not fit into 500 and stands alone.
-        assert panels._legend_positions(widths, 500) == [(10, 0), (150, 0), (290, 0), (10, 1), (10, 2)]
+        assert grid._legend_positions(widths, 500) == [(10, 0), (150, 0), (290, 0), (10, 1), (10, 2)]
         ids = np.arange(21).repeat(100).reshape(-1, 60)
         image = grey_image(*ids.shape)
         page = np.asarray(draw_panel(image, ids, ids, ids, None, palette=PALETTE, class_names=VOC_CLASSES))

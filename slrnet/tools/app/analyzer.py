@@ -1,0 +1,197 @@
+"""Computes what the app shows of an image: mask, refined mask, pseudo label, class scores, and code maps.
+
+You can change T of CVLR, gamma, the refinement's iterations, and the classes; all other settings are the checkpoint's.
+Only what depends on a changed setting is computed again, so a new gamma does not need the network.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from slrnet.calibration.pseudo_labels import Calibrated, calibrate_views, make_pseudo_labels, to_class_ids
+from slrnet.checkpoints.checkpoint import Checkpoint, restore_network
+from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.evaluation.masks import view_logits
+from slrnet.inference.forward import gate, predict_single_scale
+from slrnet.inference.predictor import rgb_array
+from slrnet.models.slrnet import SLRNet
+from slrnet.ops.maps import resize
+from slrnet.tools.codes import CodeMaps, code_maps, iterations
+
+__all__ = ["MAX_SIDE", "Analysis", "Analyzer", "Controls", "shrink"]
+
+MAX_SIDE = 640
+"""Pixels of the longer side; larger images are scaled down, so that an answer takes about a second on a CPU."""
+
+Mask = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Controls:
+    """Settings to try."""
+
+    num_iters: int
+    """T, >= 1; ignored by a network without a low-rank module."""
+    gamma: float
+    """`calibration.confidence_threshold`, in [0, 1]."""
+    refine_iters: int
+    """`calibration.refine_iters`; 0: no refinement."""
+    classes: tuple[str, ...] | None = None
+    """Foreground classes that the pseudo label may show; None for those with high class scores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """Masks, scores, and codes of an image of H x W pixels."""
+
+    mask: Mask
+    """(H, W) class ids, by the protocol of the run's validation."""
+    refined: Mask
+    """(H, W) class ids of the fused masks of all views, refined."""
+    pseudo_labels: Mask
+    """(H, W) class ids, 255 where undecided."""
+    classes: tuple[str, ...]
+    """Foreground classes that the pseudo label may show."""
+    scores: dict[str, float]
+    """Sigmoids of the pooled scores by foreground class, highest first; empty if the network has none."""
+    codes: dict[str, npt.NDArray[np.float32]]
+    """(H', W') code maps in [0, 1] by the names of their atoms; empty without a low-rank module."""
+
+    @property
+    def coverage(self) -> float:
+        """Share of the pixels that the pseudo label decides."""
+        return float((self.pseudo_labels != IGNORE_INDEX).mean())
+
+
+@dataclass(frozen=True)
+class _Predictions:
+    """What the network says of an image with some T, before gating and calibration."""
+
+    probs: Tensor
+    scores: Tensor | None
+    logits: tuple[Tensor, ...]
+    images: Tensor
+    codes: CodeMaps | None
+
+
+class Analyzer:
+    """A checkpoint's network with controls; it answers one call at a time.
+
+    Args:
+        checkpoint: the checkpoint whose network analyzes images.
+        device: the network's device; None for a GPU if there is one.
+
+    Attributes:
+        classes: names of the K classes, background first.
+        has_codes: whether the network has a low-rank module.
+        defaults: the checkpoint's own settings.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, device: str | None = None) -> None:
+        self.config = checkpoint.config
+        self.classes = checkpoint.state.classes
+        self._model = restore_network(checkpoint, device)
+        self._device = next(self._model.parameters()).device
+        self._module = self._model.cvlr if isinstance(self._model, SLRNet) else None
+        self.has_codes = self._module is not None
+        calibration = self.config.calibration
+        self.defaults = Controls(
+            num_iters=self.config.cvlr.num_iters,
+            gamma=calibration.confidence_threshold,
+            refine_iters=calibration.refine_iters,
+        )
+        self._lock = Lock()
+        self._image: npt.NDArray[np.uint8] | None = None
+        self._predictions: dict[int, _Predictions] = {}
+        self._calibrated: dict[tuple[Any, ...], Calibrated] = {}
+
+    def analyze(self, image: npt.NDArray[np.uint8], controls: Controls) -> Analysis:
+        """Analyzes an image.
+
+        What does not depend on a changed control comes from the last call, as long as `image` is the same array.
+
+        Args:
+            image: (H, W, 3) uint8, not changed between calls; see `shrink`.
+            controls: the settings to try.
+
+        Raises:
+            ValueError: T is below 1, or gamma outside [0, 1].
+        """
+        with self._lock, torch.no_grad():
+            if self._image is not image:
+                self._image, self._predictions, self._calibrated = image, {}, {}
+            if controls.num_iters not in self._predictions:
+                self._predictions[controls.num_iters] = self._predict(image, controls.num_iters)
+            predictions = self._predictions[controls.num_iters]
+            scores = self._sorted_scores(predictions)
+            classes = self._likely_classes(scores) if controls.classes is None else controls.classes
+            labels = torch.tensor([[float(name in classes) for name in self.classes[1:]]], device=self._device)
+            calibrated = self._calibrate(predictions, labels, controls)
+            size = (image.shape[0], image.shape[1])
+            settings = self.config.calibration.model_copy(update={"confidence_threshold": controls.gamma})
+            gated = gate(predictions.probs, predictions.scores, labels[0], self.config.evaluation)
+            refined = to_class_ids(resize(calibrated.refined, size).argmax(dim=1), calibrated.classes)
+            return Analysis(
+                mask=gated[0].argmax(dim=0).cpu().numpy(),
+                refined=refined[0].cpu().numpy(),
+                pseudo_labels=make_pseudo_labels(calibrated, settings, size=size)[0].cpu().numpy(),
+                classes=classes,
+                scores=scores,
+                codes=self._titled_codes(predictions.codes),
+            )
+
+    def _predict(self, image: npt.NDArray[np.uint8], num_iters: int) -> _Predictions:
+        pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous().to(self._device)
+        with nullcontext() if self._module is None else iterations(self._module, num_iters):
+            probs, scores = predict_single_scale(self._model, pixels, self.config)
+            logits, images = view_logits(self._model, pixels, config=self.config)
+            codes = None if self._module is None else code_maps(self._model, image, self.config)
+        return _Predictions(probs, scores, tuple(logits), images, codes)
+
+    def _calibrate(self, predictions: _Predictions, labels: Tensor, controls: Controls) -> Calibrated:
+        key = (controls.num_iters, controls.refine_iters, tuple(labels[0].tolist()))
+        if key not in self._calibrated:
+            settings = self.config.calibration.model_copy(update={"refine_iters": controls.refine_iters})
+            self._calibrated[key] = calibrate_views(
+                predictions.logits, predictions.images, labels, settings, max_classes=int(labels.sum())
+            )
+        return self._calibrated[key]
+
+    def _likely_classes(self, scores: dict[str, float]) -> tuple[str, ...]:
+        """The classes that gating by scores keeps, or else the best one; all classes without scores."""
+        if not scores:
+            return self.classes[1:]
+        settings = self.config.evaluation
+        best = list(scores)[: settings.gating_top]
+        return tuple(name for name in best if scores[name] > settings.gating_threshold) or (best[0],)
+
+    def _sorted_scores(self, predictions: _Predictions) -> dict[str, float]:
+        if predictions.scores is None:
+            return {}
+        values = predictions.scores[0].float().sigmoid().cpu().tolist()
+        return dict(sorted(zip(self.classes[1:], values, strict=True), key=lambda pair: -pair[1]))
+
+    def _titled_codes(self, maps: CodeMaps | None) -> dict[str, npt.NDArray[np.float32]]:
+        if maps is None:
+            return {}
+        (codes,) = maps.codes.values()
+        return {title: codes[atom] for atom, title in maps.choose_atoms(self.classes).items()}
+
+
+def shrink(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Turns an image of any mode upright and scales it down to `MAX_SIDE` pixels a side; returns (H, W, 3) uint8."""
+    pixels = rgb_array(image)
+    if max(pixels.shape[:2]) <= MAX_SIDE:
+        return pixels
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS, reducing_gap=None)
+    return np.asarray(picture).copy()

@@ -1,0 +1,152 @@
+"""Measures a run's checkpoint for the report: masks, codes, and what another gamma would keep."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from slrnet.checkpoints.checkpoint import Checkpoint
+from slrnet.data.manifest import ShardSet, load_dataset
+from slrnet.evaluation.examine import (
+    EvaluationTarget,
+    Examination,
+    Example,
+    GammaSweep,
+    choose_by_iou,
+    examine,
+    measured_images,
+    read_examples,
+    sweep_gamma,
+)
+from slrnet.models.slrnet import SLRNet
+from slrnet.storage.remote import is_remote
+from slrnet.tools.codes import code_maps, draw_code_maps
+
+__all__ = ["Measurements", "gamma_advice", "measure_run"]
+
+CLEAR_GAIN = 0.005
+"""Smallest gain in the harmonic mean of fidelity and completeness for which the advice is another gamma."""
+
+
+@dataclass
+class Measurements:
+    """What a checkpoint gives on a data set, and why a part is absent."""
+
+    examination: Examination | None = None
+    best: list[Example] = field(default_factory=list)
+    worst: list[Example] = field(default_factory=list)
+    sweep: GammaSweep | None = None
+    code_pictures: dict[str, Image.Image] = field(default_factory=dict)
+    palette: Any = None
+    """(256, 3) uint8 colors by class id."""
+    absent: dict[str, str] = field(default_factory=dict)
+    """Reasons by part: `masks`, `sweep`, `codes`."""
+    note: str = ""
+    """A warning about the data."""
+
+
+def measure_run(
+    checkpoint: Checkpoint, *, data: Path | None, device: str | None, images: int, at_most: int | None
+) -> Measurements:
+    """Measures a checkpoint on a data set, or on that of its training if it is still there.
+
+    Args:
+        checkpoint: the run's checkpoint.
+        data: folder with shards; None for those of the training.
+        device: the network's device; None for a GPU if there is one.
+        images: number of best images, of worst images, and of images with code maps.
+        at_most: largest number of validation images, and of training images, to measure; None for all.
+
+    Raises:
+        DataError: the data set is damaged or has other classes.
+    """
+    config = checkpoint.config
+    location = str(data or config.data.path)
+    if data is None and not is_remote(location) and not (Path(location) / "dataset.json").is_file():
+        reason = "the training's data are not at hand; give their folder with --data"
+        return Measurements(absent={"masks": reason, "codes": reason, "sweep": reason})
+    shards = load_dataset(location)
+    target = EvaluationTarget.of(checkpoint, shards, device)
+    measured = Measurements(palette=shards.info.palette_array())
+    if shards.info.fingerprint != checkpoint.state.data_fingerprint:
+        measured.note = (
+            f"The data in {shards.location} are not those of the training: their fingerprints differ, although the "
+            "classes are the same."
+        )
+    split = config.data.val_split
+    if reason := _no_masks(shards, split):
+        measured.absent |= {"masks": reason, "codes": reason}
+    else:
+        measured.examination = examine(target, split, at_most=at_most)
+        scores = measured.examination.scores
+        measured.best = read_examples(target, split, choose_by_iou(scores, images, hardest=False))
+        measured.worst = read_examples(target, split, choose_by_iou(scores, images, hardest=True))
+        _draw_codes(target, measured)
+    if reason := _no_sweep(target):
+        measured.absent["sweep"] = reason
+    else:
+        measured.sweep = sweep_gamma(target, at_most=at_most)
+    return measured
+
+
+def gamma_advice(sweep: GammaSweep, gamma: float) -> str:
+    """Says what the pseudo labels of other values of gamma suggest for `calibration.confidence_threshold`.
+
+    Args:
+        sweep: the sweep over the run's training images.
+        gamma: the run's value, one of the sweep's.
+    """
+    means = sweep.harmonic_means
+    if all(map(math.isnan, means)):
+        return "No gamma that was tried gives any foreground label, so that the curve suggests nothing."
+    own, best = sweep.gammas.index(gamma), int(np.nanargmax(means))
+
+    def describe(place: int) -> str:
+        return (
+            f"{100 * sweep.fidelity[place]:.1f} % of the foreground labels are right, and "
+            f"{100 * sweep.completeness[place]:.1f} % of the foreground gets its right label"
+        )
+
+    now = f"At the run's gamma of {gamma:g}, {describe(own)}."
+    if means[best] - (0 if math.isnan(means[own]) else means[own]) < CLEAR_GAIN:
+        advice = "No other gamma raises the harmonic mean of both by half a point: leave it."
+    else:
+        advice = (
+            f"Their harmonic mean is highest at {sweep.gammas[best]:g}: {describe(best)}. So try "
+            f"calibration.confidence_threshold={sweep.gammas[best]:g}, a {'lower' if best < own else 'higher'} gamma."
+        )
+    return f"{now} {advice} The weights were trained with {gamma:g}; only a training with another gamma can prove it."
+
+
+def _no_masks(shards: ShardSet, split: str) -> str:
+    """Why a split has no masks to compare with; empty if it has some."""
+    if split in shards.splits and shards.split(split).has_masks.any():
+        return ""
+    return f"the data in {shards.location} have no masks in split {split!r} to compare with"
+
+
+def _no_sweep(target: EvaluationTarget) -> str:
+    """Why there is nothing to sweep gamma on; empty if there is."""
+    config = target.checkpoint.config
+    if reason := _no_masks(target.shards, config.data.train_split):
+        return reason
+    if not config.evaluation.pseudo_mask_images:
+        return "evaluation.pseudo_mask_images is 0: the run measures no pseudo masks"
+    if not measured_images(target):
+        return "the run trains on every true mask of its training images: none is left to compare with"
+    return ""
+
+
+def _draw_codes(target: EvaluationTarget, measured: Measurements) -> None:
+    if not isinstance(target.model, SLRNet) or target.model.cvlr is None:
+        measured.absent["codes"] = "the network has no low-rank module, so it has no codes"
+        return
+    for example in measured.best:
+        maps = code_maps(target.model, example.image, target.checkpoint.config)
+        atoms = maps.choose_atoms(target.checkpoint.state.classes)
+        measured.code_pictures[example.key] = draw_code_maps(example.image, maps, atoms)

@@ -1,0 +1,139 @@
+"""Pictures side by side in a grid with captions and a legend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.viz.overlay import Mask, Pixels, void_stripes
+
+__all__ = ["Color", "Tile", "class_legend", "draw_grid", "shorten"]
+
+Color: TypeAlias = tuple[int, int, int]
+"""Red, green, and blue, 0 to 255."""
+Font: TypeAlias = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+PAGE: Color = (255, 255, 255)
+INK: Color = (34, 34, 34)
+FAINT: Color = (190, 190, 190)
+BACKGROUND: Color = (70, 70, 70)
+"""Stands for the background, which overlays draw as dimmed grey whatever its color in the palette."""
+GAP = 10
+"""Between tiles, pixels."""
+LINE = 24
+"""Height of a line of text, pixels."""
+FONT_SIZE = 15
+_SWATCH = 14
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture in a grid."""
+
+    picture: Pixels
+    """(H, W, 3) uint8 RGB."""
+    caption: str = ""
+    """Text above it, shortened to the picture's width."""
+
+
+def draw_grid(
+    rows: Sequence[Sequence[Tile]],
+    *,
+    title: str = "",
+    row_names: Sequence[str] = (),
+    legend: Sequence[tuple[str, Color | None]] = (),
+) -> Image.Image:
+    """Draws tiles in rows and columns.
+
+    Args:
+        rows: tiles, left to right; at least one. All columns are as wide as the widest tile.
+        title: line at the top; empty for none.
+        row_names: texts at the left of the rows; empty for none.
+        legend: names and colors below the tiles; None is drawn as the stripes of void.
+
+    Returns:
+        RGB picture.
+    """
+    font, bold = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE + 2)
+    margin = GAP + max((round(font.getlength(name)) + GAP for name in row_names), default=0)
+    width = max(tile.picture.shape[1] for row in rows for tile in row)
+    total_width = margin + max(map(len, rows)) * (width + GAP)
+    tops = [GAP + (LINE if title else 0)]
+    for row in rows:
+        tops.append(tops[-1] + LINE + max(tile.picture.shape[0] for tile in row) + GAP)
+    places = _legend_positions([font.getlength(name) for name, _ in legend], total_width)
+    lines = places[-1][1] + 1 if places else 0
+    page = Image.new("RGB", (total_width, tops[-1] + lines * LINE + GAP // 2), PAGE)
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, GAP + 2), title, fill=INK, font=bold)
+    for top, row in zip(tops, rows, strict=False):
+        for column, tile in enumerate(row):
+            left = margin + column * (width + GAP)
+            caption = shorten(tile.caption, font, width)
+            draw.text((left + width / 2, top + LINE / 2), caption, fill=INK, font=font, anchor="mm")
+            page.paste(Image.fromarray(tile.picture), (left, top + LINE))
+    for name, top, below in zip(row_names, tops, tops[1:], strict=False):
+        draw.text((GAP, (top + LINE + below - GAP) / 2), name, fill=INK, font=font, anchor="lm")
+    for (name, color), (left, line) in zip(legend, places, strict=True):
+        _draw_legend_entry(page, name, color, left, tops[-1] + line * LINE, font)
+    return page
+
+
+def class_legend(
+    masks: Iterable[Mask], palette: Pixels, class_names: Sequence[str], *, foreground_only: bool = False
+) -> list[tuple[str, Color | None]]:
+    """Lists names and colors of the classes that masks show, in the order of their ids.
+
+    Args:
+        masks: each (H, W) class ids, 255 for void.
+        palette: (C, 3) uint8 colors by class id.
+        class_names: K names, background first.
+        foreground_only: leave out the background and void.
+
+    Returns:
+        Name and RGB color of each class; the color of void is None.
+    """
+    shown = sorted({int(index) for mask in masks for index in np.unique(mask)})
+    entries: list[tuple[str, Color | None]] = []
+    for index in shown:
+        if index in (0, IGNORE_INDEX):
+            special = ("void", None) if index else (class_names[0], BACKGROUND)
+            entries += [] if foreground_only else [special]
+        else:
+            red, green, blue = palette[index].tolist()
+            entries.append((class_names[index], (red, green, blue)))
+    return entries
+
+
+def shorten(text: str, font: Font, width: float) -> str:
+    """Cuts a text that is wider than `width` pixels, and marks the cut with an ellipsis."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _draw_legend_entry(page: Image.Image, name: str, color: Color | None, left: int, top: int, font: Font) -> None:
+    draw = ImageDraw.Draw(page)
+    draw.rectangle((left - 1, top + 4, left + _SWATCH, top + 5 + _SWATCH), fill=color, outline=FAINT)
+    if color is None:
+        page.paste(Image.fromarray(void_stripes((_SWATCH, _SWATCH)).astype(np.uint8)), (left, top + 5))
+    draw.text((left + _SWATCH + 6, top + 5 + _SWATCH / 2), name, fill=INK, font=font, anchor="lm")
+
+
+def _legend_positions(widths: Sequence[float], total_width: int) -> list[tuple[int, int]]:
+    """(left, line) of each entry, with a new line where the page ends."""
+    positions, left, line = [], GAP, 0
+    for width in widths:
+        needed = _SWATCH + 6 + round(width) + 2 * GAP
+        if left > GAP and left + needed > total_width:
+            left, line = GAP, line + 1
+        positions.append((left, line))
+        left += needed
+    return positions

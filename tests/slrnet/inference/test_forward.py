@@ -1,0 +1,114 @@
+"""What the network sees of an image, and the gating of its classes, against values by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slrnet.config import Config, ConfigError, EvaluationConfig, apply_overrides
+from slrnet.inference.forward import gate, predict_single_scale
+from slrnet.models.network import Normalize, Outputs
+
+PLAIN = Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=16)
+CONFIG = apply_overrides(Config(), ["model.output_stride=16", "data.crop_size=64"])
+
+
+class Recorder(nn.Module):
+    """Keeps the views that it sees; its three classes are the color channels."""
+
+    num_classes = 3
+    encoder = PLAIN
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views: list[Tensor] = []
+
+    def forward(self, views: Sequence[Tensor]) -> Outputs:
+        self.views += views
+        return Outputs(list(views), [torch.ones(len(view), 2) for view in views], [], [], [])
+
+
+def noise(height: int, width: int) -> Tensor:
+    return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+class TestPredictSingleScale:
+    @pytest.mark.parametrize(
+        ("crop", "size", "expected"),
+        [
+            (64, (37, 53), (32, 48)),
+            (65, (37, 53), (33, 49)),
+            (64, (5, 7), (16, 16)),
+            (65, (5, 7), (17, 17)),
+            (64, (64, 80), (64, 80)),
+        ],
+    )
+    def test_the_network_sees_sizes_like_the_crops(
+        self, crop: int, size: tuple[int, int], expected: tuple[int, int]
+    ) -> None:
+        network = Recorder()
+        config = apply_overrides(CONFIG, [f"data.crop_size={crop}"])
+        image = noise(*size)
+        probs, scores = predict_single_scale(network, image, config)  # type: ignore[arg-type]
+        assert [view.shape[-2:] for view in network.views] == [expected]
+        assert probs.shape == (1, 3, *size)
+        torch.testing.assert_close(probs.sum(dim=1), torch.ones(1, *size))
+        assert scores.tolist() == [[1.0, 1.0]]
+
+    @pytest.mark.parametrize(("scale", "expected"), [(0.5, (32, 48)), (2.0, (144, 192)), (0.1, (16, 16))])
+    def test_and_the_configured_scale(self, scale: float, expected: tuple[int, int]) -> None:
+        network = Recorder()
+        config = apply_overrides(CONFIG, [f"evaluation.scale={scale}"])
+        image = noise(70, 100)
+        probs, _ = predict_single_scale(network, image, config)  # type: ignore[arg-type]
+        assert [view.shape[-2:] for view in network.views] == [expected]
+        assert probs.shape == (1, 3, 70, 100)
+
+    def test_images_are_normalized(self) -> None:
+        network = Recorder()
+        network.encoder = replace(PLAIN, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.125))
+        predict_single_scale(network, torch.full((3, 64, 48), 255, dtype=torch.uint8), CONFIG)  # type: ignore[arg-type]
+        assert network.views[0][0, :, 3, 4].tolist() == [1.0, 2.0, 4.0]
+
+
+class TestGate:
+    PROBS = torch.tensor([0.4, 0.3, 0.2, 0.1]).view(1, 4, 1, 1)
+    SCORES = torch.tensor([[0.0, 3.0, -3.0]])  # sigmoids 0.5, 0.95, 0.05
+    LABELS = torch.tensor([0.0, 0.0, 1.0])
+
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            ({}, [0.4, 0.3, 0.2, 0.1]),
+            ({"gating": "image_labels"}, [0.4, 0.0, 0.0, 0.1]),
+            ({"gating": "scores", "gating_threshold": 0.3}, [0.4, 0.3, 0.2, 0.0]),
+            ({"gating": "scores", "gating_threshold": 0.9}, [0.4, 0.0, 0.2, 0.0]),
+            ({"gating": "scores", "gating_threshold": 0.0}, [0.4, 0.3, 0.2, 0.1]),
+            ({"gating": "scores", "gating_threshold": 0.5}, [0.4, 0.0, 0.2, 0.0]),  # strictly above
+            ({"gating": "scores", "gating_threshold": 0.0, "gating_top": 1}, [0.4, 0.0, 0.2, 0.0]),
+            ({"gating": "scores", "gating_threshold": 0.0, "gating_top": 2}, [0.4, 0.3, 0.2, 0.0]),
+            ({"background_power": 3.0}, [0.064, 0.3, 0.2, 0.1]),
+            ({"background_power": 2.0, "gating": "image_labels"}, [0.16, 0.0, 0.0, 0.1]),
+        ],
+    )
+    def test_by_hand(self, settings: dict[str, object], expected: list[float]) -> None:
+        config = EvaluationConfig(**settings)  # type: ignore[arg-type]
+        gated = gate(self.PROBS.clone(), self.SCORES, self.LABELS, config)
+        torch.testing.assert_close(gated.flatten(), torch.tensor(expected))
+
+    def test_what_cannot_be_gated_is_refused(self) -> None:
+        for gating, scores, message in (
+            ("scores", None, "a network that predicts the background has none"),
+            ("image_labels", self.SCORES, "there are none"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                gate(self.PROBS, scores, None, EvaluationConfig(gating=gating))
+
+
+def test_gating_is_one_of_three() -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.gating: Input should be 'none', 'scores' or 'image_labels'"):
+        apply_overrides(CONFIG, ["evaluation.gating=labels"])
