@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -314,7 +315,7 @@ class TestFormats:
         rows = [
             line.strip("|").split(" | ") for line in page.partition("| entry of `state.json`")[2].splitlines()[2:13]
         ]
-        expected = {"schema_version", "sha256", *TrainState.__dataclass_fields__}
+        expected = {"schema_version", "sha256", *(field.name for field in fields(TrainState))}
         assert expected == set(names_in([row for row in rows if row[0].strip().startswith("`")]))
 
     def test_entries_of_evaluation_json(self) -> None:

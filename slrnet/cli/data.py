@@ -10,13 +10,7 @@ from slrnet.cli.arguments import describe
 
 __all__ = ["KINDS", "add_browse", "add_class_balance", "add_prepare", "browse", "class_balance"]
 
-KINDS = {
-    "voc": "PASCAL VOC 2012, with or without SBD's masks, and any folder in VOC's layout",
-    "coco": "COCO 2014 or 2017",
-    "l2id": "the weakly supervised track of the L2ID challenge (ImageNet DET)",
-    "folder": "your own images, with masks, image labels, both or neither",
-    "demo": "the embedded demo: synthetic pictures drawn from a seed",
-}
+KINDS = ("voc", "coco", "l2id", "folder", "demo")
 """What can be prepared, each by the module of that name in data_prep."""
 
 
@@ -26,8 +20,9 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
     `slrnet prepare KIND --help` explains what each kind reads and writes.
     """
     kinds = parser.add_subparsers(metavar="KIND", required=True, help="what to prepare")
-    for name, line in KINDS.items():
+    for name in KINDS:
         converter = import_module(f"data_prep.{name}")
+        line = (converter.__doc__ or "").partition("\n")[0]
         describe(kinds.add_parser(name, help=line), converter.__doc__, converter.add_arguments, converter.run)
 
 

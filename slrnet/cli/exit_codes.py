@@ -7,17 +7,13 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-__all__ = ["EXIT_STATUS", "Terminated", "exit_code"]
+__all__ = ["EXIT_STATUS", "exit_code"]
 
 EXIT_STATUS = (
     "Exit status: 0 when all went well, 1 when the work failed or found damage, 2 for a mistake in what you gave,\n"
     "130 after Ctrl-C, 143 after SIGTERM."
 )
 """What the help of every command says about its exit status."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM (`ray job stop`, `kill`), which ends a command as Ctrl-C does."""
 
 
 def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> int:
@@ -31,12 +27,12 @@ def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> in
         What `run` returns; 1 after a failed training, 2 after a mistake of the user (ValueError, OSError), 130 or 143
         after a signal.
     """
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return run()
     except KeyboardInterrupt as interruption:
         print(interrupted, file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(interruption, Terminated) else signal.SIGINT)
+        return 128 + int(*(interruption.args or (signal.SIGINT,)))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,5 +47,6 @@ def exit_code(run: Callable[[], int], *, interrupted: str = "interrupted") -> in
         signal.signal(signal.SIGTERM, previous)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise Terminated
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Let SIGTERM (`ray job stop`, `kill`) end a command as Ctrl-C does."""
+    raise KeyboardInterrupt(number)

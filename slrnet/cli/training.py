@@ -174,9 +174,7 @@ def evaluate(options: argparse.Namespace) -> int:
     checkpoint, config, shards = _prediction(options)
     out = (options.out or checkpoint.path.parent.parent / "evaluations").expanduser().resolve()
     name = f"{checkpoint.path.name}-{options.split}-{time.strftime('%Y%m%d-%H%M%S')}"
-    workers = LaunchOptions(
-        name=name, storage=out, num_workers=options.num_workers, cpus_per_worker=options.cpus_per_worker
-    )
+    workers = LaunchOptions(**_fields_of(LaunchOptions, options) | {"name": name, "storage": out})
     result = launch_evaluation(checkpoint, shards, split=options.split, config=config, options=workers)
     print(quality_table(result["metrics"], tuple(result["classes"])))
     for protocol, metrics in result["before_crf"].items():
@@ -316,19 +314,18 @@ def _launch(options: argparse.Namespace, config: Config) -> int:
     from slrnet.tracking.summary import quality_table
 
     storage, remote = _places(options.storage)
-    run = LaunchOptions(
-        name=options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}",
-        storage=storage,
-        remote=remote,
-        resume=bool(options.resume),
-        **{name: getattr(options, name) for name in ("num_workers", "cpus_per_worker", "cpu_only")},
-        **{name: getattr(options, name) for name in ("wait_minutes", "max_failures", "hang_limit")},
-    )
-    result = launch(config, run)
+    name = options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    named = {"name": name, "storage": storage, "remote": remote, "resume": bool(options.resume)}
+    result = launch(config, LaunchOptions(**_fields_of(LaunchOptions, options) | named))
     print(f"\nbest checkpoint, epoch {result.state.epoch}: {result.best}")
     print(quality_table(result.state.metrics, result.state.classes))
     print(f"curves and pictures: {result.run.how_to_open()}")
     return 0
+
+
+def _fields_of(kind: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """The options that a dataclass has fields for."""
+    return {name: value for name, value in vars(options).items() if name in kind.__dataclass_fields__}
 
 
 def _places(storage: str) -> tuple[Path, str]:
@@ -348,9 +345,9 @@ def _plan(options: argparse.Namespace) -> SweepPlan:
 
     base = get_space(config.recipe) if config.recipe in RECIPES else DEFAULT_SPACE
     domains = [domain for domain in base if options.scheduler != "pbt" or may_change(domain.key)]
-    named = {name: value for name, value in vars(options).items() if name in SweepOptions.__dataclass_fields__}
-    named["name"] = options.name or f"{options.ablation or 'sweep'}-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    sweep = SweepOptions(metrics=tuple(options.metric.split(",")), **named)
+    name = options.name or f"{options.ablation or 'sweep'}-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+    named = {"name": name, "metrics": tuple(options.metric.split(","))}
+    sweep = SweepOptions(**_fields_of(SweepOptions, options) | named)
     ablation = {"ablation": options.ablation, "seeds": options.seeds, "variants": options.variants}
     return plan_sweep(config, sweep, space=space_with(domains, options.search), **ablation)
 
