@@ -393,8 +393,9 @@ class TestTraining:
         figures = quality_metrics("val", quality, tiny_data.info.classes)
         assert len({value for name, value in figures.items() if name.startswith("val/iou/")}) > 1
         reported = results[0]["training"]["reports"][-1]
-        assert reported["val/miou_ss"] == figures.pop("val/miou")
-        assert {name: reported[name] for name in figures} == figures
+        # Rounding may turn a pixel where two classes are nearly equal: processes and threads share the work otherwise.
+        assert reported["val/miou_ss"] == pytest.approx(figures.pop("val/miou"), abs=1e-3)
+        assert {name: reported[name] for name in figures} == pytest.approx(figures, abs=1e-3)
 
     def test_pictures_of_both_are_logged_by_the_first(self, folder: Path, results: list[dict[str, Any]]) -> None:
         first, second = (result["training"]["pictures"] for result in results)
