@@ -1,4 +1,4 @@
-"""What a run left behind: checkpoint, curves, environment, pictures, evaluations; and why something is missing."""
+"""Reads a run: checkpoint, curves, environment, pictures, evaluations; and says why something is missing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slrnet.recipes import RECIPES, get_recipe
 from slrnet.tracking.protocol import RunHandle, metric_key
 from slrnet.tracking.reader import logged_pictures, metric_history, run_tags
 
-__all__ = ["Curve", "Run", "find_records", "read_run", "training_command", "val_key"]
+__all__ = ["Curve", "Run", "TrackedRun", "find_records", "read_run", "training_command", "val_key"]
 
 Curve = list[tuple[float, float]]
 """Points of a curve: epochs, and values by epoch."""
@@ -29,50 +29,76 @@ Curve = list[tuple[float, float]]
 _PANEL = re.compile(r"(?P<key>.+)-epoch-(?P<epoch>\d+)\.png")
 
 
+class TrackedRun:
+    """What MLflow holds of a training.
+
+    Args:
+        handle: the training's MLflow run.
+    """
+
+    def __init__(self, handle: RunHandle) -> None:
+        self.handle = handle
+        self.run_id = handle.run_id
+
+    def history(self, key: str) -> list[tuple[int, float]]:
+        """Returns steps and values of a metric."""
+        return metric_history(self.handle, key)
+
+    def tags(self) -> dict[str, str]:
+        """Returns the run's tags."""
+        return run_tags(self.handle)
+
+    def pictures(self) -> dict[tuple[str, int], Image.Image]:
+        """Returns the panels by image and place in MLflow's grid, which counts from 0."""
+        return logged_pictures(self.handle)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """A training, as far as it can be read."""
 
     name: str
-    """Name of its folder."""
+    """Name of the run's folder."""
     checkpoint: Checkpoint
-    """That the page is about."""
+    """The checkpoint that the page is about."""
     curves: dict[str, Curve]
-    """By the names of the figures in MLflow."""
+    """By the names of the metrics in MLflow."""
     curves_from: str
     """Where the curves are from, for people."""
     environment: dict[str, str]
-    """Versions and commit of the training, of its MLflow run; empty where that is out of reach."""
+    """Versions and commit of the training; empty if its MLflow run is out of reach."""
     panels: dict[str, dict[int, Image.Image]]
     """Pictures of the way from mask to pseudo label, by image and epoch."""
     panels_from: str
-    """Where they are from, or why there are none."""
+    """Where the pictures are from, or why there are none."""
     evaluations: dict[Path, dict[str, Any]]
     """Contents of the run's `evaluation.json` files."""
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path, tracked: TrackedRun | None = None) -> Run:
     """Reads a run.
 
     Args:
-        path: a checkpoint, or a run's folder for its best one.
+        path: a checkpoint, or a run's folder for its best checkpoint.
+        tracked: what MLflow holds of the run; None to look for it where the run's settings say.
 
     Raises:
-        CheckpointError: there is no whole checkpoint.
+        CheckpointError: there is no complete checkpoint.
         ValueError: a record of the run is damaged.
     """
     checkpoint = load_checkpoint(path.expanduser())
     place = checkpoint.path.resolve()
     folder = place.parents[1] if place.parent.name == "checkpoints" else None
-    handle = training_run(checkpoint) if folder else None
-    curves, curves_from = _curves(checkpoint, handle)
-    panels, panels_from = _panels(folder, handle, checkpoint.config)
+    if tracked is None and folder and (handle := training_run(checkpoint)):
+        tracked = TrackedRun(handle)
+    curves, curves_from = _curves(checkpoint, tracked)
+    panels, panels_from = _panels(folder, tracked, checkpoint.config)
     return Run(
         name=(folder or place).name,
         checkpoint=checkpoint,
         curves=curves,
         curves_from=curves_from,
-        environment=_environment(handle),
+        environment=_environment(tracked),
         panels=panels,
         panels_from=panels_from,
         evaluations=find_records(folder / "evaluations", "evaluation.json") if folder else {},
@@ -80,12 +106,12 @@ def read_run(path: Path) -> Run:
 
 
 def find_records(folder: Path, name: str) -> dict[Path, dict[str, Any]]:
-    """Contents of all files `name` below a folder, by path; empty where there is no such folder.
+    """Reads all files `name` below a folder, by path; there are none if the folder does not exist.
 
     Raises:
         ValueError: a file is no JSON object.
     """
-    found: dict[Path, dict[str, Any]] = {}
+    records: dict[Path, dict[str, Any]] = {}
     for path in sorted(folder.rglob(name)):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
@@ -93,19 +119,19 @@ def find_records(folder: Path, name: str) -> dict[Path, dict[str, Any]]:
             raise ValueError(f"{path} cannot be read: {error}; measure again, or remove it") from None
         if not isinstance(record, dict):
             raise ValueError(f"{path} holds no JSON object; measure again, or remove it")
-        found[path] = record
-    return found
+        records[path] = record
+    return records
 
 
 def val_key(config: Config) -> str:
-    """Name of the validation's mIoU in MLflow and in the checkpoint's figures."""
+    """Returns the name of the validation's mIoU in MLflow and in a checkpoint's metrics."""
     return metric_key("val", f"miou_{protocol_name(config.evaluation)}")
 
 
 def training_command(checkpoint: Checkpoint) -> str:
-    """The command that trains with a checkpoint's configuration: its recipe, and every field that differs from it.
+    """Returns a command that trains with a checkpoint's settings: the recipe, and every field that differs from it.
 
-    The command that was really typed is not recorded; this one gives the same configuration.
+    The command that started the training is not recorded; this one gives the same settings.
     """
     config = checkpoint.config
     known = config.recipe in RECIPES
@@ -119,16 +145,16 @@ def training_command(checkpoint: Checkpoint) -> str:
     return shlex.join(words)
 
 
-def _curves(checkpoint: Checkpoint, handle: RunHandle | None) -> tuple[dict[str, Curve], str]:
-    """The run's curves over epochs: from MLflow, else the single points that the checkpoints hold."""
+def _curves(checkpoint: Checkpoint, tracked: TrackedRun | None) -> tuple[dict[str, Curve], str]:
+    """Returns the run's curves over epochs, from MLflow or else from the checkpoints, and their source."""
     keys = [f"pseudo_mask/{name}" for name in ("miou", "mfdr", "mfnr", "coverage")]
     keys += [val_key(checkpoint.config), "val/mfdr", "val/mfnr", "train/epoch_loss", "train/loss"]
-    steps = _steps_per_epoch(checkpoint, handle)
-    if handle is not None and steps:
+    steps = _steps_per_epoch(checkpoint, tracked)
+    if tracked and steps:
         # A step that was logged again after a restart has its last value.
-        found = {key: dict(metric_history(handle, key)) for key in keys}
-        curves = {key: [(step / steps, value) for step, value in points.items()] for key, points in found.items()}
-        return curves, f"MLflow run {handle.run_id}"
+        values = {key: dict(tracked.history(key)) for key in keys}
+        curves = {key: [(step / steps, value) for step, value in points.items()] for key, points in values.items()}
+        return curves, f"MLflow run {tracked.run_id}"
     points: dict[str, Curve] = {key: [] for key in keys}
     for epoch, metrics in sorted(_kept_metrics(checkpoint).items()):
         for key in keys:
@@ -137,48 +163,47 @@ def _curves(checkpoint: Checkpoint, handle: RunHandle | None) -> tuple[dict[str,
     return points, "the checkpoints that were kept; the MLflow run with the other epochs is out of reach"
 
 
-def _steps_per_epoch(checkpoint: Checkpoint, handle: RunHandle | None) -> float:
-    """Of a checkpoint within an epoch the run's curve says it; 0 where that is not known."""
+def _steps_per_epoch(checkpoint: Checkpoint, tracked: TrackedRun | None) -> float:
+    """Returns the steps of an epoch; from the run's curve if the checkpoint is within an epoch, 0 if unknown."""
     state = checkpoint.state
     if not state.unfinished:
         return state.step / state.epoch
-    ends = metric_history(handle, "epoch") if handle else []
+    ends = tracked.history("epoch") if tracked else []
     return ends[-1][0] / ends[-1][1] if ends else 0.0
 
 
 def _kept_metrics(checkpoint: Checkpoint) -> dict[int, Mapping[str, float]]:
-    """Figures by epoch of the checkpoint and of those beside it; what cannot be read is left out."""
-    found: dict[int, Mapping[str, float]] = {}
+    """Returns the metrics by epoch of the checkpoint and of those beside it, except for damaged ones."""
+    kept: dict[int, Mapping[str, float]] = {}
     for file in checkpoint.path.resolve().parent.glob(f"checkpoint-*/{STATE}"):
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             if record["metrics"]:  # none within an epoch
-                found[int(record["epoch"])] = dict(record["metrics"])
+                kept[int(record["epoch"])] = dict(record["metrics"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return found | ({checkpoint.state.epoch: checkpoint.state.metrics} if checkpoint.state.metrics else {})
+    return kept | ({checkpoint.state.epoch: checkpoint.state.metrics} if checkpoint.state.metrics else {})
 
 
-def _environment(handle: RunHandle | None) -> dict[str, str]:
-    tags = run_tags(handle) if handle else {}
+def _environment(tracked: TrackedRun | None) -> dict[str, str]:
+    tags = tracked.tags() if tracked else {}
     wanted = ("git_commit", "git_state", "version.", "slrnet.world_size", "slrnet.global_batch")
     return {key: value for key, value in sorted(tags.items()) if key.startswith(wanted)}
 
 
 def _panels(
-    folder: Path | None, handle: RunHandle | None, config: Config
+    folder: Path | None, tracked: TrackedRun | None, config: Config
 ) -> tuple[dict[str, dict[int, Image.Image]], str]:
     panels: dict[str, dict[int, Image.Image]] = {}
     for file in sorted((folder / "panels").glob("*.png")) if folder else ():
-        found = _PANEL.fullmatch(file.name)
-        if found:
+        if match := _PANEL.fullmatch(file.name):
             with Image.open(file) as panel:
-                panels.setdefault(found["key"], {})[int(found["epoch"])] = panel.convert("RGB")
+                panels.setdefault(match["key"], {})[int(match["epoch"])] = panel.convert("RGB")
     if panels:
         return panels, "the run's folder panels"
-    for (key, step), picture in (logged_pictures(handle) if handle else {}).items():
+    for (key, step), picture in (tracked.pictures() if tracked else {}).items():
         panels.setdefault(key, {})[min((step + 1) * config.evaluation.every, config.train.epochs)] = picture
     if panels:
         return panels, "the pictures in MLflow"
-    where = "beside the checkpoint and its MLflow run has none" if handle else "and no MLflow run can be reached"
+    where = "beside the checkpoint and its MLflow run has none" if tracked else "and no MLflow run can be reached"
     return {}, f"there is no folder panels with pictures {where} (evaluation.panel_images says how many are drawn)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -18,11 +19,10 @@ from slrnet.cli.main import main
 from slrnet.config import Config, apply_overrides
 from slrnet.evaluation.examine import Bins, GammaSweep
 from slrnet.recipes import get_recipe
-from slrnet.tools.report import runs
 from slrnet.tools.report.charts import Chart, Series, draw_chart
 from slrnet.tools.report.measurements import Measurements, gamma_advice
 from slrnet.tools.report.page import MAX_BYTES, render
-from slrnet.tools.report.runs import find_records, read_run, training_command, val_key
+from slrnet.tools.report.runs import TrackedRun, find_records, read_run, training_command, val_key
 from slrnet.tracking.protocol import RunHandle
 
 
@@ -185,38 +185,44 @@ def test_mistakes_are_named(tiny_run: Path, tmp_path: Path, capsys: pytest.Captu
     assert not out.exists()
 
 
-def test_curves_and_pictures_of_the_mlflow_run(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    handle = RunHandle(uri="sqlite:////x", run_id="ab", experiment_id="0")
-    folder = saved(tmp_path / "run", tiny_run)
-    monkeypatch.setattr(runs, "training_run", lambda checkpoint: handle)
+class FakeTrackedRun(TrackedRun):
+    """A run with curves and a picture, of one's own choice."""
+
+    def __init__(self, curves: Callable[[str], list[tuple[int, float]]]) -> None:
+        super().__init__(RunHandle(uri="sqlite:////x", run_id="ab", experiment_id="0"))
+        self.curves = curves
+        self.picture = Image.new("RGB", (4, 4))
+
+    def history(self, key: str) -> list[tuple[int, float]]:
+        return self.curves(key)
+
+    def tags(self) -> dict[str, str]:
+        return {"git_commit": "abc", "mlflow.user": "somebody"}
+
+    def pictures(self) -> dict[tuple[str, int], Image.Image]:
+        return {("cat", 1): self.picture}
+
+
+def test_curves_and_pictures_of_the_mlflow_run(tiny_run: Path, tmp_path: Path) -> None:
     # The first step was logged again after a restart.
-    monkeypatch.setattr(runs, "metric_history", lambda _, key: [(2, 0.1), (2, 0.3), (4, 0.5)])
-    monkeypatch.setattr(runs, "run_tags", lambda _: {"git_commit": "abc", "mlflow.user": "somebody"})
-    picture = Image.new("RGB", (4, 4))
-    monkeypatch.setattr(runs, "logged_pictures", lambda _: {("cat", 1): picture})
-    run = read_run(folder)
+    tracked = FakeTrackedRun(lambda key: [(2, 0.1), (2, 0.3), (4, 0.5)])
+    run = read_run(saved(tmp_path / "run", tiny_run), tracked)
     assert run.curves["val/mfdr"] == [(1.0, 0.3), (2.0, 0.5)]
     assert run.environment == {"git_commit": "abc"}
-    assert run.panels == {"cat": {2: picture}}  # MLflow counts the grids from 0
+    assert run.panels == {"cat": {2: tracked.picture}}  # MLflow counts the grids from 0
     assert run.panels_from == "the pictures in MLflow"
 
 
-def test_curves_of_a_checkpoint_within_an_epoch(
-    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_curves_of_a_checkpoint_within_an_epoch(tiny_run: Path, tmp_path: Path) -> None:
     """Its steps and epochs do not give the length of an epoch; before the first epoch's end nothing does."""
-    handle = RunHandle(uri="sqlite:////x", run_id="a", experiment_id="0")
     checkpoint = load_checkpoint(tiny_run)
     for epoch, ends, expected in ((1, [(2, 1.0)], [(1.0, 0.3), (1.5, 0.5)]), (0, [], [])):
         state = replace(checkpoint.state, epoch=epoch, step=2 * epoch + 1, unfinished={"loss": 1.0}, metrics={})
         folder = tmp_path / str(epoch) / "checkpoints"
         path = save_checkpoint(folder, config=checkpoint.config, state=state, model=checkpoint.model, optimizer={})
-        monkeypatch.setattr(runs, "training_run", lambda _: handle)
         curves = {"epoch": ends, "train/loss": [(2, 0.3), (3, 0.5)]}
-        monkeypatch.setattr(runs, "metric_history", lambda _, key, curves=curves: curves.get(key, []))
-        monkeypatch.setattr(runs, "run_tags", lambda _: {})
-        monkeypatch.setattr(runs, "logged_pictures", lambda _: {})
-        assert read_run(path).curves["train/loss"] == expected
+        run = read_run(path, FakeTrackedRun(lambda key, curves=curves: curves.get(key, [])))  # type: ignore[misc]
+        assert run.curves["train/loss"] == expected
 
 
 def test_the_command_gives_the_same_configuration(tiny_run: Path, tmp_path: Path) -> None:
