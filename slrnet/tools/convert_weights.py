@@ -30,14 +30,8 @@ __all__ = ["released_checkpoint", "rename_released"]
 
 PREFIXES = {
     "backbone.": "encoder.backbone.",
-    "aspp.aspp1.atrous_conv.": "aspp.branches.0.0.",
-    "aspp.aspp1.bn.": "aspp.branches.0.1.",
-    "aspp.aspp2.atrous_conv.": "aspp.branches.1.0.",
-    "aspp.aspp2.bn.": "aspp.branches.1.1.",
-    "aspp.aspp3.atrous_conv.": "aspp.branches.2.0.",
-    "aspp.aspp3.bn.": "aspp.branches.2.1.",
-    "aspp.aspp4.atrous_conv.": "aspp.branches.3.0.",
-    "aspp.aspp4.bn.": "aspp.branches.3.1.",
+    **{f"aspp.aspp{i + 1}.atrous_conv.": f"aspp.branches.{i}.0." for i in range(4)},
+    **{f"aspp.aspp{i + 1}.bn.": f"aspp.branches.{i}.1." for i in range(4)},
     "aspp.global_avg_pool.1.": "aspp.pooled.0.",
     "aspp.global_avg_pool.2.": "aspp.pooled.1.",
     "aspp.conv1.": "aspp.project.0.",
@@ -58,7 +52,7 @@ PREFIXES = {
     "factorization_reconstruction.transform1.": "cvlr.project_in.",
     "factorization_reconstruction.transform2.": "cvlr.project_out.",
 }
-"""Where the modules of the released network are in ours."""
+"""Prefixes of the released network's modules, and ours."""
 
 SECOND_NAMES = {
     "backbone.fixed_layers.0.": "backbone.conv1a.",
@@ -73,7 +67,7 @@ SECOND_NAMES = {
     "newly_added.6.": "factorization_reconstruction.",
     "newly_added.8.": "aux_head.",
 }
-"""Lists of modules by which the released network has some tensors twice."""
+"""Prefixes by which the released network lists some modules a second time, and their first ones."""
 
 STAGE_ONE_ENCODER = re.compile(r"(conv1a|b[2-7](_\d)?|bn7)\.")
 """Modules of WideResNet-38 as 1-Stage names them, without `backbone.`."""
@@ -86,19 +80,18 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
     """Reads a published checkpoint.
 
     Args:
-        path: of the `.pth` file.
+        path: the `.pth` file.
         classes: names of its K classes, background first.
 
     Returns:
         A checkpoint with the released code's arithmetic and inference, at epoch 0: scores above .3 and among the six
-        highest, the background to the power 3; for pixel labels and unlabelled images neither, as there are no scores.
-        For 1-Stage without CVLR, with its scales and scores above .1 (the mean over the scales, where its code has the
-        maximum).
-        `slrnet.checkpoints.checkpoint.save_checkpoint` writes it.
+        highest, the background to the power 3. With pixel labels and unlabeled images neither, because there are no
+        scores. For 1-Stage without CVLR, with its scales and scores above .1 (the mean over the scales; its code takes
+        the maximum). `slrnet.checkpoints.checkpoint.save_checkpoint` writes it.
 
     Raises:
-        ValueError: the file is damaged, holds more than tensors, or does not fit: the tensors that are missing, unknown
-            or of another shape are named.
+        ValueError: the file is damaged, holds more than tensors, or does not fit; the message names the tensors that
+            are missing, unknown, or of another shape.
     """
     tensors, source = read_tensors(Path(path))
     weights = rename_released(tensors, source=source)
@@ -113,20 +106,20 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
         config = _stage_one(config)
     with torch.device("meta"):
         expected = network_of(config, num_classes=len(classes)).state_dict()
-    found = describe_misfit(weights, expected, needed=set(expected))
-    if found:
+    misfit = describe_misfit(weights, expected, needed=set(expected))
+    if misfit:
         name = "SLRNet" if config.cvlr.enabled else "1-Stage"
-        raise ValueError(f"{source} does not fit {name} with WideResNet-38; tensors: {found}")
+        raise ValueError(f"{source} does not fit {name} with WideResNet-38; tensors: {misfit}")
     state = TrainState(epoch=0, step=0, classes=tuple(classes), data_fingerprint="published", world_size=1)
     return Checkpoint(Path(path), config, state, weights, {})
 
 
 def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """Gives the tensors of a released state dict our names.
+    """Renames the tensors of a released state dict to ours.
 
     Args:
-        tensors: by their released names, with or without the `module.` of data-parallel training.
-        source: for messages.
+        tensors: tensors by released name, with or without the `module.` of data-parallel training.
+        source: name of the file, for messages.
 
     Raises:
         ValueError: a tensor has an unknown name, or two names of one tensor have different values.

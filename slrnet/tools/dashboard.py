@@ -78,9 +78,9 @@ def serve(storage: Path | None, port: int) -> int:
 
 def _database(storage: Path | None) -> Path:
     places = [storage.expanduser().absolute()] if storage else default_storages()
-    found = [place / DATABASE for place in places if (place / DATABASE).is_file()]
-    if found:
-        return found[0]
+    for place in places:
+        if (place / DATABASE).is_file():
+            return place / DATABASE
     raise ValueError(
         f"there are no runs yet: no {DATABASE} in {' or '.join(map(str, places))}; train something (`make demo`), or "
         "name the folder of runs with --storage DIR. Runs that were tracked elsewhere (MLFLOW_TRACKING_URI, "
@@ -89,10 +89,10 @@ def _database(storage: Path | None) -> Path:
 
 
 def check_port(port: int) -> None:
-    """Refuses a port of 127.0.0.1 that something listens on already.
+    """Checks that a port of 127.0.0.1 is free.
 
     Raises:
-        ValueError: it does.
+        ValueError: another program listens on it.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,11 +1,9 @@
-"""A network as a file for other programs: `slrnet export`.
+"""Exports a network for other programs (`slrnet export`): `torch.export` (network.pt2) and ONNX (network.onnx).
 
-`torch.export` (network.pt2) and ONNX (network.onnx, the extra `export`) of one view: images in [0, 1] in,
-probabilities and class scores out, batch and size open. What the two give is compared with the network itself at other
-sizes than that of the export, before the files take their names.
-
-Sizes: the sides of the images are multiples of the output stride, or one more where the training crop was; so
-export.json says. Several scales, gating and the CRF stay with `slrnet.load`.
+The programs take one view: images in [0, 1] in, probabilities and class scores out, any batch and size. The sides of
+the images must be multiples of the output stride, plus the remainder of the training crop; export.json says so. Each
+program is compared with the network at other sizes than that of the export before its file gets its name. Several
+scales, gating, and the CRF are in `slrnet.load` only. ONNX needs the extra `export`.
 """
 
 from __future__ import annotations
@@ -41,8 +39,8 @@ class SingleView(nn.Module):
     """A network for one view: images in, probabilities and class scores out.
 
     Args:
-        model: the network; it is set to evaluation mode, and its CVLR to the implementation that can be exported.
-        config: of its run.
+        model: the network; its evaluation mode is turned on, and its low-rank module set to plain operators.
+        config: settings of the network's run.
     """
 
     def __init__(self, model: Network, config: Config) -> None:
@@ -50,7 +48,7 @@ class SingleView(nn.Module):
         self.model = model.eval()
         for module in model.modules():
             if isinstance(module, (CrossViewLowRank, SeparateLowRank)):
-                module.implementation = "auto"  # it takes plain operators when it is exported
+                module.implementation = "auto"  # plain operators during an export
         self.normalize = Normalize.of(model.encoder)
         self.rest = config.data.crop_size % model.encoder.output_stride
 
@@ -58,11 +56,11 @@ class SingleView(nn.Module):
         """Predicts images.
 
         Args:
-            images: (N, 3, H, W) float32 in [0, 1]; H and W are the output stride times a whole number, plus `rest`.
+            images: (N, 3, H, W) float32 in [0, 1]; H and W are multiples of the output stride, plus `rest`.
 
         Returns:
-            (N, K, H, W) probabilities, background first, and (N, K - 1) sigmoids of the class scores; of a network
-            without class scores (N, 0).
+            (N, K, H, W) probabilities, background first, and (N, K - 1) sigmoids of the class scores, or (N, 0) if the
+            network has none.
         """
         outputs = self.model([self.normalize(images)])
         probs = resize(outputs.logits[0].float().softmax(dim=1), images.shape[-2:])
@@ -70,7 +68,7 @@ class SingleView(nn.Module):
         return probs, scores
 
     def example(self, cells: tuple[int, int] = (6, 7), count: int = 2) -> Tensor:
-        """Images of noise that fit: (count, 3, H, W) of `cells` times the output stride, plus `rest`."""
+        """Returns noise (count, 3, H, W) of a size that fits: `cells` times the output stride, plus `rest`."""
         stride = self.normalize.output_stride
         size = [side * stride + self.rest for side in cells]
         return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
@@ -80,7 +78,7 @@ def require_onnx() -> None:
     """Checks that the extra is installed.
 
     Raises:
-        ValueError: it is not; the message says how to install it.
+        ValueError: it is missing; the message says how to install it.
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if missing:
@@ -91,16 +89,16 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
     """Writes a checkpoint's network as network.pt2 and network.onnx, compared with the network itself.
 
     Args:
-        checkpoint: of the network.
+        checkpoint: the network's checkpoint.
         out: folder to write to.
-        onnx: also write network.onnx.
+        onnx: whether to write network.onnx.
 
     Returns:
-        The content of export.json, which is written too: classes, normalisation, sizes, and the largest difference of
-        each file's probabilities from the network's.
+        The content of export.json: classes, layouts, sizes, and the largest difference of each file's probabilities
+        from the network's.
 
     Raises:
-        ValueError: the extra is not installed, or a file disagrees with the network.
+        ValueError: the extra is missing, or a file disagrees with the network.
     """
     if onnx:
         require_onnx()
@@ -142,14 +140,8 @@ def _export(view: SingleView) -> torch.export.ExportedProgram:
 def _write_onnx(view: SingleView, program: torch.export.ExportedProgram, path: Path) -> float:
     import onnxruntime
 
-    written = torch.onnx.export(
-        program,
-        (),
-        input_names=["images"],
-        output_names=["probabilities", "class_scores"],
-        dynamo=True,
-        verbose=False,
-    )
+    names = {"input_names": ["images"], "output_names": ["probabilities", "class_scores"]}
+    written = torch.onnx.export(program, (), **names, dynamo=True, verbose=False)  # type: ignore[arg-type]
     assert written is not None
     written.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -157,17 +149,17 @@ def _write_onnx(view: SingleView, program: torch.export.ExportedProgram, path: P
 
 
 def _compare(view: SingleView, other: Callable[[Tensor], Any], name: str) -> float:
-    """Largest difference of probabilities at sizes and batches other than the example's.
+    """Returns the largest difference of probabilities, also at sizes and batches other than the example's.
 
     Raises:
-        ValueError: it is above `TOLERANCE`.
+        ValueError: the difference is above `TOLERANCE`.
     """
     largest = 0.0
     with torch.no_grad():
         for cells, count in (((6, 7), 2), ((9, 5), 1), ((3, 12), 3)):
             images = view.example(cells, count)
-            found = other(images)
-            probs = found if isinstance(found, Tensor) else found[0]
+            outputs = other(images)
+            probs = outputs if isinstance(outputs, Tensor) else outputs[0]
             largest = max(largest, float((probs - view(images)[0]).abs().max()))
     if not largest <= TOLERANCE:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Masks of image files (`slrnet predict`), and the predictor of a checkpoint.
+"""Predicts masks of image files (`slrnet predict`), and makes the predictor of a checkpoint.
 
-Each image NAME gives NAME.png, a palette PNG of class ids, NAME.overlay.jpg for people, and an entry in
-predictions.json: its classes, their share of the pixels and their scores.
+Each image NAME gives NAME.png, a palette PNG of class ids; NAME.overlay.jpg to look at; and an entry in
+predictions.json: the image's classes, their share of the pixels, and their scores.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from slrnet.inference.predictor import Prediction, Predictor, rgb_array
 from slrnet.storage.files import write_json, written_whole
 from slrnet.viz.overlay import draw_overlay
 
-__all__ = ["batches", "find_images", "load_predictor", "predict_images", "predictor_of", "summarise"]
+__all__ = ["batches", "find_images", "load_predictor", "predict_images", "predictor_of", "summarize"]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
-"""Files of a folder that are taken for images."""
+"""Suffixes of the files in a folder that count as images."""
 OVERLAY_PIXELS = 6_000_000
-"""Larger images have a smaller overlay: drawing takes some twenty times the memory of the image."""
+"""Larger images get a smaller overlay, because drawing takes about twenty times the image's memory."""
 
 
 def load_predictor(
     checkpoint: str | Path, *, protocol: Protocol | None = None, device: torch.device | str | None = None
 ) -> Predictor:
-    """A predictor from a checkpoint or a run; what `slrnet.load` returns.
+    """Makes the predictor of a checkpoint or a run; `slrnet.load` is this function.
 
     Args:
-        checkpoint: folder of a checkpoint or of a run (then its best one), or its location in an object store.
-        protocol: `ss`, `ms` or `ms_crf`; None for what the checkpoint's configuration says.
-        device: for the network; None: a GPU where there is one.
+        checkpoint: folder of a checkpoint, or of a run for its best one, or their location in an object store.
+        protocol: `ss`, `ms` or `ms_crf`; None for `evaluation.protocol` of the checkpoint's settings.
+        device: the network's device; None for a GPU if there is one.
 
     Raises:
         CheckpointError: the checkpoint is missing or damaged.
@@ -58,18 +58,18 @@ def load_predictor(
 def predictor_of(
     checkpoint: Checkpoint, *, protocol: Protocol | None = None, device: torch.device | str | None = None
 ) -> Predictor:
-    """A predictor with the network, configuration and classes of a loaded checkpoint; see `load_predictor`."""
+    """Makes the predictor of a loaded checkpoint; see `load_predictor`."""
     model = restore_network(checkpoint, device)
     return Predictor(model, config=checkpoint.config, classes=checkpoint.state.classes, protocol=protocol)
 
 
 def find_images(places: Sequence[str]) -> dict[str, Path]:
-    """The images that files, folders and patterns name, by the name of their outputs.
+    """Finds the images that files, folders, and patterns name, by the names of their outputs.
 
     Raises:
-        ValueError: a place holds no image, or two images would have the same name.
+        ValueError: a place holds no image, or two images have the same name.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     for place in places:
         path = Path(place).expanduser()
         if path.is_dir():
@@ -79,27 +79,29 @@ def find_images(places: Sequence[str]) -> dict[str, Path]:
         if not images:
             known = ", ".join(sorted(SUFFIXES))
             raise ValueError(f"{place} is no file, no folder with images and matches nothing; images end with {known}")
-        found += images
-    unique = list(dict.fromkeys(path.resolve() for path in found))
+        paths += images
+    unique = list(dict.fromkeys(path.resolve() for path in paths))
     twice = [name for name, count in Counter(path.stem for path in unique).items() if count > 1]
     if twice:
         raise ValueError(f"several images are called {twice[0]!r}; predict them into different folders (--out)")
     return {path.stem: path for path in unique}
 
 
-def summarise(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
-    """What `predictions.json` says of an image: size, and per class in the mask its share of the pixels and its score.
+def summarize(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
+    """Returns an image's entry in `predictions.json`: its size, and area and score of each class in the mask.
 
     Args:
-        prediction: of the image.
-        classes: names of the K classes, background first, which has no score; in setting `sss` no class has one.
+        prediction: the image's prediction.
+        classes: names of the K classes, background first. The background has no score; in setting `sss` no class has.
     """
+    height, width = prediction.mask.shape
     counts = np.bincount(prediction.mask.ravel(), minlength=len(classes))
-    found = [] if prediction.class_scores is None else [round(float(score), 4) for score in prediction.class_scores]
-    scores = [None, *found] if found else [None] * len(classes)
+    scores: list[float | None] = [None] * len(classes)
+    if prediction.class_scores is not None:
+        scores[1:] = [round(float(score), 4) for score in prediction.class_scores]
     return {
-        "height": prediction.mask.shape[0],
-        "width": prediction.mask.shape[1],
+        "height": height,
+        "width": width,
         "classes": {
             name: {"area": round(int(counts[i]) / prediction.mask.size, 6), "score": scores[i]}
             for i, name in enumerate(classes)
@@ -109,11 +111,11 @@ def summarise(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
 
 
 def batches(images: Mapping[str, Path], size: int) -> Iterator[list[str]]:
-    """Names of images of one size each, in lists of at most `size`; what cannot be opened is alone.
+    """Yields names of images of one size, in lists of at most `size`; an image that cannot be opened is alone.
 
     Args:
-        images: paths by name; of each only the header is read.
-        size: images in a batch, >= 1.
+        images: paths by name; only the headers are read.
+        size: largest number of images in a batch, >= 1.
     """
     by_size: dict[tuple[int, ...], list[str]] = {}
     for place, (name, path) in enumerate(images.items()):
@@ -151,11 +153,11 @@ def predict_images(
     failed = 0
     with tqdm(total=len(images), unit="image", disable=None) as bar:
         for batch in batches(images, batch_size):
-            pixels = {name: found for name in batch if (found := _read(images[name])) is not None}
+            pixels = {name: image for name in batch if (image := _read(images[name])) is not None}
             failed += len(batch) - len(pixels)
             for name, prediction in zip(pixels, predictor.predict_batch(list(pixels.values())), strict=True):
                 _write(out, name, pixels[name], prediction.mask)
-                records[name] = {"image": str(images[name])} | summarise(prediction, predictor.classes)
+                records[name] = {"image": str(images[name])} | summarize(prediction, predictor.classes)
             bar.update(len(batch))
     records = {name: records[name] for name in images if name in records}
     content = {"checkpoint": str(source), "protocol": predictor.protocol, "images": records}

@@ -1,7 +1,7 @@
-"""Where a training step spends its time (`slrnet profile`): a time line, and a table of stages.
+"""Measures where a training step spends its time (`slrnet profile`): a timeline, and a table of stages.
 
-Stages of the network are what going forward takes; going backward is one stage. On a GPU the seconds are the device's,
-and may lack what another thread has started going backward (`benchmarks/gpu.py` times that).
+Stages of the network are its forward pass; the backward pass is one stage. On a GPU the seconds are the device's, and
+may miss what another thread starts in the backward pass (`benchmarks/gpu.py` times that).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -24,46 +25,46 @@ from slrnet.training.trainer import Trainer
 __all__ = ["PREFIX", "Profile", "named_stages", "profile_steps", "stage_table"]
 
 PREFIX = "slrnet: "
-"""Of the names of all stages, here and in `slrnet.training`."""
+"""Prefix of the names of all stages, here and in `slrnet.training`."""
 
 
 class Profile:
-    """What was seen of some optimiser steps.
+    """The profile of some optimizer steps.
+
+    Args:
+        seconds: wall time of each step.
+        record: PyTorch's profile of the steps.
+        device: "cpu" or "cuda", the device whose time is counted.
 
     Attributes:
-        seconds: of each step, the clock's.
+        seconds: wall time of each step.
         stages: seconds of each stage, all steps together; stages of the network are also part of `network`.
-        device: "cpu" or "cuda", whose time the stages' seconds are.
     """
 
-    def __init__(self, seconds: list[float], seen: profile, device: str) -> None:
+    def __init__(self, seconds: list[float], record: profile, device: str) -> None:
         self.seconds = seconds
-        self.device = device
-        self._seen = seen
-        events = [event for event in seen.key_averages() if event.key.startswith(PREFIX)]
-        self.stages = {
-            event.key.removeprefix(PREFIX): (event.device_time_total if device == "cuda" else event.cpu_time_total)
-            / 1e6
-            for event in events
-        }
+        self._record = record
+        time = "device_time_total" if device == "cuda" else "cpu_time_total"
+        events = [event for event in record.key_averages() if event.key.startswith(PREFIX)]
+        self.stages = {event.key.removeprefix(PREFIX): getattr(event, time) / 1e6 for event in events}
 
     def write_trace(self, path: Path) -> None:
-        """Writes the time line as a gzipped Chrome trace, whole or not at all; `path` ends in `.json.gz`."""
+        """Writes the timeline as a gzipped Chrome trace, completely or not at all; `path` ends in `.json.gz`."""
         with written_whole(path) as incoming:
-            self._seen.export_chrome_trace(str(incoming))
+            self._record.export_chrome_trace(str(incoming))
 
 
 def profile_steps(config: Config, *, steps: int, device: str) -> Profile:
-    """Profiles optimiser steps with pseudo labels, after one that warms up.
+    """Profiles optimizer steps with pseudo labels, after one that warms up.
 
     Args:
-        config: of a run; `train.batch_size` images make a step.
-        steps: how many are profiled, >= 1.
+        config: the run's settings; a step takes `train.batch_size` images.
+        steps: number of steps to profile, >= 1.
         device: "cpu" or "cuda".
 
     Raises:
         DataError: the data set cannot be read.
-        ValueError: the epoch has fewer steps, or `device` is not there.
+        ValueError: the epoch has fewer steps, or there is no such device.
     """
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
@@ -81,33 +82,34 @@ def profile_steps(config: Config, *, steps: int, device: str) -> Profile:
             )
         taken = trainer.try_steps(steps + 1)
         next(taken)
-        with named_stages(trainer.model), profile(activities=activities) as seen:
+        with named_stages(trainer.model), profile(activities=activities) as record:
             seconds = list(taken)
-    return Profile(seconds, seen, device)
+    return Profile(seconds, record, device)
 
 
-def stage_table(found: Profile) -> str:
-    """The stages as a Markdown table, longest first, those of the network below it."""
-    steps, total = len(found.seconds), sum(found.seconds)
+def stage_table(measured: Profile) -> str:
+    """Writes the stages as a Markdown table, longest first, those of the network below it."""
+    steps, total = len(measured.seconds), sum(measured.seconds)
     outer = ["views", "network", "alignment", "calibration", "losses", "backward", "agreement", "optimiser"]
-    known = {name: found.stages[name] for name in outer if name in found.stages}
-    inner = {name: value for name, value in found.stages.items() if name not in outer}
-    lines = ["| stage | seconds a step | share |", "| --- | ---: | ---: |"]
-    for name, value in sorted(known.items(), key=lambda item: -item[1]):
-        lines.append(f"| {name} | {value / steps:.4f} | {value / total:.1%} |")
+    rows: list[tuple[str, float]] = []
+    ranked = sorted(measured.stages.items(), key=lambda stage: -stage[1])
+    for name, seconds in ranked:
+        if name in outer:
+            rows.append((name, seconds))
         if name == "network":
-            ranked = sorted(inner.items(), key=lambda item: -item[1])
-            lines += [f"| network: {part} | {taken / steps:.4f} | {taken / total:.1%} |" for part, taken in ranked]
-    lines.append(f"| whole step | {total / steps:.4f} | 100.0% |")
-    return "\n".join(lines)
+            rows += [(f"network: {part}", inner) for part, inner in ranked if part not in outer]
+    rows.append(("whole step", total))
+    cells = [(name, f"{seconds / steps:.4f}", f"{seconds / total:.1%}") for name, seconds in rows]
+    head, columns = ("stage", "seconds a step", "share"), ("left", "right", "right")
+    return tabulate(cells, head, tablefmt="pipe", colalign=columns, disable_numparse=True)
 
 
 @contextlib.contextmanager
 def named_stages(model: nn.Module) -> Iterator[None]:
-    """While it lasts, what each part of a network does going forward is a range of the profiler, named after it.
+    """Inside the context, the forward pass of each part of a network is a range of the profiler with the part's name.
 
     Args:
-        model: whose direct children are the parts.
+        model: the network; its direct children are the parts.
     """
     handles, open_stages = [], []
 

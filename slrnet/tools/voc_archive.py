@@ -31,39 +31,39 @@ FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 
 
 def list_images(folder: Path, names: Path | None = None) -> dict[str, Path]:
-    """The images to predict by their ids.
+    """Returns the images to predict by their ids.
 
     Args:
-        folder: with ID.jpg.
-        names: file with an id a line; None for all JPEGs of the folder.
+        folder: folder with ID.jpg files.
+        names: file with one id per line; None for all JPEGs of the folder.
 
     Raises:
-        ValueError: the list or an image of it is missing, or there is none.
+        ValueError: the list, or an image of it, is missing, or there is no image.
     """
     if names is None:
-        found = {path.stem: path for path in sorted(folder.glob("*.jpg"))}
+        images = {path.stem: path for path in sorted(folder.glob("*.jpg"))}
     else:
         try:
             ids = names.read_text(encoding="utf-8").split()
         except OSError as error:
             raise ValueError(f"cannot read the list {names}: {error.strerror}") from None
-        found = {name: folder / f"{name}.jpg" for name in ids}
-        missing = [name for name, path in found.items() if not path.is_file()]
-        if missing or len(ids) != len(found):
+        images = {name: folder / f"{name}.jpg" for name in ids}
+        missing = [name for name, path in images.items() if not path.is_file()]
+        if missing or len(ids) != len(images):
             raise ValueError(
-                f"{names} lists {len(ids)} images, {len(ids) - len(found)} of them twice; {len(missing)} are not in "
+                f"{names} lists {len(ids)} images, {len(ids) - len(images)} of them twice; {len(missing)} are not in "
                 f"{folder}" + (f", for instance {missing[0]}.jpg" if missing else "")
             )
-    if not found:
+    if not images:
         raise ValueError(f"{names or folder} names no image; the folder must hold ID.jpg files (VOC's JPEGImages)")
-    return found
+    return images
 
 
 def write_voc_archive(predictor: Predictor, images: Mapping[str, Path], out: Path) -> None:
-    """Predicts images and writes the archive, whole and checked, or not at all.
+    """Predicts images, and writes and checks the archive; if anything fails there is no file.
 
     Args:
-        predictor: of classes that are VOC's.
+        predictor: a predictor of VOC's classes, or some of them.
         images: paths by id.
         out: file to write.
 
@@ -88,11 +88,11 @@ def check_voc_archive(path: Path, images: Mapping[str, Path]) -> list[str]:
     """Compares an archive with the images that it must hold masks of.
 
     Args:
-        path: of the archive.
+        path: the archive.
         images: paths by id.
 
     Returns:
-        What is wrong, a line each; empty when the server would take it.
+        A line about each problem; empty if the server would accept the archive.
     """
     problems: list[str] = []
     seen: set[str] = set()
@@ -125,7 +125,7 @@ def _wrong(data: bytes, image: Path) -> Iterator[str]:
 
 
 def _read(path: Path) -> npt.NDArray[np.uint8]:
-    """The image as it is stored: true masks are drawn on stored pixels, whatever the EXIF orientation says."""
+    """Reads the image as it is stored: true masks ignore the EXIF orientation."""
     try:
         with Image.open(path) as file:
             return np.asarray(file.convert("RGB")).copy()
@@ -135,6 +135,6 @@ def _read(path: Path) -> npt.NDArray[np.uint8]:
 
 @contextmanager
 def _open_gzip(path: Path) -> Iterator[gzip.GzipFile]:
-    """A gzip file without name and time in its header, so that equal masks give equal archives."""
+    """Opens a gzip file without name and time in its header, so that equal masks give equal archives."""
     with path.open("wb") as file, gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as archive:
         yield archive
