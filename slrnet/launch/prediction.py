@@ -131,5 +131,6 @@ def open_job(values: dict[str, Any], process: Process) -> tuple[MaskPredictor, C
 
 def _most_probable(probs: Tensor) -> tuple[Mask, npt.NDArray[np.float32]]:
     """The most probable class of each pixel (H, W), and its share of the pixel's probabilities (K, H, W)."""
-    confidence = probs.amax(dim=0) / probs.sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
-    return probs.argmax(dim=0).to(torch.uint8).cpu().numpy(), confidence.cpu().numpy()
+    highest, mask = probs.max(dim=0)
+    confidence = highest / probs.sum(dim=0).clamp_min(torch.finfo(torch.float32).tiny)
+    return mask.to(torch.uint8).cpu().numpy(), confidence.cpu().numpy()

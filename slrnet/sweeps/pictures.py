@@ -27,14 +27,14 @@ def draw_search(trials: Sequence[Trial], metrics: Sequence[str], folder: Path, *
         with_importances: whether to draw importances, which need several different trials.
     """
     import matplotlib as mpl
-    from optuna.exceptions import ExperimentalWarning
     from optuna.importance import FanovaImportanceEvaluator
     from optuna.visualization import matplotlib as optuna_plots
 
     mpl.use("agg")  # these plots go through pyplot, which otherwise looks for a display
     measured = scored(trials, metrics[:1])
     names = [f"{metric}, %" for metric in metrics[:2]]
-    with mpl.rc_context(), warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
+    # Optuna warns that its plots are experimental, and of settings with a single value.
+    with mpl.rc_context(), warnings.catch_warnings(action="ignore"):
         study = study_of(measured, metrics[:1])
         _save(optuna_plots.plot_slice(study, target_name=names[0]), folder / "trials")
         curves = optuna_plots.plot_intermediate_values(study)

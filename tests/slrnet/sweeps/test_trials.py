@@ -1,0 +1,120 @@
+"""Trials of a sweep: reading them, the best, the front, importances."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slrnet.sweeps.trials import (
+    Trial,
+    best_trial,
+    epochs_trained,
+    importances,
+    mode_of,
+    pareto_front,
+    trial_from_rows,
+    trial_rows,
+)
+
+
+def trial(name: str, values: dict[str, Any] | None = None, status: Any = "finished", **metrics: float) -> Trial:
+    named = {f"val/{key}": value for key, value in metrics.items()}
+    return Trial(name=name, values=values or {}, status=status, epochs=3, metrics=named)
+
+
+POINTS = [
+    trial("a", mfdr=0.5, mfnr=0.2),
+    trial("b", mfdr=0.3, mfnr=0.4),
+    trial("c", mfdr=0.5, mfnr=0.3),
+    trial("d", mfdr=0.2, mfnr=0.6),
+    trial("e", mfdr=float("nan"), mfnr=0.0),
+    trial("f", status="failed"),
+]
+
+
+@pytest.mark.parametrize(
+    ("metric", "mode"),
+    [("val/miou_ss", "max"), ("val/mfdr", "min"), ("pseudo_mask/mfnr", "min"), ("train/loss", "min")],
+)
+def test_error_rates_want_to_be_small(metric: str, mode: str) -> None:
+    assert mode_of(metric) == mode
+
+
+def test_the_best() -> None:
+    trials = [trial("a", miou=0.3), trial("b", miou=0.4), trial("c"), trial("d", miou=float("nan"))]
+    assert best_trial(trials, "val/miou") is trials[1]
+    assert best_trial(POINTS, "val/mfdr") is POINTS[3]
+    assert best_trial(POINTS[-1:], "val/mfdr") is None
+
+
+def test_the_front_by_hand() -> None:
+    """c is beaten by a in one figure and equal in the other; e and f have no figures."""
+    assert [trial.name for trial in pareto_front(POINTS, ["val/mfdr", "val/mfnr"])] == ["d", "b", "a"]
+
+
+def test_equal_trials_stay_on_the_front() -> None:
+    twins = [trial("a", mfdr=0.1, mfnr=0.1), trial("b", mfdr=0.1, mfnr=0.1)]
+    assert pareto_front(twins, ["val/mfdr", "val/mfnr"]) == twins
+
+
+def test_importances_find_the_setting_that_acts() -> None:
+    trials = [
+        trial(
+            str(i), {"optim.lr": (i * 7 % 12) / 12, "views.flip": bool(i % 2), "cvlr.dim": 64}, miou=(i * 7 % 12) / 24
+        )
+        for i in range(12)
+    ]
+    shares = importances(trials, "val/miou")
+    assert next(iter(shares)) == "optim.lr"
+    assert shares["optim.lr"] > 0.8
+    assert sum(shares.values()) == pytest.approx(1)
+    assert importances(trials[:3], "val/miou") == {}, "too few"
+    equals = [replace(trial, metrics={"val/miou": 0.2}) for trial in trials]
+    assert importances(equals, "val/miou") == {}, "nothing to explain"
+
+
+def curves(*values: list[float], planned: int = 4) -> list[Trial]:
+    return [
+        trial_from_rows(
+            f"t{number}",
+            {"weights.consistency": 1.0 + number},
+            {epoch: {"val/miou": value} for epoch, value in enumerate(scores, 1)},
+            metric="val/miou",
+            planned=planned,
+        )
+        for number, scores in enumerate(values)
+    ]
+
+
+def test_a_trial_is_its_best_epoch_and_keeps_its_curve() -> None:
+    (only,) = curves([0.1, 0.3, 0.2])
+    assert (only.status, only.epochs, only.planned) == ("stopped early", 3, 4)
+    assert only.metrics == {"val/miou": 0.3}
+    assert only.curve == (0.1, 0.3, 0.2)
+    broken = trial_from_rows("b", {}, {1: {"val/miou": 0.1}}, metric="val/miou", planned=4, error="nan")
+    assert (broken.status, broken.epochs, broken.metrics) == ("failed", 1, {})
+
+
+def test_figures_come_from_the_log_each_epoch_once(tmp_path: Path) -> None:
+    lines = [
+        {"event": "epoch", "epoch": 1, "val/miou_ss": 0.1, "train/epoch_loss": 2.0},
+        {"event": "step", "step": 1, "loss": 1.0},
+        {"event": "epoch", "epoch": 1, "val/miou_ss": 0.2},
+        {"event": "epoch", "epoch": 2, "pseudo_mask/miou": 0.3},
+    ]
+    (tmp_path / "logs").mkdir()
+    text = "\n".join(json.dumps({"time": "", **line}) for line in lines)
+    (tmp_path / "logs" / "rank-0.jsonl").write_text(text + '\n{"event": "ep')
+    assert trial_rows(tmp_path) == {1: {"val/miou_ss": 0.2}, 2: {"pseudo_mask/miou": 0.3}}
+    assert trial_rows(tmp_path / "nowhere") == {}
+
+
+def test_the_share_of_epochs_saved() -> None:
+    broken = trial("broken", status="failed")
+    trials = [*curves([0.1, 0.2, 0.3, 0.4], [0.1, 0.1]), broken]
+    assert epochs_trained(trials) == {"trained": 6, "planned": 8, "saved": 0.25}
+    assert epochs_trained([broken])["saved"] == 0
