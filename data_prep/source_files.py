@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.images import EXIF_ORIENTATION, as_rgb, upright_rgb, upright_size
@@ -43,18 +44,31 @@ __all__ = [
 JPEG_QUALITY = 95
 
 
+class Readable(Protocol):
+    """A `Path`, or something else that opens and reads like one, such as a file within a tar."""
+
+    @property
+    def name(self) -> str: ...
+
+    def open(self, mode: Any = ...) -> Any: ...
+
+    def read_bytes(self) -> bytes: ...
+
+
 @contextmanager
-def opened(path: Path, *, remedy: str = "fetch it again") -> Iterator[Image.Image]:
+def opened(path: Readable, *, remedy: str = "fetch it again") -> Iterator[Image.Image]:
     """An open image file; pixels may be read within.
 
     Raises:
         DataError: the file is missing or damaged; the message ends in `remedy`.
     """
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file, Image.open(file) as image:
             yield image
     except FileNotFoundError:
         raise DataError(f"{path} is missing; {remedy}") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path} cannot be read: no image, or of an unknown kind; {remedy}") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read: {error}; {remedy}") from None
 
@@ -74,7 +88,7 @@ class ImageForm:
         if self.longest_side is not None and self.longest_side < 1:
             raise DataError(f"--longest-side is {self.longest_side}; allowed are 0 (keep all sizes) and more")
 
-    def measure(self, path: Path) -> tuple[tuple[int, int], bool]:
+    def measure(self, path: Readable) -> tuple[tuple[int, int], bool]:
         """Width and height that the image has in the shards, and whether the file is copied into them as it is.
 
         The file is read to its end.
@@ -91,7 +105,7 @@ class ImageForm:
             image.load()
             return fitting, plain and fitting == size
 
-    def jpeg(self, path: Path, *, as_is: bool) -> bytes:
+    def jpeg(self, path: Readable, *, as_is: bool) -> bytes:
         """Bytes of the image as a JPEG file: the file's own, or converted.
 
         Args:
@@ -132,7 +146,7 @@ class ImageForm:
         return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def copied(path: Path, *, remedy: str) -> bytes:
+def copied(path: Readable, *, remedy: str) -> bytes:
     """Bytes of a file that has been read before.
 
     Raises:
@@ -149,7 +163,7 @@ def read_mask(path: Path, *, remedy: str) -> npt.NDArray[np.uint8]:
     return measure_mask(path, remedy=remedy)[0]
 
 
-def measure_mask(path: Path, *, remedy: str) -> tuple[npt.NDArray[np.uint8], bool]:
+def measure_mask(path: Readable, *, remedy: str) -> tuple[npt.NDArray[np.uint8], bool]:
     """Ids of an indexed or grey mask, (H, W) uint8, and whether the file can go into a shard as it is.
 
     Raises:
@@ -164,7 +178,7 @@ def measure_mask(path: Path, *, remedy: str) -> tuple[npt.NDArray[np.uint8], boo
         return np.asarray(image).astype(np.uint8, copy=False), image.format == "PNG" and image.mode in ("P", "L")
 
 
-def checked_ids(path: Path, mask: npt.NDArray[np.uint8], num_classes: int, *, remedy: str) -> list[int]:
+def checked_ids(path: Readable, mask: npt.NDArray[np.uint8], num_classes: int, *, remedy: str) -> list[int]:
     """The ids in a mask, ascending.
 
     Raises:
@@ -181,7 +195,9 @@ def checked_ids(path: Path, mask: npt.NDArray[np.uint8], num_classes: int, *, re
     return present
 
 
-def check_size(path: Path, mask: npt.NDArray[np.uint8], image: Path, size: tuple[int, int], *, remedy: str) -> None:
+def check_size(
+    path: Readable, mask: npt.NDArray[np.uint8], image: Readable, size: tuple[int, int], *, remedy: str
+) -> None:
     """Checks that a mask and its image, `size` pixels wide and high, fit each other.
 
     Raises:

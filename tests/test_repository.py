@@ -47,7 +47,7 @@ DATA_PREP = HEIGHT["data"] + 1
 ALLOWED_ABOVE = {
     **{
         f"data_prep/{name}.py": {"slrnet.cli.main", "slrnet.cli.main.main"}
-        for name in ("voc", "coco", "l2id", "folder", "demo")
+        for name in ("voc", "coco", "l2id", "folder", "tars", "demo")
     },
     "slrnet/cli/training.py": {"ray_jobs.demo", "ray_jobs.demo.run_demo"},
 }

@@ -10,12 +10,12 @@ from slrnet.cli.arguments import describe
 
 __all__ = ["KINDS", "add_browse", "add_class_balance", "add_prepare", "browse", "class_balance"]
 
-KINDS = ("voc", "coco", "l2id", "folder", "demo")
+KINDS = ("voc", "coco", "l2id", "folder", "tars", "demo")
 """What can be prepared, each by the module of that name in data_prep."""
 
 
 def add_prepare(parser: argparse.ArgumentParser) -> None:
-    """Make shards of a data set: `slrnet prepare voc|coco|l2id|folder|demo --out DIR ...`.
+    """Make shards of a data set: `slrnet prepare voc|coco|l2id|folder|tars|demo --out DIR ...`.
 
     `slrnet prepare KIND --help` explains what each kind reads and writes.
     """
