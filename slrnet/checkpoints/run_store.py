@@ -1,11 +1,11 @@
 """Runs in an object store: `--storage s3://BUCKET/FOLDER` (any endpoint) or gs://, by path alone.
 
-Each node writes to its own folder, in the cache of `slrnet.storage.remote`; what it wrote is copied to the store
-by rank 0 the checkpoints, in the thread that writes them, and by every rank its log and pictures. In a store an object
-appears whole or not at all, a folder does not. Of a checkpoint `state.json`, which has the checksums of the other
-files, is therefore uploaded last and removed first: without it there is no checkpoint, with it all files are there.
+Each node writes to its own folder, in the cache of `slrnet.storage.remote`. Rank 0 copies the checkpoints to the store,
+in the thread that writes them; every rank copies its log and pictures. In a store an object appears whole or not at
+all, but a folder does not. `state.json`, with the checksums of a checkpoint's other files, is therefore uploaded last
+and removed first: without it there is no checkpoint, with it all files are there.
 
-A run that goes on takes what is in the store, whatever a node's own folder holds; so all ranks go on from the same.
+A resumed run takes its checkpoints from the store, not from the nodes' folders, so that all ranks use the same one.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class RunStore:
     """One run's place in an object store.
 
     Args:
-        location: of the run, such as s3://BUCKET/RUNS/NAME.
-        folder: of the run on this machine.
-        rank: of this process, whose log it uploads; None for the driver, which has none.
+        location: the run's location, such as s3://BUCKET/RUNS/NAME.
+        folder: the run's folder on this machine.
+        rank: this process's rank, whose log is uploaded; None for the driver, which has no log.
     """
 
     def __init__(self, location: str, folder: Path, *, rank: int | None = None) -> None:
@@ -57,8 +57,8 @@ class RunStore:
         Raises:
             RemoteError: the store does not answer, or refuses.
         """
-        found = patiently(self.location, self._found)
-        return sorted(name for name, whole in found.items() if whole)
+        stored = patiently(self.location, self._stored)
+        return sorted(name for name, whole in stored.items() if whole)
 
     def start(self) -> None:
         """Makes room for a new run.
@@ -77,7 +77,7 @@ class RunStore:
         """Makes this machine's folder hold the store's checkpoints and no others, and the logs and the configuration.
 
         Args:
-            names: of the checkpoints; None for all whole ones.
+            names: names of the checkpoints; None for all whole ones.
 
         Raises:
             RemoteError: the store does not have them, does not answer, or refuses.
@@ -97,7 +97,7 @@ class RunStore:
             self._fetch_logs()
 
     def fetch_logs(self) -> None:
-        """Brings the logs of ranks on other nodes to this machine; does not raise."""
+        """Copies the logs of ranks on other nodes to this machine; does not raise."""
         try:
             with locked(self.folder / "run"):
                 self._fetch_logs()
@@ -105,10 +105,10 @@ class RunStore:
             _log.warning("the ranks' logs in %s cannot be read: %s", self.location, error)
 
     def upload(self, *, checkpoints: bool = True) -> None:
-        """Copies what is new to the store; checkpoints that this machine no longer has are removed from it.
+        """Copies what is new to the store, and removes checkpoints from it that this machine no longer has.
 
         Args:
-            checkpoints: with them; for the one process that writes them.
+            checkpoints: whether checkpoints are included; only for the process that writes them.
 
         Raises:
             OSError: the store does not answer, or refuses.
@@ -130,25 +130,29 @@ class RunStore:
 
     def _upload_checkpoints(self) -> None:
         ours = {path.parent for path in (self.folder / "checkpoints").glob(f"checkpoint-*/{STATE}")}
-        found = self._found()
+        stored = self._stored()
         for path in sorted(ours):
             if self._sent.get(path) != (stamp := _stamp(path / STATE)):
-                if found.get(path.name):
+                if stored.get(path.name):
                     self._delete(path / STATE)  # it is written again
                 for name in (*_PAYLOAD, STATE):
                     self._put(path / name)
                 self._sent[path] = stamp
-        for name in set(found) - {path.name for path in ours}:
-            self._remove(name, whole=found[name])
+        for name in set(stored) - {path.name for path in ours}:
+            folder = self.folder / "checkpoints" / name
+            if stored[name]:
+                self._delete(folder / STATE)
+            system, place = self._place(folder)
+            system.delete_dir(place)
 
-    def _found(self) -> dict[str, bool]:
+    def _stored(self) -> dict[str, bool]:
         """Checkpoints in the store by name, and whether each is whole."""
-        found: dict[str, bool] = {}
+        stored: dict[str, bool] = {}
         for place in self._files("checkpoints", recursive=True):
             name, _, file = place.partition("/")
             if _CHECKPOINT.fullmatch(name) and file:
-                found[name] = found.get(name, False) or file == STATE
-        return found
+                stored[name] = stored.get(name, False) or file == STATE
+        return stored
 
     def _files(self, folder: str, *, recursive: bool = False) -> dict[str, int]:
         """Files in a folder of the run: bytes by path within it."""
@@ -159,7 +163,7 @@ class RunStore:
         return {info.path.removeprefix(path).lstrip("/"): info.size for info in listed if info.type == fs.FileType.File}
 
     def _fetch_logs(self) -> None:
-        """Lines are only ever added: the longer one is the newer one."""
+        """Copies logs that grew; lines are only ever added."""
         for name, size in patiently(self.location, lambda: self._files("logs")).items():
             target = self.folder / "logs" / name
             if _LOG.fullmatch(name) and (not target.exists() or target.stat().st_size < size):
@@ -169,33 +173,27 @@ class RunStore:
         return filesystem_of(f"{self.location}/{path.relative_to(self.folder).as_posix()}")
 
     def _put(self, path: Path) -> None:
+        from pyarrow import fs
+
         system, place = self._place(path)
-        with path.open("rb") as file, system.open_output_stream(place) as outgoing:
-            shutil.copyfileobj(file, outgoing, 2**22)
+        fs.copy_files(str(path), place, fs.LocalFileSystem(), system)
 
     def _delete(self, path: Path) -> None:
         system, place = self._place(path)
         system.delete_file(place)
 
-    def _remove(self, name: str, *, whole: bool) -> None:
-        folder = self.folder / "checkpoints" / name
-        if whole:
-            self._delete(folder / STATE)
-        system, place = self._place(folder)
-        system.delete_dir(place)
-
 
 def run_folder(location: str) -> Path:
-    """The folder of this machine in which a run with a place in an object store is written."""
+    """The folder of this machine for a run that is kept in an object store."""
     storage, _, name = location.rstrip("/").rpartition("/")
     return cached(storage) / name
 
 
 def local_run(location: str) -> Path:
-    """A copy on this machine of a run's checkpoints, or of the one checkpoint that is named, to be read.
+    """Copies a run's checkpoints, or the one checkpoint that is named, to this machine; returns the folder.
 
     Raises:
-        RemoteError: there is none, or the store refuses it.
+        RemoteError: there is none, or the store refuses the request.
     """
     location = location.rstrip("/")
     folder = cached(location) / location.rpartition("/")[2]

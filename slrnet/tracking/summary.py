@@ -1,4 +1,4 @@
-"""What a training and an evaluation say of themselves at the end, and what of it MLflow's page shows."""
+"""The result of a training or an evaluation as text, and which of its figures become curves."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from slrnet.tracking.protocol import metric_key
 __all__ = ["MOST_CURVES", "class_quality", "curves", "description", "quality_table", "result_text"]
 
 MOST_CURVES = 30
-"""Classes up to which each has a curve of its IoU: MLflow's page draws a chart for each, and hangs over thousands."""
+"""Most classes that each get a curve of their IoU: MLflow's page draws a chart for each, and hangs with thousands."""
 _FEW = 10
-"""Rows of a description's table where there are more than `MOST_CURVES` classes."""
+"""Rows of a description's table if there are more than `MOST_CURVES` classes."""
 _KINDS = ("iou", "fdr", "fnr")
 _SETTINGS = {
     "wsss": "image labels",
@@ -25,7 +25,7 @@ _SETTINGS = {
 
 
 def curves(metrics: Mapping[str, float], classes: tuple[str, ...]) -> dict[str, float]:
-    """The figures of an epoch that are worth a curve: no counts of images, of classes IoU alone, and not of very many.
+    """The figures of an epoch that become curves: no counts of images; of classes only the IoU, up to `MOST_CURVES`.
 
     Args:
         metrics: figures by their MLflow names.
@@ -40,7 +40,7 @@ def curves(metrics: Mapping[str, float], classes: tuple[str, ...]) -> dict[str, 
 
 
 def class_quality(metrics: Mapping[str, float], group: str, classes: tuple[str, ...]) -> dict[str, list[float]]:
-    """IoU, FDR and FNR as shares, in the order of the classes; NaN where one was not measured.
+    """IoU, FDR and FNR as shares, in the order of the classes; NaN for figures that were not measured.
 
     Args:
         metrics: figures by their MLflow names.
@@ -54,11 +54,11 @@ def description(config: Config, *, data: str, labels: str, commit: str, folder: 
     """The first lines of a run's description, Markdown.
 
     Args:
-        config: of the run.
+        config: the run's settings.
         data: name of the data set.
-        labels: what the training sees of them.
-        commit: of the code; `unknown` where it is.
-        folder: of the run.
+        labels: which labels the training sees.
+        commit: the code's commit, or "unknown".
+        folder: the run's folder.
     """
     model = config.model
     lines = [
@@ -75,10 +75,10 @@ def result_text(metrics: Mapping[str, float], classes: tuple[str, ...], *, epoch
     """The table of a run's best epoch and the commands that come next, Markdown.
 
     Args:
-        metrics: of that epoch, by their MLflow names.
-        classes: names of the K classes, background first. Of very many the table has those with the lowest IoU.
-        epoch: its number, from 1.
-        folder: of the run.
+        metrics: the epoch's figures by their MLflow names.
+        classes: names of the K classes, background first. Of very many, the table has those with the lowest IoU.
+        epoch: the epoch's number, from 1.
+        folder: the run's folder.
         data: location of the data set.
     """
     shown, which = classes, ""
@@ -100,30 +100,30 @@ def result_text(metrics: Mapping[str, float], classes: tuple[str, ...], *, epoch
 def quality_table(metrics: Mapping[str, float], classes: tuple[str, ...]) -> str:
     """Formats IoU, FDR and FNR of pseudo masks and validation masks per class, in percent.
 
+    `tabulate` has no headings over several columns, so the table is formatted here.
+
     Args:
-        metrics: figures by their MLflow names, as shares in [0, 1]. What was not measured is left out.
+        metrics: figures by their MLflow names, as shares in [0, 1]. Columns without any figure are left out.
         classes: names of the K classes, background first.
     """
     groups = [name for name in ("pseudo_mask", "val") if any(key.startswith(name + "/") for key in metrics)]
     width = max(len("mean"), *(len(name) for name in classes))
     head = " " * width + "".join(f"  {group:^22}" for group in groups)
     units = f"{'%':<{width}}" + "  {:>6}  {:>6}  {:>6}".format("IoU", "FDR", "FNR") * len(groups)
-    rows = [_row(name, [_class_values(metrics, group, name) for group in groups], width) for name in classes]
-    means = _row("mean", [_mean_values(metrics, group) for group in groups], width)
+    rows = [
+        _row(name, [metrics.get(metric_key(group, kind, name)) for group in groups for kind in _KINDS], width)
+        for name in classes
+    ]
+    means = _row("mean", [value for group in groups for value in _means(metrics, group)], width)
     rule = "-" * len(units)
     note = "means of FDR and FNR are over the foreground classes (paper Eq. 10, 11)"
     return "\n".join([head.rstrip(), units, rule, *rows, rule, means, note])
 
 
-def _row(name: str, values: list[list[float | None]], width: int) -> str:
-    cells = [value for group in values for value in group]
-    return f"{name:<{width}}" + "".join(f"  {'-' if cell is None else f'{100 * cell:.1f}':>6}" for cell in cells)
+def _row(name: str, shares: list[float | None], width: int) -> str:
+    return f"{name:<{width}}" + "".join(f"  {'-' if share is None else f'{100 * share:.1f}':>6}" for share in shares)
 
 
-def _class_values(metrics: Mapping[str, float], group: str, name: str) -> list[float | None]:
-    return [metrics.get(metric_key(group, kind, name)) for kind in ("iou", "fdr", "fnr")]
-
-
-def _mean_values(metrics: Mapping[str, float], group: str) -> list[float | None]:
+def _means(metrics: Mapping[str, float], group: str) -> list[float | None]:
     miou = next((value for key, value in metrics.items() if key.startswith(f"{group}/miou")), None)
     return [miou, metrics.get(f"{group}/mfdr"), metrics.get(f"{group}/mfnr")]
