@@ -5,7 +5,7 @@ the figures of all ranks during their training steps, without measuring and savi
 that begin with `system`: `system/gpu/rank_R/NAME` is for one rank, `system/gpu/NAME` is over the ranks that have the
 figure (the maximum if NAME ends in `_max`, else the mean).
 
-- `utilisation`, `utilisation_max`: share of the time in which some kernel ran, [0, 1]
+- `utilization`, `utilization_max`: share of the time in which some kernel ran, [0, 1]
 - `memory_used`, `memory_used_max`, `memory_total`: GiB, of all processes together, caches included
 - `temperature`, `temperature_max`: degrees Celsius
 - `power`, `power_max`: W
@@ -15,7 +15,7 @@ figure (the maximum if NAME ends in `_max`, else the mean).
 - `ecc_errors`: uncorrected memory errors since the driver was loaded
 
 A figure that a GPU does not offer is absent, not zero; without a GPU or NVML all are absent. A part of a GPU (MIG) has
-no utilisation, power and energy of its own; its temperature, clocks and memory errors are those of the GPU.
+no utilization, power and energy of its own; its temperature, clocks and memory errors are those of the GPU.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _REASONS: dict[str, tuple[int, str]] = {
     "power_brake_slowdown": (pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown, _POWER),
     "hardware_slowdown": (pynvml.nvmlClocksEventReasonHwSlowdown, f"{_COOLING}; {_POWER}"),
 }
-_MEANS = ("utilisation", "memory_used", "temperature", "power", "throttled", "power_capped")
-_MAXIMA = ("utilisation", "memory_used", "temperature", "power")
+_MEANS = ("utilization", "memory_used", "temperature", "power", "throttled", "power_capped")
+_MAXIMA = ("utilization", "memory_used", "temperature", "power")
 _STATES = ("memory_total", "ecc_errors")
 # NVML's errors if a GPU, a driver or a container does not offer a figure.
 _ABSENT = (
@@ -90,7 +90,7 @@ class GpuMonitor:
         ]
         if not partition:
             self._readers += [
-                lambda: {"utilisation": pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100},
+                lambda: {"utilization": pynvml.nvmlDeviceGetUtilizationRates(self._handle).gpu / 100},
                 lambda: {"power": pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000},
                 lambda: {"counter": pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000},
             ]

@@ -88,15 +88,9 @@ class Trainer:
         self.folder = folder
         self.listener = listener or Listener()
         self.writer = CheckpointWriter(folder / "checkpoints", config, upload=upload)
-        torch.manual_seed(config.train.seed)
-        self.model = network_of(config, num_classes=shards.info.num_classes)
-        if process.device.type == "cpu":
-            from slrnet.cpu import speed_up
-            from slrnet.cpu.allocator import spare_memory
-
-            spare_memory(speed_up(self.model))
-        self.model.to(device=process.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = _new_network(config, shards.info.num_classes, process.device)
         self.normalize = Normalize.of(self.model.encoder)
+        self.wrapped = _distribute(self.model, process)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
         self.supervision = supervision_of(config, shards)
         self.loader = _train_loader(config, shards, process, self.supervision)
@@ -107,7 +101,6 @@ class Trainer:
             data_fingerprint=shards.info.fingerprint,
             world_size=process.world_size,
         )
-        self.wrapped = _distribute(self.model, process)
 
     def resume(self) -> bool:
         """Continues from the run's last whole checkpoint, if it has one.
@@ -418,6 +411,18 @@ def _train_loader(config: Config, shards: ShardSet, process: Process, supervisio
         workers=config.data.workers,
         pin_memory=process.device.type == "cuda",
     )
+
+
+def _new_network(config: Config, num_classes: int, device: torch.device) -> Network:
+    torch.manual_seed(config.train.seed)
+    model = network_of(config, num_classes=num_classes)
+    if device.type == "cpu":
+        from slrnet.cpu import speed_up
+        from slrnet.cpu.allocator import spare_memory
+
+        spare_memory(speed_up(model))
+    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
 
 
 def _distribute(model: Network, process: Process) -> torch.nn.Module:

@@ -33,7 +33,7 @@ class Gpu:
 
     uuid: str = f"GPU-{UUID}"
     name: str = "NVIDIA L4"
-    utilisation: int = 50
+    utilization: int = 50
     used: int = 6 * GIB
     total: int = 24 * GIB
     temperature: int = 60
@@ -81,7 +81,7 @@ class FakeNvml:
         return migDevice.parent
 
     def nvmlDeviceGetUtilizationRates(self, handle: Gpu) -> Any:
-        return self._answer(handle, "nvmlDeviceGetUtilizationRates", SimpleNamespace(gpu=handle.utilisation))
+        return self._answer(handle, "nvmlDeviceGetUtilizationRates", SimpleNamespace(gpu=handle.utilization))
 
     def nvmlDeviceGetMemoryInfo(self, handle: Gpu, version: int | None = None) -> Any:
         memory = SimpleNamespace(used=handle.used, total=handle.total, free=handle.total - handle.used)
@@ -163,19 +163,19 @@ def test_the_fake_has_the_signatures_of_the_library() -> None:
 
 class TestFigures:
     def test_means_maxima_and_states_of_an_interval(self, monitor: GpuMonitor, gpu: Gpu, clock: Clock) -> None:
-        gpu.utilisation = 100
+        gpu.utilization = 100
         monitor.sample()  # before the interval
-        gpu.utilisation = 50
+        gpu.utilization = 50
         monitor.begin()
         clock.now += 10.0
-        gpu.utilisation, gpu.used, gpu.temperature, gpu.milliwatts = 90, 12 * GIB, 72, 130_000
+        gpu.utilization, gpu.used, gpu.temperature, gpu.milliwatts = 90, 12 * GIB, 72, 130_000
         gpu.reasons = pynvml.nvmlClocksEventReasonSwPowerCap
         gpu.millijoules += 900_000
         figures, warnings = monitor.end(30)
         assert figures == pytest.approx(
             {
-                "utilisation": 0.7,
-                "utilisation_max": 0.9,
+                "utilization": 0.7,
+                "utilization_max": 0.9,
                 "memory_used": 9.0,
                 "memory_used_max": 12.0,
                 "memory_total": 24.0,
@@ -207,7 +207,7 @@ class TestFigures:
     @pytest.mark.parametrize(
         ("call", "figures"),
         [
-            ("UtilizationRates", {"utilisation", "utilisation_max"}),
+            ("UtilizationRates", {"utilization", "utilization_max"}),
             ("MemoryInfo", {"memory_used", "memory_used_max", "memory_total"}),
             ("Temperature", {"temperature", "temperature_max"}),
             ("PowerUsage", {"power", "power_max"}),
@@ -238,7 +238,7 @@ class TestFigures:
             gpu.errors[call] = pynvml.NVMLError_NotSupported()
             figures, _ = monitor.end(4)
         assert not {"power", "power_max", "energy", "energy_per_image"} & figures.keys()
-        assert "utilisation" in figures
+        assert "utilization" in figures
 
     def test_the_thread_samples_at_its_interval_until_closed(self, gpu: Gpu, nvml: FakeNvml) -> None:
         several = threading.Event()
@@ -392,7 +392,7 @@ class TestWhichGpu:
         figures, warnings = monitor.end(4)
         monitor.close()
         assert (figures["memory_used"], figures["temperature"], figures["ecc_errors"]) == (1.0, 77, 2)
-        assert not {"utilisation", "power", "energy", "energy_per_image"} & figures.keys()
+        assert not {"utilization", "power", "energy", "energy_per_image"} & figures.keys()
         assert list(warnings) == ["ecc_errors"]
 
     def test_none_that_nvml_knows(self, nvml: FakeNvml, as_cuda: list[int], capfd: pytest.CaptureFixture[str]) -> None:
@@ -431,12 +431,12 @@ class TestProcess:
         watch.begin()
         gpu.ecc_errors = 1
         gpu.millijoules += 80_000
-        figures = {"utilisation": 0.9, "temperature_max": 91.0, "energy_per_image": 40.0}
+        figures = {"utilization": 0.9, "temperature_max": 91.0, "energy_per_image": 40.0}
         others[:] = [(figures, {"memory": "nearly full"}), ({}, {})]
         metrics, warnings = watch.end(4)
-        assert metrics["system/gpu/rank_0/utilisation"] == 0.5
-        assert metrics["system/gpu/rank_1/utilisation"] == 0.9
-        assert metrics["system/gpu/utilisation"] == pytest.approx(0.7)
+        assert metrics["system/gpu/rank_0/utilization"] == 0.5
+        assert metrics["system/gpu/rank_1/utilization"] == 0.9
+        assert metrics["system/gpu/utilization"] == pytest.approx(0.7)
         assert metrics["system/gpu/temperature_max"] == 91.0
         assert metrics["system/gpu/energy_per_image"] == pytest.approx(30.0)
         assert metrics["system/gpu/power"] == 70.0  # of the one rank that has it
@@ -489,7 +489,7 @@ class TestTraining:
         nvml.nvmlDeviceGetTotalEnergyConsumption = counting  # type: ignore[method-assign]
         gpu.reasons = pynvml.nvmlClocksEventReasonHwThermalSlowdown
         self.fit(start_trainer(config, tracker=tracker))
-        assert tracker.curve("system/gpu/rank_0/utilisation") == [(2, 0.5), (4, 0.5)]
+        assert tracker.curve("system/gpu/rank_0/utilization") == [(2, 0.5), (4, 0.5)]
         assert tracker.curve("system/gpu/throttled") == [(2, 1.0), (4, 1.0)]
         # Two steps of four images between the two samples.
         assert tracker.curve("system/gpu/energy_per_image") == [(2, 2.0), (4, 2.0)]
