@@ -311,7 +311,7 @@ def _kernels(name: str, args: tuple[Any, ...]) -> int:
 def count_step(
     config: Config, *, num_classes: int, images: int, classes_per_image: int, masks_share: float = 0.0
 ) -> Count:
-    """Counts an optimiser step with pseudo labels, in seconds and without memory for its tensors.
+    """Counts an optimizer step with pseudo labels, in seconds and without memory for its tensors.
 
     Args:
         config: of the run; `train.precision` other than fp32 means bf16 autocast.

@@ -35,7 +35,7 @@ def random_batch(*, batch: int, crop: int, num_classes: int, present: int) -> Ba
 
 
 def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], float]:
-    """Takes an optimiser step with pseudo labels on the same batch whenever it is called, and gives the loss.
+    """Takes an optimizer step with pseudo labels on the same batch whenever it is called, and gives the loss.
 
     No pixel is left out of the cross entropy, though the pseudo labels of random weights hardly ever count.
     """

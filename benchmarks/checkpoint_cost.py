@@ -1,6 +1,6 @@
 """What checkpoints cost a training: `python benchmarks/checkpoint_cost.py [--recipe voc_wsss_lite]`.
 
-In turn, as many optimiser steps with a checkpoint before them and without: the checkpoint is copied in the training's
+In turn, as many optimizer steps with a checkpoint before them and without: the checkpoint is copied in the training's
 thread and written beside it, so that the difference is all it costs. Claimed: at the default interval
 (`train.checkpoint_every` steps) at most 1 % of the time. Crops are small, so that steps are short and the share is an
 upper bound: a checkpoint costs the same whatever the size of the images.

@@ -138,7 +138,7 @@ SCALES = ((2, 16), (8, 16), (64, 64), (64, 512))
 """GPUs and global batch. 16 is the paper's; 64 GPUs need at least an image each."""
 STAGES = (
     "views", "encoder", "aspp", "fusion", "auxiliary_head", "cvlr", "cue_injection", "gate", "mask_head", "network",
-    "alignment", "calibration", "losses", "agreement", "optimiser", "between",
+    "alignment", "calibration", "losses", "agreement", "optimizer", "between",
 )  # fmt: skip
 LABELS = {"network": "class scores", "between": "between stages"}
 INNER = STAGES[1:10]

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py [--recipe voc_wsss] [--images 16] [--crop 321] [--like A100|H100] [--out FOLDER]
 
-Takes optimiser steps of a recipe for image labels, with random weights, on a small data set that is drawn for it, and
+Takes optimizer steps of a recipe for image labels, with random weights, on a small data set that is drawn for it, and
 times the stages by CUDA events: going forward each part of the network, going backward all of it. Prints measured and
 predicted milliseconds with their ratio, images/s, and the peak of the GPU's memory. What it needs: one NVIDIA GPU that
 PyTorch can use, and the model's constants of that GPU (`benchmarks/cost_model.py`); --like takes another one's.
@@ -142,7 +142,7 @@ def comparison(measured: Measured, predicted: Mapping[str, float], count: Count,
     """A Markdown table of stages, and lines about speed and memory."""
     lines = [f"| stage | predicted for {gpu.name}, ms | measured on {name}, ms | measured / predicted |"]
     lines += ["| --- | ---: | ---: | ---: |"]
-    order = ["views", "network", *PARTS, "alignment", "calibration", "losses", BACKWARD, "agreement", "optimiser"]
+    order = ["views", "network", *PARTS, "alignment", "calibration", "losses", BACKWARD, "agreement", "optimizer"]
     for stage in order:
         if stage in measured.stages:
             label = f"network: {stage}" if stage in PARTS else stage

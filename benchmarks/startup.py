@@ -1,7 +1,7 @@
 """How long a newcomer waits: `python benchmarks/startup.py`.
 
 `ray job submit --working-dir . -- python ray_jobs/train.py` on a private cluster that has run a job before, up to the
-first optimiser step of two workers of the recipe `voc_wsss_lite` on the embedded data; and the time that Python takes
+first optimizer step of two workers of the recipe `voc_wsss_lite` on the embedded data; and the time that Python takes
 to start and to import `slrnet`. Medians. Claimed: at most 25 seconds, and at most 3. Shown too: the import of what
 `slrnet.load` uses when it is called, which is PyTorch, timm and torchvision.
 """

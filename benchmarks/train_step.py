@@ -3,7 +3,7 @@
     python benchmarks/train_step.py --peer-dir FOLDER [--only wide|lite|classes|views|share]
 
 FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet). A step is views, network, calibration, losses,
-backward and optimiser, on random images and weights; each side is a process of its own with two threads, and they act
+backward and optimizer, on random images and weights; each side is a process of its own with two threads, and they act
 in turn. Ratios are of median times and of peaks of resident memory. Without the option only this project is measured.
 It trains in the precision that it chooses by itself, bfloat16 where the processor multiplies matrices of it; shown too
 is what it takes in float32, in which the released code computes.

@@ -5,7 +5,7 @@ photographs of 500x375 pixels. Speeds are those that the trainer logs for an epo
 workers of 8 images each are at least 1.85 times as fast as one of 8 (ratio of the medians of the images per second),
 and wait for data at most 2 % of the time. Each side, with its readers of data, is kept to as many cores as it has
 workers. Shown too: two workers that share a batch of 8, whose steps do half the work at the same price of each step:
-conversions of weights, sums of gradients, the optimiser.
+conversions of weights, sums of gradients, the optimizer.
 """
 
 from __future__ import annotations

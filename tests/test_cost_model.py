@@ -182,7 +182,7 @@ class TestCounter:
         assert {o.stage for o in counted.operators} - {BACKWARD} == set(cost_model.STAGES)
         backward = {o.source for o in counted.operators if o.stage == BACKWARD}
         assert set(cost_model.STAGES[1:11]) <= backward, "every part of the network and the alignment have gradients"
-        assert "optimiser" not in backward
+        assert "optimizer" not in backward
 
     def test_gradients_cost_twice_the_forward_pass(self, counted: Count) -> None:
         for stage in ("aspp", "fusion", "mask_head"):
@@ -199,14 +199,14 @@ class TestCounter:
         assert (backward.flops, backward.moved) == (10 * product, 10 * features + 4 * codes)
         assert forward.stage == backward.source == "cvlr"
 
-    def test_more_images_cost_more_but_to_the_optimiser(self, counts: Counts) -> None:
+    def test_more_images_cost_more_but_to_the_optimizer(self, counts: Counts) -> None:
         fewer, more = counts.step("voc_wsss", 1), counts.step("voc_wsss", 2)
 
         def flops(of: Count, stage: str) -> int:
             return sum(o.flops for o in of.operators if o.source == stage and o.name in MATRICES)
 
         assert flops(more, "encoder") == 2 * flops(fewer, "encoder") > 0
-        steps = [[o for o in of.operators if o.stage == "optimiser"] for of in (fewer, more)]
+        steps = [[o for o in of.operators if o.stage == "optimizer"] for of in (fewer, more)]
         assert steps[0] == steps[1]
         assert more.gradients == fewer.gradients
         assert more.kept > fewer.kept > 0

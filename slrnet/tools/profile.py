@@ -90,7 +90,7 @@ def profile_steps(config: Config, *, steps: int, device: str) -> Profile:
 def stage_table(measured: Profile) -> str:
     """Writes the stages as a Markdown table, longest first, those of the network below it."""
     steps, total = len(measured.seconds), sum(measured.seconds)
-    outer = ["views", "network", "alignment", "calibration", "losses", "backward", "agreement", "optimiser"]
+    outer = ["views", "network", "alignment", "calibration", "losses", "backward", "agreement", "optimizer"]
     rows: list[tuple[str, float]] = []
     ranked = sorted(measured.stages.items(), key=lambda stage: -stage[1])
     for name, seconds in ranked:

@@ -37,7 +37,7 @@ class Failure:
     rank: int
     node: str
     step: int
-    """Optimiser step, from 0, in which the rank was."""
+    """Optimizer step, from 0, in which the rank was."""
     exception: str
     """Name of the exception's class; "hang" for a rank that did not move, "died" for a rank whose process is gone."""
     message: str

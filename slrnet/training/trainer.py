@@ -250,7 +250,7 @@ class Trainer:
         self.listener.at("comparing losses", step)
         with record_function("slrnet: agreement"):
             values = _average(totals, self.process, step)
-        with record_function("slrnet: optimiser"):
+        with record_function("slrnet: optimizer"):
             self.optimizer.step()
         return values
 

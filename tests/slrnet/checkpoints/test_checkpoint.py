@@ -255,7 +255,7 @@ def test_weights_of_another_shape_or_name_do_not_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x80\x02", b"\0" * 1000])
-def test_an_optimiser_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_an_optimizer_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
     path = save(tmp_path, 1)
     (path / "trainer.pt").write_bytes(content)
     sign(path)
@@ -263,7 +263,7 @@ def test_an_optimiser_that_is_none_is_refused(tmp_path: Path, content: bytes) ->
         load_checkpoint(path)
 
 
-def test_an_optimiser_of_another_type_is_refused(tmp_path: Path) -> None:
+def test_an_optimizer_of_another_type_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     torch.save([1, 2], path / "trainer.pt")
     sign(path)

@@ -12,7 +12,7 @@ from slrnet.cli.main import main
 from slrnet.config import Config
 from slrnet.tools.profile import profile_steps, stage_table
 
-STAGES = {"views", "network", "alignment", "calibration", "losses", "backward", "agreement", "optimiser"}
+STAGES = {"views", "network", "alignment", "calibration", "losses", "backward", "agreement", "optimizer"}
 PARTS = {"encoder", "aspp", "fusion", "auxiliary_head", "cvlr", "cue_injection", "gate", "mask_head"}
 
 

@@ -164,7 +164,7 @@ class TestResume:
     def test_without_a_checkpoint_there_is_nothing_to_resume(self, quiet: Config, start_trainer: StartTrainer) -> None:
         assert start_trainer(quiet).resume() is False
 
-    def test_state_and_optimiser_of_the_checkpoint(self, tiny_config: Config, start_trainer: StartTrainer) -> None:
+    def test_state_and_optimizer_of_the_checkpoint(self, tiny_config: Config, start_trainer: StartTrainer) -> None:
         trainer = start_trainer(tiny_config)
         figures = fit(trainer)
         folder = find_checkpoint(trainer.folder / "checkpoints")
@@ -185,7 +185,7 @@ class TestResume:
         trained = sum(parameter.requires_grad for parameter in trainer.model.parameters())
         assert len(optimizer["state"]) == trained > 0
 
-    def test_settings_of_the_optimiser_may_change(
+    def test_settings_of_the_optimizer_may_change(
         self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path
     ) -> None:
         fit(start_trainer(quiet, folder=tmp_path / "run"))
