@@ -1,11 +1,13 @@
-"""What Ray costs, two workers of Ray Train against the same loop under torchrun: `python benchmarks/ray_overhead.py`.
+"""Measures what Ray costs: two workers of Ray Train against the same loop under torchrun.
 
-Both train the same network on the embedded data with two processes of one thread (gloo), side after side in turn, one
-on a private Ray cluster and one without any. An epoch counts from one report to the next, the first one not at all.
-Claimed of the form `a core to spare`, where the training processes of both sides are kept to all cores but one: the
-images per second through Ray are at least 0.98 of those under torchrun (ratio of the medians over all epochs). `every
-core` is shown without a claim: Ray's own processes take a sixth of a core, and on a machine that has no more cores
-than workers, they take it from these.
+    python benchmarks/ray_overhead.py
+
+Both sides train the same network on the embedded data with two processes of one thread each (gloo), in turn: one on a
+private Ray cluster, one without Ray. An epoch lasts from one report to the next; the first epoch does not count. Claim
+for the form `a core to spare`, in which the training processes of both sides use all cores but one: the images per
+second through Ray are at least 0.98 of those under torchrun (ratio of the medians over all epochs). `every core` is
+shown without a claim: Ray's own processes need a sixth of a core, and on a machine without spare cores they take it
+from the workers.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from slrnet.recipes import demo  # noqa: E402
 GOAL = 0.98
 SIDES = ("ray", "torchrun")
 IMAGES = 256
-"""Of an epoch: the workers report once in each, and wait for each other."""
+"""Images per epoch; the workers report once per epoch, and wait for each other."""
 SETTINGS = (
     *NETWORK, "model.decoder_dim=32", "data.crop_size=128", "train.pretrain_epochs=1", "train.checkpoint_every=0",
     "train.precision=fp32",
@@ -88,7 +90,7 @@ def _compare(rounds: int, epochs: int, workers: int) -> int:
 
 @contextmanager
 def _start_of(side: str, workers: int) -> Iterator[tuple[list[str], Mapping[str, str]]]:
-    """The words before the script, and the environment for them; a cluster that lives as long, where it is Ray's."""
+    """The command before the script, and its environment; for Ray's side also a cluster that lives as long."""
     if side == "ray":
         with local_cluster("--num-cpus=2") as (address, environment):
             yield submission(address), environment
@@ -164,7 +166,7 @@ def train(values: dict[str, Any], process: Any, report: Any) -> None:
 
 
 def _keep_to(cores: int) -> None:
-    """Keeps all threads of this process, those of Ray in it too, to so many cores, the last ones of the machine."""
+    """Pins all threads of this process, Ray's included, to the machine's last `cores` cores."""
     chosen = sorted(os.sched_getaffinity(0))[-cores:]
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), chosen)

@@ -1,13 +1,13 @@
-"""Sweeps in which processes die, against the same sweep left in peace.
+"""Kills processes of a sweep and compares it with the same sweep undisturbed.
 
     python benchmarks/sweep_faults.py [--scheduler none|pbt] [--out FOLDER]
 
-On a private Ray cluster a small network is trained on the embedded data, four trials, two at a time. The second time
-one trial's worker is killed (SIGKILL), and after the trial has gone on, the driver; the sweep is then resumed. The
-third sweep allows no retry and loses a worker. Claimed: the disturbed sweep ends with the same trials, settings and
-figures as the undisturbed one, and with one MLflow run for each beside one parent; the killed trial goes on from a
-checkpoint; no trial that was finished is trained again; without a retry the trial is recorded with its error, and the
-others finish. Exit status 1 where a claim does not hold. 11 minutes on two cores that did other work beside.
+On a private Ray cluster, a small network trains on the embedded data: four trials, two at a time. In the second sweep
+one trial's worker is killed (SIGKILL), and once the trial has continued, the driver; then the sweep is resumed. The
+third sweep allows no retry and loses a worker. Claims: the disturbed sweep ends with the same trials, settings and
+metrics as the undisturbed one, and with one MLflow run per trial under one parent; the killed trial continues from a
+checkpoint; no finished trial is trained again; without a retry, the trial is recorded with its error and the others
+finish. Exit status 1 if a claim does not hold. Takes 11 minutes on two cores that also did other work.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ SETTINGS = (
     "train.log_every=1", "train.checkpoint_every=1", "evaluation.pseudo_mask_images=4",
     "evaluation.panel_images=0", "evaluation.background_power=8",
 )  # fmt: skip
-"""So short a training predicts background alone unless that is held down, and all trials would have the same score."""
+"""Without the background power, so short a training predicts only background, and all trials have the same score."""
 SPACES = {
     "none": ("optim.lr=choice:0.005,0.01,0.02,0.04", "weights.consistency=fixed", "cvlr.num_iters=fixed",
              "cvlr.dim=fixed", "calibration.confidence_threshold=fixed"),
     "pbt": (),
 }  # fmt: skip
 PATIENCE = 900.0
-"""Seconds after which what is waited for has not come."""
+"""Seconds after which waiting fails."""
 
 
 @dataclass
 class Bench:
-    """A cluster and what is submitted to it."""
+    """A cluster, and the sweeps submitted to it."""
 
     address: str
     environment: dict[str, str]
@@ -83,7 +83,7 @@ class Bench:
         return [event for event in events_of(trial) if event["event"] == kind]
 
     def moving(self, name: str, steps: int) -> Path | None:
-        """A trial of a sweep that has taken so many steps and has not reached its end."""
+        """A running trial of a sweep that has taken at least `steps` steps and is not near its end."""
         for trial in sorted((self.storage / name / "trials").glob("*")):
             taken = self.events(trial, "step")
             if (
@@ -103,7 +103,7 @@ class Bench:
         return any(len(self.events(trial, "epoch")) == EPOCHS for trial in (folder / "trials").glob("*"))
 
     def kill_worker(self, name: str) -> tuple[Path, int]:
-        """Kills a trial's worker; the trial, and the step that it was in."""
+        """Kills a trial's worker; returns the trial, and the step that it was in."""
         trial = wait(lambda: self.moving(name, 4), "a trial that moves")
         last = self.events(trial, "step")[-1]
         os.kill(last["pid"], signal.SIGKILL)
@@ -119,7 +119,7 @@ class Bench:
         return list(json.loads(path.read_text(encoding="utf-8"))["trials"]) if path.is_file() else []
 
     def children(self, name: str) -> list[str]:
-        """States of the runs that MLflow's database has below those of the sweep's name, which must be one."""
+        """Statuses of the trials' runs in MLflow; the sweep must have exactly one parent run."""
         below = "SELECT status FROM runs JOIN tags USING (run_uuid) WHERE key = 'mlflow.parentRunId' AND value = ?"
         with sqlite3.connect(f"file:{self.storage / 'mlflow.db'}?mode=ro", uri=True) as database:
             parents = database.execute("SELECT run_uuid FROM runs WHERE name = ?", (name,)).fetchall()
@@ -138,7 +138,7 @@ def wait(ready: Callable[[], Any], what: str) -> Any:
 
 
 def outcome(trials: list[dict[str, Any]], sweep: str) -> list[str]:
-    """Trials as texts that are equal where settings, status, figures and schedule are: names differ by the sweep's."""
+    """Trials as texts to compare: settings, status, metrics and schedule, without the sweep's name."""
     kept = ("values", "status", "epochs", "metrics", "curve", "schedule", "error")
     texts = [json.dumps({key: trial[key] for key in kept}, sort_keys=True) for trial in trials]
     return sorted(re.sub(rf"\b{sweep}-", "", text) for text in texts)

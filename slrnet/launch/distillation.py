@@ -1,4 +1,4 @@
-"""What a distillation (DeepLabV3+ on the pseudo masks of another network) asks of its data."""
+"""Checks the data of a distillation: DeepLabV3+ trained on the pseudo masks of another network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["check_distillation"]
 
 
 def check_distillation(config: Config) -> str:
-    """Check that the training data of a distillation have pseudo masks, and that the extra `distill` is installed.
+    """Checks that the training data of a distillation have pseudo masks, and that the extra `distill` is installed.
 
     Args:
         config: the run's settings.
@@ -31,10 +31,10 @@ def check_distillation(config: Config) -> str:
             f"{config.data.path} holds no pseudo masks; make some with `slrnet pseudo-label --checkpoint RUN --data "
             f"{config.data.path} --out PSEUDO`, or train on true masks with `slrnet train`"
         )
-    labelled, train_split, val_split = record["job"]["splits"], config.data.train_split, config.data.val_split
-    if train_split not in labelled or val_split in labelled:
+    labeled, train_split, val_split = record["job"]["splits"], config.data.train_split, config.data.val_split
+    if train_split not in labeled or val_split in labeled:
         raise ValueError(
-            f"{config.data.path} has pseudo masks in {', '.join(labelled)}; a distillation trains on pseudo masks of "
+            f"{config.data.path} has pseudo masks in {', '.join(labeled)}; a distillation trains on pseudo masks of "
             f"{train_split!r} and validates on true ones of {val_split!r}: make them with --splits {train_split}"
         )
     teacher = Path(record["job"]["checkpoint"])
