@@ -28,7 +28,7 @@ from slrnet.storage.files import written_whole  # noqa: E402
 from slrnet.tracking.provenance import environment_tags  # noqa: E402
 
 NAMES = (
-    "train_step", "evaluate", "refine", "cvlr", "kernels", "cross_entropy", "winograd", "depthwise", "few_taps",
+    "train_step", "evaluate", "refine", "cvlr", "kernels", "cross_entropy", "cpu_tricks",
     "loader", "workers", "startup", "scale", "conversion_speed", "conversion_memory", "checkpoint_cost", "ray_overhead",
 )  # fmt: skip
 LONGER = ("chaos", "nodes", "sweep_faults", "fuzz", "cost_model", "gpu")

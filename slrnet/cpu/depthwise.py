@@ -1,12 +1,12 @@
-"""Depthwise convolutions for CPUs: dilated ones over interleaved maps, and a gradient of the weights that is fast.
+"""Depthwise convolutions for CPUs: dilated ones over interleaved maps, and a fast gradient of the weights.
 
-At dilation r a position meets only those whose row and column differ from its own by multiples of r. So the map falls
-into r x r interleaved maps that do not touch each other, and an undilated convolution of those, side by side in the
-batch, gives the same numbers. CPU libraries have no fast path for the dilated form.
+At dilation r a position meets only those whose row and column differ from its own by multiples of r. The map therefore
+splits into r x r interleaved maps that do not touch each other, and an undilated convolution of these, side by side in
+the batch, gives the same numbers. CPU libraries have no fast path for the dilated form.
 
-The gradient of the weights is itself a depthwise convolution: of each map of an image by the slopes of its outputs, a
-kernel as large as the map, summed over the images. On small maps that takes less time than the libraries' own, which
-has no fast form in bfloat16 at all (benchmarks/depthwise.py). On other devices nothing changes.
+The gradient of the weights is itself a depthwise convolution: of each map of an image by the gradient of its outputs, a
+kernel as large as the map, summed over the images. On small maps that is faster than the libraries' own, which has no
+fast form in bfloat16 (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ __all__ = ["DepthwiseConv2d"]
 
 
 class DepthwiseConv2d(StandInConv2d):
-    """A depthwise convolution by a way that is fast on CPUs."""
+    """A depthwise convolution in the form that is fast on CPUs."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         """Takes over the parameters of a convolution.
 
         Args:
-            conv: depthwise; it keeps the size of the map, or is strided and not dilated.
+            conv: the convolution; `serves` says which ones are possible.
         """
         super().__init__(conv)
         self.pads_itself = isinstance(conv, Conv2dSame)
@@ -78,7 +78,7 @@ def _undilated(maps: Tensor, weight: Tensor, stride: tuple[int, ...], padding: s
 
 
 def _small(maps: Tensor) -> bool:
-    """Whether maps are fit to be kernels; if they are larger, the library is faster."""
+    """Whether maps are small enough to be kernels; for larger ones the library is faster."""
     return maps[0, 0].numel() <= (32 * 32 if maps.dtype == torch.bfloat16 else 8 * 8)
 
 
@@ -95,7 +95,7 @@ class _Depthwise(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        """Gradients of maps and weight, each where it is wanted."""
+        """The gradients of maps and weight that are needed."""
         maps, weight = ctx.saved_tensors
         where = {"stride": ctx.stride, "padding": ctx.padding, "groups": len(weight)}
         wide = torch.promote_types(maps.dtype, torch.float32)  # half precision has no fast form

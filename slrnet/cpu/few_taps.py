@@ -1,10 +1,10 @@
 """Dilated 3x3 convolutions for CPUs whose taps mostly lie outside the map.
 
-At stride 8 a crop of 321 pixels is a map of 41x41: of a tap 36 positions away, five rows or columns are left, and on
-the map of a view of half the size nothing but the centre is. Each tap is a product of matrices over the positions that
-it does meet; CPU libraries multiply the padding's zeros as well, or copy the map once for each tap
-(benchmarks/few_taps.py). In bfloat16 their dilated convolutions of thousands of channels are slower than nine products,
-whatever the taps meet. Numbers differ from theirs by rounding. On other devices nothing changes.
+At stride 8 a crop of 321 pixels is a map of 41x41. A tap 36 positions away meets only five rows or columns of it, and
+on the map of a view of half the size only the center tap is left. Here each tap is a product of matrices over the
+positions that it meets; CPU libraries multiply the padding's zeros too, or copy the map once for each tap. In bfloat16
+their dilated convolutions of thousands of channels are slower than nine products, whatever the taps meet. Numbers
+differ by rounding. `docs/performance.md` has the time that this saves.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from slrnet.cpu.convolutions import StandInConv2d, convolution_dtype, eager_on_c
 __all__ = ["FewTapsConv2d"]
 
 _MOST_TAPS = 0.7
-"""Largest share of the products that are not with padding, up to which this form is taken."""
+"""Largest share of products without padding at which this form is used."""
 _MANY_CHANNELS = 2048
-"""Channels in or out from which it is always taken in bfloat16, where it is dilated."""
+"""Channels, in or out, from which a dilated convolution in bfloat16 always uses this form."""
 
 
 class FewTapsConv2d(StandInConv2d):
-    """A 3x3 convolution that multiplies no padding on CPUs, where there is much of it."""
+    """A 3x3 convolution that skips the padding if there is much of it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to (N, K, H, W)."""
         if not self._few_taps(input):
             return super().forward(input)
         maps = input.to(convolution_dtype(input)).permute(0, 2, 3, 1)
-        # Turned out here: PyTorch lets nobody change a view in place that a function of our own returns.
+        # Permuted here: PyTorch forbids changing a view in place that a custom function returns.
         out: Tensor = _FewTaps.apply(maps, self.weight, self.dilation[0]).permute(0, 3, 1, 2)
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
 
@@ -66,7 +66,7 @@ class _FewTaps(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Gradients of maps and weight, each where it is wanted."""
+        """The gradients of maps and weight that are needed."""
         maps, weight = ctx.saved_tensors
         filters = _filters(weight, maps.dtype)
         of_maps = torch.zeros_like(maps, dtype=_sum_dtype(maps)) if ctx.needs_input_grad[0] else None
@@ -87,7 +87,7 @@ def _sum_dtype(maps: Tensor) -> torch.dtype:
 
 
 def _filters(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """(3, 3, K, C), in one piece for each tap in half precision, whose products would copy them otherwise."""
+    """(3, 3, K, C); contiguous in half precision, where products would copy them otherwise."""
     filters = weight.permute(2, 3, 0, 1).to(dtype)
     return filters.contiguous() if dtype == torch.bfloat16 else filters
 

@@ -2,17 +2,15 @@
 
 Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks": a tile of 4x4 outputs takes 36 products for
 each pair of channels instead of 144, after linear transforms of the input (6x6), the filter and the output. CPU
-libraries have no such path that is fast for large maps (benchmarks/winograd.py). At dilation r a position meets only
-those whose row and column differ from its own by multiples of r, so tiles are taken at that distance.
+libraries have no such path that is fast for large maps (docs/performance.md). At dilation r a position meets only those
+whose row and column differ from its own by multiples of r, so tiles are taken at that distance.
 
-Numbers differ from the direct form by rounding, about 1e-5 of the largest output. Training does without, as its
-gradients need what this form does not keep. On other devices nothing changes.
+Numbers differ from the direct form by rounding, about 1e-5 of the largest output. Training uses the direct form,
+because gradients need what this form does not keep.
 """
 
 from __future__ import annotations
 
-import math
-import threading
 from typing import Self
 
 import torch
@@ -45,25 +43,24 @@ _OUTPUT = torch.tensor(
 _TO_INPUT, _TO_FILTER, _TO_OUTPUT = (torch.kron(side, side) for side in (_INPUT, _FILTER, _OUTPUT))
 """The transforms of whole tiles, rows and columns at once."""
 _GAIN = 2.0
-"""Least ratio of multiplications, direct over this form, at which this one is taken: its transforms move memory."""
+"""Least ratio of multiplications, direct form over this one, to use this one: its transforms move memory."""
 _BUFFER = 2**20
-"""Values of a buffer of transformed tiles; larger maps are worked on in parts, which stay in the processor's cache."""
+"""Values of transformed tiles to work on at a time, so that they stay in the processor's cache."""
 _FEW_TILES = 512
-"""Tiles below which parts are not made smaller, whatever their size: each part reads all filters."""
+"""Tiles to work on at a time at least, whatever their size: each part reads all filters."""
 
 
 class WinogradConv2d(FewTapsConv2d):
-    """A 3x3 convolution that is fast on CPUs where no gradient is wanted, and elsewhere where there is much padding.
+    """A 3x3 convolution that uses Winograd's form without gradients, and otherwise that of its base class.
 
-    The transformed filters are kept until the weights change or the module is told to train: four times the weights'
-    memory.
+    It keeps the transformed filters, four times the memory of the weights, until the weights change or training begins.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
         """Takes over the parameters of a convolution.
 
         Args:
-            conv: 3x3, of stride 1, one group, and a padding of zeros that keeps the size of the map.
+            conv: the convolution; `serves` says which ones are possible.
         """
         super().__init__(conv)
         self._filters: tuple[tuple[int, int], Tensor] | None = None
@@ -120,20 +117,8 @@ def _convolve(maps: Tensor, filters: Tensor, rate: int) -> Tensor:
     at_once = max(_FEW_TILES, _BUFFER // (36 * max(sources, targets)))
     height_of_part = max(1, min(down, at_once // of_row))
     images_of_part = max(1, min(images, at_once // (of_row * height_of_part)))
-    most = images_of_part * height_of_part * of_row
-    padded, raw, inputs, products, outputs = _workspace(
-        maps,
-        (images, rows + 2 * rate, columns + 2 * rate, sources),
-        (most, 36, sources),
-        (most, 36, sources),
-        (36, most, targets),
-        (most, 16, targets),
-    )
-    padded[:, :rate].zero_()
-    padded[:, rate + height :].zero_()
-    padded[:, :, :rate].zero_()
-    padded[:, :, rate + width :].zero_()
-    padded[:, rate : rate + height, rate : rate + width].copy_(maps.permute(0, 2, 3, 1))
+    padded = maps.new_zeros(images, rows + 2 * rate, columns + 2 * rate, sources)
+    padded[:, rate : rate + height, rate : rate + width] = maps.permute(0, 2, 3, 1)
     row, column = padded.stride(1), padded.stride(2)
     # Input tiles, (N, down, rate, across, rate, 6, 6, C), and where their outputs belong, (N, down, ..., 4, 4, K).
     tiles = padded.as_strided(
@@ -146,31 +131,7 @@ def _convolve(maps: Tensor, filters: Tensor, rate: int) -> Tensor:
     for first in range(0, images, images_of_part):
         for top in range(0, down, height_of_part):
             part = (slice(first, first + images_of_part), slice(top, top + height_of_part))
-            taken, place = tiles[part], places[part]
-            count = taken[..., 0, 0, 0].numel()
-            raw[:count].view(taken.shape).copy_(taken)
-            torch.bmm(to_input.expand(count, 36, 36), raw[:count], out=inputs[:count])
-            torch.bmm(inputs[:count].transpose(0, 1), filters, out=products[:, :count])
-            torch.bmm(to_output.expand(count, 16, 36), products[:, :count].transpose(0, 1), out=outputs[:count])
-            place.copy_(outputs[:count].view(place.shape))
+            taken = tiles[part].reshape(-1, 36, sources)
+            products = (to_input @ taken).transpose(0, 1) @ filters  # (36, tiles, K)
+            places[part] = (to_output @ products.transpose(0, 1)).view(places[part].shape)
     return out[:, :height, :width].permute(0, 3, 1, 2)
-
-
-class _Local(threading.local):
-    """A thread's workspace: memory that is asked for anew at every call costs more than what is done with it."""
-
-    values = torch.empty(0)
-
-
-_local = _Local()
-
-
-def _workspace(like: Tensor, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """Uninitialised tensors that hold until the next call in this thread."""
-    sizes = [math.prod(shape) for shape in shapes]
-    if _local.values.dtype != like.dtype or _local.values.numel() < sum(sizes):
-        _local.values = torch.empty(0)  # frees it first
-        with torch.inference_mode(False):  # it may be written to in any mode
-            _local.values = torch.empty(sum(sizes), dtype=like.dtype)
-    parts = _local.values[: sum(sizes)].split(sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -70,6 +70,7 @@ def narrow_network(monkeypatch: pytest.MonkeyPatch) -> SLRNet:
     torch.manual_seed(0)
     backbone = WideResNet38()
     encoder = Encoder(backbone, stages=backbone.stages, channels=backbone.channels, strides=backbone.strides)
+    encoder.freeze(stages=1, batch_norm=False)  # as in training; its maps are the largest
     return SLRNet(encoder, num_classes=3, cvlr=None, decoder_dim=8, skip_dim=4, dropout=0.0, gate_rate=0.0).double()
 
 
