@@ -373,7 +373,7 @@ def test_own_data_runs_as_it_stands(tmp_path: Path) -> None:
     page = [content for language, content in blocks(ROOT / "docs" / "own-data.md") if language == "sh"]
     for content in page:
         for line in content.splitlines():
-            words = [sys.executable, *shlex.split(line)[1:]]
+            words = [sys.executable, "-m", *shlex.split(line)]
             done = subprocess.run(words, cwd=tmp_path, env=alone(), capture_output=True, text=True, check=False)
             assert done.returncode == 0, line + done.stdout + done.stderr
     assert len(list((tmp_path / "masks").glob("*.png"))) == 32

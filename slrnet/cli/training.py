@@ -15,6 +15,8 @@ from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.space import DEFAULT_SPACE, get_space, space_with
 
 if TYPE_CHECKING:
+    from slrnet.checkpoints.checkpoint import Checkpoint
+    from slrnet.data.manifest import ShardSet
     from slrnet.sweeps.plan import SweepPlan
 
 __all__ = [
@@ -352,7 +354,7 @@ def _plan(options: argparse.Namespace) -> SweepPlan:
     return plan_sweep(config, sweep, space=space_with(domains, options.search), **ablation)
 
 
-def _prediction(options: argparse.Namespace) -> tuple[Any, Config, Any]:
+def _prediction(options: argparse.Namespace) -> tuple[Checkpoint, Config, ShardSet]:
     """The checkpoint, the configuration and the data of a command with the options of `_add_prediction`."""
     from slrnet.checkpoints.checkpoint import load_checkpoint
     from slrnet.data.manifest import load_dataset
