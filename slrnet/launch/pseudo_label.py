@@ -37,7 +37,7 @@ from slrnet.checkpoints.checkpoint import Checkpoint
 from slrnet.config import Config
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.images import encode_mask
-from slrnet.data.manifest import SCHEMA, DataError, ShardSet, SplitView, save_dataset
+from slrnet.data.manifest import SCHEMA, DataError, ShardEntry, ShardSet, SplitView, save_dataset
 from slrnet.data.samples import SampleIndex, ShardFiles
 from slrnet.data.tars import ShardWriter
 from slrnet.distributed.process import Process
@@ -222,7 +222,7 @@ def _assemble(partial: Path, shards: ShardSet, job: _Job) -> dict[str, Any]:
     for split in shards.splits:
         view = shards.split(split)
         if split in job["splits"]:
-            notes = [_checked(partial, entry.name, view, entry.first, entry.num_samples) for entry in view.shards]
+            notes = [_checked(partial, entry, view) for entry in view.shards]
             quality[split] = _total_quality(notes, shards.info.classes)
             parts = [note["columns"] for note in notes]
         else:
@@ -247,14 +247,14 @@ def _assemble(partial: Path, shards: ShardSet, job: _Job) -> dict[str, Any]:
     return record
 
 
-def _checked(partial: Path, shard: str, view: SplitView, first: int, count: int) -> dict[str, Any]:
+def _checked(partial: Path, entry: ShardEntry, view: SplitView) -> dict[str, Any]:
     """A finished shard's notes, after checking that it holds each sample of the manifest exactly once."""
-    note = _finished(partial, shard)
-    keys = [view.key(index) for index in range(first, first + count)]
+    note = _finished(partial, entry.name)
+    keys = [view.key(index) for index in range(entry.first, entry.first + entry.num_samples)]
     if note is None or note["columns"]["key"] != keys:
         raise DataError(
-            f"shard {partial / shard} does not hold the {count} samples of the data set's {shard}, each once; remove "
-            "it and start the job again"
+            f"shard {partial / entry.name} does not hold each of the data set's {entry.num_samples} samples once; "
+            "remove it and start the job again"
         )
     return note
 

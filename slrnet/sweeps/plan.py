@@ -155,7 +155,7 @@ def plan_sweep(
         seeds=tuple(seeds) if ablation else (),
         variants=choose_variants(ablation, variants) if ablation else (),
     )
-    for changes in [(), *(variant.changes for variant in plan.chosen_variants)] if ablation else [()]:
+    for changes in ((), *(variant.changes for variant in plan.chosen_variants)):
         check_run(apply_overrides(config, changes), shards, options.num_workers)
     if not ablation:
         check_space(config, space)
