@@ -170,11 +170,7 @@ def quality_metrics(prefix: str, quality: Quality, classes: tuple[str, ...]) -> 
     All are shares in [0, 1]. Classes that occur nowhere are left out.
     """
     matrix = quality.matrix
-    values = {
-        f"{prefix}/miou": matrix.miou(),
-        f"{prefix}/mfdr": matrix.mfdr(),
-        f"{prefix}/mfnr": matrix.mfnr(),
-    }
+    values = {f"{prefix}/miou": matrix.miou(), f"{prefix}/mfdr": matrix.mfdr(), f"{prefix}/mfnr": matrix.mfnr()}
     for kind, shares in (("iou", matrix.iou()), ("fdr", matrix.fdr()), ("fnr", matrix.fnr())):
         values |= {metric_key(prefix, kind, name): float(share) for name, share in zip(classes, shares, strict=True)}
     return {name: value for name, value in values.items() if not math.isnan(value)}

@@ -22,15 +22,7 @@ from slrnet.storage.files import write_text, written_whole
 from slrnet.viz.grid import Tile, class_legend, draw_grid
 from slrnet.viz.overlay import draw_overlay
 
-__all__ = [
-    "SplitSurvey",
-    "browse",
-    "contact_sheet",
-    "find_duplicates",
-    "report",
-    "survey_split",
-    "warnings_of",
-]
+__all__ = ["SplitSurvey", "browse", "contact_sheet", "find_duplicates", "report", "survey_split", "warnings_of"]
 
 KINDS = {
     (True, True): "mask and image labels",
@@ -154,8 +146,8 @@ def warnings_of(survey: SplitSurvey, info: DatasetInfo, *, training: bool) -> li
     """
     warnings = []
     missing = [name for name, images in zip(info.classes[1:], survey.images, strict=True) if not images]
-    labelled = survey.num_samples - survey.kinds.get(KINDS[False, False], 0)
-    if not labelled:
+    labeled = survey.num_samples - survey.kinds.get(KINDS[False, False], 0)
+    if not labeled:
         warnings.append("no image has a label of any kind")
     elif missing:
         warnings.append(f"{len(missing)} of {info.num_classes - 1} classes are in no image: {_listed(missing)}")
@@ -165,7 +157,7 @@ def warnings_of(survey: SplitSurvey, info: DatasetInfo, *, training: bool) -> li
     if survey.void > MUCH_VOID:
         warnings.append(f"{survey.void:.0%} of the pixels are void")
     if survey.all_void:
-        warnings.append(f"{len(survey.all_void)} masks are void throughout: {_listed(survey.all_void)}")
+        warnings.append(f"{len(survey.all_void)} masks are void everywhere: {_listed(survey.all_void)}")
     if survey.beyond_labels:
         count = len(survey.beyond_labels)
         warnings.append(f"{count} masks show classes that their image labels lack: {_listed(survey.beyond_labels)}")

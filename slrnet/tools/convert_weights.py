@@ -1,13 +1,12 @@
-"""The authors' published checkpoints (WideResNet-38, any of the three settings) as ours, and those of 1-Stage.
+"""Converts the authors' published checkpoints, and those of 1-Stage, to ours (`slrnet convert-weights`).
 
-`released_checkpoint` reads a file and renames its tensors; `slrnet convert-weights FILE --out DIR` writes a checkpoint
-directory that all commands take. Every tensor of the file is accounted for: taken, a second name of
-one that is taken, or a constant of the refinement. Nothing in the file can run code.
+`released_checkpoint` reads a file and renames its tensors. Each tensor of the file must be one that is taken, a second
+name of one, or a constant of the refinement. Nothing in the file can run code.
 
-The setting shows in the heads: those of pixel labels and unlabelled images have an output more, for the background.
-1-Stage (Araslanov and Roth 2020, visinf/1-stage-wseg) is SLRNet's network less the auxiliary head and CVLR, with the
-encoder's modules at the top level; its checkpoints with WideResNet-38 can be read. Those with ResNets and VGG16 have
-other strides than the encoders here.
+The setting shows in the heads: with pixel labels and unlabeled images they have one more output, for the background.
+1-Stage (Araslanov and Roth 2020, visinf/1-stage-wseg) is SLRNet's network without the auxiliary head and CVLR, with the
+encoder's modules at the top level. Only its checkpoints with WideResNet-38 can be read: those with ResNets and VGG16
+have other strides than the encoders here.
 """
 
 from __future__ import annotations
@@ -171,11 +170,7 @@ def _stage_one(config: Config) -> Config:
             "recipe": "released_one_stage",
             "cvlr": CvlrConfig(enabled=False),
             "evaluation": EvaluationConfig(
-                gating="scores",
-                gating_threshold=0.1,
-                gating_top=20,
-                scales=(1.0, 0.5, 1.5, 2.0),
-                background_power=3.0,
+                gating="scores", gating_threshold=0.1, gating_top=20, scales=(1.0, 0.5, 1.5, 2.0), background_power=3.0
             ),
         }
     )

@@ -18,13 +18,13 @@ DATABASE = "mlflow.db"
 
 
 def default_storages() -> list[Path]:
-    """Where runs are looked for without being told: the default storage, then the demo's folder below this one."""
+    """Returns the folders in which to look for runs: the default storage, then the demo's folder `runs`."""
     usual = Path(os.environ.get("SLRNET_STORAGE", "") or "~/slrnet_runs").expanduser().absolute()
     return [usual, Path("runs").absolute()]
 
 
 def newest_run(storages: Sequence[Path]) -> Path:
-    """The run with the newest checkpoint, of the first folder that has one.
+    """Finds the run with the newest checkpoint, in the first folder that has one.
 
     Raises:
         ValueError: there is none.
@@ -44,7 +44,7 @@ def newest_run(storages: Sequence[Path]) -> Path:
 
 
 def serve_command(database: Path, port: int) -> list[str]:
-    """The command that serves a SQLite store on loopback, with one process and without MLflow's own jobs."""
+    """Returns the command that serves a SQLite store on loopback, with one worker process."""
     server = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     return [*server, "--backend-store-uri", f"sqlite:///{database}"]
 
@@ -53,7 +53,7 @@ def serve(storage: Path | None, port: int) -> int:
     """Serves the page until Ctrl-C.
 
     Args:
-        storage: folder of runs; None: the first default folder that has some.
+        storage: folder of runs; None for the first default folder that has some.
         port: port on 127.0.0.1.
 
     Returns:
@@ -65,7 +65,7 @@ def serve(storage: Path | None, port: int) -> int:
     database = _database(storage)
     check_port(port)
     print(f"runs of {database.parent}: {runs_address(port)} (some seconds to start; Ctrl-C ends it)", flush=True)
-    # MLflow's jobs are for language models, and take five processes.
+    # MLflow's own jobs are for language models, and take five processes.
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(serve_command(database, port), env=os.environ | quiet)
     try:

@@ -22,7 +22,7 @@ PAGE: Color = (255, 255, 255)
 INK: Color = (34, 34, 34)
 FAINT: Color = (190, 190, 190)
 BACKGROUND: Color = (70, 70, 70)
-"""Stands for the background, which overlays draw as dimmed grey whatever its color in the palette."""
+"""Stands for the background, which overlays draw in dimmed gray, whatever its color in the palette."""
 GAP = 10
 """Between tiles, pixels."""
 LINE = 24

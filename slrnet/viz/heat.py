@@ -14,7 +14,7 @@ __all__ = ["heat"]
 def heat(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
     """Colors (..., 3) uint8 of values (...) in [0, 1], which are clipped.
 
-    The colors are viridis: it grows in lightness, so it reads the same in grey and to the color-blind.
+    The colors are viridis: it grows in lightness, so it reads the same in gray and to the color-blind.
     """
     colors: npt.NDArray[np.uint8] = mpl.colormaps["viridis"](np.clip(values, 0, 1), bytes=True)[..., :3]
     return colors

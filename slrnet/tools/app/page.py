@@ -25,12 +25,7 @@ MAX_BYTES = 50_000_000
 _MOST_SCORES = 10
 _STRIPES = "repeating-linear-gradient(135deg, #fafafa 0 4px, #969696 4px 8px)"
 """CSS of the legend's swatch for undecided pixels."""
-_PICTURES = {
-    "image": "Image",
-    "mask": "Mask",
-    "refined": "Fused and refined",
-    "pseudo": "Pseudo label",
-}
+_PICTURES = {"image": "Image", "mask": "Mask", "refined": "Fused and refined", "pseudo": "Pseudo label"}
 
 
 def serve(analyzer: Analyzer, *, name: str, port: int) -> None:

@@ -36,8 +36,8 @@ def write_figure(
         number: images (fig2, fig7), rows (fig3) or classes (fig5) to draw.
         num_iters: values of T in fig7.
         data: folder with shards; None for that of the training.
-        measured: images to choose from at most; None for all.
-        device: device of the network; None for a GPU where there is one.
+        measured: largest number of images to choose from; None for all.
+        device: device of the network; None for a GPU if there is one.
 
     Returns:
         The files.
@@ -81,14 +81,15 @@ def _checkpoints(what: str, paths: Sequence[Path]) -> list[Checkpoint]:
             raise ValueError(f"{len(paths)} checkpoints are given; {what} is of one")
         return [load_checkpoint(paths[0])]
     kept = sorted((paths[0] / "checkpoints").glob("checkpoint-*")) if len(paths) == 1 else list(paths)
-    found = sorted((load_checkpoint(path) for path in kept), key=lambda checkpoint: checkpoint.state.step)
-    if len(paths) == 1 and len(found) > 2:
-        found = [found[0], found[-1]]
-    if len({checkpoint.state.epoch for checkpoint in found}) < 2 or len(found) > 2:
+    checkpoints = sorted((load_checkpoint(path) for path in kept), key=lambda checkpoint: checkpoint.state.step)
+    if len(paths) == 1 and len(checkpoints) > 2:
+        checkpoints = [checkpoints[0], checkpoints[-1]]
+    if len({checkpoint.state.epoch for checkpoint in checkpoints}) < 2 or len(checkpoints) > 2:
         raise ValueError(
             f"fig7 needs an early and a late checkpoint of a training, and {', '.join(map(str, paths))} "
-            f"gives {len(found)}; name two checkpoints of different epochs, or a run's folder that holds two"
+            f"gives {len(checkpoints)}; name two checkpoints of different epochs, or a run's folder that holds two"
         )
-    if found[0].state.classes != found[1].state.classes:
-        raise ValueError(f"{found[0].path} and {found[1].path} know different classes; name two of one training")
-    return found
+    early, late = checkpoints
+    if early.state.classes != late.state.classes:
+        raise ValueError(f"{early.path} and {late.path} know different classes; name two of one training")
+    return checkpoints

@@ -100,7 +100,7 @@ PAPER_TABLES: tuple[PaperTable, ...] = (
     ),
     _table(
         5,
-        "PASCAL VOC with 1.4k pixel-labelled and 9k image-labelled images",
+        "PASCAL VOC with 1.4k pixel-labeled and 9k image-labeled images",
         """
         Method                      | Backbone | Labels  | val  | test
         GAIN (Li et al. 2018)       | VGG16    | I, P, S | 60.5 | 62.1
@@ -115,7 +115,7 @@ PAPER_TABLES: tuple[PaperTable, ...] = (
     ),
     _table(
         6,
-        "PASCAL VOC with 1.4k pixel-labelled and 9k unlabelled images",
+        "PASCAL VOC with 1.4k pixel-labeled and 9k unlabeled images",
         """
         Method                       | Backbone  | val
         GANSeg (Souly et al. 2017)   | VGG16     | 64.1

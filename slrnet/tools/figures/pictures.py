@@ -88,8 +88,8 @@ def draw_tiles(
 def feature_figure(target: EvaluationTarget, examples: Sequence[Example]) -> Figure:
     """Fig. 2, right: the features that enter the low-rank module and those that leave it.
 
-    A row for each image and view. Colours are the three main components of both kinds and all views of the image
-    together, so that equal features have equal colours; activation is the length of a feature vector, in each map from
+    A row for each image and view. Colors are the three main components of both kinds and all views of the image
+    together, so that equal features have equal colors. Activation is the length of a feature vector, in each map from
     its smallest (dark) to its largest (yellow).
 
     Raises:
@@ -104,15 +104,10 @@ def feature_figure(target: EvaluationTarget, examples: Sequence[Example]) -> Fig
         pairs = features_around(target.model, [apply_view(image, view, stride=stride) for view in views])
         colors = feature_rgb([feature for pair in pairs for feature in pair])
         for place, (before, after) in enumerate(pairs):
-            rows.append(
-                [
-                    Tile(example.image, example.key if place == 0 else ""),
-                    Tile(colors[2 * place], "features before"),
-                    Tile(colors[2 * place + 1], "features after"),
-                    Tile(_activation(before), "activation before"),
-                    Tile(_activation(after), "activation after"),
-                ]
-            )
+            row = [Tile(example.image, example.key if place == 0 else "")]
+            row += [Tile(colors[2 * place], "features before"), Tile(colors[2 * place + 1], "features after")]
+            row += [Tile(_activation(before), "activation before"), Tile(_activation(after), "activation after")]
+            rows.append(row)
             names.append(f"scale {views[place].scale:g}")
     return draw_tiles(rows, names=names)
 
@@ -121,9 +116,9 @@ def mask_figure(target: EvaluationTarget, examination: Examination, *, number: i
     """Fig. 3: image, truth and prediction; on the left the images with the highest IoU, on the right the lowest.
 
     Args:
-        target: network and data.
-        examination: of the split that the images come from.
-        number: rows.
+        target: the network and the data.
+        examination: the examination of the split that the images are from.
+        number: number of rows.
     """
     palette = target.shards.info.palette_array()
     halves = [
@@ -134,14 +129,9 @@ def mask_figure(target: EvaluationTarget, examination: Examination, *, number: i
     for simple, hard in zip(*halves, strict=True):
         row = []
         for example in (simple, hard):
-            row += [
-                Tile(example.image, example.key),
-                Tile(np.asarray(draw_overlay(example.image, example.truth, palette)), "truth"),
-                Tile(
-                    np.asarray(draw_overlay(example.image, example.mask, palette)),
-                    f"prediction, mIoU {100 * example.miou:.0f}",
-                ),
-            ]
+            masks = {"truth": example.truth, f"prediction, mIoU {100 * example.miou:.0f}": example.mask}
+            row.append(Tile(example.image, example.key))
+            row += [Tile(np.asarray(draw_overlay(example.image, m, palette)), text) for text, m in masks.items()]
         rows.append(row)
     shown = [mask for examples in halves for one in examples[: len(rows)] for mask in (one.mask, one.truth)]
     classes = target.checkpoint.state.classes
@@ -152,9 +142,9 @@ def code_figure(target: EvaluationTarget, examination: Examination, *, number: i
     """Fig. 5: for each class the code of its atom on the image where the class is predicted best, three a row.
 
     Args:
-        target: network and data.
-        examination: of the split that the images come from.
-        number: most classes.
+        target: the network and the data.
+        examination: the examination of the split that the images are from.
+        number: largest number of classes.
 
     Raises:
         ValueError: the network has no low-rank module, or one whose atoms are no classes.
@@ -188,8 +178,8 @@ def iteration_figure(
 
     Args:
         targets: checkpoints of one training, early first.
-        examples: images.
-        scores: of the images, for their main classes.
+        examples: the images.
+        scores: the images' scores, which name their main classes.
         num_iters: values of T, each >= 1.
 
     Raises:
@@ -207,13 +197,13 @@ def iteration_figure(
 
 
 def best_of_each_class(scores: Sequence[ImageScore]) -> dict[int, ImageScore]:
-    """By foreground class, ascending, the image whose true mask holds it and on which its IoU is highest."""
-    found: dict[int, ImageScore] = {}
+    """Chooses for each foreground class the image on which its IoU is highest, of those whose true mask holds it."""
+    best: dict[int, ImageScore] = {}
     for score in scores:
         for index in (np.flatnonzero(score.true_pixels[1:]) + 1).tolist():
-            if index not in found or score.iou[index] > found[index].iou[index]:
-                found[index] = score
-    return dict(sorted(found.items()))
+            if index not in best or score.iou[index] > best[index].iou[index]:
+                best[index] = score
+    return dict(sorted(best.items()))
 
 
 @torch.no_grad()
@@ -239,10 +229,10 @@ def features_around(model: Network, views: Sequence[Tensor]) -> list[tuple[Tenso
 
 
 def feature_rgb(maps: Sequence[Tensor]) -> list[Pixels]:
-    """Colours of feature maps (C, h, w) by their three main components, common to all maps: per map (h, w, 3).
+    """Colors of feature maps (C, h, w) by their three main components, common to all maps: per map (h, w, 3).
 
     Each component spans its range between the 1st and the 99th percentile; with fewer than three channels the others
-    stay grey.
+    stay gray.
     """
     flat = torch.cat([one.flatten(1) for one in maps], dim=1).double()
     flat = flat - flat.mean(dim=1, keepdim=True)
@@ -254,9 +244,9 @@ def feature_rgb(maps: Sequence[Tensor]) -> list[Pixels]:
     low, high = np.percentile(parts, [1, 99], axis=1)
     shares = ((parts - low[:, None]) / np.maximum(high - low, 1e-12)[:, None]).clip(0, 1)
     shares = np.concatenate([shares, np.full((3 - len(shares), shares.shape[1]), 0.5)])
-    colours = np.rint(255 * shares.T).astype(np.uint8)
+    colors = np.rint(255 * shares.T).astype(np.uint8)
     ends = np.cumsum([one[0].numel() for one in maps])
-    return [part.reshape(*one.shape[1:], 3) for part, one in zip(np.split(colours, ends[:-1]), maps, strict=True)]
+    return [part.reshape(*one.shape[1:], 3) for part, one in zip(np.split(colors, ends[:-1]), maps, strict=True)]
 
 
 def _activation(features: Tensor) -> Pixels:

@@ -68,7 +68,7 @@ def measure_run(
     config = checkpoint.config
     location = str(data or config.data.path)
     if data is None and not is_remote(location) and not (Path(location) / "dataset.json").is_file():
-        reason = "the training's data are not at hand; give their folder with --data"
+        reason = "the training's data are not here; give their folder with --data"
         return Measurements(absent={"masks": reason, "codes": reason, "sweep": reason})
     shards = load_dataset(location)
     target = EvaluationTarget.of(checkpoint, shards, device)

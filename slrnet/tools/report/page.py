@@ -247,11 +247,7 @@ def _calibration(measured: Measurements) -> list[Chart]:
         note = f"{sweep.protocol}, {sweep.images} training images, foreground"
         label = "probability / maximum over the image"
         charts.append(_reliability("Pseudo masks: what gamma cuts", sweep.confidence, label, note))
-        shares = {
-            "fidelity": sweep.fidelity,
-            "completeness": sweep.completeness,
-            "harmonic mean": sweep.harmonic_means,
-        }
+        shares = {"fidelity": sweep.fidelity, "completeness": sweep.completeness, "harmonic mean": sweep.harmonic_means}
         gamma_chart = Chart(
             title="Pseudo labels by gamma",
             series=[Series(name, list(zip(sweep.gammas, values, strict=True))) for name, values in shares.items()],

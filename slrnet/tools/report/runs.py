@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from slrnet.config import Config
 from slrnet.evaluation.protocols import protocol_name
 from slrnet.launch.evaluation import training_run
 from slrnet.recipes import RECIPES, get_recipe
-from slrnet.tracking.protocol import RunHandle, metric_key
+from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.reader import logged_pictures, metric_history, run_tags
 
 __all__ = ["Curve", "Run", "TrackedRun", "find_records", "read_run", "training_command", "val_key"]
@@ -29,28 +30,16 @@ Curve = list[tuple[float, float]]
 _PANEL = re.compile(r"(?P<key>.+)-epoch-(?P<epoch>\d+)\.png")
 
 
+@dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """What MLflow holds of a training.
+    """What MLflow holds of a training."""
 
-    Args:
-        handle: the training's MLflow run.
-    """
-
-    def __init__(self, handle: RunHandle) -> None:
-        self.handle = handle
-        self.run_id = handle.run_id
-
-    def history(self, key: str) -> list[tuple[int, float]]:
-        """Returns steps and values of a metric."""
-        return metric_history(self.handle, key)
-
-    def tags(self) -> dict[str, str]:
-        """Returns the run's tags."""
-        return run_tags(self.handle)
-
-    def pictures(self) -> dict[tuple[str, int], Image.Image]:
-        """Returns the panels by image and place in MLflow's grid, which counts from 0."""
-        return logged_pictures(self.handle)
+    run_id: str
+    history: Callable[[str], list[tuple[int, float]]]
+    """Returns steps and values of a metric."""
+    tags: dict[str, str]
+    pictures: Callable[[], dict[tuple[str, int], Image.Image]]
+    """Returns the panels by image and place in MLflow's grid, which counts from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +53,7 @@ class Run:
     curves: dict[str, Curve]
     """By the names of the metrics in MLflow."""
     curves_from: str
-    """Where the curves are from, for people."""
+    """Source of the curves, in words."""
     environment: dict[str, str]
     """Versions and commit of the training; empty if its MLflow run is out of reach."""
     panels: dict[str, dict[int, Image.Image]]
@@ -90,7 +79,12 @@ def read_run(path: Path, tracked: TrackedRun | None = None) -> Run:
     place = checkpoint.path.resolve()
     folder = place.parents[1] if place.parent.name == "checkpoints" else None
     if tracked is None and folder and (handle := training_run(checkpoint)):
-        tracked = TrackedRun(handle)
+        tracked = TrackedRun(
+            run_id=handle.run_id,
+            history=partial(metric_history, handle),
+            tags=run_tags(handle),
+            pictures=partial(logged_pictures, handle),
+        )
     curves, curves_from = _curves(checkpoint, tracked)
     panels, panels_from = _panels(folder, tracked, checkpoint.config)
     return Run(
@@ -186,7 +180,7 @@ def _kept_metrics(checkpoint: Checkpoint) -> dict[int, Mapping[str, float]]:
 
 
 def _environment(tracked: TrackedRun | None) -> dict[str, str]:
-    tags = tracked.tags() if tracked else {}
+    tags = tracked.tags if tracked else {}
     wanted = ("git_commit", "git_state", "version.", "slrnet.world_size", "slrnet.global_batch")
     return {key: value for key, value in sorted(tags.items()) if key.startswith(wanted)}
 

@@ -106,7 +106,7 @@ def test_a_sheet_shows_image_mask_and_labels_side_by_side(tmp_path: Path) -> Non
     ("changes", "split", "expected"),
     [
         ({"d": ("train", (1,), [0, 1], 4)}, "train", "train: 1 of 3 classes are in no image: cat"),
-        ({"d": ("train", (3,), [255], 4)}, "train", "train: 1 masks are void throughout: d"),
+        ({"d": ("train", (3,), [255], 4)}, "train", "train: 1 masks are void everywhere: d"),
         ({"d": ("train", (3,), [3, 255, 255, 255], 4)}, "train", "train: 38% of the pixels are void"),
         ({"d": ("train", (3,), [3, 2], 4)}, "train", "train: 1 masks show classes that their image labels lack: d"),
         ({"e": ("val", (1, 2, 3), None, 5)}, "val", "val: 1 images have no mask, so nothing can be measured on them"),

@@ -23,7 +23,6 @@ from slrnet.tools.report.charts import Chart, Series, draw_chart
 from slrnet.tools.report.measurements import Measurements, gamma_advice
 from slrnet.tools.report.page import MAX_BYTES, render
 from slrnet.tools.report.runs import TrackedRun, find_records, read_run, training_command, val_key
-from slrnet.tracking.protocol import RunHandle
 
 
 class Elements(HTMLParser):
@@ -132,7 +131,7 @@ class TestAbsent:
         folder = saved(tmp_path / "bare", tiny_run, metrics={}, config={"data": nowhere})
         assert main(["report", str(folder), "--out", str(tmp_path / "out.html")]) == 0
         text = (tmp_path / "out.html").read_text(encoding="utf-8")
-        assert text.count("the training&#39;s data are not at hand; give their folder with --data") == 5
+        assert text.count("the training&#39;s data are not here; give their folder with --data") == 5
         assert "there is no folder panels with pictures and no MLflow run can be reached" in text
         assert "neither pseudo masks nor validation masks were measured" in text
         assert text.count("not measured in this run") == 3  # pseudo masks, validation, losses
@@ -185,31 +184,21 @@ def test_mistakes_are_named(tiny_run: Path, tmp_path: Path, capsys: pytest.Captu
     assert not out.exists()
 
 
-class FakeTrackedRun(TrackedRun):
-    """A run with curves and a picture, of one's own choice."""
+PICTURE = Image.new("RGB", (4, 4))
 
-    def __init__(self, curves: Callable[[str], list[tuple[int, float]]]) -> None:
-        super().__init__(RunHandle(uri="sqlite:////x", run_id="ab", experiment_id="0"))
-        self.curves = curves
-        self.picture = Image.new("RGB", (4, 4))
 
-    def history(self, key: str) -> list[tuple[int, float]]:
-        return self.curves(key)
-
-    def tags(self) -> dict[str, str]:
-        return {"git_commit": "abc", "mlflow.user": "somebody"}
-
-    def pictures(self) -> dict[tuple[str, int], Image.Image]:
-        return {("cat", 1): self.picture}
+def tracked_run(history: Callable[[str], list[tuple[int, float]]]) -> TrackedRun:
+    tags = {"git_commit": "abc", "mlflow.user": "somebody"}
+    return TrackedRun(run_id="ab", history=history, tags=tags, pictures=lambda: {("cat", 1): PICTURE})
 
 
 def test_curves_and_pictures_of_the_mlflow_run(tiny_run: Path, tmp_path: Path) -> None:
     # The first step was logged again after a restart.
-    tracked = FakeTrackedRun(lambda key: [(2, 0.1), (2, 0.3), (4, 0.5)])
+    tracked = tracked_run(lambda key: [(2, 0.1), (2, 0.3), (4, 0.5)])
     run = read_run(saved(tmp_path / "run", tiny_run), tracked)
     assert run.curves["val/mfdr"] == [(1.0, 0.3), (2.0, 0.5)]
     assert run.environment == {"git_commit": "abc"}
-    assert run.panels == {"cat": {2: tracked.picture}}  # MLflow counts the grids from 0
+    assert run.panels == {"cat": {2: PICTURE}}  # MLflow counts the grids from 0
     assert run.panels_from == "the pictures in MLflow"
 
 
@@ -221,7 +210,7 @@ def test_curves_of_a_checkpoint_within_an_epoch(tiny_run: Path, tmp_path: Path) 
         folder = tmp_path / str(epoch) / "checkpoints"
         path = save_checkpoint(folder, config=checkpoint.config, state=state, model=checkpoint.model, optimizer={})
         curves = {"epoch": ends, "train/loss": [(2, 0.3), (3, 0.5)]}
-        run = read_run(path, FakeTrackedRun(lambda key, curves=curves: curves.get(key, [])))  # type: ignore[misc]
+        run = read_run(path, tracked_run(lambda key, curves=curves: curves.get(key, [])))  # type: ignore[misc]
         assert run.curves["train/loss"] == expected
 
 
