@@ -26,7 +26,7 @@ from slrnet.data.batch import Batch
 from slrnet.distributed.process import Process
 from slrnet.inference.forward import predict_single_scale
 from slrnet.models.network import Network, Normalize
-from slrnet.models.slrnet import network_of
+from slrnet.models.slrnet import build_network
 from slrnet.ops import cross_entropy_triton as cross_entropy_gpu
 from slrnet.tools.profile import PREFIX, named_stages
 from slrnet.training.listener import Listener
@@ -324,7 +324,7 @@ def count_step(
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        model = network_of(config, num_classes=num_classes, weights=False)
+        model = build_network(config, num_classes=num_classes, weights=False)
         model.train()
     batch = _batch(config, mode, num_classes, images, classes_per_image, round(masks_share * images))
     trainer = _trainer(config, model, images)
@@ -351,7 +351,7 @@ def count_validation(config: Config, *, num_classes: int, size: tuple[int, int])
     """Counts what one image of `size` = (height, width) costs when masks are measured after an epoch."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
-        model = network_of(config, num_classes=num_classes, weights=False)
+        model = build_network(config, num_classes=num_classes, weights=False)
         model.eval()
         image = torch.empty(3, *size, dtype=torch.uint8)
     counter = OperatorCounter()

@@ -15,7 +15,7 @@ from slrnet.cpu.allocator import spare_memory
 from slrnet.data.batch import Batch
 from slrnet.losses import objective, segmentation
 from slrnet.models.network import Normalize, mixed_precision
-from slrnet.models.slrnet import network_of
+from slrnet.models.slrnet import build_network
 from slrnet.training.optim import build_optimizer
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 
@@ -40,7 +40,7 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
     No pixel is left out of the cross entropy, though the pseudo labels of random weights hardly ever count.
     """
     torch.manual_seed(0)
-    model = network_of(config, num_classes=num_classes, weights=False)
+    model = build_network(config, num_classes=num_classes, weights=False)
     spare_memory(speed_up(model))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()

@@ -122,7 +122,7 @@ def compare(peer_dir: Path) -> bool:
 def our_checkpoint(peer: nn.Module | None) -> Checkpoint:
     """The released network's weights as ours; without it, random ones in the same network."""
     from slrnet.checkpoints.checkpoint import TrainState
-    from slrnet.models.slrnet import build_model
+    from slrnet.models.slrnet import build_network
     from slrnet.tools.convert_weights import _released_config
 
     if peer is not None:
@@ -131,7 +131,7 @@ def our_checkpoint(peer: nn.Module | None) -> Checkpoint:
             return released_checkpoint(f"{folder}/released.pth")
     config = _released_config("wsss")
     torch.manual_seed(0)
-    weights = build_model(config.model, config.cvlr, num_classes=21).state_dict()
+    weights = build_network(config, num_classes=21).state_dict()
     classes = tuple(str(index) for index in range(21))
     state = TrainState(epoch=0, step=0, classes=classes, data_fingerprint="", world_size=1)
     return Checkpoint(Path(), config, state, weights, {})

@@ -35,7 +35,7 @@ from benchmarks._sides import Seen, run_in_turn, serve_side
 from benchmarks._turns import times_in_turn
 from slrnet.config import Config
 from slrnet.models.network import Normalize, mixed_precision
-from slrnet.models.slrnet import network_of
+from slrnet.models.slrnet import build_network
 from slrnet.recipes import voc_wsss, voc_wsss_lite
 from slrnet.sweeps.space import apply_values
 from slrnet.training.optim import build_optimizer
@@ -163,7 +163,7 @@ def share(args: argparse.Namespace) -> bool:
     print("\nEfficientNet-Lite0, crop 192, batch 8: alignment, calibration and losses, forward and backward")
     config, num_classes = _config("lite"), 21
     batch = random_batch(batch=8, crop=192, num_classes=num_classes, present=2)
-    model = network_of(config, num_classes=num_classes, weights=False).train()
+    model = build_network(config, num_classes=num_classes, weights=False).train()
     build_optimizer(model, config.optim, batch_size=8)
     images = batch.floats()
     inputs, drawn = make_views(images, config.views, Normalize.of(model.encoder), step_generator(0))

@@ -421,12 +421,12 @@ class Config(_Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_setting()
-        self._check_sizes()
         if self.model.architecture == "deeplabv3plus" and (self.setting != "sss" or self.cvlr.enabled):
             raise ValueError(
                 "model.architecture 'deeplabv3plus' has neither class scores nor CVLR; use setting=sss and "
                 "cvlr.enabled=false, as recipe voc_distill does"
             )
+        self._check_sizes()
         return self
 
     def _check_setting(self) -> None:

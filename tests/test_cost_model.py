@@ -37,7 +37,7 @@ from slrnet.config import (
     TrainConfig,
     apply_overrides,
 )
-from slrnet.models.slrnet import network_of
+from slrnet.models.slrnet import build_network
 from slrnet.ops.cross_entropy import sums_and_gradients
 from slrnet.recipes import get_recipe
 
@@ -144,7 +144,7 @@ class TestCounter:
     def test_a_step_without_data_costs_what_a_real_one_does(self, precision: str) -> None:
         config = tiny(f"train.precision={precision}", "cvlr.implementation=reference")
         found = count_step(config, num_classes=CLASSES, images=2, classes_per_image=2)
-        model = network_of(config, num_classes=CLASSES, weights=False)
+        model = build_network(config, num_classes=CLASSES, weights=False)
         model.train()
         batch = _operators._batch(config, FakeTensorMode(), CLASSES, 2, 2, 0)
         batch = replace(batch, images=torch.randint(256, batch.images.shape, dtype=torch.uint8))
@@ -221,7 +221,7 @@ class TestCounter:
         assert moved[1] == moved[0] // 2
 
     def test_bytes_of_gradients_and_parameters(self, counted: Count) -> None:
-        model = network_of(tiny(), num_classes=CLASSES, weights=False)
+        model = build_network(tiny(), num_classes=CLASSES, weights=False)
         sizes = [(p.numel() * 4, p.requires_grad) for p in model.parameters()]
         assert counted.parameters == sum(size for size, _ in sizes)
         assert counted.gradients == sum(size for size, trains in sizes if trains) < counted.parameters

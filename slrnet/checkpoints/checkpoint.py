@@ -173,9 +173,9 @@ def restore_model(checkpoint: Checkpoint) -> Network:
     Raises:
         CheckpointError: the weights are not those of the configured network.
     """
-    from slrnet.models.slrnet import network_of  # takes seconds, and most users of checkpoints need no network
+    from slrnet.models.slrnet import build_network  # takes seconds, and most users of checkpoints need no network
 
-    model = network_of(checkpoint.config, num_classes=len(checkpoint.state.classes), weights=False)
+    model = build_network(checkpoint.config, num_classes=len(checkpoint.state.classes), weights=False)
     try:
         model.load_state_dict(checkpoint.model)
     except RuntimeError as error:

@@ -1,8 +1,8 @@
 """The decoder: ASPP, skip fusion, global cue injection, stochastic gate, mask head.
 
-Paper Sec. 4 ("Implementation Details"); the parts follow Chen et al. 2018 (ASPP, skip fusion) and Araslanov and Roth
-2020 (global cue injection, stochastic gate). As in the released code the batch norms of the ASPP keep their initial
-statistics (mean 0, variance 1), so that they act as an affine map, and the background's logit is the constant 1.
+Paper Sec. 4 ("Implementation Details"). The parts follow Chen et al. 2018 (ASPP, skip fusion) and Araslanov and Roth
+2020 (global cue injection, stochastic gate). As in the released code, the batch norms of the ASPP keep their initial
+statistics (mean 0, variance 1) and so act as an affine map, and the background's logit is the constant 1.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class ASPP(nn.Module):
     Args:
         inputs: channels of the deepest encoder features.
         dim: channels of each branch and of the output.
-        dilations: of the three 3x3 branches.
-        dropout: probability on the output.
+        dilations: dilations of the three 3x3 branches, in pixels of the features.
+        dropout: dropout probability on the output.
     """
 
     def __init__(self, inputs: int, *, dim: int, dilations: tuple[int, int, int], dropout: float = 0.5) -> None:
@@ -74,7 +74,7 @@ class SkipFusion(nn.Module):
     Args:
         dim: channels of the ASPP output and of the result.
         skip_channels: channels of the shallow encoder features.
-        skip_dim: channels to which those are projected first.
+        skip_dim: channels of the shallow features after their projection.
     """
 
     def __init__(self, dim: int, *, skip_channels: int, skip_dim: int) -> None:
@@ -88,7 +88,7 @@ class SkipFusion(nn.Module):
 
 
 class GlobalCueInjection(nn.Module):
-    """Modulates shallow features by a global description of the deep ones (adaptive instance normalisation).
+    """Modulates shallow features by a global description of the deep ones (adaptive instance normalization).
 
     Args:
         skip_channels: channels of the shallow features.
@@ -106,7 +106,7 @@ class GlobalCueInjection(nn.Module):
 
     def forward(self, skip: Tensor, deep: Tensor) -> Tensor:
         """(N, skip_channels, H, W) and (N, dim, h, w) to (N, dim, H, W)."""
-        # The largest values after a ReLU, without a map of it: they are those before it, rectified.
+        # ReLU and maximum commute; this order needs no rectified map.
         cue = self.describe(deep).flatten(2).max(dim=2).values.relu()[..., None, None]  # (N, 2 dim, 1, 1)
         scale, shift = cue.chunk(2, dim=1)
         return self.project(F.relu(self.shallow(skip) * (scale + 1) + shift, inplace=True))  # type: ignore[no-any-return]
@@ -115,8 +115,8 @@ class GlobalCueInjection(nn.Module):
 class StochasticGate(nn.Module):
     """Mixes deep and shallow features: at random per element in training, in fixed shares otherwise.
 
-    In training an element is either the shallow one or the deep one less its part of the shallow one, so that the mean
-    over the gates is the deep feature, as in the released code.
+    In training, an element is either the shallow one or (deep - rate shallow) / (1 - rate), so that the mean over the
+    gates is the deep feature, as in the released code.
 
     Args:
         rate: share of the shallow features, in [0, 1).
@@ -128,11 +128,8 @@ class StochasticGate(nn.Module):
 
     def forward(self, deep: Tensor, shallow: Tensor) -> Tensor:
         """Two (N, dim, H, W) to one; outside training (1 - rate) deep + rate shallow."""
-        dtype = torch.promote_types(deep.dtype, shallow.dtype)  # under autocast CVLR gives float32, convolutions do not
-        deep, shallow = deep.to(dtype), shallow.to(dtype)
         if not self.training or self.rate == 0:
-            return torch.lerp(deep, shallow, self.rate)
-        # shallow, or shallow + (deep - shallow) / (1 - rate) = (deep - rate shallow) / (1 - rate)
+            return deep + self.rate * (shallow - deep)
         return shallow + F.dropout(deep - shallow, self.rate)
 
 
@@ -142,8 +139,8 @@ class MaskHead(nn.Module):
     Args:
         dim: channels of the features.
         num_classes: K with the background.
-        dropout: probability after the first convolution; a fifth of it after the second.
-        predict_background: the classifier gives the background's logit too.
+        dropout: dropout probability after the first convolution; one fifth of it after the second.
+        predict_background: the classifier also predicts the background's logit.
     """
 
     def __init__(self, dim: int, *, num_classes: int, dropout: float = 0.5, predict_background: bool = False) -> None:

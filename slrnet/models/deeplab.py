@@ -1,7 +1,7 @@
 """DeepLabV3+ on any of our encoders, for training on masks alone (paper Table 2, the multi-stage extension).
 
-Decoder and head are those of the package segmentation_models_pytorch (the extra `distill`), so that the second stage is
-the network that everybody means by the name; the encoder is ours for its weights, normalisation and freezing.
+Decoder and head come from the package segmentation_models_pytorch (the extra `distill`), so the second stage is the
+usual DeepLabV3+. The encoder is ours, for its weights, normalization and freezing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def require_deeplab() -> None:
     """Checks that the extra is installed.
 
     Raises:
-        ValueError: it is not; the message says how to install it.
+        ValueError: it is not installed; the message says how to install it.
     """
     if find_spec("segmentation_models_pytorch") is None:
         raise ValueError(
@@ -33,14 +33,14 @@ def require_deeplab() -> None:
 
 
 class DeepLabV3Plus(Network):
-    """The network; it predicts the background like any class and has neither class scores nor codes.
+    """DeepLabV3+; it predicts the background like any class and has neither class scores nor codes.
 
     Args:
-        encoder: at output stride 8 or 16, with features at stride 4.
+        encoder: an encoder of output stride 8 or 16, with features at stride 4.
         num_classes: K with the background.
         dim: channels of the decoder.
-        dilations: of the three 3x3 branches of the ASPP.
-        dropout: probability after the ASPP.
+        dilations: dilations of the three 3x3 branches of the ASPP, in pixels of the deep features.
+        dropout: dropout probability after the ASPP.
 
     Raises:
         ValueError: the extra is not installed, or the encoder has other strides.
@@ -83,10 +83,10 @@ class DeepLabV3Plus(Network):
         initialize_head(self.head)
 
     def forward(self, views: Sequence[Tensor]) -> Outputs:
-        """Predicts masks of each view for itself, (N, K, H / 4, W / 4) logits.
+        """Predicts the masks of each view separately: (N, K, H_v / 4, W_v / 4) logits.
 
         Args:
-            views: per view (N, 3, H_v, W_v) normalised images, their sides multiples of the output stride.
+            views: per view (N, 3, H_v, W_v) normalized images; H_v and W_v are multiples of the output stride.
         """
         return Outputs([self._decode(view) for view in views], [], [], [], [])
 

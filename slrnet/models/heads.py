@@ -1,10 +1,10 @@
 """The auxiliary head and the pooled class scores.
 
-The auxiliary head gives the first codes of CVLR and is supervised itself (paper Sec. 3.3, "Latent Space
+The auxiliary head gives the first codes of CVLR and has losses of its own (paper Sec. 3.3, "Latent Space
 Regularization"). Its background logit is 1 minus the largest foreground logit, as in the released code; the paper does
-not state it. In the setting of pixel labels and unlabelled images the head predicts the background itself.
+not state it. In the setting of pixel labels and unlabeled images, the head predicts the background itself.
 
-Class scores are normalised global weighted pooling with the focal mask penalty (Araslanov and Roth 2020).
+Class scores are normalized global weighted pooling with the focal mask penalty (Araslanov and Roth 2020).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class AuxiliaryHead(nn.Module):
     Args:
         dim: channels of the features.
         num_classes: K with the background.
-        dropout: probability before the classifier.
-        predict_background: the classifier gives the background's logit too.
+        dropout: dropout probability before the classifier.
+        predict_background: the classifier also predicts the background's logit.
     """
 
     def __init__(self, dim: int, *, num_classes: int, dropout: float = 0.5, predict_background: bool = False) -> None:
@@ -39,7 +39,7 @@ class AuxiliaryHead(nn.Module):
         foreground: Tensor = self.classify(self.dropout(self.conv(features))).float()
         if self.predict_background:
             return foreground
-        # Joined as channels, one map and many that are channels last give a map that is not any more.
+        # Concatenation along the last dimension keeps the result channels last.
         last = foreground.movedim(1, -1)
         return torch.cat([1 - last.amax(dim=-1, keepdim=True), last], dim=-1).movedim(-1, 1)
 
@@ -56,12 +56,12 @@ def class_scores(logits: Tensor, probs: Tensor, *, focal_power: float = 3.0, foc
     Returns:
         (N, K - 1) scores of the foreground classes, for a sigmoid.
     """
-    # With the classes last gradients have the layout of maps that are; the background is left out after the sums, where
-    # that needs no map of zeros for its gradient.
+    # Classes last keep gradients channels last. Dropping the background after the sums needs no map of zeros for its
+    # gradient.
     logits, probs = logits.movedim(1, -1).float(), probs.movedim(1, -1).float()
     mass = probs.sum(dim=(1, 2))[:, 1:]
     pooled = (logits * probs).sum(dim=(1, 2))[:, 1:] / (1 + mass)
     mean = mass / probs[0, ..., 0].numel()
-    # A class that fills the image may round to a mean of 1 or more, where powers below 1 have no finite gradient.
+    # The mean of a class that fills the image may round to 1 or more, where powers below 1 have no finite gradient.
     rest = (1 - mean).clamp_min(torch.finfo(mean.dtype).eps)
     return pooled + torch.pow(rest, focal_power) * torch.log(focal_floor + mean)

@@ -1,4 +1,4 @@
-"""What the trainer, the predictors and the export ask of a network: views in, `Outputs` out."""
+"""The interface of every network: views in, `Outputs` out."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ __all__ = ["Network", "Normalize", "Outputs", "mixed_precision"]
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the network says of each view; lists have one entry per view. N images, K classes with the background."""
+    """A network's predictions; each list has one entry per view. N images, K classes with the background."""
 
     logits: list[Tensor]
     """(N, K, h, w) mask logits, background first."""
     class_scores: list[Tensor]
-    """(N, K - 1) pooled scores of the foreground classes, for a sigmoid; empty where the background is predicted."""
+    """(N, K - 1) pooled scores of the foreground classes, for a sigmoid; empty if the heads predict the background."""
     auxiliary_logits: list[Tensor]
-    """(N, K, h, w) mask logits of the auxiliary head; empty without atoms that stand for classes."""
+    """(N, K, h, w) mask logits of the auxiliary head; empty without CVLR or if its atoms stand for no class."""
     auxiliary_class_scores: list[Tensor]
-    """(N, K - 1); as many as `auxiliary_logits`, but empty where the background is predicted."""
+    """(N, K - 1) pooled scores of the auxiliary head; empty if the heads predict the background."""
     codes: list[Tensor]
-    """(N, K, h, w) codes of CVLR; empty without atoms that stand for classes."""
+    """(N, K, h, w) codes of CVLR; empty if there are no auxiliary logits."""
 
 
 class Network(nn.Module):
-    """A network that can be trained and asked for masks; its pretrained part is the submodule `encoder`.
+    """A network that trains on views and predicts their masks.
 
     Attributes:
-        encoder: its normalisation and stride say what images it takes.
+        encoder: the pretrained part; its normalization and stride say what images it takes.
         num_classes: K with the background.
     """
 
@@ -45,14 +45,14 @@ class Network(nn.Module):
         """Predicts masks.
 
         Args:
-            views: per view (N, 3, H_v, W_v) images, normalised for the encoder (`encoder.mean`, `encoder.std`).
+            views: per view (N, 3, H_v, W_v) images, normalized for the encoder (`encoder.mean`, `encoder.std`).
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Normalize:
-    """The encoder's normalisation and stride: what images need before they enter the network."""
+    """An encoder's normalization and stride: what images need before they enter the network."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -60,32 +60,28 @@ class Normalize:
 
     @classmethod
     def of(cls, encoder: Encoder) -> Normalize:
-        """What an encoder needs."""
+        """The normalization and stride of an encoder."""
         return cls(encoder.mean, encoder.std, encoder.output_stride)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in [0, 1] to the range that the encoder was trained on."""
+        """Maps (N, 3, H, W) in [0, 1] to the range that the encoder was trained on."""
         mean = images.new_tensor(self.mean).view(3, 1, 1)
         std = images.new_tensor(self.std).view(3, 1, 1)
         return (images - mean) / std
 
 
 def mixed_precision(precision: Precision, device: torch.device) -> torch.autocast:
-    """The context of a training's forward passes: autocast to bfloat16, or none.
+    """Autocast to bfloat16, or a context without effect, for a forward pass.
 
     Args:
-        precision: `train.precision`. `auto` is bfloat16 where the hardware multiplies matrices of it, as GPUs do from
-            Ampere on, and CPUs with AMX.
-        device: where the network is.
+        precision: `fp32`, `bf16`, or `auto`: bfloat16 on hardware that multiplies matrices of it, which is GPUs from
+            Ampere on and CPUs with AMX.
+        device: the network's device.
     """
     if device.type == "cuda":
         capable = torch.cuda.is_bf16_supported()
     else:
-        capable = device.type == "cpu" and _cpu_multiplies_bfloat16()
-    wanted = precision == "bf16" or (precision == "auto" and capable)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
-
-
-def _cpu_multiplies_bfloat16() -> bool:
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases do not tell
-    return capabilities.get("amx_bf16", False)
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older releases
+        capable = device.type == "cpu" and capabilities.get("amx_bf16", False)
+    enabled = precision == "bf16" or (precision == "auto" and capable)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

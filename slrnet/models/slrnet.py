@@ -1,6 +1,6 @@
 """SLRNet: one network for any number of views (paper Fig. 2, left).
 
-Encoder, ASPP and skip fusion run on each view; CVLR factorises the features of all views together; the gated decoder
+Encoder, ASPP and skip fusion run on each view. CVLR factorizes the features of all views together. The gated decoder
 predicts the masks of each view. The network returns outputs; it knows no labels and computes no losses.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slrnet.config import Config, CvlrConfig, ModelConfig
+from slrnet.config import Config
 from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.encoders import Encoder, build_encoder
@@ -20,23 +20,23 @@ from slrnet.models.low_rank import LowRankModule, build_low_rank
 from slrnet.models.network import Network, Outputs
 from slrnet.ops.maps import class_probs
 
-__all__ = ["Outputs", "SLRNet", "build_model", "network_of"]
+__all__ = ["SLRNet", "build_network"]
 
 
 class SLRNet(Network):
-    """The network.
+    """The paper's network.
 
     Args:
-        encoder: gives deep and shallow features (see `slrnet.models.encoders`).
+        encoder: returns deep and shallow features (see `slrnet.models.encoders`).
         num_classes: K with the background.
-        cvlr: the low-rank module, or None to leave the features as they are.
+        cvlr: the low-rank module; None leaves the features unchanged.
         decoder_dim: channels of ASPP output, fused features and decoder.
         skip_dim: channels of the projected shallow features.
-        aspp_dilations: of the three 3x3 branches.
-        dropout: probability after the ASPP and in the heads; a fifth of it before the mask classifier.
-        gate_rate: share of shallow features in the stochastic gate.
-        focal_power: p of the class scores' focal mask penalty.
-        focal_floor: c of it.
+        aspp_dilations: dilations of the three 3x3 branches of the ASPP, in pixels of the deep features.
+        dropout: dropout probability after the ASPP and in the heads; one fifth of it before the mask classifier.
+        gate_rate: share of shallow features in the stochastic gate, in [0, 1).
+        focal_power: p >= 0 of the class scores' focal mask penalty.
+        focal_floor: c > 0 of the focal mask penalty.
         predict_background: the heads predict the background, and there are no class scores.
     """
 
@@ -73,13 +73,13 @@ class SLRNet(Network):
         self.mask_head = MaskHead(decoder_dim, dropout=dropout, **head)
         for part in (self.aspp, self.fusion, self.auxiliary_head, self.cue_injection, self.mask_head):
             if part is not None:
-                _initialise(part)
+                _initialize(part)
 
     def forward(self, views: Sequence[Tensor]) -> Outputs:
         """Predicts masks and class scores.
 
         Args:
-            views: per view (N, 3, H_v, W_v) images, normalised for the encoder (`encoder.mean`, `encoder.std`).
+            views: per view (N, 3, H_v, W_v) images, normalized for the encoder (`encoder.mean`, `encoder.std`).
         """
         features, skips = [], []
         for view in views:
@@ -108,22 +108,22 @@ class SLRNet(Network):
         ]
 
 
-def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int, predict_background: bool = False) -> Network:
-    """Builds the network that a configuration describes, with the encoder's weights loaded.
+def build_network(config: Config, *, num_classes: int, weights: bool = True) -> Network:
+    """Builds the network of a run.
 
     Args:
-        model: encoder, decoder and heads.
-        cvlr: the low-rank module.
+        config: the run's settings.
         num_classes: K with the background.
-        predict_background: the setting's `Config.predicts_background`.
+        weights: load the encoder's weights; False: leave them random, for a network that gets all its weights later.
 
     Raises:
         ValueError: unknown encoder, a weights file that is missing or does not fit, or an architecture whose extra is
             not installed.
     """
+    model = config.model
     encoder = build_encoder(
         model.encoder,
-        weights=model.encoder_weights,
+        weights=model.encoder_weights if weights else "none",
         output_stride=model.output_stride,
         frozen_stages=model.frozen_stages,
         freeze_batch_norm=model.freeze_batch_norm,
@@ -139,7 +139,7 @@ def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int, predi
     return SLRNet(
         encoder,
         num_classes=num_classes,
-        cvlr=build_low_rank(cvlr, model.decoder_dim) if cvlr.enabled else None,
+        cvlr=build_low_rank(config.cvlr, model.decoder_dim) if config.cvlr.enabled else None,
         decoder_dim=model.decoder_dim,
         skip_dim=model.skip_dim,
         aspp_dilations=model.aspp_dilations,
@@ -147,26 +147,11 @@ def build_model(model: ModelConfig, cvlr: CvlrConfig, *, num_classes: int, predi
         gate_rate=model.gate_rate,
         focal_power=model.focal_power,
         focal_floor=model.focal_floor,
-        predict_background=predict_background,
+        predict_background=config.predicts_background,
     )
 
 
-def network_of(config: Config, *, num_classes: int, weights: bool = True) -> Network:
-    """Builds the network of a run.
-
-    Args:
-        config: of the run.
-        num_classes: K with the background.
-        weights: load the encoder's; without, they are random, for a network that gets all its weights elsewhere.
-
-    Raises:
-        ValueError: see `build_model`.
-    """
-    model = config.model if weights else config.model.model_copy(update={"encoder_weights": "none"})
-    return build_model(model, config.cvlr, num_classes=num_classes, predict_background=config.predicts_background)
-
-
-def _initialise(part: nn.Module) -> None:
+def _initialize(part: nn.Module) -> None:
     for module in part.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)

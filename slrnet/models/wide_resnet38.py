@@ -4,13 +4,13 @@ The encoder of the paper (Sec. 4.2) and of the methods it compares with. Blocks 
 convolution. Parameter names are those of the published ImageNet file `ilsvrc-cls_rna-a1_cls1000_ep-0001.pth`
 (`conv1a`, `b2` ... `b7`, `bn7`), so that it loads by name.
 
-Departures from the released code: output strides 16 and 32 beside 8; all stages are returned instead of a dictionary of
-chosen layers. Values are the same.
+Differences from the released code: output strides 16 and 32 besides 8; all stages are returned instead of a dictionary
+of chosen layers. Values are the same.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,13 +50,13 @@ class WideResNet38(nn.Module):
     """
 
     def __init__(self, *, output_stride: int = 8) -> None:
-        """Builds the network with PyTorch's default initialisation.
+        """Builds the network with PyTorch's default initialization.
 
         Args:
             output_stride: pixels of the image per pixel of the last features; 8, 16 or 32.
 
         Raises:
-            ValueError: the output stride is another one.
+            ValueError: the output stride is not one of these.
         """
         super().__init__()
         if output_stride not in (8, 16, 32):
@@ -66,23 +66,10 @@ class WideResNet38(nn.Module):
         strides: list[int] = []
         in_channels, stride, dilation = 64, 1, 1
         for spec in _STAGES:
-            first_dilation = dilation
-            block_stride = spec.natural_stride if stride * spec.natural_stride <= output_stride else 1
-            stride *= block_stride
-            dilation *= spec.natural_stride // block_stride
-            names = tuple(f"{spec.name}_{i}" if i else spec.name for i in range(spec.num_blocks))
-            for name in names:
-                is_first = name == spec.name
-                block = _make_block(
-                    spec,
-                    in_channels,
-                    stride=block_stride if is_first else 1,
-                    first_dilation=first_dilation if is_first else dilation,
-                    dilation=dilation,
-                )
-                self.add_module(name, block)
-                in_channels = spec.out_channels
-            stages.append(names)
+            strided = spec.natural_stride if stride * spec.natural_stride <= output_stride else 1
+            stages.append(self._add_stage(spec, in_channels, stride=strided, dilation=dilation))
+            in_channels, stride = spec.out_channels, stride * strided
+            dilation *= spec.natural_stride // strided
             strides.append(stride)
         self.bn7 = nn.BatchNorm2d(in_channels)
         stages[0] = ("conv1a", *stages[0])
@@ -91,15 +78,33 @@ class WideResNet38(nn.Module):
         self.strides = tuple(strides)
         self.channels = tuple(spec.out_channels for spec in _STAGES)
 
+    def _add_stage(self, spec: _StageSpec, in_channels: int, *, stride: int, dilation: int) -> tuple[str, ...]:
+        """Adds the blocks of a stage that enters with `dilation`, and returns their names."""
+        names = tuple(f"{spec.name}_{i}" if i else spec.name for i in range(spec.num_blocks))
+        inner_dilation = dilation * spec.natural_stride // stride
+        options: dict[str, Any] = {"mid_channels": spec.mid_channels, "out_channels": spec.out_channels}
+        for name in names:
+            if spec.dropout is None:
+                block: nn.Module = PlainBlock(
+                    in_channels, stride=stride, first_dilation=dilation, dilation=inner_dilation, **options
+                )
+            else:
+                block = BottleneckBlock(
+                    in_channels, stride=stride, dilation=inner_dilation, dropout=spec.dropout, **options
+                )
+            self.add_module(name, block)
+            in_channels, stride, dilation = spec.out_channels, 1, inner_dilation
+        return names
+
     def forward(self, images: Tensor) -> list[Tensor]:
         """Computes the features of every stage.
 
         Args:
-            images: (N, 3, H, W) float, normalised.
+            images: (N, 3, H, W) float, normalized.
 
         Returns:
             One tensor per stage, (N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])). The last one is
-            batch-normalised and rectified; the others are the plain sums that leave the residual blocks.
+            batch-normalized and rectified; the others are the plain sums of the residual blocks.
         """
         features: list[Tensor] = []
         x = images
@@ -175,28 +180,6 @@ class BottleneckBlock(nn.Module):
         branch = self.conv_branch2b1(self.dropout_2b1(F.relu(self.bn_branch2b1(branch), inplace=True)))
         branch = self.conv_branch2b2(self.dropout_2b2(F.relu(self.bn_branch2b2(branch), inplace=True)))
         return branch.add_(self.conv_branch1(activated))  # type: ignore[no-any-return]
-
-
-def _make_block(
-    spec: _StageSpec, in_channels: int, *, stride: int, first_dilation: int, dilation: int
-) -> PlainBlock | BottleneckBlock:
-    if spec.dropout is None:
-        return PlainBlock(
-            in_channels,
-            mid_channels=spec.mid_channels,
-            out_channels=spec.out_channels,
-            stride=stride,
-            first_dilation=first_dilation,
-            dilation=dilation,
-        )
-    return BottleneckBlock(
-        in_channels,
-        mid_channels=spec.mid_channels,
-        out_channels=spec.out_channels,
-        dropout=spec.dropout,
-        stride=stride,
-        dilation=dilation,
-    )
 
 
 def _conv3x3(in_channels: int, out_channels: int, *, stride: int = 1, dilation: int = 1) -> nn.Conv2d:

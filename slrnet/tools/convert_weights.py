@@ -22,7 +22,7 @@ from slrnet.checkpoints.checkpoint import Checkpoint, TrainState
 from slrnet.config import CalibrationConfig, Config, CvlrConfig, DataConfig, EvaluationConfig, LossConfig, Setting
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.models.encoders import describe_misfit, read_tensors
-from slrnet.models.slrnet import network_of
+from slrnet.models.slrnet import build_network
 from slrnet.recipes import RELEASED_SSS_THRESHOLDS
 
 __all__ = ["released_checkpoint", "rename_released"]
@@ -104,7 +104,7 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
     if not any(name.startswith(("cvlr.", "auxiliary_head.")) for name in weights):
         config = _stage_one(config)
     with torch.device("meta"):
-        expected = network_of(config, num_classes=len(classes)).state_dict()
+        expected = build_network(config, num_classes=len(classes)).state_dict()
     misfit = describe_misfit(weights, expected, needed=set(expected))
     if misfit:
         name = "SLRNet" if config.cvlr.enabled else "1-Stage"

@@ -47,7 +47,7 @@ from slrnet.evaluation.masks import (
     quality_metrics,
 )
 from slrnet.models.network import Network, Normalize, mixed_precision
-from slrnet.models.slrnet import network_of
+from slrnet.models.slrnet import build_network
 from slrnet.tracking.protocol import metric_key
 from slrnet.training.listener import Listener, StepReport, loss_key
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
@@ -415,7 +415,7 @@ def _train_loader(config: Config, shards: ShardSet, process: Process, supervisio
 
 def _new_network(config: Config, num_classes: int, device: torch.device) -> Network:
     torch.manual_seed(config.train.seed)
-    model = network_of(config, num_classes=num_classes)
+    model = build_network(config, num_classes=num_classes)
     if device.type == "cpu":
         from slrnet.cpu import speed_up
         from slrnet.cpu.allocator import spare_memory

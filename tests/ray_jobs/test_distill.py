@@ -16,7 +16,7 @@ from slrnet.checkpoints.checkpoint import TrainState, load_checkpoint, restore_m
 from slrnet.config import apply_overrides
 from slrnet.data.manifest import load_dataset
 from slrnet.models.deeplab import DeepLabV3Plus
-from slrnet.models.slrnet import build_model
+from slrnet.models.slrnet import build_network
 from slrnet.recipes import demo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ def test_a_network_is_distilled(tmp_path: Path) -> None:
     classes = load_dataset(data).info.classes
     config = apply_overrides(demo(), [*TINY, "data.crop_size=64", f"data.path={data}"])
     torch.manual_seed(0)
-    model = build_model(config.model, config.cvlr, num_classes=len(classes))
+    model = build_network(config, num_classes=len(classes))
     state = TrainState(
         epoch=1, step=1, classes=classes, data_fingerprint="-", world_size=1, metrics={"val/miou_ss": 0.125}
     )

@@ -30,7 +30,7 @@ from slrnet.distributed.process import Process
 from slrnet.launch import train as ray_loop
 from slrnet.launch.pseudo_label import launch_pseudo_labels
 from slrnet.launch.train import LaunchOptions, launch
-from slrnet.models.slrnet import build_model
+from slrnet.models.slrnet import build_network
 from slrnet.tools.predict import predictor_of
 from slrnet.tracking import gpu_monitor
 from slrnet.tracking.protocol import NullTracker, RunHandle
@@ -351,7 +351,7 @@ def test_changes_the_interval_of_gpu_samples(
 @pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "graph"])
 def test_changes_the_autograd_graph(key: str, base: Config) -> None:
     def nodes(config: Config) -> set[str]:
-        model = build_model(config.model, config.cvlr, num_classes=4)
+        model = build_network(config, num_classes=4)
         start = model([torch.zeros(1, 3, 32, 32)]).codes[0].grad_fn
         found, waiting = set(), [start]
         while waiting:
@@ -370,7 +370,7 @@ def test_changes_predictions(key: str, base: Config) -> None:
     blocks = np.random.default_rng(0).integers(100, 156, (5, 7, 3), dtype=np.uint8)
     image = blocks.repeat(8, axis=0).repeat(8, axis=1)
     torch.manual_seed(0)
-    model = build_model(base.model, base.cvlr, num_classes=4)
+    model = build_network(base, num_classes=4)
     nn.init.normal_(model.mask_head.classify.weight)
     with torch.no_grad():  # no class dominates
         logits = model.eval()([torch.from_numpy(image / 127.5 - 1).float().permute(2, 0, 1)[None]]).logits[0]
@@ -390,7 +390,7 @@ def test_changes_predictions(key: str, base: Config) -> None:
 @pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "pseudo labels"])
 def test_changes_the_written_pseudo_masks(key: str, base: Config, data: ShardSet, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = build_model(base.model, base.cvlr, num_classes=4)
+    model = build_network(base, num_classes=4)
     state = TrainState(epoch=1, step=1, classes=data.info.classes, data_fingerprint="", world_size=1)
     path = save_checkpoint(
         tmp_path / "run" / "checkpoints", config=base, state=state, model=model.state_dict(), optimizer={}

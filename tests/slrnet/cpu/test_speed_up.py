@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slrnet.config import CvlrConfig, ModelConfig
+from slrnet.config import Config, ModelConfig
 from slrnet.cpu import speed_up
 from slrnet.cpu.convolutions import StandInConv2d
 from slrnet.cpu.few_taps import FewTapsConv2d
 from slrnet.models import wide_resnet38
 from slrnet.models.encoders import Encoder
 from slrnet.models.network import Network
-from slrnet.models.slrnet import SLRNet, build_model
+from slrnet.models.slrnet import SLRNet, build_network
 from slrnet.models.wide_resnet38 import WideResNet38
 
 CROPS = (33, 65, 97, 121, 161, 193, 225, 257, 289, 321)
@@ -30,7 +30,8 @@ def replaced(model: nn.Module) -> list[str]:
 @pytest.fixture(scope="module")
 def lite() -> Network:
     torch.manual_seed(0)
-    return build_model(ModelConfig(encoder="efficientnet_lite0", encoder_weights="none"), CvlrConfig(), num_classes=4)
+    model = ModelConfig(encoder="efficientnet_lite0", encoder_weights="none")
+    return build_network(Config(model=model), num_classes=4)
 
 
 def test_a_network_is_built_of_plain_modules(lite: Network) -> None:

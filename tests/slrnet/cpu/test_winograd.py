@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from slrnet.config import CvlrConfig, ModelConfig
+from slrnet.config import Config, ModelConfig
 from slrnet.cpu import speed_up, winograd
 from slrnet.cpu.winograd import WinogradConv2d
-from slrnet.models.slrnet import build_model
+from slrnet.models.slrnet import build_network
 
 
 def convolution(inputs: int = 24, outputs: int = 40, *, rate: int = 1, bias: bool = False) -> nn.Conv2d:
@@ -115,9 +115,9 @@ def test_only_convolutions_that_fit_are_replaced() -> None:
 
 
 def test_a_network_predicts_the_same() -> None:
-    settings = ModelConfig(encoder="wide_resnet38", encoder_weights="none", decoder_dim=64, skip_dim=16)
+    model = ModelConfig(encoder="wide_resnet38", encoder_weights="none", decoder_dim=64, skip_dim=16)
     torch.manual_seed(0)
-    network = speed_up(build_model(settings, CvlrConfig(), num_classes=4).eval())
+    network = speed_up(build_network(Config(model=model), num_classes=4).eval())
     images = torch.randn(1, 3, 72, 88)
     direct = network([images]).logits[0].detach().softmax(dim=1)  # a gradient could be wanted
     with torch.no_grad():

@@ -9,7 +9,7 @@ from slrnet.config import ConfigError, apply_overrides
 from slrnet.models import deeplab
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.encoders import build_encoder
-from slrnet.models.slrnet import build_model
+from slrnet.models.slrnet import build_network
 from slrnet.recipes import get_recipe, voc_distill_lite
 
 smp = pytest.importorskip("segmentation_models_pytorch", reason="the extra `distill` is not installed")
@@ -44,7 +44,7 @@ def test_is_the_librarys_decoder_on_our_encoder() -> None:
 
 def test_the_recipe_builds_it_frozen_as_it_says() -> None:
     config = apply_overrides(voc_distill_lite(), ["model.encoder_weights=none"])
-    model = build_model(config.model, config.cvlr, num_classes=4, predict_background=config.predicts_background)
+    model = build_network(config, num_classes=4)
     assert isinstance(model, DeepLabV3Plus)
     model.train()
     assert not any(parameter.requires_grad for parameter in model.encoder.backbone.conv_stem.parameters())
@@ -55,7 +55,7 @@ def test_the_recipe_builds_it_frozen_as_it_says() -> None:
 
 def test_gradients_reach_every_trainable_weight() -> None:
     config = apply_overrides(voc_distill_lite(), ["model.encoder_weights=none", "model.decoder_dim=8"])
-    model = build_model(config.model, config.cvlr, num_classes=4, predict_background=True).train()
+    model = build_network(config, num_classes=4).train()
     model([torch.randn(2, 3, 64, 64), torch.randn(2, 3, 32, 32)]).logits[0].square().mean().backward()
     lacking = [name for name, value in model.named_parameters() if value.requires_grad and value.grad is None]
     assert lacking == []

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import slrnet.models.slrnet as module_under_test
-from slrnet.config import CvlrConfig, ModelConfig
+from slrnet.config import Config, CvlrConfig, DataConfig, ModelConfig
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import Encoder
 from slrnet.models.heads import class_scores
-from slrnet.models.slrnet import SLRNet, build_model
+from slrnet.models.slrnet import SLRNet, build_network
 from slrnet.ops.maps import class_probs
 
 K = 4
@@ -138,7 +138,7 @@ def test_new_convolutions_start_without_bias() -> None:
         assert not part.classify.bias.any()
 
 
-def test_build_model_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_network_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
     def fake_build(name: str, **options: Any) -> Encoder:
@@ -146,7 +146,7 @@ def test_build_model_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) ->
         return tiny_encoder()
 
     monkeypatch.setattr(module_under_test, "build_encoder", fake_build)
-    config = ModelConfig(
+    model_config = ModelConfig(
         encoder="resnet50",
         encoder_weights="none",
         output_stride=16,
@@ -161,7 +161,8 @@ def test_build_model_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) ->
         focal_floor=0.2,
     )
     cvlr = CvlrConfig(dim=5, num_iters=3, temperature=0.5, form="released", implementation="reference")
-    model = build_model(config, cvlr, num_classes=6)
+    config = Config(model=model_config, cvlr=cvlr)
+    model = build_network(config, num_classes=6)
     assert asked == {
         "name": "resnet50",
         "weights": "none",
@@ -178,13 +179,15 @@ def test_build_model_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) ->
     assert (model.gate.rate, model.focal_power, model.focal_floor) == (0.4, 2.0, 0.2)
     dropped = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     assert sorted(dropped) == [0.04, 0.2, 0.2, 0.2]
-    centered = build_model(config, CvlrConfig(centered=True), num_classes=6).cvlr
+    centered = build_network(Config(model=model_config, cvlr=CvlrConfig(centered=True)), num_classes=6).cvlr
     assert centered is not None
     assert (centered.centered, model.cvlr.centered) == (True, False)
     assert model.num_classes == 6
     assert model(images(17)).logits[0].shape[1] == 6
-    assert build_model(config, CvlrConfig(enabled=False), num_classes=6).auxiliary_head is None
-    alone = build_model(config, cvlr, num_classes=6, predict_background=True)
+    without = Config(model=model_config, cvlr=CvlrConfig(enabled=False))
+    assert build_network(without, num_classes=6).auxiliary_head is None
+    semi = {"setting": "sss", "data": DataConfig(pixel_labeled_subset="some")}
+    alone = build_network(config.model_copy(update=semi), num_classes=6)
     assert alone.auxiliary_head is not None
     assert [head.classify.out_channels for head in (alone.mask_head, alone.auxiliary_head)] == [6, 6]
     assert [head.classify.out_channels for head in (model.mask_head, model.auxiliary_head)] == [5, 5]  # type: ignore[union-attr]

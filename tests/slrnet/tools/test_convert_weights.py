@@ -13,7 +13,7 @@ from slrnet import load
 from slrnet.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from slrnet.cli.main import main
 from slrnet.config import Config, Setting
-from slrnet.models.slrnet import build_model
+from slrnet.models.slrnet import build_network
 from slrnet.tools import convert_weights as released_weights
 from slrnet.tools.convert_weights import PREFIXES, SECOND_NAMES, released_checkpoint
 
@@ -43,9 +43,7 @@ def small_network(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> dict[str
     monkeypatch.setattr(released_weights, "_released_config", lambda setting: thin(whole(setting)))
     config = thin(whole(setting))
     torch.manual_seed(0)
-    model = build_model(
-        config.model, config.cvlr, num_classes=len(CLASSES), predict_background=config.predicts_background
-    )
+    model = build_network(config, num_classes=len(CLASSES))
     return {name: torch.randn_like(value) if value.is_floating_point() else value
             for name, value in model.state_dict().items()}  # fmt: skip
 
@@ -101,7 +99,7 @@ def ours_one_stage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     )
     config = released_weights._stage_one(released_weights._released_config("wsss"))
     with torch.device("meta"):
-        state = build_model(config.model, config.cvlr, num_classes=len(CLASSES)).state_dict()
+        state = build_network(config, num_classes=len(CLASSES)).state_dict()
     return {name: torch.zeros((), dtype=value.dtype).expand(value.shape) for name, value in state.items()}
 
 
@@ -168,7 +166,7 @@ def test_the_command_writes_a_checkpoint_that_predicts(
 def test_the_encoders_names_are_the_released_ones() -> None:
     config = released_weights._released_config("wsss")
     with torch.device("meta"):
-        names = build_model(config.model, config.cvlr, num_classes=21).state_dict().keys()
+        names = build_network(config, num_classes=21).state_dict().keys()
     own = {name.removeprefix("encoder.backbone.") for name in names if name.startswith("encoder.")}
     assert {"conv1a.weight", "b2.bn_branch2a.weight", "b5_2.conv_branch2b1.weight", "b7.bn_branch2b2.bias"} <= own
     assert all(any(name.startswith(prefix) for prefix in PREFIXES.values()) for name in names)

@@ -16,7 +16,7 @@ from slrnet.checkpoints.checkpoint import TrainState, save_checkpoint
 from slrnet.cli.main import main
 from slrnet.config import Config
 from slrnet.data.catalog import voc_palette
-from slrnet.models.slrnet import build_model
+from slrnet.models.slrnet import build_network
 from slrnet.tools.predict import batches, find_images
 
 CLASSES = ("background", "ant", "bee", "cat")
@@ -25,7 +25,7 @@ CLASSES = ("background", "ant", "bee", "cat")
 @pytest.fixture(scope="module")
 def checkpoint(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
-    model = build_model(tiny_config.model, tiny_config.cvlr, num_classes=4)
+    model = build_network(tiny_config, num_classes=4)
     torch.nn.init.normal_(model.mask_head.classify.weight)
     state = TrainState(epoch=1, step=1, classes=CLASSES, data_fingerprint="-", world_size=1)
     folder = tmp_path_factory.mktemp("run") / "checkpoints"

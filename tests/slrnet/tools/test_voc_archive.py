@@ -18,7 +18,7 @@ from slrnet.cli.main import main
 from slrnet.config import Config
 from slrnet.data.catalog import voc_palette
 from slrnet.data.tars import tar_end, tar_members
-from slrnet.models.slrnet import build_model
+from slrnet.models.slrnet import build_network
 from slrnet.tools.voc_archive import FOLDER, check_voc_archive, list_images
 
 SIZES = {"2008_000001": (40, 60), "2008_000002": (64, 32), "2009_000003": (50, 50)}
@@ -27,7 +27,7 @@ SIZES = {"2008_000001": (40, 60), "2008_000002": (64, 32), "2009_000003": (50, 5
 @pytest.fixture(scope="module")
 def checkpoint(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(1)
-    model = build_model(tiny_config.model, tiny_config.cvlr, num_classes=3)
+    model = build_network(tiny_config, num_classes=3)
     torch.nn.init.normal_(model.mask_head.classify.weight, std=3.0)
     with torch.no_grad():  # no class dominates
         logits = model.eval()([torch.randn(4, 3, 64, 64)]).logits[0]

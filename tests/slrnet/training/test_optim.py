@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from slrnet.config import Config, OptimConfig
-from slrnet.models.slrnet import build_model
+from slrnet.models.slrnet import build_network
 from slrnet.training.optim import build_optimizer, parameter_groups, rate_factor, set_rate
 
 CONFIG = OptimConfig(
@@ -51,7 +51,7 @@ def test_rates_are_proportional_to_the_global_batch(batch: int, factor: float) -
 
 
 def test_every_trainable_weight_of_the_network_is_in_one_group(tiny_config: Config) -> None:
-    model = build_model(tiny_config.model, tiny_config.cvlr, num_classes=4)
+    model = build_network(tiny_config, num_classes=4)
     optimizer = build_optimizer(model, CONFIG, batch_size=16)
     grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters() if parameter.requires_grad)

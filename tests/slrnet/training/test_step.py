@@ -13,8 +13,8 @@ from slrnet.data.batch import Batch
 from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import Encoder
-from slrnet.models.network import Normalize
-from slrnet.models.slrnet import Outputs, SLRNet
+from slrnet.models.network import Normalize, Outputs
+from slrnet.models.slrnet import SLRNet
 from slrnet.training import step as step_module
 from slrnet.training.step import align, find_pseudo_rows, make_views, step_generator, step_losses
 from slrnet.views.align import align_maps
