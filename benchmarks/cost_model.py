@@ -308,7 +308,9 @@ def _label(stage: str | None) -> str:
     return f"network: {LABELS.get(stage, stage)}" if stage in INNER else LABELS.get(stage, stage)
 
 
-def runs_table(recipe: str, counts: Counts, prices: Mapping[str, float]) -> str:
+def runs_table(
+    recipe: str, counts: Counts, prices: Mapping[str, float], *, scales: Sequence[tuple[int, int]] = SCALES
+) -> str:
     """Predicted speed, hours and dollars of a recipe's run by number of GPUs, as a Markdown table.
 
     Each cell has both bounds: the exchange of gradients beside the backward pass, and after it.
@@ -321,7 +323,7 @@ def runs_table(recipe: str, counts: Counts, prices: Mapping[str, float]) -> str:
     config, load = counts.get(recipe), counts.loads[recipe]
     for gpu in GPUS:
         validation = seconds(counts.validation(recipe), gpu)
-        for gpus, batch in SCALES:
+        for gpus, batch in scales:
             count = counts.step(recipe, batch // gpus)
             step = step_of(count, gpus, gpu)
             hours = [hours_of(config, load, step, gpus, validation, hidden=hidden) for hidden in (True, False)]
@@ -371,27 +373,35 @@ def assumptions() -> str:
     return "\n".join(lines + [f"| {name} | {' | '.join(map(cell, GPUS))} |" for name, cell in rows])
 
 
-def report(recipes: Sequence[str], images: int, prices: Mapping[str, float]) -> tuple[str, bool]:
+def report(
+    recipes: Sequence[str],
+    images: int,
+    prices: Mapping[str, float],
+    *,
+    counts: Counts | None = None,
+    scales: Sequence[tuple[int, int]] = SCALES,
+    compare: Callable[[], tuple[str, bool]] = compare_resnet50,
+) -> tuple[str, bool]:
     """All tables as Markdown, and whether the claim holds."""
-    counts = Counts()
+    counts = counts or Counts()
     first = counts.step(recipes[0], images)
     config = counts.get(recipes[0])
     step = f"{recipes[0]}, {config.model.encoder}, crop {config.data.crop_size}, {images} images on a GPU, bf16"
     volume = f"Gradients that each step exchanges: {first.gradients / 1e6:.0f} MB in float32."
-    compared, held = compare_resnet50()
+    compared, held = compare()
     parts = [
         "# Predicted cost on GPUs",
         "Predictions of a model; none of these figures has been measured on a GPU.",
         f"## Assumptions\n\n{assumptions()}",
         f"## Cost of each stage for an image ({step})\n\n{stage_costs(first)}\n\n{volume}",
         f"## Predicted milliseconds of a step ({step})\n\n{stage_seconds(first)}",
-        *(f"## Predicted run: {recipe}\n\n{runs_table(recipe, counts, prices)}" for recipe in recipes),
+        *(f"## Predicted run: {recipe}\n\n{runs_table(recipe, counts, prices, scales=scales)}" for recipe in recipes),
         f"## The model against a published measurement\n\n{compared}",
     ]
     return "\n\n".join(parts), held
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, *, make: Callable[..., tuple[str, bool]] = report) -> int:
     options = parse_arguments(arguments)
     try:
         for recipe in options.recipe:
@@ -405,7 +415,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    text, held = report(options.recipe, options.images, {"A100": options.a100_price, "H100": options.h100_price})
+    text, held = make(options.recipe, options.images, {"A100": options.a100_price, "H100": options.h100_price})
     print(text)
     print(f"\nclaim: within a factor of {CLAIMED_FACTOR} of NVIDIA's ResNet-50: {'held' if held else 'missed'}")
     if options.out is not None:

@@ -108,7 +108,7 @@ class Stopwatch:
         return dict(found)
 
 
-def measure(config: Config, *, steps: int, device: str, clock: Clock) -> Measured:
+def measure(config: Config, *, steps: int, device: str, clock: Clock, warm_up: int = WARM_UP) -> Measured:
     """Takes steps after some that warm up, and times them and their stages."""
     watch = Stopwatch(clock)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
@@ -118,8 +118,8 @@ def measure(config: Config, *, steps: int, device: str, clock: Clock) -> Measure
         shards = load_dataset(config.data.path)
         trainer = Trainer(config, shards, process=process, folder=Path(folder))
         stack.enter_context(named_stages(trainer.model))
-        taken = trainer.try_steps(steps + WARM_UP)
-        for _ in range(WARM_UP):
+        taken = trainer.try_steps(steps + warm_up)
+        for _ in range(warm_up):
             next(taken)
         watch.seen.clear()
         times = list(taken)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -287,12 +288,14 @@ class TestRoofline:
 
 
 class TestTables:
-    def test_runs(self, counts: Counts, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cost_model, "SCALES", ((2, 4), (64, 64)))
+    def test_runs(self, counts: Counts) -> None:
+        scales = ((2, 4), (64, 64))
         cheap, dear = (
             [
                 [cell.strip() for cell in line.strip("|").split("|")]
-                for line in cost_model.runs_table("voc_wsss", counts, {"A100": price, "H100": price}).splitlines()[2:]
+                for line in cost_model.runs_table(
+                    "voc_wsss", counts, {"A100": price, "H100": price}, scales=scales
+                ).splitlines()[2:]
             ]
             for price in (1e5, 2e5)
         )
@@ -334,17 +337,11 @@ class TestTables:
 
     @pytest.mark.parametrize("held", [True, False])
     def test_the_report_says_what_it_is(
-        self,
-        held: bool,
-        counts: Counts,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
+        self, held: bool, counts: Counts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        monkeypatch.setattr(cost_model, "Counts", lambda: counts)
-        monkeypatch.setattr(cost_model, "compare_resnet50", lambda: ("compared", held))
-        monkeypatch.setattr(cost_model, "SCALES", ((2, 4),))
-        assert cost_model.main(["--recipe", "voc_wsss", "--images", "2", "--out", str(tmp_path)]) == int(not held)
+        make = functools.partial(cost_model.report, counts=counts, scales=((2, 4),), compare=lambda: ("compared", held))
+        words = ["--recipe", "voc_wsss", "--images", "2", "--out", str(tmp_path)]
+        assert cost_model.main(words, make=make) == int(not held)
         written = (tmp_path / "cost.md").read_text(encoding="utf-8")
         assert "none of these figures has been measured on a GPU" in written
         assert written.strip() in capsys.readouterr().out
@@ -373,13 +370,10 @@ class TestMeasuring:
         assert "measured 8.0" in lines[-2], "two images in a quarter of a second"
         assert "measured at most 3.0" in lines[-1]
 
-    def test_a_real_step_on_the_processor_has_the_predicted_stages(
-        self, counted: Count, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(gpu, "WARM_UP", 1)
+    def test_a_real_step_on_the_processor_has_the_predicted_stages(self, counted: Count, tmp_path: Path) -> None:
         build_demo(tmp_path / "data", num_train=6, num_val=1, image_size=72)
         config = tiny(f"data.path={tmp_path / 'data'}")
-        found = gpu.measure(config, steps=2, device="cpu", clock=gpu.PROCESSOR_CLOCK)
+        found = gpu.measure(config, steps=2, device="cpu", clock=gpu.PROCESSOR_CLOCK, warm_up=1)
         assert set(found.stages) == set(gpu.predict(counted, A100)) - {"between"}
         assert sum(found.stages[part] for part in gpu.PARTS) <= found.stages["network"]
         assert 0 < found.stages["network"] < found.step * 2

@@ -475,6 +475,25 @@ def test_starting_is_light(statement: str) -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_what_tests_share_is_light() -> None:
+    """A test of one plain file waits for none of what other tests need."""
+    heavy = ("torch", "ray", "mlflow", "torchvision", "timm", "moto", "selenium", "boto3")
+    script = f"""
+import importlib, importlib.util, sys
+spec = importlib.util.spec_from_file_location("shared", {str(ROOT / "tests" / "conftest.py")!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+for name in module.pytest_plugins:
+    importlib.import_module(name)
+print(len(module.pytest_plugins), [name for name in {heavy!r} if name in sys.modules])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    count, _, imported_too = done.stdout.strip().partition(" ")
+    assert int(count) > 0
+    assert imported_too == "[]"
+
+
 def test_dependencies_have_one_source() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
