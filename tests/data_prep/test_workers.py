@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +15,15 @@ from slrnet.data.manifest import DataError
 
 
 def _place(number: int) -> tuple[int, int]:
-    time.sleep(0.01)  # so that each process gets some
+    return number, os.getpid()
+
+
+def _place_beside_another(meeting: Path, number: int) -> tuple[int, int]:
+    """Waits until two processes have come to the folder, however long the second takes to start."""
+    (meeting / str(os.getpid())).touch()
+    deadline = time.monotonic() + 120
+    while len(list(meeting.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
     return number, os.getpid()
 
 
@@ -27,9 +37,14 @@ def _refuse(number: int) -> int:
     return number
 
 
-def test_the_processes_of_one_pass_serve_the_next() -> None:
+def test_the_processes_of_one_pass_serve_the_next(tmp_path: Path) -> None:
+    meetings = [tmp_path / name for name in ("first", "second")]
+    for meeting in meetings:
+        meeting.mkdir()
     with ConversionPool(2) as workers:
-        first, second = (workers.map(_place, range(20), label="x") for _ in range(2))
+        first, second = (
+            workers.map(partial(_place_beside_another, meeting), range(20), label="x") for meeting in meetings
+        )
         assert [number for number, _ in first] == list(range(20))
         processes = {process for _, process in first}
         assert len(processes) == 2
