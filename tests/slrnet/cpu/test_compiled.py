@@ -14,7 +14,8 @@ from slrnet.cpu import compiled
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each test compiles anew and leaves nothing to others."""
+    """Each test compiles anew with the machine's compiler, unless it names another, and leaves nothing to others."""
+    monkeypatch.delenv(compiled.COMPILER_VARIABLE, raising=False)
     monkeypatch.setattr(compiled, "compiled", functools.cache(compiled.compiled.__wrapped__))
 
 
