@@ -1,7 +1,7 @@
-"""The whole way on this machine: a private Ray cluster, a submitted job, scores, a picture. `slrnet demo` runs it.
+"""Everything on this machine: a private Ray cluster, a submitted job, scores, a picture. `slrnet demo` runs it.
 
-The cluster listens on loopback only, with token authentication and a token of its own, and is stopped at the end, also
-after Ctrl-C. Other Ray clusters on the machine are left alone.
+The cluster listens on loopback only, with token authentication and a token of its own. It stops at the end, also after
+Ctrl-C. Other Ray clusters on the machine keep running.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from slrnet.tracking.provenance import environment_tags
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "runs"
 WORKER_PORTS = ("--min-worker-port=0", "--max-worker-port=0")
-"""Any free ones: the usual range may be taken by another cluster on this machine."""
+"""Use any free ports: another cluster on this machine may use the default range."""
 START_LIMIT = 180.0
 """Seconds that the cluster may take to answer."""
 
 
 def run_demo(options: list[str]) -> int:
-    """Runs the demo; `options` are further ones of ray_jobs/train.py. Returns 0, or 1 where the job failed."""
+    """Run the demo with further options of ray_jobs/train.py; returns 0, or 1 if the job failed."""
     if not (ROOT / "pyproject.toml").is_file():
-        raise ValueError("the demo submits a checkout to Ray, and this is none; try `slrnet train --num-workers 0`")
+        raise ValueError("the demo submits a checkout to Ray, and this is not one; try `slrnet train --num-workers 0`")
     started = time.monotonic()
     name = f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     command = ["python", "ray_jobs/train.py", "--name", name, "--storage", str(RUNS), *options]
@@ -53,9 +53,14 @@ def run_demo(options: list[str]) -> int:
 
 @contextmanager
 def local_cluster(*options: str, port: int | None = None) -> Iterator[tuple[str, dict[str, str]]]:
-    """A Ray head on loopback with its own token; yields the job server's address and the environment to talk to it.
+    """Start a Ray head on loopback with its own token.
 
-    Further nodes join at `port`; `options` are more ones of `ray start`.
+    Args:
+        options: further options of `ray start`.
+        port: where further nodes join; None for any free port.
+
+    Yields:
+        The job server's address, and the environment for commands that talk to it.
     """
     folder = Path(tempfile.mkdtemp(prefix="slrnet-ray-"))
     token = folder / "token"
@@ -116,7 +121,7 @@ def wait_for(address: str, token: Path, head: subprocess.Popen[bytes], log: Path
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    raise SystemExit(f"error: Ray did not start; its last words:\n{log.read_text(encoding='utf-8')[-3000:]}")
+    raise SystemExit(f"error: Ray did not start; the end of its log:\n{log.read_text(encoding='utf-8')[-3000:]}")
 
 
 def stop(head: subprocess.Popen[bytes]) -> None:

@@ -59,7 +59,7 @@ def add_protocol(parser: argparse.ArgumentParser, *, default: str | None = None)
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add --device."""
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU where there is one)")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
 
 
 def add_settings(parser: argparse.ArgumentParser, *, meaning: str = "change one setting; repeatable") -> None:
@@ -99,7 +99,7 @@ def data_location(text: str) -> str:
 def positive(text: str) -> int:
     """A whole number from 1, as an argument's `type`."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
 
 
@@ -122,12 +122,12 @@ def _worker_count(text: str) -> int | tuple[int, int]:
         return counts[0]
     if len(counts) == 2 and 1 <= counts[0] <= counts[1]:
         return counts[0], counts[1]
-    raise argparse.ArgumentTypeError(f"{text!r} is no number of workers; give one, as 4, or fewest:most, as 2:8")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers; give one, as 4, or fewest:most, as 2:8")
 
 
 def _folder(text: str) -> Path:
     if "://" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no folder; mount the storage on all nodes and give its path")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder; mount the storage on all nodes and give its path")
     return Path(text).expanduser().resolve()
 
 
@@ -136,5 +136,5 @@ def _storage(text: str) -> str:
     if "://" not in text:
         return str(_folder(text))
     if not text.startswith(("s3://", "gs://")):
-        raise argparse.ArgumentTypeError(f"{text!r} is no place for runs; allowed are folders, s3:// and gs://")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a place for runs; allowed are folders, s3:// and gs://")
     return text.rstrip("/")

@@ -206,7 +206,7 @@ def pseudo_label(options: argparse.Namespace) -> int:
     """Make pseudo masks for a data set: `slrnet pseudo-label --checkpoint RUN --data DIR --out PSEUDO`.
 
     Writes shards like those of DIR, with the network's masks in the train split (or --splits), and prints how good
-    they are where there are true ones. Rerun the same command to resume a job that was stopped.
+    they are if there are true ones. Rerun the same command to resume a job that was stopped.
     """
     if options.verify is not None:
         from data_prep.conversion import print_verification
@@ -243,13 +243,13 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     add_settings(parser)
     add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the time line and the table")
     add("--steps", type=int, default=5, metavar="N", help="steps to profile (default: 5)")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is a GPU")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
 
 
 def profile(options: argparse.Namespace) -> int:
     """Show where a training step spends its time: `slrnet profile --recipe NAME --data DIR --out FOLDER`.
 
-    Takes some optimizer steps in this process, on the GPU where there is one, and writes to FOLDER
+    Takes some optimizer steps in this process, on the GPU if there is one, and writes to FOLDER
         trace.json.gz   every operation on a time line; opens in https://ui.perfetto.dev and chrome://tracing
         stages.md       seconds of each stage per step, and its share
     The table is printed too. Stages of the network are what going forward takes; going backward is one stage. On a GPU

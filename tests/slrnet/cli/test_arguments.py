@@ -50,7 +50,7 @@ def test_a_data_set_keeps_its_place_on_other_nodes(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", ""])
 def test_positive_numbers(text: str) -> None:
     assert positive("12") == 12
-    with pytest.raises(argparse.ArgumentTypeError, match="is no whole number from 1"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a whole number from 1"):
         positive(text)
 
 

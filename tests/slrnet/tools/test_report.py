@@ -177,7 +177,7 @@ def test_mistakes_are_named(tiny_run: Path, tmp_path: Path, capsys: pytest.Captu
     assert str(tmp_path) in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["report", str(tiny_run), "--images", "0"])
-    assert "'0' is no whole number from 1" in capsys.readouterr().err
+    assert "'0' is not a whole number from 1" in capsys.readouterr().err
     (tmp_path / "evaluation.json").write_text("[")
     with pytest.raises(ValueError, match="cannot be read"):
         find_records(tmp_path, "evaluation.json")
