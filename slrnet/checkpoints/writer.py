@@ -1,4 +1,4 @@
-"""Writes checkpoints while the training goes on, and tries again if the storage fails for a while."""
+"""Writes checkpoints while the training continues, and tries again if the storage fails for a while."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CheckpointWriter:
     """Writes the checkpoints of a run in a thread, one at a time and in order.
 
     The training pays for a copy of the state; weights on a GPU are copied to main memory. A checkpoint that the storage
-    refuses (full, unreachable) is tried again, less and less often, while the training goes on.
+    refuses (full, unreachable) is tried again, less and less often, while the training continues.
 
     Args:
         folder: the run's folder of checkpoints.

@@ -335,7 +335,7 @@ def _existing_run(client: Any, experiment_id: str, experiment: str, name: str, *
     runs = client.search_runs([experiment_id], filter_string=f"attributes.run_name = '{name}'", max_results=10)
     if runs and resume is False:
         raise ValueError(
-            f"the experiment {experiment!r} has a run {name!r} already; go on with it by `--resume {name}`, "
+            f"the experiment {experiment!r} has a run {name!r} already; continue it with `--resume {name}`, "
             "or give another `--name`"
         )
     if resume and not runs:

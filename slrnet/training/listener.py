@@ -49,7 +49,7 @@ class Listener:
     """Hears what a training does; its methods do nothing. Every rank calls them, in the same order on all ranks."""
 
     def start(self, state: TrainState, *, total: int) -> None:
-        """The training starts or goes on at `state`; it has `total` optimizer steps."""
+        """The training starts or continues at `state`; it has `total` optimizer steps."""
 
     def begin(self) -> None:
         """The steps of an epoch begin."""
@@ -79,7 +79,7 @@ class Listener:
         """An epoch is finished and measured; its figures by their MLflow names, NaN included."""
 
     def remember(self, state: TrainState) -> TrainState:
-        """The state with what this listener needs to go on from a checkpoint; called by rank 0 alone."""
+        """The state with what this listener needs to continue from a checkpoint; called by rank 0 alone."""
         return state
 
     def checkpoint(self, state: TrainState) -> None:

@@ -140,7 +140,7 @@ def losses_of(
     pseudo_rows: PseudoRows,
     pretraining: bool,
 ) -> Objective:
-    """Computes the loss parts from the network's outputs; the other arguments are those of `step_losses`.
+    """Computes the loss parts from the network's outputs.
 
     Args:
         outputs: the network's outputs for all views.
@@ -177,9 +177,9 @@ def _pixel_labels(batch: Batch) -> Tensor:
 def _pseudo_labels(
     aligned: AlignedOutputs, images: Tensor, batch: Batch, config: Config, pseudo_rows: PseudoRows
 ) -> Tensor:
-    """(N, H, W) int64 from the average of the views, or (V, N, H, W) where each view has its own or another one's.
+    """(N, H, W) int64 from the average of the views, or (V, N, H, W) if each view has its own or another view's labels.
 
-    Images that have a true mask are not calibrated at all and are 255 all over.
+    Images with a true mask are not calibrated; all their pixels are 255.
     """
     views, supervision = aligned.logits, config.calibration.supervision
     if supervision == "mvmc":
@@ -200,6 +200,6 @@ def _pseudo_labels_of(
     made = images.new_full((len(batch.images), *size), IGNORE_INDEX, dtype=torch.int64)
     if len(images):
         calibrated = calibrate_views(logits, images, possible, config.calibration, max_classes=pseudo_rows.max_classes)
-        found = make_pseudo_labels(calibrated, config.calibration, size=size)
-        made = found if rows is None else made.index_copy(0, rows, found)
+        labels = make_pseudo_labels(calibrated, config.calibration, size=size)
+        made = labels if rows is None else made.index_copy(0, rows, labels)
     return made

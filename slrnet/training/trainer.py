@@ -106,7 +106,7 @@ class Trainer:
         """Continues from the run's last whole checkpoint, if it has one.
 
         Rates, momentum and decay are those of this trainer's configuration. The number of ranks may differ; the
-        training then goes on correctly, but not to the bit.
+        training then continues correctly, but not to the bit.
 
         Raises:
             CheckpointError: the checkpoint has other classes, other data, or another network.
