@@ -66,7 +66,7 @@ class Member:
     index: int
     schedule: tuple[Change, ...]
     """Its settings in order of time."""
-    rows: Mapping[int, Mapping[str, float]]
+    rows: Mapping[int, Mapping[str, int | float]]  # whole numbers stay whole when they are read back
     """Metrics by epoch of its present weights: after a take-over, those of their former owner."""
     error: str = ""
     """Why it failed; a failed member leaves the population."""
