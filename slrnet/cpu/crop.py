@@ -1,4 +1,4 @@
-"""A box of an image, resized and mirrored, on the CPU; `data.transforms` has the form it must equal."""
+"""A box of an image, resized and mirrored, by a C kernel; `data.transforms` has the form that it must equal."""
 
 from __future__ import annotations
 

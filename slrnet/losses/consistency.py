@@ -1,10 +1,10 @@
 """Cross-view consistency of masks (paper Eq. 4) and codes (Eq. 9), with the L1 distance; and divergence of masks.
 
 The divergence is what the paper compares multi-view mask calibration with (Fig. 4, right).
-All sum over unordered pairs of views: the ordered pairs of the paper count each distance twice, a factor that belongs
-to lambda_reg, and two views then give the released code's scale. As there, the mean is taken over images, classes and
-pixels. Where an image's labels are known, its own foreground classes are compared; where they are not, all classes are,
-the background among them (the released code leaves it out).
+All sum over unordered pairs of views. The paper's ordered pairs count each distance twice, a factor that lambda_reg can
+absorb; two views then give the released code's scale. As in that code, the mean is over images, classes and pixels.
+Where an image's labels are known, its own foreground classes are compared; where they are not, all classes are, the
+background among them (the released code leaves it out).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def mask_consistency(
     Args:
         masks: per view (N, K, h, w) logits, un-warped to one size, background first.
         image_labels: (N, K - 1) multi-hot.
-        has_image_labels: (N,) bool, whose labels are known; all K classes of the others are compared. None: all are.
+        has_image_labels: (N,) bool, whether an image's labels are known; otherwise all K of its classes are compared.
+            None: all images' labels are known.
         compare: the logits themselves (paper) or their probabilities (released code).
 
     Returns:

@@ -36,7 +36,7 @@ class AlignedOutputs:
 
 @dataclass(frozen=True)
 class Objective:
-    """The total to minimise and its parts before weighting; scalars with a graph."""
+    """The total to minimize and its parts before weighting; scalars with a graph."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -44,7 +44,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a batch of N images may be trained on. H and W are the crop's; void and undecided pixels are 255.
+    """What a batch of N images trains on. H and W are the crop's; void and undecided pixels are 255.
 
     Which entries are None depends on the run and the epoch, never on the batch: all ranks then have the same loss
     parts, and a kind of label that a batch lacks gives an exact zero with a graph.
@@ -53,11 +53,11 @@ class Labels:
     image_labels: Tensor
     """(N, K - 1) multi-hot; rows without known labels are 0."""
     has_image_labels: Tensor | None
-    """(N,) bool, whose image labels are known; None where the setting grants none at all."""
+    """(N,) bool, whether an image's labels are known; None if the setting uses no image labels."""
     pixel_labels: Tensor | None
-    """(N, H, W) int64 true masks, 255 all over images without one; None where the setting grants none at all."""
+    """(N, H, W) int64 true masks, 255 everywhere in images without one; None if the setting uses no masks."""
     has_pixel_labels: Tensor
-    """(N,) bool, whose true mask is granted."""
+    """(N,) bool, whether training may use an image's true mask."""
     pseudo_labels: Tensor | None
     """(N, H, W) int64, used for images without a true mask, or (V, N, H, W) where each view has its own; None while
     pretraining."""
@@ -69,9 +69,9 @@ def objective(
     """Adds up the loss parts of a batch.
 
     Args:
-        outputs: of the network, un-warped.
-        labels: of the batch.
-        weights: of the parts.
+        outputs: the network's outputs, un-warped.
+        labels: the batch's labels.
+        weights: the weight of each part.
         losses: which quantities the consistency terms compare, and the balance between classes.
         divergence: add the Kullback-Leibler divergence between the views' masks, as part `mask_divergence`.
 

@@ -21,10 +21,10 @@ __all__ = ["WeighedLabels", "balanced_cross_entropy", "weigh"]
 
 
 class WeighedLabels(NamedTuple):
-    """What the pixels of N images are to be, and how much each counts; for all logits that are compared with them."""
+    """Class and weight of each pixel of N images, for all logits that are compared with them."""
 
     labels: Tensor
-    """(N, H, W) int64 class ids; any class where void."""
+    """(N, H, W) int64 class ids; 0 where void."""
     weights: Tensor
     """(N, H, W) float32, 0 where void."""
 
@@ -37,14 +37,14 @@ def balanced_cross_entropy(
     checked: Tensor | None = None,
     plain: Tensor | None = None,
 ) -> Tensor:
-    """Cross-entropy in which a class weighs (total - its pixels) / (1 + total), total being all labelled pixels.
+    """Cross-entropy in which a class weighs (total - its pixels) / (1 + total), total being all labeled pixels.
 
     Args:
         logits: (N, K, h, w), background first; resized to the labels (bilinear, aligned corners).
-        labels: see `weigh`, as are the others.
-        image_labels: (N, K - 1).
-        checked: (N,).
-        plain: (N,).
+        labels: (N, H, W) int64 class ids below K, 255 for void.
+        image_labels: (N, K - 1) multi-hot; see `weigh`.
+        checked: (N,) bool; see `weigh`.
+        plain: (N,) bool; see `weigh`.
 
     Returns:
         (N,) the mean over all pixels of each image, void pixels adding 0; finite, with a graph, also where all is void.
@@ -66,7 +66,7 @@ def weigh(
     Args:
         labels: (N, H, W) int64 class ids below K, 255 for void.
         num_classes: K with the background.
-        image_labels: (N, K - 1) multi-hot. With it, an image whose labelled pixels do not show exactly as many classes
+        image_labels: (N, K - 1) multi-hot. With it, an image whose labeled pixels do not show exactly as many classes
             as it has (background included) counts 0: its pseudo label misses a class.
         checked: (N,) bool, the images to which that applies; None: all of them.
         plain: (N,) bool, images all of whose classes weigh 1; None: none of them.

@@ -1,4 +1,4 @@
-"""ops.maps."""
+"""Small operations on maps that models, losses and calibration share."""
 
 from __future__ import annotations
 
