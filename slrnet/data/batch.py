@@ -17,8 +17,8 @@ class Batch:
     Attributes:
         images: (N, 3, S, S) uint8 RGB, channels last as the loader makes them.
         image_labels: (N, K-1) float32 of 0 and 1; column c is class c + 1.
-        has_image_labels: (N,) bool, whose image labels are known and granted; rows of the others are 0.
-        keys: N names.
+        has_image_labels: (N,) bool, which images' labels are known and granted; rows of the others are 0.
+        keys: names of the N images.
         has_pixel_labels: (N,) bool, which images come with a granted mask.
         pixel_labels: (N, S, S) uint8 class ids, 255 where void and all over an image without a granted mask; None where
             no image has one, as with image labels only.
@@ -32,7 +32,7 @@ class Batch:
     pixel_labels: Tensor | None = None
 
     def floats(self) -> Tensor:
-        """(N, 3, S, S) float32 images in [0, 1], one plane after the other, in which colours are changed faster."""
+        """(N, 3, S, S) float32 images in [0, 1], contiguous by channel, which makes color changes faster."""
         return self.images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:

@@ -1,4 +1,4 @@
-"""Class names and colours that data sets share: PASCAL VOC's classes, VOC's palette, and the void id."""
+"""Class names and colors that data sets share: PASCAL VOC's classes, VOC's palette, and the void id."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ VOC_CLASSES: tuple[str, ...] = (
 
 
 def voc_palette() -> npt.NDArray[np.uint8]:
-    """Colours of PASCAL VOC's masks.
+    """Colors of PASCAL VOC's masks.
 
-    The bits of an id, lowest three first, are dealt to red, green and blue from the highest bit of the colour down, so
-    that neighbouring ids get distant colours: 0 is black, 1 is (128, 0, 0), void (255) is (224, 224, 192).
+    The bits of an id, lowest three first, go to red, green and blue in turn, from the highest bit of the color down, so
+    that neighboring ids get distant colors: 0 is black, 1 is (128, 0, 0), void (255) is (224, 224, 192).
 
     Returns:
         (256, 3) uint8, RGB by id.
@@ -71,9 +71,9 @@ def voc_ids(classes: Sequence[str]) -> npt.NDArray[np.uint8]:
     Raises:
         ValueError: a class is none of VOC's.
     """
-    strangers = [name for name in classes if name not in VOC_CLASSES]
-    if strangers:
-        raise ValueError(f"{', '.join(strangers)}: no class of PASCAL VOC; it has {', '.join(VOC_CLASSES)}")
+    unknown = [name for name in classes if name not in VOC_CLASSES]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no class of PASCAL VOC; it has {', '.join(VOC_CLASSES)}")
     table = np.full(256, IGNORE_INDEX, dtype=np.uint8)
     table[: len(classes)] = [VOC_CLASSES.index(name) for name in classes]
     return table

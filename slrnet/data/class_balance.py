@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from slrnet.data.manifest import SplitView
+from slrnet.data.sample_set import Places
 
 __all__ = ["Balance", "ClassLists", "balance", "shares", "table"]
 
@@ -33,7 +34,6 @@ _LARGEST = 20.0
 """Largest logarithm of a class's factor."""
 
 Floats = npt.NDArray[np.float64]
-Places = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -89,19 +89,19 @@ def balance(lists: ClassLists, *, strength: float, limit: float) -> Balance:
     Args:
         lists: image labels. Images without any class are drawn once.
         strength: 0 (as the data are) to 1 (all classes equally often).
-        limit: most draws of an image per epoch, 1 or more.
+        limit: greatest number of draws of an image per epoch, 1 or more.
 
     Raises:
         ValueError: strength or limit out of range.
     """
     if not 0 <= strength <= 1 or limit < 1:
         raise ValueError(f"strength is {strength} and limit {limit}; allowed are 0 to 1, and 1 or more")
-    labelled = np.zeros(lists.num_images, dtype=np.bool_)
-    labelled[lists.images] = True
-    found = shares(lists, np.ones(lists.num_images), strength=strength)
-    if not labelled.any() or not strength:
-        return found
-    return shares(lists, _scale(lists, found.target, labelled, limit), strength=strength)
+    labeled = np.zeros(lists.num_images, dtype=np.bool_)
+    labeled[lists.images] = True
+    unbalanced = shares(lists, np.ones(lists.num_images), strength=strength)
+    if not len(lists.images) or not strength:
+        return unbalanced
+    return shares(lists, _scale(lists, unbalanced.target, labeled, limit), strength=strength)
 
 
 def shares(lists: ClassLists, draws: Floats, *, strength: float) -> Balance:
@@ -109,8 +109,8 @@ def shares(lists: ClassLists, draws: Floats, *, strength: float) -> Balance:
 
     Args:
         lists: image labels.
-        draws: (n,) of each image per epoch.
-        strength: of the target.
+        draws: (n,) draws of each image per epoch.
+        strength: 0 to 1, what the target is made with.
     """
     images, drawn = lists.occurrences(np.ones(lists.num_images)), lists.occurrences(draws)
     natural = images / max(1.0, images.sum())
@@ -119,46 +119,46 @@ def shares(lists: ClassLists, draws: Floats, *, strength: float) -> Balance:
     return Balance(draws, images.astype(np.int64), natural, target, drawn / max(1.0, drawn.sum()))
 
 
-def table(found: Balance, classes: Sequence[str], *, most: int | None = None) -> str:
+def table(balance: Balance, classes: Sequence[str], *, most: int | None = None) -> str:
     """Shares of the classes in percent, rarest class first.
 
     Args:
-        found: of these classes.
+        balance: what to show, for the foreground classes.
         classes: names of all K classes, background first.
-        most: rows at most, half of them of the rarest and half of the most frequent classes; None for all.
+        most: greatest number of rows, half for the rarest and half for the most frequent classes; None for all.
     """
-    order = np.argsort(found.images, kind="stable").tolist()
+    order = np.argsort(balance.images, kind="stable").tolist()
     shown = order if most is None or len(order) <= most else [*order[: most // 2], *order[-(most - most // 2) :]]
     width = max(len("class"), *(len(classes[i + 1]) for i in shown))
     lines = [f"{'class':{width}} {'images':>8} {'natural %':>10} {'target %':>9} {'expected %':>11}"]
     for place, i in enumerate(shown):
         if len(shown) < len(order) and place == most // 2:  # type: ignore[operator]
             lines.append(f"... {len(order) - len(shown)} more classes")
-        shares = (100 * float(part[i]) for part in (found.natural, found.target, found.expected))
+        shares = (100 * float(part[i]) for part in (balance.natural, balance.target, balance.expected))
         cells = "{:>10.3f} {:>9.3f} {:>11.3f}".format(*shares)
-        lines.append(f"{classes[i + 1]:{width}} {int(found.images[i]):>8} {cells}")
-    off = np.abs(found.expected - found.target).sum() / 2
+        lines.append(f"{classes[i + 1]:{width}} {int(balance.images[i]):>8} {cells}")
+    off = np.abs(balance.expected - balance.target).sum() / 2
     lines.append(
-        f"{100 * off:.2f} % of the drawn labels are off the target; images are drawn {found.draws.min():.2f} to "
-        f"{found.draws.max():.2f} times per epoch"
+        f"{100 * off:.2f} % of the drawn labels are off the target; images are drawn {balance.draws.min():.2f} to "
+        f"{balance.draws.max():.2f} times per epoch"
     )
     return "\n".join(lines)
 
 
-def _scale(lists: ClassLists, target: Floats, labelled: npt.NDArray[np.bool_], limit: float) -> Floats:
+def _scale(lists: ClassLists, target: Floats, labeled: npt.NDArray[np.bool_], limit: float) -> Floats:
     """Draws whose occurrences have the target's shares: the factors of missed classes grow, step by step."""
     logs = np.zeros(lists.num_classes - 1)
     draws = np.ones(lists.num_images)
     present, crowding = target > 0, _crowding(lists)
     for _ in range(_ITERATIONS):
         exponents = _sums(lists.images, logs[lists.classes - 1], lists.num_images)
-        draws = _normalize(exponents, labelled, limit)
+        draws = _normalize(exponents, labeled, limit)
         drawn = lists.occurrences(draws)
         ratio = np.log(target[present] * drawn.sum() / np.maximum(drawn[present], 1e-300))
         if np.abs(ratio).max() < _CLOSE_ENOUGH:
             break
         logs[present] += _STEP * np.clip(ratio, -1, 1) / crowding[present]
-        logs = np.clip(logs, -_LARGEST, _LARGEST)  # where the limit binds, a factor would grow for ever
+        logs = np.clip(logs, -_LARGEST, _LARGEST)  # where the limit binds, a factor would grow without bound
     return draws
 
 
@@ -174,16 +174,16 @@ def _sums(places: Places, values: Floats, length: int) -> Floats:
     return sums
 
 
-def _normalize(exponents: Floats, labelled: npt.NDArray[np.bool_], limit: float) -> Floats:
-    """Draws proportional to exp(exponents) for labelled images, at most `limit`, on average 1; 1 for the others."""
+def _normalize(exponents: Floats, labeled: npt.NDArray[np.bool_], limit: float) -> Floats:
+    """Draws proportional to exp(exponents) for labeled images, at most `limit`, on average 1; 1 for the others."""
     draws = np.ones(len(exponents))
-    weights = np.exp(exponents[labelled] - exponents[labelled].max())
-    total, capped = float(labelled.sum()), np.zeros(len(weights), dtype=np.bool_)
+    weights = np.exp(exponents[labeled] - exponents[labeled].max())
+    total, capped = float(labeled.sum()), np.zeros(len(weights), dtype=np.bool_)
     while True:
         free = weights[~capped].sum()
         scaled = np.where(capped, limit, weights * ((total - limit * capped.sum()) / max(free, 1e-300)))
         over = (scaled > limit) & ~capped
         if not over.any():
-            draws[labelled] = scaled
+            draws[labeled] = scaled
             return draws
         capped |= over

@@ -1,4 +1,4 @@
-"""Random numbers as a function of whole numbers, without a state: any of them is had without those before it.
+"""Random numbers as a function of whole numbers, without state: any of them is computed without those before it.
 
 The generator is SplitMix64 (Steele, Lea, Flood 2014) at a place of its sequence.
 """

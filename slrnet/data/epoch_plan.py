@@ -1,7 +1,7 @@
-"""Which samples an epoch draws, and in which order: pure functions of seeds and counts, blind to the cluster.
+"""Which samples an epoch draws, and in which order: pure functions of seeds and counts, the same on any cluster.
 
-Samples lie in pools, one for each kind of label. Every sample of a pool has an expected number of draws per epoch;
-an epoch draws it that often, up to the fraction, which other epochs make up for. So all epochs have the same length.
+Samples lie in pools, one for each kind of label. Every sample of a pool has an expected number of draws per epoch. An
+epoch rounds it down or up, and other epochs make up for the difference. So all epochs have the same length.
 
 A pool's draws are passes over its shards, in an order that is a pure function of (seed, epoch), each shard's samples in
 the order of the tar; repeated draws of a sample lie evenly apart, in different passes. Each draw then moves by a random
@@ -28,11 +28,9 @@ import numpy.typing as npt
 
 from slrnet.data.counter_random import uniform
 from slrnet.data.manifest import SplitView
-from slrnet.data.sample_set import SampleSet
+from slrnet.data.sample_set import Places, SampleSet
 
 __all__ = ["Draws", "EpochPlan", "Pool", "choose_subset", "plan_epoch"]
-
-Places = npt.NDArray[np.int64]
 
 _GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, fill the unit interval most evenly."""
@@ -88,7 +86,7 @@ class EpochPlan:
         return sum(order.total for order in self._orders)
 
     def draws(self, start: int, stop: int) -> Draws:
-        """Draws `start` to `stop` - 1, 0 <= start <= stop <= len(self); work for those and two windows of each pool."""
+        """Draws `start` to `stop` - 1, 0 <= start <= stop <= len(self); computes two windows of each pool more."""
         total, spare = len(self), len(self._orders) + 1
         samples, repeats = np.empty(stop - start, dtype=np.int64), np.empty(stop - start, dtype=np.int64)
         for place, order in enumerate(self._orders):
@@ -97,8 +95,8 @@ class EpochPlan:
             places = self._merged(numbers, place) - start
             chosen = np.flatnonzero((places >= 0) & (places < stop - start))
             if len(chosen):
-                found = order.draws(first + int(chosen[0]), first + int(chosen[-1]) + 1)
-                samples[places[chosen]], repeats[places[chosen]] = found.samples, found.repeats
+                drawn = order.draws(first + int(chosen[0]), first + int(chosen[-1]) + 1)
+                samples[places[chosen]], repeats[places[chosen]] = drawn.samples, drawn.repeats
         return Draws(samples, repeats)
 
     def _merged(self, numbers: Places, place: int) -> Places:
@@ -122,8 +120,8 @@ def plan_epoch(pools: Sequence[Pool], firsts: Places, *, seed: int, epoch: int, 
     Args:
         pools: at least one; no sample is in two of them.
         firsts: (S + 1,) first sample of each shard; the last entry is the number of samples.
-        seed: of the run.
-        epoch: from 0.
+        seed: the run's seed.
+        epoch: number of the epoch, from 0.
         window: draws of its pool over which a draw's place is spread, >= 1; 1 keeps the order of the shards.
     """
     orders = [
@@ -137,8 +135,8 @@ def choose_subset(split: SplitView, n: int, *, seed: int, among: SampleSet | Non
     """Chooses a fixed subset of a split's samples.
 
     Args:
-        split: to choose from.
-        n: how many; all of them where there are fewer.
+        split: the split to choose from.
+        n: how many samples to choose; if there are fewer, all of them.
         seed: the same seed gives the same subset.
         among: which samples may be chosen, for instance `split.with_masks`; None for all.
 
@@ -179,8 +177,8 @@ class _PoolOrder:
     def draws(self, start: int, stop: int) -> Draws:
         """Draws `start` to `stop` - 1 of the pool.
 
-        The order is that of place + u window with u in [0, 1), and goes on for ever, epoch after the same epoch. What
-        comes at `start` or later has a place no more than a window before it, and those are as many as the window.
+        Draws are ordered by place + u window with u in [0, 1), as if the same epoch followed itself without end. A draw
+        at `start` or later has a place at most a window before `start`, and such places are as many as the window.
         """
         places = np.arange(start - self._window, stop + self._window)
         moves = uniform(self._keys[0], places % self.total) * (self._window << _FINE)
@@ -198,8 +196,8 @@ class _PoolOrder:
         touched, which = np.unique(cells, return_inverse=True)
         members, repeats = self._members(touched, self._counts)
         lengths = self._cells[touched + 1] - self._cells[touched]
-        found = (np.cumsum(lengths) - lengths)[which] + within
-        return Draws(self._samples.at(members[found]), repeats[found])
+        own = (np.cumsum(lengths) - lengths)[which] + within
+        return Draws(self._samples.at(members[own]), repeats[own])
 
     def _members(self, cells: Places, counts: Places) -> tuple[Places, Places]:
         """All draws of some cells: samples, counted in the pool, and repeats."""

@@ -1,4 +1,4 @@
-"""Images and masks as people have them, and as files: what data preparation and prediction share."""
+"""Images of any mode as RGB and masks as PNG files, for data preparation and prediction."""
 
 from __future__ import annotations
 

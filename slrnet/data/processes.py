@@ -11,11 +11,11 @@ from multiprocessing.context import BaseContext
 __all__ = ["end_with", "helper_context"]
 
 _WATCH_EVERY = 5.0
-"""Seconds between two looks of a helper at whether the process it works for still lives."""
+"""Seconds after which a helper checks again that the process it works for is alive."""
 
 
 def helper_context(preload: list[str]) -> BaseContext:
-    """A way to start helpers without this process's threads and CUDA context: a fork server, or spawn without one.
+    """How to start helpers without this process's threads and CUDA context: a fork server, else spawn.
 
     Args:
         preload: modules that the fork server imports once, so that helpers start with them.
@@ -28,7 +28,7 @@ def helper_context(preload: list[str]) -> BaseContext:
 
 
 def end_with(parent: int) -> None:
-    """Ends this process once `parent` is gone: a helper's own parent is the fork server, which says nothing."""
+    """Ends this process once `parent` is gone. A helper's own parent is the fork server, so nothing else tells it."""
 
     def watch() -> None:
         while True:

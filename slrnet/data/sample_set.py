@@ -1,4 +1,4 @@
-"""Sets of samples as runs of neighbours: all samples of a split are one run, whatever their number."""
+"""Sets of samples as runs of neighbors: all samples of a split are one run, however many there are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["SampleSet"]
+__all__ = ["Places", "SampleSet"]
 
 Places = npt.NDArray[np.int64]
 
@@ -18,15 +18,13 @@ class SampleSet:
 
     Args:
         starts: (R,) first number of each run, ascending.
-        stops: (R,) the number after its last one; below the next start.
+        stops: (R,) the number after the last one of each run, below the next start.
     """
 
     def __init__(self, starts: npt.ArrayLike, stops: npt.ArrayLike) -> None:
         self.starts: Places = np.asarray(starts, dtype=np.int64)
         self.stops: Places = np.asarray(stops, dtype=np.int64)
-        lengths = self.stops - self.starts
-        self._ends = np.cumsum(lengths)
-        self._begins = self._ends - lengths
+        self._ends = np.cumsum(self.stops - self.starts)
 
     @classmethod
     def all(cls, number: int) -> Self:
@@ -34,24 +32,14 @@ class SampleSet:
         return cls([0], [number]) if number else cls([], [])
 
     @classmethod
-    def of(cls, members: npt.ArrayLike) -> Self:
-        """The places at which a bool array is true, or ascending numbers, each once."""
-        given = np.asarray(members)
-        if given.dtype == np.bool_:
-            edges = np.flatnonzero(np.diff(given.view(np.int8), prepend=0, append=0))
-            return cls(edges[::2], edges[1::2])
-        numbers = given.astype(np.int64)
-        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
-        first, last = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(numbers)]]) - 1
-        return cls(numbers[first], numbers[last] + 1) if len(numbers) else cls([], [])
+    def of(cls, members: npt.NDArray[np.bool_]) -> Self:
+        """The places at which a bool array is true."""
+        edges = np.flatnonzero(np.diff(members.view(np.int8), prepend=0, append=0))
+        return cls(edges[::2], edges[1::2])
 
     def __len__(self) -> int:
-        """How many there are."""
+        """How many numbers there are."""
         return int(self._ends[-1]) if len(self._ends) else 0
-
-    def __contains__(self, number: int) -> bool:
-        """Whether a number is in it."""
-        return bool(self.has(np.array([number]))[0])
 
     def __eq__(self, other: object) -> bool:
         """Whether both hold the same numbers."""
@@ -63,59 +51,45 @@ class SampleSet:
 
     def __and__(self, other: SampleSet) -> SampleSet:
         """Numbers that are in both."""
-        edges = self._edges(other)
-        return _between(edges, self.has(edges) & other.has(edges))
+        return self._combine(other, np.logical_and)
 
     def __or__(self, other: SampleSet) -> SampleSet:
         """Numbers that are in one or both."""
-        edges = self._edges(other)
-        return _between(edges, self.has(edges) | other.has(edges))
+        return self._combine(other, np.logical_or)
 
     def __sub__(self, other: SampleSet) -> SampleSet:
-        """Numbers that are in this one alone."""
-        edges = self._edges(other)
-        return _between(edges, self.has(edges) & ~other.has(edges))
+        """Numbers that are in this set alone."""
+        return self._combine(other, np.greater)
 
     @cached_property
     def array(self) -> Places:
         """(n,) all of them, ascending."""
         return self.at(np.arange(len(self)))
 
-    @property
-    def first(self) -> int:
-        """The smallest number, where there is one."""
-        return int(self.starts[0])
-
     def at(self, places: npt.ArrayLike) -> Places:
-        """The numbers at some places of the ascending order, each from 0 to n - 1."""
+        """The numbers at some places of the ascending order, each place from 0 to n - 1."""
         wanted = np.asarray(places, dtype=np.int64)
         runs = np.searchsorted(self._ends, wanted, side="right")
-        found: Places = self.starts[runs] + (wanted - self._begins[runs])
-        return found
+        return np.asarray(self.stops[runs] + (wanted - self._ends[runs]))
 
     def below(self, numbers: npt.ArrayLike) -> Places:
         """How many of the set are smaller than each of some numbers."""
         wanted = np.asarray(numbers, dtype=np.int64)
-        if not len(self.starts):
-            return np.zeros(wanted.shape, dtype=np.int64)
-        runs = np.searchsorted(self.starts, wanted, side="left") - 1
-        within = np.minimum(wanted, self.stops[runs]) - self.starts[runs]
-        return np.where(runs >= 0, self._begins[runs] + within, 0)
+        runs = np.searchsorted(self.starts, wanted, side="left")
+        begun = np.concatenate([[0], self._ends])[runs]
+        # The last run that starts below a number may go on beyond it.
+        beyond = np.maximum(0, np.concatenate([[0], self.stops])[runs] - np.maximum(wanted, 0))
+        return np.asarray(begun - beyond)
 
     def has(self, numbers: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Which of some numbers are in it."""
+        """Which of some numbers are in the set."""
         wanted = np.asarray(numbers, dtype=np.int64)
-        if not len(self.starts):
-            return np.zeros(wanted.shape, dtype=np.bool_)
-        runs = np.searchsorted(self.starts, wanted, side="right") - 1
-        found: npt.NDArray[np.bool_] = (runs >= 0) & (wanted < self.stops[runs])
-        return found
+        return np.asarray(self.below(wanted + 1) > self.below(wanted))
 
-    def _edges(self, other: SampleSet) -> Places:
-        return np.unique(np.concatenate([self.starts, self.stops, other.starts, other.stops]))
-
-
-def _between(edges: Places, inside: npt.NDArray[np.bool_]) -> SampleSet:
-    """What lies between each edge and the next one, where it is inside; nothing is after the last one."""
-    changes = np.flatnonzero(np.diff(inside.view(np.int8), prepend=0))
-    return SampleSet(edges[changes[::2]], edges[changes[1::2]])
+    def _combine(self, other: SampleSet, operator: np.ufunc) -> SampleSet:
+        """The numbers for which an operator holds, given whether each set has them."""
+        edges = np.unique(np.concatenate([self.starts, self.stops, other.starts, other.stops]))
+        inside = operator(self.has(edges), other.has(edges))
+        # The same answer holds from each edge to the next one; after the last edge it is no.
+        changes = np.flatnonzero(np.diff(inside.view(np.int8), prepend=0))
+        return SampleSet(edges[changes[::2]], edges[changes[1::2]])

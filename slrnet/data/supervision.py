@@ -1,7 +1,7 @@
-"""Which labels a training may see of each sample, and how often it draws the sample (paper Sec. 3.1: D_p, D_c, D_u).
+"""Which labels training may use of each sample, and how often it draws the sample (paper Sec. 3.1: D_p, D_c, D_u).
 
-The manifest says which labels a sample has; the setting and the named subset say which of them are granted. Everything
-that trains asks here, and nothing else decides: loaders read no mask and no image label that is not granted.
+The manifest says which labels a sample has; the setting and the named subset say which ones training may use. This
+module alone decides: loaders read no mask and no image label that it does not grant.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["Supervision", "image_labels_only", "plan_supervision", "supervision_
 
 @dataclass(frozen=True)
 class Supervision:
-    """What a training sees of a split.
+    """What training may use of a split.
 
     Attributes:
-        pixel_labels: whose mask is granted.
-        image_labels: whose image labels are known and granted.
-        pools: the samples that are drawn: those with granted masks, if there are any, and the others, if there are any.
+        pixel_labels: samples whose mask training may use.
+        image_labels: samples whose image labels are known and training may use.
+        pools: the samples that an epoch draws: those with masks that training may use, if any, and the others, if any.
         first_pools: the same for the first epochs, with as many draws in all.
-        first_epochs: how many epochs draw from `first_pools`.
+        first_epochs: number of epochs that draw from `first_pools`.
     """
 
     pixel_labels: SampleSet
@@ -41,7 +41,7 @@ class Supervision:
     first_epochs: int = 0
 
     def pools_in(self, epoch: int) -> tuple[Pool, ...]:
-        """What an epoch, counted from 0, draws from."""
+        """The pools that an epoch, counted from 0, draws from."""
         return self.first_pools if epoch < self.first_epochs else self.pools
 
     @property
@@ -51,31 +51,31 @@ class Supervision:
 
     @cached_property
     def members(self) -> SampleSet:
-        """Which samples are trained on at all."""
+        """The samples that training draws at all."""
         return reduce(or_, (pool.samples for pool in self.pools))
 
     def describe(self) -> str:
-        """Numbers of images by the labels they grant, and what an epoch draws, for people."""
+        """Numbers of images by the labels that training uses, and the draws of an epoch, as a line of text."""
         masks, names = self.pixel_labels & self.members, (self.image_labels & self.members) - self.pixel_labels
         rest = self.members - masks - names
         kinds = {"pixel labels": masks, "image labels": names, "no labels": rest}
-        found = ", ".join(f"{len(kind)} with {name}" for name, kind in kinds.items() if len(kind))
-        drawn = sum(pool.total for pool in self.pools if pool.samples.first in self.pixel_labels)
+        counts = ", ".join(f"{len(kind)} with {name}" for name, kind in kinds.items() if len(kind))
+        drawn = sum(pool.total for pool in self.pools if len(pool.samples & self.pixel_labels))
         shares = f", {100 * drawn / self.draws:.1f} % of them with pixel labels" if drawn else ""
-        first = f"; epochs 1 to {self.first_epochs} draw labelled images alone" if self.first_epochs else ""
-        return f"training images: {found}; {self.draws} draws per epoch{shares}{first}"
+        first = f"; epochs 1 to {self.first_epochs} draw labeled images alone" if self.first_epochs else ""
+        return f"training images: {counts}; {self.draws} draws per epoch{shares}{first}"
 
 
 def plan_supervision(
     split: SplitView, config: DataConfig, setting: Setting, *, pretrain_epochs: int = 0
 ) -> Supervision:
-    """Decides what a training may see of a split.
+    """Decides what training may use of a split.
 
     Args:
-        split: to train on.
-        config: subsets, oversampling and class balance.
-        setting: `sss` grants no image labels, `wsss` no masks.
-        pretrain_epochs: epochs without pseudo labels, from which `config.pretrain_on` may keep unlabelled images.
+        split: the split to train on.
+        config: the data settings: subsets, oversampling and class balance.
+        setting: `sss` uses no image labels, `wsss` no masks.
+        pretrain_epochs: epochs without pseudo labels, from which `config.pretrain_on` may exclude unlabeled images.
 
     Raises:
         DataError: there is no such subset, a sample of `pixel_labeled_subset` has no mask, or nothing is left that
@@ -105,7 +105,7 @@ def plan_supervision(
 
 
 def supervision_of(config: Config, shards: ShardSet) -> Supervision:
-    """What a run sees of its training split.
+    """What a run may use of its training split.
 
     Raises:
         DataError: there is no such split; see `plan_supervision`.
@@ -115,7 +115,7 @@ def supervision_of(config: Config, shards: ShardSet) -> Supervision:
 
 
 def image_labels_only(split: SplitView) -> Supervision:
-    """All samples of a split once per epoch, with the image labels that they have."""
+    """All samples of a split once per epoch, with their image labels where those are known."""
     everything = SampleSet.all(split.num_samples)
     return Supervision(SampleSet.all(0), split.with_image_labels, (Pool(everything, 1.0),))
 
@@ -158,6 +158,6 @@ def _check_masks(split: SplitView, masks: SampleSet, config: DataConfig) -> None
     if len(without):
         raise DataError(
             f"{len(without)} of {len(masks)} samples of subset {name!r} of split {split.name!r} have no mask, "
-            f"for instance {split.key(without.first)!r}; data.pixel_labeled_subset must name samples with masks: "
-            "prepare the data with them, or leave them out of the subset"
+            f"for instance {split.key(int(without.array[0]))!r}; data.pixel_labeled_subset must name samples with "
+            "masks: prepare the data with them, or leave them out of the subset"
         )

@@ -17,7 +17,7 @@ from slrnet.data.manifest import SCHEMA, DataError
 __all__ = ["BLOCK", "ShardWriter", "read_header", "tar_end", "tar_members"]
 
 BLOCK = tarfile.BLOCKSIZE
-"""Bytes of a header; files are filled up to a multiple of it."""
+"""Bytes of a header; files are padded to a multiple of it."""
 _FILL = b" \0"
 _REGULAR = tarfile.REGTYPE + tarfile.AREGTYPE
 
@@ -26,11 +26,11 @@ class ShardWriter:
     """Writes samples into one tar and gathers their rows of the manifest; a context that ends the tar.
 
     Args:
-        file: open for writing, empty.
+        file: the empty file to write to.
         name: file name of the shard, for the manifest.
 
     Attributes:
-        columns: the rows so far by the names of `SCHEMA`.
+        columns: the values of all rows so far, by the names of `SCHEMA`.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
@@ -60,13 +60,13 @@ class ShardWriter:
         """Adds a sample.
 
         Args:
-            key: its name.
-            split: that it belongs to.
-            subsets: that it belongs to.
-            size: (width, height), pixels.
-            classes: foreground ids that are present: the image labels; None where they are not known.
-            image: bytes of a JPEG.
-            mask: bytes of an indexed PNG; None where there is none.
+            key: the sample's name.
+            split: the split that it belongs to.
+            subsets: the named subsets that it belongs to.
+            size: (width, height) of the image, pixels.
+            classes: foreground ids that are present, the image labels; None if they are not known.
+            image: bytes of a JPEG file.
+            mask: bytes of an indexed PNG file; None if there is no mask.
             notes: further entries of its JSON file.
         """
         record = {
@@ -125,5 +125,5 @@ def read_header(block: bytearray) -> tuple[str, int]:
 
 
 def tar_end(size: int) -> bytes:
-    """What follows the last member of a tar of `size` bytes: two empty blocks, filled up to a whole record."""
+    """What follows the last member of a tar of `size` bytes: two empty blocks, padded to a whole record."""
     return bytes(2 * BLOCK + -(size + 2 * BLOCK) % tarfile.RECORDSIZE)

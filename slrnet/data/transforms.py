@@ -1,9 +1,9 @@
 """From the bytes of a JPEG to a training crop, on the CPU (paper Sec. 4.1: random crops of a fixed size).
 
-Only the geometry is done here, on uint8: decoding, a random resized crop and a mirror image. Colour is changed in
-batch on the device (`slrnet.views.color`), where hue costs a tenth of what it costs per image. The crop is drawn as by
-torchvision's RandomResizedCrop, from a key that is passed in, so a sample's crop depends on that alone. Of a large
-photograph a JPEG's smaller form is decoded where that still has the crop's pixels.
+Only geometry happens here, on uint8: decoding, a random resized crop and mirroring. Colors change in batch on the
+device (`slrnet.views.color`), where hue costs a tenth of what it costs per image. The crop is drawn as by
+torchvision's RandomResizedCrop, from a key that is passed in, so a sample's crop depends on that alone. A large
+JPEG is decoded at a reduced size if that still has the crop's pixels.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ ASPECT_RATIOS = (3.0 / 4.0, 4.0 / 3.0)
 """Narrowest and widest width / height of a crop before it is resized to a square."""
 
 MOST_PIXELS = 178_000_000
-"""Pixels of the largest image or mask that is decoded; a few kB of a hostile file may claim billions."""
+"""Pixels of the largest image or mask that is decoded; a hostile file of a few kB may claim billions."""
 _JPEG_EXPANSION = 1000
-"""More pixels than a byte of a JPEG can hold."""
+"""Upper bound of the pixels that one byte of a JPEG holds."""
 _REDUCED_FROM = 2**20
-"""Pixels from which on a smaller form takes less time: it is decoded by another library, which costs a little more."""
+"""Pixels from which decoding at a reduced size pays, although the library that does it is a little slower."""
 _REDUCTIONS = (1, 2, 4, 8)
 _UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """What Pillow raises for bytes that are no image or a damaged one."""
@@ -89,7 +89,7 @@ def draw_crops(
     half, a quarter or an eighth where both sides of the box have as many pixels as the crop even so.
 
     Args:
-        sizes: height and width of n images, pixels.
+        sizes: (height, width) of n images, pixels.
         size: side of the crops, pixels.
         scale: smallest and largest share of the image's area, 0 to 1.
         flip: probability of mirroring, 0 to 1.
@@ -185,7 +185,7 @@ def crop_mask(mask: Tensor, crop: Crop, *, size: int) -> Tensor:
 
 
 def decode_image(data: bytes | memoryview, reduction: int = 1) -> Tensor:
-    """Decodes a JPEG; grey and CMYK ones become RGB. Exif orientation is ignored, as masks are drawn on stored pixels.
+    """Decodes a JPEG; gray and CMYK ones become RGB. Exif orientation is ignored, as masks are drawn on stored pixels.
 
     A view of memory that may be written, as torch wants it, is not copied.
 
@@ -210,7 +210,7 @@ def decode_image(data: bytes | memoryview, reduction: int = 1) -> Tensor:
         memory = bytearray(data) if isinstance(data, bytes) else data
         image: Tensor = _decode_jpeg(torch.frombuffer(memory, dtype=torch.uint8), ImageReadMode.RGB.value)
     except RuntimeError as error:
-        raise DataError(f"the image cannot be decoded as JPEG: {_last_words(error)}") from None
+        raise DataError(f"the image cannot be decoded as JPEG: {_reason_of(error)}") from None
     return image
 
 
@@ -226,7 +226,7 @@ def _decode_reduced(data: bytes | memoryview, reduction: int) -> Tensor:
 
 
 def decode_mask(data: bytes | memoryview) -> Tensor:
-    """Decodes an indexed (or grey) PNG mask to its ids; the palette is not applied.
+    """Decodes an indexed (or gray) PNG mask to its ids; the palette is not applied.
 
     Returns:
         (H, W) uint8 class ids, 255 where void.
@@ -239,7 +239,7 @@ def decode_mask(data: bytes | memoryview) -> Tensor:
             if mask.width * mask.height > MOST_PIXELS:
                 raise DataError(f"the mask has {mask.width} x {mask.height} pixels; at most {MOST_PIXELS} are read")
             if mask.mode not in ("P", "L"):
-                raise DataError(f"the mask has mode {mask.mode}; allowed are indexed (P) and grey (L) PNGs")
+                raise DataError(f"the mask has mode {mask.mode}; allowed are indexed (P) and gray (L) PNGs")
             return torch.from_numpy(np.array(mask, dtype=np.uint8))
     except DataError:
         raise
@@ -257,7 +257,7 @@ def _check_size(data: bytes | memoryview) -> None:
         raise DataError(f"the image has {width} x {height} pixels; at most {MOST_PIXELS} are read")
 
 
-def _last_words(error: RuntimeError) -> str:
+def _reason_of(error: RuntimeError) -> str:
     """The reason at the end of torchvision's message, without the source file it begins with."""
     lines = str(error).splitlines() or [""]
     return re.sub(r"^\w+, \S+:\d+, ", "", lines[0])

@@ -1,6 +1,6 @@
-"""A data set as a folder in PASCAL VOC's layout, for programs that know no shards.
+"""A data set as a folder in PASCAL VOC's layout, for programs that read no shards.
 
-JPEGImages/KEY.jpg, SegmentationClass/KEY.png (palette PNGs, void 255) and ImageSets/Segmentation/SPLIT.txt. Where all
+JPEGImages/KEY.jpg, SegmentationClass/KEY.png (palette PNGs, void 255) and ImageSets/Segmentation/SPLIT.txt. If all
 classes are VOC's, masks have VOC's ids; else they keep their own, and labels.txt names them, the background first.
 """
 
@@ -21,7 +21,7 @@ __all__ = ["check_voc_folder", "write_voc_folder"]
 
 
 def check_voc_folder(out: Path) -> Path:
-    """Absolute path of a folder that may be written.
+    """Absolute path of a folder that does not exist yet or is empty.
 
     Raises:
         DataError: it exists and is not empty.
@@ -33,12 +33,12 @@ def check_voc_folder(out: Path) -> Path:
 
 
 def write_voc_folder(shards: ShardSet, out: Path, *, splits: Sequence[str]) -> None:
-    """Writes splits of a data set; the folder appears when it is whole.
+    """Writes splits of a data set; the folder appears when it is complete.
 
     Args:
         shards: the data set.
-        out: folder to make.
-        splits: to write; samples without a mask get none.
+        out: the folder to make.
+        splits: names of the splits to write; samples without a mask get none.
 
     Raises:
         DataError: the folder exists, a key is in two of the splits, or a sample is damaged.

@@ -109,7 +109,7 @@ def test_pretraining_on_labelled_images_alone(split: SplitView, write_tiny: Writ
     assert found.pools_in(2) is found.pools
     assert {split.key(int(sample)) for sample in first.samples.array} == MASKS
     assert first.total == found.draws == 17  # an epoch is as long as the others
-    assert "epochs 1 to 2 draw labelled images alone" in found.describe()
+    assert "epochs 1 to 2 draw labeled images alone" in found.describe()
     # Where every image has a label, and without pretraining, all epochs are alike.
     assert plan_supervision(split, settings, "sss_image_labels", pretrain_epochs=2).first_epochs == 0
     assert plan_supervision(split, settings, "sss", pretrain_epochs=0).first_epochs == 0
