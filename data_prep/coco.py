@@ -70,19 +70,19 @@ def convert(root: str | Path, output: Output, *, year: int | None = None, fracti
     root = Path(root).absolute()
     year = _year(root) if year is None else year
     words = {"--root": root, "--year": year, "--fraction": None if fraction == 1 else fraction}
-    found = {split: read_annotations(_annotation_file(root, split, year)) for split in SPLITS}
+    contents = {split: read_annotations(_annotation_file(root, split, year)) for split in SPLITS}
     folders = {split: _image_folder(root, f"{split}{year}") for split in SPLITS}
     items = [
         item
-        for split, content in found.items()
+        for split, content in contents.items()
         for item in _items(content, folders[split], split, fraction if split == "train" else 1.0, output.seed)
     ]
     members = subset_members(output.subsets, {item.key for item in items}, read_keys)
     items = [replace(item, subsets=names_of(item.key, members)) for item in items]
     source = _CocoFolder(
         root=root,
-        files={split: content.path for split, content in found.items()},
-        categories=_categories(found.values()),
+        files={split: content.path for split, content in contents.items()},
+        categories=_categories(contents.values()),
     )
     return convert_items(source, items, output.named(f"coco{year}", "data_prep/coco.py", words))
 
@@ -238,12 +238,12 @@ class _CocoFolder:
         return FORM.jpeg(Path(path), as_is=sample.image_as_is), encode_mask(mask, self.palette)
 
     def _annotations(self, split: str, places: bytes) -> list[dict[str, Any]]:
-        found = []
+        annotations = []
         with self.files[split].open("rb") as file:
             for start, length in np.frombuffer(places, dtype=np.int64).reshape(-1, 2).tolist():
                 file.seek(start)
-                found.append(json.loads(file.read(length)))
-        return found
+                annotations.append(json.loads(file.read(length)))
+        return annotations
 
 
 # Finding things.
@@ -270,8 +270,8 @@ def _image_folder(root: Path, name: str) -> Path:
     )
 
 
-def _categories(found: Iterable[Annotations]) -> Mapping[int, str]:
-    first, *others = found
+def _categories(contents: Iterable[Annotations]) -> Mapping[int, str]:
+    first, *others = contents
     for other in others:
         if dict(other.categories) != dict(first.categories):
             raise DataError(f"{first.path} and {other.path} have different categories; take both from one release")
@@ -372,7 +372,11 @@ def _elements(file: BinaryIO) -> Iterator[tuple[str, int, int, Any]]:
 
 
 class _JsonReader:
-    """Values of a JSON file, one after the other; holds a chunk of the file and the value in hand."""
+    """Values of a JSON file, one after the other; holds a chunk of the file and the current value.
+
+    ijson does not say where in the file a value stands. Annotations would have to be written to a second file, to be
+    read again when their image is drawn, and images, categories and annotations take a pass over the file each.
+    """
 
     CHUNK = 1 << 22
     LONGEST = 1 << 26

@@ -148,15 +148,15 @@ class Palette:
             DataError: it has a colour that is not in the palette.
         """
         codes = _codes(pixels)
-        found = np.full(codes.shape, -1, dtype=np.int16)
-        found[codes == _codes(self.void)] = IGNORE_INDEX if self.void is not None else -1
+        ids = np.full(codes.shape, -1, dtype=np.int16)
+        ids[codes == _codes(self.void)] = IGNORE_INDEX if self.void is not None else -1
         for label, code in enumerate(_codes(self.colours)):
-            found[codes == code] = label
-        if (found < 0).any():
-            row, column = np.argwhere(found < 0)[0]
+            ids[codes == code] = label
+        if (ids < 0).any():
+            row, column = np.argwhere(ids < 0)[0]
             colour = "#" + bytes(pixels[row, column].tolist()).hex()
             raise DataError(f"has the colour {colour} at row {row}, column {column}, which the palette file lacks")
-        return found.astype(np.uint8)
+        return ids.astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -384,29 +384,29 @@ def _splits(paths: Mapping[str, Path], table: LabelTable | None, drawing: _Drawi
 def _find_images(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
         raise DataError(f"--images {folder} is no folder")
-    names = (os.path.join(place, name) for place, _, found in os.walk(folder) for name in found)
+    names = (os.path.join(place, name) for place, _, files in os.walk(folder) for name in files)
     paths = sorted(Path(name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES)
     if not paths:
         raise DataError(f"--images {folder} holds no images; known are {', '.join(sorted(SUFFIXES))}")
-    found: dict[str, Path] = {}
+    by_key: dict[str, Path] = {}
     for path in paths:
         key = _key(path.relative_to(folder))
-        if key in found:
-            raise DataError(f"{path} and {found[key]} would both be {key!r}; rename one of them")
-        found[key] = path
-    return found
+        if key in by_key:
+            raise DataError(f"{path} and {by_key[key]} would both be {key!r}; rename one of them")
+        by_key[key] = path
+    return by_key
 
 
 def _read_splits(splits: Mapping[str, Path], known: Mapping[str, Path]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for name, path in splits.items():
         for key in _read_keys(path):
             if key not in known:
                 raise DataError(f"{path} lists {key!r}, which is not among the images; remove it from the list")
-            if key in found:
-                raise DataError(f"image {key!r} is in the splits {found[key]!r} and {name!r}; keep one")
-            found[key] = name
-    return found
+            if key in split_of:
+                raise DataError(f"image {key!r} is in the splits {split_of[key]!r} and {name!r}; keep one")
+            split_of[key] = name
+    return split_of
 
 
 def _read_keys(path: Path) -> list[str]:

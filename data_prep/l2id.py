@@ -108,18 +108,18 @@ def read_map(path: Path) -> dict[str, str]:
     Raises:
         DataError: the file cannot be read, or is no list of synset, id and name.
     """
-    found: dict[int, tuple[str, str]] = {}
+    classes: dict[int, tuple[str, str]] = {}
     for number, line in enumerate(read_lines(path, "map of synsets"), start=1):
         words = line.split()
         if not words:
             continue
-        if len(words) < 3 or not words[1].isdecimal() or int(words[1]) in found:
+        if len(words) < 3 or not words[1].isdecimal() or int(words[1]) in classes:
             raise DataError(f"{path}, line {number}: {line!r} is not `synset id name` with an id of its own")
-        found[int(words[1])] = (words[0], "_".join(words[2:]))
-    pairs = [found[label] for label in sorted(found)]
+        classes[int(words[1])] = (words[0], "_".join(words[2:]))
+    pairs = [classes[label] for label in sorted(classes)]
     synsets = dict(pairs)
-    if sorted(found) != list(range(1, len(found) + 1)) or not 1 <= len(found) < IGNORE_INDEX:
-        raise DataError(f"{path} has {len(found)} classes; ids must run from 1 to at most 254 without gaps")
+    if sorted(classes) != list(range(1, len(classes) + 1)) or not 1 <= len(classes) < IGNORE_INDEX:
+        raise DataError(f"{path} has {len(classes)} classes; ids must run from 1 to at most 254 without gaps")
     if len(synsets) < len(pairs) or len({BACKGROUND, *synsets.values()}) <= len(pairs):
         raise DataError(f"{path} has a synset or a name twice; take the devkit's file")
     return synsets

@@ -43,8 +43,8 @@ MAX_LISTED = 10
 """Problems spelled out in one message; the rest is counted."""
 
 
-class Found(Protocol):
-    """An image that a converter has found: its key, its split and the named subsets that it is in."""
+class SourceImage(Protocol):
+    """An image of a converter's source: its key, its split and the named subsets that it is in."""
 
     @property
     def key(self) -> str: ...
@@ -80,8 +80,8 @@ class Sample:
     """Whether the mask's does."""
 
     @classmethod
-    def of(cls, item: Found, size: tuple[int, int], classes: tuple[int, ...] | None, **others: Any) -> Self:
-        """The sample of an image that was found, of `size` = (width, height); `others` are further fields."""
+    def of(cls, item: SourceImage, size: tuple[int, int], classes: tuple[int, ...] | None, **others: Any) -> Self:
+        """The sample of a source's image of `size` = (width, height), pixels; `others` are further fields."""
         width, height = size
         return cls(
             key=item.key,
@@ -175,10 +175,10 @@ def verify(folder: str | os.PathLike[str], *, processes: int = 1) -> list[Damage
     tasks = [_verify_task(view, place, entry) for view in views for place, entry in enumerate(view.shards)]
     weights = [len(task.keys) for task in tasks]
     with ConversionPool(processes) as workers:
-        found = workers.map(_verify_shard, tasks, weights=weights, label="verifying")
-    strangers = sorted({path.name for path in dataset.folder.glob("*.tar")} - {task.path.name for task in tasks})
-    damages = [damage for part in found for damage in part]
-    return damages + [Damage(name, "is not in the manifest") for name in strangers]
+        damages_by_shard = workers.map(_verify_shard, tasks, weights=weights, label="verifying")
+    unlisted = sorted({path.name for path in dataset.folder.glob("*.tar")} - {task.path.name for task in tasks})
+    damages = [damage for part in damages_by_shard for damage in part]
+    return damages + [Damage(name, "is not in the manifest") for name in unlisted]
 
 
 def check_output(out: str | os.PathLike[str]) -> Path:

@@ -179,8 +179,8 @@ class VocFolder:
         remedy = "correct the mask, or name all classes in labels.txt of the folder"
         present = checked_ids(path, mask, len(self.names), remedy=remedy)
         labels = self._xml_labels(item.key)
-        found = present if labels is None else labels
-        classes = tuple(self.chosen.index(label) + 1 for label in self.chosen if label in found)
+        shown = present if labels is None else labels
+        classes = tuple(self.chosen.index(label) + 1 for label in self.chosen if label in shown)
         mask_as_is = mask_as_is and len(self.chosen) == len(self.names) - 1
         return Sample.of(item, size, classes, source=(image, path), image_as_is=image_as_is, mask_as_is=mask_as_is)
 
@@ -210,12 +210,12 @@ class VocFolder:
         path = self.root / "Annotations" / f"{key}.xml"
         if not path.is_file():
             return None
-        found = read_objects(path, remedy="fetch it again or remove it")
-        if unknown := sorted(found - set(self.names[1:])):
+        objects = read_objects(path, remedy="fetch it again or remove it")
+        if unknown := sorted(objects - set(self.names[1:])):
             raise DataError(
                 f"{path} names the classes {unknown}, not among {', '.join(self.names[1:])}; correct or remove it"
             )
-        return sorted(self.names.index(name) for name in found)
+        return sorted(self.names.index(name) for name in objects)
 
 
 def read_list(path: str | Path) -> list[str]:

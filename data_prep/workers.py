@@ -1,4 +1,8 @@
-"""Processes that share out the images of a conversion."""
+"""Processes that share the images of a conversion.
+
+`tqdm.contrib.concurrent.process_map` is shorter, but it takes no start method, so it forks where arrow's threads may
+hang a child; it waits for work under way when something fails; and it starts new processes for every pass.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +25,18 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _CHUNK = 32
-"""Items that a process gets at a time at most."""
+"""Greatest number of items that a process gets at a time."""
 _SHARES = 32
-"""Parts for each process that a pass is cut into at least, so that all end at about the same time."""
+"""Least number of parts that a pass has for each process, so that all end at about the same time."""
 
 
 class ConversionPool:
     """Worker processes that start when there is work, and serve one pass over the images after the other.
 
-    Used as a context they end with it. Upon any failure they have ended before the caller goes on to clean up.
+    As a context it ends them on exit. After a failure they have ended before the caller cleans up.
 
     Args:
-        processes: how many; 1 works in this process.
+        processes: number of worker processes; 1 works in this process.
 
     Raises:
         DataError: `processes` is smaller than 1.
@@ -59,7 +63,7 @@ class ConversionPool:
         label: str,
         weights: Sequence[int] | None = None,
     ) -> list[Result]:
-        """Applies a function to all items, with a progress bar; results come in the order of the items.
+        """Applies a function to all items, with a progress bar; returns the results in the order of the items.
 
         Args:
             function: A function that can be pickled.
@@ -79,8 +83,8 @@ class ConversionPool:
                     bar.update(step)
             except BrokenProcessPool:
                 self._abandon()
-                raise DataError("a worker process died, perhaps for want of memory; try fewer --processes") from None
-            except BaseException:  # what is under way is of no use any more
+                raise DataError("a worker process died, perhaps for lack of memory; try fewer --processes") from None
+            except BaseException:  # work in progress is of no use anymore
                 self._abandon()
                 raise
         return results
@@ -116,9 +120,9 @@ class ConversionPool:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Holds Ctrl-C back while worker processes start; they inherit that for good.
+    """Blocks Ctrl-C while worker processes start; they inherit that and never react to it.
 
-    Ctrl-C reaches the whole process group; the parent alone answers it, by ending the workers.
+    Ctrl-C reaches the whole process group; the parent alone reacts, by ending the workers.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -128,5 +132,5 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _end_when_told() -> None:
-    """A worker has no use for the parent's answer to SIGTERM."""
+    """A worker ends at SIGTERM; it does not inherit the parent's handler."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -65,7 +65,7 @@ def test_a_number_below_one_is_refused() -> None:
 def test_a_worker_that_dies_is_an_error_and_no_hang() -> None:
     with (
         ConversionPool(2) as workers,
-        pytest.raises(DataError, match="a worker process died, perhaps for want of memory; try fewer --processes"),
+        pytest.raises(DataError, match="a worker process died, perhaps for lack of memory; try fewer --processes"),
     ):
         workers.map(_die, [1, 2, 3], label="dying")
 
