@@ -11,6 +11,7 @@ import numpy.typing as npt
 __all__ = ["Places", "SampleSet"]
 
 Places = npt.NDArray[np.int64]
+"""Whole numbers, such as places of samples in a split."""
 
 
 class SampleSet:
