@@ -124,7 +124,7 @@ def figures(options: argparse.Namespace) -> int:
         paths = [options.out / "tables.md"]
         write_text(paths[0], write_tables(results))
     else:
-        from slrnet.tools.figures.draw import write_figure
+        from slrnet.tools.figures.pictures import write_figure
 
         shown = {"number": options.images or FIGURES[options.what], "num_iters": options.num_iters}
         source = {"data": options.data, "measured": options.measured, "device": options.device}

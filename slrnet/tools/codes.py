@@ -1,8 +1,7 @@
 """Draws what the dictionary's atoms stand for: `slrnet codes`.
 
-For each image, NAME.codes.png has a row for each number of iterations (`--num-iters 1 2 6`: the paper's Fig. 7) and a
-column for each atom: the code map C_k over the image, from dark (0) to yellow (1). With CVLR an atom is a class, and
-the classes that the image's mask holds are drawn (Fig. 5); of other methods the most used atoms are.
+A picture has a row for each number of iterations (the paper's Fig. 7) and a column for each atom's code map. With CVLR
+an atom is a class, and the classes that the image's mask holds are drawn (Fig. 5); else the most used atoms are.
 """
 
 from __future__ import annotations
@@ -17,20 +16,30 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint, restore_network
 from slrnet.config import Config
 from slrnet.inference.forward import fit_image
 from slrnet.inference.predictor import rgb_array
+from slrnet.models.cvlr import LowRankViews
 from slrnet.models.low_rank import LowRankModule
-from slrnet.models.network import Network, Normalize
+from slrnet.models.network import Network, Normalize, Outputs
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import channels_last, resize
 from slrnet.storage.files import written_whole
 from slrnet.viz.grid import Tile, draw_grid
 from slrnet.viz.heat import heat
 
-__all__ = ["CodeMaps", "code_maps", "draw_code_maps", "iterations", "low_rank_module", "write_code_maps"]
+__all__ = [
+    "CodeMaps",
+    "code_maps",
+    "draw_code_maps",
+    "iterations",
+    "low_rank_module",
+    "observe_low_rank",
+    "write_code_maps",
+]
 
 MAX_ATOMS = 6
 """Most atoms in a picture, if none are named."""
@@ -50,15 +59,12 @@ class CodeMaps:
     """Whether each atom stands for a class."""
 
     def choose_atoms(self, classes: Sequence[str], wanted: Sequence[str] | None = None) -> dict[int, str]:
-        """Chooses the atoms to draw.
+        """Chooses the atoms to draw; returns their titles by index.
 
         Args:
             classes: names of the K classes, background first.
             wanted: names of classes; None for the background and the largest classes of the mask. Atoms that stand for
                 no class have no names: those with the largest mean code are chosen, whatever is wanted.
-
-        Returns:
-            Titles of the atoms by their indices.
 
         Raises:
             ValueError: a wanted class is not among the classes.
@@ -78,11 +84,7 @@ class CodeMaps:
 
 
 def low_rank_module(model: Network) -> LowRankModule:
-    """Returns a network's low-rank module.
-
-    Raises:
-        ValueError: the network is no SLRNet, or was trained without the module.
-    """
+    """Returns a network's low-rank module; raises ValueError if the network is no SLRNet or has none."""
     if not isinstance(model, SLRNet):
         raise ValueError(f"the network is a {type(model).__name__}, which has no codes; name a checkpoint of SLRNet")
     if model.cvlr is None:
@@ -98,6 +100,26 @@ def iterations(module: LowRankModule, num_iters: int) -> Iterator[None]:
         yield
     finally:
         module.num_iters = trained
+
+
+@torch.no_grad()
+def observe_low_rank(model: Network, views: Sequence[Tensor]) -> tuple[Outputs, tuple[Any, ...], LowRankViews]:
+    """Runs a network, and returns its outputs, and the arguments and the result of its low-rank module.
+
+    Args:
+        model: an SLRNet in evaluation mode.
+        views: per view (1, 3, H, W) in [0, 1], on the model's device.
+
+    Raises:
+        ValueError: the network has no low-rank module.
+    """
+    calls: list[tuple[Any, Any]] = []
+    handle = low_rank_module(model).register_forward_hook(lambda _, *call: calls.append(call))
+    try:
+        outputs = model([channels_last(Normalize.of(model.encoder)(view)) for view in views])
+    finally:
+        handle.remove()
+    return outputs, *calls[0]
 
 
 @torch.no_grad()
@@ -123,16 +145,11 @@ def code_maps(
     if min(counts, default=0) < 1:
         raise ValueError(f"num_iters is {list(counts)}; whole numbers from 1 are allowed, at least one of them")
     pixels = fit_image(torch.from_numpy(image).permute(2, 0, 1).to(next(model.parameters()).device), config)
-    inputs: list[tuple[Any, ...]] = []
-    handle = module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments))
-    try:
-        outputs = model([channels_last(Normalize.of(model.encoder)(pixels))])
-    finally:
-        handle.remove()
+    outputs, arguments, _ = observe_low_rank(model, [pixels])
     size, maps = pixels.shape[-2:], {}
     for count in counts:
         with iterations(module, count):
-            maps[count] = resize(module(*inputs[0]).codes[0], size)[0].cpu().numpy()
+            maps[count] = resize(module(*arguments).codes[0], size)[0].cpu().numpy()
     mask = resize(outputs.logits[0].float(), size)[0].argmax(dim=0).cpu().numpy()
     return CodeMaps(maps, mask, module.class_codes)
 

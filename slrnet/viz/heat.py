@@ -8,13 +8,13 @@ import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["heat"]
+__all__ = ["COLORS", "heat"]
+
+COLORS = "viridis"
+"""Grows in lightness, so it reads the same in gray and to the color-blind."""
 
 
 def heat(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
-    """Colors (..., 3) uint8 of values (...) in [0, 1], which are clipped.
-
-    The colors are viridis: it grows in lightness, so it reads the same in gray and to the color-blind.
-    """
-    colors: npt.NDArray[np.uint8] = mpl.colormaps["viridis"](np.clip(values, 0, 1), bytes=True)[..., :3]
+    """Colors (..., 3) uint8 of values (...) in [0, 1], which are clipped."""
+    colors: npt.NDArray[np.uint8] = mpl.colormaps[COLORS](np.clip(values, 0, 1), bytes=True)[..., :3]
     return colors

@@ -1,42 +1,125 @@
-"""Figures 2 (right), 3, 5 and 7 of the paper, drawn from checkpoints."""
+"""Figures 2 (right), 3, 5 and 7 of the paper, drawn from checkpoints (`slrnet figures`)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from slrnet.evaluation.examine import EvaluationTarget, Examination, Example, ImageScore, choose_by_iou, read_examples
+from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from slrnet.data.manifest import load_dataset
+from slrnet.evaluation.examine import (
+    EvaluationTarget,
+    Examination,
+    Example,
+    ImageScore,
+    choose_by_iou,
+    examine,
+    read_examples,
+)
 from slrnet.inference.forward import fit_image
-from slrnet.models.network import Network, Normalize
-from slrnet.ops.maps import channels_last
-from slrnet.tools.codes import code_maps, low_rank_module
+from slrnet.models.network import Network
+from slrnet.storage.files import written_whole
+from slrnet.tools.codes import code_maps, low_rank_module, observe_low_rank
 from slrnet.views.geometry import View, apply_view
 from slrnet.viz.grid import Color, Tile, class_legend
-from slrnet.viz.heat import heat
+from slrnet.viz.heat import COLORS, heat
 from slrnet.viz.overlay import draw_overlay
 
 __all__ = [
     "best_of_each_class",
     "code_figure",
-    "draw_tiles",
     "feature_figure",
     "feature_rgb",
     "features_around",
     "iteration_figure",
     "mask_figure",
+    "write_figure",
 ]
 
 Pixels = npt.NDArray[np.uint8]
 
 PAGE_WIDTH = 7.2
 """Width of a figure, inches: that of the paper's text."""
+
+
+def write_figure(
+    what: str,
+    checkpoints: Sequence[Path],
+    out: Path,
+    *,
+    number: int,
+    num_iters: Sequence[int],
+    data: Path | None,
+    measured: int | None,
+    device: str | None,
+) -> list[Path]:
+    """Draws a figure of validation images chosen by IoU, as PNG and PDF; returns the files.
+
+    Args:
+        what: "fig2", "fig3", "fig5" or "fig7".
+        checkpoints: the checkpoint or run; for fig7 two checkpoints, or a run that holds two.
+        out: folder to write to.
+        number: images (fig2, fig7), rows (fig3) or classes (fig5) to draw.
+        num_iters: values of T in fig7.
+        data: folder with shards; None for that of the training.
+        measured: largest number of images to choose from; None for all.
+        device: device of the network; None for a GPU if there is one.
+
+    Raises:
+        ValueError: the checkpoints do not fit the figure.
+    """
+    loaded = _checkpoints(what, checkpoints)
+    config = loaded[-1].config
+    shards = load_dataset(data or config.data.path)
+    targets = [EvaluationTarget.of(checkpoint, shards, device) for checkpoint in loaded]
+    examination = examine(targets[-1], config.data.val_split, at_most=measured)
+    if what == "fig3":
+        figure = mask_figure(targets[0], examination, number=number)
+    elif what == "fig5":
+        figure = code_figure(targets[0], examination, number=number)
+    else:
+        scores = choose_by_iou(examination.scores, number, hardest=False)
+        examples = read_examples(targets[-1], examination.split, scores)
+        if what == "fig2":
+            figure = feature_figure(targets[0], examples)
+        else:
+            figure = iteration_figure(targets, examples, scores, num_iters)
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / f"{what}.{kind}" for kind in ("png", "pdf")]
+    for file in files:
+        with written_whole(file) as incoming:
+            figure.savefig(incoming, dpi=220)
+    return files
+
+
+def _checkpoints(what: str, paths: Sequence[Path]) -> list[Checkpoint]:
+    """The checkpoints that a figure is of, early first."""
+    if what != "fig7":
+        if len(paths) != 1:
+            raise ValueError(f"{len(paths)} checkpoints are given; {what} is of one")
+        return [load_checkpoint(paths[0])]
+    kept = sorted((paths[0] / "checkpoints").glob("checkpoint-*")) if len(paths) == 1 else list(paths)
+    checkpoints = sorted((load_checkpoint(path) for path in kept), key=lambda checkpoint: checkpoint.state.step)
+    if len(paths) == 1 and len(checkpoints) > 2:
+        checkpoints = [checkpoints[0], checkpoints[-1]]
+    if len({checkpoint.state.epoch for checkpoint in checkpoints}) < 2 or len(checkpoints) > 2:
+        raise ValueError(
+            f"fig7 needs an early and a late checkpoint of a training, and {', '.join(map(str, paths))} "
+            f"gives {len(checkpoints)}; name two checkpoints of different epochs, or a run's folder that holds two"
+        )
+    early, late = checkpoints
+    if early.state.classes != late.state.classes:
+        raise ValueError(f"{early.path} and {late.path} know different classes; name two of one training")
+    return checkpoints
 
 
 def draw_tiles(
@@ -54,34 +137,28 @@ def draw_tiles(
         legend: names and RGB colors, 0 to 255, of the classes shown.
         scale: whether to draw the scale of codes below, from 0 to 1.
     """
-    left, top, line = (0.3 if names else 0.04), 0.06, 0.2
-    width = (PAGE_WIDTH - left - 0.04) / len(rows[0])
+    width, line, per_line = (PAGE_WIDTH - (0.3 if names else 0.04)) / len(rows[0]), 0.2, 6
     shapes = [[tile.picture.shape for tile in row if tile] for row in rows]
-    heights = [width * max((shape[0] / shape[1] for shape in row), default=0.1) + line for row in shapes]
-    per_line = max(1, int(PAGE_WIDTH / 1.15))
-    bottom = 0.08 + line * -(-len(legend) // per_line) + (0.3 if scale else 0)
-    total = top + sum(heights) + bottom
-    figure = Figure(figsize=(PAGE_WIDTH, total))
-    y = total - top
-    for place, (row, height) in enumerate(zip(rows, heights, strict=True)):
-        for column, tile in enumerate(row):
-            if tile is not None:
-                tall = (width - 0.06) * tile.picture.shape[0] / tile.picture.shape[1]
-                box = (left + column * width + 0.03, y - line - tall, width - 0.06, tall)
-                axes = figure.add_axes(_inches(box, total))
-                axes.imshow(tile.picture, interpolation="lanczos", aspect="auto")
-                axes.set_axis_off()
-                axes.set_title(tile.caption, fontsize=8, pad=2)
-        if names:
-            middle = (y - line - (height - line) / 2) / total
-            figure.text(0.15 / PAGE_WIDTH, middle, names[place], fontsize=8, rotation=90, ha="center", va="center")
-        y -= height
-    _draw_legend(figure, legend, per_line)
+    heights = [width * max(shape[0] / shape[1] for shape in row) + line for row in shapes]
+    total = sum(heights) + line * -(-len(legend) // per_line) + (0.4 if scale else 0.1)
+    figure = Figure(figsize=(PAGE_WIDTH, total), layout="constrained")
+    places = figure.subplots(len(rows), len(rows[0]), squeeze=False, gridspec_kw={"height_ratios": heights})
+    for axes, tile in zip(places.flat, itertools.chain(*rows), strict=True):
+        axes.set(xticks=[], yticks=[], frame_on=False, anchor="N")
+        if tile is not None:
+            axes.imshow(tile.picture, interpolation="lanczos")
+            axes.set_title(tile.caption, fontsize=8, pad=2)
+    for axes, name in zip(places[:, 0], names, strict=False):
+        axes.set_ylabel(name, fontsize=8)
+    if patches := [
+        Patch(facecolor=[value / 255 for value in color], edgecolor="#555555", linewidth=0.5, label=name)
+        for name, color in legend
+        if color
+    ]:
+        figure.legend(handles=patches, loc="outside lower center", ncols=per_line, fontsize=8, frameon=False)
     if scale:
-        axes = figure.add_axes(_inches((PAGE_WIDTH / 2 - 1, bottom - 0.17, 2, 0.09), total))
-        axes.imshow(heat(np.linspace(0, 1, 200, dtype=np.float32)[None]), aspect="auto", extent=(0, 1, 0, 1))
-        axes.set_yticks([])
-        axes.tick_params(labelsize=7, length=2, pad=1)
+        bar = figure.colorbar(ScalarMappable(cmap=COLORS), ax=places, location="bottom", shrink=0.28, aspect=22)
+        bar.ax.tick_params(labelsize=7, length=2, pad=1)
     return figure
 
 
@@ -113,13 +190,7 @@ def feature_figure(target: EvaluationTarget, examples: Sequence[Example]) -> Fig
 
 
 def mask_figure(target: EvaluationTarget, examination: Examination, *, number: int) -> Figure:
-    """Fig. 3: image, truth and prediction; on the left the images with the highest IoU, on the right the lowest.
-
-    Args:
-        target: the network and the data.
-        examination: the examination of the split that the images are from.
-        number: number of rows.
-    """
+    """Fig. 3: image, truth and prediction in `number` rows; the highest IoU on the left, the lowest on the right."""
     palette = target.shards.info.palette_array()
     halves = [
         read_examples(target, examination.split, choose_by_iou(examination.scores, number, hardest=hardest))
@@ -139,12 +210,7 @@ def mask_figure(target: EvaluationTarget, examination: Examination, *, number: i
 
 
 def code_figure(target: EvaluationTarget, examination: Examination, *, number: int) -> Figure:
-    """Fig. 5: for each class the code of its atom on the image where the class is predicted best, three a row.
-
-    Args:
-        target: the network and the data.
-        examination: the examination of the split that the images are from.
-        number: largest number of classes.
+    """Fig. 5: for at most `number` classes the code of the class's atom on its best image, three a row.
 
     Raises:
         ValueError: the network has no low-rank module, or one whose atoms are no classes.
@@ -174,7 +240,7 @@ def iteration_figure(
     scores: Sequence[ImageScore],
     num_iters: Sequence[int],
 ) -> Figure:
-    """Fig. 7: the code of each image's main class after several numbers of iterations, at an early and a late epoch.
+    """Fig. 7: the code of each image's main class after several numbers of iterations, a row for image and checkpoint.
 
     Args:
         targets: checkpoints of one training, early first.
@@ -206,26 +272,13 @@ def best_of_each_class(scores: Sequence[ImageScore]) -> dict[int, ImageScore]:
     return dict(sorted(best.items()))
 
 
-@torch.no_grad()
 def features_around(model: Network, views: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Computes the features of one image before and after the low-rank module, per view (C, h, w), on the CPU.
 
-    Args:
-        model: an SLRNet, in evaluation mode.
-        views: per view (1, 3, H, W) in [0, 1], on the model's device.
-
-    Raises:
-        ValueError: the network has no low-rank module.
+    Arguments and errors are those of `observe_low_rank`.
     """
-    features: list[tuple[Any, Any]] = []
-    module, normalize = low_rank_module(model), Normalize.of(model.encoder)
-    handle = module.register_forward_hook(lambda _, inputs, result: features.append((inputs[0], result.features)))
-    try:
-        model([channels_last(normalize(view)) for view in views])
-    finally:
-        handle.remove()
-    before, after = features[0]
-    return [(one[0].float().cpu(), two[0].float().cpu()) for one, two in zip(before, after, strict=True)]
+    _, (before, *_), result = observe_low_rank(model, views)
+    return [(one[0].float().cpu(), two[0].float().cpu()) for one, two in zip(before, result.features, strict=True)]
 
 
 def feature_rgb(maps: Sequence[Tensor]) -> list[Pixels]:
@@ -252,17 +305,3 @@ def feature_rgb(maps: Sequence[Tensor]) -> list[Pixels]:
 def _activation(features: Tensor) -> Pixels:
     length = features.norm(dim=0).numpy()
     return heat((length - length.min()) / max(float(np.ptp(length)), 1e-12))
-
-
-def _inches(box: tuple[float, float, float, float], height: float) -> tuple[float, float, float, float]:
-    return box[0] / PAGE_WIDTH, box[1] / height, box[2] / PAGE_WIDTH, box[3] / height
-
-
-def _draw_legend(figure: Figure, legend: Sequence[tuple[str, Color | None]], per_line: int) -> None:
-    if legend:
-        patches = [
-            Patch(facecolor=[value / 255 for value in color], edgecolor="#555555", linewidth=0.5, label=name)
-            for name, color in legend
-            if color
-        ]
-        figure.legend(handles=patches, loc="lower center", ncols=min(per_line, len(patches)), fontsize=8, frameon=False)

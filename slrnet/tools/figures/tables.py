@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,36 @@ from slrnet.checkpoints.run_store import CONFIG, STATE
 from slrnet.config import Config, load_config
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.launch.pseudo_label import RECORD
-from slrnet.tools.figures.paper import PAPER_TABLES, PaperTable
 from slrnet.tools.report.runs import find_records
 
-__all__ = ["Result", "read_results", "write_tables"]
+__all__ = ["PAPER_TABLES", "PaperTable", "Result", "read_results", "write_tables"]
 
 _NUM_CLASSES = {"COCO": 81, "L2ID": 201}
 _SUPERVISION = {"wsss": "I", "sss_image_labels": "I, P", "sss": "P"}
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of the paper."""
+
+    number: int
+    about: str
+    head: tuple[str, ...]
+    """Names of the columns; figures are mIoU in percent."""
+    rows: tuple[tuple[str, ...], ...]
+    """The paper's cells, empty where it has none."""
+
+
+def _paper_tables() -> Iterator[PaperTable]:
+    """The tables of paper.md, beside this module."""
+    text = files("slrnet.tools.figures").joinpath("paper.md").read_text(encoding="utf-8")
+    for number, about, table in re.findall(r"## Table (\d)\. (.+)\n\n((?:\|.+\n)+)", text):
+        head, _, *rows = (tuple(cell.strip() for cell in line.split("|")[1:-1]) for line in table.splitlines())
+        yield PaperTable(int(number), about, head, tuple(rows))
+
+
+PAPER_TABLES = tuple(_paper_tables())
+"""Tables 1 to 6."""
 
 
 @dataclass(frozen=True)
