@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from slrnet.tools.predict import predictor_of
+from slrnet.tools.predict import load_predictor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -139,7 +139,7 @@ def our_checkpoint(peer: nn.Module | None) -> Checkpoint:
 
 def ours(checkpoint: Checkpoint, protocol: Protocol, precision: str) -> Infer:
     config = apply_values(checkpoint.config, {"evaluation.precision": precision})
-    predictor = predictor_of(replace(checkpoint, config=config), protocol=protocol, device="cpu")
+    predictor = load_predictor(replace(checkpoint, config=config), protocol=protocol, device="cpu")
     return lambda image: predictor(image).mask
 
 

@@ -22,7 +22,7 @@ from slrnet.storage.files import write_text, written_whole
 from slrnet.viz.grid import Tile, class_legend, draw_grid
 from slrnet.viz.overlay import draw_overlay
 
-__all__ = ["SplitSurvey", "browse", "contact_sheet", "find_duplicates", "report", "survey_split", "warnings_of"]
+__all__ = ["SplitSurvey", "browse", "contact_sheet", "find_duplicates", "survey_split", "warnings_of"]
 
 KINDS = {
     (True, True): "mask and image labels",
@@ -48,7 +48,6 @@ class SplitSurvey:
     """Labels of a split, counted in the manifest, and pixels, counted in some of its masks."""
 
     name: str
-    """Name of the split."""
     kinds: dict[str, int]
     """Number of samples by the kind of their labels."""
     images: npt.NDArray[np.int64]
@@ -71,13 +70,7 @@ class SplitSurvey:
 
 
 def survey_split(shard_set: ShardSet, name: str, *, measured: int, seed: int = 0) -> SplitSurvey:
-    """Counts labels and measures masks.
-
-    Args:
-        shard_set: the data set.
-        name: the name of a split.
-        measured: largest number of masks to decode.
-        seed: seed of the choice of masks.
+    """Counts the labels of split `name`, and measures at most `measured` masks, which `seed` chooses.
 
     Raises:
         DataError: there is no such split, or a sample that is read is damaged.
@@ -94,15 +87,13 @@ def survey_split(shard_set: ShardSet, name: str, *, measured: int, seed: int = 0
             all_void.append(sample.key)
         if sample.has_image_labels and (own[1:num_classes] > 0)[sample.image_labels.numpy() == 0].any():
             beyond.append(sample.key)
-    known = counts[:num_classes].sum()
-    pairs = zip(view.has_masks.tolist(), view.has_image_labels.tolist(), strict=True)
-    kinds = [KINDS[pair] for pair in pairs]
+    pairs = list(zip(view.has_masks.tolist(), view.has_image_labels.tolist(), strict=True))
     return SplitSurvey(
         name=name,
-        kinds={kind: number for kind in KINDS.values() if (number := kinds.count(kind))},
+        kinds={kind: number for pair, kind in KINDS.items() if (number := pairs.count(pair))},
         images=view.image_labels().sum(axis=0).astype(np.int64),
         measured=len(chosen),
-        pixels=counts[:num_classes] / max(1, known),
+        pixels=counts[:num_classes] / max(1, counts[:num_classes].sum()),
         void=float(counts[IGNORE_INDEX] / max(1, counts.sum())),
         all_void=tuple(all_void),
         beyond_labels=tuple(beyond),
@@ -110,10 +101,7 @@ def survey_split(shard_set: ShardSet, name: str, *, measured: int, seed: int = 0
 
 
 def find_duplicates(shard_set: ShardSet) -> list[tuple[SampleName, SampleName]]:
-    """Finds samples whose JPEG files are equal byte for byte; reads all images of all splits.
-
-    Returns:
-        Pairs of equal samples, in the order of reading.
+    """Finds pairs of samples whose JPEG files are equal byte for byte; reads all images of all splits.
 
     Raises:
         DataError: a sample is damaged.
@@ -129,21 +117,14 @@ def find_duplicates(shard_set: ShardSet) -> list[tuple[SampleName, SampleName]]:
                     with index.naming(sample):
                         digest = hashlib.sha256(files.read(sample, masks=False)["jpg"]).digest()
                     name = (split, view.key(sample))
-                    if digest in first:
-                        duplicates.append((first[digest], name))
-                    first.setdefault(digest, name)
+                    if (earlier := first.setdefault(digest, name)) != name:
+                        duplicates.append((earlier, name))
                     bar.update()
     return duplicates
 
 
 def warnings_of(survey: SplitSurvey, info: DatasetInfo, *, training: bool) -> list[str]:
-    """Lists what about a split may be a mistake.
-
-    Args:
-        survey: the split's survey.
-        info: the data set's description.
-        training: whether the split is for training; others are for measuring.
-    """
+    """Lists what about a split may be a mistake; `training` says that it is for training, not for measuring."""
     warnings = []
     missing = [name for name, images in zip(info.classes[1:], survey.images, strict=True) if not images]
     labeled = survey.num_samples - survey.kinds.get(KINDS[False, False], 0)
@@ -164,23 +145,12 @@ def warnings_of(survey: SplitSurvey, info: DatasetInfo, *, training: bool) -> li
     return [f"{survey.name}: {text}" for text in warnings]
 
 
-def report(
-    info: DatasetInfo,
-    surveys: Sequence[SplitSurvey],
-    warnings: Sequence[str],
-    duplicates: Sequence[tuple[SampleName, SampleName]],
+def _report(
+    info: DatasetInfo, surveys: Sequence[SplitSurvey], duplicates: Sequence[tuple[SampleName, SampleName]]
 ) -> tuple[str, list[str]]:
-    """Writes the report.
-
-    Args:
-        info: the data set's description.
-        surveys: surveys of its splits.
-        warnings: lines from `warnings_of`.
-        duplicates: pairs from `find_duplicates`.
-
-    Returns:
-        The text, and the errors in it.
-    """
+    """The report's text, and the errors in it."""
+    alone = len(surveys) == 1
+    warnings = [line for one in surveys for line in warnings_of(one, info, training=one.name == "train" or alone)]
     across, within = (
         [" = ".join(map("/".join, pair)) for pair in duplicates if (pair[0][0] != pair[1][0]) is differ]
         for differ in (True, False)
@@ -199,13 +169,7 @@ def report(
 
 
 def contact_sheet(shard_set: ShardSet, name: str, *, number: int, seed: int = 0) -> Image.Image:
-    """Draws some samples of a split: the image under its key, its mask under its labels, and a legend.
-
-    Args:
-        shard_set: the data set.
-        name: the name of a split.
-        number: largest number of samples to draw.
-        seed: seed of the choice of samples.
+    """Draws at most `number` samples of split `name`: image under key, mask under labels, and a legend.
 
     Raises:
         DataError: there is no such split, or a sample that is read is damaged.
@@ -249,12 +213,8 @@ def browse(
         DataError: the data set cannot be read.
     """
     shard_set = load_dataset(folder, check=True)
-    info = shard_set.info
     surveys = [survey_split(shard_set, name, measured=masks, seed=seed) for name in shard_set.splits]
-    warnings = []
-    for survey in surveys:
-        warnings += warnings_of(survey, info, training=survey.name == "train" or len(surveys) == 1)
-    text, errors = report(info, surveys, warnings, find_duplicates(shard_set) if duplicates else [])
+    text, errors = _report(shard_set.info, surveys, find_duplicates(shard_set) if duplicates else [])
     sheets = {f"{name}.jpg": contact_sheet(shard_set, name, number=samples, seed=seed) for name in shard_set.splits}
     out.mkdir(parents=True, exist_ok=True)
     for file, sheet in sheets.items():

@@ -114,11 +114,8 @@ def observe_low_rank(model: Network, views: Sequence[Tensor]) -> tuple[Outputs, 
         ValueError: the network has no low-rank module.
     """
     calls: list[tuple[Any, Any]] = []
-    handle = low_rank_module(model).register_forward_hook(lambda _, *call: calls.append(call))
-    try:
+    with low_rank_module(model).register_forward_hook(lambda _, *call: calls.append(call)):
         outputs = model([channels_last(Normalize.of(model.encoder)(view)) for view in views])
-    finally:
-        handle.remove()
     return outputs, *calls[0]
 
 
@@ -155,13 +152,7 @@ def code_maps(
 
 
 def draw_code_maps(image: npt.NDArray[np.uint8], maps: CodeMaps, atoms: Mapping[int, str]) -> Image.Image:
-    """Draws an image and its code maps, a row for each number of iterations.
-
-    Args:
-        image: (H, W, 3) uint8.
-        maps: the codes of this image.
-        atoms: titles of the atoms to draw by their indices, left to right.
-    """
+    """Draws an image (H, W, 3) uint8 and its code maps of the atoms in `atoms`, which has their titles by index."""
     size = (TILE, round(TILE * image.shape[0] / image.shape[1]))
 
     def tile(picture: npt.NDArray[np.uint8], caption: str) -> Tile:
@@ -183,12 +174,12 @@ def write_code_maps(
     num_iters: Sequence[int] | None = None,
     classes: Sequence[str] | None = None,
 ) -> Iterator[Path]:
-    """Draws the code maps of images; yields the path of each picture.
+    """Draws the code maps of images, NAME.codes.png; yields the path of each picture.
 
     Args:
         checkpoint: the network's checkpoint.
         images: paths by name.
-        out: folder for the pictures, NAME.codes.png.
+        out: folder for the pictures.
         num_iters: values of T, a row each; None for the checkpoint's own.
         classes: names of the classes to draw; None for those that each mask holds.
 

@@ -1,12 +1,10 @@
 """Converts the authors' published checkpoints, and those of 1-Stage, to ours (`slrnet convert-weights`).
 
-`released_checkpoint` reads a file and renames its tensors. Each tensor of the file must be one that is taken, a second
-name of one, or a constant of the refinement. Nothing in the file can run code.
-
-The setting shows in the heads: with pixel labels and unlabeled images they have one more output, for the background.
-1-Stage (Araslanov and Roth 2020, visinf/1-stage-wseg) is SLRNet's network without the auxiliary head and CVLR, with the
-encoder's modules at the top level. Only its checkpoints with WideResNet-38 can be read: those with ResNets and VGG16
-have other strides than the encoders here.
+Each tensor of a file must be one that is taken, a second name of one, or a constant of the refinement. Nothing in the
+file can run code. The setting shows in the heads: with pixel labels and unlabeled images they have one more output, for
+the background. 1-Stage (Araslanov and Roth 2020, visinf/1-stage-wseg) is SLRNet's network without the auxiliary head
+and CVLR, with the encoder's modules at the top level. Only its checkpoints with WideResNet-38 can be read: those with
+ResNets and VGG16 have other strides than the encoders here.
 """
 
 from __future__ import annotations
@@ -19,7 +17,16 @@ import torch
 from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint, TrainState
-from slrnet.config import CalibrationConfig, Config, CvlrConfig, DataConfig, EvaluationConfig, LossConfig, Setting
+from slrnet.config import (
+    CalibrationConfig,
+    Config,
+    CvlrConfig,
+    DataConfig,
+    EvaluationConfig,
+    LossConfig,
+    ModelConfig,
+    Setting,
+)
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.models.encoders import describe_misfit, read_tensors
 from slrnet.models.slrnet import build_network
@@ -76,17 +83,13 @@ CONSTANTS = "_aff."
 
 
 def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSES) -> Checkpoint:
-    """Reads a published checkpoint.
-
-    Args:
-        path: the `.pth` file.
-        classes: names of its K classes, background first.
+    """Reads a published `.pth` file; `classes` names its K classes, background first.
 
     Returns:
         A checkpoint with the released code's arithmetic and inference, at epoch 0: scores above .3 and among the six
         highest, the background to the power 3. With pixel labels and unlabeled images neither, because there are no
         scores. For 1-Stage without CVLR, with its scales and scores above .1 (the mean over the scales; its code takes
-        the maximum). `slrnet.checkpoints.checkpoint.save_checkpoint` writes it.
+        the maximum).
 
     Raises:
         ValueError: the file is damaged, holds more than tensors, or does not fit; the message names the tensors that
@@ -114,11 +117,7 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
 
 
 def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """Renames the tensors of a released state dict to ours.
-
-    Args:
-        tensors: tensors by released name, with or without the `module.` of data-parallel training.
-        source: name of the file, for messages.
+    """Renames the tensors of the file `source` to ours, with or without the `module.` of data-parallel training.
 
     Raises:
         ValueError: a tensor has an unknown name, or two names of one tensor have different values.
@@ -132,18 +131,16 @@ def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, 
     for name, tensor in tensors.items():
         if name.startswith(CONSTANTS):
             continue
-        first = _replace_prefix(name, SECOND_NAMES)
-        if first is not None:
+        if first := _replace_prefix(name, SECOND_NAMES):
             if first not in tensors or not torch.equal(tensors[first], tensor):
                 raise ValueError(f"{source}: tensors {first} and {name} are one in the released code but differ here")
-            continue
-        own = _replace_prefix(name, PREFIXES)
-        if own is None:
+        elif own := _replace_prefix(name, PREFIXES):
+            renamed[own] = tensor
+        else:
             raise ValueError(
                 f"{source}: tensor {name} is unknown; the file is of no released SLRNet, and of no 1-Stage with "
                 "WideResNet-38"
             )
-        renamed[own] = tensor
     if "mask_head.classify.weight" not in renamed:
         raise ValueError(f"{source} has no mask head (last_conv.8.weight); the file is of no released SLRNet")
     return renamed
@@ -151,33 +148,27 @@ def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, 
 
 def _released_config(setting: Setting) -> Config:
     alone = setting == "sss"
-    config = Config(
+    return Config(
         recipe="released",
         setting=setting,
         # The authors trained on the masks of VOC's own training list.
         data=DataConfig(pixel_labeled_subset="voc_train" if alone else ""),
+        model=ModelConfig(encoder_weights="none"),
         cvlr=CvlrConfig(form="released"),
         calibration=CalibrationConfig(fusion="probs", **(RELEASED_SSS_THRESHOLDS if alone else {})),
         losses=LossConfig(mask_consistency="probs", code_consistency="maximum"),
         evaluation=EvaluationConfig() if alone else EvaluationConfig(gating="scores", background_power=3.0),
     )
-    return config.model_copy(update={"model": config.model.model_copy(update={"encoder_weights": "none"})})
 
 
 def _stage_one(config: Config) -> Config:
-    return config.model_copy(
-        update={
-            "recipe": "released_one_stage",
-            "cvlr": CvlrConfig(enabled=False),
-            "evaluation": EvaluationConfig(
-                gating="scores", gating_threshold=0.1, gating_top=20, scales=(1.0, 0.5, 1.5, 2.0), background_power=3.0
-            ),
-        }
+    evaluation = EvaluationConfig(
+        gating="scores", gating_threshold=0.1, gating_top=20, scales=(1.0, 0.5, 1.5, 2.0), background_power=3.0
     )
+    changes = {"recipe": "released_one_stage", "cvlr": CvlrConfig(enabled=False), "evaluation": evaluation}
+    return config.model_copy(update=changes)
 
 
 def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str | None:
-    for prefix, own in prefixes.items():
-        if name.startswith(prefix):
-            return own + name.removeprefix(prefix)
-    return None
+    """The name with the first prefix that it has replaced; None if it has none."""
+    return next((own + name.removeprefix(one) for one, own in prefixes.items() if name.startswith(one)), None)

@@ -24,11 +24,7 @@ def default_storages() -> list[Path]:
 
 
 def newest_run(storages: Sequence[Path]) -> Path:
-    """Finds the run with the newest checkpoint, in the first folder that has one.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Finds the run with the newest checkpoint, in the first folder that has one; raises ValueError if none has."""
     from slrnet.checkpoints.checkpoint import CheckpointError, read_state  # imports PyTorch, which takes seconds
 
     for storage in storages:
@@ -50,11 +46,7 @@ def serve_command(database: Path, port: int) -> list[str]:
 
 
 def serve(storage: Path | None, port: int) -> int:
-    """Serves the page until Ctrl-C.
-
-    Args:
-        storage: folder of runs; None for the first default folder that has some.
-        port: port on 127.0.0.1.
+    """Serves the page of the runs in `storage`, or in the first default folder that has some, until Ctrl-C.
 
     Returns:
         The server's exit status; 0 after Ctrl-C.
@@ -62,7 +54,14 @@ def serve(storage: Path | None, port: int) -> int:
     Raises:
         ValueError: there are no runs, or the port is taken.
     """
-    database = _database(storage)
+    places = [storage.expanduser().absolute()] if storage else default_storages()
+    database = next((place / DATABASE for place in places if (place / DATABASE).is_file()), None)
+    if database is None:
+        raise ValueError(
+            f"there are no runs yet: no {DATABASE} in {' or '.join(map(str, places))}; train something (`make demo`), "
+            "or name the folder of runs with --storage DIR. Runs that were tracked elsewhere (MLFLOW_TRACKING_URI, "
+            "--tracking-uri) are on that server's page"
+        )
     check_port(port)
     print(f"runs of {database.parent}: {runs_address(port)} (some seconds to start; Ctrl-C ends it)", flush=True)
     # MLflow's own jobs are for language models, and take five processes.
@@ -76,24 +75,8 @@ def serve(storage: Path | None, port: int) -> int:
         return 0
 
 
-def _database(storage: Path | None) -> Path:
-    places = [storage.expanduser().absolute()] if storage else default_storages()
-    for place in places:
-        if (place / DATABASE).is_file():
-            return place / DATABASE
-    raise ValueError(
-        f"there are no runs yet: no {DATABASE} in {' or '.join(map(str, places))}; train something (`make demo`), or "
-        "name the folder of runs with --storage DIR. Runs that were tracked elsewhere (MLFLOW_TRACKING_URI, "
-        "--tracking-uri) are on that server's page"
-    )
-
-
 def check_port(port: int) -> None:
-    """Checks that a port of 127.0.0.1 is free.
-
-    Raises:
-        ValueError: another program listens on it.
-    """
+    """Raises ValueError if another program listens on a port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

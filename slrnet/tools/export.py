@@ -27,7 +27,7 @@ from slrnet.ops.maps import resize
 from slrnet.storage.files import write_json, written_whole
 from slrnet.tracking.onnx_model import log_onnx_model
 
-__all__ = ["SingleView", "export_network", "log_to_training_run", "require_onnx"]
+__all__ = ["SingleView", "export_network", "log_to_training_run"]
 
 TOLERANCE = 1e-4
 """Largest difference of a probability between an exported network and the network itself."""
@@ -53,10 +53,7 @@ class SingleView(nn.Module):
         self.rest = config.data.crop_size % model.encoder.output_stride
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicts images.
-
-        Args:
-            images: (N, 3, H, W) float32 in [0, 1]; H and W are multiples of the output stride, plus `rest`.
+        """Predicts images (N, 3, H, W) float32 in [0, 1]; H and W are multiples of the output stride, plus `rest`.
 
         Returns:
             (N, K, H, W) probabilities, background first, and (N, K - 1) sigmoids of the class scores, or (N, 0) if the
@@ -69,20 +66,8 @@ class SingleView(nn.Module):
 
     def example(self, cells: tuple[int, int] = (6, 7), count: int = 2) -> Tensor:
         """Returns noise (count, 3, H, W) of a size that fits: `cells` times the output stride, plus `rest`."""
-        stride = self.normalize.output_stride
-        size = [side * stride + self.rest for side in cells]
+        size = [side * self.normalize.output_stride + self.rest for side in cells]
         return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
-
-
-def require_onnx() -> None:
-    """Checks that the extra is installed.
-
-    Raises:
-        ValueError: it is missing; the message says how to install it.
-    """
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
-    if missing:
-        raise ValueError(f"ONNX needs {', '.join(missing)}; run `pip install 'slrnet[export]'`, or give --no-onnx")
 
 
 def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> dict[str, Any]:
@@ -100,10 +85,15 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
     Raises:
         ValueError: the extra is missing, or a file disagrees with the network.
     """
-    if onnx:
-        require_onnx()
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if onnx and missing:
+        raise ValueError(f"ONNX needs {', '.join(missing)}; run `pip install 'slrnet[export]'`, or give --no-onnx")
     view = SingleView(restore_model(checkpoint), checkpoint.config)
-    program = _export(view)
+    stride, rest = view.normalize.output_stride, view.rest
+    height, width = (stride * Dim(name, min=2, max=(MOST - rest) // stride) + rest for name in ("h", "w"))
+    shapes = ({0: Dim("n", min=1, max=1024), 2: height, 3: width},)
+    with torch.no_grad():
+        program = torch.export.export(view, (view.example(),), dynamic_shapes=shapes, strict=False)
     out.mkdir(parents=True, exist_ok=True)
     differences = {}
     with written_whole(out / "network.pt2") as incoming:
@@ -118,23 +108,13 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
         "classes": checkpoint.state.classes,
         "input": {
             "layout": "(N, 3, H, W) float32 RGB in [0, 1]",
-            "side": {"multiple_of": view.normalize.output_stride, "plus": view.rest, "at_most": MOST},
+            "side": {"multiple_of": stride, "plus": rest, "at_most": MOST},
         },
         "outputs": ["probabilities (N, K, H, W)", "sigmoids of the class scores (N, K - 1)"],
         "largest_difference": differences,
     }
     write_json(out / "export.json", record)
     return record
-
-
-def _export(view: SingleView) -> torch.export.ExportedProgram:
-    stride, rest = view.normalize.output_stride, view.rest
-    sides = {
-        place: stride * Dim(name, min=2, max=(MOST - rest) // stride) + rest for place, name in ((2, "h"), (3, "w"))
-    }
-    shapes = ({0: Dim("n", min=1, max=1024), **sides},)
-    with torch.no_grad():
-        return torch.export.export(view, (view.example(),), dynamic_shapes=shapes, strict=False)
 
 
 def _write_onnx(view: SingleView, program: torch.export.ExportedProgram, path: Path) -> float:
@@ -145,22 +125,20 @@ def _write_onnx(view: SingleView, program: torch.export.ExportedProgram, path: P
     assert written is not None
     written.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return _compare(view, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), path.name)
+
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
+
+    return _compare(view, run, "network.onnx")
 
 
 def _compare(view: SingleView, other: Callable[[Tensor], Any], name: str) -> float:
-    """Returns the largest difference of probabilities, also at sizes and batches other than the example's.
-
-    Raises:
-        ValueError: the difference is above `TOLERANCE`.
-    """
+    """Returns the largest difference of probabilities, also at sizes and batches other than the example's."""
     largest = 0.0
     with torch.no_grad():
         for cells, count in (((6, 7), 2), ((9, 5), 1), ((3, 12), 3)):
             images = view.example(cells, count)
-            outputs = other(images)
-            probs = outputs if isinstance(outputs, Tensor) else outputs[0]
-            largest = max(largest, float((probs - view(images)[0]).abs().max()))
+            largest = max(largest, float((other(images)[0] - view(images)[0]).abs().max()))
     if not largest <= TOLERANCE:
         raise ValueError(
             f"{name} differs from the network by {largest:.1e}, more than {TOLERANCE:.0e}; use slrnet.load"
@@ -169,15 +147,10 @@ def _compare(view: SingleView, other: Callable[[Tensor], Any], name: str) -> flo
 
 
 def log_to_training_run(checkpoint: Checkpoint, name: str, file: Path) -> str:
-    """Logs an ONNX file to the training's MLflow run, as a model that `mlflow models serve` serves.
-
-    Args:
-        checkpoint: a checkpoint of the training.
-        name: the model's name.
-        file: the ONNX file.
+    """Logs an ONNX file to the MLflow run of a checkpoint's training, as a model that `mlflow models serve` serves.
 
     Returns:
-        The model's URI.
+        The URI of the model `name`.
 
     Raises:
         ValueError: the run cannot be reached.

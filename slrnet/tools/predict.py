@@ -1,15 +1,10 @@
-"""Predicts masks of image files (`slrnet predict`), and makes the predictor of a checkpoint.
-
-Each image NAME gives NAME.png, a palette PNG of class ids; NAME.overlay.jpg to look at; and an entry in
-predictions.json: the image's classes, their share of the pixels, and their scores.
-"""
+"""Predicts masks of image files (`slrnet predict`), and makes the predictor of a checkpoint."""
 
 from __future__ import annotations
 
 import glob
 import math
 import sys
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +24,7 @@ from slrnet.inference.predictor import Prediction, Predictor, rgb_array
 from slrnet.storage.files import write_json, written_whole
 from slrnet.viz.overlay import draw_overlay
 
-__all__ = ["batches", "find_images", "load_predictor", "predict_images", "predictor_of", "summarize"]
+__all__ = ["batches", "find_images", "load_predictor", "predict_images"]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 """Suffixes of the files in a folder that count as images."""
@@ -38,12 +33,13 @@ OVERLAY_PIXELS = 6_000_000
 
 
 def load_predictor(
-    checkpoint: str | Path, *, protocol: Protocol | None = None, device: torch.device | str | None = None
+    checkpoint: str | Path | Checkpoint, *, protocol: Protocol | None = None, device: torch.device | str | None = None
 ) -> Predictor:
     """Makes the predictor of a checkpoint or a run; `slrnet.load` is this function.
 
     Args:
-        checkpoint: folder of a checkpoint, or of a run for its best one, or their location in an object store.
+        checkpoint: folder of a checkpoint, or of a run for its best one, their location in an object store, or a
+            checkpoint in memory.
         protocol: `ss`, `ms` or `ms_crf`; None for `evaluation.protocol` of the checkpoint's settings.
         device: the network's device; None for a GPU if there is one.
 
@@ -51,14 +47,9 @@ def load_predictor(
         CheckpointError: the checkpoint is missing or damaged.
         ValueError: see `Predictor`.
     """
-    where = local_run(str(checkpoint)) if "://" in str(checkpoint) else Path(checkpoint).expanduser()
-    return predictor_of(load_checkpoint(where), protocol=protocol, device=device)
-
-
-def predictor_of(
-    checkpoint: Checkpoint, *, protocol: Protocol | None = None, device: torch.device | str | None = None
-) -> Predictor:
-    """Makes the predictor of a loaded checkpoint; see `load_predictor`."""
+    if not isinstance(checkpoint, Checkpoint):
+        where = local_run(str(checkpoint)) if "://" in str(checkpoint) else Path(checkpoint).expanduser()
+        checkpoint = load_checkpoint(where)
     model = restore_network(checkpoint, device)
     return Predictor(model, config=checkpoint.config, classes=checkpoint.state.classes, protocol=protocol)
 
@@ -69,7 +60,7 @@ def find_images(places: Sequence[str]) -> dict[str, Path]:
     Raises:
         ValueError: a place holds no image, or two images have the same name.
     """
-    paths: list[Path] = []
+    named: dict[str, Path] = {}
     for place in places:
         path = Path(place).expanduser()
         if path.is_dir():
@@ -79,21 +70,14 @@ def find_images(places: Sequence[str]) -> dict[str, Path]:
         if not images:
             known = ", ".join(sorted(SUFFIXES))
             raise ValueError(f"{place} is no file, no folder with images and matches nothing; images end with {known}")
-        paths += images
-    unique = list(dict.fromkeys(path.resolve() for path in paths))
-    twice = [name for name, count in Counter(path.stem for path in unique).items() if count > 1]
-    if twice:
-        raise ValueError(f"several images are called {twice[0]!r}; predict them into different folders (--out)")
-    return {path.stem: path for path in unique}
+        for image in map(Path.resolve, images):
+            if named.setdefault(name := image.stem, image) != image:
+                raise ValueError(f"several images are called {name!r}; predict them into different folders (--out)")
+    return named
 
 
-def summarize(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
-    """Returns an image's entry in `predictions.json`: its size, and area and score of each class in the mask.
-
-    Args:
-        prediction: the image's prediction.
-        classes: names of the K classes, background first. The background has no score; in setting `sss` no class has.
-    """
+def _summarize(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
+    """An image's entry in predictions.json. The background has no score; in setting `sss` no class has."""
     height, width = prediction.mask.shape
     counts = np.bincount(prediction.mask.ravel(), minlength=len(classes))
     scores: list[float | None] = [None] * len(classes)
@@ -113,9 +97,7 @@ def summarize(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
 def batches(images: Mapping[str, Path], size: int) -> Iterator[list[str]]:
     """Yields names of images of one size, in lists of at most `size`; an image that cannot be opened is alone.
 
-    Args:
-        images: paths by name; only the headers are read.
-        size: largest number of images in a batch, >= 1.
+    Only the headers are read.
     """
     by_size: dict[tuple[int, ...], list[str]] = {}
     for place, (name, path) in enumerate(images.items()):
@@ -132,11 +114,11 @@ def batches(images: Mapping[str, Path], size: int) -> Iterator[list[str]]:
 def predict_images(
     predictor: Predictor, images: Mapping[str, Path], out: Path, *, source: Path, batch_size: int = 1
 ) -> int:
-    """Writes mask and overlay of each image, and predictions.json.
+    """Writes masks and predictions.json (the classes of each image, their share of the pixels, and their scores).
 
     Args:
         predictor: the predictor.
-        images: paths by name.
+        images: paths by name; NAME gives NAME.png, a palette PNG of class ids, and NAME.overlay.jpg to look at.
         out: folder to write to.
         source: the checkpoint that predictions.json names.
         batch_size: images of one size to predict at a time, >= 1.
@@ -157,10 +139,10 @@ def predict_images(
             failed += len(batch) - len(pixels)
             for name, prediction in zip(pixels, predictor.predict_batch(list(pixels.values())), strict=True):
                 _write(out, name, pixels[name], prediction.mask)
-                records[name] = {"image": str(images[name])} | summarize(prediction, predictor.classes)
+                records[name] = {"image": str(images[name])} | _summarize(prediction, predictor.classes)
             bar.update(len(batch))
-    records = {name: records[name] for name in images if name in records}
-    content = {"checkpoint": str(source), "protocol": predictor.protocol, "images": records}
+    ordered = {name: records[name] for name in images if name in records}
+    content = {"checkpoint": str(source), "protocol": predictor.protocol, "images": ordered}
     write_json(out / "predictions.json", content)
     return failed
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,30 +29,21 @@ PREFIX = "slrnet: "
 """Prefix of the names of all stages, here and in `slrnet.training`."""
 
 
+@dataclass(frozen=True)
 class Profile:
-    """The profile of some optimizer steps.
+    """The profile of some optimizer steps."""
 
-    Args:
-        seconds: wall time of each step.
-        record: PyTorch's profile of the steps.
-        device: "cpu" or "cuda", the device whose time is counted.
-
-    Attributes:
-        seconds: wall time of each step.
-        stages: seconds of each stage, all steps together; stages of the network are also part of `network`.
-    """
-
-    def __init__(self, seconds: list[float], record: profile, device: str) -> None:
-        self.seconds = seconds
-        self._record = record
-        time = "device_time_total" if device == "cuda" else "cpu_time_total"
-        events = [event for event in record.key_averages() if event.key.startswith(PREFIX)]
-        self.stages = {event.key.removeprefix(PREFIX): getattr(event, time) / 1e6 for event in events}
+    seconds: list[float]
+    """Wall time of each step."""
+    stages: dict[str, float]
+    """Seconds of each stage, all steps together; stages of the network are also part of `network`."""
+    record: profile
+    """PyTorch's profile of the steps."""
 
     def write_trace(self, path: Path) -> None:
         """Writes the timeline as a gzipped Chrome trace, completely or not at all; `path` ends in `.json.gz`."""
         with written_whole(path) as incoming:
-            self._record.export_chrome_trace(str(incoming))
+            self.record.export_chrome_trace(str(incoming))
 
 
 def profile_steps(config: Config, *, steps: int, device: str) -> Profile:
@@ -66,15 +58,12 @@ def profile_steps(config: Config, *, steps: int, device: str) -> Profile:
         DataError: the data set cannot be read.
         ValueError: the epoch has fewer steps, or there is no such device.
     """
-    activities = [ProfilerActivity.CPU]
-    if device == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("there is no CUDA GPU here; use --device cpu")
-        activities.append(ProfilerActivity.CUDA)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA GPU here; use --device cpu")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
     shards = load_dataset(config.data.path)
     with tempfile.TemporaryDirectory() as folder:
-        process = Process(device=torch.device(device))
-        trainer = Trainer(config, shards, process=process, folder=Path(folder))
+        trainer = Trainer(config, shards, process=Process(device=torch.device(device)), folder=Path(folder))
         if trainer.loader.steps_per_epoch <= steps:
             raise ValueError(
                 f"an epoch has {trainer.loader.steps_per_epoch} steps of {config.train.batch_size} images, and one "
@@ -84,7 +73,9 @@ def profile_steps(config: Config, *, steps: int, device: str) -> Profile:
         next(taken)
         with named_stages(trainer.model), profile(activities=activities) as record:
             seconds = list(taken)
-    return Profile(seconds, record, device)
+    time = "device_time_total" if device == "cuda" else "cpu_time_total"
+    events = [event for event in record.key_averages() if event.key.startswith(PREFIX)]
+    return Profile(seconds, {one.key.removeprefix(PREFIX): getattr(one, time) / 1e6 for one in events}, record)
 
 
 def stage_table(measured: Profile) -> str:
@@ -106,25 +97,14 @@ def stage_table(measured: Profile) -> str:
 
 @contextlib.contextmanager
 def named_stages(model: nn.Module) -> Iterator[None]:
-    """Inside the context, the forward pass of each part of a network is a range of the profiler with the part's name.
-
-    Args:
-        model: the network; its direct children are the parts.
-    """
-    handles, open_stages = [], []
+    """Inside the context, the forward pass of each child of a network is a range of the profiler with its name."""
+    open_stages: list[record_function] = []
 
     def begin(name: str) -> None:
-        open_stages.append(record_function(f"{PREFIX}{name}"))
-        open_stages[-1].__enter__()
+        open_stages.append(record_function(f"{PREFIX}{name}").__enter__())
 
-    def end() -> None:
-        open_stages.pop().__exit__(None, None, None)
-
-    for name, part in model.named_children():
-        handles.append(part.register_forward_pre_hook(lambda *_, name=name: begin(name)))
-        handles.append(part.register_forward_hook(lambda *_: end()))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, part in model.named_children():
+            hooks.enter_context(part.register_forward_pre_hook(lambda *_, name=name: begin(name)))
+            hooks.enter_context(part.register_forward_hook(lambda *_: open_stages.pop().__exit__(None, None, None)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,7 +1,7 @@
 """The archive that VOC's evaluation server takes: `slrnet voc-archive`.
 
-The archive (.tgz) holds results/VOC2012/Segmentation/comp6_test_cls/ID.png: indexed PNGs of VOC's ids 0 to 20, of the
-images' own sizes. Before it takes its name it is read back and compared with the images: count, names, sizes, ids.
+The archive (.tgz) holds indexed PNGs of VOC's ids 0 to 20, of the images' own sizes. Before it takes its name it is
+read back and compared with the images: count, names, sizes, ids.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import gzip
 import io
 import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,41 +30,29 @@ FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 
 
 def list_images(folder: Path, names: Path | None = None) -> dict[str, Path]:
-    """Returns the images to predict by their ids.
-
-    Args:
-        folder: folder with ID.jpg files.
-        names: file with one id per line; None for all JPEGs of the folder.
+    """Returns the images ID.jpg of a folder by id: those in the list `names`, one id per line, or all.
 
     Raises:
         ValueError: the list, or an image of it, is missing, or there is no image.
     """
-    if names is None:
-        images = {path.stem: path for path in sorted(folder.glob("*.jpg"))}
-    else:
-        try:
-            ids = names.read_text(encoding="utf-8").split()
-        except OSError as error:
-            raise ValueError(f"cannot read the list {names}: {error.strerror}") from None
-        images = {name: folder / f"{name}.jpg" for name in ids}
-        missing = [name for name, path in images.items() if not path.is_file()]
-        if missing or len(ids) != len(images):
-            raise ValueError(
-                f"{names} lists {len(ids)} images, {len(ids) - len(images)} of them twice; {len(missing)} are not in "
-                f"{folder}" + (f", for instance {missing[0]}.jpg" if missing else "")
-            )
+    try:
+        ids = names.read_text(encoding="utf-8").split() if names else sorted(path.stem for path in folder.glob("*.jpg"))
+    except OSError as error:
+        raise ValueError(f"cannot read the list {names}: {error.strerror}") from None
+    images = {name: folder / f"{name}.jpg" for name in ids}
+    missing = [name for name, path in images.items() if not path.is_file()]
+    if missing or len(ids) != len(images):
+        raise ValueError(
+            f"{names} lists {len(ids)} images, {len(ids) - len(images)} of them twice; {len(missing)} are not in "
+            f"{folder}" + (f", for instance {missing[0]}.jpg" if missing else "")
+        )
     if not images:
         raise ValueError(f"{names or folder} names no image; the folder must hold ID.jpg files (VOC's JPEGImages)")
     return images
 
 
 def write_voc_archive(predictor: Predictor, images: Mapping[str, Path], out: Path) -> None:
-    """Predicts images, and writes and checks the archive; if anything fails there is no file.
-
-    Args:
-        predictor: a predictor of VOC's classes, or some of them.
-        images: paths by id.
-        out: file to write.
+    """Predicts images by id, and writes and checks the archive; if anything fails there is no file.
 
     Raises:
         ValueError: a class is none of VOC's, an image cannot be read, or the check fails.
@@ -73,7 +60,8 @@ def write_voc_archive(predictor: Predictor, images: Mapping[str, Path], out: Pat
     table, palette = voc_ids(predictor.classes), voc_palette()
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as incoming:
-        with _open_gzip(incoming) as archive:
+        # Without name and time in the header, so that equal masks give equal archives.
+        with incoming.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as archive:
             size = 0
             for name, path in tqdm(images.items(), unit="image", disable=None):
                 mask = table[predictor(_read(path)).mask]
@@ -85,15 +73,7 @@ def write_voc_archive(predictor: Predictor, images: Mapping[str, Path], out: Pat
 
 
 def check_voc_archive(path: Path, images: Mapping[str, Path]) -> list[str]:
-    """Compares an archive with the images that it must hold masks of.
-
-    Args:
-        path: the archive.
-        images: paths by id.
-
-    Returns:
-        A line about each problem; empty if the server would accept the archive.
-    """
+    """Compares an archive with the images, by id, that it must hold masks of; returns a line about each problem."""
     problems: list[str] = []
     seen: set[str] = set()
     with tarfile.open(path, "r:*") as archive:
@@ -131,10 +111,3 @@ def _read(path: Path) -> npt.NDArray[np.uint8]:
             return np.asarray(file.convert("RGB")).copy()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-@contextmanager
-def _open_gzip(path: Path) -> Iterator[gzip.GzipFile]:
-    """Opens a gzip file without name and time in its header, so that equal masks give equal archives."""
-    with path.open("wb") as file, gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as archive:
-        yield archive

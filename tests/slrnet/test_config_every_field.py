@@ -31,7 +31,7 @@ from slrnet.launch import train as ray_loop
 from slrnet.launch.pseudo_label import launch_pseudo_labels
 from slrnet.launch.train import LaunchOptions, launch
 from slrnet.models.slrnet import build_network
-from slrnet.tools.predict import predictor_of
+from slrnet.tools.predict import load_predictor
 from slrnet.tracking import gpu_monitor
 from slrnet.tracking.protocol import NullTracker, RunHandle
 from slrnet.training.listener import RunListener
@@ -378,7 +378,7 @@ def test_changes_predictions(key: str, base: Config) -> None:
 
     def predict(config: Config) -> Any:
         state = TrainState(epoch=1, step=1, classes=("background", *"abc"), data_fingerprint="", world_size=1)
-        found = predictor_of(Checkpoint(Path(), config, state, model.state_dict(), {}), device="cpu")(image)
+        found = load_predictor(Checkpoint(Path(), config, state, model.state_dict(), {}), device="cpu")(image)
         return found.mask if found.probs is None else found.probs
 
     config = apply_overrides(base, CHANGES[key].given)

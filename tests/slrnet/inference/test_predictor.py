@@ -20,7 +20,7 @@ from slrnet.inference.predictor import predict_multi_scale, rgb_array
 from slrnet.models.network import Normalize
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import resize
-from slrnet.tools.predict import predictor_of
+from slrnet.tools.predict import load_predictor
 
 
 def picture(height: int = 70, width: int = 90, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -106,13 +106,13 @@ class TestPredictor:
         assert ((found.class_scores > 0) & (found.class_scores < 1)).all()
 
     def test_a_picture_and_its_array_are_the_same(self, checkpoint: Checkpoint) -> None:
-        predictor = predictor_of(checkpoint, device="cpu")
+        predictor = load_predictor(checkpoint, device="cpu")
         pixels = picture()
         np.testing.assert_array_equal(predictor(Image.fromarray(pixels)).probs, predictor(pixels).probs)
 
     @pytest.mark.parametrize("protocol", ["ss", "ms"])
     def test_a_batch_gives_what_its_images_give(self, checkpoint: Checkpoint, protocol: Any) -> None:
-        predictor = predictor_of(checkpoint, protocol=protocol, device="cpu")
+        predictor = load_predictor(checkpoint, protocol=protocol, device="cpu")
         images = [picture(40, 56, 1), picture(56, 40, 2), picture(40, 56, 3), picture(40, 56, 4)]
         sizes: list[int] = []
         predictor._model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0][0])))
@@ -129,7 +129,7 @@ class TestPredictor:
         self, make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config
     ) -> None:
         settings = ["inference.tile_above=9000", "inference.tile_size=64", "inference.tile_overlap=32"]
-        predictor = predictor_of(make_checkpoint(apply_overrides(tiny_config, settings)), device="cpu")
+        predictor = load_predictor(make_checkpoint(apply_overrides(tiny_config, settings)), device="cpu")
         sizes: list[tuple[int, ...]] = []
         predictor._model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0][0].shape)))
         blocks = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -148,7 +148,7 @@ class TestPredictor:
 
     def test_gating_by_class_scores(self, make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config) -> None:
         config = apply_overrides(tiny_config, ["evaluation.gating=scores", "evaluation.gating_threshold=1.0"])
-        found = predictor_of(make_checkpoint(config), device="cpu")(picture())
+        found = load_predictor(make_checkpoint(config), device="cpu")(picture())
         assert not found.probs[1:].any()
         assert not found.mask.any()
 
@@ -166,12 +166,12 @@ class TestPredictor:
         self, checkpoint: Checkpoint, make_checkpoint: Callable[[Config], Checkpoint], tiny_config: Config
     ) -> None:
         with pytest.raises(ValueError, match="protocol is 'xl'; allowed are ss, ms, ms_crf"):
-            predictor_of(checkpoint, protocol="xl")  # type: ignore[arg-type]
+            load_predictor(checkpoint, protocol="xl")  # type: ignore[arg-type]
         gated = make_checkpoint(apply_overrides(tiny_config, ["evaluation.gating=image_labels"]))
         with pytest.raises(ValueError, match="gating is image_labels, and an image to predict has none"):
-            predictor_of(gated)
+            load_predictor(gated)
         with pytest.raises(ValueError, match=r"shape \(70, 90\) and type uint8; \(H, W, 3\) uint8 is needed"):
-            predictor_of(checkpoint, device="cpu")(picture()[..., 0])
+            load_predictor(checkpoint, device="cpu")(picture()[..., 0])
         with pytest.raises(CheckpointError):
             slrnet.load("/nowhere")
 

@@ -19,7 +19,7 @@ from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.launch.evaluation import launch_evaluation, measure
 from slrnet.launch.prediction import MaskPredictor
 from slrnet.launch.train import LaunchOptions, launch
-from slrnet.tools.predict import predictor_of
+from slrnet.tools.predict import load_predictor
 from slrnet.tracking.reader import metric_history
 
 PROTOCOLS = ("ss", "ms", "ms_crf")
@@ -43,7 +43,7 @@ def test_figures_are_those_of_the_predictor(
     record = evaluate(
         checkpoint, tiny_data, apply_overrides(tiny_config, [f"evaluation.protocol={protocol}"]), tmp_path
     )
-    predictor = predictor_of(checkpoint, protocol=protocol, device="cpu")
+    predictor = load_predictor(checkpoint, protocol=protocol, device="cpu")
     matrix = ConfusionMatrix(4)
     for sample in EvalLoader(tiny_data, split="val"):
         assert sample.pixel_labels is not None
