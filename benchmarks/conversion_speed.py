@@ -3,7 +3,7 @@
     python benchmarks/conversion_speed.py [--images 10000] [--processes 2] [--folder DIR]
 
 Draws pairs of a 320-pixel JPEG and an indexed PNG mask, converts them with `data_prep/folder.py`, once with masks as
-they are and once with masks in colours, which are decoded and written anew. Beside it stands how fast the same
+they are and once with masks in colors, which are decoded and written anew. Beside it stands how fast the same
 processes merely read the pairs, to their last pixel, and hash their bytes: what is broken or cut off is found at the
 conversion, so that is its upper bound. The two run in turn.
 Claimed, with masks as they are: at least 400 images/s on 2 cores, and 80 % of the bound (ratio of the medians).
@@ -64,8 +64,8 @@ def main() -> int:
         whole, eighth, copied = (statistics.median(rates[name]) for name in names)
         print(f"{'reading and hashing':>24}: {whole:7.0f} images/s; an eighth a side {eighth:.0f}")
         print(f"{'masks as they are':>24}: {copied:7.0f} images/s (claimed: at least {CLAIMED_RATE:.0f} on 2 cores)")
-        colour_masks(root / "masks")
-        coloured = rate(
+        color_masks(root / "masks")
+        colored = rate(
             len(pairs),
             partial(
                 convert,
@@ -75,7 +75,7 @@ def main() -> int:
                 palette=root / "palette.txt",
             ),
         )
-        print(f"{'masks in colours':>24}: {coloured:7.0f} images/s")
+        print(f"{'masks in colors':>24}: {colored:7.0f} images/s")
     share = copied / whole
     print(f"conversion over reading and hashing {share:.2f} (claimed: at least {CLAIMED_SHARE})")
     print(f"over reading and hashing an eighth a side {copied / eighth:.2f}")
@@ -130,13 +130,13 @@ def encoded(image: Image.Image, kind: str, **options: int) -> bytes:
 
 
 def palette_text() -> str:
-    colours = voc_palette()
+    colors = voc_palette()
     names = {"background": 0, **{name: label for label, name in enumerate(CLASSES, start=1)}, "void": 255}
-    return "".join(f"{name} {' '.join(map(str, colours[label].tolist()))}\n" for name, label in names.items())
+    return "".join(f"{name} {' '.join(map(str, colors[label].tolist()))}\n" for name, label in names.items())
 
 
-def colour_masks(folder: Path) -> None:
-    """Replaces indexed masks by the same in colours."""
+def color_masks(folder: Path) -> None:
+    """Replaces indexed masks by the same in colors."""
     made: dict[bytes, bytes] = {}
     for path in folder.rglob("*.png"):
         data = path.read_bytes()

@@ -1,8 +1,8 @@
-"""Time and memory of the factorisation: `recompute` against plain autograd, and the module against the released one.
+"""Time and memory of the factorization: `recompute` against plain autograd, and the module against the released one.
 
     python benchmarks/cvlr.py --peer-dir FOLDER
 
-FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet); its factorisation is imported from
+FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet); its factorization is imported from
 `models/slrnet.py`. Both sides run in turn; ratios are of median times, forward and backward together. Claimed, for
 features (2, 256, 8242): `recompute` takes at most 1.15 times as long as `reference` and, at k = 201 and T = 6, a third
 of its memory; what it keeps for the backward pass grows by a dictionary and its code masses an iteration. For four

@@ -2,12 +2,12 @@
 
     python benchmarks/kernels.py
 
-Every kernel of the factorisation is compiled for each compute capability, (d, k), type of features and tile that a
+Every kernel of the factorization is compiled for each compute capability, (d, k), type of features and tile that a
 launch could choose, that of the cross-entropy for each capability. Claimed: no kernel spills a register at (256, 21),
-(256, 81) and (512, 201), and going forwards the bytes that the factorisation moves are at most 1.15 times the least
+(256, 81) and (512, 201), and going forwards the bytes that the factorization moves are at most 1.15 times the least
 possible: each pass reads the features once, and the last writes the reconstruction and the
 codes. What is counted goes to or comes from the GPU's memory; dictionaries, which all programs read, and the features
-that neighbouring programs read at the same time come from the L2 cache after the first time.
+that neighboring programs read at the same time come from the L2 cache after the first time.
 """
 
 from __future__ import annotations

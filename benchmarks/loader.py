@@ -4,7 +4,7 @@
 
 FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet), whose data set class and transforms read the same
 images from files. Images are 500x375 JPEGs with the bytes of photographs, crops 321x321, each shard's samples in random
-order; all sides use one thread, in turn. Also shown: the loader together with the changes of colour, which the training
+order; all sides use one thread, in turn. Also shown: the loader together with the changes of color, which the training
 step makes in batch on its device, and the released class makes image by image. Claimed: at least 4 times the images of
 the released class, and 80 % of what decoding the same bytes alone would give. Photographs of a million pixels and more
 are decoded to a part of their size: the time that this takes of what whole ones take.
@@ -62,7 +62,7 @@ def main() -> int:
         }
         slow: dict[str, Callable[[], object]] = {
             "loader": fast["loader"],
-            "loader and colours": lambda: exhaust(colours(batch) for batch in loader.epoch(0)),
+            "loader and colors": lambda: exhaust(colors(batch) for batch in loader.epoch(0)),
         }
         if args.peer_dir is not None:
             released = released_dataset(args.peer_dir, folder, images)
@@ -77,7 +77,7 @@ def main() -> int:
     if args.peer_dir is not None:
         ratio = rates["loader"] / rates["released class"]
         print(f"loader over the released class {ratio:.1f} (claimed: at least {CLAIMED_RATIO:.0f})")
-        print(f"with colours on the CPU too {rates['loader and colours'] / rates['released class']:.1f}")
+        print(f"with colors on the CPU too {rates['loader and colors'] / rates['released class']:.1f}")
         held = held and ratio >= CLAIMED_RATIO
     return 0 if held else 1
 
@@ -154,8 +154,8 @@ def write_shards(folder: Path, count: int, size: tuple[int, int]) -> list[bytes]
     return [image for image, _ in pairs]
 
 
-def colours(batch: Batch) -> torch.Tensor:
-    """What one view's colours cost: those that the released class changes too."""
+def colors(batch: Batch) -> torch.Tensor:
+    """What one view's colors cost: those that the released class changes too."""
     config = ViewsConfig()
     drawn = draw_color(
         len(batch.images),

@@ -96,9 +96,9 @@ def _at_full_size(args: argparse.Namespace) -> bool:
     times = times_in_turn({"refine": partial(refine, images, probs)}, repeats=args.repeats)["refine"]
     print(f"(1, {FULL_PRESENT} present, {FULL_SIZE}, {FULL_SIZE}): median {statistics.median(times):.3f} s")
     for classes in (81, 201):
-        # Its neighbours of all classes, (1, K, 48, H, W), once gathered and once weighted.
+        # Its neighbors of all classes, (1, K, 48, H, W), once gathered and once weighted.
         gathered = 2 * classes * 8 * len(DILATIONS) * FULL_SIZE**2 * 4 / 2**30
-        print(f"the released form of {classes} classes: its neighbours of all classes are {gathered:.1f} GiB")
+        print(f"the released form of {classes} classes: its neighbors of all classes are {gathered:.1f} GiB")
     return at_most("memory at that size, MiB", peak, CLAIMED_FULL_SIZE)
 
 
@@ -128,7 +128,7 @@ def make_inputs(batch: int, classes: int, size: int) -> tuple[Tensor, Tensor]:
     coarse = torch.rand(batch, 3, 6, 6, generator=generator)
     images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)
     images = (images + 0.05 * torch.randn(images.shape, generator=generator)).mul(1.6).sub(0.3).clamp(0, 1)
-    images[:, :, : size // 4] = images[:, :, :1, :1]  # one colour, as in a saturated sky
+    images[:, :, : size // 4] = images[:, :, :1, :1]  # one color, as in a saturated sky
     return images, (3 * torch.randn(batch, classes, size, size, generator=generator)).softmax(dim=1)
 
 

@@ -296,10 +296,10 @@ def open_manifest(*, folder: str) -> Figures:
     before, wall, begun = peak(), time.perf_counter(), time.process_time()
     read = process.io_counters().read_chars
     split = load_dataset(folder, check=False).split("train")
-    labelled = len(split.with_image_labels)
+    labeled = len(split.with_image_labels)
     seconds, wall = time.process_time() - begun, time.perf_counter() - wall
     share = (process.io_counters().read_chars - read) / (Path(folder) / "manifest.parquet").stat().st_size
-    found = {"seconds": seconds, "wall": wall, "share": share, "before": before, "peak": peak(), "labelled": labelled}
+    found = {"seconds": seconds, "wall": wall, "share": share, "before": before, "peak": peak(), "labeled": labeled}
     begun, chosen = time.process_time(), np.random.default_rng(0).integers(split.num_samples, size=20)
     for sample in chosen.tolist():
         split.row(sample)
