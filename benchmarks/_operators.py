@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from slrnet.config import Config
 from slrnet.data.batch import Batch
 from slrnet.distributed.process import Process
-from slrnet.inference.forward import predict_single_scale
+from slrnet.inference.forward import Inference
 from slrnet.models.network import Network, Normalize
 from slrnet.models.slrnet import build_network
 from slrnet.ops import cross_entropy_triton as cross_entropy_gpu
@@ -356,7 +356,7 @@ def count_validation(config: Config, *, num_classes: int, size: tuple[int, int])
         image = torch.empty(3, *size, dtype=torch.uint8)
     counter = OperatorCounter()
     with as_on_gpu(), named_stages(model), counter:
-        predict_single_scale(model, image, config)
+        Inference(model, config).single_scale(image)
     return tuple(counter.operators)
 
 

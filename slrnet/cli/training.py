@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.space import DEFAULT_SPACE, get_space, space_with
 
 if TYPE_CHECKING:
-    from slrnet.checkpoints.checkpoint import Checkpoint
     from slrnet.data.manifest import ShardSet
+    from slrnet.launch.prediction import MaskJob
     from slrnet.sweeps.plan import SweepPlan
 
 __all__ = [
@@ -74,7 +75,7 @@ def distill(options: argparse.Namespace) -> int:
     PSEUDO is a folder that `slrnet pseudo-label --splits train` made: training images with predicted masks, and the
     validation split with its true ones. Needs the extra `distill`. The options are those of `slrnet train`.
     """
-    from slrnet.launch.distillation import check_distillation
+    from slrnet.launch.pseudo_label import check_distillation
 
     config = _configure(options)
     print(check_distillation(config), flush=True)
@@ -173,11 +174,12 @@ def evaluate(options: argparse.Namespace) -> int:
     from slrnet.launch.train import LaunchOptions
     from slrnet.tracking.summary import quality_table
 
-    checkpoint, config, shards = _prediction(options)
+    job = _mask_job(options, lambda shards: [options.split])
+    checkpoint = job.checkpoint
     out = (options.out or checkpoint.path.parent.parent / "evaluations").expanduser().resolve()
     name = f"{checkpoint.path.name}-{options.split}-{time.strftime('%Y%m%d-%H%M%S')}"
     workers = LaunchOptions(**_fields_of(LaunchOptions, options) | {"name": name, "storage": out})
-    result = launch_evaluation(checkpoint, shards, split=options.split, config=config, options=workers)
+    result = launch_evaluation(job, workers)
     print(quality_table(result["metrics"], tuple(result["classes"])))
     for protocol, metrics in result["before_crf"].items():
         print(f"before the CRF ({protocol}): mIoU {100 * metrics['val/miou']:.1f} %")
@@ -218,14 +220,13 @@ def pseudo_label(options: argparse.Namespace) -> int:
     from slrnet.data.voc_folder import check_voc_folder, write_voc_folder
     from slrnet.launch.pseudo_label import launch_pseudo_labels
 
-    checkpoint, config, shards = _prediction(options)
-    splits = shards.splits if options.splits == "all" else tuple(options.splits.split(","))
+    job = _mask_job(options, lambda shards: shards.splits if options.splits == "all" else options.splits.split(","))
     if options.voc_folder is not None:
         check_voc_folder(options.voc_folder)
     workers = {"num_workers": options.num_workers, "cpus_per_worker": options.cpus_per_worker}
-    record = launch_pseudo_labels(checkpoint, shards, splits=splits, config=config, out=options.out, **workers)
+    record = launch_pseudo_labels(job, options.out, **workers)
     if options.voc_folder is not None:
-        write_voc_folder(load_dataset(options.out.expanduser()), options.voc_folder, splits=splits)
+        write_voc_folder(load_dataset(options.out.expanduser()), options.voc_folder, splits=job.splits)
     for split, protocols in record["quality"].items():
         for protocol, quality in protocols.items():
             names = ("miou", "mfdr", "mfnr", "coverage")
@@ -354,12 +355,14 @@ def _plan(options: argparse.Namespace) -> SweepPlan:
     return plan_sweep(config, sweep, space=space_with(domains, options.search), **ablation)
 
 
-def _prediction(options: argparse.Namespace) -> tuple[Checkpoint, Config, ShardSet]:
-    """The checkpoint, the configuration and the data of a command with the options of `_add_prediction`."""
+def _mask_job(options: argparse.Namespace, splits: Callable[[ShardSet], Iterable[str]]) -> MaskJob:
+    """The job of a command with the options of `_add_prediction`, for some of the data set's splits."""
     from slrnet.checkpoints.checkpoint import load_checkpoint
     from slrnet.data.manifest import load_dataset
+    from slrnet.launch.prediction import MaskJob
 
     checkpoint = load_checkpoint(options.checkpoint.expanduser())
     gating = [f"evaluation.gating={options.gating}"] if options.gating else []
     config = apply_overrides(checkpoint.config, [f"evaluation.protocol={options.protocol}", *gating, *options.set])
-    return checkpoint, config, load_dataset(options.data or config.data.path)
+    shards = load_dataset(options.data or config.data.path)
+    return MaskJob(checkpoint, config, shards, tuple(splits(shards)))

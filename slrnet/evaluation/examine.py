@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from slrnet.calibration.pseudo_labels import threshold, to_class_ids
 from slrnet.checkpoints.checkpoint import Checkpoint, check_classes, restore_network
+from slrnet.config import Config
 from slrnet.data.batch import EvalSample
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.epoch_plan import choose_subset
@@ -24,7 +25,7 @@ from slrnet.data.supervision import supervision_of
 from slrnet.evaluation.masks import calibrate_sample, gated_probs, pseudo_mask_subset
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.evaluation.protocols import protocol_name, pseudo_mask_protocol
-from slrnet.models.network import Network
+from slrnet.inference.forward import Inference
 from slrnet.ops.maps import resize
 
 __all__ = [
@@ -48,16 +49,16 @@ GAMMAS = tuple(round(0.05 * step, 2) for step in range(2, 20))
 
 @dataclass(frozen=True)
 class EvaluationTarget:
-    """A checkpoint's network, ready to predict, and the data set to examine it on."""
+    """A checkpoint, the data set to examine it on, and the checkpoint's network, ready to predict."""
 
     checkpoint: Checkpoint
     shards: ShardSet
-    model: Network
+    inference: Inference
 
     @property
-    def device(self) -> torch.device:
-        """Device of the network."""
-        return next(self.model.parameters()).device
+    def config(self) -> Config:
+        """The run's settings."""
+        return self.checkpoint.config
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, shards: ShardSet, device: torch.device | str | None = None) -> EvaluationTarget:
@@ -72,11 +73,11 @@ class EvaluationTarget:
             CheckpointError: the checkpoint has other classes than the data set.
         """
         check_classes(checkpoint.state, shards.info.classes, data=shards.location)
-        return cls(checkpoint, shards, restore_network(checkpoint, device))
+        return cls(checkpoint, shards, Inference(restore_network(checkpoint, device), checkpoint.config))
 
     def predict(self, sample: EvalSample) -> Tensor:
         """Returns the probabilities (K, H, W) of an image on the CPU, by the protocol of the training's validation."""
-        return gated_probs(self.model, sample, config=self.checkpoint.config, device=self.device).cpu()
+        return gated_probs(self.inference, sample).cpu()
 
 
 class Bins:
@@ -201,16 +202,15 @@ def examine(target: EvaluationTarget, split: str, *, at_most: int | None = None)
     Raises:
         DataError: the split does not exist or has no mask, or an image is damaged.
     """
-    config = target.checkpoint.config
     view = target.shards.split(split)
     chosen = choose_subset(view, view.num_samples if at_most is None else at_most, seed=0, among=view.with_masks)
     if not chosen:
         raise DataError(f"split {split!r} of {target.shards.location} has no image with a mask to compare with")
-    matrix, confidence, scores = ConfusionMatrix(target.model.num_classes), Bins(), []
+    matrix, confidence, scores = ConfusionMatrix(target.inference.model.num_classes), Bins(), []
     loader = EvalLoader(target.shards, split=split, indices=chosen)
     for index, sample in zip(chosen, tqdm(loader, desc=f"{split} masks", unit="image", disable=None), strict=True):
         assert sample.pixel_labels is not None
-        probs, own = target.predict(sample), ConfusionMatrix(target.model.num_classes)
+        probs, own = target.predict(sample), ConfusionMatrix(target.inference.model.num_classes)
         mask = probs.argmax(dim=0)
         own.update(mask, sample.pixel_labels)
         matrix.merge(own)
@@ -218,7 +218,7 @@ def examine(target: EvaluationTarget, split: str, *, at_most: int | None = None)
         valid = sample.pixel_labels != IGNORE_INDEX
         share = probs.amax(dim=0) / probs.sum(dim=0).clamp_min(1e-12)
         confidence.update(share[valid], (mask == sample.pixel_labels)[valid])
-    return Examination(split, protocol_name(config.evaluation), matrix, tuple(scores), confidence)
+    return Examination(split, protocol_name(target.config.evaluation), matrix, tuple(scores), confidence)
 
 
 def choose_by_iou(scores: Sequence[ImageScore], number: int, *, hardest: bool) -> list[ImageScore]:
@@ -260,9 +260,8 @@ def read_examples(target: EvaluationTarget, split: str, scores: Sequence[ImageSc
 
 def measured_images(target: EvaluationTarget) -> list[int]:
     """Returns the indices of the training images whose pseudo masks the run measures."""
-    config = target.checkpoint.config
-    view = target.shards.split(config.data.train_split)
-    return list(pseudo_mask_subset(view, supervision_of(config, target.shards), config))
+    view = target.shards.split(target.config.data.train_split)
+    return list(pseudo_mask_subset(view, supervision_of(target.config, target.shards), target.config))
 
 
 def sweep_gamma(target: EvaluationTarget, *, at_most: int | None = None) -> GammaSweep:
@@ -277,7 +276,7 @@ def sweep_gamma(target: EvaluationTarget, *, at_most: int | None = None) -> Gamm
     Raises:
         DataError: no training image has a mask to compare with, or one is damaged.
     """
-    config = target.checkpoint.config
+    config = target.config
     chosen = measured_images(target)[:at_most]
     if not chosen:
         raise DataError(
@@ -285,7 +284,7 @@ def sweep_gamma(target: EvaluationTarget, *, at_most: int | None = None) -> Gamm
             "evaluation.pseudo_mask_images is 0"
         )
     gammas = tuple(sorted({*GAMMAS, config.calibration.confidence_threshold}))
-    matrices = [ConfusionMatrix(target.model.num_classes) for _ in gammas]
+    matrices = [ConfusionMatrix(target.inference.model.num_classes) for _ in gammas]
     confidence = Bins()
     loader = EvalLoader(target.shards, split=config.data.train_split, indices=chosen)
     for sample in tqdm(loader, desc="pseudo labels", unit="image", disable=None):
@@ -307,9 +306,9 @@ def _count_sample(
     target: EvaluationTarget, sample: EvalSample, matrices: Mapping[float, ConfusionMatrix], confidence: Bins
 ) -> None:
     """Adds the pixels of an image to the confusion matrices of the pseudo labels by gamma, and to the bins."""
-    config, truth = target.checkpoint.config, sample.pixel_labels
+    config, truth = target.config, sample.pixel_labels
     assert truth is not None
-    calibrated = calibrate_sample(target.model, sample, config=config, device=target.device)
+    calibrated = calibrate_sample(target.inference, sample)
     probs, classes = resize(calibrated.refined, (truth.shape[0], truth.shape[1])).cpu(), calibrated.classes.cpu()
     highest, channel = probs[0].max(dim=0)
     share = highest / probs[0].amax(dim=(1, 2)).clamp_min(1e-12)[channel]

@@ -1,38 +1,121 @@
-"""One pass of a network over whole images: fit their size, predict one view, gate classes.
+"""Predicts whole images with a network: one view, several scales, all views of the run; gates classes.
 
-Validation, pseudo labels, the predictor, and the app build on these functions. Several scales and mirror images are in
-`slrnet.inference.predictor`, large images in `tiles`, the dense CRF in `crf`.
+Validation, pseudo labels, the predictor, and the app build on it. Large images are in `tiles`, the dense CRF in `crf`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slrnet.config import Config, EvaluationConfig
+from slrnet.config import Config, EvaluationConfig, Protocol
 from slrnet.models.network import Network, Normalize, Outputs, mixed_precision
 from slrnet.ops.maps import channels_last, resize
+from slrnet.views.align import align_maps, largest_size
+from slrnet.views.geometry import View, apply_view
 
-__all__ = ["fit_image", "gate", "network_outputs", "predict_single_scale"]
+__all__ = ["Inference", "gate"]
+
+_LARGE = 2**18
+"""Pixels above which a CPU takes an image and its mirror image in turn: hardly slower, with half of the memory."""
 
 
-@torch.no_grad()
-def predict_single_scale(model: Network, image: Tensor, config: Config) -> tuple[Tensor, Tensor | None]:
-    """Predicts images with one view each.
+@dataclass(frozen=True)
+class Inference:
+    """A network in evaluation mode with the settings of its run.
 
-    Args:
-        model: the network, in evaluation mode.
-        image: (3, H, W) or (N, 3, H, W) uint8, on the model's device.
-        config: the run's settings.
-
-    Returns:
-        (N, K, H, W) probabilities, and (N, K - 1) class scores before the sigmoid or None if the network has none.
+    Its methods take images as (3, H, W) or (N, 3, H, W) uint8 on the network's device. Predictions are (N, K, H, W)
+    probabilities, background first, and (N, K - 1) class scores before the sigmoid, or None if the network has none.
     """
-    outputs = network_outputs(model, [fit_image(image, config)], config)
-    scores = outputs.class_scores[0] if outputs.class_scores else None
-    return resize(outputs.logits[0].float().softmax(dim=1), image.shape[-2:]), scores
+
+    model: Network
+    config: Config
+
+    @property
+    def device(self) -> torch.device:
+        """The network's device."""
+        return next(self.model.parameters()).device
+
+    def fit(self, image: Tensor, scale: float = 1.0) -> Tensor:
+        """Scales images by `evaluation.scale` times `scale`, to a size like those that the network was trained on.
+
+        Returns:
+            (N, 3, H', W') in [0, 1]. H' and W' modulo the output stride equal the training crop's side modulo the
+            stride.
+        """
+        stride = self.config.model.output_stride
+        rest = self.config.data.crop_size % stride
+        scale = scale * self.config.evaluation.scale
+        size = [max(1, round((side * scale - rest) / stride)) * stride + rest for side in image.shape[-2:]]
+        images = image[None] if image.ndim == 3 else image
+        return resize(images.float() / 255, (size[0], size[1]))
+
+    @torch.no_grad()
+    def run(self, views: Sequence[Tensor]) -> Outputs:
+        """Normalizes views, each (N, 3, H_v, W_v) in [0, 1], and runs the network in `evaluation.precision`."""
+        normalize = Normalize.of(self.model.encoder)
+        with mixed_precision(self.config.evaluation.precision, views[0].device):
+            return self.model([channels_last(normalize(view)) for view in views])  # type: ignore[no-any-return]
+
+    def single_scale(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Predicts images with one view each."""
+        outputs = self.run([self.fit(image)])
+        scores = outputs.class_scores[0] if outputs.class_scores else None
+        return resize(outputs.logits[0].float().softmax(dim=1), image.shape[-2:]), scores
+
+    @torch.no_grad()
+    def multi_scale(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Averages probabilities and class scores over `evaluation.scales` and the mirror images.
+
+        An image and its mirror image go through the network as one batch; large ones on a CPU one after the other.
+        """
+        scales = self.config.evaluation.scales
+        probs: Tensor | None = None
+        scores = []
+        for scale in scales:
+            upright = self.fit(image, scale)
+            both = torch.cat([upright, upright.flip(-1)])
+            alone = both.device.type == "cpu" and both.shape[-2] * both.shape[-1] > _LARGE
+            outputs = [self.run([part]) for part in both.split(1 if alone else len(both))]
+            logits = torch.cat([part.logits[0] for part in outputs])
+            straight, mirrored = logits.float().softmax(dim=1).chunk(2)
+            maps = resize((straight + mirrored.flip(-1)) / (2 * len(scales)), image.shape[-2:])
+            probs = maps if probs is None else probs + maps
+            for views in zip(*(part.class_scores for part in outputs), strict=True):
+                scores.append(torch.stack(torch.cat(views).float().chunk(2)).mean(dim=0))
+        assert probs is not None
+        return probs, torch.stack(scores).mean(dim=0) if scores else None
+
+    def predict(
+        self, image: Tensor, protocol: Protocol, image_labels: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Predicts images by a protocol, gating included; the CRF of `ms_crf` is up to the caller.
+
+        Args:
+            image: the images.
+            protocol: `ss` for one scale, `ms` or `ms_crf` for several scales and mirror images.
+            image_labels: (K - 1,) true image labels; used only if `evaluation.gating` is `image_labels`.
+
+        Raises:
+            ValueError: see `gate`.
+        """
+        probs, scores = (self.single_scale if protocol == "ss" else self.multi_scale)(image)
+        return gate(probs, scores, image_labels, self.config.evaluation_for(protocol)), scores
+
+    @torch.no_grad()
+    def view_logits(self, image: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """Computes the logits of images in all views of the run, aligned; no flip, no color distortion.
+
+        Returns:
+            Per view (N, K, h, w), and the images as the network saw them, (N, 3, H', W') in [0, 1].
+        """
+        images = self.fit(image)
+        views = [View(scale=scale, flip=None) for scale in self.config.views.scales]
+        logits = self.run([apply_view(images, view, stride=self.model.encoder.output_stride) for view in views]).logits
+        return align_maps(logits, views, size=largest_size(logits)), images
 
 
 def gate(probs: Tensor, class_scores: Tensor | None, image_labels: Tensor | None, config: EvaluationConfig) -> Tensor:
@@ -64,35 +147,3 @@ def gate(probs: Tensor, class_scores: Tensor | None, image_labels: Tensor | None
         limit = class_scores.topk(min(config.gating_top, class_scores.shape[1]), dim=1).values[:, -1:]
         keep = (class_scores >= limit) & (class_scores.sigmoid() > config.gating_threshold)
     return torch.cat([probs[:, :1], probs[:, 1:] * keep[:, :, None, None]], dim=1)
-
-
-def fit_image(image: Tensor, config: Config, scale: float = 1.0) -> Tensor:
-    """Scales images to a size like those that the network was trained on.
-
-    Args:
-        image: (3, H, W) or (N, 3, H, W) uint8.
-        config: the run's settings.
-        scale: factor on top of `evaluation.scale`.
-
-    Returns:
-        (N, 3, H', W') in [0, 1]. H' and W' modulo the output stride equal the training crop's side modulo the stride.
-    """
-    stride = config.model.output_stride
-    rest = config.data.crop_size % stride
-    scale = scale * config.evaluation.scale
-    size = [max(1, round((side * scale - rest) / stride)) * stride + rest for side in image.shape[-2:]]
-    images = image[None] if image.ndim == 3 else image
-    return resize(images.float() / 255, (size[0], size[1]))
-
-
-def network_outputs(model: Network, views: Sequence[Tensor], config: Config) -> Outputs:
-    """Normalizes views for the encoder and runs the network on them in `evaluation.precision`.
-
-    Args:
-        model: the network, in evaluation mode.
-        views: per view (N, 3, H, W) in [0, 1], on the model's device.
-        config: the run's settings.
-    """
-    normalize = Normalize.of(model.encoder)
-    with mixed_precision(config.evaluation.precision, views[0].device):
-        return model([channels_last(normalize(view)) for view in views])  # type: ignore[no-any-return]

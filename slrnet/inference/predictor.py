@@ -9,20 +9,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor
 
 from slrnet.config import PROTOCOLS, Config, Protocol
 from slrnet.data.images import upright_rgb
 from slrnet.inference.crf import dense_crf, require_crf
-from slrnet.inference.forward import fit_image, gate, network_outputs, predict_single_scale
+from slrnet.inference.forward import Inference
 from slrnet.inference.tiles import predict_tiles
 from slrnet.models.network import Network
-from slrnet.ops.maps import resize
 
-__all__ = ["Prediction", "Predictor", "predict", "predict_multi_scale", "rgb_array"]
-
-_LARGE = 2**18
-"""Pixels above which a CPU takes an image and its mirror image in turn: hardly slower, with half of the memory."""
+__all__ = ["Prediction", "Predictor", "rgb_array"]
 
 
 @dataclass(frozen=True)
@@ -68,8 +63,7 @@ class Predictor:
                 "train or save it with gating none or scores"
             )
         self.classes = classes
-        self.device = next(model.parameters()).device
-        self._model = model
+        self.inference = Inference(model, config)
 
     def __call__(self, image: Image.Image | npt.NDArray[np.uint8]) -> Prediction:
         """Predicts one image.
@@ -109,8 +103,8 @@ class Predictor:
         self, images: Sequence[npt.NDArray[np.uint8]]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32] | None]:
         """Returns probabilities (N, K, H, W) by the whole protocol, and sigmoids of the scores (N, K - 1)."""
-        tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(self.device)
-        probs, scores = predict(self._model, tensor, self.config, self.protocol)
+        tensor = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous().to(self.inference.device)
+        probs, scores = self.inference.predict(tensor, self.protocol)
         maps = probs.float().cpu().numpy()
         if self.protocol == "ms_crf":
             maps = np.stack([dense_crf(image, own, self.config.crf) for image, own in zip(images, maps, strict=True)])
@@ -128,61 +122,6 @@ class Predictor:
         size, overlap = self.config.inference.tile_size, self.config.inference.tile_overlap
         mask = predict_tiles(image, predict_tile, num_classes=len(self.classes), tile=size, overlap=overlap)
         return Prediction(mask, None, np.stack(scores).max(axis=0) if scores else None)
-
-
-def predict(
-    model: Network, image: Tensor, config: Config, protocol: Protocol, image_labels: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Predicts images by a protocol up to the gating; the CRF of `ms_crf` is up to the caller.
-
-    Args:
-        model: the network, in evaluation mode.
-        image: (3, H, W) or (N, 3, H, W) uint8, on the model's device.
-        config: the run's settings.
-        protocol: `ss` for one scale, `ms` or `ms_crf` for several scales and mirror images.
-        image_labels: (K - 1,) true image labels; used only if `evaluation.gating` is `image_labels`.
-
-    Returns:
-        (N, K, H, W) gated probabilities, and (N, K - 1) class scores before the sigmoid or None if the network has
-        none.
-
-    Raises:
-        ValueError: see `gate`.
-    """
-    probs, scores = (predict_single_scale if protocol == "ss" else predict_multi_scale)(model, image, config)
-    return gate(probs, scores, image_labels, config.evaluation_for(protocol)), scores
-
-
-@torch.no_grad()
-def predict_multi_scale(model: Network, image: Tensor, config: Config) -> tuple[Tensor, Tensor | None]:
-    """Averages probabilities and class scores over `evaluation.scales` and the mirror images.
-
-    An image and its mirror image go through the network as one batch; large ones on a CPU one after the other.
-
-    Args:
-        model: the network, in evaluation mode.
-        image: (3, H, W) or (N, 3, H, W) uint8, on the model's device.
-        config: the run's settings.
-
-    Returns:
-        (N, K, H, W) probabilities, and (N, K - 1) class scores before the sigmoid or None if the network has none.
-    """
-    scales = config.evaluation.scales
-    probs: Tensor | None = None
-    scores = []
-    for scale in scales:
-        upright = fit_image(image, config, scale)
-        both = torch.cat([upright, upright.flip(-1)])
-        alone = both.device.type == "cpu" and both.shape[-2] * both.shape[-1] > _LARGE
-        outputs = [network_outputs(model, [part], config) for part in both.split(1 if alone else len(both))]
-        logits = torch.cat([part.logits[0] for part in outputs])
-        straight, mirrored = logits.float().softmax(dim=1).chunk(2)
-        maps = resize((straight + mirrored.flip(-1)) / (2 * len(scales)), image.shape[-2:])
-        probs = maps if probs is None else probs + maps
-        for views in zip(*(part.class_scores for part in outputs), strict=True):
-            scores.append(torch.stack(torch.cat(views).float().chunk(2)).mean(dim=0))
-    assert probs is not None
-    return probs, torch.stack(scores).mean(dim=0) if scores else None
 
 
 def rgb_array(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -11,17 +11,15 @@ import torch
 from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint
-from slrnet.config import Config
 from slrnet.data.batch import EvalSample
 from slrnet.data.eval_loader import EvalLoader
-from slrnet.data.manifest import ShardSet
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality, count_masks, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix, merge_over_ranks
 from slrnet.evaluation.protocols import gating_labels
-from slrnet.launch.prediction import MaskPredictor, check_prediction, job_values, open_job
+from slrnet.launch.prediction import MaskJob, MaskPredictor, open_job
 from slrnet.launch.rank import Report
-from slrnet.launch.train import LaunchOptions, run_job
+from slrnet.launch.train import LaunchOptions
 from slrnet.storage.files import write_json
 from slrnet.tracking.mlflow import MlflowTracker
 from slrnet.tracking.protocol import RunHandle, metric_key
@@ -31,16 +29,11 @@ from slrnet.tracking.reader import find_run
 __all__ = ["launch_evaluation", "measure", "track_figures", "training_run"]
 
 
-def launch_evaluation(
-    checkpoint: Checkpoint, shards: ShardSet, *, split: str, config: Config, options: LaunchOptions
-) -> dict[str, Any]:
-    """Measures a checkpoint on a split; every image exactly once, and the same figure for any number of workers.
+def launch_evaluation(job: MaskJob, options: LaunchOptions) -> dict[str, Any]:
+    """Measures a checkpoint on one split; every image exactly once, and the same figure for any number of workers.
 
     Args:
-        checkpoint: what to measure; the workers read it again from its path.
-        shards: the data set; its classes must be the checkpoint's.
-        split: name of the data set's split.
-        config: the checkpoint's settings, with the protocol to use in `evaluation` and `crf`.
+        job: the checkpoint, the protocol, the data set and its split.
         options: workers; name and storage give the folder of the result.
 
     Returns:
@@ -50,14 +43,12 @@ def launch_evaluation(
         if the run's store cannot be reached.
 
     Raises:
-        ValueError: the checkpoint has other classes, there is no such split, the CRF is not installed, or the cluster
-            has too few resources.
+        ValueError: the cluster has too few resources.
         TrainingError: a worker failed.
     """
-    check_prediction(checkpoint, shards, [split], config)
+    (split,) = job.splits
     file = options.folder / "evaluation.json"
-    values = job_values(checkpoint, shards, config) | {"split": split, "result": str(file)}
-    run_job(_evaluate, values, options)
+    job.run(_evaluate, options, record=job.describe() | {"split": split}, result=str(file))
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     figures = {
         metric_key(split, f"{name}_{protocol}"): metrics[f"val/{name}"]
@@ -65,7 +56,7 @@ def launch_evaluation(
         for name in ("miou", "mfdr", "mfnr")
         if f"val/{name}" in metrics
     }
-    return result | {"mlflow": track_figures(checkpoint, figures)}
+    return result | {"mlflow": track_figures(job.checkpoint, figures)}
 
 
 def measure(predictor: MaskPredictor, loader: EvalLoader) -> tuple[Quality, ...]:
@@ -78,12 +69,12 @@ def measure(predictor: MaskPredictor, loader: EvalLoader) -> tuple[Quality, ...]
     Returns:
         The protocol's quality; for `ms_crf` then that of the same masks before the CRF, which is the quality of `ms`.
     """
-    process, num_classes = predictor.process, predictor.model.num_classes
+    process, num_classes = predictor.process, predictor.inference.model.num_classes
     before_crf = ConfusionMatrix(num_classes)
 
     def masks() -> Iterator[tuple[EvalSample, Tensor]]:
         labeled = (sample for sample in loader if sample.pixel_labels is not None)
-        for predicted in predictor((s, s.image, gating_labels(s, predictor.config)) for s in labeled):
+        for predicted in predictor((s, s.image, gating_labels(s, predictor.inference.config)) for s in labeled):
             if predicted.before_crf is not None and predicted.sample.pixel_labels is not None:
                 before_crf.update(torch.from_numpy(predicted.before_crf), predicted.sample.pixel_labels)
             yield predicted.sample, torch.from_numpy(predicted.mask)
@@ -95,11 +86,7 @@ def measure(predictor: MaskPredictor, loader: EvalLoader) -> tuple[Quality, ...]
 
 
 def track_figures(checkpoint: Checkpoint, figures: Mapping[str, float]) -> str | None:
-    """Adds figures to the MLflow run of the training that wrote a checkpoint.
-
-    Args:
-        checkpoint: the training's checkpoint.
-        figures: values by MLflow key.
+    """Adds figures, by MLflow key, to the MLflow run of the training that wrote a checkpoint.
 
     Returns:
         How to open the run; None if the store or the run cannot be reached.
@@ -119,27 +106,19 @@ def training_run(checkpoint: Checkpoint) -> RunHandle | None:
 
 
 def _evaluate(values: dict[str, Any], process: Process, report: Report) -> None:
-    predictor, checkpoint, shards = open_job(values, process)
-    config, classes = predictor.config, shards.info.classes
-    loader = EvalLoader(
-        shards, split=values["split"], rank=process.rank, world_size=process.world_size, on_error=config.data.on_error
-    )
+    predictor, shards = open_job(values, process)
+    classes, on_error = shards.info.classes, predictor.inference.config.data.on_error
+    split, rank, world_size = values["record"]["split"], process.rank, process.world_size
+    loader = EvalLoader(shards, split=split, rank=rank, world_size=world_size, on_error=on_error)
     quality, *before = measure(predictor, loader)
     metrics = quality_metrics("val", quality, classes)
     report(metrics)
     if process.is_main:
-        record = {
-            "protocol": quality.protocol,
-            "evaluation": predictor.settings.model_dump(mode="json"),
-            "crf": config.crf.model_dump(mode="json") if config.evaluation.protocol == "ms_crf" else None,
-            "split": values["split"],
+        results = {
             "images": quality.images,
             "metrics": metrics,
             "before_crf": {plain.protocol: quality_metrics("val", plain, classes) for plain in before},
             "classes": classes,
-            "checkpoint": values["checkpoint"],
-            "epoch": checkpoint.state.epoch,
-            "data_fingerprint": shards.info.fingerprint,
             "environment": environment_tags(),
         }
-        write_json(Path(values["result"]), record)
+        write_json(Path(values["result"]), values["record"] | results)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -18,14 +18,63 @@ from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.distributed.process import Process
 from slrnet.evaluation.protocols import protocol_name
 from slrnet.inference.crf import crf_masks, require_crf
-from slrnet.inference.predictor import predict
-from slrnet.models.network import Network
+from slrnet.inference.forward import Inference
+from slrnet.launch.rank import Job
+from slrnet.launch.train import LaunchOptions, run_job
 
-__all__ = ["Mask", "MaskPredictor", "PredictedMask", "check_prediction", "job_values", "open_job"]
+__all__ = ["Mask", "MaskJob", "MaskPredictor", "PredictedMask", "open_job"]
 
 Mask = npt.NDArray[np.uint8]
 """(H, W) class ids."""
 Sample = TypeVar("Sample")
+
+
+@dataclass(frozen=True)
+class MaskJob:
+    """The masks to predict: a checkpoint's, of some splits of a data set.
+
+    Raises:
+        ValueError: the checkpoint has other classes, a split is missing, or the CRF is not installed.
+    """
+
+    checkpoint: Checkpoint
+    """The network; the processes read it again from its path."""
+    config: Config
+    """The checkpoint's settings, with the protocol to use in `evaluation` and `crf`."""
+    shards: ShardSet
+    """The data set; its classes must be the checkpoint's."""
+    splits: tuple[str, ...]
+    """Names of the splits."""
+
+    def __post_init__(self) -> None:
+        check_classes(self.checkpoint.state, self.shards.info.classes, data=self.shards.location)
+        for split in self.splits:
+            self.shards.split(split)
+        if self.config.evaluation.protocol == "ms_crf":
+            require_crf()
+
+    def describe(self) -> dict[str, Any]:
+        """What the masks depend on, besides the splits, as plain values."""
+        settings = _settings(self.config)
+        return {
+            "checkpoint": str(self.checkpoint.path.resolve()),
+            "epoch": self.checkpoint.state.epoch,
+            "data_fingerprint": self.shards.info.fingerprint,
+            "protocol": protocol_name(settings, settings.protocol),
+            "evaluation": settings.model_dump(mode="json"),
+            "crf": self.config.crf.model_dump(mode="json") if settings.protocol == "ms_crf" else None,
+        }
+
+    def run(self, work: Job, options: LaunchOptions, **values: Any) -> None:
+        """Runs a job whose processes call `open_job`; see `slrnet.launch.train.run_job`.
+
+        Args:
+            work: what each process runs.
+            options: workers; name and storage give the folder in which Ray keeps its own state.
+            **values: more plain values for the processes.
+        """
+        values |= {"config": self.config.model_dump(mode="json"), "data": self.shards.location}
+        run_job(work, values | {"checkpoint": str(self.checkpoint.path.resolve())}, options)
 
 
 @dataclass(frozen=True)
@@ -42,36 +91,12 @@ class PredictedMask(Generic[Sample]):
     """The mask before the CRF; None for protocols without one."""
 
 
-def check_prediction(checkpoint: Checkpoint, shards: ShardSet, splits: Sequence[str], config: Config) -> None:
-    """Checks on the driver that a checkpoint can predict masks for a data set.
-
-    Raises:
-        ValueError: the checkpoint has other classes, a split is missing, or the CRF is not installed.
-    """
-    check_classes(checkpoint.state, shards.info.classes, data=shards.location)
-    for split in splits:
-        shards.split(split)
-    if config.evaluation.protocol == "ms_crf":
-        require_crf()
-
-
-def job_values(checkpoint: Checkpoint, shards: ShardSet, config: Config) -> dict[str, Any]:
-    """The plain values of a job, for `open_job`."""
-    return {
-        "config": config.model_dump(mode="json"),
-        "checkpoint": str(checkpoint.path.resolve()),
-        "data": shards.location,
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class MaskPredictor:
     """Predicts masks by the protocol of its settings."""
 
-    model: Network
-    """In evaluation mode, on the process's device."""
-    config: Config
-    """Settings, with the protocol in `evaluation` and `crf`."""
+    inference: Inference
+    """The network, and the settings with the protocol in `evaluation` and `crf`."""
     process: Process
     """This rank."""
     crf_processes: int
@@ -80,7 +105,7 @@ class MaskPredictor:
     @property
     def settings(self) -> EvaluationConfig:
         """The settings of the protocol."""
-        return self.config.evaluation_for(self.config.evaluation.protocol)
+        return _settings(self.inference.config)
 
     def name(self, protocol: str = "") -> str:
         """The protocol's name with what deviates from its defaults; with `protocol` that of another one."""
@@ -93,8 +118,12 @@ class MaskPredictor:
             samples: per image something that comes back with its mask, the (3, H, W) uint8 image, and its (K - 1,)
                 image labels, which are used only where the protocol gates by them.
         """
-        gated = self._gated_probs(samples)
-        if self.settings.protocol != "ms_crf":
+        protocol, device = self.settings.protocol, self.process.device
+        gated = (
+            (sample, image, self.inference.predict(image.to(device), protocol, labels)[0][0].float())
+            for sample, image, labels in samples
+        )
+        if protocol != "ms_crf":
             for sample, _, probs in gated:
                 yield PredictedMask(sample, *_most_probable(probs), None)
             return
@@ -102,31 +131,24 @@ class MaskPredictor:
             ((sample, _most_probable(probs)[0]), image.permute(1, 2, 0).contiguous().numpy(), probs.cpu().numpy())
             for sample, image, probs in gated
         )
-        for (sample, before), mask, confidence in crf_masks(pictures, self.config.crf, processes=self.crf_processes):
+        refined = crf_masks(pictures, self.inference.config.crf, processes=self.crf_processes)
+        for (sample, before), mask, confidence in refined:
             yield PredictedMask(sample, mask, confidence, before)
 
-    def _gated_probs(self, samples: Iterable[tuple[Sample, Tensor, Tensor]]) -> Iterator[tuple[Sample, Tensor, Tensor]]:
-        device = self.process.device
-        for sample, image, labels in samples:
-            probs, _ = predict(self.model, image.to(device), self.config, self.settings.protocol, labels)
-            yield sample, image, probs[0].float()
 
-
-def open_job(values: dict[str, Any], process: Process) -> tuple[MaskPredictor, Checkpoint, ShardSet]:
-    """Reads the checkpoint and the data set of `job_values` in a process of the job."""
+def open_job(values: dict[str, Any], process: Process) -> tuple[MaskPredictor, ShardSet]:
+    """Reads the checkpoint and the data set of a `MaskJob` in one of its processes."""
     if process.device.type == "cpu":
         from slrnet.cpu.allocator import keep_memory
 
         keep_memory()
-    checkpoint = load_checkpoint(values["checkpoint"])
-    model = restore_network(checkpoint, process.device)
-    predictor = MaskPredictor(
-        model=model,
-        config=config_from_dict(values["config"]),
-        process=process,
-        crf_processes=values["cpus"] or os.cpu_count() or 1,
-    )
-    return predictor, checkpoint, load_dataset(values["data"])
+    model = restore_network(load_checkpoint(values["checkpoint"]), process.device)
+    inference = Inference(model, config_from_dict(values["config"]))
+    return MaskPredictor(inference, process, values["cpus"] or os.cpu_count() or 1), load_dataset(values["data"])
+
+
+def _settings(config: Config) -> EvaluationConfig:
+    return config.evaluation_for(config.evaluation.protocol)
 
 
 def _most_probable(probs: Tensor) -> tuple[Mask, npt.NDArray[np.float32]]:

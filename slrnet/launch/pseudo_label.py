@@ -33,7 +33,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from slrnet.checkpoints.checkpoint import Checkpoint
+from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.config import Config
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.images import encode_mask
@@ -43,16 +43,16 @@ from slrnet.data.tars import ShardWriter
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix
-from slrnet.evaluation.protocols import protocol_name
 from slrnet.launch.evaluation import track_figures
-from slrnet.launch.prediction import Mask, MaskPredictor, PredictedMask, check_prediction, job_values, open_job
+from slrnet.launch.prediction import Mask, MaskJob, MaskPredictor, PredictedMask, open_job
 from slrnet.launch.rank import Report
-from slrnet.launch.train import LaunchOptions, run_job
+from slrnet.launch.train import LaunchOptions
+from slrnet.models.deeplab import require_deeplab
 from slrnet.storage.files import sha256_of, write_json, written_whole
 from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.provenance import environment_tags
 
-__all__ = ["RECORD", "SUBSET", "launch_pseudo_labels", "read_record"]
+__all__ = ["RECORD", "SUBSET", "check_distillation", "launch_pseudo_labels", "read_record"]
 
 SUBSET = "pseudo_labeled"
 """Named subset of the samples with a predicted mask."""
@@ -61,29 +61,19 @@ RECORD = "pseudo_labels.json"
 
 WORK = ".work"
 """Folder inside the unfinished one for files that are deleted at the end."""
-_Job: TypeAlias = dict[str, Any]
+_Description: TypeAlias = dict[str, Any]
 _Shard: TypeAlias = tuple[str, str, int]
 """Split, file name and number of samples."""
 
 
 def launch_pseudo_labels(
-    checkpoint: Checkpoint,
-    shards: ShardSet,
-    *,
-    splits: Sequence[str],
-    config: Config,
-    out: Path,
-    num_workers: int | None = 0,
-    cpus_per_worker: int | None = None,
+    job: MaskJob, out: Path, *, num_workers: int | None = 0, cpus_per_worker: int | None = None
 ) -> dict[str, Any]:
     """Labels splits of a data set with a network's masks; resumes where an earlier call stopped.
 
     Args:
-        checkpoint: the network; the workers read it again from its path.
-        shards: the data set; its classes must be the checkpoint's.
-        splits: names of the splits to label; the others are copied.
-        config: the checkpoint's settings, with the protocol to use in `evaluation` and `crf`, and
-            `inference.void_below`.
+        job: the checkpoint, its settings with the protocol and `inference.void_below`, the data set, and the splits to
+            label; the other splits are copied.
         out: folder to create. Until it is complete, the work is kept beside it in `.NAME.partial`.
         num_workers: Ray workers; 0 works in this process; None: one per GPU of the cluster, else 1.
         cpus_per_worker: CPU cores per worker; None: an equal share.
@@ -93,33 +83,32 @@ def launch_pseudo_labels(
         figures as `pseudo_label/SPLIT/miou_PROTOCOL` and so on; None if it cannot be reached.
 
     Raises:
-        ValueError: the checkpoint has other classes, there is no such split, the protocol gates by image labels that
-            samples lack, the CRF is not installed, `out` or the unfinished work belongs to another job, or the cluster
-            has too few resources.
+        ValueError: the protocol gates by image labels that samples lack, `out` or the unfinished work belongs to
+            another job, or the cluster has too few resources.
         TrainingError: a worker failed.
     """
-    _check(checkpoint, shards, splits, config)
-    job = _describe(checkpoint, shards, splits, config)
+    _check_labels(job)
+    described = _describe(job)
     out = out.expanduser().resolve()
     record = read_record(out)
     if record is None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} exists and holds no pseudo masks; choose another --out, or remove it first")
-        partial = _open_partial(out, job)
+        partial = _open_partial(out, described)
         remaining: list[_Shard] = [
             (split, entry.name, entry.num_samples)
-            for split in sorted(splits)
-            for entry in shards.split(split).shards
+            for split in described["splits"]
+            for entry in job.shards.split(split).shards
             if _finished(partial, entry.name) is None
         ]
-        values = job_values(checkpoint, shards, config) | {"folder": str(partial), "remaining": remaining}
         options = LaunchOptions(name=WORK, storage=partial, num_workers=num_workers, cpus_per_worker=cpus_per_worker)
         if remaining:
-            run_job(_label, values, options)
-        record = _assemble(partial, shards, job)
+            job.run(_label, options, folder=str(partial), remaining=remaining)
+        record = _assemble(partial, job.shards, described)
         partial.rename(out)
-    elif record["job"] != job:
-        raise ValueError(f"{out} holds other pseudo masks ({_differences(record['job'], job)}); choose another --out")
+    elif record["job"] != described:
+        difference = _differences(record["job"], described)
+        raise ValueError(f"{out} holds other pseudo masks ({difference}); choose another --out")
     shutil.rmtree(out / WORK, ignore_errors=True)
     figures = {
         metric_key("pseudo_label", split, f"{name}_{protocol}"): value
@@ -128,7 +117,7 @@ def launch_pseudo_labels(
         for name, value in quality["metrics"].items()
         if "/" not in name
     }
-    return record | {"mlflow": track_figures(checkpoint, figures)}
+    return record | {"mlflow": track_figures(job.checkpoint, figures)}
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -146,40 +135,61 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def check_distillation(config: Config) -> str:
+    """Checks that the training data of a distillation have pseudo masks, and that the extra `distill` is installed.
+
+    Args:
+        config: the run's settings.
+
+    Returns:
+        A line about the teacher and how good it is.
+
+    Raises:
+        ValueError: the extra is missing, or the data have no pseudo masks where training or validation needs them.
+    """
+    require_deeplab()
+    record = read_record(Path(config.data.path))
+    if record is None:
+        raise ValueError(
+            f"{config.data.path} holds no pseudo masks; make some with `slrnet pseudo-label --checkpoint RUN --data "
+            f"{config.data.path} --out PSEUDO`, or train on true masks with `slrnet train`"
+        )
+    labeled, train_split, val_split = record["job"]["splits"], config.data.train_split, config.data.val_split
+    if train_split not in labeled or val_split in labeled:
+        raise ValueError(
+            f"{config.data.path} has pseudo masks in {', '.join(labeled)}; a distillation trains on pseudo masks of "
+            f"{train_split!r} and validates on true ones of {val_split!r}: make them with --splits {train_split}"
+        )
+    teacher = Path(record["job"]["checkpoint"])
+    metrics = load_checkpoint(teacher).state.metrics if teacher.is_dir() else {}
+    scores = [f"{name} {100 * value:.1f} %" for name, value in metrics.items() if name.startswith("val/miou")]
+    return f"teacher {teacher}, masks by {record['job']['protocol']}: {', '.join(scores) or 'not measured'}"
+
+
 # On the driver.
 
 
-def _check(checkpoint: Checkpoint, shards: ShardSet, splits: Sequence[str], config: Config) -> None:
-    check_prediction(checkpoint, shards, splits, config)
-    for split in splits:
-        view = shards.split(split)
-        without = int((~view.has_image_labels).sum())
-        if config.evaluation.gating == "image_labels" and without:
+def _check_labels(job: MaskJob) -> None:
+    for split in job.splits if job.config.evaluation.gating == "image_labels" else ():
+        labeled = job.shards.split(split).has_image_labels
+        if not labeled.all():
             raise DataError(
-                f"evaluation.gating is image_labels, but the image labels of {without} of {view.num_samples} samples "
-                f"of split {split!r} are not known; use gating none or scores"
+                f"evaluation.gating is image_labels, but the image labels of {int((~labeled).sum())} of {len(labeled)} "
+                f"samples of split {split!r} are not known; use gating none or scores"
             )
 
 
-def _describe(checkpoint: Checkpoint, shards: ShardSet, splits: Sequence[str], config: Config) -> _Job:
+def _describe(job: MaskJob) -> _Description:
     """Everything that the masks depend on; two calls that agree in it belong to the same job."""
-    crf = config.evaluation.protocol == "ms_crf"
-    settings = config.evaluation_for(config.evaluation.protocol)
-    return {
-        "checkpoint": str(checkpoint.path.resolve()),
-        "epoch": checkpoint.state.epoch,
-        "step": checkpoint.state.step,
-        "data": shards.location,
-        "data_fingerprint": shards.info.fingerprint,
-        "splits": sorted(splits),
-        "protocol": protocol_name(settings, settings.protocol),
-        "evaluation": settings.model_dump(mode="json"),
-        "crf": config.crf.model_dump(mode="json") if crf else None,
-        "void_below": config.inference.void_below,
+    return job.describe() | {
+        "step": job.checkpoint.state.step,
+        "data": job.shards.location,
+        "splits": sorted(job.splits),
+        "void_below": job.config.inference.void_below,
     }
 
 
-def _open_partial(out: Path, job: _Job) -> Path:
+def _open_partial(out: Path, job: _Description) -> Path:
     """The folder of unfinished work, new or from an earlier call with the same job."""
     partial = out.with_name(f".{out.name}.partial")
     file = partial / WORK / "job.json"
@@ -196,7 +206,7 @@ def _open_partial(out: Path, job: _Job) -> Path:
     return partial
 
 
-def _differences(earlier: _Job, job: _Job) -> str:
+def _differences(earlier: _Description, job: _Description) -> str:
     names = [name for name in job if earlier.get(name) != job[name]]
     return "; ".join(f"{name} {earlier.get(name)!r}, now {job[name]!r}" for name in names)[:400]
 
@@ -215,7 +225,7 @@ def _note_path(shard: Path) -> Path:
     return shard.parent / WORK / f"{shard.name}.json"
 
 
-def _assemble(partial: Path, shards: ShardSet, job: _Job) -> dict[str, Any]:
+def _assemble(partial: Path, shards: ShardSet, job: _Description) -> dict[str, Any]:
     """Turns the folder of finished shards into a data set; returns its record."""
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     quality: dict[str, Any] = {}
@@ -274,7 +284,7 @@ def _total_quality(notes: Sequence[Mapping[str, Any]], classes: tuple[str, ...])
     return quality
 
 
-def _command(job: _Job) -> str:
+def _command(job: _Description) -> str:
     """The command line that makes these masks."""
     evaluation = job["evaluation"]
     named = ("scales", "scale", "gating_threshold", "gating_top", "background_power")
@@ -304,7 +314,7 @@ class _Source:
 
 
 def _label(values: dict[str, Any], process: Process, report: Report) -> None:
-    predictor, _, shards = open_job(values, process)
+    predictor, shards = open_job(values, process)
     mine = values["remaining"][process.rank :: process.world_size]
     masks = predictor(_samples(shards, mine))
     for _, name, num_samples in mine:
@@ -333,7 +343,7 @@ def _write_shard(
 ) -> int:
     """Writes a shard and then its notes, each whole or not at all; returns the number of samples."""
     classes, palette = shards.info.classes, shards.info.palette_array()
-    name, void_below = predictor.name(), predictor.config.inference.void_below
+    name, void_below = predictor.name(), predictor.inference.config.inference.void_below
     matrices: dict[str, ConfusionMatrix] = defaultdict(lambda: ConfusionMatrix(len(classes)))
     images = 0
     with written_whole(path) as incoming:

@@ -19,8 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint, restore_network
-from slrnet.config import Config
-from slrnet.inference.forward import fit_image
+from slrnet.inference.forward import Inference
 from slrnet.inference.predictor import rgb_array
 from slrnet.models.cvlr import LowRankViews
 from slrnet.models.low_rank import LowRankModule
@@ -120,28 +119,25 @@ def observe_low_rank(model: Network, views: Sequence[Tensor]) -> tuple[Outputs, 
 
 
 @torch.no_grad()
-def code_maps(
-    model: Network, image: npt.NDArray[np.uint8], config: Config, num_iters: Sequence[int] | None = None
-) -> CodeMaps:
+def code_maps(inference: Inference, image: npt.NDArray[np.uint8], num_iters: Sequence[int] | None = None) -> CodeMaps:
     """Computes the codes of an image, seen in one view, for several numbers of iterations.
 
     Args:
-        model: an SLRNet in evaluation mode; its own number of iterations is restored.
+        inference: an SLRNet and its settings; its own number of iterations is restored.
         image: (H, W, 3) uint8.
-        config: the run's settings.
         num_iters: values of T, each >= 1; None for the network's own.
 
     Returns:
-        Maps of the size at which the network sees the image (`fit_image`).
+        Maps of the size at which the network sees the image (`Inference.fit`).
 
     Raises:
         ValueError: the network has no low-rank module, or a T is below 1.
     """
-    module = low_rank_module(model)
+    model, module = inference.model, low_rank_module(inference.model)
     counts = [module.num_iters] if num_iters is None else num_iters
     if min(counts, default=0) < 1:
         raise ValueError(f"num_iters is {list(counts)}; whole numbers from 1 are allowed, at least one of them")
-    pixels = fit_image(torch.from_numpy(image).permute(2, 0, 1).to(next(model.parameters()).device), config)
+    pixels = inference.fit(torch.from_numpy(image).permute(2, 0, 1).to(inference.device))
     outputs, arguments, _ = observe_low_rank(model, [pixels])
     size, maps = pixels.shape[-2:], {}
     for count in counts:
@@ -186,11 +182,11 @@ def write_code_maps(
     Raises:
         ValueError: the network has no codes, a class is unknown, or a T is below 1.
     """
-    model = restore_network(checkpoint, "cpu")
+    inference = Inference(restore_network(checkpoint, "cpu"), checkpoint.config)
     for name, path in images.items():
         with Image.open(path) as file:
             pixels = rgb_array(file)
-        maps = code_maps(model, pixels, checkpoint.config, num_iters)
+        maps = code_maps(inference, pixels, num_iters)
         atoms = maps.choose_atoms(checkpoint.state.classes, classes)
         out.mkdir(parents=True, exist_ok=True)
         with written_whole(out / f"{name}.codes.png") as incoming:

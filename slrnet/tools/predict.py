@@ -127,7 +127,7 @@ def predict_images(
         How many images could not be read; a line on stderr names each.
     """
     out.mkdir(parents=True, exist_ok=True)
-    if predictor.device.type == "cpu":
+    if predictor.inference.device.type == "cpu":
         from slrnet.cpu.allocator import keep_memory
 
         keep_memory()

@@ -46,6 +46,7 @@ from slrnet.evaluation.masks import (
     pseudo_mask_subset,
     quality_metrics,
 )
+from slrnet.inference.forward import Inference
 from slrnet.models.network import Network, Normalize, mixed_precision
 from slrnet.models.slrnet import build_network
 from slrnet.tracking.protocol import metric_key
@@ -280,15 +281,16 @@ class Trainer:
         """Pseudo-mask quality and validation after an epoch; every rank takes part."""
         self.model.eval()
         share_buffers(self.model, self.process)
-        common: dict[str, Any] = {"config": self.config, "process": self.process}
-        metrics = self._measure_pseudo_masks(epoch, common)
+        inference = Inference(self.model, self.config)
+        metrics = self._measure_pseudo_masks(inference, epoch)
         self.listener.notice(f"epoch {epoch + 1}: validating")
-        quality = evaluate_masks(self.model, self._samples(epoch, self.config.data.val_split), **common)
+        samples = self._samples(epoch, self.config.data.val_split)
+        quality = evaluate_masks(inference, samples, process=self.process)
         values = quality_metrics("val", quality, self.shards.info.classes)
         metrics[metric_key("val", f"miou_{quality.protocol}")] = values.pop("val/miou", math.nan)
         return metrics | values | {"val/images": quality.images}
 
-    def _measure_pseudo_masks(self, epoch: int, common: dict[str, Any]) -> dict[str, float]:
+    def _measure_pseudo_masks(self, inference: Inference, epoch: int) -> dict[str, float]:
         """On this rank's share of the fixed subset of training images; the first ones of the subset are drawn."""
         split = self.shards.split(self.config.data.train_split)
         chosen = pseudo_mask_subset(split, self.supervision, self.config)
@@ -302,7 +304,7 @@ class Trainer:
 
         self.listener.notice(f"epoch {epoch + 1}: measuring pseudo masks")
         samples = self._samples(epoch, self.config.data.train_split, chosen)
-        dense, kept = measure_pseudo_masks(self.model, samples, show=show, **common)
+        dense, kept = measure_pseudo_masks(inference, samples, process=self.process, show=show)
         self.listener.measured(drawn, epoch)
         return quality_metrics("pseudo_mask", dense, self.shards.info.classes) | {
             "pseudo_mask/coverage": kept.matrix.coverage(),

@@ -28,6 +28,7 @@ from slrnet.config import Config, ConfigError, apply_overrides
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.distributed.process import Process
 from slrnet.launch import train as ray_loop
+from slrnet.launch.prediction import MaskJob
 from slrnet.launch.pseudo_label import launch_pseudo_labels
 from slrnet.launch.train import LaunchOptions, launch
 from slrnet.models.slrnet import build_network
@@ -397,7 +398,7 @@ def test_changes_the_written_pseudo_masks(key: str, base: Config, data: ShardSet
     )
     digests = []
     for name, config in (("before", base), ("after", override(base, key, CHANGES[key].value))):
-        launch_pseudo_labels(load_checkpoint(path), data, splits=("val",), config=config, out=tmp_path / name)
+        launch_pseudo_labels(MaskJob(load_checkpoint(path), config, data, ("val",)), tmp_path / name)
         shards = sorted((tmp_path / name).glob("val-*.tar"))
         digests.append([hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards])
     assert digests[0] != digests[1]

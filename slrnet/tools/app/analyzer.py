@@ -20,8 +20,7 @@ from torch import Tensor
 from slrnet.calibration.pseudo_labels import Calibrated, calibrate_views, make_pseudo_labels, to_class_ids
 from slrnet.checkpoints.checkpoint import Checkpoint, restore_network
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.evaluation.masks import view_logits
-from slrnet.inference.forward import gate, predict_single_scale
+from slrnet.inference.forward import Inference, gate
 from slrnet.inference.predictor import rgb_array
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import resize
@@ -99,9 +98,9 @@ class Analyzer:
     def __init__(self, checkpoint: Checkpoint, *, device: str | None = None) -> None:
         self.config = checkpoint.config
         self.classes = checkpoint.state.classes
-        self._model = restore_network(checkpoint, device)
-        self._device = next(self._model.parameters()).device
-        self._module = self._model.cvlr if isinstance(self._model, SLRNet) else None
+        self._inference = Inference(restore_network(checkpoint, device), self.config)
+        self._device, model = self._inference.device, self._inference.model
+        self._module = model.cvlr if isinstance(model, SLRNet) else None
         self.has_codes = self._module is not None
         calibration = self.config.calibration
         self.defaults = Controls(
@@ -152,9 +151,9 @@ class Analyzer:
     def _predict(self, image: npt.NDArray[np.uint8], num_iters: int) -> _Predictions:
         pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous().to(self._device)
         with nullcontext() if self._module is None else iterations(self._module, num_iters):
-            probs, scores = predict_single_scale(self._model, pixels, self.config)
-            logits, images = view_logits(self._model, pixels, config=self.config)
-            codes = None if self._module is None else code_maps(self._model, image, self.config)
+            probs, scores = self._inference.single_scale(pixels)
+            logits, images = self._inference.view_logits(pixels)
+            codes = None if self._module is None else code_maps(self._inference, image)
         return _Predictions(probs, scores, tuple(logits), images, codes)
 
     def _calibrate(self, predictions: _Predictions, labels: Tensor, controls: Controls) -> Calibrated:

@@ -25,7 +25,6 @@ from slrnet.evaluation.examine import (
     examine,
     read_examples,
 )
-from slrnet.inference.forward import fit_image
 from slrnet.models.network import Network
 from slrnet.storage.files import written_whole
 from slrnet.tools.codes import code_maps, low_rank_module, observe_low_rank
@@ -172,13 +171,13 @@ def feature_figure(target: EvaluationTarget, examples: Sequence[Example]) -> Fig
     Raises:
         ValueError: the network has no low-rank module.
     """
-    config = target.checkpoint.config
+    config = target.config
     rows, names = [], []
     for example in examples:
-        image = fit_image(torch.from_numpy(example.image).permute(2, 0, 1).to(target.device), config)
+        image = target.inference.fit(torch.from_numpy(example.image).permute(2, 0, 1).to(target.inference.device))
         views = [View(scale=scale, flip=None) for scale in config.views.scales]
-        stride = target.model.encoder.output_stride
-        pairs = features_around(target.model, [apply_view(image, view, stride=stride) for view in views])
+        stride = target.inference.model.encoder.output_stride
+        pairs = features_around(target.inference.model, [apply_view(image, view, stride=stride) for view in views])
         colors = feature_rgb([feature for pair in pairs for feature in pair])
         for place, (before, after) in enumerate(pairs):
             row = [Tile(example.image, example.key if place == 0 else "")]
@@ -215,7 +214,7 @@ def code_figure(target: EvaluationTarget, examination: Examination, *, number: i
     Raises:
         ValueError: the network has no low-rank module, or one whose atoms are no classes.
     """
-    if not low_rank_module(target.model).class_codes:
+    if not low_rank_module(target.inference.model).class_codes:
         raise ValueError(
             f"{target.checkpoint.path} has no low-rank module whose atoms are classes, so Fig. 5 cannot be drawn; "
             "slrnet codes draws the codes of other atoms"
@@ -226,7 +225,7 @@ def code_figure(target: EvaluationTarget, examination: Examination, *, number: i
     tiles: list[Tile | None] = []
     for index, score in chosen.items():
         example, name = examples[score.key], target.checkpoint.state.classes[index]
-        (codes,) = code_maps(target.model, example.image, target.checkpoint.config).codes.values()
+        (codes,) = code_maps(target.inference, example.image).codes.values()
         only = np.where(example.truth == index, index, 0).astype(np.uint8)
         truth = np.asarray(draw_overlay(example.image, only, palette))
         tiles += [Tile(truth, f"{name}, truth"), Tile(heat(codes[index]), name)]
@@ -254,7 +253,7 @@ def iteration_figure(
     rows, names = [], []
     for target in targets:
         for example, score in zip(examples, scores, strict=True):
-            maps = code_maps(target.model, example.image, target.checkpoint.config, num_iters).codes
+            maps = code_maps(target.inference, example.image, num_iters).codes
             name = target.checkpoint.state.classes[score.main_class]
             codes = [Tile(heat(maps[count][score.main_class]), f"T = {count}") for count in num_iters]
             rows.append([Tile(example.image, f"{example.key}: {name}"), *codes])

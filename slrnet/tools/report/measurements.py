@@ -132,7 +132,7 @@ def _no_masks(shards: ShardSet, split: str) -> str:
 
 def _no_sweep(target: EvaluationTarget) -> str:
     """Why there is nothing to sweep gamma on; empty if there is."""
-    config = target.checkpoint.config
+    config = target.config
     if reason := _no_masks(target.shards, config.data.train_split):
         return reason
     if not config.evaluation.pseudo_mask_images:
@@ -143,10 +143,10 @@ def _no_sweep(target: EvaluationTarget) -> str:
 
 
 def _draw_codes(target: EvaluationTarget, measured: Measurements) -> None:
-    if not isinstance(target.model, SLRNet) or target.model.cvlr is None:
+    if not isinstance(target.inference.model, SLRNet) or target.inference.model.cvlr is None:
         measured.absent["codes"] = "the network has no low-rank module, so it has no codes"
         return
     for example in measured.best:
-        maps = code_maps(target.model, example.image, target.checkpoint.config)
+        maps = code_maps(target.inference, example.image)
         atoms = maps.choose_atoms(target.checkpoint.state.classes)
         measured.code_pictures[example.key] = draw_code_maps(example.image, maps, atoms)

@@ -26,6 +26,7 @@ from slrnet.evaluation.examine import (
 )
 from slrnet.evaluation.masks import evaluate_masks, measure_pseudo_masks, pseudo_mask_subset
 from slrnet.evaluation.metrics import ConfusionMatrix
+from slrnet.inference.forward import Inference
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,8 @@ class TestExamine:
         self, target: EvaluationTarget, tiny_data: ShardSet, tiny_config: Config
     ) -> None:
         found = examine(target, "val")
-        quality = evaluate_masks(
-            target.model,
-            EvalLoader(tiny_data, split="val"),
-            config=tiny_config,
-            process=Process(),
-        )
+        samples = EvalLoader(tiny_data, split="val")
+        quality = evaluate_masks(Inference(target.inference.model, tiny_config), samples, process=Process())
         torch.testing.assert_close(found.matrix.counts, quality.matrix.counts)
         assert found.protocol == quality.protocol
         assert len(found.scores) == quality.images == 5
@@ -108,9 +105,8 @@ def test_at_the_runs_gamma_the_sweep_is_what_the_training_measures(
     view = tiny_data.split("train")
     chosen = pseudo_mask_subset(view, plan_supervision(view, tiny_config.data, tiny_config.setting), tiny_config)
     samples = EvalLoader(tiny_data, split="train", indices=chosen)
-    dense, kept = measure_pseudo_masks(
-        target.model, samples, config=tiny_config, process=Process(), show=lambda masks: None
-    )
+    inference = Inference(target.inference.model, tiny_config)
+    dense, kept = measure_pseudo_masks(inference, samples, process=Process(), show=lambda masks: None)
     counts = kept.matrix.counts
     place = sweep.gammas.index(tiny_config.calibration.confidence_threshold)
     assert sweep.images == len(chosen) == 3

@@ -18,6 +18,7 @@ from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import PseudoMask, Quality, evaluate_masks, measure_pseudo_masks, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.evaluation.protocols import protocol_name
+from slrnet.inference.forward import Inference
 from slrnet.models.network import Normalize
 from slrnet.models.slrnet import Outputs
 
@@ -42,6 +43,7 @@ class ColourNetwork(nn.Module):
     def __init__(self, scores: Sequence[float] = (1.0, 1.0)) -> None:
         super().__init__()
         self.scores = scores
+        self.unused = nn.Parameter(torch.zeros(1))  # says where the network is
         self.sizes: list[tuple[int, int]] = []
 
     def forward(self, views: Sequence[Tensor]) -> Outputs:
@@ -70,7 +72,8 @@ def sample(
 
 
 def evaluate(samples: Sequence[EvalSample], *, config: Config = CONFIG, model: nn.Module | None = None) -> Quality:
-    return evaluate_masks(model or ColourNetwork(), samples, config=config, process=Process())  # type: ignore[arg-type]
+    inference = Inference(model or ColourNetwork(), config)  # type: ignore[arg-type]
+    return evaluate_masks(inference, samples, process=Process())
 
 
 class TestEvaluateMasks:
@@ -169,13 +172,8 @@ class TestMeasurePseudoMasks:
     @staticmethod
     def measure(samples: Sequence[EvalSample], config: Config = CONFIG) -> tuple[Quality, Quality, list[PseudoMask]]:
         shown: list[PseudoMask] = []
-        dense, kept = measure_pseudo_masks(
-            ColourNetwork(),  # type: ignore[arg-type]
-            samples,
-            config=config,
-            process=Process(),
-            show=shown.append,
-        )
+        inference = Inference(ColourNetwork(), config)  # type: ignore[arg-type]
+        dense, kept = measure_pseudo_masks(inference, samples, process=Process(), show=shown.append)
         return dense, kept, shown
 
     def test_right_masks_are_counted_as_right(self) -> None:

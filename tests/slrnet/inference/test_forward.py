@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slrnet.config import Config, ConfigError, EvaluationConfig, apply_overrides
-from slrnet.inference.forward import gate, predict_single_scale
+from slrnet.inference.forward import Inference, gate
 from slrnet.models.network import Normalize, Outputs
 
 PLAIN = Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=16)
@@ -53,7 +53,7 @@ class TestPredictSingleScale:
         network = Recorder()
         config = apply_overrides(CONFIG, [f"data.crop_size={crop}"])
         image = noise(*size)
-        probs, scores = predict_single_scale(network, image, config)  # type: ignore[arg-type]
+        probs, scores = Inference(network, config).single_scale(image)  # type: ignore[arg-type]
         assert [view.shape[-2:] for view in network.views] == [expected]
         assert probs.shape == (1, 3, *size)
         torch.testing.assert_close(probs.sum(dim=1), torch.ones(1, *size))
@@ -64,14 +64,14 @@ class TestPredictSingleScale:
         network = Recorder()
         config = apply_overrides(CONFIG, [f"evaluation.scale={scale}"])
         image = noise(70, 100)
-        probs, _ = predict_single_scale(network, image, config)  # type: ignore[arg-type]
+        probs, _ = Inference(network, config).single_scale(image)  # type: ignore[arg-type]
         assert [view.shape[-2:] for view in network.views] == [expected]
         assert probs.shape == (1, 3, 70, 100)
 
     def test_images_are_normalized(self) -> None:
         network = Recorder()
         network.encoder = replace(PLAIN, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.125))
-        predict_single_scale(network, torch.full((3, 64, 48), 255, dtype=torch.uint8), CONFIG)  # type: ignore[arg-type]
+        Inference(network, CONFIG).single_scale(torch.full((3, 64, 48), 255, dtype=torch.uint8))  # type: ignore[arg-type]
         assert network.views[0][0, :, 3, 4].tolist() == pytest.approx([1.0, 2.0, 4.0])
 
 

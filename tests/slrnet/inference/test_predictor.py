@@ -14,9 +14,9 @@ from torch import Tensor
 import slrnet
 from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError, restore_model
 from slrnet.config import Config, apply_overrides
-from slrnet.inference import predictor
-from slrnet.inference.forward import fit_image, predict_single_scale
-from slrnet.inference.predictor import predict_multi_scale, rgb_array
+from slrnet.inference import forward
+from slrnet.inference.forward import Inference
+from slrnet.inference.predictor import rgb_array
 from slrnet.models.network import Normalize
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import resize
@@ -43,25 +43,25 @@ class TestPredictMultiScale:
         expected, scores = [], []
         with torch.no_grad():
             for scale in (1.0, 0.5):
-                inputs = Normalize.of(model.encoder)(fit_image(image, config, scale))
+                inputs = Normalize.of(model.encoder)(Inference(model, config).fit(image, scale))
                 for flip in (False, True):
                     out = model([inputs.flip(-1) if flip else inputs])
                     probs = out.logits[0].softmax(dim=1)
                     expected.append(resize(probs.flip(-1) if flip else probs, (70, 90)))
                     scores.append(out.class_scores[0])
-        probs, class_scores = predict_multi_scale(model, image, config)
+        probs, class_scores = Inference(model, config).multi_scale(image)
         torch.testing.assert_close(probs, torch.stack(expected).mean(dim=0))
         torch.testing.assert_close(class_scores, torch.stack(scores).mean(dim=0))
-        assert not torch.allclose(probs, predict_single_scale(model, image, config)[0], atol=1e-3)
+        assert not torch.allclose(probs, Inference(model, config).single_scale(image)[0], atol=1e-3)
 
     def test_a_mirrored_image_has_the_mirrored_mask(self, model: SLRNet, tiny_config: Config) -> None:
         config = apply_overrides(tiny_config, ["evaluation.scales=1.0,1.5"])
         image = tensor(picture(64, 80))
-        straight, _ = predict_multi_scale(model, image, config)
-        mirrored, _ = predict_multi_scale(model, image.flip(-1), config)
+        straight, _ = Inference(model, config).multi_scale(image)
+        mirrored, _ = Inference(model, config).multi_scale(image.flip(-1))
         torch.testing.assert_close(mirrored.flip(-1), straight, atol=1e-5, rtol=1e-4)
-        single, _ = predict_single_scale(model, image.flip(-1), config)
-        assert not torch.allclose(single.flip(-1), predict_single_scale(model, image, config)[0], atol=1e-3)
+        single, _ = Inference(model, config).single_scale(image.flip(-1))
+        assert not torch.allclose(single.flip(-1), Inference(model, config).single_scale(image)[0], atol=1e-3)
 
     def test_large_images_go_through_the_network_one_at_a_time(
         self, model: SLRNet, tiny_config: Config, monkeypatch: pytest.MonkeyPatch
@@ -70,13 +70,13 @@ class TestPredictMultiScale:
         counts: list[int] = []
         hook = model.register_forward_pre_hook(lambda _, inputs: counts.append(len(inputs[0][0])))
         try:
-            together = predict_multi_scale(model, images, tiny_config)
-            monkeypatch.setattr(predictor, "_LARGE", 64 * 64)
-            alone = predict_multi_scale(model, images, tiny_config)
+            together = Inference(model, tiny_config).multi_scale(images)
+            monkeypatch.setattr(forward, "_LARGE", 64 * 64)
+            alone = Inference(model, tiny_config).multi_scale(images)
         finally:
             hook.remove()
         scales = tiny_config.evaluation.scales
-        large = [fit_image(images, tiny_config, scale)[0, 0].numel() > 64 * 64 for scale in scales]
+        large = [Inference(model, tiny_config).fit(images, scale)[0, 0].numel() > 64 * 64 for scale in scales]
         assert any(large)
         assert not all(large)
         assert counts == [4] * len(scales) + [n for own in large for n in ([1] * 4 if own else [4])]
@@ -88,7 +88,7 @@ class TestPredictMultiScale:
         left = apply_overrides(tiny_config, ["evaluation.scales=0.5", "evaluation.scale=2.0"])
         right = apply_overrides(tiny_config, ["evaluation.scales=1.0"])
         torch.testing.assert_close(
-            predict_multi_scale(model, image, left)[0], predict_multi_scale(model, image, right)[0]
+            Inference(model, left).multi_scale(image)[0], Inference(model, right).multi_scale(image)[0]
         )
 
 
@@ -115,7 +115,7 @@ class TestPredictor:
         predictor = load_predictor(checkpoint, protocol=protocol, device="cpu")
         images = [picture(40, 56, 1), picture(56, 40, 2), picture(40, 56, 3), picture(40, 56, 4)]
         sizes: list[int] = []
-        predictor._model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0][0])))
+        predictor.inference.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0][0])))
         together = predictor.predict_batch(images)
         assert set(sizes) == ({3, 1} if protocol == "ss" else {6, 2})
         for image, found in zip(images, together, strict=True):
@@ -131,7 +131,7 @@ class TestPredictor:
         settings = ["inference.tile_above=9000", "inference.tile_size=64", "inference.tile_overlap=32"]
         predictor = load_predictor(make_checkpoint(apply_overrides(tiny_config, settings)), device="cpu")
         sizes: list[tuple[int, ...]] = []
-        predictor._model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0][0].shape)))
+        predictor.inference.model.register_forward_pre_hook(lambda _, inputs: sizes.append(tuple(inputs[0][0].shape)))
         blocks = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
         image = blocks.repeat(16, axis=0).repeat(16, axis=1)  # 96 x 144
         found = predictor(image)

@@ -16,8 +16,9 @@ from slrnet.data.manifest import ShardSet
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality
 from slrnet.evaluation.metrics import ConfusionMatrix
+from slrnet.inference.forward import Inference
 from slrnet.launch.evaluation import launch_evaluation, measure
-from slrnet.launch.prediction import MaskPredictor
+from slrnet.launch.prediction import MaskJob, MaskPredictor
 from slrnet.launch.train import LaunchOptions, launch
 from slrnet.tools.predict import load_predictor
 from slrnet.tracking.reader import metric_history
@@ -32,7 +33,7 @@ def need(protocol: str) -> None:
 
 def evaluate(checkpoint: Checkpoint, data: ShardSet, config: Config, folder: Path) -> dict[str, Any]:
     options = LaunchOptions(name="evaluation", storage=folder, num_workers=0)
-    return launch_evaluation(checkpoint, data, split="val", config=config, options=options)
+    return launch_evaluation(MaskJob(checkpoint, config, data, ("val",)), options)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -83,7 +84,7 @@ def test_any_number_of_ranks_counts_the_same(
     need(protocol)
     config = apply_overrides(tiny_config, [f"evaluation.protocol={protocol}"])
     model = restore_model(checkpoint).eval()
-    predictor = MaskPredictor(model=model, config=config, process=Process(), crf_processes=1)
+    predictor = MaskPredictor(Inference(model, config), Process(), crf_processes=1)
 
     def share(rank: int, world_size: int) -> tuple[Quality, ...]:
         loader = EvalLoader(tiny_data, split="val", rank=rank, world_size=world_size)

@@ -27,9 +27,10 @@ from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.distributed.process import Process
 from slrnet.evaluation.metrics import ConfusionMatrix
-from slrnet.inference.predictor import predict
-from slrnet.launch import prediction, pseudo_label
+from slrnet.inference.forward import Inference
+from slrnet.launch import prediction
 from slrnet.launch.evaluation import launch_evaluation
+from slrnet.launch.prediction import MaskJob
 from slrnet.launch.pseudo_label import RECORD, SUBSET, launch_pseudo_labels
 from slrnet.launch.train import LaunchOptions, TrainingError
 
@@ -41,7 +42,7 @@ def label(
     checkpoint: Checkpoint, data: ShardSet, out: Path, *changes: str, splits: tuple[str, ...] = ("train",)
 ) -> dict[str, Any]:
     config = apply_overrides(checkpoint.config, changes)
-    return launch_pseudo_labels(checkpoint, data, splits=splits, config=config, out=out)
+    return launch_pseudo_labels(MaskJob(checkpoint, config, data, splits), out)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -105,7 +106,7 @@ class TestTheDataSet:
         described = notes(made[0].folder, "train")
         void = 0
         for sample in EvalLoader(made[0], split="train"):
-            probs = predict(model, sample.image, checkpoint.config, "ss")[0][0]
+            probs = Inference(model, checkpoint.config).predict(sample.image, "ss")[0][0]
             probs[1:] *= sample.image_labels[:, None, None]
             confidence, mask = (probs / probs.sum(dim=0)).max(dim=0)
             expected = torch.where(confidence < 0.5, IGNORE_INDEX, mask)
@@ -141,7 +142,7 @@ class TestTheDataSet:
     ) -> None:
         config = apply_overrides(checkpoint.config, GATED)
         options = LaunchOptions(name="evaluation", storage=tmp_path, num_workers=0)
-        record = launch_evaluation(checkpoint, tiny_data, split="train", config=config, options=options)
+        record = launch_evaluation(MaskJob(checkpoint, config, tiny_data, ("train",)), options)
         metrics = made[1]["quality"]["train"][record["protocol"]]["metrics"]
         assert metrics["miou"] == pytest.approx(record["metrics"]["val/miou"], abs=1e-12)
 
@@ -164,7 +165,7 @@ def test_the_crf_is_measured_beside_what_it_started_from(
     assert kept["metrics"]["coverage"] <= 1
     config = apply_overrides(checkpoint.config, changes)
     options = LaunchOptions(name="evaluation", storage=tmp_path, num_workers=0)
-    measured = launch_evaluation(checkpoint, tiny_data, split="val", config=config, options=options)
+    measured = launch_evaluation(MaskJob(checkpoint, config, tiny_data, ("val",)), options)
     assert with_crf["metrics"]["miou"] == pytest.approx(measured["metrics"]["val/miou"], abs=1e-12)
 
 
@@ -202,7 +203,7 @@ def test_any_number_of_ranks_writes_the_same_shards(
         for rank in range(world_size):
             job(values | {"cpus": 1}, Process(rank, world_size), lambda metrics: None)
 
-    monkeypatch.setattr(pseudo_label, "run_job", run_ranks)
+    monkeypatch.setattr(prediction, "run_job", run_ranks)
     label(checkpoint, tiny_data, tmp_path / "shards", *GATED)
     assert content(tmp_path / "shards") == content(made[0].folder)
 
@@ -211,7 +212,7 @@ class TestStops:
     @pytest.fixture
     def predicted(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         """Counts predicted images, and stops where the list's first entry says so."""
-        calls = [0, 10**6]
+        calls, predict = [0, 10**6], Inference.predict
 
         def counted(*arguments: Any) -> Any:
             if calls[0] == calls[1]:
@@ -219,7 +220,7 @@ class TestStops:
             calls[0] += 1
             return predict(*arguments)
 
-        monkeypatch.setattr(prediction, "predict", counted)
+        monkeypatch.setattr(Inference, "predict", counted)
         return calls
 
     def test_a_stopped_job_goes_on_with_what_is_missing(

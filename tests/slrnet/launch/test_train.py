@@ -103,7 +103,7 @@ def test_resuming_needs_a_run_and_names_those_that_there_are(
     ("change", "message"),
     [
         ("data.val_split=test", "'test'"),
-        ("data.path=/nowhere/at/all", "data_prep"),
+        ("data.path=/nowhere/at/all", "slrnet prepare"),
         ("data.train_subset=half", "no subset 'half'; it has: few, pixels"),
         ("setting=sss", "name the subset whose masks it may see in data.pixel_labeled_subset"),
         ("train.batch_size=64", "batch"),

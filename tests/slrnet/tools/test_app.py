@@ -65,7 +65,7 @@ def load_checkpoint_of(analyzer: Analyzer) -> Any:
     from slrnet.checkpoints.checkpoint import Checkpoint, TrainState
 
     state = TrainState(epoch=1, step=1, classes=analyzer.classes, data_fingerprint="", world_size=1)
-    return Checkpoint(Path(), analyzer.config, state, analyzer._model.state_dict(), {})
+    return Checkpoint(Path(), analyzer.config, state, analyzer._inference.model.state_dict(), {})
 
 
 def test_chosen_classes_alone_are_labelled(analyzer: Analyzer, image: Pixels) -> None:

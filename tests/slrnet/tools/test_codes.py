@@ -11,6 +11,7 @@ from PIL import Image
 
 from slrnet.cli.main import main
 from slrnet.config import Config, apply_overrides
+from slrnet.inference.forward import Inference
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import build_encoder
 from slrnet.models.slrnet import SLRNet
@@ -31,7 +32,7 @@ CONFIG = apply_overrides(Config(), ["model.output_stride=16", "data.crop_size=64
 
 def test_codes_of_several_numbers_of_iterations() -> None:
     model = model_of()
-    maps = code_maps(model, IMAGE, CONFIG, [1, 2, 5])
+    maps = code_maps(Inference(model, CONFIG), IMAGE, [1, 2, 5])
     assert list(maps.codes) == [1, 2, 5]
     for codes in maps.codes.values():
         assert codes.shape == (3, 48, 64)
@@ -44,7 +45,7 @@ def test_codes_of_several_numbers_of_iterations() -> None:
 
 def test_atoms_without_names() -> None:
     model = model_of(num_bases=5)
-    maps = code_maps(model, IMAGE, CONFIG, [3])
+    maps = code_maps(Inference(model, CONFIG), IMAGE, [3])
     assert maps.codes[3].shape == (5, 48, 64)
     means = maps.codes[3].mean(axis=(1, 2))
     assert list(maps.choose_atoms(["background", "cat", "dog"])) == np.argsort(-means).tolist()
@@ -77,10 +78,10 @@ def test_the_picture_shows_each_map_in_its_place() -> None:
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain = SLRNet(model_of().encoder, num_classes=3, cvlr=None, decoder_dim=8, skip_dim=4, aspp_dilations=(1, 2, 3))
     with pytest.raises(ValueError, match="without a low-rank module"):
-        code_maps(plain.eval(), IMAGE, CONFIG, [1])
+        code_maps(Inference(plain.eval(), CONFIG), IMAGE, [1])
     model = model_of()
     with pytest.raises(ValueError, match=r"num_iters is \[0\]"):
-        code_maps(model, IMAGE, CONFIG, [0])
+        code_maps(Inference(model, CONFIG), IMAGE, [0])
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert main(["codes", str(tmp_path / "none"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]) == 2
     assert "error:" in capsys.readouterr().err

@@ -104,8 +104,8 @@ class TestPictures:
         wanted = [f"{names[first]}, truth", names[first], f"{names[second]}, truth", names[second]]
         assert titles(figure)[:4] == wanted
         (example,) = read_examples(target, "val", [best[first]])
-        assert isinstance(target.model, SLRNet)
-        codes = code_maps(target.model, example.image, target.checkpoint.config, [1]).codes[1]
+        assert isinstance(target.inference.model, SLRNet)
+        codes = code_maps(target.inference, example.image, [1]).codes[1]
         np.testing.assert_array_equal(figure.axes[1].get_images()[0].get_array(), heat(codes[first]))
 
     def test_iterations_at_both_epochs(self, target: EvaluationTarget, examination: Examination) -> None:
@@ -125,15 +125,15 @@ class TestPictures:
         assert row_names(figure) == ["scale 1", "scale 0.5"]
 
     def test_features_are_those_around_the_module(self, target: EvaluationTarget) -> None:
-        assert isinstance(target.model, SLRNet)
-        assert target.model.cvlr is not None
+        assert isinstance(target.inference.model, SLRNet)
+        assert target.inference.model.cvlr is not None
         views = [torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(side)) for side in (32, 64)]
-        pairs = features_around(target.model, views)
-        auxiliary = target.model.auxiliary_head
+        pairs = features_around(target.inference.model, views)
+        auxiliary = target.inference.model.auxiliary_head
         assert auxiliary is not None
         with torch.no_grad():
             before = [pair[0][None] for pair in pairs]
-            again = target.model.cvlr(before, [auxiliary(view) for view in before]).features
+            again = target.inference.model.cvlr(before, [auxiliary(view) for view in before]).features
         for (_, after), expected in zip(pairs, again, strict=True):
             torch.testing.assert_close(after[None], expected)
         assert pairs[0][0].shape[1:] != pairs[1][0].shape[1:]
@@ -198,11 +198,11 @@ class TestCommand:
             assert "without a low-rank module" in capsys.readouterr().err
 
     def test_codes_of_atoms_that_are_no_classes(self, target: EvaluationTarget, examination: Examination) -> None:
-        model = copy.deepcopy(target.model)
+        model = copy.deepcopy(target.inference.model)
         assert isinstance(model, SLRNet)
         model.cvlr = CrossViewLowRank(8, dim=6, num_bases=5, num_iters=1)
         with pytest.raises(ValueError, match="no low-rank module whose atoms are classes.*codes draws"):
-            code_figure(replace(target, model=model), examination, number=1)
+            code_figure(replace(target, inference=replace(target.inference, model=model)), examination, number=1)
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ from slrnet.distributed.process import (
 )
 from slrnet.evaluation.masks import evaluate_masks, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix, merge_over_ranks
+from slrnet.inference.forward import Inference
 from slrnet.launch.rank import HANG_EXIT_CODE, Report, train_rank
 from slrnet.tracking.mlflow import create_run
 from slrnet.tracking.protocol import NullTracker, RunHandle
@@ -384,12 +385,8 @@ class TestTraining:
         assert checkpoint.state.world_size == 2
         trainer = Trainer(config, tiny_data, process=Process(), folder=tmp_path)
         trainer.model.load_state_dict(checkpoint.model)
-        quality = evaluate_masks(
-            trainer.model.eval(),
-            EvalLoader(tiny_data, split="val"),
-            config=config,
-            process=Process(),
-        )
+        samples = EvalLoader(tiny_data, split="val")
+        quality = evaluate_masks(Inference(trainer.model.eval(), config), samples, process=Process())
         figures = quality_metrics("val", quality, tiny_data.info.classes)
         assert len({value for name, value in figures.items() if name.startswith("val/iou/")}) > 1
         reported = results[0]["training"]["reports"][-1]
