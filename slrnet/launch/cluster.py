@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ClusterError", "WorkerPlan", "await_lost_nodes", "cluster_resources", "plan_workers"]
+__all__ = ["ClusterError", "WorkerPlan", "WorkerRequest", "await_lost_nodes", "cluster_resources"]
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 LOOK_EVERY = 5.0
@@ -68,59 +68,85 @@ def _environment() -> dict[str, str]:
     return environment | ({"RAY_ADDRESS": address} if _GCS_ADDRESS.fullmatch(address) else {})
 
 
-def plan_workers(
-    count: int | tuple[int, int] | None,
-    *,
-    cpus: int | None = None,
-    cpu_only: bool = False,
-    wait_minutes: float = 0.0,
-    say: Callable[[str], None] = print,
-) -> WorkerPlan:
-    """Decides how many workers a run gets of the cluster.
+@dataclass(frozen=True, kw_only=True)
+class WorkerRequest:
+    """The processes that a run asks for."""
 
-    Args:
-        count: number of workers, or (fewest, most); 0: this process; None: one per GPU, else 1.
-        cpus: CPU cores per worker; None: an equal share of the cluster's.
-        cpu_only: use no GPUs.
-        wait_minutes: minutes to wait for the nodes of the fewest workers on a cluster that grows on demand, with GPUs
-            unless `cpu_only`; 0 takes the cluster as it is.
-        say: receives a line a minute while waiting.
+    num_workers: int | tuple[int, int] | None = None
+    """Training processes; 0 trains in this process without Ray; a pair: the fewest and the most, as many as the cluster
+    has room for at the time; None: one per GPU of the cluster, else 1."""
+    cpus_per_worker: int | None = None
+    """CPU cores per worker; None: an equal share of the cluster's."""
+    cpu_only: bool = False
+    """Use no GPUs."""
+    wait_minutes: float = 0.0
+    """Minutes to wait for the nodes of the fewest workers on a cluster that grows on demand, with GPUs unless
+    `cpu_only`; 0 takes the cluster as it is."""
 
-    Raises:
-        ClusterError: the cluster has too few resources.
-    """
-    if count == 0:
-        return WorkerPlan(least=0, most=0, cpus=os.cpu_count() or 1, gpu=False)
-    if wait_minutes:
-        _await_nodes(count, cpus=cpus or 1, gpu=not cpu_only, minutes=wait_minutes, say=say)
-    have_cpus, have_gpus = cluster_resources()
-    gpu = have_gpus > 0 and not cpu_only
-    least, most = count if isinstance(count, tuple) else (count or max(1, have_gpus * gpu),) * 2
-    if gpu and least > have_gpus:
-        raise ClusterError(
-            f"{least} workers with a GPU each were asked for, the cluster has {have_gpus} GPUs and {have_cpus} CPUs; "
-            f"lower --num-workers to {have_gpus}, add nodes, or wait for them with --wait-for-nodes"
-        )
-    share = cpus or max(1, have_cpus // (min(most, have_gpus) if gpu else most))
-    if least * share > have_cpus:
-        raise ClusterError(
-            f"{least} workers with {share} CPUs each were asked for, the cluster has {have_cpus} CPUs and {have_gpus} "
-            "GPUs; lower --num-workers or --cpus-per-worker, add nodes, or wait for them with --wait-for-nodes"
-        )
-    return WorkerPlan(least=least, most=most, cpus=share, gpu=gpu)
+    def plan(self, say: Callable[[str], None] = print) -> WorkerPlan:
+        """Decides how many workers the run gets of the cluster; `say` receives a line a minute while waiting.
+
+        Raises:
+            ClusterError: the cluster has too few resources.
+        """
+        count, cpus = self.num_workers, self.cpus_per_worker
+        if count == 0:
+            return WorkerPlan(least=0, most=0, cpus=os.cpu_count() or 1, gpu=False)
+        if self.wait_minutes:
+            self._await_nodes(say)
+        have_cpus, have_gpus = cluster_resources()
+        gpu = have_gpus > 0 and not self.cpu_only
+        least, most = count if isinstance(count, tuple) else (count or max(1, have_gpus * gpu),) * 2
+        if gpu and least > have_gpus:
+            raise ClusterError(
+                f"{least} workers with a GPU each were asked for, the cluster has {have_gpus} GPUs and {have_cpus} "
+                f"CPUs; lower --num-workers to {have_gpus}, add nodes, or wait for them with --wait-for-nodes"
+            )
+        share = cpus or max(1, have_cpus // (min(most, have_gpus) if gpu else most))
+        if least * share > have_cpus:
+            raise ClusterError(
+                f"{least} workers with {share} CPUs each were asked for, the cluster has {have_cpus} CPUs and "
+                f"{have_gpus} GPUs; lower --num-workers or --cpus-per-worker, add nodes, or wait for them with "
+                "--wait-for-nodes"
+            )
+        return WorkerPlan(least=least, most=most, cpus=share, gpu=gpu)
+
+    def _await_nodes(self, say: Callable[[str], None]) -> None:
+        """Asks the cluster to grow until the fewest workers fit, and waits for it."""
+        from ray.autoscaler.sdk import request_resources
+
+        least = self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers or 1
+        cpus, gpu = self.cpus_per_worker or 1, not self.cpu_only
+        cluster_resources()  # connects
+        begun = told = time.monotonic()
+        request_resources(bundles=[{"CPU": cpus} | ({"GPU": 1} if gpu else {})] * least)
+        try:
+            while True:
+                have_cpus, have_gpus = cluster_resources()
+                if have_cpus >= least * cpus and (have_gpus >= least or not gpu):
+                    return
+                now = time.monotonic()
+                has = f"the cluster has {have_cpus} CPUs and {have_gpus} GPUs"
+                wants = f"{least} worker(s) of {cpus} CPU(s){' and a GPU' if gpu else ''}"
+                if now - begun > 60 * self.wait_minutes:
+                    raise ClusterError(
+                        f"after {self.wait_minutes:g} minutes {has}, too little for {wants}; see `ray status` for why "
+                        "it does not grow, lower --num-workers, or wait longer with --wait-for-nodes"
+                    )
+                if now - told >= 60:
+                    told = now
+                    say(f"waiting for nodes: {has}; needed: {wants}")
+                time.sleep(LOOK_EVERY)
+        finally:
+            request_resources(bundles=[])
 
 
 def await_lost_nodes(*, seconds: float = 60.0) -> set[str]:
     """Waits until Ray has noticed which of its nodes are gone; returns at once if all of them answer.
 
     Ray needs several failed health checks to notice. Until then it would place new workers on a lost node and count
-    their end as one more failure.
-
-    Args:
-        seconds: longest wait.
-
-    Returns:
-        IDs of the nodes that do not answer and that Ray still takes for alive.
+    their end as one more failure. Returns the IDs of nodes that Ray still takes for alive after `seconds`, although
+    they do not answer.
     """
     import ray
 
@@ -138,34 +164,3 @@ def _answers(node: Mapping[str, Any]) -> bool:
     except OSError:
         return False
     return True
-
-
-def _await_nodes(
-    count: int | tuple[int, int] | None, *, cpus: int, gpu: bool, minutes: float, say: Callable[[str], None]
-) -> None:
-    """Asks the cluster to grow until the fewest workers fit, and waits for it."""
-    from ray.autoscaler.sdk import request_resources
-
-    least = count[0] if isinstance(count, tuple) else count or 1
-    cluster_resources()  # connects
-    begun = told = time.monotonic()
-    request_resources(bundles=[{"CPU": cpus} | ({"GPU": 1} if gpu else {})] * least)
-    try:
-        while True:
-            have_cpus, have_gpus = cluster_resources()
-            if have_cpus >= least * cpus and (have_gpus >= least or not gpu):
-                return
-            now = time.monotonic()
-            has = f"the cluster has {have_cpus} CPUs and {have_gpus} GPUs"
-            wants = f"{least} worker(s) of {cpus} CPU(s){' and a GPU' if gpu else ''}"
-            if now - begun > 60 * minutes:
-                raise ClusterError(
-                    f"after {minutes:g} minutes {has}, too little for {wants}; see `ray status` for why it does not "
-                    "grow, lower --num-workers, or wait longer with --wait-for-nodes"
-                )
-            if now - told >= 60:
-                told = now
-                say(f"waiting for nodes: {has}; needed: {wants}")
-            time.sleep(LOOK_EVERY)
-    finally:
-        request_resources(bundles=[])

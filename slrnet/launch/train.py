@@ -31,7 +31,7 @@ from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.supervision import supervision_of
 from slrnet.distributed.process import Process, configure_process, current_process
 from slrnet.launch.checks import check_folder, check_run, checkpoint_bytes, class_balance_table, with_absolute_paths
-from slrnet.launch.cluster import WorkerPlan, await_lost_nodes, plan_workers
+from slrnet.launch.cluster import WorkerPlan, WorkerRequest, await_lost_nodes
 from slrnet.launch.rank import Job, Report, train_rank
 from slrnet.storage.remote import filesystem_of
 from slrnet.tracking.location import resolve_uri
@@ -49,7 +49,7 @@ class TrainingError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchOptions:
+class LaunchOptions(WorkerRequest):
     """Where a run is kept and what it runs on; the run itself is a `Config`."""
 
     name: str
@@ -61,15 +61,6 @@ class LaunchOptions:
     name, and nodes share no folder. Empty: they stay in `storage`."""
     resume: bool = False
     """Continue the run of that name from its last checkpoint."""
-    num_workers: int | tuple[int, int] | None = None
-    """Training processes; 0 trains in this process without Ray; a pair: the fewest and the most, as many as the cluster
-    has room for at the time; None: one per GPU of the cluster, else 1."""
-    cpus_per_worker: int | None = None
-    """CPU cores per worker; None: an equal share of the cluster's."""
-    cpu_only: bool = False
-    """Use no GPUs."""
-    wait_minutes: float = 0.0
-    """Minutes to wait for the nodes of the fewest workers on a cluster that grows on demand; 0 takes it as it is."""
     max_failures: int = 0
     """How often a failed worker group restarts from the last checkpoint."""
     hang_limit: float = 600.0
@@ -85,16 +76,6 @@ class LaunchOptions:
     def location(self) -> str:
         """The run's location in the object store; empty where it is kept in a folder."""
         return self.remote and f"{self.remote.rstrip('/')}/{self.name}"
-
-    def plan_workers(self, say: Callable[[str], None] = print) -> WorkerPlan:
-        """Decides how many workers the run gets; see `slrnet.launch.cluster.plan_workers`."""
-        return plan_workers(
-            self.num_workers,
-            cpus=self.cpus_per_worker,
-            cpu_only=self.cpu_only,
-            wait_minutes=self.wait_minutes,
-            say=say,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +108,7 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     if store is not None:
         store.fetch() if options.resume else store.start()
     last = check_folder(folder, resume=options.resume)
-    workers = options.plan_workers(say)
+    workers = options.plan(say)
     supervision = check_run(config, shards, max(1, workers.most))
     require_free_space(folder, MOST_AT_A_TIME * checkpoint_bytes(config, shards))
     labels = supervision.describe()
@@ -150,7 +131,15 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     driver = _train_tracked(config, handle, options, workers)
     if store is not None:
         store.fetch()
-    return _conclude(config, folder, handle, driver)
+    checkpoints = folder / "checkpoints"
+    last, best = find_checkpoint(checkpoints), find_checkpoint(checkpoints, which="best")
+    if last is None or best is None:
+        raise TrainingError(
+            f"the training ended without a checkpoint in {checkpoints}; is the folder shared by all nodes?"
+        )
+    driver.log_artifacts(best, "checkpoint")
+    state = _finish_tracked(driver, config, options, best)
+    return RunResult(folder=folder, last=last, best=best, state=state, run=handle)
 
 
 def train_trial(
@@ -186,9 +175,10 @@ def train_trial(
         MlflowTracker(handle, once=True).log_metrics(notes, 0 if last is None else read_state(last).step)
     driver = _train_tracked(config, handle, options, workers, until=until, callbacks=callbacks)
     best = find_checkpoint(checkpoints, which="best")
-    if best is not None:
-        _describe_result(driver, config, options.folder, read_state(best))
-    driver.finish()
+    if best is None:
+        driver.finish()
+    else:
+        _finish_tracked(driver, config, options, best)
 
 
 def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
@@ -203,7 +193,7 @@ def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
         ClusterError: the cluster has too few resources.
         TrainingError: a worker failed.
     """
-    workers = options.plan_workers()
+    workers = options.plan()
     try:
         _run(job, values | {"cpus": workers.cpus}, folder=options.folder, workers=workers)
     except Exception as error:
@@ -282,23 +272,13 @@ def _train_tracked(
     return driver
 
 
-def _conclude(config: Config, folder: Path, handle: RunHandle, driver: MlflowTracker) -> RunResult:
-    checkpoints = folder / "checkpoints"
-    last, best = find_checkpoint(checkpoints), find_checkpoint(checkpoints, which="best")
-    if last is None or best is None:
-        raise TrainingError(
-            f"the training ended without a checkpoint in {checkpoints}; is the folder shared by all nodes?"
-        )
+def _finish_tracked(driver: MlflowTracker, config: Config, options: LaunchOptions, best: Path) -> TrainState:
+    """Ends the MLflow run with the scores of the best checkpoint; returns its state."""
     state = read_state(best)
-    driver.log_artifacts(best, "checkpoint")
-    _describe_result(driver, config, folder, state)
-    driver.finish()
-    return RunResult(folder=folder, last=last, best=best, state=state, run=handle)
-
-
-def _describe_result(driver: MlflowTracker, config: Config, folder: Path, state: TrainState) -> None:
-    text = result_text(state.metrics, state.classes, epoch=state.epoch, folder=folder, data=config.data.path)
+    text = result_text(state.metrics, state.classes, epoch=state.epoch, folder=options.folder, data=config.data.path)
     driver.describe(text)
+    driver.finish()
+    return state
 
 
 # Ray Train.
@@ -313,16 +293,7 @@ def _run(
     failures: int = 0,
     callbacks: Sequence[Any] = (),
 ) -> None:
-    """Runs a job in this process (no workers) or in Ray Train's workers.
-
-    Args:
-        job: what each process runs.
-        values: its plain values.
-        folder: path, or location in an object store, where Ray keeps its own state.
-        workers: the job's processes.
-        failures: how often the workers restart after a failure.
-        callbacks: Ray Train's callbacks.
-    """
+    """Runs a job in this process (no workers) or in Ray Train's workers, whose state Ray keeps in `folder`."""
     if workers.most == 0:
         configure_process(None)
         job(values, Process(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")), Report())

@@ -1,9 +1,8 @@
 """Runs sweeps and ablations on a Ray cluster: the one module that imports ray.tune.
 
-Each trial is a whole distributed training. A small actor starts it; the actor takes no CPU core and sits on the head
-node, so that only workers compete for cores and GPUs. Trials keep their runs under `STORAGE/SWEEP/trials`, and their
-metrics are read from there. A killed sweep resumes: finished trials are kept, and interrupted ones continue from their
-last checkpoint.
+Each trial is a whole distributed training. A small actor starts it; it takes no CPU core and sits on the head node, so
+that only workers compete for cores and GPUs. Trials keep their runs under `STORAGE/SWEEP/trials`, and their metrics are
+read from there. In a resumed sweep, interrupted trials continue from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from slrnet.checkpoints.checkpoint import find_checkpoint
-from slrnet.launch.cluster import ClusterError, WorkerPlan, cluster_resources
+from slrnet.launch.cluster import WorkerPlan, WorkerRequest, cluster_resources
 from slrnet.launch.train import LaunchOptions, TrainingError, train_trial
 from slrnet.sweeps.ablations import get_ablation
 from slrnet.sweeps.plan import SweepOptions, SweepPlan, trial_config, write_plan
@@ -66,50 +65,43 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         ValueError: the cluster or the tracking store does not allow it.
         TrainingError: no trial was measured.
     """
-    options = plan.options
-    workers, concurrent = _capacity(options)
+    name, metric = plan.options.name, plan.options.metrics[0]
+    workers, concurrent = _capacity(plan.options)
     parent = _open_parent(plan, resume=resume)
     if not resume:
         write_plan(plan)
-    say(f"sweep {options.name}: {plan.trials} trials, {concurrent} at a time with {workers} each; folder {plan.folder}")
+    say(f"sweep {name}: {plan.trials} trials, {concurrent} at a time with {workers} each; folder {plan.folder}")
     say(f"curves and pictures: {parent.how_to_open()}")
-    driver = MlflowTracker(parent)
+    driver, sweep = MlflowTracker(parent), _Sweep(plan, parent, workers, concurrent)
     try:
-        trials = _run_trials(plan, parent, workers, concurrent=concurrent, resume=resume, say=say)
+        trials = sweep.train_population(say) if plan.options.scheduler == "pbt" else sweep.train(resume=resume)
     except KeyboardInterrupt:
         driver.finish("KILLED", "interrupted")
         raise
     except Exception as error:
         driver.finish("FAILED", str(error))
         raise
-    best = best_trial(trials, options.metrics[0])
-    _finish_children(plan, parent, trials, best)
+    best = best_trial(trials, metric)
+    sweep.finish_children(trials, best)
     if best is None:
         cause = next((trial.error for trial in trials if trial.error), "none was measured")
         driver.finish("FAILED", cause)
-        raise TrainingError(f"no trial of sweep {options.name} has {options.metrics[0]}; the first error: {cause}")
-    return _conclude(plan, parent, driver, trials, best, replay=_replay(plan, trials, concurrent))
+        raise TrainingError(f"no trial of sweep {name} has {metric}; the first error: {cause}")
+    return sweep.conclude(driver, trials, best)
 
 
 def _capacity(options: SweepOptions) -> tuple[WorkerPlan, int]:
     """The workers of a trial, and how many trials fit at a time."""
     cpus, gpus = cluster_resources()
     per_worker = options.cpus_per_worker or (max(1, cpus // gpus) if gpus else 1)
+    workers = WorkerRequest(num_workers=options.num_workers, cpus_per_worker=per_worker).plan()
     by_cpus = cpus // (options.num_workers * per_worker)
     most = min(by_cpus, gpus // options.num_workers) if gpus else by_cpus
-    if most < 1:
-        raise ClusterError(
-            f"a trial asks for {options.num_workers} worker(s) with {per_worker} CPU(s){' and a GPU' if gpus else ''} "
-            f"each, the cluster has {cpus} CPUs and {gpus} GPUs; lower --num-workers or --cpus-per-worker"
-        )
-    workers = WorkerPlan(least=options.num_workers, most=options.num_workers, cpus=per_worker, gpu=gpus > 0)
     return workers, min(most, options.max_concurrent or most)
 
 
-# The MLflow runs of the sweep and its trials.
-
-
 def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
+    """The sweep's MLflow run, below which the trials have theirs."""
     tracking = plan.config.tracking
     tags = environment_tags() | {"slrnet.recipe": plan.config.recipe, "slrnet.folder": str(plan.folder)}
     tags["slrnet.sweep"] = plan.ablation or "search"
@@ -131,104 +123,105 @@ def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
     )
 
 
-def _record_sources(plan: SweepPlan, parent: RunHandle, population: Population) -> None:
-    """Tags the runs of members with the trials that they took over from, and when."""
-    children = runs_below(parent)
-    for member in population.members:
-        taken = [change for change in member.schedule if change.source is not None]
-        name = member_name(plan, member.index)
-        if taken and name in children:
-            shown = [f"{member_name(plan, change.source or 0)} after epoch {change.epoch}" for change in taken]
-            MlflowTracker(children[name][0]).set_tags({"slrnet.exploited_from": ", ".join(shown)})
+@dataclass(frozen=True)
+class _Sweep:
+    """A sweep under way: its plan, its MLflow run, the workers of a trial, and the trials at a time."""
 
+    plan: SweepPlan
+    parent: RunHandle
+    workers: WorkerPlan
+    concurrent: int
 
-def _finish_children(plan: SweepPlan, parent: RunHandle, trials: Sequence[Trial], best: Trial | None) -> None:
-    """Ends the runs of trials that were stopped early or killed, and uploads the best one's checkpoint."""
-    children = runs_below(parent)
-    for trial in trials:
-        handle, status = children.get(trial.name, (None, ""))
-        if handle is None:
-            continue
-        tracker = MlflowTracker(handle)
-        if trial.schedule:
-            tracker.log_text(json.dumps(list(trial.schedule), indent=2), "schedule.json")
-        tracker.set_tags({"slrnet.trial_status": trial.status})
-        if plan.ablation:
-            tracker.set_tags({"slrnet.variant": get_ablation(plan.ablation).variants[trial.values["variant"]].label})
-        if status == "RUNNING":
-            tracker.finish("FAILED" if trial.status == "failed" else "FINISHED", trial.error)
-    if best is not None and best.name in children:
-        checkpoint = find_checkpoint(plan.folder / "trials" / best.name / "checkpoints", which="best")
-        if checkpoint is not None:
-            MlflowTracker(children[best.name][0]).log_artifacts(checkpoint, "checkpoint")
+    def train(self, *, resume: bool) -> list[Trial]:
+        """Trains all trials of a search or an ablation."""
+        results = self._fit("tune", _param_space(self.plan), _tune_config(self.plan, self.concurrent), resume=resume)
+        return [_trial_of(self.plan, result) for result in results]
 
+    def train_population(self, say: Callable[[str], None]) -> list[Trial]:
+        """Trains the members of a population round by round."""
+        from ray import tune
 
-def _conclude(
-    plan: SweepPlan,
-    parent: RunHandle,
-    driver: MlflowTracker,
-    trials: list[Trial],
-    best: Trial,
-    *,
-    replay: Mapping[str, int],
-) -> SweepResult:
-    """Writes the results into the sweep's folder and its MLflow run."""
-    folder = plan.folder / "results"
-    config = None if plan.ablation else trial_config(plan, best.values)
-    table = write_results(
-        trials,
-        plan.options.metrics,
-        folder,
-        ablation=plan.ablation,
-        best_config=config,
-        replay=replay,
-        default=plan.recipe_point,
-    )
-    driver.log_artifacts(folder)
-    driver.log_metrics({name: value for name, value in best.metrics.items() if name.count("/") == 1}, 0)
-    driver.set_tags({"slrnet.best_trial": best.name})
-    path = None if config is None else folder / "best_config.json"
-    following = "" if path is None else f"\n\nNext: `slrnet train --config {path}`"
-    trial_runs = [handle for handle, _ in runs_below(parent).values()][:_COMPARED]
-    link = f"[Trials side by side, with parallel coordinates]({comparison(trial_runs)})"
-    driver.describe(f"Best trial: {best.name}{following}\n\n{link}\n\n{table}")
-    driver.finish()
-    return SweepResult(best=best, best_config=path, table=table, run=parent)
+        def train_round(until: int, settings: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
+            config = tune.TuneConfig(search_alg=_in_turn(self.concurrent), trial_dirname_creator=attrgetter("trial_id"))
+            members = {"member": tune.grid_search(list(settings))}
+            results = self._fit(f"tune-{until:04d}", members, config, resume=True, until=until, settings=settings)
+            return {result.config["member"]: _error_of(result) for result in results}
 
+        return train_population(self.plan, train_round, say=say, record=self._record_sources)
 
-# Ray Tune.
+    def _fit(self, name: str, space: dict[str, Any], config: Any, *, resume: bool, **job: Any) -> list[Any]:
+        """Runs trials with Tune, which keeps its state as `name` in the sweep's folder; returns a result for each."""
+        from ray import tune
 
+        trainable = tune.with_resources(tune.with_parameters(_trial, job=job | {"sweep": self}), _HEAD_NODE)
+        state = self.plan.folder / name
+        if resume and tune.Tuner.can_restore(str(state)):
+            tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
+        else:
+            shutil.rmtree(state, ignore_errors=True)  # a sweep killed before its first trial
+            run_config = tune.RunConfig(
+                name=name,
+                storage_path=str(self.plan.folder),
+                failure_config=tune.FailureConfig(max_failures=self.plan.options.max_failures),
+                callbacks=[_progress(self.plan)],
+                verbose=0,
+            )
+            tuner = tune.Tuner(trainable, param_space=space, tune_config=config, run_config=run_config)
+        return list(tuner.fit())
 
-def _run_trials(
-    plan: SweepPlan,
-    parent: RunHandle,
-    workers: WorkerPlan,
-    *,
-    concurrent: int,
-    resume: bool,
-    say: Callable[[str], None],
-) -> list[Trial]:
-    from ray import tune
+    def _record_sources(self, population: Population) -> None:
+        """Tags the runs of members with the trials that they took over from, and when."""
+        children = runs_below(self.parent)
+        for member in population.members:
+            taken = [change for change in member.schedule if change.source is not None]
+            name = member_name(self.plan, member.index)
+            if taken and name in children:
+                shown = [f"{member_name(self.plan, change.source or 0)} after epoch {change.epoch}" for change in taken]
+                MlflowTracker(children[name][0]).set_tags({"slrnet.exploited_from": ", ".join(shown)})
 
-    def fit(name: str, space: dict[str, Any], config: Any, *, resume: bool, **job: Any) -> list[Any]:
-        job |= {"plan": plan, "parent": parent, "workers": workers}
-        trainable = tune.with_resources(tune.with_parameters(_trial, job=job), _HEAD_NODE)
-        return _fit(plan, trainable, name, space, config, resume=resume)
+    def finish_children(self, trials: Sequence[Trial], best: Trial | None) -> None:
+        """Ends the runs of trials that were stopped early or killed, and uploads the best one's checkpoint."""
+        children, ablation = runs_below(self.parent), self.plan.ablation
+        for trial in trials:
+            handle, status = children.get(trial.name, (None, ""))
+            if handle is None:
+                continue
+            tracker = MlflowTracker(handle)
+            if trial.schedule:
+                tracker.log_text(json.dumps(list(trial.schedule), indent=2), "schedule.json")
+            tracker.set_tags({"slrnet.trial_status": trial.status})
+            if ablation:
+                tracker.set_tags({"slrnet.variant": get_ablation(ablation).variants[trial.values["variant"]].label})
+            if status == "RUNNING":
+                tracker.finish("FAILED" if trial.status == "failed" else "FINISHED", trial.error)
+        if best is not None and best.name in children:
+            checkpoint = find_checkpoint(self.plan.folder / "trials" / best.name / "checkpoints", which="best")
+            if checkpoint is not None:
+                MlflowTracker(children[best.name][0]).log_artifacts(checkpoint, "checkpoint")
 
-    if plan.options.scheduler != "pbt":
-        return [
-            _trial_of(plan, r) for r in fit("tune", _param_space(plan), _tune_config(plan, concurrent), resume=resume)
-        ]
-
-    def train_round(until: int, settings: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-        config = tune.TuneConfig(search_alg=_in_turn(concurrent), trial_dirname_creator=attrgetter("trial_id"))
-        members = {"member": tune.grid_search(list(settings))}
-        results = fit(f"tune-{until:04d}", members, config, resume=True, until=until, settings=settings)
-        return {result.config["member"]: _error_of(result) for result in results}
-
-    return train_population(
-        plan, train_round, say=say, record=lambda population: _record_sources(plan, parent, population)
-    )
+    def conclude(self, driver: MlflowTracker, trials: list[Trial], best: Trial) -> SweepResult:
+        """Writes the results into the sweep's folder and its MLflow run."""
+        plan, folder = self.plan, self.plan.folder / "results"
+        config = None if plan.ablation else trial_config(plan, best.values)
+        table = write_results(
+            trials,
+            plan.options.metrics,
+            folder,
+            ablation=plan.ablation,
+            best_config=config,
+            replay=_replay(plan, trials, self.concurrent),
+            default=plan.recipe_point,
+        )
+        driver.log_artifacts(folder)
+        driver.log_metrics({name: value for name, value in best.metrics.items() if name.count("/") == 1}, 0)
+        driver.set_tags({"slrnet.best_trial": best.name})
+        path = None if config is None else folder / "best_config.json"
+        following = "" if path is None else f"\n\nNext: `slrnet train --config {path}`"
+        trial_runs = [handle for handle, _ in runs_below(self.parent).values()][:_COMPARED]
+        link = f"[Trials side by side, with parallel coordinates]({comparison(trial_runs)})"
+        driver.describe(f"Best trial: {best.name}{following}\n\n{link}\n\n{table}")
+        driver.finish()
+        return SweepResult(best=best, best_config=path, table=table, run=self.parent)
 
 
 def _trial(values: dict[str, Any], *, job: dict[str, Any]) -> None:
@@ -236,7 +229,8 @@ def _trial(values: dict[str, Any], *, job: dict[str, Any]) -> None:
     from ray import tune
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    plan: SweepPlan = job["plan"]
+    sweep: _Sweep = job["sweep"]
+    plan = sweep.plan
     name, notes = f"{plan.options.name}-{tune.get_context().get_trial_id()}", {}
     if "settings" in job:
         name, values = member_name(plan, values["member"]), job["settings"][values["member"]]
@@ -244,36 +238,12 @@ def _trial(values: dict[str, Any], *, job: dict[str, Any]) -> None:
     train_trial(
         trial_config(plan, values),
         LaunchOptions(name=name, storage=plan.folder / "trials"),
-        parent=job["parent"],
-        workers=job["workers"],
+        parent=sweep.parent,
+        workers=sweep.workers,
         callbacks=[TuneReportCallback()],
         until=job.get("until"),
         notes=notes,
     )
-
-
-def _fit(plan: SweepPlan, trainable: Any, name: str, space: dict[str, Any], config: Any, *, resume: bool) -> list[Any]:
-    """Runs trials with Tune, which keeps its state under `name` in the sweep's folder; returns a result for each."""
-    from ray import tune
-
-    state = plan.folder / name
-    if resume and tune.Tuner.can_restore(str(state)):
-        tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
-    else:
-        shutil.rmtree(state, ignore_errors=True)  # a sweep killed before its first trial
-        tuner = tune.Tuner(
-            trainable,
-            param_space=space,
-            tune_config=config,
-            run_config=tune.RunConfig(
-                name=name,
-                storage_path=str(plan.folder),
-                failure_config=tune.FailureConfig(max_failures=plan.options.max_failures),
-                callbacks=[_progress(plan)],
-                verbose=0,
-            ),
-        )
-    return list(tuner.fit())
 
 
 def _param_space(plan: SweepPlan) -> dict[str, Any]:
@@ -301,7 +271,7 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
     whole = plan.ablation or options.searcher == "grid"
     modes = [mode_of(metric) for metric in options.metrics]
     single: dict[str, Any] = {"metric": options.metrics[0], "mode": modes[0]} if len(modes) == 1 else {}
-    limit = None
+    limit = asha = None
     if whole:
         search = _in_turn(concurrent)
     elif options.searcher == "optuna":
@@ -310,7 +280,6 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
         limit = concurrent
     else:
         search = _in_turn(concurrent, points_to_evaluate=[plan.recipe_point], random_state=options.seed)
-    asha = None
     if options.scheduler == "asha":
         rungs = {"grace_period": options.grace_epochs, "reduction_factor": options.reduction}
         asha = ASHAScheduler(time_attr="epoch", max_t=plan.config.train.epochs, **rungs)
@@ -374,9 +343,6 @@ def _error_of(result: Any) -> str:
     lines = [line.strip() for line in str(result.error).splitlines() if line.strip()]
     last = lines[-1] if lines else type(result.error).__name__
     return last.removeprefix(f"{TrainingError.__module__}.{TrainingError.__name__}: ")[:500]
-
-
-# What early stopping would have saved.
 
 
 def _replay(plan: SweepPlan, trials: Sequence[Trial], concurrent: int) -> dict[str, int]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from slrnet.launch import cluster as cluster_module
-from slrnet.launch.cluster import ClusterError, WorkerPlan, await_lost_nodes, plan_workers
+from slrnet.launch.cluster import ClusterError, WorkerPlan, WorkerRequest, await_lost_nodes
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     [
         (8, 0, None, {}, "1 worker(s) x 8 CPU(s)"),
         (8, 0, 2, {}, "2 worker(s) x 4 CPU(s)"),
-        (8, 0, 3, {"cpus": 1}, "3 worker(s) x 1 CPU(s)"),
+        (8, 0, 3, {"cpus_per_worker": 1}, "3 worker(s) x 1 CPU(s)"),
         (32, 4, None, {}, "4 worker(s) x 8 CPU(s) + 1 GPU"),
         (32, 4, None, {"cpu_only": True}, "1 worker(s) x 32 CPU(s)"),
         (32, 4, 8, {"cpu_only": True}, "8 worker(s) x 4 CPU(s)"),
@@ -48,12 +48,12 @@ def test_workers_get_equal_shares(
     cluster: dict[str, Any], cpus: int, gpus: int, count: Any, options: dict[str, Any], expected: str
 ) -> None:
     cluster |= {"cpus": cpus, "gpus": gpus}
-    assert str(plan_workers(count, **options)) == expected
+    assert str(WorkerRequest(num_workers=count, **options).plan()) == expected
     assert cluster["requests"] == []
 
 
 def test_without_workers_the_process_itself_trains(cluster: dict[str, Any]) -> None:
-    workers = plan_workers(0)
+    workers = WorkerRequest(num_workers=0).plan()
     assert (workers.least, workers.most, workers.gpu, workers.count) == (0, 0, False, "1")
 
 
@@ -62,7 +62,7 @@ def test_without_workers_the_process_itself_trains(cluster: dict[str, Any]) -> N
     [
         (3, {}, "3 workers with a GPU each .* has 2 GPUs and 8 CPUs; lower --num-workers to 2"),
         ((3, 8), {}, "3 workers with a GPU each"),
-        (2, {"cpus": 5}, "2 workers with 5 CPUs each .* has 8 CPUs"),
+        (2, {"cpus_per_worker": 5}, "2 workers with 5 CPUs each .* has 8 CPUs"),
         (9, {"cpu_only": True}, "9 workers with 1 CPUs each .* --wait-for-nodes"),
     ],
 )
@@ -71,12 +71,13 @@ def test_more_than_there_is_is_refused(
 ) -> None:
     cluster["gpus"] = 2
     with pytest.raises(ClusterError, match=message):
-        plan_workers(count, **options)
+        WorkerRequest(num_workers=count, **options).plan()
 
 
 def test_it_asks_a_growing_cluster_for_nodes_and_waits(cluster: dict[str, Any]) -> None:
     cluster |= {"cpus": 0, "arrivals": [70, 200]}
-    workers = plan_workers((2, 4), cpus=6, wait_minutes=10, say=cluster["said"].append)
+    request = WorkerRequest(num_workers=(2, 4), cpus_per_worker=6, wait_minutes=10)
+    workers = request.plan(cluster["said"].append)
     assert workers == WorkerPlan(least=2, most=4, cpus=6, gpu=True)
     assert cluster["requests"] == [[{"CPU": 6, "GPU": 1}] * 2, []]  # and no longer than it needs
     assert cluster["now"] == 200
@@ -89,12 +90,13 @@ def test_it_asks_a_growing_cluster_for_nodes_and_waits(cluster: dict[str, Any]) 
 def test_a_cluster_that_does_not_grow_in_time_is_given_up(cluster: dict[str, Any]) -> None:
     cluster |= {"cpus": 0, "arrivals": [500]}
     with pytest.raises(ClusterError, match=r"after 2 minutes the cluster has 0 CPUs and 0 GPUs, .* `ray status`"):
-        plan_workers(1, wait_minutes=2, say=cluster["said"].append)
+        WorkerRequest(num_workers=1, wait_minutes=2).plan(cluster["said"].append)
     assert cluster["requests"][-1] == []
 
 
 def test_what_is_there_is_not_waited_for(cluster: dict[str, Any]) -> None:
-    assert str(plan_workers(2, cpus=2, cpu_only=True, wait_minutes=5)) == "2 worker(s) x 2 CPU(s)"
+    request = WorkerRequest(num_workers=2, cpus_per_worker=2, cpu_only=True, wait_minutes=5)
+    assert str(request.plan()) == "2 worker(s) x 2 CPU(s)"
     assert cluster["now"] == 0
 
 
