@@ -164,12 +164,12 @@ def plan(
     *, shards: int = SHARDS, samples: int = SAMPLES, ranks: int = RANKS, steps: int | None = None, rank: int = 1
 ) -> Figures:
     """Plans the steps of all readers of a rank, one reader after the other."""
-    from slrnet.data.epoch_plan import Pool, plan_epoch
+    from slrnet.data.epoch_plan import EpochPlan, Pool
     from slrnet.data.sample_set import SampleSet
 
     before, wall, begun = peak(), time.perf_counter(), time.process_time()
     firsts = np.arange(shards + 1, dtype=np.int64) * samples
-    order = plan_epoch([Pool(SampleSet.all(shards * samples), 1.0)], firsts, seed=0, epoch=0, window=WINDOW)
+    order = EpochPlan([Pool(SampleSet.all(shards * samples), 1.0)], firsts, seed=0, epoch=0, window=WINDOW)
     batch, share = SHARE * ranks, rank % ranks * SHARE
     wanted = len(order) // batch if steps is None else min(steps, len(order) // batch)
     order.draws(share, share + SHARE)
@@ -221,12 +221,12 @@ def division(*, shards: int, samples: int, ranks: int, readers: int, batch: int)
 
 def slices(*, shards: int) -> Figures:
     """Marks every draw of an epoch, slice by slice."""
-    from slrnet.data.epoch_plan import Pool, plan_epoch
+    from slrnet.data.epoch_plan import EpochPlan, Pool
     from slrnet.data.sample_set import SampleSet
 
     begun = time.process_time()
     firsts = np.arange(shards + 1, dtype=np.int64) * SAMPLES
-    order = plan_epoch([Pool(SampleSet.all(shards * SAMPLES), 1.0)], firsts, seed=0, epoch=0, window=WINDOW)
+    order = EpochPlan([Pool(SampleSet.all(shards * SAMPLES), 1.0)], firsts, seed=0, epoch=0, window=WINDOW)
     seen, drawn = np.zeros(len(order), dtype=np.bool_), 0
     for start in range(0, len(order), SLICE):
         found = order.draws(start, min(start + SLICE, len(order))).samples

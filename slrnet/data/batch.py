@@ -12,24 +12,19 @@ __all__ = ["Batch", "EvalSample"]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """N training crops of side S with their labels.
-
-    Attributes:
-        images: (N, 3, S, S) uint8 RGB, channels last as the loader makes them.
-        image_labels: (N, K-1) float32 of 0 and 1; column c is class c + 1.
-        has_image_labels: (N,) bool, which images' labels are known and granted; rows of the others are 0.
-        keys: names of the N images.
-        has_pixel_labels: (N,) bool, which images come with a granted mask.
-        pixel_labels: (N, S, S) uint8 class ids, 255 where void and all over an image without a granted mask; None where
-            no image has one, as with image labels only.
-    """
+    """N training crops of side S with their labels."""
 
     images: Tensor
+    """(N, 3, S, S) uint8 RGB, channels last as the loader makes them."""
     image_labels: Tensor
+    """(N, K-1) float32 of 0 and 1; column c is class c + 1."""
     has_image_labels: Tensor
+    """(N,) bool, which images' labels are known and may be used; rows of the others are 0."""
     keys: tuple[str, ...]
     has_pixel_labels: Tensor
+    """(N,) bool, which images come with a mask that may be used."""
     pixel_labels: Tensor | None = None
+    """(N, S, S) uint8 class ids, 255 where void and all over an image without such a mask; None if no image has one."""
 
     def floats(self) -> Tensor:
         """(N, 3, S, S) float32 images in [0, 1], contiguous by channel, which makes color changes faster."""
@@ -55,18 +50,14 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class EvalSample:
-    """One whole image at its own size.
-
-    Attributes:
-        key: name of the image.
-        image: (3, H, W) uint8 RGB.
-        pixel_labels: (H, W) uint8 class ids, 255 where void; None where the image has no mask or none was asked for.
-        image_labels: (K-1,) float32 of 0 and 1; entry c is class c + 1.
-        has_image_labels: whether they are known; where not, `image_labels` is 0.
-    """
+    """One whole image at its own size."""
 
     key: str
     image: Tensor
+    """(3, H, W) uint8 RGB."""
     pixel_labels: Tensor | None
+    """(H, W) uint8 class ids, 255 where void; None where the image has no mask or none was asked for."""
     image_labels: Tensor
+    """(K-1,) float32 of 0 and 1; entry c is class c + 1."""
     has_image_labels: bool = True
+    """Whether they are known; where not, `image_labels` is 0."""

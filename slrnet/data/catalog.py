@@ -10,45 +10,24 @@ import numpy.typing as npt
 __all__ = ["BACKGROUND", "IGNORE_INDEX", "VOC_CLASSES", "voc_ids", "voc_palette"]
 
 IGNORE_INDEX = 255
-"""Id of void pixels: undecided, or not labelled. Never a class."""
+"""Id of void pixels: undecided, or not labeled. Never a class."""
 
 BACKGROUND = "background"
 """Name of class 0 in every data set."""
 
-VOC_CLASSES: tuple[str, ...] = (
-    BACKGROUND,
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
+_VOC_OBJECTS = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
+    "sofa train tvmonitor"
 )
+VOC_CLASSES: tuple[str, ...] = (BACKGROUND, *_VOC_OBJECTS.split())
 """The 21 classes of PASCAL VOC, background first; the place in the tuple is the id in VOC's masks."""
 
 
 def voc_palette() -> npt.NDArray[np.uint8]:
-    """Colors of PASCAL VOC's masks.
+    """Colors of PASCAL VOC's masks, (256, 3) uint8 RGB by id.
 
     The bits of an id, lowest three first, go to red, green and blue in turn, from the highest bit of the color down, so
     that neighboring ids get distant colors: 0 is black, 1 is (128, 0, 0), void (255) is (224, 224, 192).
-
-    Returns:
-        (256, 3) uint8, RGB by id.
     """
     ids = np.arange(256)
     palette = np.zeros((256, 3), dtype=np.uint8)
@@ -60,13 +39,7 @@ def voc_palette() -> npt.NDArray[np.uint8]:
 
 
 def voc_ids(classes: Sequence[str]) -> npt.NDArray[np.uint8]:
-    """The ids that VOC gives to the classes of a data set, as a table to look up masks in.
-
-    Args:
-        classes: names of the K classes, background first.
-
-    Returns:
-        (256,) uint8; entry i is VOC's id of class i, and void (255) without a class.
+    """VOC's ids for the K classes of a data set, background first: (256,) uint8, void (255) beyond the classes.
 
     Raises:
         ValueError: a class is none of VOC's.

@@ -38,19 +38,15 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ClassLists:
-    """Image labels of n images as pairs, one for each class that an image has.
-
-    Attributes:
-        images: (E,) places in 0..n-1.
-        classes: (E,) foreground ids in 1..K-1.
-        num_images: n.
-        num_classes: K, background included.
-    """
+    """Image labels of n images as pairs, one for each class that an image has."""
 
     images: Places
+    """(E,) places in 0..n-1."""
     classes: Places
+    """(E,) foreground ids in 1..K-1."""
     num_images: int
     num_classes: int
+    """K, background included."""
 
     @classmethod
     def of(cls, split: SplitView, samples: Places) -> Self:
@@ -66,21 +62,18 @@ class ClassLists:
 
 @dataclass(frozen=True)
 class Balance:
-    """Draws per image and what they make of the classes; shares are of the K - 1 foreground classes and sum to 1.
-
-    Attributes:
-        draws: (n,) expected draws of each image per epoch.
-        images: (K - 1,) images that show each class.
-        natural: (K - 1,) share of each class where every image is drawn once.
-        target: (K - 1,) wanted share; 0 where no image shows the class.
-        expected: (K - 1,) share that the draws give.
-    """
+    """Draws per image and what they make of the classes; shares are of the K - 1 foreground classes and sum to 1."""
 
     draws: Floats
+    """(n,) expected draws of each image per epoch."""
     images: Places
+    """(K - 1,) images that show each class."""
     natural: Floats
+    """(K - 1,) share of each class where every image is drawn once."""
     target: Floats
+    """(K - 1,) wanted share; 0 where no image shows the class."""
     expected: Floats
+    """(K - 1,) share that the draws give."""
 
 
 def balance(lists: ClassLists, *, strength: float, limit: float) -> Balance:
@@ -105,13 +98,7 @@ def balance(lists: ClassLists, *, strength: float, limit: float) -> Balance:
 
 
 def shares(lists: ClassLists, draws: Floats, *, strength: float) -> Balance:
-    """What some draws make of the classes.
-
-    Args:
-        lists: image labels.
-        draws: (n,) draws of each image per epoch.
-        strength: 0 to 1, what the target is made with.
-    """
+    """What (n,) draws of each image per epoch make of the classes; `strength`, 0 to 1, gives the target."""
     images, drawn = lists.occurrences(np.ones(lists.num_images)), lists.occurrences(draws)
     natural = images / max(1.0, images.sum())
     target = np.where(images > 0, np.maximum(natural, 1e-300) ** (1 - strength), 0.0)
@@ -120,10 +107,10 @@ def shares(lists: ClassLists, draws: Floats, *, strength: float) -> Balance:
 
 
 def table(balance: Balance, classes: Sequence[str], *, most: int | None = None) -> str:
-    """Shares of the classes in percent, rarest class first.
+    """Shares of the foreground classes in percent, rarest class first.
 
     Args:
-        balance: what to show, for the foreground classes.
+        balance: the shares.
         classes: names of all K classes, background first.
         most: greatest number of rows, half for the rarest and half for the most frequent classes; None for all.
     """
@@ -149,7 +136,10 @@ def _scale(lists: ClassLists, target: Floats, labeled: npt.NDArray[np.bool_], li
     """Draws whose occurrences have the target's shares: the factors of missed classes grow, step by step."""
     logs = np.zeros(lists.num_classes - 1)
     draws = np.ones(lists.num_images)
-    present, crowding = target > 0, _crowding(lists)
+    present = target > 0
+    # The mean number of classes of the images that show a class shortens its steps.
+    sizes = np.bincount(lists.images, minlength=lists.num_images).astype(np.float64)
+    crowding = lists.occurrences(sizes) / np.maximum(1, lists.occurrences(draws))
     for _ in range(_ITERATIONS):
         exponents = _sums(lists.images, logs[lists.classes - 1], lists.num_images)
         draws = _normalize(exponents, labeled, limit)
@@ -160,12 +150,6 @@ def _scale(lists: ClassLists, target: Floats, labeled: npt.NDArray[np.bool_], li
         logs[present] += _STEP * np.clip(ratio, -1, 1) / crowding[present]
         logs = np.clip(logs, -_LARGEST, _LARGEST)  # where the limit binds, a factor would grow without bound
     return draws
-
-
-def _crowding(lists: ClassLists) -> Floats:
-    """(K - 1,) mean number of classes of the images that show a class, by which its steps are shortened."""
-    sizes = np.bincount(lists.images, minlength=lists.num_images).astype(np.float64)
-    return lists.occurrences(sizes) / np.maximum(1, lists.occurrences(np.ones(lists.num_images)))
 
 
 def _sums(places: Places, values: Floats, length: int) -> Floats:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ from slrnet.data.counter_random import uniform
 from slrnet.data.manifest import SplitView
 from slrnet.data.sample_set import Places, SampleSet
 
-__all__ = ["Draws", "EpochPlan", "Pool", "choose_subset", "plan_epoch"]
+__all__ = ["Draws", "EpochPlan", "Pool", "choose_subset"]
 
 _GOLDEN = 0.6180339887498949
 """Multiples of it, modulo 1, fill the unit interval most evenly."""
@@ -44,42 +45,58 @@ _AT_ONCE = 1 << 20
 
 @dataclass(frozen=True)
 class Pool:
-    """Samples of one kind and how often an epoch draws each of them.
-
-    Attributes:
-        samples: places in the split, at least one.
-        draws: expected draws per epoch, 0 or more: one number for all samples, or (n,) float64 for each; their sum is a
-            whole number up to rounding.
-    """
+    """Samples of one kind and how often an epoch draws each of them."""
 
     samples: SampleSet
+    """Places in the split, at least one."""
     draws: float | npt.NDArray[np.float64]
+    """Expected draws per epoch, 0 or more: one number for all samples, or (n,) float64 for each; their sum is a whole
+    number up to rounding."""
+
+    @property
+    def expected(self) -> float:
+        """The sum of the expected draws."""
+        return float(self.draws.sum() if isinstance(self.draws, np.ndarray) else self.draws * len(self.samples))
 
     @property
     def total(self) -> int:
         """Draws per epoch, the same in all epochs."""
+        return round(self.expected)
+
+    def part(self, samples: SampleSet) -> Pool:
+        """Some of the samples, drawn as often as here."""
         each = self.draws
-        return round(float(each.sum() if isinstance(each, np.ndarray) else each * len(self.samples)))
+        return Pool(samples, each[self.samples.below(samples.array)] if isinstance(each, np.ndarray) else each)
 
 
-@dataclass(frozen=True)
-class Draws:
-    """Some draws of an epoch in order.
-
-    Attributes:
-        samples: (n,) int64 places in the split.
-        repeats: (n,) int64 counts the draws of each sample in the epoch from 0.
-    """
+class Draws(NamedTuple):
+    """Some draws of an epoch in order."""
 
     samples: Places
+    """(n,) int64 places in the split."""
     repeats: Places
+    """(n,) int64 counts the draws of each sample in the epoch from 0."""
 
 
 class EpochPlan:
-    """The draws of an epoch in order, computed piece by piece; `plan_epoch` makes one."""
+    """The draws of an epoch in order, computed piece by piece.
 
-    def __init__(self, orders: Sequence[_PoolOrder]) -> None:
-        self._orders = orders
+    Args:
+        pools: at least one; no sample is in two of them.
+        firsts: (S + 1,) first sample of each shard; the last entry is the number of samples.
+        seed: the run's seed.
+        epoch: number of the epoch, from 0.
+        window: draws of its pool over which a draw's place is spread, >= 1; 1 keeps the order of the shards.
+    """
+
+    def __init__(self, pools: Sequence[Pool], firsts: Places, *, seed: int, epoch: int, window: int) -> None:
+        # Evenly spread over the epochs: in any run of epochs a sample comes as often as expected, up to about one.
+        shift = (random.Random(f"shift {seed}").random() + epoch * _GOLDEN) % 1.0
+        orders = [
+            _PoolOrder(pool, firsts, seeds=[seed, epoch, place], shift=shift, window=window)
+            for place, pool in enumerate(pools)
+        ]
+        self._orders = [order for order in orders if order.total]
 
     def __len__(self) -> int:
         """Draws of the epoch."""
@@ -114,30 +131,13 @@ class EpochPlan:
         return merged
 
 
-def plan_epoch(pools: Sequence[Pool], firsts: Places, *, seed: int, epoch: int, window: int) -> EpochPlan:
-    """Puts the draws of an epoch in order.
-
-    Args:
-        pools: at least one; no sample is in two of them.
-        firsts: (S + 1,) first sample of each shard; the last entry is the number of samples.
-        seed: the run's seed.
-        epoch: number of the epoch, from 0.
-        window: draws of its pool over which a draw's place is spread, >= 1; 1 keeps the order of the shards.
-    """
-    orders = [
-        _PoolOrder(pool, firsts, rng=_generator(seed, epoch, place), shift=_shift(seed, epoch), window=window)
-        for place, pool in enumerate(pools)
-    ]
-    return EpochPlan([order for order in orders if order.total])
-
-
 def choose_subset(split: SplitView, n: int, *, seed: int, among: SampleSet | None = None) -> tuple[int, ...]:
-    """Chooses a fixed subset of a split's samples.
+    """Chooses n of a split's samples, all if there are fewer; the same ones for the same seed.
 
     Args:
         split: the split to choose from.
-        n: how many samples to choose; if there are fewer, all of them.
-        seed: the same seed gives the same subset.
+        n: how many samples to choose.
+        seed: the seed of the choice.
         among: which samples may be chosen, for instance `split.with_masks`; None for all.
 
     Returns:
@@ -155,7 +155,8 @@ class _PoolOrder:
     turn comes in that pass. Where all samples are drawn equally often, each has its turn in every pass.
     """
 
-    def __init__(self, pool: Pool, firsts: Places, *, rng: np.random.Generator, shift: float, window: int) -> None:
+    def __init__(self, pool: Pool, firsts: Places, *, seeds: list[int], shift: float, window: int) -> None:
+        rng = np.random.Generator(np.random.PCG64(seeds))
         self.total = pool.total
         self._samples = pool.samples
         self._keys = rng.integers(1 << 64, size=2, dtype=np.uint64)
@@ -243,12 +244,3 @@ def _count_draws(pool: Pool, shift: float) -> Places | None:
     if total % number == 0:
         return None
     return np.diff((np.arange(number + 1) * total + int(shift * number)) // number)
-
-
-def _generator(seed: int, epoch: int, place: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([seed, epoch, place]))
-
-
-def _shift(seed: int, epoch: int) -> float:
-    """Evenly spread over the epochs: in any run of epochs a sample comes as often as expected, up to about one."""
-    return (random.Random(f"shift {seed}").random() + epoch * _GOLDEN) % 1.0

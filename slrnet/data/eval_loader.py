@@ -31,9 +31,6 @@ class EvalLoader:
         workers: reader processes of this rank; 0 reads in this process.
         on_error: "stop" raises at the first damaged sample, "skip" leaves it out and lists it in `skipped`.
 
-    Attributes:
-        total: number of samples over all ranks.
-
     Raises:
         ValueError: an argument is out of range.
         DataError: there is no such split.
@@ -60,14 +57,10 @@ class EvalLoader:
                 f"{view.num_samples - 1}"
             )
         self.total = len(wanted)
-        reader = _EvalReader(
-            index=SampleIndex(shard_set=shard_set, split=view, on_error=on_error, compare=pixel_labels),
-            indices=wanted[self.total * rank // world_size : self.total * (rank + 1) // world_size],
-            readers=max(1, workers),
-            pixel_labels=pixel_labels,
-        )
-        self._num_samples = len(reader.indices)
-        self._pool: ReaderPool[EvalSample] = ReaderPool(reader, workers=workers)
+        """Number of samples over all ranks."""
+        self._indices = wanted[self.total * rank // world_size : self.total * (rank + 1) // world_size]
+        index = SampleIndex(shard_set=shard_set, split=view, on_error=on_error, compare=pixel_labels)
+        self._pool = ReaderPool(_EvalReader(index, self._indices, max(1, workers)), workers=workers)
 
     @property
     def skipped(self) -> tuple[SkippedSample, ...]:
@@ -76,7 +69,7 @@ class EvalLoader:
 
     def __len__(self) -> int:
         """Number of samples of this rank."""
-        return self._num_samples
+        return len(self._indices)
 
     def __iter__(self) -> Iterator[EvalSample]:
         """Yields this rank's samples; one pass at a time.
@@ -99,19 +92,15 @@ class EvalLoader:
         self._pool.close()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _EvalReader:
-    """Reads whole images; with W readers each takes every W-th sample, so that taking turns keeps the order."""
+    """Reads whole images; each of a rank's readers takes every n-th sample, so that taking turns keeps the order."""
 
     index: SampleIndex
     indices: npt.NDArray[np.int64]
-    """Samples of this rank."""
     readers: int
-    """Number of readers of this rank."""
-    pixel_labels: bool
 
     def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[Delivery[EvalSample]]:
-        """A reader's samples, whatever epoch and step."""
         with ShardFiles(self.index) as files:
             for sample in self.indices[worker :: self.readers].tolist():
                 try:
@@ -120,7 +109,7 @@ class _EvalReader:
                     yield Delivery(None, skipped=(self.index.damage(sample, error),))
 
     def _load(self, sample: int, files: ShardFiles) -> EvalSample:
-        contents = files.read(sample, masks=self.pixel_labels)
+        contents = files.read(sample, masks=self.index.compare)
         row = self.index.split.row(sample)
         return EvalSample(
             key=row.key,

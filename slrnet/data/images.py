@@ -29,11 +29,11 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def as_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as 8-bit RGB, with its pixels where they are stored.
 
-    Transparent parts become white, 16-bit grey is scaled to 8 bit, other modes are converted.
+    Transparent parts become white, 16-bit gray is scaled to 8 bit, other modes are converted.
     """
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((grey / 257).round().clip(0, 255).astype(np.uint8))
+        gray = np.asarray(image).astype(np.float64)
+        image = Image.fromarray((gray / 257).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -41,12 +41,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def encode_mask(ids: npt.NDArray[np.uint8], palette: npt.NDArray[np.uint8]) -> bytes:
-    """Bytes of an indexed PNG.
-
-    Args:
-        ids: (H, W) uint8 class ids, 255 where void.
-        palette: (256, 3) uint8 RGB by id.
-    """
+    """Bytes of an indexed PNG of (H, W) uint8 class ids, 255 where void, with a palette (256, 3) uint8 RGB by id."""
     image = Image.fromarray(ids)
     image.putpalette(palette.tobytes())
     buffer = io.BytesIO()

@@ -41,6 +41,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import TypeAdapter, ValidationError
 
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest_rows import (
@@ -103,6 +104,11 @@ class DatasetInfo:
     version: int = MANIFEST_VERSION
     """Format version of the files."""
 
+    def __post_init__(self) -> None:
+        names = self.classes
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ValueError(f"classes are {list(names)[:5]}...; two names or more are needed, each once")
+
     @property
     def num_classes(self) -> int:
         """K, background included."""
@@ -121,14 +127,11 @@ class DatasetInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardEntry:
-    """One tar file of a split."""
+    """One tar file of a split, by name and absolute path, and the samples that the manifest lists for it."""
 
     name: str
-    """File name."""
     path: Path
-    """Absolute path."""
     num_samples: int
-    """Samples that the manifest lists for it."""
     first: int
     """Index within the split of its first sample; the others follow in the order of the tar."""
     offsets: npt.NDArray[np.int64]
@@ -159,16 +162,13 @@ class SplitView:
     """One split of a data set: its samples in the order of shards and offsets, its shards and its image labels.
 
     What concerns one sample or shard reads that part of the manifest; arrays over all samples read a whole column.
+    Either raises `DataError` if the manifest is damaged there.
 
     Args:
         name: name of the split.
         rows: the manifest's rows, those of other splits included.
         folder: folder that holds the shards.
         num_classes: K, background included.
-
-    Attributes:
-        firsts: (S + 1,) int64, the first sample of each shard; the last entry is the number of samples.
-        shard_names: file names of the S shards, in order.
     """
 
     def __init__(self, name: str, *, rows: ManifestRows, folder: Path, num_classes: int) -> None:
@@ -180,7 +180,9 @@ class SplitView:
         self._places = np.flatnonzero(self._in_split)
         self._shards = rows.shards.take(self._places)
         self.firsts = cumulative(self._shards["samples"].to_numpy())
+        """(S + 1,) int64, the first sample of each shard; the last entry is the number of samples."""
         self.shard_names: list[str] = self._shards["shard"].to_pylist()
+        """File names of the S shards, in order."""
         self._sample_rows = lru_cache(_SHARDS_KEPT)(self._read_sample_rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -198,19 +200,11 @@ class SplitView:
         return int(self.firsts.searchsorted(sample, side="right")) - 1
 
     def shard_rows(self, shard: int) -> pa.Table:
-        """All columns of the manifest for the samples of the shard at a place.
-
-        Raises:
-            DataError: the manifest is damaged there.
-        """
+        """All columns of the manifest for the samples of the shard at a place."""
         return self._rows.of_shard(int(self._places[shard]))
 
     def row(self, sample: int) -> SampleRow:
-        """What the manifest says about a sample, 0 <= sample < num_samples.
-
-        Raises:
-            DataError: the manifest is damaged there.
-        """
+        """What the manifest says about a sample, 0 <= sample < num_samples."""
         shard = self.shard_of(sample)
         return self._sample_rows(shard)[sample - int(self.firsts[shard])]
 
@@ -236,11 +230,7 @@ class SplitView:
         )
 
     def column(self, name: str) -> pa.Array:
-        """A column of the manifest for all samples of the split.
-
-        Raises:
-            DataError: the manifest is damaged there.
-        """
+        """A column of the manifest for all samples of the split."""
         in_split = np.repeat(self._in_split, self._rows.shards["samples"].to_numpy())
         return self._rows.column(name).filter(in_split).combine_chunks()
 
@@ -275,14 +265,12 @@ class SplitView:
         return self.column("classes")
 
     def image_labels(self, indices: Sequence[int] | npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.float32]:
-        """Which foreground classes each image shows.
+        """(n, K-1) float32 of 0 and 1: which foreground classes each image shows; column c is class c + 1.
+
+        A row of zeros is an image without objects, or one whose labels are not known; `has_image_labels` tells which.
 
         Args:
             indices: (n,) indices of samples within the split; None for all of them.
-
-        Returns:
-            (n, K-1) float32 of 0 and 1; column c is class c + 1, the background is left out. A row of zeros is an image
-            without objects, or one whose labels are not known; `has_image_labels` tells which.
         """
         classes = self.classes if indices is None else self.classes.take(pa.array(indices, type=pa.int64()))
         labels = np.zeros((len(classes), self.num_classes - 1), dtype=np.float32)
@@ -295,10 +283,7 @@ class SplitView:
         return tuple(sorted(pc.list_flatten(self.column("subsets")).unique().to_pylist()))
 
     def in_subset(self, name: str) -> npt.NDArray[np.bool_]:
-        """Which samples belong to the named subset.
-
-        Returns:
-            (num_samples,) bool.
+        """(num_samples,) bool: which samples belong to the named subset.
 
         Raises:
             DataError: no sample of the split is in a subset of that name.
@@ -340,9 +325,7 @@ class ShardSet:
     location: str
     """Where the data set is, as `load_dataset` takes it."""
     info: DatasetInfo
-    """Content of `dataset.json`."""
     rows: ManifestRows
-    """The manifest's rows."""
 
     def path_of(self, entry: ShardEntry) -> Path:
         """A shard's file on this machine; for a data set in an object store, a copy that is made if it is missing.
@@ -354,11 +337,7 @@ class ShardSet:
 
     @property
     def table(self) -> pa.Table:
-        """The whole manifest, with the columns of `SCHEMA`.
-
-        Raises:
-            DataError: the manifest is damaged.
-        """
+        """The whole manifest, with the columns of `SCHEMA`; raises `DataError` if it is damaged."""
         return pa.concat_tables([SCHEMA.empty_table(), *map(self.rows.of_shard, range(self.rows.shards.num_rows))])
 
     @property
@@ -374,8 +353,7 @@ class ShardSet:
     @property
     def verify_command(self) -> str:
         """The command line that compares all shards with the manifest."""
-        program = self.info.made_by.split(" --", 1)[0]
-        return f"{program} --verify {shlex.quote(str(self.folder))}"
+        return f"{self.info.made_by.split(' --', 1)[0]} --verify {shlex.quote(str(self.folder))}"
 
     def split(self, name: str) -> SplitView:
         """The samples of one split.
@@ -443,7 +421,7 @@ def save_dataset(
     palette: npt.NDArray[np.uint8],
     made_by: str,
 ) -> DatasetInfo:
-    """Writes `manifest.parquet` and `dataset.json` into an existing folder that holds the shards.
+    """Writes `manifest.parquet` and `dataset.json` into an existing folder that holds the shards; returns the latter.
 
     Args:
         folder: where to write.
@@ -453,9 +431,6 @@ def save_dataset(
         classes: names of all K classes, background first.
         palette: (K or more, 3) uint8 RGB by id.
         made_by: the command that makes the data set, without `--out`.
-
-    Returns:
-        The content of `dataset.json`.
     """
     writer = ManifestWriter(Path(folder) / MANIFEST_FILE)
     for part in parts:
@@ -464,7 +439,7 @@ def save_dataset(
     info = DatasetInfo(
         name=name,
         classes=tuple(classes),
-        palette=tuple((int(r), int(g), int(b)) for r, g, b in palette[: len(classes)]),
+        palette=tuple((r, g, b) for r, g, b in palette[: len(classes)].tolist()),
         counts=_counts(shards),
         fingerprint=fingerprint(classes, shards),
         made_by=made_by,
@@ -483,7 +458,6 @@ def _problem_of(shards: pa.Table, info: DatasetInfo) -> str:
 
 
 def _counts(shards: pa.Table) -> dict[str, int]:
-    """Samples by split."""
     sums = shards.group_by("split").aggregate([("samples", "sum")]).to_pylist()
     return dict(sorted((row["split"], row["samples_sum"]) for row in sums))
 
@@ -505,20 +479,7 @@ def _read_info(path: Path) -> DatasetInfo:
     if version != MANIFEST_VERSION:
         raise DataError(f"{file} has format version {version}, this program reads version {MANIFEST_VERSION}; {remake}")
     try:
-        return DatasetInfo(
-            name=str(values["name"]),
-            classes=_class_names(values["classes"]),
-            palette=tuple((int(r), int(g), int(b)) for r, g, b in values["palette"]),
-            counts={str(split): int(count) for split, count in dict(values["counts"]).items()},
-            fingerprint=str(values["fingerprint"]),
-            made_by=str(values["made_by"]),
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:  # int(Infinity), which JSON allows, overflows
-        raise DataError(f"{file} is incomplete or malformed ({type(error).__name__}: {error}); {remake}") from None
-
-
-def _class_names(values: Any) -> tuple[str, ...]:
-    names = tuple(values)
-    if len(names) < 2 or len(set(names)) < len(names) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"classes are {list(names)[:5]}...; two names or more are needed, each once")
-    return names
+        return TypeAdapter(DatasetInfo).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{file} is incomplete or malformed ({first['loc']}: {first['msg']}); {remake}") from None

@@ -1,9 +1,8 @@
 """The rows of a manifest file, read a part at a time, and the writer of such files.
 
 `manifest.parquet` is cut into groups of some ten thousand rows; groups end where shards end. The footer holds a table
-of the shards with a sha256 over the rows of each. Opening a manifest reads that table alone. Rows are read when
-something asks for them, and compared with the sha256 of their shard then. So opening takes time by the number of
-shards, not by the number of rows.
+of the shards with a sha256 over the rows of each. Opening a manifest reads that table alone, so it takes time by the
+number of shards. Rows are read, and compared with the sha256 of their shard, when something asks for them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -94,9 +93,6 @@ class ManifestRows:
         num_classes: K, background included; rows with other classes are refused.
         advice: what to do about a damaged file, for error messages.
 
-    Attributes:
-        shards: the table of shards, with the columns of `SHARDS`.
-
     Raises:
         DataError: the file is not a manifest, or it is damaged.
     """
@@ -117,6 +113,7 @@ class ManifestRows:
                 f"not those of a manifest; {advice}"
             )
         self.shards = _decode_shards(path, (metadata.metadata or {}).get(_SHARDS_KEY.encode()), advice)
+        """The table of shards, with the columns of `SHARDS`."""
         self._group_firsts, self._firsts = cumulative(groups), cumulative(self.shards["samples"].to_numpy())
         if self._firsts[-1] != self._group_firsts[-1]:
             raise DataError(
@@ -173,11 +170,7 @@ class ManifestRows:
 
 
 class ManifestWriter:
-    """Writes a manifest part by part. Memory holds one group of rows and the table of shards.
-
-    Args:
-        path: the file to write.
-    """
+    """Writes a manifest part by part. Memory holds one group of rows and the table of shards."""
 
     def __init__(self, path: Path) -> None:
         self._writer = pq.ParquetWriter(
@@ -189,7 +182,10 @@ class ManifestWriter:
 
     def add(self, rows: pa.Table) -> None:
         """Adds the rows of whole shards, ordered by shard and offset, after those of all earlier shards."""
-        for part in _split_by_shard(rows):
+        begin = 0
+        for count in rows.group_by(["shard", "split"], use_threads=False).aggregate([([], "count_all")])["count_all"]:
+            part = rows.slice(begin, count.as_py())
+            begin += part.num_rows
             self._shards.append(_describe_shard(part))
             self._waiting.append(part)
             self._num_waiting += part.num_rows
@@ -200,7 +196,10 @@ class ManifestWriter:
         """Completes the file; returns its table of shards."""
         self._write_group()
         shards = pa.Table.from_pylist(self._shards, schema=SHARDS)
-        self._writer.add_key_value_metadata({_SHARDS_KEY: _encode_shards(shards)})
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, SHARDS, options=pa.ipc.IpcWriteOptions(compression="zstd")) as stream:
+            stream.write_table(shards)
+        self._writer.add_key_value_metadata({_SHARDS_KEY: base64.b64encode(sink.getvalue()).decode()})
         self._writer.close()
         return shards
 
@@ -211,30 +210,14 @@ class ManifestWriter:
 
 
 def fingerprint(classes: Iterable[str], shards: pa.Table) -> str:
-    """sha256 over class names and a table of shards, independent of how arrow lays them out.
-
-    Args:
-        classes: names of all K classes.
-        shards: a table of shards, with the columns of `SHARDS`.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """sha256, as text, of the K class names and a table of shards, independent of how arrow lays them out."""
     digest = hashlib.sha256(json.dumps([MANIFEST_VERSION, *classes]).encode())
-    _hash_columns(digest, shards)
-    return digest.hexdigest()
+    return _hash_columns(digest, shards).hexdigest()
 
 
 def cumulative(values: npt.ArrayLike) -> Places:
     """(n + 1,) int64: the sum of all values before each of n values, and of all of them."""
     return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(values, dtype=np.int64)])
-
-
-def _split_by_shard(rows: pa.Table) -> Iterator[pa.Table]:
-    begin = 0
-    for count in rows.group_by(["shard", "split"], use_threads=False).aggregate([([], "count_all")])["count_all"]:
-        yield rows.slice(begin, count.as_py())
-        begin += count.as_py()
 
 
 def _describe_shard(rows: pa.Table) -> dict[str, Any]:
@@ -270,16 +253,15 @@ def _problem_of(rows: pa.Table, *, num_classes: int) -> str:
 
 
 def _digest_of(rows: pa.Table) -> bytes:
-    digest = hashlib.sha256()
-    _hash_columns(digest, rows)
-    return digest.digest()
+    return _hash_columns(hashlib.sha256(), rows).digest()
 
 
-def _hash_columns(digest: hashlib._Hash, table: pa.Table) -> None:
-    """Adds names, lengths and values of a table's columns to a digest."""
+def _hash_columns(digest: hashlib._Hash, table: pa.Table) -> hashlib._Hash:
+    """Adds names, lengths and values of a table's columns to a digest; returns it."""
     for name in table.column_names:
         digest.update(f"\n{name} {table.num_rows}\n".encode())
         _hash_values(digest, table[name])
+    return digest
 
 
 def _hash_values(digest: hashlib._Hash, column: pa.ChunkedArray) -> None:
@@ -294,13 +276,6 @@ def _hash_values(digest: hashlib._Hash, column: pa.ChunkedArray) -> None:
         digest.update(b"".join(column.to_pylist()))
     else:
         digest.update(pc.fill_null(column.cast(pa.int64()), 0).to_numpy().astype("<i8", copy=False).tobytes())
-
-
-def _encode_shards(shards: pa.Table) -> str:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, SHARDS, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
-        writer.write_table(shards)
-    return base64.b64encode(sink.getvalue()).decode()
 
 
 def _decode_shards(path: Path, footer: bytes | None, advice: str) -> pa.Table:

@@ -17,8 +17,7 @@ _WATCH_EVERY = 5.0
 def helper_context(preload: list[str]) -> BaseContext:
     """How to start helpers without this process's threads and CUDA context: a fork server, else spawn.
 
-    Args:
-        preload: modules that the fork server imports once, so that helpers start with them.
+    The fork server imports the modules in `preload` once, so that helpers start with them.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

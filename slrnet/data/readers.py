@@ -35,17 +35,12 @@ _PRELOAD = ["torch", "torchvision", "webdataset", "pyarrow", "slrnet.data.train_
 
 @dataclass(frozen=True)
 class Delivery(Generic[Payload]):
-    """What a reader sends.
-
-    Attributes:
-        payload: a batch or a sample; None where the reader has news alone.
-        skipped: samples that it could not read since its last delivery.
-        failure: message of the error that ends the epoch.
-    """
+    """What a reader sends: a batch or a sample, if any, and what it could not read since its last delivery."""
 
     payload: Payload | None
     skipped: tuple[SkippedSample, ...] = ()
     failure: str | None = None
+    """Message of the error that ends the epoch."""
 
     def pin_memory(self) -> Delivery[Payload]:
         """The delivery in page-locked memory. torch's loader calls this."""
@@ -82,20 +77,15 @@ class _Deliveries(IterableDataset[Delivery[Payload]]):
 
 
 class ReaderPool(Generic[Payload]):
-    """The readers of a loader, in this process or in processes that stay.
+    """The readers of a loader, in this process (no workers) or in processes that stay.
 
-    Args:
-        reader: what each of them runs.
-        workers: number of reader processes; 0 reads in this process.
-        pin_memory: whether batches come in page-locked memory.
-
-    Attributes:
-        skipped: samples of the current (or last) epoch that could not be read so far.
+    With `pin_memory` batches come in page-locked memory.
     """
 
     def __init__(self, reader: Reader[Payload], *, workers: int, pin_memory: bool = False) -> None:
         self.reader = reader
         self.skipped: list[SkippedSample] = []
+        """Samples of the current (or last) epoch that could not be read so far."""
         self._workers = workers
         self._pin_memory = pin_memory
         self._epoch_and_start = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -156,11 +146,7 @@ class ReaderPool(Generic[Payload]):
 
 
 def check_place(*, rank: int, world_size: int, workers: int) -> None:
-    """Checks a loader's place among the processes.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
+    """Raises ValueError if a number of a loader's place among the processes is out of range."""
     check_at_least_one(world_size=world_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}; with world_size {world_size} allowed are 0 to {world_size - 1}")
@@ -176,10 +162,7 @@ def check_at_least_one(**values: int) -> None:
 
 
 def prepare_reader() -> None:
-    """Prepares a process that only reads; reader processes call it themselves.
-
-    The garbage collector no longer looks through what has been imported, every few thousand images.
-    """
+    """Keeps the garbage collector from looking through imported modules; reader processes call it themselves."""
     gc.freeze()
 
 

@@ -35,13 +35,7 @@ OnError = Literal["stop", "skip"]
 
 @dataclass(frozen=True, slots=True)
 class SkippedSample:
-    """A sample that could not be read.
-
-    Attributes:
-        shard: file name of its tar.
-        key: its name.
-        reason: what was wrong.
-    """
+    """A sample that could not be read: the file name of its tar, its key, and what is wrong."""
 
     shard: str
     key: str
@@ -49,40 +43,27 @@ class SkippedSample:
 
 
 class LocatedSample(NamedTuple):
-    """Where a sample's files lie in its shard.
-
-    Attributes:
-        sample: index of the sample within the split.
-        row: what the manifest says about it.
-        shard: place of its shard among those of the split.
-        files: for each wanted file, by suffix and in the order of the tar, its bytes in the shard.
-        begin: first byte of these files.
-        size: bytes from there to the end of the last file.
-    """
+    """Where a sample's files lie in its shard."""
 
     sample: int
+    """Index within the split."""
     row: SampleRow
+    """What the manifest says about it."""
     shard: int
+    """Place of its shard among those of the split."""
     files: dict[str, slice]
-    begin: int
-    size: int
+    """Bytes of each wanted file in the shard, by suffix and in the order of the tar."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleIndex:
-    """What readers know about a split. Making one touches no shard.
-
-    Attributes:
-        shard_set: the data set.
-        split: one of its splits.
-        on_error: what a damaged sample does.
-        compare: whether samples that are read whole are compared with the manifest's sha256.
-    """
+    """What readers know about a split. Making one touches no shard."""
 
     shard_set: ShardSet
     split: SplitView
     on_error: OnError = "stop"
     compare: bool = False
+    """Whether samples that are read whole are compared with the manifest's sha256."""
 
     def __post_init__(self) -> None:
         if self.on_error not in ("stop", "skip"):
@@ -157,7 +138,11 @@ class SampleIndex:
 
 
 class ShardFiles:
-    """Reads samples from their tars at the manifest's byte offsets; keeps the shards last used open."""
+    """Reads samples from their tars at the manifest's byte offsets; keeps the shards last used open.
+
+    A method raises `DataError` where something is missing or damaged. Unless a method says otherwise, the message names
+    neither the sample nor its shard: `SampleIndex.naming` adds them.
+    """
 
     def __init__(self, index: SampleIndex) -> None:
         self.index = index
@@ -172,37 +157,25 @@ class ShardFiles:
             file.close()
 
     def locate(self, sample: int, *, masks: bool) -> LocatedSample:
-        """Looks up where the sample's image lies, or with `masks` all of its files; no other file is touched.
-
-        Raises:
-            DataError: something is missing or damaged; the message names neither the sample nor its shard.
-        """
+        """Looks up where the sample's image lies, or with `masks` all of its files; no other file is touched."""
         row, shard = self.index.split.row(sample), self.index.split.shard_of(sample)
         files = _locate_files(*self._open(shard), row, only=None if masks else "jpg")
         if "jpg" not in files:
             raise DataError("its image is missing from the tar")
-        parts = list(files.values())
-        return LocatedSample(sample, row, shard, files, parts[0].start, parts[-1].stop - parts[0].start)
+        return LocatedSample(sample, row, shard, files)
 
     def contents(self, located: LocatedSample) -> dict[str, memoryview]:
-        """The bytes of a sample's files by suffix; valid until the next call, which writes to the same memory.
-
-        Raises:
-            DataError: the shard cannot be read; the message names neither the sample nor its shard.
-        """
+        """The bytes of a sample's files by suffix; valid until the next call, which writes to the same memory."""
         file, _ = self._open(located.shard)
-        if len(self._memory) < located.size:
-            self._memory = memoryview(bytearray(located.size))
-        begin = located.begin
-        _read(file, begin, self._memory[: located.size])
+        parts = list(located.files.values())
+        begin, size = parts[0].start, parts[-1].stop - parts[0].start
+        if len(self._memory) < size:
+            self._memory = memoryview(bytearray(size))
+        _read(file, begin, self._memory[:size])
         return {suffix: self._memory[part.start - begin : part.stop - begin] for suffix, part in located.files.items()}
 
     def read(self, sample: int, *, masks: bool) -> dict[str, bytes]:
-        """The sample's files by suffix: `jpg` alone, or with `masks` all of them, compared with the sha256.
-
-        Raises:
-            DataError: something is missing or damaged; the message names neither the sample nor its shard.
-        """
+        """The sample's files by suffix: `jpg` alone, or with `masks` all of them, compared with the sha256."""
         located = self.locate(sample, masks=masks)
         files = {suffix: bytes(content) for suffix, content in self.contents(located).items()}
         if masks and self.index.compare:
@@ -214,8 +187,7 @@ class ShardFiles:
     def load(self, sample: int) -> tuple[dict[str, bytes], Tensor, Tensor | None]:
         """The sample's files, compared with the sha256, its image (3, H, W) uint8 and its mask (H, W) uint8 or None.
 
-        Raises:
-            DataError: something is missing or damaged; the message names sample, shard and remedy.
+        Errors name sample, shard and remedy.
         """
         with self.index.naming(sample):
             files, row = self.read(sample, masks=True), self.index.split.row(sample)

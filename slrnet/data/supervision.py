@@ -24,21 +24,18 @@ __all__ = ["Supervision", "image_labels_only", "plan_supervision", "supervision_
 
 @dataclass(frozen=True)
 class Supervision:
-    """What training may use of a split.
-
-    Attributes:
-        pixel_labels: samples whose mask training may use.
-        image_labels: samples whose image labels are known and training may use.
-        pools: the samples that an epoch draws: those with masks that training may use, if any, and the others, if any.
-        first_pools: the same for the first epochs, with as many draws in all.
-        first_epochs: number of epochs that draw from `first_pools`.
-    """
+    """What training may use of a split."""
 
     pixel_labels: SampleSet
+    """Samples whose mask training may use."""
     image_labels: SampleSet
+    """Samples whose image labels are known and training may use."""
     pools: tuple[Pool, ...]
+    """The samples that an epoch draws: those with masks that training may use, if any, and the others, if any."""
     first_pools: tuple[Pool, ...] = ()
+    """The same for the first epochs, with as many draws in all."""
     first_epochs: int = 0
+    """Number of epochs that draw from `first_pools`."""
 
     def pools_in(self, epoch: int) -> tuple[Pool, ...]:
         """The pools that an epoch, counted from 0, draws from."""
@@ -98,18 +95,14 @@ def plan_supervision(
         for samples, times in ((masks, config.pixel_oversampling), (members - masks, 1))
         if len(samples)
     )
-    labelled = masks | names
-    if config.pretrain_on == "all" or not pretrain_epochs or not len(members - labelled):
+    labeled = masks | names
+    if config.pretrain_on == "all" or not pretrain_epochs or not len(members - labeled):
         return Supervision(masks, names, pools)
-    return Supervision(masks, names, pools, _labelled_alone(pools, labelled), pretrain_epochs)
+    return Supervision(masks, names, pools, _labeled_alone(pools, labeled), pretrain_epochs)
 
 
 def supervision_of(config: Config, shards: ShardSet) -> Supervision:
-    """What a run may use of its training split.
-
-    Raises:
-        DataError: there is no such split; see `plan_supervision`.
-    """
+    """What a run may use of its training split; errors are those of `plan_supervision` and `ShardSet.split`."""
     split = shards.split(config.data.train_split)
     return plan_supervision(split, config.data, config.setting, pretrain_epochs=config.train.pretrain_epochs)
 
@@ -120,24 +113,18 @@ def image_labels_only(split: SplitView) -> Supervision:
     return Supervision(SampleSet.all(0), split.with_image_labels, (Pool(everything, 1.0),))
 
 
-def _labelled_alone(pools: tuple[Pool, ...], labelled: SampleSet) -> tuple[Pool, ...]:
-    """The pools without the samples that grant no label, the others drawn more often: as many draws in all."""
-    kept = [(chosen, _draws_of(pool, chosen)) for pool in pools if len(chosen := pool.samples & labelled)]
-    total = sum(pool.total for pool in pools)
+def _labeled_alone(pools: tuple[Pool, ...], labeled: SampleSet) -> tuple[Pool, ...]:
+    """The pools without the unlabeled samples, the others drawn more often: as many draws in all."""
+    kept = [pool.part(chosen) for pool in pools if len(chosen := pool.samples & labeled)]
     # Each pool's draws are a whole number; the last one takes what rounding leaves.
-    shares = np.array([np.sum(draws) if isinstance(draws, np.ndarray) else draws * len(own) for own, draws in kept])
-    ends = np.rint(np.cumsum(shares) / shares.sum() * total)
+    shares = np.array([pool.expected for pool in kept])
+    ends = np.rint(np.cumsum(shares) / shares.sum() * sum(pool.total for pool in pools))
     totals = np.diff(ends, prepend=0)
     return tuple(
-        Pool(samples, draws * float(own / share))
-        for (samples, draws), own, share in zip(kept, totals, shares, strict=True)
+        Pool(pool.samples, pool.draws * float(own / share))
+        for pool, own, share in zip(kept, totals, shares, strict=True)
         if own
     )
-
-
-def _draws_of(pool: Pool, samples: SampleSet) -> float | npt.NDArray[np.float64]:
-    """How often some of a pool's samples are drawn."""
-    return pool.draws[pool.samples.below(samples.array)] if isinstance(pool.draws, np.ndarray) else pool.draws
 
 
 def _draws(split: SplitView, samples: SampleSet, config: DataConfig) -> float | npt.NDArray[np.float64]:

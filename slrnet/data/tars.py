@@ -28,15 +28,13 @@ class ShardWriter:
     Args:
         file: the empty file to write to.
         name: file name of the shard, for the manifest.
-
-    Attributes:
-        columns: the values of all rows so far, by the names of `SCHEMA`.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file = file
         self._name = name
         self.columns: dict[str, list[Any]] = {column: [] for column in SCHEMA.names}
+        """The values of all rows so far, by the names of `SCHEMA`."""
 
     def __enter__(self) -> Self:
         return self
@@ -69,19 +67,16 @@ class ShardWriter:
             mask: bytes of an indexed PNG file; None if there is no mask.
             notes: further entries of its JSON file.
         """
-        record = {
+        record: dict[str, Any] = {
             "key": key,
             "classes": None if classes is None else list(classes),
             "subsets": sorted(subsets),
-            "width": size[0],
-            "height": size[1],
-            **(notes or {}),
         }
+        record |= {"width": size[0], "height": size[1], **(notes or {})}
         files = {f"{key}.jpg": image, **({} if mask is None else {f"{key}.png": mask})}
         files[f"{key}.json"] = json.dumps(record).encode()
         data = tar_members(files)
-        row = {
-            **{name: value for name, value in record.items() if name in SCHEMA.names},
+        row = record | {
             "classes": list(classes or ()),
             "has_image_labels": classes is not None,
             "split": split,
@@ -92,8 +87,8 @@ class ShardWriter:
             "sha256": hashlib.sha256(b"".join(files.values())).hexdigest(),
         }
         self._file.write(data)
-        for name, value in row.items():
-            self.columns[name].append(value)
+        for name, values in self.columns.items():
+            values.append(row[name])
 
 
 def tar_members(files: Mapping[str, bytes]) -> bytes:

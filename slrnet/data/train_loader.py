@@ -7,6 +7,7 @@ its shuffle buffer holds decoded samples; the plan replaces both by arithmetic o
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.counter_random import Bits, key_of, random_bits
-from slrnet.data.epoch_plan import Draws, plan_epoch
+from slrnet.data.epoch_plan import Draws, EpochPlan
 from slrnet.data.manifest import DataError, ShardSet
 from slrnet.data.readers import Delivery, ReaderPool, check_at_least_one, check_place
 from slrnet.data.samples import LocatedSample, OnError, SampleIndex, ShardFiles, SkippedSample
@@ -82,12 +83,6 @@ class TrainLoader:
         workers: reader processes of this rank; 0 reads in this process.
         pin_memory: whether batches come in page-locked memory (needs an accelerator).
 
-    Attributes:
-        global_batch: images of a step over all ranks.
-        share: images of a step of this rank.
-        steps_per_epoch: whole global batches of an epoch.
-        draws: draws of an epoch.
-
     Raises:
         ValueError: an argument is out of range, or an epoch has fewer draws than one global batch.
         DataError: there is no such split.
@@ -108,7 +103,9 @@ class TrainLoader:
         split, batch = shard_set.split(settings.split), settings.batch_size
         supervision = supervision or image_labels_only(split)
         self.draws = supervision.draws
+        """Draws of an epoch; those beyond the last whole global batch are left out, other ones every epoch."""
         self.global_batch = batch
+        """Images of a step over all ranks."""
         self.steps_per_epoch = self.draws // batch
         if not self.steps_per_epoch:
             raise ValueError(
@@ -128,12 +125,8 @@ class TrainLoader:
             readers=max(1, workers),
         )
         self.share = len(reader.share)
+        """Images of a step of this rank."""
         self._pool: ReaderPool[Batch] = ReaderPool(reader, workers=workers, pin_memory=pin_memory)
-
-    @property
-    def left_over(self) -> int:
-        """Draws, 0 to global_batch - 1, that an epoch leaves out; other ones every epoch."""
-        return self.draws - self.steps_per_epoch * self.global_batch
 
     @property
     def skipped(self) -> tuple[SkippedSample, ...]:
@@ -173,10 +166,9 @@ class TrainLoader:
 
 
 class _PlannedCrop(NamedTuple):
-    """A crop that a batch needs."""
+    """A crop that a batch needs of a sample, or of a stand-in for it if it is damaged."""
 
     sample: LocatedSample | SkippedSample
-    """Where the sample's files lie, or what is wrong with it."""
     crop: Crop
     labeled: bool
     """Whether its image labels are known and granted."""
@@ -199,7 +191,6 @@ class _TrainReader:
     """Number of readers of this rank."""
 
     def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[Delivery[Batch]]:
-        """The batches of a reader's steps from `start_step` on."""
         # torch asks its workers in turn, beginning with worker 0: that one has to make step start_step.
         steps = range(start_step + worker, self.steps, self.readers)
         with ShardFiles(self.index) as files:
@@ -210,19 +201,11 @@ class _TrainReader:
             yield Delivery(None, skipped=tuple(maker.skipped))
 
     def draws(self, steps: range, epoch: int) -> Iterator[Draws]:
-        """This rank's part of some global batches, in order.
-
-        The plan is asked for one step, or for several that lie within the reach of the shuffling.
-        """
+        """This rank's part of some global batches, in order."""
         batch, window = self.settings.batch_size, self.settings.shuffle_buffer
-        plan = plan_epoch(
-            self.supervision.pools_in(epoch),
-            self.index.split.firsts,
-            seed=self.settings.seed,
-            epoch=epoch,
-            window=window,
-        )
-        at_once = max(1, window // (steps.step * batch))
+        pools, seed = self.supervision.pools_in(epoch), self.settings.seed
+        plan = EpochPlan(pools, self.index.split.firsts, seed=seed, epoch=epoch, window=window)
+        at_once = max(1, window // (steps.step * batch))  # steps within the reach of the shuffling
         for first in range(0, len(steps), at_once):
             starts = np.array(steps[first : first + at_once], dtype=np.int64) * batch
             places = starts[:, None] + np.array(self.share)
@@ -247,36 +230,21 @@ class _TrainReader:
             masks = self.supervision.pixel_labels.has(draws.samples).tolist()
             labeled = self.supervision.image_labels.has(draws.samples).tolist()
             keys = random_bits(random_bits(key, draws.samples), draws.repeats)
-            samples = [self._locate(files, *one) for one in zip(draws.samples.tolist(), masks, strict=True)]
+            samples: list[LocatedSample | SkippedSample] = []
+            for sample, mask in zip(draws.samples.tolist(), masks, strict=True):
+                try:
+                    samples.append(files.locate(sample, masks=mask))
+                except DataError as error:
+                    samples.append(self.index.damage(sample, error))
             yield list(map(_PlannedCrop, samples, self.draw_crops(samples, keys), labeled, keys.tolist()))
-
-    def _locate(self, files: ShardFiles, sample: int, masks: bool) -> LocatedSample | SkippedSample:
-        try:
-            return files.locate(sample, masks=masks)
-        except DataError as error:
-            return self.index.damage(sample, error)
-
-
-@dataclass(frozen=True, slots=True)
-class _Crops:
-    """A batch's crops, of which some may be lost."""
-
-    planned: list[_PlannedCrop]
-    images: Tensor
-    """(N, 3, S, S) uint8, channels last."""
-    masks: list[Tensor | None]
-    """(S, S) uint8 each, where granted."""
 
 
 class _BatchMaker:
-    """Makes batches from planned crops. Each crop is written to its place in the batch.
-
-    Attributes:
-        skipped: samples that could not be read; the caller clears it.
-    """
+    """Makes batches from planned crops. Each crop is written to its place in the batch."""
 
     def __init__(self, reader: _TrainReader, files: ShardFiles) -> None:
         self.skipped: list[SkippedSample] = []
+        """Samples that could not be read; the caller clears it."""
         self._reader = reader
         self._files = files
         self._recent: deque[_PlannedCrop] = deque(maxlen=_RECENT)
@@ -287,22 +255,22 @@ class _BatchMaker:
         Raises:
             DataError: a sample is damaged and `on_error` is "stop", or all samples are damaged.
         """
-        waiting: list[_Crops] = []
+        waiting = []
         for crops in planned:
-            waiting.append(self._crop_all(crops))
+            waiting.append((crops, *self._crop_all(crops)))
             if self._recent:
-                yield from map(self._complete, waiting)
+                yield from itertools.starmap(self._complete, waiting)
                 waiting.clear()
         if waiting:
             shards = sorted({sample.shard for sample in self.skipped})
             more = f" and {len(shards) - _SHARDS_NAMED} more" if len(shards) > _SHARDS_NAMED else ""
             raise DataError(
-                f"none of the {sum(len(crops.planned) for crops in waiting)} samples of a reader "
+                f"none of the {sum(len(crops) for crops, *_ in waiting)} samples of a reader "
                 f"(shards {', '.join(shards[:_SHARDS_NAMED])}{more}) can be read; {self._reader.index.advice}"
             )
 
-    def _crop_all(self, planned: list[_PlannedCrop]) -> _Crops:
-        """Decodes and crops the readable samples, and notes the others."""
+    def _crop_all(self, planned: list[_PlannedCrop]) -> tuple[Tensor, list[Tensor | None]]:
+        """Images (N, 3, S, S) uint8 and masks (S, S) uint8 of the readable samples; notes the others in `planned`."""
         number, size = len(self._reader.share), self._reader.settings.crop_size
         if len(planned) != number:
             raise DataError(f"a batch of {number} crops has {len(planned)} samples")
@@ -316,35 +284,31 @@ class _BatchMaker:
                     planned[place] = one._replace(sample=self._reader.index.damage(one.sample.sample, error))
         self._recent.extend(one for one in planned if isinstance(one.sample, LocatedSample))
         self.skipped.extend(one.sample for one in planned if isinstance(one.sample, SkippedSample))
-        return _Crops(planned, images, masks)
+        return images, masks
 
     def _crop(self, sample: LocatedSample, crop: Crop, out: Tensor) -> Tensor | None:
-        """Writes the image's crop to `out`, (3, S, S); returns the mask's, (S, S), if there is one.
-
-        Raises:
-            DataError: the image or the mask is damaged.
-        """
+        """Writes the image's crop to `out`, (3, S, S); returns the mask's, (S, S), if there is one."""
         index, contents = self._reader.index, self._files.contents(sample)
         crop_into(out, index.decode(sample.row, contents, crop.reduction), crop)
         mask = index.decode_mask(sample.row, contents)
         return None if mask is None else crop_mask(mask, crop, size=self._reader.settings.crop_size)
 
-    def _complete(self, crops: _Crops) -> Batch:
+    def _complete(self, planned: list[_PlannedCrop], images: Tensor, masks: list[Tensor | None]) -> Batch:
         """The batch, with stand-ins for lost crops."""
-        planned, masks = crops.planned, crops.masks
         for place, one in enumerate(planned):
             if isinstance(one.sample, SkippedSample):
-                planned[place], masks[place] = self._stand_in(one.key, crops.images[place])
+                planned[place], masks[place] = self._stand_in(one.key, images[place])
         rows = [one.sample.row for one in planned if isinstance(one.sample, LocatedSample)]
-        labeled = [one.labeled for one in planned]
+        labeled, masked = [one.labeled for one in planned], [mask is not None for mask in masks]
         granted = [row if known else None for row, known in zip(rows, labeled, strict=True)]
+        void = torch.full(images.shape[-2:], IGNORE_INDEX, dtype=torch.uint8)
         return Batch(
-            images=crops.images,
+            images=images,
             image_labels=self._reader.index.image_labels(granted),
             has_image_labels=torch.tensor(labeled),
             keys=tuple(row.key for row in rows),
-            has_pixel_labels=torch.tensor([mask is not None for mask in masks]),
-            pixel_labels=_stack_masks(masks, self._reader.settings.crop_size),
+            has_pixel_labels=torch.tensor(masked),
+            pixel_labels=torch.stack([void if mask is None else mask for mask in masks]) if any(masked) else None,
         )
 
     def _stand_in(self, key: int, out: Tensor) -> tuple[_PlannedCrop, Tensor | None]:
@@ -354,11 +318,3 @@ class _BatchMaker:
         (crop,) = self._reader.draw_crops([recent.sample], np.array([key], dtype=np.uint64))
         with self._reader.index.naming(recent.sample.sample):
             return recent, self._crop(recent.sample, crop, out)
-
-
-def _stack_masks(masks: list[Tensor | None], size: int) -> Tensor | None:
-    """(N, S, S) uint8, void where a mask is missing; None if all are missing."""
-    if all(mask is None for mask in masks):
-        return None
-    void = torch.full((size, size), IGNORE_INDEX, dtype=torch.uint8)
-    return torch.stack([void if mask is None else mask for mask in masks])

@@ -31,7 +31,6 @@ __all__ = [
     "ASPECT_RATIOS",
     "MOST_PIXELS",
     "Crop",
-    "crop_image",
     "crop_into",
     "crop_mask",
     "decode_image",
@@ -115,34 +114,18 @@ def draw_crops(
     return list(map(Crop, *parts, (mirrored[:, 0] < flip).tolist(), reductions.tolist()))
 
 
-def crop_image(image: Tensor, crop: Crop, *, size: int) -> Tensor:
+def crop_into(out: Tensor, image: Tensor, crop: Crop) -> None:
     """Cuts the box out and resizes it, bilinear with antialiasing; the same bytes with and without the compiled kernel.
 
     Args:
-        image: (3, H, W) uint8, as decoded with the crop's reduction.
-        crop: within the image.
-        size: side of the result, pixels.
-
-    Returns:
-        (3, size, size) uint8, channels last.
-    """
-    out = torch.empty(1, 3, size, size, dtype=torch.uint8, memory_format=torch.channels_last)[0]
-    crop_into(out, image, crop)
-    return out
-
-
-def crop_into(out: Tensor, image: Tensor, crop: Crop) -> None:
-    """Like `crop_image`, but writes the result to a part of a batch.
-
-    Args:
-        out: (3, S, S) uint8.
+        out: (3, S, S) uint8, where the result goes: a part of a batch.
         image: (3, H, W) uint8, as decoded with the crop's reduction.
         crop: the box within the image.
 
     Raises:
         MemoryError: the compiled kernel got no memory.
     """
-    if kernels.wanted() and _is_channels_last(image) and _is_channels_last(out):
+    if kernels.wanted() and all(one.is_cpu and one.stride() == (1, 3 * one.shape[-1], 3) for one in (image, out)):
         from slrnet.cpu.crop import crop_kernel
 
         if (kernel := crop_kernel()) is not None:
@@ -151,10 +134,6 @@ def crop_into(out: Tensor, image: Tensor, crop: Crop) -> None:
                 raise MemoryError("the crop's kernel got no memory for its rows; lower data.workers")
             return
     out.copy_(_crop_by_operators(image, crop, out.shape[-1]))
-
-
-def _is_channels_last(image: Tensor) -> bool:
-    return image.is_cpu and image.stride() == (1, 3 * image.shape[-1], 3)
 
 
 def _crop_by_operators(image: Tensor, crop: Crop, size: int) -> Tensor:
@@ -168,7 +147,7 @@ def _crop_by_operators(image: Tensor, crop: Crop, size: int) -> Tensor:
 
 
 def crop_mask(mask: Tensor, crop: Crop, *, size: int) -> Tensor:
-    """Does to a mask what `crop_image` does to its image; ids are never mixed.
+    """Does to a mask what `crop_into` does to its image; ids are never mixed.
 
     Args:
         mask: (H, W) uint8 class ids, 255 where void.
@@ -176,7 +155,7 @@ def crop_mask(mask: Tensor, crop: Crop, *, size: int) -> Tensor:
         size: side of the result, pixels.
 
     Returns:
-        (size, size) uint8; each pixel has the id of the mask's pixel nearest to its centre.
+        (size, size) uint8; each pixel has the id of the mask's pixel nearest to its center.
     """
     box = (crop.top, crop.left, crop.height, crop.width)
     out: Tensor = tv.resized_crop(mask.unsqueeze(0), *box, [size, size], interpolation=InterpolationMode.NEAREST_EXACT)
@@ -209,8 +188,9 @@ def decode_image(data: bytes | memoryview, reduction: int = 1) -> Tensor:
     try:
         memory = bytearray(data) if isinstance(data, bytes) else data
         image: Tensor = _decode_jpeg(torch.frombuffer(memory, dtype=torch.uint8), ImageReadMode.RGB.value)
-    except RuntimeError as error:
-        raise DataError(f"the image cannot be decoded as JPEG: {_reason_of(error)}") from None
+    except RuntimeError as error:  # the message begins with a source file of torchvision
+        reason = re.sub(r"^\w+, \S+:\d+, ", "", str(error).partition("\n")[0])
+        raise DataError(f"the image cannot be decoded as JPEG: {reason}") from None
     return image
 
 
@@ -255,9 +235,3 @@ def _check_size(data: bytes | memoryview) -> None:
         raise DataError(f"the image cannot be decoded as JPEG: {error}") from None
     if width * height > MOST_PIXELS:
         raise DataError(f"the image has {width} x {height} pixels; at most {MOST_PIXELS} are read")
-
-
-def _reason_of(error: RuntimeError) -> str:
-    """The reason at the end of torchvision's message, without the source file it begins with."""
-    lines = str(error).splitlines() or [""]
-    return re.sub(r"^\w+, \S+:\d+, ", "", lines[0])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slrnet.data.catalog import IGNORE_INDEX, VOC_CLASSES, voc_ids, voc_palette
+from slrnet.data.catalog import VOC_CLASSES, voc_ids, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, ShardSet
 from slrnet.data.samples import SampleIndex, ShardFiles
@@ -33,12 +33,9 @@ def check_voc_folder(out: Path) -> Path:
 
 
 def write_voc_folder(shards: ShardSet, out: Path, *, splits: Sequence[str]) -> None:
-    """Writes splits of a data set; the folder appears when it is complete.
+    """Writes the named splits of a data set to a new folder, which appears when it is complete.
 
-    Args:
-        shards: the data set.
-        out: the folder to make.
-        splits: names of the splits to write; samples without a mask get none.
+    Samples without a mask get none.
 
     Raises:
         DataError: the folder exists, a key is in two of the splits, or a sample is damaged.
@@ -54,33 +51,19 @@ def write_voc_folder(shards: ShardSet, out: Path, *, splits: Sequence[str]) -> N
     palette = shards.info.palette_array() if ours else voc_palette()
     if ours:
         (partial / "labels.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
-    for split in splits:
-        keys = _write_split(shards, split, partial, table, palette)
-        (partial / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(sorted(keys)) + "\n")
+    for view in map(shards.split, splits):
+        with ShardFiles(SampleIndex(shard_set=shards, split=view, compare=True)) as reader:
+            for sample in range(view.num_samples):
+                files, _, mask = reader.load(sample)
+                key = view.key(sample)
+                image = partial / "JPEGImages" / f"{key}.jpg"
+                if image.exists():
+                    raise DataError(f"key {key!r} is in two of the splits; write them into folders of their own")
+                image.write_bytes(files["jpg"])
+                if mask is not None:
+                    data = encode_mask(table[mask.numpy()], palette)
+                    (partial / "SegmentationClass" / f"{key}.png").write_bytes(data)
+        text = "\n".join(sorted(view.keys.to_pylist())) + "\n"
+        (partial / "ImageSets" / "Segmentation" / f"{view.name}.txt").write_text(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(path)
-
-
-def _write_split(
-    shards: ShardSet,
-    split: str,
-    folder: Path,
-    table: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
-    palette: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
-) -> list[str]:
-    view = shards.split(split)
-    keys = []
-    with ShardFiles(SampleIndex(shard_set=shards, split=view, compare=True)) as reader:
-        for sample in range(view.num_samples):
-            files, _, mask = reader.load(sample)
-            key = view.key(sample)
-            image = folder / "JPEGImages" / f"{key}.jpg"
-            if image.exists():
-                raise DataError(f"key {key!r} is in two of the splits; write them into folders of their own")
-            image.write_bytes(files["jpg"])
-            if mask is not None:
-                data = encode_mask(table[mask.numpy()], palette)
-                (folder / "SegmentationClass" / f"{key}.png").write_bytes(data)
-            keys.append(key)
-    assert table[IGNORE_INDEX] == IGNORE_INDEX
-    return keys

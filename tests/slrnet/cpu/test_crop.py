@@ -17,8 +17,9 @@ from torch import Tensor
 
 from slrnet.cpu import compiled
 from slrnet.cpu import crop as crop_cpu
-from slrnet.data.transforms import Crop, crop_image, crop_into
+from slrnet.data.transforms import Crop, crop_into
 from slrnet.ops.kernels import SWITCH
+from tests.fixtures.crops import crop_image
 
 pytestmark = pytest.mark.skipif(not crop_cpu.available(), reason="no C compiler, or no processor with AVX2")
 

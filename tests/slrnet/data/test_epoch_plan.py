@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slrnet.data.epoch_plan import Draws, Pool, plan_epoch
+from slrnet.data.epoch_plan import Draws, EpochPlan, Pool
 from slrnet.data.sample_set import SampleSet
 
 
@@ -34,7 +34,7 @@ def firsts(counts: list[int]) -> np.ndarray:
 
 
 def plan(pools: list[Pool], counts: list[int], *, seed: int = 1, epoch: int = 0, window: int = 1) -> Draws:
-    found = plan_epoch(pools, firsts(counts), seed=seed, epoch=epoch, window=window)
+    found = EpochPlan(pools, firsts(counts), seed=seed, epoch=epoch, window=window)
     return found.draws(0, len(found))
 
 
@@ -192,7 +192,7 @@ def test_slices_joined_are_the_order_sorted_as_a_whole(
     if len(weights) == 1 and weights[0] % 1 == 0:
         pools[0] = pool(first, weights[0])
     expected = twin(pools, counts, seed=5, epoch=epoch, window=window)
-    found = plan_epoch(pools, firsts(counts), seed=5, epoch=epoch, window=window)
+    found = EpochPlan(pools, firsts(counts), seed=5, epoch=epoch, window=window)
     assert len(found) == len(expected)
     joined = []
     for start, stop in pairwise(sorted({0, len(found), *(cut % len(found) for cut in cuts)})):
@@ -228,7 +228,7 @@ def test_repeats_do_not_spread_the_reading_over_the_shards() -> None:
 def test_a_slice_of_a_hundred_million_draws() -> None:
     """Nothing of the length of the epoch is made: this would take minutes and gigabytes."""
     counts = np.full(100_000, 1000)
-    found = plan_epoch([Pool(SampleSet.all(10**8), 2.0)], firsts(counts), seed=0, epoch=7, window=1000)
+    found = EpochPlan([Pool(SampleSet.all(10**8), 2.0)], firsts(counts), seed=0, epoch=7, window=1000)
     assert len(found) == 2 * 10**8
     part, again = found.draws(123_456_000, 123_460_000), found.draws(123_458_000, 123_462_000)
     assert np.array_equal(part.samples[2000:], again.samples[:2000])

@@ -18,7 +18,8 @@ from torch.nn.functional import avg_pool2d
 from slrnet.data import transforms
 from slrnet.data.counter_random import key_of, random_bits
 from slrnet.data.manifest import DataError
-from slrnet.data.transforms import ASPECT_RATIOS, Crop, crop_image, crop_mask, decode_image, decode_mask, draw_crops
+from slrnet.data.transforms import ASPECT_RATIOS, Crop, crop_mask, decode_image, decode_mask, draw_crops
+from tests.fixtures.crops import crop_image
 
 
 def _picture(width: int = 40, height: int = 24) -> Image.Image:
