@@ -156,15 +156,7 @@ def write_shards(folder: Path, count: int, size: tuple[int, int]) -> list[bytes]
 
 def colors(batch: Batch) -> torch.Tensor:
     """What one view's colors cost: those that the released class changes too."""
-    config = ViewsConfig()
-    drawn = draw_color(
-        len(batch.images),
-        brightness=config.brightness,
-        contrast=config.contrast,
-        saturation=config.saturation,
-        hue=config.hue,
-        generator=torch.Generator().manual_seed(0),
-    )
+    drawn = draw_color(len(batch.images), ViewsConfig(), generator=torch.Generator().manual_seed(0))
     return apply_color(batch.floats(), drawn)
 
 

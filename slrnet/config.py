@@ -1,9 +1,8 @@
 """Every setting of a run, as frozen pydantic models.
 
 A run is a `Config`. Recipes (`slrnet.recipes`) build complete ones; the command line changes single fields with
-`section.field=value`. An unknown key, a wrong type or a value out of range raises `ConfigError`. Loading and messages
-are our own: pydantic's messages span several lines and do not name the nearest key. A test walks all fields and proves
-that each has an effect.
+`section.field=value`. Mistakes raise `ConfigError`; its messages are our own, because pydantic's span several lines
+and do not name the nearest key. A test walks all fields and proves that each has an effect.
 """
 
 from __future__ import annotations
@@ -31,8 +30,6 @@ __all__ = [
     "Implementation",
     "InferenceConfig",
     "LossConfig",
-    "LowRankForm",
-    "LowRankMethod",
     "ModelConfig",
     "OptimConfig",
     "Precision",
@@ -57,23 +54,12 @@ NonNegativeFloat = Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=Fal
 PositiveFloat = Annotated[float, Field(strict=True, gt=0.0, allow_inf_nan=False)]
 
 Setting = Literal["wsss", "sss_image_labels", "sss"]
-"""Image labels; pixel and image labels; pixel labels and unlabeled images."""
 Precision = Literal["auto", "fp32", "bf16"]
-"""What networks compute in: see `train.precision`."""
-LowRankMethod = Literal["cvlr", "separate", "free", "emau", "nmf", "vq", "cd"]
-"""Low-rank modules: see `cvlr.method`."""
-LowRankForm = Literal["paper", "released"]
-"""Arithmetic of CVLR: see `cvlr.form`."""
 Implementation = Literal["auto", "reference", "recompute", "triton"]
-"""How a factorization is computed: see `cvlr.implementation`."""
 Protocol = Literal["ss", "ms", "ms_crf"]
-"""How masks are predicted: see `evaluation.protocol`."""
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
-"""All protocols."""
 Gating = Literal["none", "scores", "image_labels"]
-"""Which classes may be predicted: see `evaluation.gating`."""
 GATINGS: tuple[Gating, ...] = get_args(Gating)
-"""All gatings."""
 
 
 class ConfigError(ValueError):
@@ -100,8 +86,8 @@ class DataConfig(_Section):
     pixel_oversampling: PositiveInt = 5
     """How often an epoch draws each sample of `pixel_labeled_subset` (paper Sec. 4.4); it draws the others once."""
     pretrain_on: Literal["all", "labeled"] = "all"
-    """Images that the first `train.pretrain_epochs` epochs draw: all, or only those with a label, more often, so
-    that the epochs keep their length. Without pseudo labels, an unlabeled image adds only the consistency terms."""
+    """Images of the first `train.pretrain_epochs` epochs: all, or only those with a label, drawn more often for the
+    same length. Without pseudo labels, an unlabeled image adds only the consistency terms."""
     class_balance: Fraction = 0.0
     """How strongly sampling balances the classes. 0: draw images as they come; 1: draw all classes equally often;
     between: a class with share p of the images gets a share proportional to p^(1 - class_balance)."""
@@ -124,9 +110,7 @@ class DataConfig(_Section):
     def _check(self) -> Self:
         low, high = self.crop_scale
         if not low <= high <= 1.0:
-            raise ValueError(
-                f"crop_scale is {self.crop_scale}; allowed are two shares with 0 < smallest <= largest <= 1"
-            )
+            raise ValueError(f"crop_scale is {(low, high)}; allowed are two shares with 0 < smallest <= largest <= 1")
         return self
 
 
@@ -154,12 +138,12 @@ class CvlrConfig(_Section):
 
     enabled: bool = True
     """Off: the decoder gets the encoder's features unchanged (Table 8, "w/o CVLR")."""
-    method: LowRankMethod = "cvlr"
-    """`cvlr`; `separate`: one dictionary per view; `free`: atoms that stand for no class, with random first codes (the
-    paper uses num_iters 3); `emau`: EM attention (num_iters 3); `nmf`, `vq`, `cd`: Hamburger (num_iters 6)."""
+    method: Literal["cvlr", "separate", "free", "emau", "nmf", "vq", "cd"] = "cvlr"
+    """`cvlr`; `separate`: one dictionary per view; `free`: atoms that stand for no class (paper: num_iters 3);
+    `emau`: EM attention (num_iters 3); `nmf`, `vq`, `cd`: Hamburger (num_iters 6)."""
     num_bases: PositiveInt = 64
     """k, the number of atoms of `free`, `emau`, `nmf`, `vq` and `cd`. `cvlr` and `separate` have one atom per class."""
-    form: LowRankForm = "paper"
+    form: Literal["paper", "released"] = "paper"
     """Algorithm 1 as printed, or the arithmetic of the published checkpoints."""
     dim: PositiveInt = 256
     """d, the dimension of the dictionary's atoms."""
@@ -168,8 +152,8 @@ class CvlrConfig(_Section):
     temperature: PositiveFloat = 1.0
     """tau of the codes' softmax."""
     centered: bool = False
-    """Subtract the features' mean before factorizing: over all positions of all views, or of one view for methods that
-    treat each view separately. Off: factorize the features as they are (Algorithm 1)."""
+    """Subtract the features' mean (over all views, or one view if the method treats views separately) before
+    factorizing. Off: factorize the features as they are (Algorithm 1)."""
     implementation: Implementation = "auto"
     """How the factorization and its gradient are computed; the numbers are the same. `triton` needs a GPU."""
 
@@ -217,9 +201,8 @@ class CalibrationConfig(_Section):
     """From the masks of all views to pseudo labels (paper Sec. 3.2, Eq. 3)."""
 
     supervision: Literal["mvmc", "cps", "kl"] = "mvmc"
-    """`mvmc`: all views learn from the pseudo labels of their average. Fig. 4 (right) compares it with two others.
-    `cps`: each view learns from the pseudo labels of the next one. `kl`: each view learns from its own, with a
-    Kullback-Leibler divergence between the views' masks."""
+    """Whose pseudo labels each view learns from (Fig. 4, right). `mvmc`: those of all views' average; `cps`: the next
+    view's; `kl`: its own, with a Kullback-Leibler divergence between the views' masks."""
     fusion: Literal["logits", "probs"] = "logits"
     """Average the un-warped logits and then apply softmax (Eq. 3), or average probabilities (released code)."""
     refine_iters: NonNegativeInt = 10
@@ -244,8 +227,7 @@ class LossConfig(_Section):
     code_consistency: Literal["all", "maximum"] = "all"
     """Compute Eq. 9 on all codes (paper), or set all but each pixel's maximum to 0 first (released code)."""
     pixel_balance: bool = False
-    """Balance the classes in the loss of true masks as in that of pseudo labels (released code). Off: plain
-    cross-entropy (paper)."""
+    """Balance the classes in the loss of true masks too (released code). Off: plain cross-entropy (paper)."""
 
 
 class WeightsConfig(_Section):
@@ -320,19 +302,18 @@ class EvaluationConfig(_Section):
     panel_images: NonNegativeInt = 8
     """Images of that subset to draw side by side (image, raw, refined, pseudo label, truth); 0 draws none."""
     protocol: Protocol = "ss"
-    """How predictors and evaluate.py make masks. `ss`: one scale; `ms`: several scales, each also mirrored; `ms_crf`:
-    `ms` and a dense CRF. Training always measures `ss`."""
+    """How to predict masks. `ss`: one scale; `ms`: several scales, each also mirrored; `ms_crf`: `ms` and a dense CRF.
+    Training always measures `ss`."""
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 1.5, 2.0, 0.5, 0.75)
     """Scales of `ms` and `ms_crf`, as multiples of `scale`."""
     precision: Precision = "fp32"
-    """Precision of the network when it measures or predicts masks; values as in `train.precision`. bf16 is faster on
-    hardware that supports it, and changes the last reported digit of scores."""
+    """As `train.precision`, for predictions; bf16 is faster where supported and changes the last digit of scores."""
     scale: PositiveFloat = 1.0
-    """Scale at which whole images enter the network when masks are measured; 1 is their own size. If training crops
-    shrink their images (crop_size below the image's side), use the same scale here."""
+    """Scale at which whole images enter the network; 1 is their own size. Where training crops shrink their images
+    (crop_size below the image's side), use the same scale here."""
     gating: Gating = "none"
-    """Classes that validation may predict. `none`: all; `scores`: those with high class scores; `image_labels`: those
-    that the image shows (the result says so)."""
+    """Classes that may be predicted. `none`: all; `scores`: those with high class scores; `image_labels`: those that
+    the image shows (the result says so)."""
     gating_threshold: Fraction = 0.3
     """Smallest sigmoid(class score) that `gating = "scores"` keeps."""
     gating_top: PositiveInt = 6
@@ -357,8 +338,7 @@ class CrfConfig(_Section):
     appearance_weight: NonNegativeFloat = 10.0
     """Weight of the appearance kernel."""
     background_power: PositiveFloat | None = None
-    """Exponent on the background's probability before the CRF; null: `evaluation.background_power`. The CRF makes
-    likely classes certain, so it may need another exponent than the plain arg max."""
+    """Exponent on the background's probability before the CRF; null: that of `evaluation.background_power`."""
 
 
 class InferenceConfig(_Section):
@@ -375,11 +355,9 @@ class InferenceConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if 2 * self.tile_overlap > self.tile_size:
-            raise ValueError(
-                f"tile_overlap is {self.tile_overlap} and tile_size {self.tile_size}; use an overlap of at most "
-                f"{self.tile_size // 2}"
-            )
+        overlap, size = self.tile_overlap, self.tile_size
+        if 2 * overlap > size:
+            raise ValueError(f"tile_overlap is {overlap} and tile_size {size}; use an overlap of at most {size // 2}")
         return self
 
 
@@ -391,8 +369,7 @@ class TrackingConfig(_Section):
     experiment: str = "slrnet"
     """Name of the MLflow experiment."""
     gpu_interval: NonNegativeFloat = 1.0
-    """Seconds between two readings of each worker's GPU; 0 turns them off. `slrnet/tracking/gpu_monitor.py` lists the
-    metrics."""
+    """Seconds between two readings of each worker's GPU; 0: none. `slrnet/tracking/gpu_monitor.py` has the metrics."""
 
 
 class Config(_Section):
@@ -420,36 +397,33 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        self._check_setting()
-        if self.model.architecture == "deeplabv3plus" and (self.setting != "sss" or self.cvlr.enabled):
-            raise ValueError(
-                "model.architecture 'deeplabv3plus' has neither class scores nor CVLR; use setting=sss and "
-                "cvlr.enabled=false, as recipe voc_distill does"
-            )
-        self._check_sizes()
-        return self
-
-    def _check_setting(self) -> None:
-        subset = self.data.pixel_labeled_subset
-        if self.setting == "wsss" and subset:
+        subset, setting = self.data.pixel_labeled_subset, self.setting
+        if setting == "wsss" and subset:
             raise ValueError(
                 f"setting 'wsss' sees no masks, but data.pixel_labeled_subset is {subset!r}; "
                 "use setting=sss_image_labels or sss, or empty the subset"
             )
-        if self.setting != "wsss" and not subset:
+        if setting != "wsss" and not subset:
             raise ValueError(
-                f"setting {self.setting!r} trains on masks; name the subset whose masks it may see in "
+                f"setting {setting!r} trains on masks; name the subset whose masks it may see in "
                 "data.pixel_labeled_subset (data_prep makes subsets with --subset NAME=LISTFILE)"
             )
-        if self.setting == "sss" and self.evaluation.gating == "scores":
+        if setting == "sss" and self.evaluation.gating == "scores":
             raise ValueError("evaluation.gating 'scores' needs class scores, and setting 'sss' has none; use none")
-        if self.setting == "sss" and self.data.class_balance:
+        if setting == "sss" and self.data.class_balance:
             raise ValueError(
                 f"data.class_balance is {self.data.class_balance} and reads image labels, which setting 'sss' does not "
                 "grant; set it to 0"
             )
+        if self.model.architecture == "deeplabv3plus" and (setting != "sss" or self.cvlr.enabled):
+            raise ValueError(
+                "model.architecture 'deeplabv3plus' has neither class scores nor CVLR; use setting=sss and "
+                "cvlr.enabled=false, as recipe voc_distill does"
+            )
+        return self
 
-    def _check_sizes(self) -> None:
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
         """The crop is a multiple of the stride, or one more: then align-corners resizing meets pixel centers."""
         size, stride = self.data.crop_size, self.model.output_stride
         low = max(1, size // stride) * stride
@@ -469,11 +443,13 @@ class Config(_Section):
                 f"the smallest view has {smallest:.0f} pixels a side, under two cells of output_stride {stride}; "
                 f"enlarge data.crop_size ({size}) or the smallest of views.scales {self.views.scales}"
             )
-        if self.train.batch_size < self.train.accumulation:
+        batch, accumulation = self.train.batch_size, self.train.accumulation
+        if batch < accumulation:
             raise ValueError(
-                f"train.batch_size {self.train.batch_size} is smaller than train.accumulation "
-                f"{self.train.accumulation}; the batch is the global one, split over accumulation steps and workers"
+                f"train.batch_size {batch} is smaller than train.accumulation {accumulation}; the batch is the global "
+                "one, split over accumulation steps and workers"
             )
+        return self
 
     @property
     def predicts_background(self) -> bool:
@@ -493,7 +469,10 @@ class Config(_Section):
 
     def flat(self) -> dict[str, Any]:
         """All fields as {"section.field": value}, for logging."""
-        return dict(_flatten(self.model_dump(mode="json")))
+        flat: dict[str, Any] = {}
+        for key, value in self.model_dump(mode="json").items():
+            flat |= {f"{key}.{name}": of for name, of in value.items()} if isinstance(value, dict) else {key: value}
+        return flat
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -523,13 +502,10 @@ def load_config(path: str | Path) -> Config:
     Raises:
         ConfigError: the file is missing, is no JSON object, or does not hold a valid configuration.
     """
-    path = Path(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(
-            f"cannot read the config file {path}: {error.strerror}; give the path of a config.json"
-        ) from None
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}; name a config.json") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}; a run writes its config as config.json") from None
     if not isinstance(values, dict):
@@ -548,25 +524,18 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
     """
     values = config.model_dump(mode="json")
     for text in overrides:
-        key, equals, raw = text.partition("=")
+        key, equals, raw = (part.strip() for part in text.partition("="))
         if not equals:
             raise ConfigError(f"--set {text!r} has no '='; write section.field=value, for instance optim.lr=0.001")
-        section, field = _locate(values, key.strip())
-        section[field] = _parse_value(raw.strip(), section[field])
+        parent, dot, field = key.rpartition(".")
+        section = values.get(parent) if dot else values
+        if not isinstance(section, dict) or field not in section:
+            raise ConfigError(_unknown_key(key))
+        if isinstance(section[field], dict):
+            fields = ", ".join(f"{key}.{name}" for name in section[field])
+            raise ConfigError(f"{key!r} is a section; set one of its fields: {fields}")
+        section[field] = _parse_value(raw, section[field])
     return config_from_dict(values)
-
-
-def _locate(values: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
-    *parents, field = key.split(".")
-    section: Any = values
-    for name in parents:
-        section = section.get(name) if isinstance(section, dict) else None
-    if not isinstance(section, dict) or field not in section:
-        raise ConfigError(_unknown_key(key))
-    if isinstance(section[field], dict):
-        fields = ", ".join(f"{key}.{name}" for name in section[field])
-        raise ConfigError(f"{key!r} is a section; set one of its fields: {fields}")
-    return section, field
 
 
 def _parse_value(raw: str, current: Any) -> Any:
@@ -583,14 +552,6 @@ def _parse_value(raw: str, current: Any) -> Any:
     return value
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 def _unknown_key(key: str) -> str:
     fields = sorted(Config().flat())
     known = fields if "." in key else [*fields, *Config.model_fields]
@@ -605,10 +566,9 @@ def _explain(error: ValidationError) -> str:
         return "; ".join(map(_unknown_key, unknown))
     lines = []
     for item in items:
-        loc = item["loc"]
-        if item["type"] == "too_short" and any(other["loc"][:-1] == loc for other in items):
+        if item["type"] == "too_short" and any(other["loc"][:-1] == item["loc"] for other in items):
             continue  # pydantic counts the valid entries; the invalid ones have messages of their own
-        where = ".".join(str(part) for part in loc)
+        where = ".".join(map(str, item["loc"]))
         message = "an entry is missing here" if item["type"] == "missing" else item["msg"].removeprefix("Value error, ")
         got = "" if item["type"] == "value_error" else f", got {item['input']!r}"
         lines.append(f"{where or 'config'}: {message}{got}")

@@ -9,23 +9,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from slrnet.config import (
-    CalibrationConfig,
-    Config,
-    ConfigError,
-    CrfConfig,
-    CvlrConfig,
-    DataConfig,
-    EvaluationConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    Setting,
-    TrainConfig,
-    ViewsConfig,
-    WeightsConfig,
-    nearest,
-)
+from slrnet.config import Config, ConfigError, config_from_dict, nearest
 
 __all__ = ["RECIPES", "RELEASED_SSS_THRESHOLDS", "demo", "get_recipe", "voc_wsss", "voc_wsss_lite"]
 
@@ -57,10 +41,12 @@ def _recipe(build: Callable[[], Config]) -> Callable[[], Config]:
     return named
 
 
-def _derive(base: Config, *, setting: Setting | None = None, **sections: dict[str, Any]) -> Config:
-    """`base` with another setting and with some fields of its sections replaced."""
-    changed = {name: getattr(base, name).model_copy(update=fields) for name, fields in sections.items()}
-    return base.model_copy(update={"setting": setting or base.setting, **changed})
+def _derive(base: Config, **changes: Any) -> Config:
+    """`base` with other settings; for a section, the fields to replace."""
+    values = base.model_dump()
+    for name, value in changes.items():
+        values[name] = values[name] | value if isinstance(value, dict) else value
+    return config_from_dict(values)
 
 
 @_recipe
@@ -68,10 +54,9 @@ def voc_wsss() -> Config:
     """Pascal VOC 2012 from image labels, WideResNet-38 (paper Experiment I).
 
     Paper: 67.2 % mIoU on val with multi-scale inference and CRF, 64.07 % without CRF (Table 7). Not yet run by us.
-    Command: `slrnet train --recipe voc_wsss --data SHARDS --num-workers 8`; needs the ImageNet weights file of
-    WideResNet-38 (see the README).
+    Command: `slrnet train --recipe voc_wsss --data SHARDS --num-workers 8`, with the weights that the README names.
     """
-    return Config(train=TrainConfig(epochs=20, pretrain_epochs=5))
+    return Config()
 
 
 @_recipe
@@ -118,9 +103,8 @@ def l2id_wsss() -> Config:
     Paper: 52.3 % mIoU on val, 49.03 % on test, by a DeepLabv3+ trained on pseudo labels of this network, which itself
     reaches 52.5 % on val (Table 4, Sec. 4.3). Not yet run by us. As in the released code, sampling balances the classes
     and the decoder is 512 wide.
-    Command: `slrnet train --recipe l2id_wsss --data SHARDS --num-workers 8` on 8 GPUs. Make SHARDS with
-    `slrnet prepare l2id`. Weights as for `voc_wsss`. `slrnet class-balance SHARDS --strength 1` shows the
-    shares of the classes.
+    Command: `slrnet train --recipe l2id_wsss --data SHARDS --num-workers 8` on 8 GPUs, SHARDS from `slrnet prepare
+    l2id`. Weights as for `voc_wsss`. `slrnet class-balance SHARDS --strength 1` shows the shares of the classes.
     """
     return _derive(voc_wsss(), data={"class_balance": 1.0}, model={"decoder_dim": 512, "skip_dim": 96})
 
@@ -129,31 +113,31 @@ def l2id_wsss() -> Config:
 def voc_wsss_lite() -> Config:
     """VOC from image labels on two CPU cores: EfficientNet-Lite0 at stride 16, crop 208.
 
-    A short schedule on small crops needs some changes from the paper: crops zoom in, dropout is lower, CVLR is
-    centered, consistency and auxiliary losses weigh less, and the thresholds keep more of the background. The balanced
-    cross entropy makes the network predict too much foreground. Validation therefore takes the square root of the
-    background's probability and predicts only classes with high class scores. The CRF strengthens the background by
-    itself, so it gets a higher exponent.
+    Changes for a short schedule on small crops: crops zoom in, dropout is lower, CVLR is centered, consistency and
+    auxiliary losses weigh less, thresholds keep more background. The balanced cross entropy makes the network predict
+    too much foreground, so validation takes the square root of the background's probability and predicts only classes
+    with high class scores. The CRF strengthens the background by itself and gets a higher exponent.
     Command: `slrnet train --recipe voc_wsss_lite --data SHARDS --num-workers 2`; two workers of one thread are
     faster than one of two. Hardware, minutes and score: see the README.
     """
-    return Config(
-        data=DataConfig(crop_size=208, crop_scale=(0.4, 1.0), workers=0),
-        model=ModelConfig(
-            encoder="efficientnet_lite0",
-            output_stride=16,
-            frozen_stages=2,
-            aspp_dilations=(6, 12, 18),
-            dropout=0.2,
-        ),
-        cvlr=CvlrConfig(centered=True),
-        calibration=CalibrationConfig(refine_stride=2, confidence_threshold=0.5, background_threshold=0.5, floor=0.4),
-        losses=LossConfig(mask_consistency="probs"),
-        weights=WeightsConfig(consistency=1.0, auxiliary=0.1),
-        optim=OptimConfig(lr=1e-3),
-        train=TrainConfig(epochs=6, pretrain_epochs=2, batch_size=8),
-        evaluation=EvaluationConfig(pseudo_mask_images=100, gating="scores", background_power=0.5),
-        crf=CrfConfig(background_power=1.5),
+    return _derive(
+        Config(),
+        data={"crop_size": 208, "crop_scale": (0.4, 1.0), "workers": 0},
+        model={
+            "encoder": "efficientnet_lite0",
+            "output_stride": 16,
+            "frozen_stages": 2,
+            "aspp_dilations": (6, 12, 18),
+            "dropout": 0.2,
+        },
+        cvlr={"centered": True},
+        calibration={"refine_stride": 2, "confidence_threshold": 0.5, "background_threshold": 0.5, "floor": 0.4},
+        losses={"mask_consistency": "probs"},
+        weights={"consistency": 1.0, "auxiliary": 0.1},
+        optim={"lr": 1e-3},
+        train={"epochs": 6, "pretrain_epochs": 2, "batch_size": 8},
+        evaluation={"pseudo_mask_images": 100, "gating": "scores", "background_power": 0.5},
+        crf={"background_power": 1.5},
     )
 
 
@@ -220,30 +204,32 @@ def voc_distill() -> Config:
 
     Paper: 69.3 % mIoU on val, 69.4 % on test, with WideResNet-38 (`--set model.encoder=wide_resnet38`). Not yet run by
     us. The paper gives no schedule, so this one is ours.
-    Command: `slrnet distill --recipe voc_distill --data PSEUDO --num-workers 8`. Make PSEUDO with
-    `slrnet pseudo-label`.
+    Command: `slrnet distill --recipe voc_distill --data PSEUDO --num-workers 8`, PSEUDO from `slrnet pseudo-label`.
     """
-    return Config(
+    return _derive(
+        Config(),
         setting="sss",
-        data=DataConfig(
-            pixel_labeled_subset="pseudo_labeled", pixel_oversampling=1, crop_size=512, crop_scale=(0.3, 1.0)
-        ),
-        views=ViewsConfig(scales=(1.0,)),
-        model=ModelConfig(
-            architecture="deeplabv3plus",
-            encoder="resnet101",
-            output_stride=16,
-            frozen_stages=0,
-            freeze_batch_norm=False,
-            aspp_dilations=(6, 12, 18),
-            dropout=0.1,
-        ),
-        cvlr=CvlrConfig(enabled=False),
-        losses=LossConfig(pixel_balance=False),
-        weights=WeightsConfig(pixel_labels=1.0, consistency=0.0),
-        optim=OptimConfig(lr=1e-3),
-        train=TrainConfig(epochs=30, pretrain_epochs=0),
-        evaluation=EvaluationConfig(pseudo_mask_images=0, panel_images=0),
+        data={
+            "pixel_labeled_subset": "pseudo_labeled",
+            "pixel_oversampling": 1,
+            "crop_size": 512,
+            "crop_scale": (0.3, 1.0),
+        },
+        views={"scales": (1.0,)},
+        model={
+            "architecture": "deeplabv3plus",
+            "encoder": "resnet101",
+            "output_stride": 16,
+            "frozen_stages": 0,
+            "freeze_batch_norm": False,
+            "aspp_dilations": (6, 12, 18),
+            "dropout": 0.1,
+        },
+        cvlr={"enabled": False},
+        weights={"pixel_labels": 1.0, "consistency": 0.0},
+        optim={"lr": 1e-3},
+        train={"epochs": 30, "pretrain_epochs": 0},
+        evaluation={"pseudo_mask_images": 0, "panel_images": 0},
     )
 
 

@@ -48,8 +48,7 @@ def calibrate_views(
         images: (N, 3, H, W) float in [0, 1]; masks are refined at 1 / `config.refine_stride` of their size, rounded up.
         image_labels: (N, K - 1) multi-hot, the classes that each image may show.
         config: how to fuse and refine.
-        max_classes: largest number of classes that one image of the batch may show; given, because asking a GPU for
-            it would stall the step.
+        max_classes: most classes of one image of the batch; asking a GPU for it would stall the step.
 
     Raises:
         ValueError: an image has more than `max_classes` classes (checked on the CPU only).
@@ -97,11 +96,8 @@ def threshold(probs: Tensor, *, confidence_threshold: float, background_threshol
     Raises:
         ValueError: a threshold outside [0, 1].
     """
-    for name, value in (
-        ("confidence_threshold", confidence_threshold),
-        ("background_threshold", background_threshold),
-        ("floor", floor),
-    ):
+    given = {"confidence_threshold": confidence_threshold, "background_threshold": background_threshold, "floor": floor}
+    for name, value in given.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}; allowed are numbers from 0 to 1")
     share = probs.new_full((probs.shape[1], 1, 1), confidence_threshold)
@@ -129,10 +125,9 @@ def possible_classes(image_labels: Tensor, has_image_labels: Tensor) -> Tensor:
 def _present_classes(image_labels: Tensor, *, max_classes: int) -> Tensor:
     """Class ids of the background and of each image's classes: (N, 1 + max_classes) int64, -1 where there are fewer."""
     labels, num_classes = image_labels.bool(), image_labels.shape[1]
-    if labels.device.type == "cpu" and int(labels.sum(dim=1).max()) > max_classes:
+    if labels.device.type == "cpu" and (largest := int(labels.sum(dim=1).max())) > max_classes:
         raise ValueError(
-            f"an image has {int(labels.sum(dim=1).max())} classes and max_classes is {max_classes}; "
-            "pass the largest number of classes of an image in the batch"
+            f"an image has {largest} classes and max_classes is {max_classes}; pass the largest number of the batch"
         )
     ids = torch.arange(1, num_classes + 1, device=labels.device)
     ranked = torch.where(labels, ids, num_classes + 1).sort(dim=1).values[:, :max_classes]

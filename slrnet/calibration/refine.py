@@ -1,7 +1,7 @@
 """Refinement of masks by pixel-adaptive convolution (the R of paper Eq. 3; Su et al. 2019, Araslanov and Roth 2020).
 
 In each iteration, a pixel's probabilities become a weighted mean over its 3x3 neighborhoods at several dilations;
-similar colors weigh more. The released code builds all neighbors of all channels as one tensor by convolutions. Adding
+similar colors weigh more. The released code builds all neighbors of all channels as one tensor by convolutions; adding
 shifted slices in place gives the same numbers in a fraction of the time and memory (benchmarks/refine.py). On CPUs,
 many channels are faster still as columns of a matrix that a sparse matrix of the weights multiplies.
 """
@@ -52,9 +52,10 @@ def refine(images: Tensor, probs: Tensor, *, num_iters: int = 10, dilations: tup
         probs = probs.float()
         if num_iters == 0:
             return probs
-        weights = affinities(images.float(), dilations=dilations)
-        run = _refine_by_products if _sparse_pays(probs) else _refine_by_slices
-        return run(probs, weights, num_iters, dilations)
+        sparse = probs.device.type == "cpu" and torch.backends.mkl.is_available()
+        sparse &= probs.shape[1] >= SPARSE_CHANNELS and probs[0, 0].numel() <= SPARSE_PIXELS
+        run = _refine_by_products if sparse else _refine_by_slices
+        return run(probs, affinities(images.float(), dilations=dilations), num_iters, dilations)
 
 
 def affinities(images: Tensor, *, dilations: tuple[int, ...] = DILATIONS) -> Tensor:
@@ -95,11 +96,6 @@ def _local_std(images: Tensor, dilations: tuple[int, ...]) -> Tensor:
     count = 9 * len(dilations)  # the pixel belongs to each neighborhood, with difference 0
     variance = (squares - total.square() / count) / (count - 1)
     return variance.clamp_min(0).sqrt()
-
-
-def _sparse_pays(probs: Tensor) -> bool:
-    fits = probs.shape[1] >= SPARSE_CHANNELS and probs[0, 0].numel() <= SPARSE_PIXELS
-    return fits and probs.device.type == "cpu" and torch.backends.mkl.is_available()
 
 
 def _refine_by_slices(probs: Tensor, weights: Tensor, num_iters: int, dilations: tuple[int, ...]) -> Tensor:

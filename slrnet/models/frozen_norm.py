@@ -27,11 +27,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     """
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
-        """Takes over the tensors of a batch norm, and the dropout and activation that timm's batch norms contain.
-
-        Args:
-            norm: an affine batch norm with running statistics; its parameters no longer get a gradient.
-        """
+        """Takes over the tensors of an affine batch norm, and the dropout and activation of one of timm's."""
         super().__init__(norm.num_features, eps=norm.eps, momentum=norm.momentum, device="meta")
         self.weight, self.bias = norm.weight, norm.bias
         self.running_mean, self.running_var = norm.running_mean, norm.running_var
@@ -43,9 +39,8 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalizes (N, C, H, W) with the stored statistics; same shape and dtype."""
-        normalized: Tensor = _FixedAffine.apply(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
-        )
+        tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+        normalized: Tensor = _FixedAffine.apply(x, *tensors, self.eps)
         return self.act(self.drop(normalized))  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> Self:
@@ -56,11 +51,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
 
 def freeze_batch_norms(root: nn.Module) -> None:
-    """Replaces the batch norms in a module by frozen ones; batch norms of other classes are frozen as they are.
-
-    Args:
-        root: a module that contains batch norms; changed in place.
-    """
+    """Replaces the batch norms in a module, in place, by frozen ones; other classes are frozen as they are."""
     for name, module in list(root.named_modules()):
         is_known = type(module) in (nn.BatchNorm2d, BatchNormAct2d)
         if isinstance(module, nn.BatchNorm2d) and is_known and module.affine and module.track_running_stats:

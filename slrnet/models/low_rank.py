@@ -1,7 +1,7 @@
 """The low-rank modules that the paper compares CVLR with (Table 8), with CVLR's interface.
 
-All of them factorize the features of each view separately: D C with k atoms approximates X (d x P), between the same
-two projectors and with the same skip connection as CVLR. Written from the papers named below.
+All factorize the features of each view separately: D C with k atoms approximates X (d x P), between the same two
+projectors and with the same skip connection as CVLR. Written from the papers named below.
 
 Letters: N images, V views, C channels, d feature dimension, k atoms of the dictionary, P positions of one view.
 """
@@ -9,24 +9,15 @@ Letters: N images, V views, C channels, d feature dimension, k atoms of the dict
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from slrnet.config import CvlrConfig
-from slrnet.models.cvlr import (
-    CrossViewLowRank,
-    LowRankViews,
-    apply_linear,
-    build_projectors,
-    check_settings,
-    draw_start,
-)
+from slrnet.models.cvlr import EPS, CrossViewLowRank, LowRankViews, apply_linear, build_projectors, draw_start, unit
 
 __all__ = ["EMAttention", "Hamburger", "LowRankModule", "SeparateLowRank", "build_low_rank"]
 
-EPS = 1e-6
 RIDGE = 0.1
 """beta of the ridge regression that gives the codes of concept decomposition."""
 MOMENTUM = 0.9
@@ -51,31 +42,16 @@ class _FreeAtoms(nn.Module):
 
     class_codes = False
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        dim: int = 256,
-        num_bases: int = 64,
-        num_iters: int = 6,
-        temperature: float = 1.0,
-        centered: bool = False,
-    ) -> None:
+    def __init__(self, channels: int, config: CvlrConfig) -> None:
         super().__init__()
-        check_settings(num_iters, temperature)
-        self.project_in, self.project_out = build_projectors(channels, dim)
-        self.num_bases = num_bases
-        self.num_iters = num_iters
-        self.temperature = temperature
-        self.centered = centered
+        self.project_in, self.project_out = build_projectors(channels, config.dim)
+        self.num_bases = config.num_bases
+        self.num_iters = config.num_iters
+        self.temperature = config.temperature
+        self.centered = config.centered
 
     def forward(self, features: Sequence[Tensor], logits: Sequence[Tensor]) -> LowRankViews:
-        """As `CrossViewLowRank.forward`, with the dictionaries of all views side by side, (N, V, d, k).
-
-        Args:
-            features: per view (N, C, h, w).
-            logits: ignored.
-        """
+        """As `CrossViewLowRank.forward`, with the dictionaries side by side, (N, V, d, k); `logits` are ignored."""
         maps, codes, dictionaries = [], [], []
         with torch.autocast(features[0].device.type, enabled=False):
             for view in features:
@@ -104,40 +80,30 @@ class EMAttention(_FreeAtoms):
 
     Args:
         channels: C, channels of the feature maps.
-        dim: d, dimension of the atoms.
-        num_bases: k, the number of atoms.
-        num_iters: T >= 1; the authors use 3.
-        options: `temperature` > 0 of the responsibilities' softmax, which the authors set to 1 (the default), and
-            `centered`: factorize the features less their mean over the view's positions.
-
-    Raises:
-        ValueError: num_iters < 1 or temperature <= 0.
+        config: the module's settings; the authors use 3 iterations and temperature 1.
     """
 
     bases: Tensor
 
-    def __init__(
-        self, channels: int, *, dim: int = 256, num_bases: int = 64, num_iters: int = 3, **options: Any
-    ) -> None:
-        super().__init__(channels, dim=dim, num_bases=num_bases, num_iters=num_iters, **options)
+    def __init__(self, channels: int, config: CvlrConfig) -> None:
+        super().__init__(channels, config)
         self.project_in.requires_grad_(False)
-        self.register_buffer("bases", _unit(torch.randn(dim, num_bases) * (2 / num_bases) ** 0.5, dim=0))
+        start = torch.randn(config.dim, config.num_bases) * (2 / config.num_bases) ** 0.5
+        self.register_buffer("bases", unit(start, dim=0))
 
     @torch.no_grad()
     def _factorize(self, features: Tensor) -> tuple[Tensor, Tensor]:
         bases, codes = self.bases.expand(len(features), -1, -1), features.new_zeros(())
         for _ in range(self.num_iters):
             codes = self._similarity_codes(features, bases)
-            bases = _unit(_weighted_means(features, codes), dim=1)
+            bases = unit(_weighted_means(features, codes), dim=1)
         if self.training:
-            self._follow(bases.mean(dim=0))
+            mean = bases.mean(dim=0)
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(mean)
+                mean = mean / torch.distributed.get_world_size()
+            self.bases.mul_(MOMENTUM).add_(mean, alpha=1 - MOMENTUM)
         return bases, codes
-
-    def _follow(self, mean: Tensor) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(mean)
-            mean = mean / torch.distributed.get_world_size()
-        self.bases.mul_(MOMENTUM).add_(mean, alpha=1 - MOMENTUM)
 
 
 class Hamburger(_FreeAtoms):
@@ -150,25 +116,19 @@ class Hamburger(_FreeAtoms):
 
     Args:
         channels: C, channels of the feature maps.
-        decomposition: `nmf`, `vq` or `cd`.
-        options: `dim`, `num_bases`, `num_iters` (the authors train with 6, the default) and `centered` as for
-            `EMAttention`; `temperature` > 0 of the softmax of cosine similarities and, for `nmf`, of the first codes.
-
-    Raises:
-        ValueError: an unknown decomposition, num_iters < 1 or temperature <= 0.
+        config: the module's settings; `method` is the decomposition. The authors train with 6 iterations. The
+            temperature is that of the softmax of cosine similarities and, for `nmf`, of the first codes.
     """
 
-    def __init__(self, channels: int, *, decomposition: Literal["nmf", "vq", "cd"] = "nmf", **options: Any) -> None:
-        super().__init__(channels, **options)
-        if decomposition not in ("nmf", "vq", "cd"):
-            raise ValueError(f"decomposition is {decomposition!r}; allowed are nmf, vq, cd")
-        self.decomposition = decomposition
+    def __init__(self, channels: int, config: CvlrConfig) -> None:
+        super().__init__(channels, config)
+        self.decomposition = config.method
 
     def _factorize(self, features: Tensor) -> tuple[Tensor, Tensor]:
         start = draw_start(torch.rand, (*features.shape[:2], self.num_bases), features, training=self.training)
         if self.decomposition == "nmf":
-            return self._non_negative(features.relu(), _unit(start, dim=1))
-        return self._by_similarity(features, _unit(2 * start - 1, dim=1))
+            return self._non_negative(features.relu(), unit(start, dim=1))
+        return self._by_similarity(features, unit(2 * start - 1, dim=1))
 
     def _non_negative(self, features: Tensor, dictionary: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -180,15 +140,15 @@ class Hamburger(_FreeAtoms):
         return dictionary, _multiplied_codes(features, dictionary, codes)
 
     def _by_similarity(self, features: Tensor, dictionary: Tensor) -> tuple[Tensor, Tensor]:
-        directions = _unit(features, dim=1)
+        directions = unit(features, dim=1)
         with torch.no_grad():
             for _ in range(self.num_iters):
-                codes = self._similarity_codes(directions, _unit(dictionary, dim=1))
+                codes = self._similarity_codes(directions, unit(dictionary, dim=1))
                 dictionary = _weighted_means(features, codes)
                 if self.decomposition == "cd":
-                    dictionary = _unit(dictionary, dim=1)
+                    dictionary = unit(dictionary, dim=1)
         if self.decomposition == "vq":
-            return dictionary, self._similarity_codes(directions, _unit(dictionary, dim=1))
+            return dictionary, self._similarity_codes(directions, unit(dictionary, dim=1))
         gram = dictionary.transpose(1, 2) @ dictionary
         gram = gram + RIDGE * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         return dictionary, torch.linalg.solve(gram, dictionary.transpose(1, 2) @ features)
@@ -199,30 +159,12 @@ LowRankModule = CrossViewLowRank | EMAttention | Hamburger
 
 
 def build_low_rank(config: CvlrConfig, channels: int) -> LowRankModule:
-    """Builds the module that `cvlr.method` names.
-
-    Args:
-        config: the settings of the module.
-        channels: C, channels of the feature maps that come in and go out.
-    """
-    shared: dict[str, Any] = {
-        "dim": config.dim,
-        "num_iters": config.num_iters,
-        "temperature": config.temperature,
-        "centered": config.centered,
-    }
-    if config.method == "emau":
-        return EMAttention(channels, num_bases=config.num_bases, **shared)
-    if config.method in ("nmf", "vq", "cd"):
-        return Hamburger(channels, decomposition=config.method, num_bases=config.num_bases, **shared)
-    module = SeparateLowRank if config.method == "separate" else CrossViewLowRank
-    num_bases = config.num_bases if config.method == "free" else None
-    return module(channels, form=config.form, num_bases=num_bases, implementation=config.implementation, **shared)
-
-
-def _unit(vectors: Tensor, *, dim: int) -> Tensor:
-    norm: Tensor = vectors.norm(dim=dim, keepdim=True)
-    return vectors / (norm + EPS)
+    """Builds the module that `config.method` names, for feature maps of `channels` channels."""
+    if config.method in ("cvlr", "free"):
+        return CrossViewLowRank(channels, config)
+    if config.method == "separate":
+        return SeparateLowRank(channels, config)
+    return EMAttention(channels, config) if config.method == "emau" else Hamburger(channels, config)
 
 
 def _weighted_means(features: Tensor, codes: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from slrnet.config import Config
+from slrnet.config import Config, ModelConfig
 from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.encoders import Encoder, build_encoder
@@ -28,68 +28,51 @@ class SLRNet(Network):
 
     Args:
         encoder: returns deep and shallow features (see `slrnet.models.encoders`).
+        config: channels, dilations, dropout, gate and focal penalty of decoder and heads.
         num_classes: K with the background.
         cvlr: the low-rank module; None leaves the features unchanged.
-        decoder_dim: channels of ASPP output, fused features and decoder.
-        skip_dim: channels of the projected shallow features.
-        aspp_dilations: dilations of the three 3x3 branches of the ASPP, in pixels of the deep features.
-        dropout: dropout probability after the ASPP and in the heads; one fifth of it before the mask classifier.
-        gate_rate: share of shallow features in the stochastic gate, in [0, 1).
-        focal_power: p >= 0 of the class scores' focal mask penalty.
-        focal_floor: c > 0 of the focal mask penalty.
         predict_background: the heads predict the background, and there are no class scores.
     """
 
     def __init__(
         self,
         encoder: Encoder,
+        config: ModelConfig,
         *,
         num_classes: int,
         cvlr: LowRankModule | None,
-        decoder_dim: int = 256,
-        skip_dim: int = 48,
-        aspp_dilations: tuple[int, int, int] = (12, 24, 36),
-        dropout: float = 0.5,
-        gate_rate: float = 0.3,
-        focal_power: float = 3.0,
-        focal_floor: float = 0.01,
         predict_background: bool = False,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.predict_background = predict_background
-        self.focal_power = focal_power
-        self.focal_floor = focal_floor
+        self.focal_power = config.focal_power
+        self.focal_floor = config.focal_floor
         self.encoder = encoder
-        self.aspp = ASPP(encoder.out_channels, dim=decoder_dim, dilations=aspp_dilations, dropout=dropout)
-        self.fusion = SkipFusion(decoder_dim, skip_channels=encoder.skip_channels, skip_dim=skip_dim)
+        dim, dropout = config.decoder_dim, config.dropout
         head: dict[str, Any] = {"num_classes": num_classes, "predict_background": predict_background}
+        self.aspp = ASPP(encoder.out_channels, dim=dim, dilations=config.aspp_dilations, dropout=dropout)
+        self.fusion = SkipFusion(dim, skip_channels=encoder.skip_channels, skip_dim=config.skip_dim)
         self.auxiliary_head: AuxiliaryHead | None = None
         if cvlr is not None and cvlr.class_codes:
-            self.auxiliary_head = AuxiliaryHead(decoder_dim, dropout=dropout, **head)
+            self.auxiliary_head = AuxiliaryHead(dim, dropout=dropout, **head)
         self.cvlr = cvlr
-        self.cue_injection = GlobalCueInjection(encoder.skip_channels, dim=decoder_dim)
-        self.gate = StochasticGate(gate_rate)
-        self.mask_head = MaskHead(decoder_dim, dropout=dropout, **head)
+        self.cue_injection = GlobalCueInjection(encoder.skip_channels, dim=dim)
+        self.gate = StochasticGate(config.gate_rate)
+        self.mask_head = MaskHead(dim, dropout=dropout, **head)
         for part in (self.aspp, self.fusion, self.auxiliary_head, self.cue_injection, self.mask_head):
             if part is not None:
                 _initialize(part)
 
     def forward(self, views: Sequence[Tensor]) -> Outputs:
-        """Predicts masks and class scores.
-
-        Args:
-            views: per view (N, 3, H_v, W_v) images, normalized for the encoder (`encoder.mean`, `encoder.std`).
-        """
+        """Predicts masks and class scores; see `Network.forward`."""
         features, skips = [], []
         for view in views:
             encoded = self.encoder(view)
             features.append(self.fusion(self.aspp(encoded.deep), encoded.skip))
             skips.append(encoded.skip)
-        auxiliary: list[Tensor] = []
+        auxiliary = [self.auxiliary_head(view) for view in features] if self.auxiliary_head is not None else []
         codes: list[Tensor] = []
-        if self.auxiliary_head is not None:
-            auxiliary = [self.auxiliary_head(view) for view in features]
         if self.cvlr is not None:
             low_rank = self.cvlr(features, auxiliary)
             features, codes = low_rank.features, low_rank.codes if self.cvlr.class_codes else []
@@ -121,32 +104,14 @@ def build_network(config: Config, *, num_classes: int, weights: bool = True) -> 
             not installed.
     """
     model = config.model
-    encoder = build_encoder(
-        model.encoder,
-        weights=model.encoder_weights if weights else "none",
-        output_stride=model.output_stride,
-        frozen_stages=model.frozen_stages,
-        freeze_batch_norm=model.freeze_batch_norm,
-    )
+    encoder = build_encoder(model if weights else model.model_copy(update={"encoder_weights": "none"}))
     if model.architecture == "deeplabv3plus":
-        return DeepLabV3Plus(
-            encoder,
-            num_classes=num_classes,
-            dim=model.decoder_dim,
-            dilations=model.aspp_dilations,
-            dropout=model.dropout,
-        )
+        return DeepLabV3Plus(encoder, model, num_classes=num_classes)
     return SLRNet(
         encoder,
+        model,
         num_classes=num_classes,
         cvlr=build_low_rank(config.cvlr, model.decoder_dim) if config.cvlr.enabled else None,
-        decoder_dim=model.decoder_dim,
-        skip_dim=model.skip_dim,
-        aspp_dilations=model.aspp_dilations,
-        dropout=model.dropout,
-        gate_rate=model.gate_rate,
-        focal_power=model.focal_power,
-        focal_floor=model.focal_floor,
         predict_background=config.predicts_background,
     )
 

@@ -10,38 +10,39 @@ of chosen layers. Values are the same.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["BottleneckBlock", "PlainBlock", "WideResNet38"]
+__all__ = ["BottleneckBlock", "PlainBlock", "StageSpec", "WideResNet38"]
 
 
-class _StageSpec(NamedTuple):
+class StageSpec(NamedTuple):
+    """The blocks of a stage."""
+
     name: str  # of the stage's first block; the following ones are name_1, name_2, ...
     num_blocks: int
     mid_channels: int
     out_channels: int
     natural_stride: int  # of the image classifier, before strides beyond the output stride become dilation
-    dropout: float | None  # of a bottleneck block; None for plain blocks
+    dropout: float | None  # None for plain blocks
 
 
 _STAGES = (
-    _StageSpec("b2", 3, 128, 128, 2, None),
-    _StageSpec("b3", 3, 256, 256, 2, None),
-    _StageSpec("b4", 6, 512, 512, 2, None),
-    _StageSpec("b5", 3, 512, 1024, 2, None),
-    _StageSpec("b6", 1, 512, 2048, 2, 0.3),
-    _StageSpec("b7", 1, 1024, 4096, 1, 0.5),
+    StageSpec("b2", 3, 128, 128, 2, None),
+    StageSpec("b3", 3, 256, 256, 2, None),
+    StageSpec("b4", 6, 512, 512, 2, None),
+    StageSpec("b5", 3, 512, 1024, 2, None),
+    StageSpec("b6", 1, 512, 2048, 2, 0.3),
+    StageSpec("b7", 1, 1024, 4096, 1, 0.5),
 )
 
 
 class WideResNet38(nn.Module):
     """WideResNet-38 without its classifier.
 
-    Stages, from the image on: 1 is `conv1a` and `b2*`, 2 is `b3*`, 3 is `b4*`, 4 is `b5*`, 5 is `b6`, 6 is `b7` and
-    `bn7`. Strides beyond `output_stride` become dilations.
+    Strides beyond `output_stride` become dilations.
 
     Attributes:
         stages: for each stage, the names of its direct children in the order of use.
@@ -50,61 +51,38 @@ class WideResNet38(nn.Module):
     """
 
     def __init__(self, *, output_stride: int = 8) -> None:
-        """Builds the network with PyTorch's default initialization.
-
-        Args:
-            output_stride: pixels of the image per pixel of the last features; 8, 16 or 32.
-
-        Raises:
-            ValueError: the output stride is not one of these.
-        """
+        """Builds the network for an output stride of 8, 16 or 32, with PyTorch's default initialization."""
         super().__init__()
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride is {output_stride}; WideResNet-38 can have 8, 16 or 32")
         self.conv1a = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.channels = tuple(spec.out_channels for spec in _STAGES)
         stages: list[tuple[str, ...]] = []
         strides: list[int] = []
-        in_channels, stride, dilation = 64, 1, 1
+        inputs, stride, dilation = 64, 1, 1
         for spec in _STAGES:
             strided = spec.natural_stride if stride * spec.natural_stride <= output_stride else 1
-            stages.append(self._add_stage(spec, in_channels, stride=strided, dilation=dilation))
-            in_channels, stride = spec.out_channels, stride * strided
+            stages.append(self._add_stage(spec, inputs, stride=strided, dilation=dilation))
+            inputs, stride = spec.out_channels, stride * strided
             dilation *= spec.natural_stride // strided
             strides.append(stride)
-        self.bn7 = nn.BatchNorm2d(in_channels)
-        stages[0] = ("conv1a", *stages[0])
-        stages[-1] = (*stages[-1], "bn7")
-        self.stages = tuple(stages)
+        self.bn7 = nn.BatchNorm2d(inputs)
+        self.stages = (("conv1a", *stages[0]), *stages[1:-1], (*stages[-1], "bn7"))
         self.strides = tuple(strides)
-        self.channels = tuple(spec.out_channels for spec in _STAGES)
 
-    def _add_stage(self, spec: _StageSpec, in_channels: int, *, stride: int, dilation: int) -> tuple[str, ...]:
+    def _add_stage(self, spec: StageSpec, inputs: int, *, stride: int, dilation: int) -> tuple[str, ...]:
         """Adds the blocks of a stage that enters with `dilation`, and returns their names."""
         names = tuple(f"{spec.name}_{i}" if i else spec.name for i in range(spec.num_blocks))
         inner_dilation = dilation * spec.natural_stride // stride
-        options: dict[str, Any] = {"mid_channels": spec.mid_channels, "out_channels": spec.out_channels}
+        block = PlainBlock if spec.dropout is None else BottleneckBlock
         for name in names:
-            if spec.dropout is None:
-                block: nn.Module = PlainBlock(
-                    in_channels, stride=stride, first_dilation=dilation, dilation=inner_dilation, **options
-                )
-            else:
-                block = BottleneckBlock(
-                    in_channels, stride=stride, dilation=inner_dilation, dropout=spec.dropout, **options
-                )
-            self.add_module(name, block)
-            in_channels, stride, dilation = spec.out_channels, 1, inner_dilation
+            self.add_module(name, block(inputs, spec, stride=stride, dilations=(dilation, inner_dilation)))
+            inputs, stride, dilation = spec.out_channels, 1, inner_dilation
         return names
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Computes the features of every stage.
+        """Maps normalized images (N, 3, H, W) to the features of every stage.
 
-        Args:
-            images: (N, 3, H, W) float, normalized.
-
-        Returns:
-            One tensor per stage, (N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])). The last one is
-            batch-normalized and rectified; the others are the plain sums of the residual blocks.
+        Stage i gives (N, channels[i], ceil(H / strides[i]), ceil(W / strides[i])). The last features are
+        batch-normalized and rectified; the others are the plain sums of the residual blocks.
         """
         features: list[Tensor] = []
         x = images
@@ -117,29 +95,21 @@ class WideResNet38(nn.Module):
 
 
 class PlainBlock(nn.Module):
-    """Pre-activated residual block of two 3x3 convolutions."""
+    """Pre-activated residual block of two 3x3 convolutions, with one dilation each."""
 
-    def __init__(
-        self,
-        in_channels: int,
-        *,
-        mid_channels: int,
-        out_channels: int,
-        stride: int = 1,
-        first_dilation: int = 1,
-        dilation: int = 1,
-    ) -> None:
+    def __init__(self, inputs: int, spec: StageSpec, *, stride: int, dilations: tuple[int, int]) -> None:
         super().__init__()
-        self.bn_branch2a = nn.BatchNorm2d(in_channels)
-        self.conv_branch2a = _conv3x3(in_channels, mid_channels, stride=stride, dilation=first_dilation)
-        self.bn_branch2b1 = nn.BatchNorm2d(mid_channels)
-        self.conv_branch2b1 = _conv3x3(mid_channels, out_channels, dilation=dilation)
+        middle, outputs = spec.mid_channels, spec.out_channels
+        self.bn_branch2a = nn.BatchNorm2d(inputs)
+        self.conv_branch2a = _conv3x3(inputs, middle, stride=stride, dilation=dilations[0])
+        self.bn_branch2b1 = nn.BatchNorm2d(middle)
+        self.conv_branch2b1 = _conv3x3(middle, outputs, dilation=dilations[1])
         self.conv_branch1: nn.Conv2d | None = None
-        if in_channels != out_channels or stride != 1:
-            self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        if inputs != outputs or stride != 1:
+            self.conv_branch1 = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        """Maps (N, inputs, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         activated = F.relu(self.bn_branch2a(x), inplace=True)
         # A block that changes the shape projects the activated input, one that keeps it adds the input itself.
         shortcut = x if self.conv_branch1 is None else self.conv_branch1(activated)
@@ -149,32 +119,26 @@ class PlainBlock(nn.Module):
 
 
 class BottleneckBlock(nn.Module):
-    """Pre-activated residual block of 1x1, 3x3 and 1x1 convolutions with dropout of whole channels between them."""
+    """Pre-activated residual block of 1x1, 3x3 and 1x1 convolutions with dropout of whole channels between them.
 
-    def __init__(
-        self,
-        in_channels: int,
-        *,
-        mid_channels: int,
-        out_channels: int,
-        dropout: float,
-        stride: int = 1,
-        dilation: int = 1,
-    ) -> None:
+    The second dilation is that of the 3x3 convolution; the first one has no use here.
+    """
+
+    def __init__(self, inputs: int, spec: StageSpec, *, stride: int, dilations: tuple[int, int]) -> None:
         super().__init__()
-        wide_channels = 2 * mid_channels
-        self.bn_branch2a = nn.BatchNorm2d(in_channels)
-        self.conv_branch2a = nn.Conv2d(in_channels, mid_channels, 1, stride, bias=False)
-        self.bn_branch2b1 = nn.BatchNorm2d(mid_channels)
-        self.dropout_2b1 = nn.Dropout2d(dropout)
-        self.conv_branch2b1 = _conv3x3(mid_channels, wide_channels, dilation=dilation)
-        self.bn_branch2b2 = nn.BatchNorm2d(wide_channels)
-        self.dropout_2b2 = nn.Dropout2d(dropout)
-        self.conv_branch2b2 = nn.Conv2d(wide_channels, out_channels, 1, bias=False)
-        self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        middle, wide, outputs = spec.mid_channels, 2 * spec.mid_channels, spec.out_channels
+        self.bn_branch2a = nn.BatchNorm2d(inputs)
+        self.conv_branch2a = nn.Conv2d(inputs, middle, 1, stride, bias=False)
+        self.bn_branch2b1 = nn.BatchNorm2d(middle)
+        self.dropout_2b1 = nn.Dropout2d(spec.dropout or 0.0)
+        self.conv_branch2b1 = _conv3x3(middle, wide, dilation=dilations[1])
+        self.bn_branch2b2 = nn.BatchNorm2d(wide)
+        self.dropout_2b2 = nn.Dropout2d(spec.dropout or 0.0)
+        self.conv_branch2b2 = nn.Conv2d(wide, outputs, 1, bias=False)
+        self.conv_branch1 = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, in_channels, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
+        """Maps (N, inputs, H, W) to (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         activated = F.relu(self.bn_branch2a(x), inplace=True)
         branch = self.conv_branch2a(activated)
         branch = self.conv_branch2b1(self.dropout_2b1(F.relu(self.bn_branch2b1(branch), inplace=True)))

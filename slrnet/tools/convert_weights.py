@@ -95,8 +95,8 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
         ValueError: the file is damaged, holds more than tensors, or does not fit; the message names the tensors that
             are missing, unknown, or of another shape.
     """
-    tensors, source = read_tensors(Path(path))
-    weights = rename_released(tensors, source=source)
+    source = str(path)
+    weights = rename_released(read_tensors(Path(path)), source=source)
     outputs = weights["mask_head.classify.weight"].shape[0]
     if outputs not in (len(classes), len(classes) - 1):
         raise ValueError(

@@ -48,19 +48,12 @@ def make_views(
     Returns:
         Per view the normalized images (N, 3, H_v, W_v), and how to undo the view.
     """
-    views = draw_views(len(images), scales=config.scales, flip=config.flip, generator=generator)
+    views = draw_views(len(images), config, generator=generator)
     inputs = []
     color: ColorParams | None = None
     for view in views:
         if color is None or config.own_color:
-            color = draw_color(
-                len(images),
-                brightness=config.brightness,
-                contrast=config.contrast,
-                saturation=config.saturation,
-                hue=config.hue,
-                generator=generator,
-            )
+            color = draw_color(len(images), config, generator=generator)
         warped = apply_view(images, view, stride=normalize.output_stride)
         inputs.append(normalize(apply_color(warped, color)))
     return inputs, views

@@ -1,9 +1,9 @@
 """Color jitter of a whole batch on its device (paper Sec. 4.6: color distortion of the views).
 
-Brightness, contrast, saturation and hue change in this fixed order, by factors of each image's own. Each step computes
-what torchvision's function does (`adjust_brightness`, ...), which takes one factor for all images. The released code
-applies those image by image on the CPU, in a random order. Hue needs no HSV images: a pixel keeps its largest and
-smallest channel, so only the angle on the color hexagon is computed, shifted and turned back into channels.
+Brightness, contrast, saturation and hue change in this order, by factors of each image's own. Each step computes what
+torchvision's function does (`adjust_brightness`, ...), which takes one factor for all images; the released code applies
+those image by image on the CPU, in a random order. Hue needs no HSV images: a pixel keeps its largest and smallest
+channel, so only the angle on the color hexagon is computed, shifted and turned back into channels.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slrnet.config import ViewsConfig
+
 __all__ = ["ColorParams", "apply_color", "draw_color"]
 
 _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
@@ -20,13 +22,9 @@ _GRAY_WEIGHTS = (0.2989, 0.587, 0.114)
 
 @dataclass(frozen=True, slots=True)
 class ColorParams:
-    """The drawn distortion of N images; a field is None where that distortion is off.
+    """The drawn distortion of N images, (N,) float32 each; None: that distortion is off.
 
-    Attributes:
-        brightness: (N,) float32 factors; 1 changes nothing.
-        contrast: (N,) float32 factors; 1 changes nothing.
-        saturation: (N,) float32 factors; 1 changes nothing.
-        hue: (N,) float32 shifts in turns of the color circle; 0 changes nothing.
+    `brightness`, `contrast` and `saturation` are factors; `hue` is a shift in turns of the color circle.
     """
 
     brightness: Tensor | None
@@ -35,32 +33,21 @@ class ColorParams:
     hue: Tensor | None
 
 
-def draw_color(
-    n: int,
-    *,
-    brightness: float,
-    contrast: float,
-    saturation: float,
-    hue: float,
-    generator: torch.Generator,
-) -> ColorParams:
+def draw_color(n: int, config: ViewsConfig, *, generator: torch.Generator) -> ColorParams:
     """Draws the distortion of `n` images.
 
     Args:
         n: number of images.
-        brightness: largest change b, 0 to 1; factors are uniform in [1 - b, 1 + b].
-        contrast: largest change, as for brightness.
-        saturation: largest change, as for brightness.
-        hue: largest shift h, 0 to 0.5 turns; shifts are uniform in [-h, h].
+        config: b of each distortion: factors are uniform in [1 - b, 1 + b], shifts of hue in [-b, b].
         generator: a generator on the CPU; the same state gives the same distortion on any device.
     """
     # Always draw all four rows, so that turning one distortion off does not change the others.
     uniform = torch.rand(4, n, generator=generator) * 2.0 - 1.0
     return ColorParams(
-        brightness=1.0 + brightness * uniform[0] if brightness else None,
-        contrast=1.0 + contrast * uniform[1] if contrast else None,
-        saturation=1.0 + saturation * uniform[2] if saturation else None,
-        hue=hue * uniform[3] if hue else None,
+        brightness=1.0 + config.brightness * uniform[0] if config.brightness else None,
+        contrast=1.0 + config.contrast * uniform[1] if config.contrast else None,
+        saturation=1.0 + config.saturation * uniform[2] if config.saturation else None,
+        hue=config.hue * uniform[3] if config.hue else None,
     )
 
 

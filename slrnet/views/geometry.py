@@ -7,12 +7,13 @@ released code has one fixed second view, of half the size and never mirrored; he
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from slrnet.config import ViewsConfig
 
 __all__ = ["View", "apply_view", "draw_views", "invert_view", "view_size"]
 
@@ -21,25 +22,17 @@ __all__ = ["View", "apply_view", "draw_views", "invert_view", "view_size"]
 class View:
     """A geometric view of N images.
 
-    Attributes:
-        scale: side relative to the crop, above 0.
-        flip: (N,) bool, True where the image is mirrored left to right; None: no image is mirrored.
+    `scale` is the side relative to the crop, above 0. `flip`, (N,) bool, says which images are mirrored left to right;
+    None: none.
     """
 
     scale: float
     flip: Tensor | None = None
 
 
-def draw_views(n: int, *, scales: Sequence[float], flip: bool, generator: torch.Generator) -> list[View]:
-    """Draws one view per scale for a batch of `n` images.
-
-    Args:
-        n: number of images.
-        scales: scale of each view.
-        flip: mirror each image of each view with probability 1/2; False: mirror none.
-        generator: a generator on the CPU; used only where `flip` is True.
-    """
-    return [View(float(scale), torch.rand(n, generator=generator) < 0.5 if flip else None) for scale in scales]
+def draw_views(n: int, config: ViewsConfig, *, generator: torch.Generator) -> list[View]:
+    """Draws one view per scale of `config` for a batch of `n` images, by a generator on the CPU."""
+    return [View(scale, torch.rand(n, generator=generator) < 0.5 if config.flip else None) for scale in config.scales]
 
 
 def view_size(size: tuple[int, int], scale: float, *, stride: int) -> tuple[int, int]:

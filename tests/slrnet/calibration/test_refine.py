@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from slrnet.calibration.refine import DILATIONS, affinities, refine
+from slrnet.calibration.refine import DILATIONS, _refine_by_products, _refine_by_slices, affinities, refine
 from slrnet.ops.maps import resize
 
 Array = npt.NDArray[np.float64]
@@ -187,12 +186,10 @@ class TestRefine:
 
 @pytest.mark.parametrize("size", [(9, 14), (1, 30), (31, 2)])
 @pytest.mark.parametrize("channels", [1, 4, 7])
-def test_both_forms_agree(channels: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_forms_agree(channels: int, size: tuple[int, int]) -> None:
     images, probs = draw(2, channels, *size)
-    results = []
-    for sparse in (True, False):
-        monkeypatch.setattr(sys.modules["slrnet.calibration.refine"], "_sparse_pays", lambda _, answer=sparse: answer)
-        results.append(refine(images, probs, num_iters=3))
+    weights = affinities(images, dilations=DILATIONS)
+    results = [run(probs, weights, 3, DILATIONS) for run in (_refine_by_products, _refine_by_slices)]
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 

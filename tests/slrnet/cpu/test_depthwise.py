@@ -9,6 +9,7 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+from slrnet.config import ModelConfig
 from slrnet.cpu import depthwise, speed_up
 from slrnet.cpu.depthwise import DepthwiseConv2d
 from slrnet.models.encoders import build_encoder
@@ -99,7 +100,7 @@ def test_only_convolutions_that_qualify_are_replaced() -> None:
 
 
 def test_an_encoder_gives_the_same_features() -> None:
-    encoder = build_encoder("efficientnet_lite0", weights="none", output_stride=8).eval()
+    encoder = build_encoder(ModelConfig(encoder="efficientnet_lite0", encoder_weights="none")).eval()
     images = torch.randn(1, 3, 168, 136)
     plain = encoder(images).deep
     assert speed_up(encoder) is encoder

@@ -72,7 +72,8 @@ def narrow_network(monkeypatch: pytest.MonkeyPatch) -> SLRNet:
     backbone = WideResNet38()
     encoder = Encoder(backbone, stages=backbone.stages, channels=backbone.channels, strides=backbone.strides)
     encoder.freeze(stages=1, batch_norm=False)  # as in training; its maps are the largest
-    return SLRNet(encoder, num_classes=3, cvlr=None, decoder_dim=8, skip_dim=4, dropout=0.0, gate_rate=0.0).double()
+    config = ModelConfig(decoder_dim=8, skip_dim=4, dropout=0.0, gate_rate=0.0)
+    return SLRNet(encoder, config, num_classes=3, cvlr=None).double()
 
 
 def step(network: SLRNet, images: Tensor) -> list[Tensor]:

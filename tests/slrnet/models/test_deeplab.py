@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
-from slrnet.config import ConfigError, apply_overrides
+from slrnet.config import ConfigError, ModelConfig, apply_overrides
 from slrnet.models import deeplab
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.encoders import build_encoder
@@ -18,8 +20,11 @@ smp = pytest.importorskip("segmentation_models_pytorch", reason="the extra `dist
 def test_is_the_librarys_decoder_on_our_encoder() -> None:
     """The encoder alone differs: timm dilates the first block of the last stage less than the library does."""
     torch.manual_seed(0)
-    encoder = build_encoder("efficientnet_lite0", output_stride=16)
-    ours = DeepLabV3Plus(encoder, num_classes=7, dim=16, dilations=(6, 12, 18), dropout=0.0).eval()
+    config = ModelConfig(
+        encoder="efficientnet_lite0", output_stride=16, decoder_dim=16, aspp_dilations=(6, 12, 18), dropout=0.0
+    )
+    encoder = build_encoder(config)
+    ours = DeepLabV3Plus(encoder, config, num_classes=7).eval()
     theirs = smp.DeepLabV3Plus(
         "timm-tf_efficientnet_lite0",
         encoder_weights=None,
@@ -61,10 +66,15 @@ def test_gradients_reach_every_trainable_weight() -> None:
     assert lacking == []
 
 
+def refused(output_stride: Literal[16, 32]) -> None:
+    config = ModelConfig(encoder="efficientnet_lite0", encoder_weights="none", output_stride=output_stride)
+    DeepLabV3Plus(build_encoder(config), config, num_classes=3)
+
+
 class TestRefusals:
     def test_strides(self) -> None:
         with pytest.raises(ValueError, match="DeepLabV3\\+ needs the last one at stride 8 or 16 and one at 4"):
-            DeepLabV3Plus(build_encoder("efficientnet_lite0", weights="none", output_stride=32), num_classes=3)
+            refused(output_stride=32)
 
     def test_settings(self) -> None:
         with pytest.raises(ConfigError, match="neither class scores nor CVLR; use setting=sss"):
@@ -77,4 +87,4 @@ class TestRefusals:
     def test_without_the_extra(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(deeplab, "find_spec", lambda name: None)
         with pytest.raises(ValueError, match=r"pip install 'slrnet\[distill\]'"):
-            DeepLabV3Plus(build_encoder("efficientnet_lite0", weights="none", output_stride=16), num_classes=3)
+            refused(output_stride=16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from slrnet.config import ModelConfig
 from slrnet.models.encoders import build_encoder
 from slrnet.models.network import Normalize, mixed_precision
 
@@ -35,7 +36,7 @@ def test_precision_of_a_release_that_does_not_tell(monkeypatch: pytest.MonkeyPat
 
 
 def test_normalization_is_the_encoders() -> None:
-    encoder = build_encoder("efficientnet_lite0", weights="none", output_stride=16)
+    encoder = build_encoder(ModelConfig(encoder="efficientnet_lite0", encoder_weights="none", output_stride=16))
     normalize = Normalize.of(encoder)
     assert (normalize.mean, normalize.std, normalize.output_stride) == (encoder.mean, encoder.std, 16)
     images = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))

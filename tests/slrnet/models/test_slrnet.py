@@ -38,16 +38,14 @@ def tiny_encoder() -> Encoder:
 
 def tiny_model(*, cvlr: bool = True, seed: int = 0, predict_background: bool = False, **options: Any) -> SLRNet:
     torch.manual_seed(seed)
-    module = CrossViewLowRank(8, dim=6, **options) if cvlr else None
+    module = CrossViewLowRank(8, CvlrConfig(dim=6, **options)) if cvlr else None
     if module is not None:
         module.project_out.reset_parameters()  # it starts at zero, where views would not meet
     return SLRNet(
         tiny_encoder(),
+        ModelConfig(decoder_dim=8, skip_dim=3, aspp_dilations=(1, 2, 3)),
         num_classes=K,
         cvlr=module,
-        decoder_dim=8,
-        skip_dim=3,
-        aspp_dilations=(1, 2, 3),
         predict_background=predict_background,
     )
 
@@ -139,10 +137,10 @@ def test_new_convolutions_start_without_bias() -> None:
 
 
 def test_build_network_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, Any] = {}
+    asked: list[ModelConfig] = []
 
-    def fake_build(name: str, **options: Any) -> Encoder:
-        asked.update(options, name=name)
+    def fake_build(config: ModelConfig) -> Encoder:
+        asked.append(config)
         return tiny_encoder()
 
     monkeypatch.setattr(module_under_test, "build_encoder", fake_build)
@@ -163,13 +161,7 @@ def test_build_network_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) 
     cvlr = CvlrConfig(dim=5, num_iters=3, temperature=0.5, form="released", implementation="reference")
     config = Config(model=model_config, cvlr=cvlr)
     model = build_network(config, num_classes=6)
-    assert asked == {
-        "name": "resnet50",
-        "weights": "none",
-        "output_stride": 16,
-        "frozen_stages": 2,
-        "freeze_batch_norm": False,
-    }
+    assert asked == [model_config]
     assert model.cvlr is not None
     assert (model.cvlr.num_iters, model.cvlr.temperature, model.cvlr.form) == (3, 0.5, "released")
     assert model.cvlr.implementation == "reference"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slrnet.models.wide_resnet38 import BottleneckBlock, PlainBlock, WideResNet38
+from slrnet.models.wide_resnet38 import BottleneckBlock, PlainBlock, StageSpec, WideResNet38
 
 
 def _randomise(module: nn.Module, seed: int = 0) -> None:
@@ -50,12 +50,16 @@ def _reference_block(x: Tensor, block: PlainBlock | BottleneckBlock) -> Tensor:
     return shortcut + branch
 
 
+def spec(mid_channels: int, out_channels: int) -> StageSpec:
+    return StageSpec("b", 1, mid_channels, out_channels, 1, 0.5)
+
+
 BLOCKS: dict[str, Callable[[], PlainBlock | BottleneckBlock]] = {
-    "same shape": lambda: PlainBlock(3, mid_channels=2, out_channels=3, dilation=2, first_dilation=2),
-    "stride": lambda: PlainBlock(3, mid_channels=2, out_channels=3, stride=2),
-    "first dilation": lambda: PlainBlock(3, mid_channels=2, out_channels=4, first_dilation=1, dilation=2),
-    "bottleneck": lambda: BottleneckBlock(3, mid_channels=2, out_channels=5, dropout=0.5, dilation=2),
-    "bottleneck with stride": lambda: BottleneckBlock(3, mid_channels=2, out_channels=5, dropout=0.5, stride=2),
+    "same shape": lambda: PlainBlock(3, spec(2, 3), stride=1, dilations=(2, 2)),
+    "stride": lambda: PlainBlock(3, spec(2, 3), stride=2, dilations=(1, 1)),
+    "first dilation": lambda: PlainBlock(3, spec(2, 4), stride=1, dilations=(1, 2)),
+    "bottleneck": lambda: BottleneckBlock(3, spec(2, 5), stride=1, dilations=(1, 2)),
+    "bottleneck with stride": lambda: BottleneckBlock(3, spec(2, 5), stride=2, dilations=(1, 1)),
 }
 
 
@@ -68,7 +72,7 @@ def test_block_equals_slow_reference(kind: str) -> None:
 
 
 def test_bottleneck_drops_whole_channels_in_training_only() -> None:
-    block = BottleneckBlock(3, mid_channels=16, out_channels=8, dropout=0.5)
+    block = BottleneckBlock(3, spec(16, 8), stride=1, dilations=(1, 1))
     dropped: list[Tensor] = []
     for convolution in (block.conv_branch2b1, block.conv_branch2b2):  # what they are given
         convolution.register_forward_pre_hook(lambda module, inputs: dropped.append(inputs[0]))
@@ -155,8 +159,3 @@ def test_dilation_computes_the_strided_network_at_more_positions() -> None:
     assert dense[-2].min() < 0
     for level, factor in enumerate((1, 1, 1, 2, 4, 4)):
         torch.testing.assert_close(dense[level][..., ::factor, ::factor], sparse[level])
-
-
-def test_other_output_strides_are_refused() -> None:
-    with pytest.raises(ValueError, match="output_stride is 4; WideResNet-38 can have 8, 16 or 32"):
-        WideResNet38(output_stride=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from slrnet.cli.main import main
-from slrnet.config import Config, apply_overrides
+from slrnet.config import Config, CvlrConfig, ModelConfig, apply_overrides
 from slrnet.inference.forward import Inference
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import build_encoder
@@ -18,12 +19,22 @@ from slrnet.models.slrnet import SLRNet
 from slrnet.tools.codes import CodeMaps, code_maps, draw_code_maps
 from slrnet.viz.heat import heat
 
+SMALL = ModelConfig(
+    encoder="timm:test_resnet",
+    encoder_weights="none",
+    output_stride=16,
+    frozen_stages=0,
+    decoder_dim=8,
+    skip_dim=4,
+    aspp_dilations=(1, 2, 3),
+)
 
-def model_of(**options: object) -> SLRNet:
+
+def model_of(**options: Any) -> SLRNet:
     torch.manual_seed(0)
-    encoder = build_encoder("timm:test_resnet", weights="none", output_stride=16, frozen_stages=0)
-    module = CrossViewLowRank(8, dim=6, num_iters=2, **options)  # type: ignore[arg-type]
-    return SLRNet(encoder, num_classes=3, cvlr=module, decoder_dim=8, skip_dim=4, aspp_dilations=(1, 2, 3)).eval()
+    encoder = build_encoder(SMALL)
+    module = CrossViewLowRank(8, CvlrConfig(dim=6, num_iters=2, **options))
+    return SLRNet(encoder, SMALL, num_classes=3, cvlr=module).eval()
 
 
 IMAGE = np.random.default_rng(1).integers(0, 256, (48, 64, 3), dtype=np.uint8)
@@ -44,7 +55,7 @@ def test_codes_of_several_numbers_of_iterations() -> None:
 
 
 def test_atoms_without_names() -> None:
-    model = model_of(num_bases=5)
+    model = model_of(method="free", num_bases=5)
     maps = code_maps(Inference(model, CONFIG), IMAGE, [3])
     assert maps.codes[3].shape == (5, 48, 64)
     means = maps.codes[3].mean(axis=(1, 2))
@@ -76,7 +87,7 @@ def test_the_picture_shows_each_map_in_its_place() -> None:
 
 
 def test_mistakes_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = SLRNet(model_of().encoder, num_classes=3, cvlr=None, decoder_dim=8, skip_dim=4, aspp_dilations=(1, 2, 3))
+    plain = SLRNet(model_of().encoder, SMALL, num_classes=3, cvlr=None)
     with pytest.raises(ValueError, match="without a low-rank module"):
         code_maps(Inference(plain.eval(), CONFIG), IMAGE, [1])
     model = model_of()

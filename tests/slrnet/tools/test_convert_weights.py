@@ -112,7 +112,7 @@ def test_one_stage_is_the_network_without_cvlr(ours_one_stage: dict[str, Tensor]
 def test_a_one_stage_checkpoint_is_read(
     ours_one_stage: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(released_weights, "read_tensors", lambda path: (one_stage(ours_one_stage), str(path)))
+    monkeypatch.setattr(released_weights, "read_tensors", lambda path: one_stage(ours_one_stage))
     found = released_checkpoint(tmp_path / "published.pth", classes=CLASSES)
     assert found.model.keys() == ours_one_stage.keys()
     evaluation = found.config.evaluation
@@ -120,11 +120,11 @@ def test_a_one_stage_checkpoint_is_read(
     assert (evaluation.gating, evaluation.gating_threshold, evaluation.background_power) == ("scores", 0.1, 3.0)
     assert evaluation.scales == (1.0, 0.5, 1.5, 2.0)
     lacking = {name: tensor for name, tensor in one_stage(ours_one_stage).items() if name != "bn7.bias"}
-    monkeypatch.setattr(released_weights, "read_tensors", lambda path: (lacking, str(path)))
+    monkeypatch.setattr(released_weights, "read_tensors", lambda path: lacking)
     with pytest.raises(ValueError, match=r"does not fit 1-Stage with WideResNet-38; tensors: 1 missing \(encoder"):
         released_checkpoint(tmp_path / "published.pth", classes=CLASSES)
     resnet = {f"layer1.{name}": tensor for name, tensor in lacking.items()}
-    monkeypatch.setattr(released_weights, "read_tensors", lambda path: (resnet, str(path)))
+    monkeypatch.setattr(released_weights, "read_tensors", lambda path: resnet)
     with pytest.raises(ValueError, match="of no 1-Stage with WideResNet-38"):
         released_checkpoint(tmp_path / "published.pth", classes=CLASSES)
 

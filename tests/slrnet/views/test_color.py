@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
+from slrnet.config import ViewsConfig
 from slrnet.views.color import ColorParams, apply_color, draw_color
 
 OFF = ColorParams(brightness=None, contrast=None, saturation=None, hue=None)
@@ -46,7 +47,7 @@ def test_each_distortion_equals_torchvision() -> None:
 def test_distortions_are_chained_in_the_documented_order() -> None:
     images = _images(4)
     generator = torch.Generator().manual_seed(1)
-    params = draw_color(4, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1, generator=generator)
+    params = draw_color(4, ViewsConfig(), generator=generator)
     assert params.brightness is not None
     assert params.contrast is not None
     assert params.saturation is not None
@@ -69,7 +70,8 @@ def test_a_third_of_a_turn_makes_red_green() -> None:
 
 def test_off_changes_nothing() -> None:
     images = _images(2)
-    params = draw_color(2, brightness=0, contrast=0, saturation=0, hue=0, generator=torch.Generator().manual_seed(0))
+    off = ViewsConfig(brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0)
+    params = draw_color(2, off, generator=torch.Generator().manual_seed(0))
     assert params == OFF
     assert apply_color(images, params) is images
 
@@ -77,7 +79,8 @@ def test_off_changes_nothing() -> None:
 def test_draws_depend_on_the_generator_alone_and_stay_in_range() -> None:
     def draw(seed: int, contrast: float) -> ColorParams:
         generator = torch.Generator().manual_seed(seed)
-        return draw_color(500, brightness=0.2, contrast=contrast, saturation=1.0, hue=0.1, generator=generator)
+        config = ViewsConfig(brightness=0.2, contrast=contrast, saturation=1.0)
+        return draw_color(500, config, generator=generator)
 
     first, again, other, no_contrast = draw(5, 0.3), draw(5, 0.3), draw(6, 0.3), draw(5, 0.0)
     for name, middle, strength in (("brightness", 1, 0.2), ("contrast", 1, 0.3), ("saturation", 1, 1), ("hue", 0, 0.1)):

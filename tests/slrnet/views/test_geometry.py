@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from slrnet.config import ViewsConfig
 from slrnet.views.geometry import View, apply_view, draw_views, invert_view, view_size
 
 
@@ -111,8 +112,8 @@ def test_maps_of_either_layout_are_mirrored_alike(channels: int) -> None:
 
 
 def test_draws_are_one_coin_per_image_and_view() -> None:
-    views = draw_views(400, scales=(1.0, 0.5), flip=True, generator=torch.Generator().manual_seed(2))
-    again = draw_views(400, scales=(1.0, 0.5), flip=True, generator=torch.Generator().manual_seed(2))
+    views = draw_views(400, ViewsConfig(), generator=torch.Generator().manual_seed(2))
+    again = draw_views(400, ViewsConfig(), generator=torch.Generator().manual_seed(2))
     assert [view.scale for view in views] == [1.0, 0.5]
     flips = [view.flip for view in views]
     assert flips[0] is not None
@@ -123,4 +124,4 @@ def test_draws_are_one_coin_per_image_and_view() -> None:
         assert same.flip is not None
         assert torch.equal(view.flip, same.flip)
         assert 140 < int(view.flip.sum()) < 260
-    assert draw_views(4, scales=[2], flip=False, generator=torch.Generator()) == [View(2.0, None)]
+    assert draw_views(4, ViewsConfig(scales=(2.0,), flip=False), generator=torch.Generator()) == [View(2.0, None)]
