@@ -54,12 +54,19 @@ NonNegativeFloat = Annotated[float, Field(strict=True, ge=0.0, allow_inf_nan=Fal
 PositiveFloat = Annotated[float, Field(strict=True, gt=0.0, allow_inf_nan=False)]
 
 Setting = Literal["wsss", "sss_image_labels", "sss"]
+"""Image labels; pixel and image labels; pixel labels and unlabeled images."""
 Precision = Literal["auto", "fp32", "bf16"]
+"""See `train.precision`."""
 Implementation = Literal["auto", "reference", "recompute", "triton"]
+"""See `cvlr.implementation`."""
 Protocol = Literal["ss", "ms", "ms_crf"]
+"""See `evaluation.protocol`."""
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+"""All protocols."""
 Gating = Literal["none", "scores", "image_labels"]
+"""See `evaluation.gating`."""
 GATINGS: tuple[Gating, ...] = get_args(Gating)
+"""All gatings."""
 
 
 class ConfigError(ValueError):
