@@ -48,16 +48,13 @@ def draw_grid(
     row_names: Sequence[str] = (),
     legend: Sequence[tuple[str, Color | None]] = (),
 ) -> Image.Image:
-    """Draws tiles in rows and columns.
+    """Draws tiles in rows and columns; returns an RGB picture.
 
     Args:
         rows: tiles, left to right; at least one. All columns are as wide as the widest tile.
         title: line at the top; empty for none.
         row_names: texts at the left of the rows; empty for none.
         legend: names and colors below the tiles; None is drawn as the stripes of void.
-
-    Returns:
-        RGB picture.
     """
     font, bold = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE + 2)
     margin = GAP + max((round(font.getlength(name)) + GAP for name in row_names), default=0)
@@ -80,34 +77,32 @@ def draw_grid(
     for name, top, below in zip(row_names, tops, tops[1:], strict=False):
         draw.text((GAP, (top + LINE + below - GAP) / 2), name, fill=INK, font=font, anchor="lm")
     for (name, color), (left, line) in zip(legend, places, strict=True):
-        _draw_legend_entry(page, name, color, left, tops[-1] + line * LINE, font)
+        top = tops[-1] + line * LINE + 5
+        draw.rectangle((left - 1, top - 1, left + _SWATCH, top + _SWATCH), fill=color, outline=FAINT)
+        if color is None:
+            page.paste(Image.fromarray(void_stripes((_SWATCH, _SWATCH)).astype(np.uint8)), (left, top))
+        draw.text((left + _SWATCH + 6, top + _SWATCH / 2), name, fill=INK, font=font, anchor="lm")
     return page
 
 
 def class_legend(
     masks: Iterable[Mask], palette: Pixels, class_names: Sequence[str], *, foreground_only: bool = False
 ) -> list[tuple[str, Color | None]]:
-    """Lists names and colors of the classes that masks show, in the order of their ids.
+    """Lists names and colors of the classes that masks show, in the order of their ids; the color of void is None.
 
     Args:
         masks: each (H, W) class ids, 255 for void.
         palette: (C, 3) uint8 colors by class id.
         class_names: K names, background first.
         foreground_only: leave out the background and void.
-
-    Returns:
-        Name and RGB color of each class; the color of void is None.
     """
-    shown = sorted({int(index) for mask in masks for index in np.unique(mask)})
-    entries: list[tuple[str, Color | None]] = []
-    for index in shown:
-        if index in (0, IGNORE_INDEX):
-            special = ("void", None) if index else (class_names[0], BACKGROUND)
-            entries += [] if foreground_only else [special]
-        else:
-            red, green, blue = palette[index].tolist()
-            entries.append((class_names[index], (red, green, blue)))
-    return entries
+    shown = {int(index) for mask in masks for index in np.unique(mask)}
+    special: dict[int, tuple[str, Color | None]] = {0: (class_names[0], BACKGROUND), IGNORE_INDEX: ("void", None)}
+    return [
+        special.get(index) or (class_names[index], tuple(palette[index].tolist()))
+        for index in sorted(shown)
+        if index not in special or not foreground_only
+    ]
 
 
 def shorten(text: str, font: Font, width: float) -> str:
@@ -117,14 +112,6 @@ def shorten(text: str, font: Font, width: float) -> str:
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
-
-
-def _draw_legend_entry(page: Image.Image, name: str, color: Color | None, left: int, top: int, font: Font) -> None:
-    draw = ImageDraw.Draw(page)
-    draw.rectangle((left - 1, top + 4, left + _SWATCH, top + 5 + _SWATCH), fill=color, outline=FAINT)
-    if color is None:
-        page.paste(Image.fromarray(void_stripes((_SWATCH, _SWATCH)).astype(np.uint8)), (left, top + 5))
-    draw.text((left + _SWATCH + 6, top + 5 + _SWATCH / 2), name, fill=INK, font=font, anchor="lm")
 
 
 def _legend_positions(widths: Sequence[float], total_width: int) -> list[tuple[int, int]]:

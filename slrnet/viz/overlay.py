@@ -47,23 +47,18 @@ def draw_overlay(image: Pixels, mask: Mask, palette: Pixels) -> Image.Image:
     shaded = _CLASS_OPACITY * palette[ids].astype(np.float32) + (1.0 - _CLASS_OPACITY) * gray
     out = np.where((ids > 0)[..., None], shaded, _BACKGROUND_DIM * gray)
     out = np.where((mask == IGNORE_INDEX)[..., None], 0.5 * void_stripes(mask.shape) + 0.5 * out, out)
-    edge = _outline(ids)
+    edge = np.zeros(ids.shape, dtype=bool)  # foreground that touches another class
+    for pixels, border in ((ids, edge), (ids.T, edge.T)):
+        change = pixels[1:] != pixels[:-1]
+        border[1:] |= change
+        border[:-1] |= change
+    edge &= ids > 0
     out[edge] = 0.35 * out[edge] + 0.65 * 255.0
     return Image.fromarray(np.clip(np.rint(out), 0, 255).astype(np.uint8))
 
 
 def check_mask(mask: Mask, image: Pixels, num_known: int, name: str) -> None:
-    """Checks that an image is 8-bit RGB and that a mask fits it.
-
-    Args:
-        mask: (H, W) class ids.
-        image: (H, W, 3) uint8 RGB.
-        num_known: number of known classes; the ids 0 to num_known - 1 are allowed, and 255 for void.
-        name: what the message calls the mask.
-
-    Raises:
-        ValueError: the image is not 8-bit RGB, or the mask does not fit it.
-    """
+    """Raises ValueError unless the image is (H, W, 3) uint8, and the mask (H, W) of ids < `num_known` and 255."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image has shape {image.shape} and type {image.dtype}; it must be (H, W, 3) uint8")
     if mask.shape != image.shape[:2]:
@@ -78,13 +73,3 @@ def void_stripes(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     rows, columns = np.indices(shape)
     light = ((rows + columns) // (_STRIPE // 2)) % 2 == 0
     return np.where(light[..., None], _VOID_LIGHT, _VOID_DARK).astype(np.float32)
-
-
-def _outline(ids: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
-    """Finds the foreground pixels (H, W) that touch another class."""
-    edge = np.zeros(ids.shape, dtype=bool)
-    for pixels, border in ((ids, edge), (ids.T, edge.T)):
-        change = pixels[1:] != pixels[:-1]
-        border[1:] |= change
-        border[:-1] |= change
-    return edge & (ids > 0)

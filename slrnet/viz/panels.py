@@ -33,7 +33,8 @@ def draw_panel(
 ) -> Image.Image:
     """Draws image, raw mask, refined mask, pseudo label and ground truth in two rows, with captions and a legend.
 
-    Two rows, because MLflow's page and small screens give a picture a square.
+    There are two rows, because MLflow's page and small screens give a picture a square. Small images are enlarged by a
+    whole factor so that you can see details.
 
     Args:
         image: (H, W, 3) uint8 RGB.
@@ -44,9 +45,6 @@ def draw_panel(
         palette: (C, 3) uint8 colors by class id, C >= the number of classes.
         class_names: names by class id, background first.
         title: line at the top, for instance the image's key; empty for none.
-
-    Returns:
-        RGB picture; small images are enlarged by a whole factor so that you can see details.
 
     Raises:
         ValueError: a mask's size differs from the image's, or it holds an id without a name or color.

@@ -6,10 +6,11 @@ Only what depends on a changed setting is computed again, so a new gamma does no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from slrnet.inference.forward import Inference, gate
 from slrnet.inference.predictor import rgb_array
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import resize
-from slrnet.tools.codes import CodeMaps, code_maps, iterations
+from slrnet.tools.codes import code_maps, iterations
 
 __all__ = ["MAX_SIDE", "Analysis", "Analyzer", "Controls", "shrink"]
 
@@ -71,15 +72,15 @@ class Analysis:
         return float((self.pseudo_labels != IGNORE_INDEX).mean())
 
 
-@dataclass(frozen=True)
-class _Predictions:
+class _Predictions(NamedTuple):
     """What the network says of an image with some T, before gating and calibration."""
 
     probs: Tensor
-    scores: Tensor | None
-    logits: tuple[Tensor, ...]
+    class_scores: Tensor | None
+    logits: Sequence[Tensor]
     images: Tensor
-    codes: CodeMaps | None
+    codes: dict[str, npt.NDArray[np.float32]]
+    scores: dict[str, float]
 
 
 class Analyzer:
@@ -114,13 +115,9 @@ class Analyzer:
         self._calibrated: dict[tuple[Any, ...], Calibrated] = {}
 
     def analyze(self, image: npt.NDArray[np.uint8], controls: Controls) -> Analysis:
-        """Analyzes an image.
+        """Analyzes an image (H, W, 3) uint8; see `shrink`.
 
-        What does not depend on a changed control comes from the last call, as long as `image` is the same array.
-
-        Args:
-            image: (H, W, 3) uint8, not changed between calls; see `shrink`.
-            controls: the settings to try.
+        What does not depend on a changed control comes from the last call, if `image` is the same, unchanged array.
 
         Raises:
             ValueError: T is below 1, or gamma outside [0, 1].
@@ -131,30 +128,35 @@ class Analyzer:
             if controls.num_iters not in self._predictions:
                 self._predictions[controls.num_iters] = self._predict(image, controls.num_iters)
             predictions = self._predictions[controls.num_iters]
-            scores = self._sorted_scores(predictions)
-            classes = self._likely_classes(scores) if controls.classes is None else controls.classes
+            classes = self._likely_classes(predictions.scores) if controls.classes is None else controls.classes
             labels = torch.tensor([[float(name in classes) for name in self.classes[1:]]], device=self._device)
             calibrated = self._calibrate(predictions, labels, controls)
             size = (image.shape[0], image.shape[1])
             settings = self.config.calibration.model_copy(update={"confidence_threshold": controls.gamma})
-            gated = gate(predictions.probs, predictions.scores, labels[0], self.config.evaluation)
+            gated = gate(predictions.probs, predictions.class_scores, labels[0], self.config.evaluation)
             refined = to_class_ids(resize(calibrated.refined, size).argmax(dim=1), calibrated.classes)
             return Analysis(
                 mask=gated[0].argmax(dim=0).cpu().numpy(),
                 refined=refined[0].cpu().numpy(),
                 pseudo_labels=make_pseudo_labels(calibrated, settings, size=size)[0].cpu().numpy(),
                 classes=classes,
-                scores=scores,
-                codes=self._titled_codes(predictions.codes),
+                scores=predictions.scores,
+                codes=predictions.codes,
             )
 
     def _predict(self, image: npt.NDArray[np.uint8], num_iters: int) -> _Predictions:
-        pixels = torch.from_numpy(image).permute(2, 0, 1).contiguous().to(self._device)
+        pixels, codes = torch.from_numpy(image).permute(2, 0, 1).contiguous().to(self._device), {}
         with nullcontext() if self._module is None else iterations(self._module, num_iters):
-            probs, scores = self._inference.single_scale(pixels)
+            probs, class_scores = self._inference.single_scale(pixels)
             logits, images = self._inference.view_logits(pixels)
-            codes = None if self._module is None else code_maps(self._inference, image)
-        return _Predictions(probs, scores, tuple(logits), images, codes)
+            if self._module is not None:
+                maps = code_maps(self._inference, image)
+                codes = {title: maps.codes[num_iters][atom] for atom, title in maps.choose_atoms(self.classes).items()}
+        scores = {}
+        if class_scores is not None:
+            pairs = zip(self.classes[1:], class_scores[0].float().sigmoid().tolist(), strict=True)
+            scores = dict(sorted(pairs, key=lambda pair: -pair[1]))
+        return _Predictions(probs, class_scores, logits, images, codes, scores)
 
     def _calibrate(self, predictions: _Predictions, labels: Tensor, controls: Controls) -> Calibrated:
         key = (controls.num_iters, controls.refine_iters, tuple(labels[0].tolist()))
@@ -173,24 +175,9 @@ class Analyzer:
         best = list(scores)[: settings.gating_top]
         return tuple(name for name in best if scores[name] > settings.gating_threshold) or (best[0],)
 
-    def _sorted_scores(self, predictions: _Predictions) -> dict[str, float]:
-        if predictions.scores is None:
-            return {}
-        values = predictions.scores[0].float().sigmoid().cpu().tolist()
-        return dict(sorted(zip(self.classes[1:], values, strict=True), key=lambda pair: -pair[1]))
-
-    def _titled_codes(self, maps: CodeMaps | None) -> dict[str, npt.NDArray[np.float32]]:
-        if maps is None:
-            return {}
-        (codes,) = maps.codes.values()
-        return {title: codes[atom] for atom, title in maps.choose_atoms(self.classes).items()}
-
 
 def shrink(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Turns an image of any mode upright and scales it down to `MAX_SIDE` pixels a side; returns (H, W, 3) uint8."""
-    pixels = rgb_array(image)
-    if max(pixels.shape[:2]) <= MAX_SIDE:
-        return pixels
-    picture = Image.fromarray(pixels)
+    picture = Image.fromarray(rgb_array(image))
     picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS, reducing_gap=None)
     return np.asarray(picture).copy()

@@ -83,12 +83,26 @@ class Result:
         weak = self.config.setting == "wsss" and self.split == "val"
         return {"COCO": 3, "L2ID": 4}.get(self.data, 0) if weak else 0
 
+    def row(self, head: Sequence[str]) -> list[str]:
+        """The cells under the names of columns, of which the first is that of the method or run."""
+        note = f", {self.images} images" if self.images else ""
+        if self.data == "VOC" and set(self.classes) != set(VOC_CLASSES):
+            note += f"; **{len(self.classes) - 1} of VOC's 20 classes, not comparable**"
+        cells = {
+            head[0]: f"slrnet, {self.run}, epoch {self.epoch}",
+            "CRF": "yes" if "crf" in self.protocol else "",
+            "Backbone": self.config.model.encoder,
+            "Labels": _SUPERVISION[self.config.setting],
+            self.split: f"{100 * self.miou:.1f}",
+            "split": self.split,
+            "mIoU": f"{100 * self.miou:.1f}",
+            "source": f"ours: {self.protocol}{note}",
+        }
+        return [cells.get(column, "") for column in head]
+
 
 def read_results(folders: Sequence[Path]) -> tuple[list[Result], list[str]]:
-    """Reads our scores below some folders.
-
-    Args:
-        folders: folders of runs, or folders that hold runs; searched for `evaluation.json` and `pseudo_labels.json`.
+    """Reads our scores from all `evaluation.json` and `pseudo_labels.json` below some folders.
 
     Returns:
         The scores, and a line about each record that cannot be used because its checkpoint is gone.
@@ -119,18 +133,14 @@ def write_tables(results: Sequence[Result]) -> str:
         "not measured. I, P, S: image labels, pixel labels, saliency maps.",
     ]
     for table in PAPER_TABLES:
-        lines += ["", f"## Table {table.number}. {table.about}", ""]
-        rows = [[*row, "paper"] for row in table.rows]
-        ours = [result for result in results if result.table == table.number]
-        rows += [_our_row(table, result) for result in ours]
-        if not ours:
-            rows.append(["slrnet", *[""] * (len(table.head) - 1), "not run"])
-        lines.append(_markdown([*table.head, "source"], rows))
-    rest = [result for result in results if not result.table]
-    if rest:
-        lines += ["", "## Figures that belong to none of these tables", ""]
-        rows = [[_name(one), one.split, f"{100 * one.miou:.1f}", _source(one)] for one in rest]
-        lines.append(_markdown(["Run", "split", "mIoU", "source"], rows))
+        head = [*table.head, "source"]
+        ours = [result.row(head) for result in results if result.table == table.number]
+        rows = [*([*row, "paper"] for row in table.rows), *(ours or [["slrnet", *[""] * (len(head) - 2), "not run"]])]
+        lines += ["", f"## Table {table.number}. {table.about}", "", _markdown(head, rows)]
+    if rest := [result for result in results if not result.table]:
+        head = ["Run", "split", "mIoU", "source"]
+        rows = [result.row(head) for result in rest]
+        lines += ["", "## Figures that belong to none of these tables", "", _markdown(head, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -154,41 +164,13 @@ def _of_pseudo_labels(path: Path, record: Mapping[str, Any]) -> Iterator[Result]
 
 
 def _origin(place: Path, checkpoint: str) -> tuple[Config, tuple[str, ...], str]:
-    """Returns settings, classes, and run of a record's checkpoint, even if the run was moved with its records.
-
-    Raises:
-        FileNotFoundError: the checkpoint is gone.
-    """
+    """Returns settings, classes, and run of a record's checkpoint, even if the run was moved with its records."""
     written = Path(checkpoint)
-    folders = [written, *(parent / "checkpoints" / written.name for parent in place.parents)]
-    for folder in folders:
+    for folder in (written, *(parent / "checkpoints" / written.name for parent in place.parents)):
         if (folder / CONFIG).is_file() and (folder / STATE).is_file():
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
             return load_config(folder / CONFIG), tuple(state["classes"]), folder.parents[1].name
     raise FileNotFoundError(checkpoint)
-
-
-def _our_row(table: PaperTable, result: Result) -> list[str]:
-    cells = {
-        table.head[0]: _name(result),
-        "CRF": "yes" if "crf" in result.protocol else "",
-        "Backbone": result.config.model.encoder,
-        "Labels": _SUPERVISION[result.config.setting],
-        result.split: f"{100 * result.miou:.1f}",
-    }
-    return [*(cells.get(column, "") for column in table.head), _source(result)]
-
-
-def _name(result: Result) -> str:
-    return f"slrnet, {result.run}, epoch {result.epoch}"
-
-
-def _source(result: Result) -> str:
-    number = f", {result.images} images" if result.images else ""
-    note = ""
-    if result.data == "VOC" and set(result.classes) != set(VOC_CLASSES):
-        note = f"; **{len(result.classes) - 1} of VOC's 20 classes, not comparable**"
-    return f"ours: {result.protocol}{number}{note}"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

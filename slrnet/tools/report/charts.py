@@ -80,12 +80,7 @@ class Drawing:
 
 
 def draw_chart(chart: Chart, alike: Sequence[Chart] = ()) -> Drawing:
-    """Places the series of a chart.
-
-    Args:
-        chart: what to draw.
-        alike: charts to compare it with; their points widen the axes.
-    """
+    """Places the series of a chart; the points of charts that are `alike`, to compare it with, widen the axes."""
     series = [one for shown in (chart, *alike) for one in shown.series]
     x_limits, y_limits = (chart.limits or _limits(series, axis) for axis in (0, 1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,8 @@ from slrnet.evaluation.examine import (
     read_examples,
     sweep_gamma,
 )
-from slrnet.models.slrnet import SLRNet
 from slrnet.storage.remote import is_remote
-from slrnet.tools.codes import code_maps, draw_code_maps
+from slrnet.tools.codes import code_maps, draw_code_maps, low_rank_module
 
 __all__ = ["Measurements", "gamma_advice", "measure_run"]
 
@@ -86,8 +86,18 @@ def measure_run(
         scores = measured.examination.scores
         measured.best = read_examples(target, split, choose_by_iou(scores, images, hardest=False))
         measured.worst = read_examples(target, split, choose_by_iou(scores, images, hardest=True))
-        _draw_codes(target, measured)
-    if reason := _no_sweep(target):
+        try:
+            low_rank_module(target.inference.model)
+        except ValueError as error:
+            measured.absent["codes"] = str(error)
+        else:
+            measured.code_pictures = _draw_codes(target, measured.best)
+    reason = _no_masks(shards, config.data.train_split)
+    if not reason and not config.evaluation.pseudo_mask_images:
+        reason = "evaluation.pseudo_mask_images is 0: the run measures no pseudo masks"
+    if not reason and not measured_images(target):
+        reason = "the run trains on every true mask of its training images: none is left to compare with"
+    if reason:
         measured.absent["sweep"] = reason
     else:
         measured.sweep = sweep_gamma(target, at_most=at_most)
@@ -95,12 +105,7 @@ def measure_run(
 
 
 def gamma_advice(sweep: GammaSweep, gamma: float) -> str:
-    """Says what the pseudo labels of other values of gamma suggest for `calibration.confidence_threshold`.
-
-    Args:
-        sweep: the sweep over the run's training images.
-        gamma: the run's value, one of the sweep's.
-    """
+    """Says whether the pseudo labels of another value suggest it in place of `gamma`, the run's own."""
     means = sweep.harmonic_means
     if all(map(math.isnan, means)):
         return "No gamma that was tried gives any foreground label, so that the curve suggests nothing."
@@ -130,23 +135,10 @@ def _no_masks(shards: ShardSet, split: str) -> str:
     return f"the data in {shards.location} have no masks in split {split!r} to compare with"
 
 
-def _no_sweep(target: EvaluationTarget) -> str:
-    """Why there is nothing to sweep gamma on; empty if there is."""
-    config = target.config
-    if reason := _no_masks(target.shards, config.data.train_split):
-        return reason
-    if not config.evaluation.pseudo_mask_images:
-        return "evaluation.pseudo_mask_images is 0: the run measures no pseudo masks"
-    if not measured_images(target):
-        return "the run trains on every true mask of its training images: none is left to compare with"
-    return ""
-
-
-def _draw_codes(target: EvaluationTarget, measured: Measurements) -> None:
-    if not isinstance(target.inference.model, SLRNet) or target.inference.model.cvlr is None:
-        measured.absent["codes"] = "the network has no low-rank module, so it has no codes"
-        return
-    for example in measured.best:
+def _draw_codes(target: EvaluationTarget, examples: Sequence[Example]) -> dict[str, Image.Image]:
+    pictures = {}
+    for example in examples:
         maps = code_maps(target.inference, example.image)
         atoms = maps.choose_atoms(target.checkpoint.state.classes)
-        measured.code_pictures[example.key] = draw_code_maps(example.image, maps, atoms)
+        pictures[example.key] = draw_code_maps(example.image, maps, atoms)
+    return pictures

@@ -14,10 +14,9 @@ import numpy as np
 from PIL import Image
 
 from slrnet.checkpoints.checkpoint import Checkpoint
-from slrnet.config import Config
 from slrnet.evaluation.examine import Bins, Examination, Example
 from slrnet.evaluation.masks import Quality, quality_metrics
-from slrnet.evaluation.protocols import protocol_name, pseudo_mask_protocol
+from slrnet.evaluation.protocols import protocol_name
 from slrnet.tools.report.charts import HEIGHT, WIDTH, Chart, Drawing, Series, draw_chart
 from slrnet.tools.report.measurements import Measurements, gamma_advice
 from slrnet.tools.report.runs import Run, training_command, val_key
@@ -41,15 +40,10 @@ MAX_POINTS = 300
 
 
 def render(runs: Sequence[Run], measured: Sequence[Measurements], *, max_bytes: int = MAX_BYTES) -> str:
-    """Renders the page about runs, a column each.
-
-    Args:
-        runs: the runs, at least one.
-        measured: the measurements of each run.
-        max_bytes: largest size of the page.
+    """Renders the page about runs, at least one, with the measurements of each; every run has a column.
 
     Raises:
-        ValueError: the page would be larger even with the smallest pictures.
+        ValueError: the page would be larger than `max_bytes` even with the smallest pictures.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("slrnet.tools.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -57,10 +51,9 @@ def render(runs: Sequence[Run], measured: Sequence[Measurements], *, max_bytes: 
     environment.filters["percent"] = _percent
     template = environment.get_template("page.html.jinja")
     columns = [_column(run, own) for run, own in zip(runs, measured, strict=True)]
-    charts = _charts(runs, measured)
-    content = {"columns": columns, "charts": charts, "chart_size": (WIDTH, HEIGHT), "made_with": environment_tags()}
+    content = {"columns": columns, "charts": _charts(runs, measured), "made_with": environment_tags()}
     for width in WIDTHS:
-        page = template.render(**content, data_uri=partial(_data_uri, width=width))
+        page = template.render(**content, chart_size=(WIDTH, HEIGHT), data_uri=partial(_data_uri, width=width))
         if len(page.encode()) <= max_bytes:
             return page
     raise ValueError(
@@ -83,7 +76,6 @@ def _column(run: Run, measured: Measurements) -> dict[str, Any]:
         "settings": _settings(checkpoint),
         "command": training_command(checkpoint),
         "fields": {k: v for k, v in checkpoint.config.flat().items() if not k.startswith("tracking.")},
-        "protocols": _protocols(checkpoint.config),
         "class_rows": [(name, [scores.get(metric_key(*kind, name)) for kind in kinds]) for name in classes],
         "means": [scores.get(key) for key in means],
         "matrix": _matrix(examination),
@@ -119,10 +111,6 @@ def _settings(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _protocols(config: Config) -> dict[str, str]:
-    return {"val": protocol_name(config.evaluation), "pseudo": pseudo_mask_protocol(config)}
-
-
 def _scores(checkpoint: Checkpoint, examination: Examination | None) -> dict[str, float]:
     """The training's own figures by name; what it did not measure is from the examination."""
     if examination is None:
@@ -146,13 +134,11 @@ def _overlays(
     example: Example, palette: Any, classes: Sequence[str]
 ) -> tuple[dict[str, Image.Image], list[tuple[str, str]]]:
     """Image, prediction, and truth; and names and CSS colors of the classes that they show."""
-    pictures = {
-        "image": Image.fromarray(example.image),
-        "prediction": draw_overlay(example.image, example.mask, palette),
-        "truth": draw_overlay(example.image, example.truth, palette),
-    }
-    legend = class_legend((example.mask, example.truth), palette, classes, foreground_only=True)
-    return pictures, [(name, "#" + bytes(color or ()).hex()) for name, color in legend]
+    masks = {"prediction": example.mask, "truth": example.truth}
+    overlays = {name: draw_overlay(example.image, mask, palette) for name, mask in masks.items()}
+    legend = class_legend(masks.values(), palette, classes, foreground_only=True)
+    named = [(name, "#" + bytes(color or ()).hex()) for name, color in legend]
+    return {"image": Image.fromarray(example.image)} | overlays, named
 
 
 def _chosen_panels(run: Run) -> list[tuple[str, list[tuple[int, Image.Image]]]]:
@@ -195,18 +181,14 @@ def _charts(runs: Sequence[Run], measured: Sequence[Measurements]) -> list[dict[
 
 
 def _curves(run: Run) -> list[Chart]:
-    curves, protocols = run.curves, _protocols(run.checkpoint.config)
-    groups = [
-        ("Pseudo masks of training images", "pseudo", "pseudo_mask/", ("miou", "mfdr", "mfnr", "coverage")),
-        ("Validation", "val", "val/", (val_key(run.checkpoint.config).removeprefix("val/"), "mfdr", "mfnr")),
-    ]
-    names = {"mfdr": "mFDR", "mfnr": "mFNR", "coverage": "coverage"}
+    curves, means = run.curves, {"mFDR": "mfdr", "mFNR": "mfnr"}
+    pseudo = {"mIoU": "miou", **means, "coverage": "coverage"}
+    val = {"mIoU": val_key(run.checkpoint.config).removeprefix("val/"), **means}
     charts = []
-    for title, protocol, prefix, keys in groups:
-        series = [
-            Series(names.get(key, "mIoU"), [(x, 100 * y) for x, y in curves.get(prefix + key, [])]) for key in keys
-        ]
-        charts.append(Chart(title=title, series=series, x_label="epoch", y_label="%", note=protocols[protocol]))
+    for title, prefix, keys in (("Pseudo masks of training images", "pseudo_mask", pseudo), ("Validation", "val", val)):
+        points = {name: curves.get(f"{prefix}/{key}", []) for name, key in keys.items()}
+        series = [Series(name, [(x, 100 * y) for x, y in curve]) for name, curve in points.items()]
+        charts.append(Chart(title=title, series=series, x_label="epoch", y_label="%", note=run.protocols[prefix]))
     steps = curves.get("train/loss", [])
     losses = [
         Series("of a step", steps[:: max(1, math.ceil(len(steps) / MAX_POINTS))], dots=False),
@@ -219,7 +201,6 @@ def _curves(run: Run) -> list[Chart]:
 def _balance(run: Run) -> list[Chart]:
     if not (run.curves.get("pseudo_mask/mfdr") or run.curves.get("val/mfdr")):
         return []
-    protocols = _protocols(run.checkpoint.config)
     series = []
     for name, prefix in (("pseudo masks", "pseudo_mask"), ("validation", "val")):
         fnr = dict(run.curves.get(f"{prefix}/mfnr", []))
@@ -232,7 +213,7 @@ def _balance(run: Run) -> list[Chart]:
         series=series,
         x_label="mFDR, % (less is more faithful)",
         y_label="mFNR, % (less is more complete)",
-        note=f"numbers are epochs; pseudo masks: {protocols['pseudo']}; validation: {protocols['val']}",
+        note="numbers are epochs; pseudo masks: {pseudo_mask}; validation: {val}".format(**run.protocols),
     )
     return [chart]
 
@@ -248,9 +229,10 @@ def _calibration(measured: Measurements) -> list[Chart]:
         label = "probability / maximum over the image"
         charts.append(_reliability("Pseudo masks: what gamma cuts", sweep.confidence, label, note))
         shares = {"fidelity": sweep.fidelity, "completeness": sweep.completeness, "harmonic mean": sweep.harmonic_means}
+        series = [Series(name, list(zip(sweep.gammas, values, strict=True))) for name, values in shares.items()]
         gamma_chart = Chart(
             title="Pseudo labels by gamma",
-            series=[Series(name, list(zip(sweep.gammas, values, strict=True))) for name, values in shares.items()],
+            series=series,
             x_label="gamma",
             y_label="share of pixels",
             note=f"{note}; all else as trained",

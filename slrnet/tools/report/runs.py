@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,9 @@ from typing import Any
 
 from PIL import Image
 
-from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint
-from slrnet.checkpoints.run_store import STATE
+from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, read_state
 from slrnet.config import Config
-from slrnet.evaluation.protocols import protocol_name
+from slrnet.evaluation.protocols import protocol_name, pseudo_mask_protocol
 from slrnet.launch.evaluation import training_run
 from slrnet.recipes import RECIPES, get_recipe
 from slrnet.tracking.protocol import metric_key
@@ -37,7 +37,7 @@ class TrackedRun:
     run_id: str
     history: Callable[[str], list[tuple[int, float]]]
     """Returns steps and values of a metric."""
-    tags: dict[str, str]
+    tags: Mapping[str, str]
     pictures: Callable[[], dict[tuple[str, int], Image.Image]]
     """Returns the panels by image and place in MLflow's grid, which counts from 0."""
 
@@ -63,12 +63,18 @@ class Run:
     evaluations: dict[Path, dict[str, Any]]
     """Contents of the run's `evaluation.json` files."""
 
+    @property
+    def protocols(self) -> dict[str, str]:
+        """Names of the protocols of the metrics `val` and `pseudo_mask`."""
+        config = self.checkpoint.config
+        return {"val": protocol_name(config.evaluation), "pseudo_mask": pseudo_mask_protocol(config)}
+
 
 def read_run(path: Path, tracked: TrackedRun | None = None) -> Run:
-    """Reads a run.
+    """Reads a checkpoint, or a run's folder with its best checkpoint.
 
     Args:
-        path: a checkpoint, or a run's folder for its best checkpoint.
+        path: the checkpoint or the folder.
         tracked: what MLflow holds of the run; None to look for it where the run's settings say.
 
     Raises:
@@ -87,12 +93,14 @@ def read_run(path: Path, tracked: TrackedRun | None = None) -> Run:
         )
     curves, curves_from = _curves(checkpoint, tracked)
     panels, panels_from = _panels(folder, tracked, checkpoint.config)
+    wanted = ("git_commit", "git_state", "version.", "slrnet.world_size", "slrnet.global_batch")
+    tags = sorted(tracked.tags.items()) if tracked else []
     return Run(
         name=(folder or place).name,
         checkpoint=checkpoint,
         curves=curves,
         curves_from=curves_from,
-        environment=_environment(tracked),
+        environment={key: value for key, value in tags if key.startswith(wanted)},
         panels=panels,
         panels_from=panels_from,
         evaluations=find_records(folder / "evaluations", "evaluation.json") if folder else {},
@@ -149,11 +157,13 @@ def _curves(checkpoint: Checkpoint, tracked: TrackedRun | None) -> tuple[dict[st
         values = {key: dict(tracked.history(key)) for key in keys}
         curves = {key: [(step / steps, value) for step, value in points.items()] for key, points in values.items()}
         return curves, f"MLflow run {tracked.run_id}"
-    points: dict[str, Curve] = {key: [] for key in keys}
-    for epoch, metrics in sorted(_kept_metrics(checkpoint).items()):
-        for key in keys:
-            if key in metrics:
-                points[key].append((float(epoch), metrics[key]))
+    kept = {checkpoint.state.epoch: checkpoint.state.metrics}
+    for place in checkpoint.path.resolve().parent.glob("checkpoint-*"):
+        with suppress(CheckpointError):  # damaged
+            state = read_state(place)
+            kept |= {state.epoch: state.metrics} if state.metrics else {}  # none within an epoch
+    epochs = sorted(kept.items())
+    points = {key: [(float(epoch), values[key]) for epoch, values in epochs if key in values] for key in keys}
     return points, "the checkpoints that were kept; the MLflow run with the other epochs is out of reach"
 
 
@@ -164,25 +174,6 @@ def _steps_per_epoch(checkpoint: Checkpoint, tracked: TrackedRun | None) -> floa
         return state.step / state.epoch
     ends = tracked.history("epoch") if tracked else []
     return ends[-1][0] / ends[-1][1] if ends else 0.0
-
-
-def _kept_metrics(checkpoint: Checkpoint) -> dict[int, Mapping[str, float]]:
-    """Returns the metrics by epoch of the checkpoint and of those beside it, except for damaged ones."""
-    kept: dict[int, Mapping[str, float]] = {}
-    for file in checkpoint.path.resolve().parent.glob(f"checkpoint-*/{STATE}"):
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            if record["metrics"]:  # none within an epoch
-                kept[int(record["epoch"])] = dict(record["metrics"])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return kept | ({checkpoint.state.epoch: checkpoint.state.metrics} if checkpoint.state.metrics else {})
-
-
-def _environment(tracked: TrackedRun | None) -> dict[str, str]:
-    tags = tracked.tags if tracked else {}
-    wanted = ("git_commit", "git_state", "version.", "slrnet.world_size", "slrnet.global_batch")
-    return {key: value for key, value in sorted(tags.items()) if key.startswith(wanted)}
 
 
 def _panels(
