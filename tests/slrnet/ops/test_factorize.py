@@ -1,4 +1,4 @@
-"""The factorisation as an operator: compiled, exported, checkpointed; and flat in memory.
+"""The factorization as an operator: compiled, exported, checkpointed; and flat in memory.
 
 Under distributed training it is tested as a part of the network, in tests/slrnet/training/test_trainer_distributed.py.
 """
@@ -58,10 +58,10 @@ def draw_atoms() -> tuple[Tensor, Tensor, Tensor]:
 def test_assigned_sums_equal_plain_autograd(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factorization, "BLOCK", block)
     inputs = draw_atoms()
-    found, expected = (form(*inputs, 0.7) for form in (factorization.assigned_sums, plain_sums))
+    sums, expected = (form(*inputs, 0.7) for form in (factorization.assigned_sums, plain_sums))
     weights = [torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype) for out in expected]
     for left, right in zip(
-        [*found, *torch.autograd.grad(found, inputs, weights)],
+        [*sums, *torch.autograd.grad(sums, inputs, weights)],
         [*expected, *torch.autograd.grad(expected, inputs, weights)],
         strict=True,
     ):
@@ -137,9 +137,7 @@ def test_no_tensor_of_the_backward_pass_is_as_large_as_the_codes(monkeypatch: py
         codes.detach(),
         torch.stack([out.dictionary.detach()] * 4),
         torch.ones(4, 2, 6),
-        torch.zeros_like(out.dictionary),
-        torch.zeros_like(codes),
-        torch.zeros_like(features),
+        (torch.zeros_like(out.dictionary), torch.zeros_like(codes), torch.zeros_like(features)),
     )
     with Watch():
         factorization._backward(*arguments, 1.0)
