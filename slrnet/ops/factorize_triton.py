@@ -1,13 +1,13 @@
-"""Triton kernels of Algorithm 1 and its gradient (`slrnet.ops.factorize` is the form in torch).
+"""Triton kernels of Algorithm 1 and its gradient; `slrnet.ops.factorize` does the same in PyTorch.
 
-Each pass goes over the features once, T + 1 passes forwards and 2 T + 2 backwards: a tile's codes are computed, used
-and dropped; rows of a tile that are used again come from the caches. The sums over positions that make a dictionary are
-taken in parts, one for each of `splits` stretches of positions, and added in a fixed order by a second kernel: no
-atomics, so the same tiles give the same bits. A dictionary that is too large for one program's registers is worked on
-in slices of d rows by neighbouring programs, which all compute the same codes.
+Each pass reads the features once, in T + 1 passes forward and 2 T + 2 backward. It computes a tile's codes, uses them
+and drops them; caches serve rows of a tile that are read again. A dictionary is a sum over positions. Each of `splits`
+stretches of positions has partial sums, which a second kernel adds in a fixed order. There are no atomics, so the same
+tiles give the same bits. If a dictionary is too large for one program's registers, neighboring programs share its d
+rows in slices and all compute the same codes.
 
-Sums are in float32 for any type of features. Products of float32 features use three TF32 products on tensor cores,
-which is exact to about 1e-6; those of half-precision features, one.
+Sums are in float32 for any dtype of features. Products of float32 features use three TF32 products on tensor cores,
+which is exact to about 1e-6; those of half-precision features use one.
 
 Letters: N images, d feature dimension, k atoms, P positions, T iterations.
 """
@@ -33,51 +33,51 @@ MASS_LIMIT, NORM_LIMIT = tl.constexpr(MASS_FLOOR), tl.constexpr(NORM_FLOOR)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_DIM, MAX_BASES = 1024, 1024
 SUMS = 8192
-"""float32 sums that one program keeps in registers; with more of them, others are spilled to memory."""
+"""float32 sums that one program keeps in registers; more of them would spill to memory."""
 MANY_ATOMS = 256
-"""Atoms from which codes take so many registers that half as many sums fit, and loads run less far ahead."""
-CHUNK = 16
+"""Number of atoms from which codes take so many registers that only half as many sums fit."""
+CHUNK = tl.constexpr(16)
 """Rows of d that a product over d takes at once."""
 PARTIAL_SHARE = 0.1
-"""Partial sums written and read again, at most, as a share of the features' bytes."""
+"""Largest share of the features' bytes to write and read again as partial sums."""
 COLUMNS = 8
-"""Atoms that a program of the finishing kernels works on."""
+"""Atoms in a program of the finishing kernels."""
 FINISHING_WARPS = 8
-"""Of those; with fewer, the d rows of an atom take too many registers of each thread."""
+"""Warps of the finishing kernels; with fewer, the d rows of an atom take too many registers of each thread."""
 PROGRAMS = 264
-"""Programs that fill the GPUs that this is meant for: two for each of the 132 multiprocessors of an H100."""
+"""Programs that fill a GPU: two for each of the 132 multiprocessors of an H100."""
 
 
 class Plan(NamedTuple):
-    """How the passes over the positions are cut up."""
+    """How programs share a pass over the positions."""
 
     splits: int
-    """Stretches of positions that have partial sums of their own."""
+    """Stretches of positions with partial sums."""
     slices: int
     """Programs that share the d rows of one stretch's sums."""
     rows: int
-    """Rows of each, a power of 2."""
+    """Rows of each slice, a power of 2."""
     atoms: int
-    """k rounded up to a power of 2 that a matrix product takes."""
+    """k rounded up to a power of 2, at least 16."""
     precision: str
-    """Of products that run over d or positions."""
+    """Precision of products over d or positions."""
     wide: str
-    """Of products that run over all atoms; their operands stand in registers as a whole."""
+    """Precision of products over all atoms, whose operands are in registers as a whole."""
 
     def tile(self) -> dict[str, Any]:
-        """What all passes are compiled for."""
-        return {"ATOMS": self.atoms, "CHUNK": CHUNK, "PRECISION": self.precision}
+        """The constants that all passes are compiled with."""
+        return {"ATOMS": self.atoms, "PRECISION": self.precision}
 
 
 def plan_of(n: int, d: int, k: int, positions: int, dtype: torch.dtype) -> Plan:
     """Cuts a pass into programs: enough to fill a GPU, but not so many that partial sums outweigh the features.
 
     Args:
-        n: images.
-        d: feature dimension.
-        k: atoms.
-        positions: P.
-        dtype: of the features.
+        n: the number of images.
+        d: the feature dimension.
+        k: the number of atoms.
+        positions: P, the number of positions.
+        dtype: the features' dtype.
     """
     single = dtype == torch.float32
     atoms = max(16, triton.next_power_of_2(k))
@@ -90,7 +90,7 @@ def plan_of(n: int, d: int, k: int, positions: int, dtype: torch.dtype) -> Plan:
 
 
 def misfit(features: Tensor, k: int) -> str | None:
-    """What the kernels cannot do with these features and k atoms, and what can; None where they run."""
+    """Why the kernels cannot run on these features and k atoms, and what can; None if they can."""
     if features.device.type != ("cpu" if INTERPRETED else "cuda"):
         takes = "CPU tensors, as TRITON_INTERPRET=1 is set" if INTERPRETED else "CUDA tensors"
         return f"takes {takes}, and got {features.device.type}; 'auto', 'recompute' and 'reference' run there"
@@ -105,7 +105,7 @@ def misfit(features: Tensor, k: int) -> str | None:
 
 
 def fitting_tiles(configs: list[triton.Config], constants: dict[str, Any]) -> list[triton.Config]:
-    """The tiles whose kernels spill no registers, by the constants that a kernel is compiled with."""
+    """The tiles with which a kernel of these constants spills no registers."""
     sums, single = "ROWS" in constants, constants["PRECISION"] == "tf32x3"
     if constants["ATOMS"] >= MANY_ATOMS:
         fitting = [(16, 1)] if sums else [(16, 1), (16, 2)]
@@ -117,10 +117,9 @@ def fitting_tiles(configs: list[triton.Config], constants: dict[str, Any]) -> li
 
 
 def _tuned(names: str, **options: Any) -> Callable[[Any], Any]:
-    """Picks tiles by time; those of one width alone where results must not depend on a timing.
+    """Picks the fastest tiles; all of one width if PyTorch is set to be deterministic when this module is imported.
 
-    That is where torch was told to be deterministic before this module was imported. Stages, how far loads run ahead,
-    change no result; in the interpreter they mean nothing.
+    Results then do not depend on a timing. Stages (how far loads run ahead) change no result.
     """
     tiles = [(16, 2)] if INTERPRETED else [(16, 1), (16, 2), (16, 3), (32, 2)]
     if torch.are_deterministic_algorithms_enabled():
@@ -135,48 +134,54 @@ def _tuned(names: str, **options: Any) -> Callable[[Any], Any]:
 
 @triton.jit
 def _load(base, row, column, height, width):
-    """A block of a (height, width) array in float32, zero outside."""
+    """A block of a (height, width) array in float32, with zeros outside."""
     inside = (row < height)[:, None] & (column < width)[None, :]
     return tl.load(base + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_turned(base, row, column, height, width):
-    """The same block with its columns along the first axis."""
+def _load_transposed(base, row, column, height, width):
+    """The transposed block."""
     inside = (column < width)[:, None] & (row < height)[None, :]
     return tl.load(base + row[None, :] * width + column[:, None], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _store(base, row, column, height, width, block):
-    """Writes the part of a block that lies in a (height, width) array, in the array's type."""
+    """Writes the part of a block that lies in a (height, width) array, in the array's dtype."""
     inside = (row < height)[:, None] & (column < width)[None, :]
     tl.store(base + row[:, None] * width + column[None, :], block.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
+def _offsets(image, d, k, positions):
+    """Where an image's features (d, P), codes (k, P), dictionary (d, k) and masses (k) begin."""
+    image = image.to(tl.int64)
+    return image * d * positions, image * k * positions, image * d * k, image * k
+
+
+@triton.jit
 def _project(
-    total, weights, values, where, d, k, positions,
-    ATOMS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    total, weights, values, where, d, k, positions, ATOMS: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Adds W^T V for a tile of positions to `total` (ATOMS, TILE): `weights` W (d, k), `values` V (d, P)."""
     atom = tl.arange(0, ATOMS)
     for start in range(0, d, CHUNK):
         row = start + tl.arange(0, CHUNK)
         v = _load(values, row, where, d, positions)
-        total = tl.dot(_load_turned(weights, row, atom, d, k), v, total, input_precision=PRECISION)
+        total = tl.dot(_load_transposed(weights, row, atom, d, k), v, total, input_precision=PRECISION)
     return total
 
 
 @triton.jit
 def _codes_of_tile(
     features, dictionary, scale, where, d, k, positions, inverse_temperature,
-    ATOMS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    ATOMS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Line 3 for a tile of positions: (ATOMS, TILE), zero outside. `scale` (k) makes unit atoms of the dictionary's."""
+    """Line 3 for a tile of positions: (ATOMS, TILE), zero outside. `scale` (k) is one over the atoms' norms."""
     atom = tl.arange(0, ATOMS)
     logits = tl.zeros((ATOMS, TILE), dtype=tl.float32)
-    logits = _project(logits, dictionary, features, where, d, k, positions, ATOMS, CHUNK, PRECISION)
+    logits = _project(logits, dictionary, features, where, d, k, positions, ATOMS, PRECISION)
     logits *= (tl.load(scale + atom, mask=atom < k, other=0.0) * inverse_temperature)[:, None]
     logits = tl.where((atom < k)[:, None], logits, float("-inf"))
     powers = tl.exp(logits - tl.max(logits, axis=0)[None, :])
@@ -187,34 +192,30 @@ def _codes_of_tile(
 @triton.jit
 def _sum_for_dictionary(
     features, values, codes, dictionary, scale, partial, partial_mass, d, k, positions, splits, inverse_temperature,
-    FIRST: tl.constexpr, ROWS: tl.constexpr, ATOMS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, ROWS: tl.constexpr, ATOMS: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """Line 2's sums over a stretch of positions: V C^T into `partial` (N, splits, d, k) and the codes' mass.
 
-    The codes are the first ones, or those of line 3 for the dictionary (N, d, k). V are the features; or, going
-    backwards, the gradient of the reconstruction, which makes the sum the gradient of line 5's dictionary.
+    C are the first codes, or those of line 3 for the dictionary (N, d, k). V are the features or, in the backward
+    pass, the gradient of the reconstruction: the sum is then the gradient of line 5's dictionary.
     """
     part, image, split = tl.program_id(0), tl.program_id(1) // splits, tl.program_id(1) % splits
-    features += image.to(tl.int64) * d * positions
-    values += image.to(tl.int64) * d * positions
-    codes += image.to(tl.int64) * k * positions
-    dictionary += image * d * k
-    scale += image * k
-    atom = tl.arange(0, ATOMS)
-    row = part * ROWS + tl.arange(0, ROWS)
+    maps, of_codes, atoms, masses = _offsets(image, d, k, positions)
+    atom, row = tl.arange(0, ATOMS), part * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, ATOMS), dtype=tl.float32)
     mass = tl.zeros((ATOMS,), dtype=tl.float32)
     length = tl.cdiv(tl.cdiv(positions, TILE), splits) * TILE
     for start in range(split * length, tl.minimum((split + 1) * length, positions), TILE):
         where = start + tl.arange(0, TILE)
         if FIRST:
-            own = _load(codes, atom, where, k, positions)
+            own = _load(codes + of_codes, atom, where, k, positions)
         else:
             own = _codes_of_tile(
-                features, dictionary, scale, where, d, k, positions, inverse_temperature, ATOMS, CHUNK, TILE, PRECISION
-            )
-        v = _load(values, row, where, d, positions)
+                features + maps, dictionary + atoms, scale + masses, where, d, k, positions, inverse_temperature,
+                ATOMS, TILE, PRECISION,
+            )  # fmt: skip
+        v = _load(values + maps, row, where, d, positions)
         total = tl.dot(v, tl.trans(own), total, input_precision=PRECISION)
         mass += tl.sum(own, axis=1)
     _store(partial + tl.program_id(1).to(tl.int64) * d * k, row, atom, d, k, total)
@@ -224,13 +225,10 @@ def _sum_for_dictionary(
 
 @triton.jit
 def _finish_dictionary(
-    partial, partial_mass, dictionary, masses, scale, d, k, splits,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    partial, partial_mass, dictionary, masses, scale, d, k, splits, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Adds the partial sums in order; writes dictionary (N, d, k), masses (N, k) and one over norms (N, k)."""
-    image = tl.program_id(1)
-    row = tl.arange(0, ROWS)
-    atom = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    image, row, atom = tl.program_id(1), tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     mass = tl.zeros((COLUMNS,), dtype=tl.float32)
     for split in range(splits):
@@ -248,47 +246,45 @@ def _finish_dictionary(
 @triton.jit
 def _rebuild(
     features, dictionary, scale, codes, reconstruction, d, k, positions, inverse_temperature,
-    ATOMS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+    ATOMS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Lines 3 and 5 for a tile: the last codes (N, k, P) and the reconstruction (N, d, P)."""
-    image = tl.program_id(1)
-    features += image.to(tl.int64) * d * positions
-    reconstruction += image.to(tl.int64) * d * positions
-    codes += image.to(tl.int64) * k * positions
-    atom = tl.arange(0, ATOMS)
-    where = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    maps, of_codes, atoms, masses = _offsets(tl.program_id(1), d, k, positions)
+    atom, where = tl.arange(0, ATOMS), tl.program_id(0) * TILE + tl.arange(0, TILE)
     own = _codes_of_tile(
-        features, dictionary + image * d * k, scale + image * k, where, d, k, positions, inverse_temperature,
-        ATOMS, CHUNK, TILE, PRECISION,
+        features + maps, dictionary + atoms, scale + masses, where, d, k, positions, inverse_temperature,
+        ATOMS, TILE, PRECISION,
     )  # fmt: skip
-    _store(codes, atom, where, k, positions, own)
+    _store(codes + of_codes, atom, where, k, positions, own)
     for start in range(0, d, CHUNK):
         row = start + tl.arange(0, CHUNK)
-        atoms = _load(dictionary + image * d * k, row, atom, d, k)
-        _store(reconstruction, row, where, d, positions, tl.dot(atoms, own, input_precision=WIDE))
+        result = tl.dot(_load(dictionary + atoms, row, atom, d, k), own, input_precision=WIDE)
+        _store(reconstruction + maps, row, where, d, positions, result)
 
 
 @triton.jit
 def _grad_of_tile(
-    features, source, dictionary, scale, weights, grad_mass, grad_codes, where, d, k, positions, inverse_temperature,
-    LAST: tl.constexpr, ATOMS: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+    features, source, dictionary, scale, weights, grad_mass, grad_codes, image, where, d, k, positions,
+    inverse_temperature, LAST: tl.constexpr, ATOMS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile's codes and the gradient of the logits of line 3 that made them, both (ATOMS, TILE).
+    """A tile's codes and the gradient of line 3's logits, both (ATOMS, TILE); pointers are the first image's.
 
-    In the last iteration the codes went into line 5 (`weights` is its dictionary, `source` the gradient of the
-    reconstruction) and out of the function (`grad_codes`); in the others into line 2 of the next iteration (`weights`
-    is the gradient of its sum, `source` are the features, `grad_mass` is what the masses take off).
+    The last codes go into line 5 (`weights` is its dictionary, `source` the gradient of the reconstruction) and out of
+    the function (`grad_codes`). Earlier ones go into line 2 of the next iteration (`weights` is the gradient of its
+    sum, `source` the features, `grad_mass` the masses' gradient, negated).
     """
+    maps, of_codes, atoms, masses = _offsets(image, d, k, positions)
     atom = tl.arange(0, ATOMS)
     if LAST:
-        grad = _load(grad_codes, atom, where, k, positions)
+        grad = _load(grad_codes + of_codes, atom, where, k, positions)
     else:
         grad = tl.zeros((ATOMS, TILE), dtype=tl.float32)
-        grad -= tl.load(grad_mass + atom, mask=atom < k, other=0.0)[:, None]
-    grad = _project(grad, weights, source, where, d, k, positions, ATOMS, CHUNK, PRECISION)
+        grad -= tl.load(grad_mass + masses + atom, mask=atom < k, other=0.0)[:, None]
+    grad = _project(grad, weights + atoms, source + maps, where, d, k, positions, ATOMS, PRECISION)
     own = _codes_of_tile(
-        features, dictionary, scale, where, d, k, positions, inverse_temperature, ATOMS, CHUNK, TILE, PRECISION
-    )
+        features + maps, dictionary + atoms, scale + masses, where, d, k, positions, inverse_temperature,
+        ATOMS, TILE, PRECISION,
+    )  # fmt: skip
     return own, own * (grad - tl.sum(own * grad, axis=0)[None, :]) * inverse_temperature
 
 
@@ -297,27 +293,21 @@ def _grad_of_tile(
 def _sum_for_directions(
     features, source, dictionary, scale, weights, grad_mass, grad_codes, partial, d, k, positions, splits,
     inverse_temperature,
-    LAST: tl.constexpr, ROWS: tl.constexpr, ATOMS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, ATOMS: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of line 3's directions over a stretch of positions, into `partial` (N, splits, d, k)."""
     part, image, split = tl.program_id(0), tl.program_id(1) // splits, tl.program_id(1) % splits
-    features += image.to(tl.int64) * d * positions
-    source += image.to(tl.int64) * d * positions
-    grad_codes += image.to(tl.int64) * k * positions
-    dictionary += image * d * k
-    scale += image * k
-    weights += image * d * k
     row = part * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS, ATOMS), dtype=tl.float32)
     length = tl.cdiv(tl.cdiv(positions, TILE), splits) * TILE
     for start in range(split * length, tl.minimum((split + 1) * length, positions), TILE):
         where = start + tl.arange(0, TILE)
         _, grad = _grad_of_tile(
-            features, source, dictionary, scale, weights, grad_mass + image * k, grad_codes, where, d, k, positions,
-            inverse_temperature, LAST, ATOMS, CHUNK, TILE, PRECISION,
+            features, source, dictionary, scale, weights, grad_mass, grad_codes, image, where, d, k, positions,
+            inverse_temperature, LAST, ATOMS, TILE, PRECISION,
         )  # fmt: skip
-        x = _load(features, row, where, d, positions)
+        x = _load(features + image.to(tl.int64) * d * positions, row, where, d, positions)
         total = tl.dot(x, tl.trans(grad), total, input_precision=PRECISION)
     _store(partial + tl.program_id(1).to(tl.int64) * d * k, row, tl.arange(0, ATOMS), d, k, total)
 
@@ -327,32 +317,25 @@ def _sum_for_directions(
 def _grad_of_features(
     features, source, dictionary, scale, weights, grad_mass, grad_codes, grad_features, d, k, positions,
     inverse_temperature,
-    LAST: tl.constexpr, ATOMS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr, ATOMS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Adds to `grad_features` (N, d, P) what comes through line 3 and the next line 2; starts it where LAST."""
+    """Adds the gradient through line 3 and the next line 2 to `grad_features` (N, d, P), or writes it if LAST."""
     image = tl.program_id(1)
-    features += image.to(tl.int64) * d * positions
-    source += image.to(tl.int64) * d * positions
-    grad_features += image.to(tl.int64) * d * positions
-    grad_codes += image.to(tl.int64) * k * positions
-    dictionary += image * d * k
-    scale += image * k
-    weights += image * d * k
-    atom = tl.arange(0, ATOMS)
-    where = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    maps, _, atoms, masses = _offsets(image, d, k, positions)
+    atom, where = tl.arange(0, ATOMS), tl.program_id(0) * TILE + tl.arange(0, TILE)
     own, grad = _grad_of_tile(
-        features, source, dictionary, scale, weights, grad_mass + image * k, grad_codes, where, d, k, positions,
-        inverse_temperature, LAST, ATOMS, CHUNK, TILE, PRECISION,
+        features, source, dictionary, scale, weights, grad_mass, grad_codes, image, where, d, k, positions,
+        inverse_temperature, LAST, ATOMS, TILE, PRECISION,
     )  # fmt: skip
-    grad *= tl.load(scale + atom, mask=atom < k, other=0.0)[:, None]
+    grad *= tl.load(scale + masses + atom, mask=atom < k, other=0.0)[:, None]
     for start in range(0, d, CHUNK):
         row = start + tl.arange(0, CHUNK)
-        result = tl.dot(_load(dictionary, row, atom, d, k), grad, input_precision=WIDE)
+        result = tl.dot(_load(dictionary + atoms, row, atom, d, k), grad, input_precision=WIDE)
         if not LAST:
-            result = tl.dot(_load(weights, row, atom, d, k), own, result, input_precision=WIDE)
-            result += _load(grad_features, row, where, d, positions)
-        _store(grad_features, row, where, d, positions, result)
+            result = tl.dot(_load(weights + atoms, row, atom, d, k), own, result, input_precision=WIDE)
+            result += _load(grad_features + maps, row, where, d, positions)
+        _store(grad_features + maps, row, where, d, positions, result)
 
 
 @triton.jit
@@ -361,9 +344,7 @@ def _finish_gradient(
     LAST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Back through the norms and line 2's division: writes the gradients of line 2's sum (N, d, k) and of its mass."""
-    image = tl.program_id(1)
-    row = tl.arange(0, ROWS)
-    atom = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    image, row, atom = tl.program_id(1), tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     direct = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     if LAST:
         direct += _load(grad_dictionary + image * d * k, row, atom, d, k)
@@ -390,35 +371,25 @@ def _finish_gradient(
 @triton.jit
 def _backward_first_codes(
     features, codes, weights, grad_mass, grad_features, grad_first, d, k, positions,
-    ATOMS: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+    ATOMS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Back through line 2 of the first iteration: adds to `grad_features`, writes the gradient of the first codes."""
-    image = tl.program_id(1)
-    features += image.to(tl.int64) * d * positions
-    grad_features += image.to(tl.int64) * d * positions
-    codes += image.to(tl.int64) * k * positions
-    grad_first += image.to(tl.int64) * k * positions
-    weights += image * d * k
-    atom = tl.arange(0, ATOMS)
-    where = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    own = _load(codes, atom, where, k, positions)
+    maps, of_codes, atoms, masses = _offsets(tl.program_id(1), d, k, positions)
+    atom, where = tl.arange(0, ATOMS), tl.program_id(0) * TILE + tl.arange(0, TILE)
+    own = _load(codes + of_codes, atom, where, k, positions)
     grad = tl.zeros((ATOMS, TILE), dtype=tl.float32)
-    grad -= tl.load(grad_mass + image * k + atom, mask=atom < k, other=0.0)[:, None]
-    grad = _project(grad, weights, features, where, d, k, positions, ATOMS, CHUNK, PRECISION)
-    _store(grad_first, atom, where, k, positions, grad)
+    grad -= tl.load(grad_mass + masses + atom, mask=atom < k, other=0.0)[:, None]
+    grad = _project(grad, weights + atoms, features + maps, where, d, k, positions, ATOMS, PRECISION)
+    _store(grad_first + of_codes, atom, where, k, positions, grad)
     for start in range(0, d, CHUNK):
         row = start + tl.arange(0, CHUNK)
-        result = _load(grad_features, row, where, d, positions)
-        result = tl.dot(_load(weights, row, atom, d, k), own, result, input_precision=WIDE)
-        _store(grad_features, row, where, d, positions, result)
+        result = _load(grad_features + maps, row, where, d, positions)
+        result = tl.dot(_load(weights + atoms, row, atom, d, k), own, result, input_precision=WIDE)
+        _store(grad_features + maps, row, where, d, positions, result)
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
-
-
-def _grid(positions: int, n: int) -> Callable[[dict[str, int]], tuple[int, int]]:
-    return lambda meta: (triton.cdiv(positions, meta["TILE"]), n)
+    return like.new_empty(shape, dtype=torch.float32)
 
 
 def forward(
@@ -426,12 +397,11 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `slrnet.ops.factorize.factorize_op`."""
     features, codes = features.contiguous(), codes.contiguous()
-    n, d, positions = features.shape
-    k = codes.shape[1]
+    (n, d, positions), k = features.shape, codes.shape[1]
     plan = plan_of(n, d, k, positions, features.dtype)
     dictionaries, masses = _floats(features, num_iters, n, d, k), _floats(features, num_iters, n, k)
-    scale = _floats(features, n, k)
     partial, partial_mass = _floats(features, n, plan.splits, d, k), _floats(features, n, plan.splits, k)
+    scale = torch.empty_like(masses[0])
     for t in range(num_iters):
         _sum_for_dictionary[plan.slices, n * plan.splits](
             features, features, codes, dictionaries[t - 1], scale, partial, partial_mass, d, k, positions,
@@ -442,7 +412,7 @@ def forward(
             ROWS=triton.next_power_of_2(d), COLUMNS=COLUMNS, num_warps=FINISHING_WARPS,
         )  # fmt: skip
     last, reconstruction = torch.empty_like(codes), torch.empty_like(features)
-    _rebuild[_grid(positions, n)](
+    _rebuild[_tiles(n, positions)](
         features, dictionaries[-1], scale, last, reconstruction, d, k, positions, 1 / temperature,
         **plan.tile(), WIDE=plan.wide,
     )  # fmt: skip
@@ -454,45 +424,44 @@ def backward(
     codes: Tensor,
     dictionaries: Tensor,
     masses: Tensor,
-    grad_dictionary: Tensor,
-    grad_codes: Tensor,
-    grad_reconstruction: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor],
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """See `slrnet.ops.factorize`."""
+    """The gradients of features and first codes; `grads` are those of dictionary, codes and reconstruction."""
     features, codes = features.contiguous(), codes.contiguous()
-    grad_codes, grad_reconstruction = grad_codes.contiguous(), grad_reconstruction.contiguous()
-    n, d, positions = features.shape
-    k = codes.shape[1]
+    grad_dictionary, grad_codes, grad_reconstruction = (grad.contiguous() for grad in grads)
+    (n, d, positions), k = features.shape, codes.shape[1]
     plan = plan_of(n, d, k, positions, features.dtype)
     grad_features, grad_first = _floats(features, n, d, positions), torch.empty_like(codes)
     scales = 1 / dictionaries.norm(dim=2).clamp_min(NORM_FLOOR)
     weights, grad_mass = dictionaries[-1].clone(), _floats(features, n, k)
     partial, partial_mass = _floats(features, n, plan.splits, d, k), _floats(features, n, plan.splits, k)
     partial_last = torch.empty_like(partial)
-    for t in range(len(dictionaries) - 1, -1, -1):
+    sizes, sums, tiles = (d, k, positions), (plan.slices, n * plan.splits), _tiles(n, positions)
+    _sum_for_dictionary[sums](
+        features, grad_reconstruction, codes, dictionaries[-1], scales[-1], partial_last, partial_mass, *sizes,
+        plan.splits, 1 / temperature, FIRST=False, ROWS=plan.rows, **plan.tile(),
+    )  # fmt: skip
+    for t in reversed(range(len(dictionaries))):
         last = t == len(dictionaries) - 1
         source = grad_reconstruction if last else features
-        dictionary, scale = dictionaries[t], scales[t]
-        if last:
-            _sum_for_dictionary[plan.slices, n * plan.splits](
-                features, grad_reconstruction, codes, dictionary, scale, partial_last, partial_mass, d, k, positions,
-                plan.splits, 1 / temperature, FIRST=False, ROWS=plan.rows, **plan.tile(),
-            )  # fmt: skip
-        _sum_for_directions[plan.slices, n * plan.splits](
-            features, source, dictionary, scale, weights, grad_mass, grad_codes, partial, d, k, positions, plan.splits,
-            1 / temperature, LAST=last, ROWS=plan.rows, **plan.tile(),
-        )  # fmt: skip
-        _grad_of_features[_grid(positions, n)](
-            features, source, dictionary, scale, weights, grad_mass, grad_codes, grad_features, d, k, positions,
-            1 / temperature, LAST=last, **plan.tile(), WIDE=plan.wide,
-        )  # fmt: skip
+        inputs = (features, source, dictionaries[t], scales[t], weights, grad_mass, grad_codes)
+        _sum_for_directions[sums](
+            *inputs, partial, *sizes, plan.splits, 1 / temperature, LAST=last, ROWS=plan.rows, **plan.tile()
+        )
+        _grad_of_features[tiles](
+            *inputs, grad_features, *sizes, 1 / temperature, LAST=last, **plan.tile(), WIDE=plan.wide
+        )
         _finish_gradient[triton.cdiv(k, COLUMNS), n](
-            partial, partial_last, grad_dictionary.contiguous(), dictionary, masses[t], weights, grad_mass,
-            d, k, plan.splits, LAST=last, ROWS=triton.next_power_of_2(d), COLUMNS=COLUMNS, num_warps=FINISHING_WARPS,
+            partial, partial_last, grad_dictionary, dictionaries[t], masses[t], weights, grad_mass, d, k, plan.splits,
+            LAST=last, ROWS=triton.next_power_of_2(d), COLUMNS=COLUMNS, num_warps=FINISHING_WARPS,
         )  # fmt: skip
-    _backward_first_codes[_grid(positions, n)](
-        features, codes, weights, grad_mass, grad_features, grad_first, d, k, positions,
-        **plan.tile(), WIDE=plan.wide,
-    )  # fmt: skip
+    _backward_first_codes[tiles](
+        features, codes, weights, grad_mass, grad_features, grad_first, *sizes, **plan.tile(), WIDE=plan.wide
+    )
     return grad_features.to(features.dtype), grad_first
+
+
+def _tiles(n: int, positions: int) -> Callable[[dict[str, int]], tuple[int, int]]:
+    """The grid of kernels in which a program has one tile of one image."""
+    return lambda meta: (triton.cdiv(positions, meta["TILE"]), n)
