@@ -252,9 +252,9 @@ def _factorize_backward_bytes(args: tuple[Any, ...]) -> int:
 def _cross_entropy_work(args: tuple[Any, ...]) -> int:
     """31 for each class and lane of a program: two blends of four neighbors, exponentials, sums, four gradients."""
     (images, classes, *old), new = args[0].shape, args[1].shape[1:]
-    plan = cross_entropy_gpu.plan_of((old[0], old[1]), (new[0], new[1]))
-    programs = images * plan.rows * plan.columns * plan.shared
-    return int(31 * programs * plan.pixels * -(-classes // cross_entropy_gpu.BLOCK) * cross_entropy_gpu.BLOCK)
+    pixels, shared = cross_entropy_gpu.plan_of((old[0], old[1]), (new[0], new[1]))
+    programs = images * (old[0] - 1) * (old[1] - 1) * shared
+    return int(31 * programs * pixels * -(-classes // cross_entropy_gpu.BLOCK) * cross_entropy_gpu.BLOCK)
 
 
 def _cross_entropy_bytes(args: tuple[Any, ...]) -> int:

@@ -1,66 +1,51 @@
-"""Cross-entropy of resized logits with its gradient in Triton; `ops.cross_entropy` has the form that it must equal.
+"""Cross-entropy of resized logits with its gradient in Triton; `ops.cross_entropy.by_operators` does the same.
 
-Four neighbours of the small map enclose a cell of pixels, and a program works on the pixels of one cell: it goes over
-the classes twice, for the sum of the exponentials and for what each class adds to the gradients of the four neighbours.
-The small map and the pixels' labels are read, and gradients of the small map's size written; no map of all classes at
-the labels' size is ever in memory. There are no atomics: each cell writes four parts of its own, which are added in a
+Four neighbors of the small map enclose a cell of pixels, and a program works on the pixels of one cell. It goes over
+the classes twice: for the sum of the exponentials, and for what each class adds to the gradients of the four neighbors.
+It reads the small map, the labels and the weights, and writes gradients of the small map's size; no map of all classes
+at the labels' size is ever in memory. There are no atomics: each cell writes its own four parts, which are added in a
 fixed order.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["BLOCK", "PIXELS", "WARPS", "Plan", "plan_of", "sums_and_gradients"]
+__all__ = ["BLOCK", "PIXELS", "WARPS", "plan_of", "sums_and_gradients"]
 
 PIXELS = 128
-"""Pixels of a program; cells of more are shared by several."""
+"""Most pixels of a program; several programs share a larger cell."""
 BLOCK = 16
 """Classes that a program works on at a time."""
 WARPS = 8
-"""Of a program; with half as many, only half of a multiprocessor's threads find registers."""
+"""Warps of a program; with half as many, only half of a multiprocessor's threads get registers."""
 
 
-class Plan(NamedTuple):
-    """How the pixels are shared out to programs."""
-
-    rows: int
-    """Of cells."""
-    columns: int
-    """Of cells."""
-    pixels: int
-    """Of a program, a power of 2."""
-    shared: int
-    """Programs of a cell."""
-
-
-def plan_of(old: tuple[int, int], new: tuple[int, int]) -> Plan:
-    """Plans maps of height and width `old` that are resized to `new`; all at least 2."""
-    rows, columns = old[0] - 1, old[1] - 1
-    most = (triton.cdiv(new[0] - 1, rows) + 1) * (triton.cdiv(new[1] - 1, columns) + 1)
+def plan_of(old: tuple[int, int], new: tuple[int, int]) -> tuple[int, int]:
+    """Pixels of a program (a power of 2), and programs of a cell, for resizing heights and widths `old` to `new`."""
+    most = triton.cdiv(new[0] - 1, old[0] - 1) + 1
+    most *= triton.cdiv(new[1] - 1, old[1] - 1) + 1
     pixels = min(PIXELS, triton.next_power_of_2(most))
-    return Plan(rows, columns, pixels, triton.cdiv(most, pixels))
+    return pixels, triton.cdiv(most, pixels)
 
 
 @triton.jit
 def _first_pixel(place, old, count):
-    """The first of `count` pixels at or beyond a place of the `old` ones; the last pixel lies in the cell before it."""
+    """The first of `count` pixels at or after position `place` of `old`; the last pixel belongs to the last cell."""
     return tl.where(place == old - 1, count, (place * (count - 1) + old - 2) // (old - 1))
 
 
 @triton.jit
-def _blend(corner, neighbours, index, step, line, inside):
-    """Values at `index` of the four neighbours, blended for each pixel by its shares of them."""
-    first = tl.load(neighbours + index, mask=inside, other=0.0)
-    second = tl.load(neighbours + step + index, mask=inside, other=0.0)
-    third = tl.load(neighbours + line + index, mask=inside, other=0.0)
-    fourth = tl.load(neighbours + line + step + index, mask=inside, other=0.0)
-    return corner[0] * first + corner[1] * second + corner[2] * third + corner[3] * fourth
+def _blend(corner, neighbors, index, step, line, inside):
+    """The values at `index` of the four neighbors, interpolated for each pixel."""
+    upper_left = tl.load(neighbors + index, mask=inside, other=0.0)
+    upper_right = tl.load(neighbors + step + index, mask=inside, other=0.0)
+    lower_left = tl.load(neighbors + line + index, mask=inside, other=0.0)
+    lower_right = tl.load(neighbors + line + step + index, mask=inside, other=0.0)
+    return corner[0] * upper_left + corner[1] * upper_right + corner[2] * lower_left + corner[3] * lower_right
 
 
 @triton.jit
@@ -68,10 +53,10 @@ def _cross_entropy_of_cells(
     logits, labels, weights, losses, parts, old_height, old_width, classes, height, width, shared,
     PIXELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One cell of one image: its loss into `losses`, and the neighbours' gradients into `parts`.
+    """Writes one cell's loss to `losses` and the gradients of its neighbors to `parts`.
 
     Logits (N, old_height, old_width, classes), labels and weights (N, height, width), losses (N, rows, columns, shared)
-    and parts (N, rows, columns, shared, 4, classes), for the cells' rows and columns and the programs that share one.
+    and parts (N, rows, columns, shared, 4, classes), with rows and columns of cells.
     """
     column, share = tl.program_id(0) // shared, tl.program_id(0) % shared
     row, image = tl.program_id(1), tl.program_id(2)
@@ -83,31 +68,29 @@ def _cross_entropy_of_cells(
     inside = index < (bottom - top) * (right - left)
     below = (y * (old_height - 1) - row * (height - 1)).to(tl.float32) / (height - 1)
     beside = (x * (old_width - 1) - column * (width - 1)).to(tl.float32) / (width - 1)
-    upper_left, upper_right = (1 - below) * (1 - beside), (1 - below) * beside
-    lower_left, lower_right = below * (1 - beside), below * beside
+    flat = ((1 - below) * (1 - beside), (1 - below) * beside, below * (1 - beside), below * beside)
+    tall = (flat[0][:, None], flat[1][:, None], flat[2][:, None], flat[3][:, None])
     pixel = image.to(tl.int64) * height * width + y * width + x
     label = tl.load(labels + pixel, mask=inside, other=0)
     weight = tl.load(weights + pixel, mask=inside, other=0.0)
-    neighbours = logits + ((image.to(tl.int64) * old_height + row) * old_width + column) * classes
+    neighbors = logits + ((image.to(tl.int64) * old_height + row) * old_width + column) * classes
     line = old_width * classes
-    tall = (upper_left[:, None], upper_right[:, None], lower_left[:, None], lower_right[:, None])
     most = tl.full((PIXELS,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((PIXELS,), dtype=tl.float32)
     for start in range(0, classes, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        value = _blend(tall, neighbours, k[None, :], classes, line, (k < classes)[None, :])
+        value = _blend(tall, neighbors, k[None, :], classes, line, (k < classes)[None, :])
         value = tl.where((k < classes)[None, :], value, float("-inf"))
         larger = tl.maximum(most, tl.max(value, axis=1))
         total = total * tl.exp(most - larger) + tl.sum(tl.exp(value - larger[:, None]), axis=1)
         most = larger
-    flat = (upper_left, upper_right, lower_left, lower_right)
-    own = _blend(flat, neighbours, label, classes, line, inside)
+    own = _blend(flat, neighbors, label, classes, line, inside)
     cell = (image.to(tl.int64) * tl.num_programs(1) + row) * tl.num_programs(0) + tl.program_id(0)
     tl.store(losses + cell, tl.sum(tl.where(inside, (most + tl.log(total) - own) * weight, 0.0), axis=0))
     parts += cell * 4 * classes
     for start in range(0, classes, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        value = _blend(tall, neighbours, k[None, :], classes, line, (k < classes)[None, :])
+        value = _blend(tall, neighbors, k[None, :], classes, line, (k < classes)[None, :])
         slope = tl.exp(value - most[:, None]) * (weight / total)[:, None]
         slope -= tl.where(k[None, :] == label[:, None], weight[:, None], 0.0)
         for corner in tl.static_range(4):
@@ -115,20 +98,21 @@ def _cross_entropy_of_cells(
 
 
 def sums_and_gradients(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the pixels of weight times cross-entropy, logits being resized (bilinear, aligned corners).
+    """Sums over the pixels of weight times cross-entropy of resized logits (bilinear, aligned corners).
 
     Args:
-        logits: (N, K, h, w) float32, h and w at least 2; channels last spares a copy.
-        labels: (N, H, W) int64 below K; H and W at least 2.
+        logits: (N, K, h, w) float32, h and w at least 2; channels last saves a copy.
+        labels: (N, H, W) int64, 0 to K - 1; H and W at least 2.
         weights: (N, H, W) float32.
 
     Returns:
-        (N,) the sums, and their gradients (N, K, h, w), channels last; the same to the bit each time.
+        (N,) the sums, and their gradients (N, K, h, w), channels last; the same bits each time.
     """
     maps, labels, weights = logits.permute(0, 2, 3, 1).contiguous(), labels.contiguous(), weights.contiguous()
     images, old_height, old_width, classes = maps.shape
     height, width = labels.shape[1:]
-    rows, columns, pixels, shared = plan_of((old_height, old_width), (height, width))
+    rows, columns = old_height - 1, old_width - 1
+    pixels, shared = plan_of((old_height, old_width), (height, width))
     losses = maps.new_empty(images, rows, columns, shared)
     parts = maps.new_empty(images, rows, columns, shared, 4, classes)
     _cross_entropy_of_cells[columns * shared, rows, images](
