@@ -1,9 +1,9 @@
 /* A box of an RGB image, resized (bilinear, antialiased) and mirrored, with exactly the bytes that PyTorch makes.
 
-   As there, rows are resized to bytes first and columns after them, with weights of 16 bits. Rows are resized two at a
-   time, to words that take turns, as products of pairs are what processors add up in one instruction. Only as many of
-   them are kept as the columns' filter reaches over, so that they stay in the first-level cache, and the result goes to
-   its place in the batch at once. The image is fetched ahead, as a decoder's stores may have gone past the caches. */
+   Like PyTorch, this resizes rows to bytes first and columns second, with weights of 16 bits. It resizes two rows at a
+   time and interleaves them as words, because one instruction adds up products of pairs. It keeps only as many rows as
+   the columns' filter reaches, so they stay in the first-level cache, and writes the result to its place in the batch.
+   It prefetches the image, because a decoder's stores may have bypassed the caches. */
 
 #include <math.h>
 #include <stdint.h>
@@ -18,11 +18,17 @@ int can_crop(void) { return 0; }
 int can_crop(void) { return 1; }
 
 #define CHANNELS 3
-#define LINE 64    /* of the cache, in bytes */
-#define MARGIN 256 /* bytes that are read or written beyond those of a row, at most */
-#define AHEAD 4    /* rows from those that are resized to those that are fetched, and half of those of the result */
+#define INLINE static inline __attribute__((always_inline))
+#define LINE 64    /* bytes of a cache line */
+#define MARGIN 256 /* most bytes that are read or written beyond a row */
+#define AHEAD 4    /* rows to prefetch ahead; twice as many in the result */
 #if defined __AVX512VBMI__ && defined __AVX512VNNI__
-#define AT_ONCE 5 /* pixels: their bytes fill the 16 sums of a register but one */
+#define AT_ONCE 5 /* pixels whose bytes fill 15 of a register's 16 sums */
+#define REPEATED _mm512_set1_epi32
+typedef __m512i vector;
+#else
+#define REPEATED _mm256_set1_epi32
+typedef __m256i vector;
 #endif
 
 enum { DONE, NO_MEMORY };
@@ -30,13 +36,13 @@ static const int MOST_BITS = 22;
 
 /* Pixel i of a resized side is the sum of weights[i * taps + j] times the old pixel first[i] + j, over 2^bits. */
 typedef struct {
-    int taps, bits; /* an even number of taps; those without weight may lie beyond the old side */
+    int taps, bits; /* `taps` is even; taps of weight 0 may lie outside the image */
     int *first;
     int16_t *weights;
 } filter;
 
-/* How two rows are resized: step k makes `pixels` pixels from the bytes that begin at starts[k]. For each pair of taps
-   it has the weights of the bytes and, where it makes several pixels, says which bytes these are. */
+/* How to resize two rows: step k makes `pixels` pixels from the bytes that begin at starts[k]. For each pair of taps it
+   has the bytes' weights and, for steps of several pixels, their places. */
 typedef struct {
     int pixels, steps, pairs;
     int *starts;
@@ -48,8 +54,8 @@ static int rounded(int count, int unit) { return (count + unit - 1) / unit * uni
 
 static void *space(size_t count, size_t size) { return aligned_alloc(LINE, (count * size / LINE + 2) * LINE); }
 
-/* Triangles as wide as the step from one resized pixel to the next, but no narrower than that between old ones. With
-   `even` each of them begins at an even pixel. */
+/* Triangles as wide as the distance between resized pixels or old ones, whichever is larger. With `even`, each begins
+   at an even pixel. */
 static int make_filter(filter *f, int old, int size, int even) {
     double scale = (double)old / size, support = scale > 1 ? scale : 1, largest = 0;
     int most = rounded((int)ceil(support) * 2 + 2, 2), widest = 1;
@@ -78,7 +84,7 @@ static int make_filter(filter *f, int old, int size, int even) {
             largest = own[j] > largest ? own[j] : largest;
         }
     }
-    /* As many bits as the largest weight leaves. */
+    /* As many bits as the largest weight allows. */
     for (f->bits = 0; f->bits < MOST_BITS; f->bits++)
         if ((int)(0.5 + largest * (1 << (f->bits + 1))) >= 1 << 15) break;
     f->taps = rounded(widest, 2);
@@ -89,22 +95,15 @@ static int make_filter(filter *f, int old, int size, int even) {
     return DONE;
 }
 
-/* How many pixels a step can make: their bytes must lie within one register. */
-static int pixels_at_once(const filter *f, int size) {
-#ifdef AT_ONCE
-    for (int i = 0; i < size; i++) {
-        int last = i + AT_ONCE < size ? i + AT_ONCE - 1 : size - 1;
-        if (CHANNELS * (f->first[last] - f->first[i] + f->taps) > LINE) return 1;
-    }
-    return AT_ONCE;
-#else
-    (void)f, (void)size;
-    return 1;
-#endif
-}
-
 static int make_program(program *p, const filter *f, int size, int mirrored) {
-    p->pixels = pixels_at_once(f, size);
+    p->pixels = 1;
+#ifdef AT_ONCE
+    p->pixels = AT_ONCE;
+    for (int i = 0; i < size; i++) { /* a step's bytes must fit one register */
+        int last = i + AT_ONCE < size ? i + AT_ONCE - 1 : size - 1;
+        if (CHANNELS * (f->first[last] - f->first[i] + f->taps) > LINE) p->pixels = 1;
+    }
+#endif
     p->pairs = f->taps / 2;
     p->steps = rounded(size, p->pixels) / p->pixels;
     int sums = p->pixels == 1 ? 4 : 16;
@@ -134,8 +133,7 @@ static int make_program(program *p, const filter *f, int size, int mirrored) {
 }
 
 #ifdef AT_ONCE
-static inline __attribute__((always_inline)) void resize_several(const uint8_t *a, const uint8_t *b, const program *p,
-                                                                 int pairs, int bits, uint16_t *out) {
+INLINE void resize_several(const uint8_t *a, const uint8_t *b, const program *p, int pairs, int bits, uint16_t *out) {
     const __m512i half = _mm512_set1_epi32(1 << (bits - 1)), upper = _mm512_set1_epi32(0xff << 16);
     const __m512i to_upper = _mm512_set1_epi32(16 - bits);
     const __m128i shift = _mm_cvtsi32_si128(bits);
@@ -156,8 +154,7 @@ static inline __attribute__((always_inline)) void resize_several(const uint8_t *
 }
 #endif
 
-static inline __attribute__((always_inline)) void resize_one(const uint8_t *a, const uint8_t *b, const program *p,
-                                                             int pairs, int bits, uint16_t *out) {
+INLINE void resize_one(const uint8_t *a, const uint8_t *b, const program *p, int pairs, int bits, uint16_t *out) {
     const __m128i pick = _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
     const __m256i picks = _mm256_broadcastsi128_si256(pick), half = _mm256_set1_epi32(1 << (bits - 1));
     const __m128i shift = _mm_cvtsi32_si128(bits);
@@ -177,13 +174,7 @@ static inline __attribute__((always_inline)) void resize_one(const uint8_t *a, c
     }
 }
 
-static inline __attribute__((always_inline)) void fetch(const uint8_t *from, int64_t bytes, int to_write) {
-    for (int64_t at = 0; at < bytes; at += LINE)
-        if (to_write) __builtin_prefetch(from + at, 1);
-        else __builtin_prefetch(from + at, 0);
-}
-
-/* Two rows, to words that take turns. The common number of taps, which a factor of 1 to 2 needs, gets code of its own. */
+/* Resizes two rows to interleaved words. The number of taps for factors of 1 to 2 is common, and compiled separately. */
 static void resize_two(const uint8_t *a, const uint8_t *b, const program *p, int bits, uint16_t *out) {
 #ifdef AT_ONCE
     if (p->pixels == AT_ONCE && p->pairs == 2) return resize_several(a, b, p, 2, bits, out);
@@ -193,23 +184,14 @@ static void resize_two(const uint8_t *a, const uint8_t *b, const program *p, int
     resize_one(a, b, p, p->pairs, bits, out);
 }
 
-#ifdef AT_ONCE
-typedef __m512i vector;
-#define REPEATED _mm512_set1_epi32
-#else
-typedef __m256i vector;
-#define REPEATED _mm256_set1_epi32
-#endif
-
 static inline vector both(const int16_t *weights) {
     int32_t two;
     memcpy(&two, weights, sizeof two);
     return REPEATED(two);
 }
 
-/* A row of the result from pairs of rows. */
-static inline __attribute__((always_inline)) void mix(const uint16_t *const *rows, const int16_t *weights, int pairs,
-                                                      int bits, int count, uint8_t *out) {
+/* Makes a row of the result from pairs of rows. */
+INLINE void mix(const uint16_t *const *rows, const int16_t *weights, int pairs, int bits, int count, uint8_t *out) {
     const __m128i shift = _mm_cvtsi32_si128(bits);
 #ifdef AT_ONCE
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -225,8 +207,7 @@ static inline __attribute__((always_inline)) void mix(const uint16_t *const *row
         _mm512_mask_storeu_epi8(out + k, _bzhi_u64(-1, count - k < 64 ? count - k : 64), bytes);
     }
 #else
-    int k = 0;
-    for (; k + 8 <= count; k += 8) {
+    for (int k = 0; k < count; k += 8) {
         __m256i sum = _mm256_set1_epi32(1 << (bits - 1));
         for (int q = 0; q < pairs; q++) {
             __m256i pair = _mm256_loadu_si256((const __m256i *)(rows[q] + 2 * k));
@@ -234,18 +215,14 @@ static inline __attribute__((always_inline)) void mix(const uint16_t *const *row
         }
         sum = _mm256_srl_epi32(sum, shift);
         __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-        _mm_storel_epi64((__m128i *)(out + k), _mm_packus_epi16(words, words));
-    }
-    for (; k < count; k++) {
-        int32_t sum = 1 << (bits - 1);
-        for (int q = 0; q < pairs; q++)
-            sum += weights[2 * q] * rows[q][2 * k] + weights[2 * q + 1] * rows[q][2 * k + 1];
-        out[k] = (uint8_t)(sum >> bits);
+        int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+        if (count - k >= 8) memcpy(out + k, &bytes, 8);
+        else memcpy(out + k, &bytes, count - k);
     }
 #endif
 }
 
-/* `image` has `bytes` bytes in rows of row_bytes; `out` gets size x size pixels. Returns whether memory was lacking. */
+/* `image` has `bytes` bytes in rows of row_bytes; `out` gets size x size pixels. Returns DONE or NO_MEMORY. */
 int crop(const uint8_t *image, int64_t bytes, int64_t row_bytes, int top, int left, int height, int width, int size,
          int mirrored, uint8_t *out) {
     filter columns = {0}, rows = {0};
@@ -276,13 +253,17 @@ int crop(const uint8_t *image, int64_t bytes, int64_t row_bytes, int top, int le
                 two[h] = image + row * row_bytes;
                 if (row * row_bytes + read > bytes) two[h] = memcpy(padded + h * read, two[h], own);
             }
-            if (2 * made + 1 + AHEAD < height) fetch(image + (2 * made + AHEAD) * row_bytes, row_bytes + own, 0);
+            if (2 * made + 1 + AHEAD < height)
+                for (int64_t at = 0; at < row_bytes + own; at += LINE)
+                    __builtin_prefetch(image + (2 * made + AHEAD) * row_bytes + at, 0);
             resize_two(two[0], two[1], &steps, columns.bits, resized + made % pairs * (size_t)stride);
         }
         for (int q = 0; q < pairs; q++) taken[q] = resized + (first + q) % pairs * (size_t)stride;
         const int16_t *weights = rows.weights + (size_t)i * rows.taps;
         uint8_t *to = out + (size_t)i * CHANNELS * size;
-        if (i + 2 * AHEAD < size) fetch(to + 2 * AHEAD * CHANNELS * size, CHANNELS * size, 1);
+        if (i + 2 * AHEAD < size)
+            for (int64_t at = 0; at < CHANNELS * size; at += LINE)
+                __builtin_prefetch(to + 2 * AHEAD * CHANNELS * size + at, 1);
         if (pairs == 2) mix(taken, weights, 2, rows.bits, CHANNELS * size, to);
         else mix(taken, weights, pairs, rows.bits, CHANNELS * size, to);
     }
