@@ -62,8 +62,8 @@ class CodeMaps:
 
         Args:
             classes: names of the K classes, background first.
-            wanted: names of classes; None for the background and the largest classes of the mask. Atoms that stand for
-                no class have no names: those with the largest mean code are chosen, whatever is wanted.
+            wanted: some of these; None for the background and the largest classes of the mask. Atoms that stand for no
+                class have no names: those with the largest mean code are chosen, whatever is wanted.
 
         Raises:
             ValueError: a wanted class is not among the classes.
@@ -120,15 +120,12 @@ def observe_low_rank(model: Network, views: Sequence[Tensor]) -> tuple[Outputs, 
 
 @torch.no_grad()
 def code_maps(inference: Inference, image: npt.NDArray[np.uint8], num_iters: Sequence[int] | None = None) -> CodeMaps:
-    """Computes the codes of an image, seen in one view, for several numbers of iterations.
+    """Computes the codes of an image (H, W, 3) uint8, seen in one view, for several numbers of iterations.
 
     Args:
         inference: an SLRNet and its settings; its own number of iterations is restored.
-        image: (H, W, 3) uint8.
+        image: the image; the maps have the size at which the network sees it (`Inference.fit`).
         num_iters: values of T, each >= 1; None for the network's own.
-
-    Returns:
-        Maps of the size at which the network sees the image (`Inference.fit`).
 
     Raises:
         ValueError: the network has no low-rank module, or a T is below 1.

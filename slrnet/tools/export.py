@@ -1,9 +1,7 @@
 """Exports a network for other programs (`slrnet export`): `torch.export` (network.pt2) and ONNX (network.onnx).
 
-The programs take one view: images in [0, 1] in, probabilities and class scores out, any batch and size. The sides of
-the images must be multiples of the output stride, plus the remainder of the training crop; export.json says so. Each
-program is compared with the network at other sizes than that of the export before its file gets its name. Several
-scales, gating, and the CRF are in `slrnet.load` only. ONNX needs the extra `export`.
+The programs take one view, in any batch and size. Several scales, gating, and the CRF are in `slrnet.load` only. Each
+program is compared with the network at other sizes than that of the export before its file gets its name.
 """
 
 from __future__ import annotations
@@ -71,12 +69,7 @@ class SingleView(nn.Module):
 
 
 def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> dict[str, Any]:
-    """Writes a checkpoint's network as network.pt2 and network.onnx, compared with the network itself.
-
-    Args:
-        checkpoint: the network's checkpoint.
-        out: folder to write to.
-        onnx: whether to write network.onnx.
+    """Writes a checkpoint's network into the folder `out`: network.pt2, with `onnx` network.onnx, and export.json.
 
     Returns:
         The content of export.json: classes, layouts, sizes, and the largest difference of each file's probabilities

@@ -132,13 +132,18 @@ def predict_images(
 
         keep_memory()
     records: dict[str, Any] = {}
-    failed = 0
+    palette, failed = voc_palette(), 0
     with tqdm(total=len(images), unit="image", disable=None) as bar:
         for batch in batches(images, batch_size):
             pixels = {name: image for name in batch if (image := _read(images[name])) is not None}
             failed += len(batch) - len(pixels)
             for name, prediction in zip(pixels, predictor.predict_batch(list(pixels.values())), strict=True):
-                _write(out, name, pixels[name], prediction.mask)
+                step = math.ceil(math.sqrt(prediction.mask.size / OVERLAY_PIXELS))
+                small, mask = pixels[name][::step, ::step], prediction.mask[::step, ::step]
+                with written_whole(out / f"{name}.overlay.jpg") as incoming:
+                    draw_overlay(small, mask, palette).save(incoming)
+                with written_whole(out / f"{name}.png") as incoming:
+                    incoming.write_bytes(encode_mask(prediction.mask, palette))
                 records[name] = {"image": str(images[name])} | _summarize(prediction, predictor.classes)
             bar.update(len(batch))
     ordered = {name: records[name] for name in images if name in records}
@@ -154,12 +159,3 @@ def _read(path: Path) -> npt.NDArray[np.uint8] | None:
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         print(f"{path} cannot be read and is left out: {error}", file=sys.stderr)
         return None
-
-
-def _write(out: Path, name: str, pixels: npt.NDArray[np.uint8], mask: npt.NDArray[np.uint8]) -> None:
-    palette = voc_palette()
-    with written_whole(out / f"{name}.overlay.jpg") as incoming:
-        step = math.ceil(math.sqrt(mask.size / OVERLAY_PIXELS))
-        draw_overlay(pixels[::step, ::step], mask[::step, ::step], palette).save(incoming)
-    with written_whole(out / f"{name}.png") as incoming:
-        incoming.write_bytes(encode_mask(mask, palette))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -86,22 +86,19 @@ def check_voc_archive(path: Path, images: Mapping[str, Path]) -> list[str]:
             if name in seen:
                 problems.append(f"{name} is there twice")
             seen.add(name)
-            problems += [f"{name} {reason}" for reason in _wrong(content.read(), images[name])]
+            with Image.open(io.BytesIO(content.read())) as mask, Image.open(images[name]) as photo:
+                if mask.mode != "P":
+                    problems.append(f"{name} has mode {mask.mode}, not P")
+                if mask.size != photo.size:
+                    sizes = [f"{width} x {height}" for width, height in (mask.size, photo.size)]
+                    problems.append(f"{name} has {sizes[0]} pixels, its image {sizes[1]}")
+                highest = int(np.asarray(mask).max())
+                if highest >= len(VOC_CLASSES):
+                    problems.append(f"{name} has the id {highest}; VOC's are 0 to {len(VOC_CLASSES) - 1}")
     missing = [name for name in images if name not in seen]
     if missing:
         problems.append(f"{len(missing)} of {len(images)} masks are missing, for instance {missing[0]}")
     return problems
-
-
-def _wrong(data: bytes, image: Path) -> Iterator[str]:
-    with Image.open(io.BytesIO(data)) as mask, Image.open(image) as photo:
-        if mask.mode != "P":
-            yield f"has mode {mask.mode}, not P"
-        if mask.size != photo.size:
-            yield f"has {mask.size[0]} x {mask.size[1]} pixels, its image {photo.size[0]} x {photo.size[1]}"
-        highest = int(np.asarray(mask).max())
-        if highest >= len(VOC_CLASSES):
-            yield f"has the id {highest}; VOC's are 0 to {len(VOC_CLASSES) - 1}"
 
 
 def _read(path: Path) -> npt.NDArray[np.uint8]:

@@ -86,10 +86,6 @@ class _Predictions(NamedTuple):
 class Analyzer:
     """A checkpoint's network with controls; it answers one call at a time.
 
-    Args:
-        checkpoint: the checkpoint whose network analyzes images.
-        device: the network's device; None for a GPU if there is one.
-
     Attributes:
         classes: names of the K classes, background first.
         has_codes: whether the network has a low-rank module.

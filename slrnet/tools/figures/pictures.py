@@ -149,11 +149,9 @@ def draw_tiles(
             axes.set_title(tile.caption, fontsize=8, pad=2)
     for axes, name in zip(places[:, 0], names, strict=False):
         axes.set_ylabel(name, fontsize=8)
-    if patches := [
-        Patch(facecolor=[value / 255 for value in color], edgecolor="#555555", linewidth=0.5, label=name)
-        for name, color in legend
-        if color
-    ]:
+    if legend:
+        colors = {name: np.array(color) / 255 for name, color in legend}
+        patches = [Patch(facecolor=own, edgecolor="#555555", linewidth=0.5, label=name) for name, own in colors.items()]
         figure.legend(handles=patches, loc="outside lower center", ncols=per_line, fontsize=8, frameon=False)
     if scale:
         bar = figure.colorbar(ScalarMappable(cmap=COLORS), ax=places, location="bottom", shrink=0.28, aspect=22)
@@ -171,21 +169,19 @@ def feature_figure(target: EvaluationTarget, examples: Sequence[Example]) -> Fig
     Raises:
         ValueError: the network has no low-rank module.
     """
-    config = target.config
-    rows, names = [], []
+    inference, scales, rows = target.inference, target.config.views.scales, []
+    stride = inference.model.encoder.output_stride
     for example in examples:
-        image = target.inference.fit(torch.from_numpy(example.image).permute(2, 0, 1).to(target.inference.device))
-        views = [View(scale=scale, flip=None) for scale in config.views.scales]
-        stride = target.inference.model.encoder.output_stride
-        pairs = features_around(target.inference.model, [apply_view(image, view, stride=stride) for view in views])
-        colors = feature_rgb([feature for pair in pairs for feature in pair])
+        image = inference.fit(torch.from_numpy(example.image).permute(2, 0, 1).to(inference.device))
+        views = [apply_view(image, View(scale=scale, flip=None), stride=stride) for scale in scales]
+        pairs = features_around(inference.model, views)
+        colors = iter(feature_rgb([feature for pair in pairs for feature in pair]))
         for place, (before, after) in enumerate(pairs):
             row = [Tile(example.image, example.key if place == 0 else "")]
-            row += [Tile(colors[2 * place], "features before"), Tile(colors[2 * place + 1], "features after")]
+            row += [Tile(next(colors), "features before"), Tile(next(colors), "features after")]
             row += [Tile(_activation(before), "activation before"), Tile(_activation(after), "activation after")]
             rows.append(row)
-            names.append(f"scale {views[place].scale:g}")
-    return draw_tiles(rows, names=names)
+    return draw_tiles(rows, names=[f"scale {scale:g}" for scale in scales] * len(examples))
 
 
 def mask_figure(target: EvaluationTarget, examination: Examination, *, number: int) -> Figure:
@@ -195,15 +191,15 @@ def mask_figure(target: EvaluationTarget, examination: Examination, *, number: i
         read_examples(target, examination.split, choose_by_iou(examination.scores, number, hardest=hardest))
         for hardest in (False, True)
     ]
-    rows = []
-    for simple, hard in zip(*halves, strict=True):
+    rows, shown = [], list[Pixels]()
+    for pair in zip(*halves, strict=True):
         row = []
-        for example in (simple, hard):
+        for example in pair:
             masks = {"truth": example.truth, f"prediction, mIoU {100 * example.miou:.0f}": example.mask}
             row.append(Tile(example.image, example.key))
             row += [Tile(np.asarray(draw_overlay(example.image, m, palette)), text) for text, m in masks.items()]
+            shown += masks.values()
         rows.append(row)
-    shown = [mask for examples in halves for one in examples[: len(rows)] for mask in (one.mask, one.truth)]
     classes = target.checkpoint.state.classes
     return draw_tiles(rows, legend=class_legend(shown, palette, classes, foreground_only=True))
 
@@ -239,13 +235,7 @@ def iteration_figure(
     scores: Sequence[ImageScore],
     num_iters: Sequence[int],
 ) -> Figure:
-    """Fig. 7: the code of each image's main class after several numbers of iterations, a row for image and checkpoint.
-
-    Args:
-        targets: checkpoints of one training, early first.
-        examples: the images.
-        scores: the images' scores, which name their main classes.
-        num_iters: values of T, each >= 1.
+    """Fig. 7: the code of each image's main class after `num_iters` iterations, at an early and a late checkpoint.
 
     Raises:
         ValueError: a network has no low-rank module.
@@ -272,10 +262,7 @@ def best_of_each_class(scores: Sequence[ImageScore]) -> dict[int, ImageScore]:
 
 
 def features_around(model: Network, views: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Computes the features of one image before and after the low-rank module, per view (C, h, w), on the CPU.
-
-    Arguments and errors are those of `observe_low_rank`.
-    """
+    """Returns per view the features (C, h, w) of an image around the low-rank module; see `observe_low_rank`."""
     _, (before, *_), result = observe_low_rank(model, views)
     return [(one[0].float().cpu(), two[0].float().cpu()) for one, two in zip(before, result.features, strict=True)]
 

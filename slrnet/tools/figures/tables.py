@@ -16,7 +16,7 @@ from slrnet.checkpoints.run_store import CONFIG, STATE
 from slrnet.config import Config, load_config
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.launch.pseudo_label import RECORD
-from slrnet.tools.report.runs import find_records
+from slrnet.tools.report.runs import find_records, metrics_by_protocol
 
 __all__ = ["PAPER_TABLES", "PaperTable", "Result", "read_results", "write_tables"]
 
@@ -146,8 +146,7 @@ def write_tables(results: Sequence[Result]) -> str:
 
 def _of_evaluation(path: Path, record: Mapping[str, Any]) -> Iterator[Result]:
     config, classes, run = _origin(path.parent, record["checkpoint"])
-    by_protocol = {record["protocol"]: record["metrics"]} | record.get("before_crf", {})
-    for protocol, metrics in by_protocol.items():
+    for protocol, metrics in metrics_by_protocol(record).items():
         if "val/miou" in metrics:
             split, images = record["split"], record["images"]
             yield Result(run, record["epoch"], config, classes, protocol, split, images, metrics["val/miou"])

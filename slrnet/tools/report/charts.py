@@ -35,17 +35,15 @@ class Series:
     """A text beside each point; empty for none."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Chart:
-    """What a chart shows."""
+    """What a chart shows; the labels name quantity and unit of the axes."""
 
     title: str
     series: Sequence[Series]
     """At most six, as many as there are colors."""
     x_label: str
-    """Quantity and unit of the horizontal axis."""
     y_label: str
-    """Quantity and unit of the vertical axis."""
     note: str
     """Protocol of the figures."""
     limits: Limits | None = None
@@ -56,15 +54,12 @@ class Chart:
 
 @dataclass(frozen=True)
 class Line:
-    """A series in the chart's units."""
+    """A series in the chart's units: its SVG path, dots with what they say when pointed at, and labels."""
 
     name: str
     path: str
-    """The `d` of an SVG path."""
     dots: list[tuple[float, float, str]]
-    """Place of each dot, and what it says when pointed at."""
     labels: list[tuple[float, float, str]]
-    """Place and text of each label."""
 
 
 @dataclass(frozen=True)

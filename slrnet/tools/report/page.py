@@ -19,7 +19,7 @@ from slrnet.evaluation.masks import Quality, quality_metrics
 from slrnet.evaluation.protocols import protocol_name
 from slrnet.tools.report.charts import HEIGHT, WIDTH, Chart, Drawing, Series, draw_chart
 from slrnet.tools.report.measurements import Measurements, gamma_advice
-from slrnet.tools.report.runs import Run, training_command, val_key
+from slrnet.tools.report.runs import Run, metrics_by_protocol, training_command, val_key
 from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.provenance import environment_tags
 from slrnet.viz.grid import class_legend
@@ -150,15 +150,12 @@ def _chosen_panels(run: Run) -> list[tuple[str, list[tuple[int, Image.Image]]]]:
     return chosen
 
 
-def _evaluation_rows(run: Run) -> Iterator[dict[str, Any]]:
+def _evaluation_rows(run: Run) -> Iterator[tuple[str, Any, list[float | None]]]:
+    """Protocol and images, epoch, and means of each evaluation."""
     for record in run.evaluations.values():
-        by_protocol = {record.get("protocol", "unknown"): record.get("metrics", {}), **record.get("before_crf", {})}
-        for protocol, metrics in by_protocol.items():
-            yield {
-                "protocol": f"{protocol}, {record.get('split')}, {record.get('images')} images",
-                "epoch": record.get("epoch"),
-                "values": [metrics.get(f"val/{name}") for name in ("miou", "mfdr", "mfnr")],
-            }
+        for protocol, metrics in metrics_by_protocol(record).items():
+            about = f"{protocol}, {record.get('split')}, {record.get('images')} images"
+            yield about, record.get("epoch"), [metrics.get(f"val/{name}") for name in ("miou", "mfdr", "mfnr")]
 
 
 # Charts. Those of one title have the same axes in all runs.
@@ -188,14 +185,13 @@ def _curves(run: Run) -> list[Chart]:
     for title, prefix, keys in (("Pseudo masks of training images", "pseudo_mask", pseudo), ("Validation", "val", val)):
         points = {name: curves.get(f"{prefix}/{key}", []) for name, key in keys.items()}
         series = [Series(name, [(x, 100 * y) for x, y in curve]) for name, curve in points.items()]
-        charts.append(Chart(title=title, series=series, x_label="epoch", y_label="%", note=run.protocols[prefix]))
+        charts.append(Chart(title, series, "epoch", "%", run.protocols[prefix]))
     steps = curves.get("train/loss", [])
     losses = [
         Series("of a step", steps[:: max(1, math.ceil(len(steps) / MAX_POINTS))], dots=False),
         Series("mean of an epoch", curves.get("train/epoch_loss", [])),
     ]
-    note = "sum of the weighted parts, on random crops"
-    return [*charts, Chart(title="Training loss", series=losses, x_label="epoch", y_label="loss", note=note)]
+    return [*charts, Chart("Training loss", losses, "epoch", "loss", "sum of the weighted parts, on random crops")]
 
 
 def _balance(run: Run) -> list[Chart]:
@@ -208,14 +204,9 @@ def _balance(run: Run) -> list[Chart]:
         points = [(100 * y, 100 * fnr[x]) for x, y in epochs]
         labels = [f"{x:g}" if x in (epochs[0][0], epochs[-1][0]) else "" for x, _ in epochs]
         series.append(Series(name, points, labels=labels))
-    chart = Chart(
-        title="Fidelity against completeness",
-        series=series,
-        x_label="mFDR, % (less is more faithful)",
-        y_label="mFNR, % (less is more complete)",
-        note="numbers are epochs; pseudo masks: {pseudo_mask}; validation: {val}".format(**run.protocols),
-    )
-    return [chart]
+    x_label, y_label = "mFDR, % (less is more faithful)", "mFNR, % (less is more complete)"
+    note = "numbers are epochs; pseudo masks: {pseudo_mask}; validation: {val}".format(**run.protocols)
+    return [Chart("Fidelity against completeness", series, x_label, y_label, note)]
 
 
 def _calibration(measured: Measurements) -> list[Chart]:
@@ -230,28 +221,14 @@ def _calibration(measured: Measurements) -> list[Chart]:
         charts.append(_reliability("Pseudo masks: what gamma cuts", sweep.confidence, label, note))
         shares = {"fidelity": sweep.fidelity, "completeness": sweep.completeness, "harmonic mean": sweep.harmonic_means}
         series = [Series(name, list(zip(sweep.gammas, values, strict=True))) for name, values in shares.items()]
-        gamma_chart = Chart(
-            title="Pseudo labels by gamma",
-            series=series,
-            x_label="gamma",
-            y_label="share of pixels",
-            note=f"{note}; all else as trained",
-            limits=(0.0, 1.0),
-        )
-        charts.append(gamma_chart)
+        note += "; all else as trained"
+        charts.append(Chart("Pseudo labels by gamma", series, "gamma", "share of pixels", note, limits=(0.0, 1.0)))
     return charts
 
 
 def _reliability(title: str, bins: Bins, x_label: str, note: str) -> Chart:
-    return Chart(
-        title=title,
-        series=[Series("accuracy", bins.points())],
-        x_label=f"confidence: {x_label}",
-        y_label="accuracy",
-        note=note,
-        limits=(0.0, 1.0),
-        diagonal=True,
-    )
+    series, x_label = [Series("accuracy", bins.points())], f"confidence: {x_label}"
+    return Chart(title, series, x_label, "accuracy", note, limits=(0.0, 1.0), diagonal=True)
 
 
 def _percent(share: float | None) -> str:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -22,7 +22,16 @@ from slrnet.recipes import RECIPES, get_recipe
 from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.reader import logged_pictures, metric_history, run_tags
 
-__all__ = ["Curve", "Run", "TrackedRun", "find_records", "read_run", "training_command", "val_key"]
+__all__ = [
+    "Curve",
+    "Run",
+    "TrackedRun",
+    "find_records",
+    "metrics_by_protocol",
+    "read_run",
+    "training_command",
+    "val_key",
+]
 
 Curve = list[tuple[float, float]]
 """Points of a curve: epochs, and values by epoch."""
@@ -30,16 +39,13 @@ Curve = list[tuple[float, float]]
 _PANEL = re.compile(r"(?P<key>.+)-epoch-(?P<epoch>\d+)\.png")
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrackedRun:
-    """What MLflow holds of a training."""
+class TrackedRun(NamedTuple):
+    """What MLflow holds of a training: `history` of a metric as (step, value), and `pictures` by (image, place)."""
 
     run_id: str
     history: Callable[[str], list[tuple[int, float]]]
-    """Returns steps and values of a metric."""
-    tags: Mapping[str, str]
+    tags: dict[str, str]
     pictures: Callable[[], dict[tuple[str, int], Image.Image]]
-    """Returns the panels by image and place in MLflow's grid, which counts from 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +91,8 @@ def read_run(path: Path, tracked: TrackedRun | None = None) -> Run:
     place = checkpoint.path.resolve()
     folder = place.parents[1] if place.parent.name == "checkpoints" else None
     if tracked is None and folder and (handle := training_run(checkpoint)):
-        tracked = TrackedRun(
-            run_id=handle.run_id,
-            history=partial(metric_history, handle),
-            tags=run_tags(handle),
-            pictures=partial(logged_pictures, handle),
-        )
+        history, pictures = partial(metric_history, handle), partial(logged_pictures, handle)
+        tracked = TrackedRun(handle.run_id, history, run_tags(handle), pictures)
     curves, curves_from = _curves(checkpoint, tracked)
     panels, panels_from = _panels(folder, tracked, checkpoint.config)
     wanted = ("git_commit", "git_state", "version.", "slrnet.world_size", "slrnet.global_batch")
@@ -123,6 +125,11 @@ def find_records(folder: Path, name: str) -> dict[Path, dict[str, Any]]:
             raise ValueError(f"{path} holds no JSON object; measure again, or remove it")
         records[path] = record
     return records
+
+
+def metrics_by_protocol(record: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """The metrics of an `evaluation.json`, with those before a CRF."""
+    return {record.get("protocol", "unknown"): record.get("metrics", {}), **record.get("before_crf", {})}
 
 
 def val_key(config: Config) -> str:
@@ -186,7 +193,7 @@ def _panels(
                 panels.setdefault(match["key"], {})[int(match["epoch"])] = panel.convert("RGB")
     if panels:
         return panels, "the run's folder panels"
-    for (key, step), picture in (tracked.pictures() if tracked else {}).items():
+    for (key, step), picture in (tracked.pictures() if tracked else {}).items():  # MLflow's grid counts from 0
         panels.setdefault(key, {})[min((step + 1) * config.evaluation.every, config.train.epochs)] = picture
     if panels:
         return panels, "the pictures in MLflow"
