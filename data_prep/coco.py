@@ -10,8 +10,8 @@ extra `coco` (pycocotools). What is made:
   half of it. Images without objects are kept, as pure background.
 - Classes are the categories in the order of their ids, which have gaps, under the ids 1, 2, ...
 - Image labels are the categories of an image's annotations, those of crowds too; nothing else reaches them. So a class
-  may be labelled whose every pixel lies in a crowd or under another object.
-- Masks: every annotation is rasterised by pycocotools. Where several claim a pixel the one of the smallest area counts,
+  may be labeled whose every pixel lies in a crowd or under another object.
+- Masks: every annotation is rasterized by pycocotools. Where several claim a pixel the one of the smallest area counts,
   of equal areas the one with the largest id. A crowd is void (255). Polygons of less than three points cover nothing.
   Masks serve for measuring, unless a training is granted them.
 
@@ -25,7 +25,7 @@ import json
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -36,14 +36,14 @@ import numpy.typing as npt
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.conversion import Output, add_common_arguments, convert_items, run_conversion
-from data_prep.shard_writer import Sample, check_output
-from data_prep.source_files import ImageForm, names_of, read_keys, seeded_share, subset_members
-from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
+from data_prep.conversion import Output, Source, add_common_arguments, convert_items, required
+from data_prep.shard_writer import Item, Sample, check_output
+from data_prep.source_files import ImageForm, seeded_share
+from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
-__all__ = ["Annotations", "add_arguments", "class_mask", "convert", "read_annotations", "run"]
+__all__ = ["Annotations", "add_arguments", "class_mask", "convert", "make", "read_annotations"]
 
 YEARS = (2014, 2017)
 SPLITS = ("train", "val")
@@ -70,19 +70,20 @@ def convert(root: str | Path, output: Output, *, year: int | None = None, fracti
     root = Path(root).absolute()
     year = _year(root) if year is None else year
     words = {"--root": root, "--year": year, "--fraction": None if fraction == 1 else fraction}
-    contents = {split: read_annotations(_annotation_file(root, split, year)) for split in SPLITS}
+    annotations = root / "annotations"
+    contents = {split: read_annotations(annotations / f"instances_{split}{year}.json") for split in SPLITS}
     folders = {split: _image_folder(root, f"{split}{year}") for split in SPLITS}
     items = [
         item
         for split, content in contents.items()
         for item in _items(content, folders[split], split, fraction if split == "train" else 1.0, output.seed)
     ]
-    members = subset_members(output.subsets, {item.key for item in items}, read_keys)
-    items = [replace(item, subsets=names_of(item.key, members)) for item in items]
+    categories = _categories(contents.values())
     source = _CocoFolder(
-        root=root,
+        place=str(root),
+        class_names=(BACKGROUND, *(name for _, name in categories)),
         files={split: content.path for split, content in contents.items()},
-        categories=_categories(contents.values()),
+        class_of={category: place for place, (category, _) in enumerate(categories, start=1)},
     )
     return convert_items(source, items, output.named(f"coco{year}", "data_prep/coco.py", words))
 
@@ -155,7 +156,7 @@ def read_annotations(path: Path) -> Annotations:
 def class_mask(
     annotations: Sequence[Mapping[str, Any]], height: int, width: int, class_of: Mapping[int, int]
 ) -> npt.NDArray[np.uint8]:
-    """Rasterises an image's annotations; the module's docstring says what counts where they overlap.
+    """Rasterizes an image's annotations; the module's docstring says what counts where they overlap.
 
     Args:
         annotations: Objects of COCO's annotation file: polygons, or run lengths as numbers or packed.
@@ -181,43 +182,21 @@ def class_mask(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Item:
-    key: str
-    split: str
+class _Item(Item):
     path: str
     size: tuple[int, int]
     """Width and height as annotated."""
     categories: tuple[int, ...]
     places: bytes
     """Where its annotations stand: int64 pairs of first byte and length."""
-    subsets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _CocoFolder:
-    """Reads images and annotations; picklable."""
-
-    root: Path
+class _CocoFolder(Source[_Item]):
     files: Mapping[str, Path]
     """Annotation file by split."""
-    categories: Mapping[int, str]
-
-    @property
-    def place(self) -> str:
-        return str(self.root)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return (BACKGROUND, *(self.categories[category] for category in sorted(self.categories)))
-
-    @property
-    def palette(self) -> npt.NDArray[np.uint8]:
-        return voc_palette()
-
-    @property
-    def class_of(self) -> dict[int, int]:
-        """Class 1, 2, ... by category id."""
-        return {category: place for place, category in enumerate(sorted(self.categories), start=1)}
+    class_of: Mapping[int, int]
+    """Class 1, 2, ... by category id."""
 
     def scan(self, item: _Item) -> Sample:
         size, as_is = FORM.measure(Path(item.path))
@@ -257,10 +236,6 @@ def _year(root: Path) -> int:
     return there[0]
 
 
-def _annotation_file(root: Path, split: str, year: int) -> Path:
-    return root / "annotations" / f"instances_{split}{year}.json"
-
-
 def _image_folder(root: Path, name: str) -> Path:
     for folder in (root / name, root / "images" / name):
         if folder.is_dir():
@@ -270,7 +245,8 @@ def _image_folder(root: Path, name: str) -> Path:
     )
 
 
-def _categories(contents: Iterable[Annotations]) -> Mapping[int, str]:
+def _categories(contents: Iterable[Annotations]) -> list[tuple[int, str]]:
+    """Ids and names of the categories, in the order of the ids."""
     first, *others = contents
     for other in others:
         if dict(other.categories) != dict(first.categories):
@@ -278,7 +254,7 @@ def _categories(contents: Iterable[Annotations]) -> Mapping[int, str]:
     names = list(first.categories.values())
     if not 1 <= len(names) < IGNORE_INDEX or len(set(names)) < len(names) or BACKGROUND in names:
         raise DataError(f"{first.path} has {len(names)} categories; 1 to 254 of different names are allowed")
-    return first.categories
+    return sorted(first.categories.items())
 
 
 def _items(content: Annotations, folder: Path, split: str, fraction: float, seed: int) -> list[_Item]:
@@ -332,7 +308,7 @@ def _check_segmentation(annotation: Mapping[str, Any], size: tuple[int, int], fi
     elif isinstance(segmentation, dict):
         counts = segmentation.get("counts")
         good &= segmentation.get("size") == [size[1], size[0]] and isinstance(counts, list | str)
-        good = good and (isinstance(counts, str) or sum(counts) == size[0] * size[1])
+        good = good and (not isinstance(counts, list) or sum(counts) == size[0] * size[1])
     else:
         good = False
     if not good:
@@ -452,14 +428,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, name="coco")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Makes or verifies the data set; returns the exit status."""
-    return run_conversion(options, lambda: _make(options))
-
-
-def _make(args: argparse.Namespace) -> DatasetInfo:
-    if args.root is None:
-        raise DataError("--root is missing; give the folder with COCO's images and annotations")
+def make(args: argparse.Namespace) -> DatasetInfo:
+    """Makes the data set that the options ask for."""
+    required(args, "root")
     return convert(args.root, Output.of_arguments(args), year=args.year, fraction=args.fraction)
 
 

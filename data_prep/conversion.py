@@ -6,17 +6,20 @@ import argparse
 import os
 import shlex
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.shard_writer import Sample, check_output, report_problems, verify, write_dataset
+from data_prep.shard_writer import Item, Sample, check_output, report_problems, verify, write_dataset
+from data_prep.source_files import read_keys
 from data_prep.workers import ConversionPool
+from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 
 __all__ = [
@@ -26,10 +29,11 @@ __all__ = [
     "add_longest_side",
     "convert_items",
     "parse_named_files",
+    "required",
     "run_conversion",
 ]
 
-Item = TypeVar("Item", contravariant=True)
+AnyItem = TypeVar("AnyItem", bound=Item)
 
 
 @dataclass(frozen=True)
@@ -92,34 +96,40 @@ class Output:
         return replace(self, name=name, made_by=self.made_by or shlex.join(parts))
 
 
-class Source(Protocol[Item]):
+@dataclass(frozen=True, kw_only=True)
+class Source(ABC, Generic[AnyItem]):
     """A folder in some layout. Picklable and small: it goes to every worker process."""
 
-    @property
-    def place(self) -> str:
-        """What messages call it."""
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of all K classes, background first."""
+    place: str
+    """What messages call it."""
+    class_names: tuple[str, ...]
+    """Names of all K classes, background first."""
 
     @property
     def palette(self) -> npt.NDArray[np.uint8]:
         """(256, 3) uint8 RGB by id."""
+        return voc_palette()
 
-    def scan(self, item: Item) -> Sample:
+    @abstractmethod
+    def scan(self, item: AnyItem) -> Sample:
         """Reads and checks all files of one image.
 
         Raises:
             DataError: something is wrong with them.
         """
 
+    @abstractmethod
     def encode(self, sample: Sample) -> tuple[bytes, bytes | None]:
         """Bytes of one sample's JPEG and of its indexed PNG mask, None where there is none."""
 
 
 def convert_items(
-    source: Source[Item], items: Sequence[Item], output: Output, *, keep_background: bool = True
+    source: Source[AnyItem],
+    items: Sequence[AnyItem],
+    output: Output,
+    *,
+    keep_background: bool = True,
+    read_keys: Callable[[Path], list[str]] = read_keys,
 ) -> DatasetInfo:
     """Reads and checks all images of a source, then writes them.
 
@@ -128,13 +138,24 @@ def convert_items(
         items: One for each image.
         output: What to write; with name and command, see `Output.named`.
         keep_background: Whether images that are known to show none of the classes are written.
+        read_keys: Reads the keys in a list file of a subset.
 
     Raises:
-        DataError: files are damaged or do not fit, and are not to be skipped; nothing is written then.
+        DataError: a subset lists an image that is not there, or files are damaged or do not fit and are not to be
+            skipped; nothing is written then.
     """
     assert output.name is not None
     assert output.made_by is not None
     check_output(output.folder)
+    known = {item.key for item in items}
+    for name, path in output.subsets.items():
+        keys = frozenset(read_keys(path))
+        if strangers := sorted(keys - known):
+            raise DataError(
+                f"--subset {name}={path} lists {len(strangers)} image(s) that are in no split, such as "
+                f"{strangers[:3]}; remove them from the list"
+            )
+        items = [replace(item, subsets=(*item.subsets, name)) if item.key in keys else item for item in items]
     with ConversionPool(output.processes) as workers:
         samples = _scanned(source, items, workers, skip_damaged=output.skip_damaged)
         if not keep_background:
@@ -157,7 +178,7 @@ def convert_items(
 
 
 def _scanned(
-    source: Source[Item], items: Sequence[Item], workers: ConversionPool, *, skip_damaged: bool
+    source: Source[AnyItem], items: Sequence[AnyItem], workers: ConversionPool, *, skip_damaged: bool
 ) -> list[Sample]:
     """What is to be written; damaged images are named, and left out or refused."""
     scanned = workers.map(partial(_scan, source), items, label="reading")
@@ -172,7 +193,7 @@ def _scanned(
     return samples
 
 
-def _scan(source: Source[Item], item: Item) -> Sample | str:
+def _scan(source: Source[AnyItem], item: AnyItem) -> Sample | str:
     try:
         return source.scan(item)
     except DataError as error:
@@ -230,12 +251,15 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = 
         )
 
 
-def run_conversion(options: argparse.Namespace, make: Callable[[], DatasetInfo]) -> int:
-    """Verifies or makes a data set, and prints what came of it.
+def required(options: argparse.Namespace, *names: str) -> None:
+    """Raises `DataError` if an option is missing that only `--verify` can do without."""
+    for name in names:
+        if getattr(options, name) is None:
+            raise DataError(f"--{name.replace('_', '-')} is missing; see --help for what it must hold")
 
-    Args:
-        options: the options of `add_common_arguments`.
-        make: makes the data set.
+
+def run_conversion(options: argparse.Namespace, make: Callable[[argparse.Namespace], DatasetInfo]) -> int:
+    """Verifies a data set or makes it with `make`, as the options say, and prints the result.
 
     Returns:
         Exit status: 0, or 1 when `--verify` found damage.
@@ -245,7 +269,7 @@ def run_conversion(options: argparse.Namespace, make: Callable[[], DatasetInfo])
     """
     if options.verify is not None:
         return print_verification(options.verify, processes=options.processes)
-    info = make()
+    info = make(options)
     counts = ", ".join(f"{count} {split}" for split, count in info.counts.items())
     print(f"wrote {options.out}: {counts} samples, {info.num_classes} classes, fingerprint {info.fingerprint[:12]}")
     print(f"look at it: slrnet browse {shlex.quote(str(options.out))}")

@@ -4,10 +4,10 @@
     slrnet prepare demo --out DIR [--voc-folder DIR] [--train 240] [--val 60] [--image-size 128] [--seed 0]
 
 Nothing is downloaded: numpy draws textured clutter and, on it, one to four objects that overlap, vary in size and may
-be cut by the border. Each class has a larger body whose outline, colours and texture another class shares (fish with
+be cut by the border. Each class has a larger body whose outline, colors and texture another class shares (fish with
 kite: stripes; ladybird with mushroom: spots) and a small part that is its own (eye and fins; bows on a tail; head with
 feelers; stem). A classifier needs the small part alone, so its class activation covers too little, as it does on
-photographs, and a method that grows it has something to do. Masks are exact at pixel centres.
+photographs, and a method that grows it has something to do. Masks are exact at pixel centers.
 
 The pictures are written in VOC's folder layout and take the same road into shards as VOC itself.
 """
@@ -33,14 +33,14 @@ if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep import voc
-from data_prep.conversion import Output, add_common_arguments, run_conversion
+from data_prep.conversion import Output, add_common_arguments
 from data_prep.shard_writer import check_output
 from data_prep.workers import ConversionPool
 from slrnet.data.catalog import BACKGROUND, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
-__all__ = ["CLASSES", "add_arguments", "build_demo", "demo_data", "draw_scene", "run", "write_voc_folder"]
+__all__ = ["CLASSES", "add_arguments", "build_demo", "demo_data", "draw_scene", "make", "write_voc_folder"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -54,16 +54,16 @@ GROUNDS = (
     ((96, 84, 74), (150, 140, 132)),
     ((118, 136, 110), (184, 186, 150)),
 )
-"""Pairs of colours between which the ground varies: grass, sand, sky, soil, meadow."""
+"""Pairs of colors between which the ground varies: grass, sand, sky, soil, meadow."""
 
-BODY_COLOURS = ((206, 52, 40), (226, 122, 36), (222, 178, 48), (52, 112, 186), (60, 152, 120), (150, 70, 150))
-"""Colours of bodies of all classes, and of the clutter that imitates them."""
+BODY_COLORS = ((206, 52, 40), (226, 122, 36), (222, 178, 48), (52, 112, 186), (60, 152, 120), (150, 70, 150))
+"""Colors of bodies of all classes, and of the clutter that imitates them."""
 
 DARK, LIGHT = np.array([34.0, 30.0, 36.0]), np.array([244.0, 240.0, 228.0])
 
 MAX_OBJECTS = 4
 REACH = 1.75
-"""How far from its centre an object's parts may lie, in its own units; nothing is painted beyond."""
+"""How far from its center an object's parts may lie, in its own units; nothing is painted beyond."""
 SMALLEST_SHARE = 0.015
 """Least share of the picture that an object must cover to be drawn."""
 SMALLEST_VISIBLE = 0.4
@@ -207,7 +207,7 @@ class Brush:
     canvas: Floats
     """(h, w, 3) RGB 0 to 255: the window of the picture that the object can reach, painted in place."""
     x: Floats
-    """(h, w) horizontal coordinate of each pixel centre in the object's frame."""
+    """(h, w) horizontal coordinate of each pixel center in the object's frame."""
     y: Floats
     """(h, w) vertical coordinate."""
     scale: float
@@ -215,7 +215,7 @@ class Brush:
     random: np.random.Generator
     """What varies within the object."""
     covered: npt.NDArray[np.bool_]
-    """(h, w) pixels whose centre lies within something painted; filled in place."""
+    """(h, w) pixels whose center lies within something painted; filled in place."""
 
     @classmethod
     def place(
@@ -238,7 +238,7 @@ class Brush:
             scale: Pixels per unit of the object's frame.
             angle: Direction of the object's right, radians, clockwise.
             mirror: -1 to mirror it left to right, else 1.
-            margin: Share of the side that its centre keeps from the border.
+            margin: Share of the side that its center keeps from the border.
         """
         size = canvas.shape[0]
         cx, cy = random.uniform(margin, 1.0 - margin, 2) * size
@@ -257,15 +257,15 @@ class Brush:
             covered=covered[top:bottom, left:right],
         )
 
-    def paint(self, distance: Floats, colour: Floats) -> None:
+    def paint(self, distance: Floats, color: Floats) -> None:
         """Paints a form; its edge is antialiased over one pixel.
 
         Args:
             distance: (S, S) signed distance in the object's units, negative inside.
-            colour: (3,) or (S, S, 3) RGB.
+            color: (3,) or (S, S, 3) RGB.
         """
         share = np.clip(0.5 - distance * self.scale, 0.0, 1.0)[..., None]
-        self.canvas += share * (colour - self.canvas)
+        self.canvas += share * (color - self.canvas)
         np.logical_or(self.covered, distance < 0, out=self.covered)
 
     def shade(self, distance: Floats, softness: float, strength: float) -> None:
@@ -274,8 +274,8 @@ class Brush:
         self.canvas *= 1.0 - strength * share
 
 
-def _ellipse(x: Floats, y: Floats, centre: tuple[float, float], radii: tuple[float, float]) -> Floats:
-    radius = np.hypot((x - centre[0]) / radii[0], (y - centre[1]) / radii[1])
+def _ellipse(x: Floats, y: Floats, center: tuple[float, float], radii: tuple[float, float]) -> Floats:
+    radius = np.hypot((x - center[0]) / radii[0], (y - center[1]) / radii[1])
     return np.asarray((radius - 1.0) * min(radii))
 
 
@@ -307,16 +307,16 @@ def _lens(x: Floats, y: Floats) -> Floats:
 # Textures that bodies share.
 
 
-def _body_colours(random: np.random.Generator) -> tuple[Floats, Floats]:
-    """Main colour and the colour of what is drawn on it."""
-    main = np.array(BODY_COLOURS[random.integers(len(BODY_COLOURS))]) + random.normal(0, 10, 3)
+def _body_colors(random: np.random.Generator) -> tuple[Floats, Floats]:
+    """Main color and the color of what is drawn on it."""
+    main = np.array(BODY_COLORS[random.integers(len(BODY_COLORS))]) + random.normal(0, 10, 3)
     return main, (DARK if random.random() < 0.5 else LIGHT) * random.uniform(0.85, 1.0)
 
 
-def _rounded(x: Floats, y: Floats, colour: Floats) -> Floats:
-    """A colour that is lighter towards the upper left of the object, as if lit."""
+def _rounded(x: Floats, y: Floats, color: Floats) -> Floats:
+    """A color that is lighter towards the upper left of the object, as if lit."""
     light = 1.0 - 0.22 * (x + y) - 0.18 * (x**2 + y**2)
-    return np.asarray(light[..., None] * colour)
+    return np.asarray(light[..., None] * color)
 
 
 def _spotted(brush: Brush, main: Floats, other: Floats) -> Floats:
@@ -345,7 +345,7 @@ def _striped(brush: Brush, main: Floats, other: Floats) -> Floats:
 
 def _draw_fish(brush: Brush) -> None:
     x, y = brush.x, brush.y
-    main, other = _body_colours(brush.random)
+    main, other = _body_colors(brush.random)
     fin = 0.75 * main + 20
     for side in (-1.0, 1.0):
         brush.paint(_polygon(x, y, ((-0.6, 0.0), (-1.0, 0.0), (-1.2, 0.46 * side), (-1.0, 0.5 * side))), fin)
@@ -360,13 +360,13 @@ def _draw_fish(brush: Brush) -> None:
 
 def _draw_kite(brush: Brush) -> None:
     x, y = brush.x, brush.y
-    main, other = _body_colours(brush.random)
+    main, other = _body_colors(brush.random)
     sail = ((0.85, 0.0), (0.1, 0.52), (-0.62, 0.0), (0.1, -0.52))
     phase = brush.random.uniform(0, 2 * np.pi)
     line = [(-0.62 - 0.1 * step, 0.13 * np.sin(1.1 * step + phase) * min(step, 2) / 2) for step in range(8)]
     for start, end in pairwise(line):
         brush.paint(_segment(x, y, start, end, 0.028), DARK)
-    bow = np.array(BODY_COLOURS[brush.random.integers(len(BODY_COLOURS))], dtype=np.float64)
+    bow = np.array(BODY_COLORS[brush.random.integers(len(BODY_COLORS))], dtype=np.float64)
     for cx, cy in (line[2], line[4], line[6]):
         for side in (-1.0, 1.0):
             corners = ((cx, cy), (cx - 0.1, cy + side * 0.19), (cx + 0.1, cy + side * 0.19))
@@ -379,7 +379,7 @@ def _draw_kite(brush: Brush) -> None:
 
 def _draw_ladybird(brush: Brush) -> None:
     x, y = brush.x, brush.y
-    main, other = _body_colours(brush.random)
+    main, other = _body_colors(brush.random)
     for foot in (-0.45, 0.0, 0.4):
         for side in (-1.0, 1.0):
             brush.paint(_segment(x, y, (foot, 0.4 * side), (foot + 0.08, 0.82 * side), 0.04), DARK)
@@ -395,7 +395,7 @@ def _draw_ladybird(brush: Brush) -> None:
 
 def _draw_mushroom(brush: Brush) -> None:
     x, y = brush.x, brush.y
-    main, other = _body_colours(brush.random)
+    main, other = _body_colors(brush.random)
     # It lies in the same frame as the others: the cap to the right, the stem to the left.
     stem = np.array([226.0, 210.0, 176.0]) * brush.random.uniform(0.85, 1.05)
     brush.paint(_polygon(x, y, ((0.1, -0.17), (0.1, 0.17), (-0.85, 0.24), (-0.85, -0.24))), _rounded(x, 2 * y, stem))
@@ -441,8 +441,8 @@ def _noise(random: np.random.Generator, size: int, cells: int) -> Floats:
 
 
 def _draw_clutter(random: np.random.Generator, size: int) -> Floats:
-    """Ground of two colours, with blades, pebbles and patches that have the colours and textures of bodies."""
-    first, second = (np.array(colour, dtype=np.float64) for colour in GROUNDS[random.integers(len(GROUNDS))])
+    """Ground of two colors, with blades, pebbles and patches that have the colors and textures of bodies."""
+    first, second = (np.array(color, dtype=np.float64) for color in GROUNDS[random.integers(len(GROUNDS))])
     field_ = sum(_noise(random, size, cells) / weight for cells, weight in ((3, 1.0), (9, 1.6), (26, 2.2), (60, 3.0)))
     share = np.clip(0.5 + 0.45 * np.asarray(field_), 0, 1)[..., None]
     canvas = first * (1 - share) + second * share
@@ -454,7 +454,7 @@ def _draw_clutter(random: np.random.Generator, size: int) -> Floats:
 
 
 def _draw_scrap(brush: Brush, first: Floats, second: Floats) -> None:
-    """One blade, pebble, or scrap with the colours and texture of bodies, sometimes with their outline too."""
+    """One blade, pebble, or scrap with the colors and texture of bodies, sometimes with their outline too."""
     random, x, y = brush.random, brush.x, brush.y
     ground = (first if random.random() < 0.5 else second) * random.uniform(0.6, 1.25)
     kind = random.random()
@@ -471,7 +471,7 @@ def _draw_scrap(brush: Brush, first: Floats, second: Floats) -> None:
         _lens(x, y),
     )
     outline = outlines[random.choice(len(outlines), p=(0.7, 0.15, 0.15))]
-    brush.paint(outline, 0.35 * ground + 0.65 * texture(brush, *_body_colours(random)))
+    brush.paint(outline, 0.35 * ground + 0.65 * texture(brush, *_body_colors(random)))
 
 
 def _finish(random: np.random.Generator, canvas: Floats) -> npt.NDArray[np.uint8]:
@@ -496,12 +496,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(samples_per_shard=32)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Makes or verifies the data set; returns the exit status."""
-    return run_conversion(options, lambda: _make(options))
-
-
-def _make(args: argparse.Namespace) -> DatasetInfo:
+def make(args: argparse.Namespace) -> DatasetInfo:
+    """Makes the data set that the options ask for."""
     return build_demo(
         args.out,
         seed=args.seed,

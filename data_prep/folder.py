@@ -3,23 +3,23 @@
 
     slrnet prepare folder --images DIR --masks DIR --classes cat,dog --val-fraction 0.1 --out DIR
     slrnet prepare folder --images DIR --labels labels.csv --split val=val.txt --out DIR
-    slrnet prepare folder --images DIR --masks DIR --classes cat,dog --unlabelled --out DIR
+    slrnet prepare folder --images DIR --masks DIR --classes cat,dog --unlabeled --out DIR
 
 Images are all files of the folder and the folders in it; an image's key is its path without suffix, `a/b.jpg` being
 `a_b`. Its mask has the same path below --masks, ending in .png:
 
-- indexed or grey, with class ids as values: 0 is the background, 1, 2, ... are --classes in their order, 255 is void;
-- or in colours, with --palette FILE: a line `name #rrggbb` (or `name r g b`) per class, the background first, and a
+- indexed or gray, with class ids as values: 0 is the background, 1, 2, ... are --classes in their order, 255 is void;
+- or in colors, with --palette FILE: a line `name #rrggbb` (or `name r g b`) per class, the background first, and a
   line `void #rrggbb` where there is void. The file then names the classes.
 
 --labels is a CSV file with the columns `image` (path below --images, or key) and `labels` (names separated by `;`), and
 `split` if wanted. Image labels come from it where it is given, else from the classes in the mask. An image that has
-neither a mask nor a line in the table is refused; with --unlabelled it is taken as an unlabelled image. Splits come
+neither a mask nor a line in the table is refused; with --unlabeled it is taken as an unlabeled image. Splits come
 from the table's column, from list files (--split NAME=FILE, one image a line; the rest is `train`), or by
 --val-fraction. --subset NAME=FILE marks images, for instance those whose masks a semi-supervised training may see.
 
 JPEG files are copied as they are, unless their EXIF data turn them; other images become JPEG files of quality 95.
-Masks are copied too, unless they are in colours. With --longest-side N images beyond N pixels are scaled down to it,
+Masks are copied too, unless they are in colors. With --longest-side N images beyond N pixels are scaled down to it,
 and their masks by nearest pixels: crops of 321 pixels gain little from a camera's 4,000, which are read in every epoch.
 """
 
@@ -41,31 +41,31 @@ if not __package__:  # run as a script: the folder above holds both packages
 
 from data_prep.conversion import (
     Output,
+    Source,
     add_common_arguments,
     add_longest_side,
     convert_items,
     parse_named_files,
-    run_conversion,
+    required,
 )
-from data_prep.shard_writer import Sample, check_output
+from data_prep.shard_writer import Item, Sample, check_output
 from data_prep.source_files import (
     ImageForm,
+    check_fraction,
     check_size,
     checked_ids,
     copied,
+    drawn_split,
     measure_mask,
-    names_of,
     opened,
     read_lines,
-    seeded_share,
     split_words,
-    subset_members,
 )
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
-__all__ = ["LabelTable", "Palette", "add_arguments", "convert", "read_label_table", "read_palette", "run"]
+__all__ = ["LabelTable", "Palette", "add_arguments", "convert", "make", "read_label_table", "read_palette"]
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 REMEDY = "replace it or take it away"
@@ -81,7 +81,7 @@ def convert(
     classes: Sequence[str] | None = None,
     splits: Mapping[str, Path] | None = None,
     val_fraction: float = 0.0,
-    unlabelled: bool = False,
+    unlabeled: bool = False,
     longest_side: int = 0,
 ) -> DatasetInfo:
     """Makes shards of a folder of images.
@@ -91,71 +91,73 @@ def convert(
         output: What to write.
         masks: Folder with the masks.
         labels: CSV file with image labels.
-        palette: File with the colours and names of the classes, for masks in colours.
+        palette: File with the colors and names of the classes, for masks in colors.
         classes: Names of the foreground classes in the order of their ids; not with `palette`. Without masks they may
             be left out: then they are the names in `labels`, sorted.
         splits: List files of splits other than `train`.
         val_fraction: Share of the images that becomes `val`, chosen by key and seed; not with other ways to split.
-        unlabelled: Whether images with neither a mask nor a line in `labels` are taken, as unlabelled ones.
+        unlabeled: Whether images with neither a mask nor a line in `labels` are taken, as unlabeled ones.
         longest_side: Larger images are scaled down to it, pixels; 0 keeps all sizes.
 
     Raises:
         DataError: something about the folders, the files or the options is refused; nothing is written then.
     """
     check_output(output.folder)
-    if masks is None and labels is None and not unlabelled:
+    if masks is None and labels is None and not unlabeled:
         raise DataError(
-            "neither --masks nor --labels is given; one of them must say what the images show, or --unlabelled that "
+            "neither --masks nor --labels is given; one of them must say what the images show, or --unlabeled that "
             "nothing is known of them"
         )
-    colours = read_palette(palette) if palette is not None else None
+    colors = read_palette(palette) if palette is not None else None
     table = read_label_table(labels) if labels is not None else None
-    source = _Source(
-        images=Path(images).absolute(),
+    source = _Folder(
+        place=str(images := Path(images).absolute()),
+        images=images,
         masks=None if masks is None else Path(masks).absolute(),
-        class_names=_class_names(classes, colours, table, has_masks=masks is not None),
-        colours=colours,
+        class_names=_class_names(classes, colors, table, has_masks=masks is not None),
+        colors=colors,
         form=ImageForm(upright=True, longest_side=longest_side or None, remedy=REMEDY),
     )
     drawing = _Drawing(splits=splits or {}, val_fraction=val_fraction, seed=output.seed)
-    items = _items(source, table, drawing, subsets=output.subsets, unlabelled=unlabelled)
+    items = _items(source, table, drawing, unlabeled=unlabeled)
     words = {
-        "--images": source.images,
+        "--images": images,
         "--masks": source.masks,
         "--labels": None if labels is None else Path(labels),
         "--palette": None if palette is None else Path(palette),
         "--classes": None if classes is None else ",".join(classes),
         "--split": drawing.splits,
         "--val-fraction": val_fraction,
-        "--unlabelled": unlabelled,
+        "--unlabeled": unlabeled,
         "--longest-side": longest_side,
     }
-    return convert_items(source, items, output.named("folder", "data_prep/folder.py", words))
+    output = output.named("folder", "data_prep/folder.py", words)
+    return convert_items(source, items, output, read_keys=_read_keys)
 
 
 @dataclass(frozen=True)
 class Palette:
-    """Classes by colour: `names` (background first), `colours` (K, 3) uint8, `void` (3,) or None."""
+    """Classes by color: `names` (background first), `colors` (K, 3) uint8, `void` (3,) or None."""
 
     names: tuple[str, ...]
-    colours: npt.NDArray[np.uint8]
+    colors: npt.NDArray[np.uint8]
     void: npt.NDArray[np.uint8] | None
 
     def ids(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """(H, W) class ids of a mask in colours, (H, W, 3) uint8.
+        """(H, W) class ids of a mask in colors, (H, W, 3) uint8.
 
         Raises:
-            DataError: it has a colour that is not in the palette.
+            DataError: it has a color that is not in the palette.
         """
         codes = _codes(pixels)
         ids = np.full(codes.shape, -1, dtype=np.int16)
         ids[codes == _codes(self.void)] = IGNORE_INDEX if self.void is not None else -1
-        for label, code in enumerate(_codes(self.colours)):
+        for label, code in enumerate(_codes(self.colors)):
             ids[codes == code] = label
         if (ids < 0).any():
             row, column = np.argwhere(ids < 0)[0]
-            colour = "#" + bytes(pixels[row, column].tolist()).hex()
-            raise DataError(f"has the colour {colour} at row {row}, column {column}, which the palette file lacks")
+            color = "#" + bytes(pixels[row, column].tolist()).hex()
+            raise DataError(f"has the color {color} at row {row}, column {column}, which the palette file lacks")
         return ids.astype(np.uint8)
 
 
@@ -172,29 +174,29 @@ def read_palette(path: str | Path) -> Palette:
     """Reads a palette file; the module's docstring has its form.
 
     Raises:
-        DataError: the file cannot be read, or a line is not of that form, or a name or colour occurs twice.
+        DataError: the file cannot be read, or a line is not of that form, or a name or color occurs twice.
     """
     names: list[str] = []
-    colours: list[tuple[int, int, int]] = []
+    colors: list[tuple[int, int, int]] = []
     void = None
     for number, line in enumerate(read_lines(path, "palette file"), start=1):
         words = line.split()
         if not words or line.lstrip().startswith("//"):
             continue
-        colour = _colour(words[1:])
-        if colour is None:
+        color = _color(words[1:])
+        if color is None:
             raise DataError(f"{path}, line {number}: {line!r} is not `name #rrggbb` or `name r g b` with 0 to 255")
         if words[0] == "void":
-            void = np.array(colour, dtype=np.uint8)
+            void = np.array(color, dtype=np.uint8)
             continue
         names.append(words[0])
-        colours.append(colour)
-    every = [*colours, *([] if void is None else [tuple(void.tolist())])]
+        colors.append(color)
+    every = [*colors, *([] if void is None else [tuple(void.tolist())])]
     if len(set(names)) < len(names) or len(set(every)) < len(every):
-        raise DataError(f"{path} has a name or a colour twice; each class needs its own")
+        raise DataError(f"{path} has a name or a color twice; each class needs its own")
     if not 2 <= len(names) <= IGNORE_INDEX or names[0] != BACKGROUND:
         raise DataError(f"{path} names {len(names)} classes; it needs {BACKGROUND!r} first and 1 to 254 others")
-    return Palette(tuple(names), np.array(colours, dtype=np.uint8), void)
+    return Palette(tuple(names), np.array(colors, dtype=np.uint8), void)
 
 
 def read_label_table(path: str | Path) -> LabelTable:
@@ -219,15 +221,12 @@ def read_label_table(path: str | Path) -> LabelTable:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Item:
+class _Item(Item):
     """An image; paths are text, as those go to the worker processes and back faster."""
 
-    key: str
     path: str
     mask: str | None
-    split: str
     labels: tuple[str, ...] | None
-    subsets: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,30 +237,20 @@ class _Drawing:
     val_fraction: float
     seed: int
 
-    def split(self, key: str) -> str:
-        return "val" if seeded_share(key, self.seed) < self.val_fraction else "train"
-
 
 @dataclass(frozen=True, kw_only=True)
-class _Source:
-    """Reads images and masks; picklable."""
-
+class _Folder(Source[_Item]):
     images: Path
     masks: Path | None
-    class_names: tuple[str, ...]
-    colours: Palette | None
+    colors: Palette | None
     form: ImageForm
 
     @property
-    def place(self) -> str:
-        return str(self.images)
-
-    @property
     def palette(self) -> npt.NDArray[np.uint8]:
-        colours = voc_palette()
-        if self.colours is not None:
-            colours[: len(self.colours.colours)] = self.colours.colours
-        return colours
+        colors = voc_palette()
+        if self.colors is not None:
+            colors[: len(self.colors.colors)] = self.colors.colors
+        return colors
 
     def scan(self, item: _Item) -> Sample:
         path = Path(item.path)
@@ -303,12 +292,12 @@ class _Source:
         return ids, as_is and ids is stored
 
     def _read_ids(self, path: Path) -> tuple[npt.NDArray[np.uint8], bool]:
-        if self.colours is None:
-            return measure_mask(path, remedy="make it so, or name its colours with --palette FILE")
+        if self.colors is None:
+            return measure_mask(path, remedy="make it so, or name its colors with --palette FILE")
         with opened(path, remedy="make it again") as image:
             pixels = np.asarray(image.convert("RGB"))
         try:
-            return self.colours.ids(pixels), False
+            return self.colors.ids(pixels), False
         except DataError as error:
             raise DataError(f"{path} {error}") from None
 
@@ -317,20 +306,20 @@ class _Source:
 
 
 def _class_names(
-    classes: Sequence[str] | None, colours: Palette | None, table: LabelTable | None, *, has_masks: bool
+    classes: Sequence[str] | None, colors: Palette | None, table: LabelTable | None, *, has_masks: bool
 ) -> tuple[str, ...]:
-    if colours is not None and classes is not None:
+    if colors is not None and classes is not None:
         raise DataError("--classes and --palette both name the classes; give one of the two")
     named = set() if table is None else {name for labels in table.labels.values() for name in labels}
-    if colours is not None:
-        names = colours.names
+    if colors is not None:
+        names = colors.names
     elif classes is not None:
         names = (BACKGROUND, *classes)
     elif table is not None and not has_masks:
         names = (BACKGROUND, *sorted(named))
     else:
         raise DataError(
-            "nothing names the classes; name the classes 1, 2, ... with --classes (or --palette for masks in colours)"
+            "nothing names the classes; name the classes 1, 2, ... with --classes (or --palette for masks in colors)"
         )
     if len(set(names)) < len(names) or not 2 <= len(names) <= IGNORE_INDEX:
         raise DataError(f"there are {len(names) - 1} classes {list(names[1:4])}...; 1 to 254 different ones are needed")
@@ -339,26 +328,22 @@ def _class_names(
     return names
 
 
-def _items(
-    source: _Source, table: LabelTable | None, drawing: _Drawing, *, subsets: Mapping[str, Path], unlabelled: bool
-) -> list[_Item]:
+def _items(source: _Folder, table: LabelTable | None, drawing: _Drawing, *, unlabeled: bool) -> list[_Item]:
     paths = _find_images(source.images)
     split_of = _splits(paths, table, drawing)
-    members = subset_members(subsets, set(paths), _read_keys)
     items = []
     for key, path in paths.items():
         labels, mask = None if table is None else table.labels.get(key), source.mask_path(path)
-        if labels is None and not unlabelled and mask is None:
+        if labels is None and not unlabeled and mask is None:
             without = f"{path} has no mask" + ("" if table is None else f" and no line in {table.path}")
-            raise DataError(f"{without}; add it, or take such images as unlabelled ones with --unlabelled")
+            raise DataError(f"{without}; add it, or take such images as unlabeled ones with --unlabeled")
         items.append(
             _Item(
                 key=key,
                 path=str(path),
                 mask=None if mask is None else str(mask),
-                split=split_of.get(key) or drawing.split(key),
+                split=split_of.get(key) or drawn_split(key, drawing.val_fraction, drawing.seed),
                 labels=labels,
-                subsets=names_of(key, members),
             )
         )
     return items
@@ -369,8 +354,7 @@ def _splits(paths: Mapping[str, Path], table: LabelTable | None, drawing: _Drawi
     ways = [bool(drawing.splits), drawing.val_fraction > 0, table is not None and table.splits is not None]
     if sum(ways) > 1:
         raise DataError("splits are given in several ways; use one of --split, --val-fraction and the column `split`")
-    if not 0 <= drawing.val_fraction < 1:
-        raise DataError(f"--val-fraction is {drawing.val_fraction}; allowed are shares from 0 to below 1")
+    check_fraction(drawing.val_fraction)
     if table is None:
         return _read_splits(drawing.splits, paths)
     if strangers := sorted(set(table.labels) - set(paths)):
@@ -419,7 +403,7 @@ def _key(path: Path) -> str:
     return "_".join(stem.parts).replace(".", "_").replace(" ", "_")
 
 
-def _colour(words: Sequence[str]) -> tuple[int, int, int] | None:
+def _color(words: Sequence[str]) -> tuple[int, int, int] | None:
     try:
         if len(words) == 1 and len(words[0]) == 7 and words[0][0] == "#":
             red, green, blue = bytes.fromhex(words[0][1:])
@@ -430,11 +414,11 @@ def _colour(words: Sequence[str]) -> tuple[int, int, int] | None:
     return (red, green, blue) if all(0 <= value <= 255 for value in (red, green, blue)) else None
 
 
-def _codes(colours: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.int64]:
-    """One number per colour (..., 3); none for None."""
-    if colours is None:
+def _codes(colors: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.int64]:
+    """One number per color (..., 3); none for None."""
+    if colors is None:
         return np.array(-1)
-    wide = colours.astype(np.int64)
+    wide = colors.astype(np.int64)
     codes: npt.NDArray[np.int64] = (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
     return codes
 
@@ -447,25 +431,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder with the images")
     parser.add_argument("--masks", type=Path, metavar="DIR", help="folder with PNG masks of the same paths")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="CSV file with image labels")
-    parser.add_argument("--palette", type=Path, metavar="FILE", help="colours of the classes, for masks in colours")
+    parser.add_argument("--palette", type=Path, metavar="FILE", help="colors of the classes, for masks in colors")
     parser.add_argument("--classes", metavar="A,B", help="names of the classes 1, 2, ...")
     parser.add_argument("--split", action="append", default=[], metavar="NAME=FILE", help="list of a split; repeatable")
     parser.add_argument("--val-fraction", type=float, default=0.0, metavar="X", help="share of the images for `val`")
     parser.add_argument(
-        "--unlabelled", action="store_true", help="take images with neither a mask nor a line as unlabelled ones"
+        "--unlabeled", action="store_true", help="take images with neither a mask nor a line as unlabeled ones"
     )
     add_longest_side(parser, default=0)
     add_common_arguments(parser, name="folder")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Makes or verifies the data set; returns the exit status."""
-    return run_conversion(options, lambda: _make(options))
-
-
-def _make(args: argparse.Namespace) -> DatasetInfo:
-    if args.images is None:
-        raise DataError("--images is missing; give the folder with the images")
+def make(args: argparse.Namespace) -> DatasetInfo:
+    """Makes the data set that the options ask for."""
+    required(args, "images")
     return convert(
         args.images,
         Output.of_arguments(args),
@@ -475,7 +454,7 @@ def _make(args: argparse.Namespace) -> DatasetInfo:
         classes=split_words(args.classes),
         splits=parse_named_files("--split", args.split),
         val_fraction=args.val_fraction,
-        unlabelled=args.unlabelled,
+        unlabeled=args.unlabeled,
         longest_side=args.longest_side,
     )
 

@@ -8,7 +8,7 @@ What is read, as the archives unpack:
 - --root, of ILSVRC2015_DET or a later year: Data/DET/train/**/KEY.JPEG and Annotations/DET/train/**/KEY.xml.
 - The devkit's map_det.txt, a line `n02672831 1 accordion` a class: synset, id, name. It is looked for in
   devkit/data of --root and of the folder above; --map-file names it elsewhere.
-- The challenge's validation images KEY.JPEG, and its raw masks KEY.png: indexed or grey, ids 0 (background) to 200 as
+- The challenge's validation images KEY.JPEG, and its raw masks KEY.png: indexed or gray, ids 0 (background) to 200 as
   in map_det.txt, 255 where ambiguous.
 
 Split `train` is every training image with an XML annotation (349,319 of 456,567); its image labels are the synsets of
@@ -25,8 +25,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,24 +35,21 @@ import numpy.typing as npt
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.conversion import Output, add_common_arguments, add_longest_side, convert_items, run_conversion
-from data_prep.shard_writer import Sample, check_output
+from data_prep.conversion import Output, Source, add_common_arguments, add_longest_side, convert_items, required
+from data_prep.shard_writer import Item, Sample, check_output
 from data_prep.source_files import (
     ImageForm,
     check_size,
     checked_ids,
-    names_of,
-    read_keys,
+    measure_mask,
     read_lines,
-    read_mask,
     read_objects,
-    subset_members,
 )
-from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
+from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
-__all__ = ["add_arguments", "convert", "read_map", "run"]
+__all__ = ["add_arguments", "convert", "make", "read_map"]
 
 LONGEST_SIDE = 1000
 MAP_FILE = Path("devkit", "data", "map_det.txt")
@@ -85,11 +82,11 @@ def convert(
     root = Path(root).absolute()
     path = _find_map(root) if map_file is None else Path(map_file).absolute()
     items = [*_train_items(root), *_val_items(Path(val_images).absolute(), Path(val_masks).absolute())]
-    members = subset_members(output.subsets, {item.key for item in items}, read_keys)
-    items = [replace(item, subsets=names_of(item.key, members)) for item in items]
+    synsets = read_map(path)
     source = _L2idFolder(
-        root=root,
-        synsets=read_map(path),
+        place=str(root),
+        class_names=(BACKGROUND, *synsets.values()),
+        synsets=list(synsets),
         form=ImageForm(longest_side=longest_side or None, remedy="fetch it again, or use --skip-damaged"),
     )
     words = {
@@ -126,34 +123,17 @@ def read_map(path: Path) -> dict[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Item:
-    key: str
-    split: str
+class _Item(Item):
     image: str
     label: str
     """Where its labels come from: the XML annotation of a training image, the mask of a validation image."""
-    subsets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _L2idFolder:
-    """Reads images, annotations and masks; picklable."""
-
-    root: Path
-    synsets: Mapping[str, str]
+class _L2idFolder(Source[_Item]):
+    synsets: list[str]
+    """Those of the classes 1, 2, ..."""
     form: ImageForm
-
-    @property
-    def place(self) -> str:
-        return str(self.root)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        return (BACKGROUND, *self.synsets.values())
-
-    @property
-    def palette(self) -> npt.NDArray[np.uint8]:
-        return voc_palette()
 
     def scan(self, item: _Item) -> Sample:
         image, label = Path(item.image), Path(item.label)
@@ -175,15 +155,14 @@ class _L2idFolder:
         return data, encode_mask(self._mask(label), self.palette)
 
     def _mask(self, path: Path) -> npt.NDArray[np.uint8]:
-        return self.form.mask(read_mask(path, remedy=MASK_REMEDY))
+        return self.form.mask(measure_mask(path, remedy=MASK_REMEDY)[0])
 
     def _labels(self, path: Path) -> tuple[int, ...]:
         """Ids of the classes of an annotation's objects."""
         synsets = read_objects(path, remedy="fetch it again")
-        if unknown := sorted(synsets - set(self.synsets)):
+        if unknown := sorted(synsets.difference(self.synsets)):
             raise DataError(f"{path} has objects of {unknown[:5]}, which the map of synsets lacks; see --map-file")
-        order = list(self.synsets)
-        return tuple(sorted(order.index(synset) + 1 for synset in synsets))
+        return tuple(sorted(self.synsets.index(synset) + 1 for synset in synsets))
 
 
 # Finding things.
@@ -208,12 +187,7 @@ def _train_items(root: Path) -> list[_Item]:
     without = len(set(_files(images, ".JPEG")) - set(annotated))
     print(f"train: {len(annotated)} images; left out {without} whose classes nobody listed", flush=True)
     return [
-        _Item(
-            key=os.path.basename(name),
-            split="train",
-            image=f"{images}/{name}.JPEG",
-            label=f"{labels}/{name}.xml",
-        )
+        _Item(key=os.path.basename(name), split="train", image=f"{images}/{name}.JPEG", label=f"{labels}/{name}.xml")
         for name in annotated
     ]
 
@@ -223,14 +197,14 @@ def _val_items(images: Path, masks: Path) -> list[_Item]:
     for option, folder in (("--val-images", images), ("--val-masks", masks)):
         if not folder.is_dir():
             raise DataError(f"{option} {folder} is no folder; give that of the L2ID challenge, track 1")
-    labelled = sorted(_files(masks, ".png"))
-    if not labelled:
+    labeled = sorted(_files(masks, ".png"))
+    if not labeled:
         raise DataError(f"--val-masks {masks} holds no masks KEY.png; {MASK_REMEDY}")
-    without = len(set(_files(images, ".JPEG")) - set(labelled))
-    print(f"val: {len(labelled)} images; left out {without} without a mask", flush=True)
+    without = len(set(_files(images, ".JPEG")) - set(labeled))
+    print(f"val: {len(labeled)} images; left out {without} without a mask", flush=True)
     return [
         _Item(key=os.path.basename(name), split="val", image=f"{images}/{name}.JPEG", label=f"{masks}/{name}.png")
-        for name in labelled
+        for name in labeled
     ]
 
 
@@ -256,15 +230,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, name="l2id")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Makes or verifies the data set; returns the exit status."""
-    return run_conversion(options, lambda: _make(options))
-
-
-def _make(args: argparse.Namespace) -> DatasetInfo:
-    for option in ("root", "val_images", "val_masks"):
-        if getattr(args, option) is None:
-            raise DataError(f"--{option.replace('_', '-')} is missing; see --help for what it must hold")
+def make(args: argparse.Namespace) -> DatasetInfo:
+    """Makes the data set that the options ask for."""
+    required(args, "root", "val_images", "val_masks")
     return convert(
         args.root,
         Output.of_arguments(args),

@@ -19,19 +19,21 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from data_prep.workers import ConversionPool
-from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, ShardEntry, SplitView, load_dataset, save_dataset
+from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, SampleRow, load_dataset, save_dataset
 from slrnet.data.tars import ShardWriter, tar_end, tar_members
 
 __all__ = [
     "Damage",
+    "Item",
     "Sample",
     "check_output",
     "report_problems",
@@ -43,35 +45,28 @@ MAX_LISTED = 10
 """Problems spelled out in one message; the rest is counted."""
 
 
-class SourceImage(Protocol):
-    """An image of a converter's source: its key, its split and the named subsets that it is in."""
-
-    @property
-    def key(self) -> str: ...
-
-    @property
-    def split(self) -> str: ...
-
-    @property
-    def subsets(self) -> tuple[str, ...]: ...
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One image to write: what the manifest says about it, and where its bytes come from."""
+class Item:
+    """An image of a converter's source."""
 
     key: str
     """Name, unique within the split; letters, digits, `_`, `-` and the like, without dots and slashes."""
     split: str
     """Split it belongs to."""
+    subsets: tuple[str, ...] = ()
+    """Named subsets it belongs to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample(Item):
+    """One image to write: what the manifest says about it, and where its bytes come from."""
+
     width: int
     """Width of the image, pixels."""
     height: int
     """Height of the image, pixels."""
     classes: tuple[int, ...] | None
     """Foreground ids 1..K-1 that are present, ascending: the image labels; None where they are not known."""
-    subsets: tuple[str, ...] = ()
-    """Named subsets it belongs to."""
     source: Any = None
     """Whatever `encode` needs to find its files; picklable."""
     image_as_is: bool = False
@@ -80,18 +75,10 @@ class Sample:
     """Whether the mask's does."""
 
     @classmethod
-    def of(cls, item: SourceImage, size: tuple[int, int], classes: tuple[int, ...] | None, **others: Any) -> Self:
+    def of(cls, item: Item, size: tuple[int, int], classes: tuple[int, ...] | None, **others: Any) -> Self:
         """The sample of a source's image of `size` = (width, height), pixels; `others` are further fields."""
-        width, height = size
-        return cls(
-            key=item.key,
-            split=item.split,
-            subsets=item.subsets,
-            width=width,
-            height=height,
-            classes=classes,
-            **others,
-        )
+        others |= {"key": item.key, "split": item.split, "subsets": item.subsets}
+        return cls(width=size[0], height=size[1], classes=classes, **others)
 
 
 @dataclass(frozen=True)
@@ -151,9 +138,8 @@ def write_dataset(
     _check_samples(samples, len(classes))
     plan = _deal(samples, samples_per_shard=samples_per_shard, shards=shards, seed=seed)
     with _appears_whole(target) as folder:
-        tasks = [_WriteTask(folder / shard, tuple(members), encode) for shard, members in plan]
-        weights = [len(task.samples) for task in tasks]
-        parts = (workers or ConversionPool(1)).map(_write_shard, tasks, weights=weights, label="writing")
+        write, weights = partial(_write_shard, folder, encode), [len(members) for _, members in plan]
+        parts = (workers or ConversionPool(1)).map(write, plan, weights=weights, label="writing")
         return save_dataset(folder, parts, name=name, classes=classes, palette=palette, made_by=made_by)
 
 
@@ -172,11 +158,15 @@ def verify(folder: str | os.PathLike[str], *, processes: int = 1) -> list[Damage
     """
     dataset = load_dataset(folder, check=True)
     views = [dataset.split(split) for split in dataset.splits]
-    tasks = [_verify_task(view, place, entry) for view in views for place, entry in enumerate(view.shards)]
-    weights = [len(task.keys) for task in tasks]
+    tasks = [
+        (entry.path, [view.row(entry.first + place) for place in range(entry.num_samples)])
+        for view in views
+        for entry in view.shards
+    ]
+    weights = [len(rows) for _, rows in tasks]
     with ConversionPool(processes) as workers:
         damages_by_shard = workers.map(_verify_shard, tasks, weights=weights, label="verifying")
-    unlisted = sorted({path.name for path in dataset.folder.glob("*.tar")} - {task.path.name for task in tasks})
+    unlisted = sorted({path.name for path in dataset.folder.glob("*.tar")} - {path.name for path, _ in tasks})
     damages = [damage for part in damages_by_shard for damage in part]
     return damages + [Damage(name, "is not in the manifest") for name in unlisted]
 
@@ -212,13 +202,6 @@ def report_problems(problems: Sequence[str], what: str, *, advice: str | None = 
 # Writing.
 
 
-@dataclass(frozen=True)
-class _WriteTask:
-    path: Path
-    samples: tuple[Sample, ...]
-    encode: Encode
-
-
 def _check_samples(samples: Sequence[Sample], num_classes: int) -> None:
     if not samples:
         raise DataError("there is no sample to write; check the list files and --classes")
@@ -252,8 +235,8 @@ def _unfit_key(key: str) -> str | None:
 
 def _deal(
     samples: Sequence[Sample], *, samples_per_shard: int, shards: int | None, seed: int
-) -> Iterator[tuple[str, list[Sample]]]:
-    """Yields shard names and their samples: sorted by key, shuffled by the seed, cut into nearly equal runs."""
+) -> list[tuple[str, list[Sample]]]:
+    """Shard names and their samples: sorted by key, shuffled by the seed, cut into nearly equal runs."""
     if samples_per_shard < 1 or (shards is not None and shards < 1):
         raise DataError(f"--samples-per-shard {samples_per_shard} and --shards {shards} must be at least 1")
     plan = []
@@ -269,7 +252,7 @@ def _deal(
         ends = [len(members) * (index + 1) // count for index in range(count)]
         for index, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
             plan.append((f"{split}-{index:06d}.tar", members[start:end]))
-    yield from plan
+    return plan
 
 
 @contextmanager
@@ -286,11 +269,12 @@ def _appears_whole(target: Path) -> Iterator[Path]:
         raise
 
 
-def _write_shard(task: _WriteTask) -> pa.Table:
-    """Writes one tar; returns its rows of the manifest."""
-    with task.path.open("wb") as file, ShardWriter(file, task.path.name) as shard:
-        for sample in task.samples:
-            image, mask = task.encode(sample)
+def _write_shard(folder: Path, encode: Encode, task: tuple[str, list[Sample]]) -> pa.Table:
+    """Writes the tar of a name with some samples; returns its rows of the manifest."""
+    name, samples = task
+    with (folder / name).open("wb") as file, ShardWriter(file, name) as shard:
+        for sample in samples:
+            image, mask = encode(sample)
             shard.add(
                 key=sample.key,
                 split=sample.split,
@@ -306,36 +290,21 @@ def _write_shard(task: _WriteTask) -> pa.Table:
 # Verifying.
 
 
-@dataclass(frozen=True)
-class _VerifyTask:
-    path: Path
-    keys: tuple[str, ...]
-    digests: tuple[str, ...]
-    offsets: npt.NDArray[np.int64]
-    sizes: npt.NDArray[np.int64]
-
-
-def _verify_task(view: SplitView, place: int, entry: ShardEntry) -> _VerifyTask:
-    rows = view.shard_rows(place)
-    keys, digests = tuple(rows["key"].to_pylist()), tuple(rows["sha256"].to_pylist())
-    return _VerifyTask(entry.path, keys, digests, entry.offsets, entry.sizes)
-
-
-def _verify_shard(task: _VerifyTask) -> list[Damage]:
-    name = task.path.name
+def _verify_shard(task: tuple[Path, list[SampleRow]]) -> list[Damage]:
+    """What is wrong with a tar that should hold the samples of some rows."""
+    path, rows = task
+    name, keys = path.name, tuple(row.key for row in rows)
     try:
-        data = task.path.read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError:
-        return [Damage(name, f"is missing, with {len(task.keys)} sample(s)", task.keys)]
+        return [Damage(name, f"is missing, with {len(keys)} sample(s)", keys)]
     except OSError as error:
-        return [Damage(name, f"cannot be read ({error.strerror}), with {len(task.keys)} sample(s)", task.keys)]
+        return [Damage(name, f"cannot be read ({error.strerror}), with {len(keys)} sample(s)", keys)]
     bad = tuple(
-        key
-        for key, digest, offset, size in zip(task.keys, task.digests, task.offsets, task.sizes, strict=True)
-        if not _is_intact(data[offset : offset + size], key, digest)
+        row.key for row in rows if not _is_intact(data[row.offset : row.offset + row.bytes], row.key, row.sha256)
     )
     damages = [Damage(name, f"{len(bad)} damaged sample(s)", bad)] if bad else []
-    end = int(task.offsets[-1] + task.sizes[-1])
+    end = rows[-1].offset + rows[-1].bytes
     if not bad and data[end:] != tar_end(end):
         damages.append(Damage(name, f"has {len(data) - end} bytes after its last sample that are not the end of a tar"))
     return damages

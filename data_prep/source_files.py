@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +26,18 @@ from slrnet.data.manifest import DataError
 
 __all__ = [
     "ImageForm",
+    "check_fraction",
     "check_size",
     "checked_ids",
     "copied",
+    "drawn_split",
     "measure_mask",
-    "names_of",
     "opened",
     "read_keys",
     "read_lines",
-    "read_mask",
     "read_objects",
     "seeded_share",
     "split_words",
-    "subset_members",
 ]
 
 JPEG_QUALITY = 95
@@ -106,11 +105,7 @@ class ImageForm:
             return fitting, plain and fitting == size
 
     def jpeg(self, path: Readable, *, as_is: bool) -> bytes:
-        """Bytes of the image as a JPEG file: the file's own, or converted.
-
-        Args:
-            path: of the image.
-            as_is: what `measure` said of it.
+        """Bytes of the image as a JPEG file: the file's own if `measure` said `as_is`, else converted.
 
         Raises:
             DataError: the file is missing or damaged.
@@ -147,32 +142,23 @@ class ImageForm:
 
 
 def copied(path: Readable, *, remedy: str) -> bytes:
-    """Bytes of a file that has been read before.
-
-    Raises:
-        DataError: it is not there any more; the message ends in `remedy`.
-    """
+    """Bytes of a file that has been read before; raises `DataError`, ending in `remedy`, if it is gone."""
     try:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} was there a moment ago and cannot be read: {error.strerror}; {remedy}") from None
 
 
-def read_mask(path: Path, *, remedy: str) -> npt.NDArray[np.uint8]:
-    """Ids of an indexed or grey mask: (H, W) uint8; see `measure_mask`."""
-    return measure_mask(path, remedy=remedy)[0]
-
-
 def measure_mask(path: Readable, *, remedy: str) -> tuple[npt.NDArray[np.uint8], bool]:
-    """Ids of an indexed or grey mask, (H, W) uint8, and whether the file can go into a shard as it is.
+    """Ids of an indexed or gray mask, (H, W) uint8, and whether the file can go into a shard as it is.
 
     Raises:
-        DataError: the file is missing, damaged, or in colours; the message ends in `remedy`.
+        DataError: the file is missing, damaged, or in colors; the message ends in `remedy`.
     """
     with opened(path, remedy=remedy) as image:
         if image.mode not in ("P", "L", "1"):
             raise DataError(
-                f"{path} is a {image.mode} image; masks must be indexed (mode P) or grey (L) with class ids as values: "
+                f"{path} is a {image.mode} image; masks must be indexed (mode P) or gray (L) with class ids as values: "
                 f"{remedy}"
             )
         return np.asarray(image).astype(np.uint8, copy=False), image.format == "PNG" and image.mode in ("P", "L")
@@ -198,11 +184,7 @@ def checked_ids(path: Readable, mask: npt.NDArray[np.uint8], num_classes: int, *
 def check_size(
     path: Readable, mask: npt.NDArray[np.uint8], image: Readable, size: tuple[int, int], *, remedy: str
 ) -> None:
-    """Checks that a mask and its image, `size` pixels wide and high, fit each other.
-
-    Raises:
-        DataError: they do not.
-    """
+    """Raises `DataError` unless a mask fits its image, which is `size` pixels wide and high."""
     if mask.shape != size[::-1]:
         raise DataError(
             f"{path} is {mask.shape[1]}x{mask.shape[0]} pixels, its image {image.name} {size[0]}x{size[1]}; {remedy}"
@@ -210,11 +192,7 @@ def check_size(
 
 
 def read_lines(path: str | Path, what: str) -> list[str]:
-    """Lines of a text file.
-
-    Raises:
-        DataError: it cannot be read as text; the message says `what` it should have been.
-    """
+    """Lines of a text file; raises `DataError`, saying `what` it should have been, if it cannot be read as text."""
     try:
         return Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -223,11 +201,7 @@ def read_lines(path: str | Path, what: str) -> list[str]:
 
 
 def read_keys(path: Path) -> list[str]:
-    """Keys in a list file, one image a line: its key, or the path of its file.
-
-    Raises:
-        DataError: it cannot be read.
-    """
+    """Keys in a list file, one image a line: its key, or the path of its file."""
     names = [Path(line.strip()).name for line in read_lines(path, "list file") if line.strip()]
     return [name.rpartition(".")[0] or name for name in names]
 
@@ -245,34 +219,15 @@ def read_objects(path: Path, *, remedy: str) -> set[str]:
     return {(entry.findtext("name") or "").strip() for entry in objects}
 
 
-def subset_members(
-    subsets: Mapping[str, Path], known: set[str], read: Callable[[Path], list[str]]
-) -> dict[str, frozenset[str]]:
-    """Keys of the images in each named subset.
-
-    Args:
-        subsets: List files by name.
-        known: Keys of all images.
-        read: From a list file to keys.
-
-    Raises:
-        DataError: a list names an image that is in no split.
-    """
-    members = {}
-    for name, path in subsets.items():
-        keys = frozenset(read(path))
-        if strangers := sorted(keys - known):
-            raise DataError(
-                f"--subset {name}={path} lists {len(strangers)} image(s) that are in no split, such as "
-                f"{strangers[:3]}; remove them from the list"
-            )
-        members[name] = keys
-    return members
+def check_fraction(val_fraction: float) -> None:
+    """Raises `DataError` unless a share of the images can become the split `val`."""
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"--val-fraction is {val_fraction}; allowed are shares from 0 to below 1")
 
 
-def names_of(key: str, members: Mapping[str, frozenset[str]]) -> tuple[str, ...]:
-    """Names of the subsets that hold a key."""
-    return tuple(name for name, keys in members.items() if key in keys)
+def drawn_split(key: str, val_fraction: float, seed: int) -> str:
+    """The split, `train` or `val`, that a key draws."""
+    return "val" if seeded_share(key, seed) < val_fraction else "train"
 
 
 def seeded_share(key: str, seed: int) -> float:

@@ -7,7 +7,7 @@ Reads all files *.tar of the folder. As in WebDataset, the files of a sample lie
 name up to its first dot:
 
 - KEY.jpg or KEY.jpeg, the image;
-- KEY.png, the mask, where there is one: indexed or grey, with class ids as values: 0 is the background, 1, 2, ... are
+- KEY.png, the mask, where there is one: indexed or gray, with class ids as values: 0 is the background, 1, 2, ... are
   --classes in their order, 255 is void;
 - KEY.json, where there is one: an object whose entry `classes` lists the foreground classes that the image shows, by
   name or by id, or is null where they are not known;
@@ -34,31 +34,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
-
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.conversion import Output, add_common_arguments, add_longest_side, convert_items, run_conversion
-from data_prep.shard_writer import Sample, check_output
+from data_prep.conversion import Output, Source, add_common_arguments, add_longest_side, convert_items
+from data_prep.shard_writer import Item, Sample, check_output
 from data_prep.source_files import (
     ImageForm,
+    check_fraction,
     check_size,
     checked_ids,
     copied,
+    drawn_split,
     measure_mask,
-    names_of,
-    read_keys,
-    seeded_share,
     split_words,
-    subset_members,
 )
-from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
+from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
-__all__ = ["PackedFile", "add_arguments", "convert", "read_tar", "run"]
+__all__ = ["PackedFile", "add_arguments", "convert", "make", "read_tar"]
 
 SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "json": "json", "cls": "cls"}
 """Files that are read, by suffix, and what they are."""
@@ -91,25 +86,22 @@ def convert(
     folder, names = Path(tars).absolute(), (BACKGROUND, *classes)
     if len(set(names)) < len(names) or not 2 <= len(names) <= IGNORE_INDEX:
         raise DataError(f"--classes has the names {list(classes)}; 1 to 254 different ones are needed")
-    if not 0 <= val_fraction < 1:
-        raise DataError(f"--val-fraction is {val_fraction}; allowed are shares from 0 to below 1")
+    check_fraction(val_fraction)
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise DataError(f"--tars {folder} holds no files *.tar; give the folder that holds them")
     samples = [(path, key, files) for path in paths for key, files in read_tar(path)]
-    members = subset_members(output.subsets, {key for _, key, _ in samples}, read_keys)
     items = [
         _Item(
             key=key,
-            split=_drawn_split(key, val_fraction, output.seed) if val_fraction else _split_of(path),
-            subsets=names_of(key, members),
+            split=drawn_split(key, val_fraction, output.seed) if val_fraction else _split_of(path),
             tar=str(path),
             files=files,
         )
         for path, key, files in samples
     ]
     form = ImageForm(longest_side=longest_side or None, remedy=REMEDY)
-    source = _Tars(folder=folder, class_names=names, unlabeled=unlabeled, form=form)
+    source = _Tars(place=str(folder), class_names=names, unlabeled=unlabeled, form=form)
     words = {
         "--tars": folder,
         "--classes": ",".join(classes),
@@ -185,30 +177,15 @@ def read_tar(path: Path) -> Iterator[tuple[str, dict[str, PackedFile]]]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Item:
-    key: str
-    split: str
-    subsets: tuple[str, ...]
+class _Item(Item):
     tar: str
     files: Mapping[str, PackedFile]
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Tars:
-    """Reads samples from the tars; picklable."""
-
-    folder: Path
-    class_names: tuple[str, ...]
+class _Tars(Source[_Item]):
     unlabeled: bool
     form: ImageForm
-
-    @property
-    def place(self) -> str:
-        return str(self.folder)
-
-    @property
-    def palette(self) -> npt.NDArray[np.uint8]:
-        return voc_palette()
 
     def scan(self, item: _Item) -> Sample:
         image, mask = item.files.get("jpg"), item.files.get("png")
@@ -280,10 +257,6 @@ def _split_of(path: Path) -> str:
     return match.group(1) if match else "train"
 
 
-def _drawn_split(key: str, val_fraction: float, seed: int) -> str:
-    return "val" if seeded_share(key, seed) < val_fraction else "train"
-
-
 # Command line.
 
 
@@ -299,12 +272,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, name="tars")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Makes or verifies the data set; returns the exit status."""
-    return run_conversion(options, lambda: _make(options))
-
-
-def _make(args: argparse.Namespace) -> DatasetInfo:
+def make(args: argparse.Namespace) -> DatasetInfo:
+    """Makes the data set that the options ask for."""
     if args.tars is None or args.classes is None:
         raise DataError("--tars and --classes are needed: the folder with the tars, and the names of their classes")
     return convert(

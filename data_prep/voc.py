@@ -22,8 +22,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,8 @@ import numpy.typing as npt
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.conversion import Output, add_common_arguments, convert_items, run_conversion
-from data_prep.shard_writer import Sample, check_output
+from data_prep.conversion import Output, Source, add_common_arguments, convert_items, required
+from data_prep.shard_writer import Item, Sample, check_output
 from data_prep.source_files import (
     ImageForm,
     check_size,
@@ -43,16 +43,15 @@ from data_prep.source_files import (
     read_lines,
     read_objects,
     split_words,
-    subset_members,
 )
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, VOC_CLASSES, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
-__all__ = ["VocFolder", "VocItem", "add_arguments", "convert", "read_list", "run", "train_aug_keys"]
+__all__ = ["VocFolder", "add_arguments", "convert", "make", "read_list", "train_aug_keys"]
 
 FORM = ImageForm()
-PNG_REMEDY = "take the original PNGs, not ones converted to colours, or fetch it again"
+PNG_REMEDY = "take the original PNGs, not ones converted to colors, or fetch it again"
 OFFICIAL_SUBSET = "voc_train"
 FULL_TRAIN, FULL_VAL, FULL_TRAIN_AUG = 1_464, 1_449, 10_582
 """Images in VOC 2012's train and val lists, and in what is known as train_aug."""
@@ -81,25 +80,12 @@ def convert(
         "--sbd": None if sbd is None else Path(sbd),
         "--classes": None if classes is None else ",".join(classes),
     }
-    return convert_items(
-        folder,
-        _items(folder, output.subsets),
-        output.named("voc2012", "data_prep/voc.py", words),
-        keep_background=classes is None,
-    )
+    output = output.named("voc2012", "data_prep/voc.py", words)
+    return convert_items(folder, _items(folder), output, keep_background=classes is None, read_keys=read_list)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocItem:
-    """One image of a list file."""
-
-    key: str
-    split: str
-    subsets: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class VocFolder:
+class VocFolder(Source[Item]):
     """A folder in VOC's layout, and which of its classes are wanted under which ids."""
 
     root: Path
@@ -129,30 +115,23 @@ class VocFolder:
                 )
         pngs, mat_folder = _sbd_folders(root, None if sbd is None else Path(sbd).absolute())
         names = _class_names(root)
+        chosen = _chosen(names, classes)
         return cls(
+            place=str(root),
+            class_names=(BACKGROUND, *(names[label] for label in chosen)),
             root=root,
             names=names,
-            chosen=_chosen(names, classes),
+            chosen=chosen,
             png_folders=(root / "SegmentationClass", *pngs),
             mat_folder=mat_folder,
         )
 
     @property
-    def place(self) -> str:
-        """What messages call the folder."""
-        return str(self.root)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the K classes that are kept, background first."""
-        return (BACKGROUND, *(self.names[label] for label in self.chosen))
-
-    @property
     def palette(self) -> npt.NDArray[np.uint8]:
-        """(256, 3) uint8: every class keeps the colour that it has in VOC's masks."""
-        colours = voc_palette()
-        colours[1 : len(self.chosen) + 1] = colours[list(self.chosen)]
-        return colours
+        """(256, 3) uint8: every class keeps the color that it has in VOC's masks."""
+        colors = voc_palette()
+        colors[1 : len(self.chosen) + 1] = colors[list(self.chosen)]
+        return colors
 
     @property
     def lookup(self) -> npt.NDArray[np.uint8]:
@@ -165,13 +144,9 @@ class VocFolder:
         """Path of a list of images."""
         return self.root / "ImageSets" / "Segmentation" / f"{name}.txt"
 
-    def scan(self, item: VocItem) -> Sample:
-        """Reads and checks all files of one image.
-
-        Raises:
-            DataError: something is wrong with them.
-        """
-        image = self._image_path(item.key)
+    def scan(self, item: Item) -> Sample:
+        """Reads and checks all files of one image."""
+        image = self.root / "JPEGImages" / f"{item.key}.jpg"
         size, image_as_is = FORM.measure(image)
         path = self._mask_path(item.key)
         mask, mask_as_is = _read_mask(path)
@@ -191,9 +166,6 @@ class VocFolder:
         if sample.mask_as_is:
             return image, copied(mask_path, remedy=PNG_REMEDY)
         return image, encode_mask(self.lookup[_read_mask(mask_path)[0]], self.palette)
-
-    def _image_path(self, key: str) -> Path:
-        return self.root / "JPEGImages" / f"{key}.jpg"
 
     def _mask_path(self, key: str) -> Path:
         candidates = [folder / f"{key}.png" for folder in self.png_folders]
@@ -256,8 +228,8 @@ def train_aug_keys(train: Sequence[str], val: Sequence[str], sbd: Sequence[str])
 # Finding things.
 
 
-def _items(folder: VocFolder, subsets: Mapping[str, Path]) -> list[VocItem]:
-    """All images of both splits with their subsets."""
+def _items(folder: VocFolder) -> list[Item]:
+    """All images of both splits; those of VOC's own train list are in a subset."""
     val = read_list(folder.list_file("val"))
     official = read_list(folder.list_file("train"))
     train = _train_keys(folder, official, val)
@@ -266,12 +238,9 @@ def _items(folder: VocFolder, subsets: Mapping[str, Path]) -> list[VocItem]:
             f"{len(both)} image(s) are both in the training list and in val.txt, such as {both[:3]}; "
             f"training on validation images makes the score worthless: remove them from train_aug.txt or train.txt"
         )
-    members = {
-        OFFICIAL_SUBSET: frozenset(official) & frozenset(train),
-        **subset_members(subsets, {*train, *val}, read_list),
-    }
-    items = [VocItem(key=key, split="train") for key in train] + [VocItem(key=key, split="val") for key in val]
-    return [replace(item, subsets=tuple(name for name, keys in members.items() if item.key in keys)) for item in items]
+    own = set(official)
+    items = [Item(key=key, split="train", subsets=(OFFICIAL_SUBSET,) if key in own else ()) for key in train]
+    return items + [Item(key=key, split="val") for key in val]
 
 
 def _train_keys(folder: VocFolder, official: list[str], val: list[str]) -> list[str]:
@@ -375,14 +344,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common_arguments(parser, name="voc2012")
 
 
-def run(options: argparse.Namespace) -> int:
-    """Makes or verifies the data set; returns the exit status."""
-    return run_conversion(options, lambda: _make(options))
-
-
-def _make(args: argparse.Namespace) -> DatasetInfo:
-    if args.root is None:
-        raise DataError("--root is missing; give the folder VOCdevkit/VOC2012")
+def make(args: argparse.Namespace) -> DatasetInfo:
+    """Makes the data set that the options ask for."""
+    required(args, "root")
     check_output(args.out)
     if args.download:
         _download(args.root)

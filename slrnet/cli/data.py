@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -19,11 +20,14 @@ def add_prepare(parser: argparse.ArgumentParser) -> None:
 
     `slrnet prepare KIND --help` explains what each kind reads and writes.
     """
+    from data_prep.conversion import run_conversion
+
     kinds = parser.add_subparsers(metavar="KIND", required=True, help="what to prepare")
     for name in KINDS:
         converter = import_module(f"data_prep.{name}")
         line = (converter.__doc__ or "").partition("\n")[0]
-        describe(kinds.add_parser(name, help=line), converter.__doc__, converter.add_arguments, converter.run)
+        run = partial(run_conversion, make=converter.make)
+        describe(kinds.add_parser(name, help=line), converter.__doc__, converter.add_arguments, run)
 
 
 def add_browse(parser: argparse.ArgumentParser) -> None:

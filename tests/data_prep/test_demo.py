@@ -81,8 +81,8 @@ def test_objects_overlap_and_are_cut_by_the_border(scenes: list[tuple[np.ndarray
     )
 
 
-def test_colour_alone_does_not_tell_the_classes(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Between pictures, a class's mean colour varies more than the classes' means differ."""
+def test_color_alone_does_not_tell_the_classes(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Between pictures, a class's mean color varies more than the classes' means differ."""
     means: dict[int, list[np.ndarray]] = {label: [] for label in (1, 2, 3, 4)}
     for image, mask in scenes:
         for label in np.unique(mask):
@@ -94,7 +94,7 @@ def test_colour_alone_does_not_tell_the_classes(scenes: list[tuple[np.ndarray, n
 
 
 def test_mask_is_what_was_painted() -> None:
-    """A disc of radius 5 pixels around a known place covers exactly the pixels whose centre is within it."""
+    """A disc of radius 5 pixels around a known place covers exactly the pixels whose center is within it."""
     canvas, covered = np.zeros((40, 40, 3)), np.zeros((40, 40), dtype=np.bool_)
     brush = Brush.place(canvas, covered, np.random.default_rng(0), scale=10.0, angle=0.7, mirror=-1.0, margin=0.5)
     brush.paint(np.hypot(brush.x, brush.y) - 0.5, np.full(3, 200.0))

@@ -94,15 +94,15 @@ def test_jpeg_files_are_copied_and_turned_ones_stand_upright(photos: Path) -> No
         assert turned.getexif().get(0x0112, 1) == 1
 
 
-def test_masks_in_colours(photos: Path) -> None:
+def test_masks_in_colors(photos: Path) -> None:
     (photos / "palette.txt").write_text(PALETTE)
-    colours = {0: (0, 0, 0), 1: (255, 0, 0), 2: (0, 0, 255), 255: (255, 255, 255)}
+    colors = {0: (0, 0, 0), 1: (255, 0, 0), 2: (0, 0, 255), 255: (255, 255, 255)}
     for path in (photos / "masks").rglob("*.png"):
         with Image.open(path) as image:
             ids = np.asarray(image)
         table = np.zeros((256, 3), dtype=np.uint8)
-        for label, colour in colours.items():
-            table[label] = colour
+        for label, color in colors.items():
+            table[label] = color
         Image.fromarray(table[ids]).save(path)
     found = make(photos, masks=photos / "masks", palette=photos / "palette.txt")
     assert found["more_three_v2"] == ("train", [1, 2], True)
@@ -135,12 +135,12 @@ def test_labels_and_masks_together(photos: Path) -> None:
     assert found["more_three_v2"] == ("train", [1, 2], True)
 
 
-def test_unlabelled_images_say_so_in_the_manifest(photos: Path) -> None:
+def test_unlabeled_images_say_so_in_the_manifest(photos: Path) -> None:
     (photos / "labels.csv").write_text("image,labels\none.jpg,\n")
     for key in ("one", "two"):
         (photos / "masks" / f"{key}.png").unlink()
     given: dict[str, Any] = {"labels": photos / "labels.csv", "masks": photos / "masks", "classes": ["cat", "dog"]}
-    make(photos, unlabelled=True, **given)
+    make(photos, unlabeled=True, **given)
     shards = load_dataset(photos / "out")
     found = {row["key"]: (row["classes"], row["has_image_labels"], row["has_mask"]) for row in shards.table.to_pylist()}
     assert found == {
@@ -149,11 +149,11 @@ def test_unlabelled_images_say_so_in_the_manifest(photos: Path) -> None:
         "more_three_v2": ([1, 2], True, True),
         "more_four": ([], True, True),
     }
-    assert "--unlabelled" in shards.info.made_by
+    assert "--unlabeled" in shards.info.made_by
 
 
 def test_images_alone(photos: Path) -> None:
-    make(photos, classes=["cat", "dog"], unlabelled=True)
+    make(photos, classes=["cat", "dog"], unlabeled=True)
     train = load_dataset(photos / "out").split("train")
     assert train.num_samples == 4
     assert not train.has_image_labels.any()
@@ -202,7 +202,7 @@ def test_command_makes_shards_that_its_own_record_makes_again(photos: Path) -> N
     def run(*words: str) -> int:
         return main(["prepare", "folder", *words, "--processes", "1"])
 
-    options = ["--masks", str(photos / "masks"), "--classes", "cat,dog", "--unlabelled", "--name", "mine"]
+    options = ["--masks", str(photos / "masks"), "--classes", "cat,dog", "--unlabeled", "--name", "mine"]
     options += ["--subset", f"few={photos / 'few.txt'}", "--split", f"val={photos / 'val.txt'}", "--shards", "1"]
     options += ["--seed", "2", "--longest-side", "25"]
     assert run("--images", str(photos / "images"), "--out", str(photos / "first"), *options) == 0
@@ -257,8 +257,8 @@ class TestRefusals:
         self.refuse(photos, "in several ways", masks=masks, classes=["cat", "dog"], labels=table, val_fraction=0.1)
         self.refuse(photos, "--val-fraction is 1.5", masks=masks, classes=["cat", "dog"], val_fraction=1.5)
         self.refuse(photos, r"labels \['cat'\]; the classes are ant, bee", labels=table, classes=["ant", "bee"])
-        self.refuse(photos, "four.jpg has no mask and no line in .*--unlabelled", labels=table, classes=["cat"])
-        self.refuse(photos, "nothing names the classes", unlabelled=True)
+        self.refuse(photos, "four.jpg has no mask and no line in .*--unlabeled", labels=table, classes=["cat"])
+        self.refuse(photos, "nothing names the classes", unlabeled=True)
         self.refuse(photos, "--longest-side is -1", masks=masks, classes=["cat", "dog"], longest_side=-1)
         few = {"few": photos / "palette.txt"}
         self.refuse(
@@ -274,7 +274,7 @@ class TestRefusals:
         noise(0).save(masks / "one.png")
         self.refuse(photos, "one.png is a RGB image; masks must be indexed.*--palette FILE", **named)
         (photos / "palette.txt").write_text(PALETTE)
-        self.refuse(photos, "one.png has the colour #.* which the palette", masks=masks, palette=photos / "palette.txt")
+        self.refuse(photos, "one.png has the color #.* which the palette", masks=masks, palette=photos / "palette.txt")
         (masks / "one.png").unlink()
         self.refuse(photos, "one.jpg has no mask", **named)
         Image.fromarray(stripes([1])).save(masks / "one.png")
@@ -305,8 +305,8 @@ class TestRefusals:
         [
             ("background #000000\ncat red\n", "line 2: 'cat red' is not"),
             ("background 0 0 0\ncat 0 0 256\n", "line 2"),
-            ("background #000000\ncat #000000\n", "a name or a colour twice"),
-            ("background #000000\ncat #ff0000\nvoid #ff0000\n", "a name or a colour twice"),
+            ("background #000000\ncat #000000\n", "a name or a color twice"),
+            ("background #000000\ncat #ff0000\nvoid #ff0000\n", "a name or a color twice"),
             ("cat #ff0000\ndog #00ff00\n", "needs 'background' first"),
         ],
     )

@@ -109,20 +109,20 @@ def test_labels_come_from_annotations_and_masks(
 
 
 def test_odd_files_become_rgb_jpeg_files_and_good_ones_are_copied(l2id: L2idBuilder, tmp_path: Path) -> None:
-    colour = Image.new("RGB", (16, 10), (200, 30, 60))
-    l2id.train("ILSVRC2014_train_0001/cmyk", [ANT], colour.convert("CMYK"))
-    l2id.train("ILSVRC2014_train_0001/png", [ANT], colour, format="PNG")
-    l2id.train("ILSVRC2014_train_0001/clear", [ANT], colour.convert("RGBA"), format="PNG")
-    grey = l2id.train("ILSVRC2014_train_0001/grey", [ANT], colour.convert("L"))
+    color = Image.new("RGB", (16, 10), (200, 30, 60))
+    l2id.train("ILSVRC2014_train_0001/cmyk", [ANT], color.convert("CMYK"))
+    l2id.train("ILSVRC2014_train_0001/png", [ANT], color, format="PNG")
+    l2id.train("ILSVRC2014_train_0001/clear", [ANT], color.convert("RGBA"), format="PNG")
+    gray = l2id.train("ILSVRC2014_train_0001/gray", [ANT], color.convert("L"))
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = l2id.train("ILSVRC2014_train_0001/turned", [ANT], colour, exif=exif)
+    turned = l2id.train("ILSVRC2014_train_0001/turned", [ANT], color, exif=exif)
     found = l2id.convert(tmp_path / "out")
     for key in ("cmyk", "png", "clear"):
         with Image.open(io.BytesIO(member(tmp_path / "out", f"{key}.jpg"))) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (16, 10))
             assert np.abs(np.asarray(image).astype(int) - (200, 30, 60)).max() <= 4, key
-    assert member(tmp_path / "out", "grey.jpg") == grey.read_bytes()
+    assert member(tmp_path / "out", "gray.jpg") == gray.read_bytes()
     assert member(tmp_path / "out", "turned.jpg") == turned.read_bytes()
     assert (found["turned"]["width"], found["turned"]["height"]) == (16, 10)
     images = {sample.key: sample.image for sample in EvalLoader(load_dataset(tmp_path / "out"), split="train")}

@@ -290,7 +290,7 @@ def encode(sample):
     time.sleep(0.2)
     return b"jpg", None
 
-def make():
+def make(_):
     samples = [Sample(key=f"k{n}", split="train", width=1, height=1, classes=(1,)) for n in range(1000)]
     return write_dataset(options.out, samples, encode, name="slow", classes=("background", "cat"),
                          palette=voc_palette(), made_by="x", samples_per_shard=2)
@@ -383,7 +383,7 @@ def _run(*words: str) -> int:
     parser = argparse.ArgumentParser()
     add_common_arguments(parser)
     options = parser.parse_args(words)
-    return exit_code(lambda: run_conversion(options, lambda: _write(options.out, processes=options.processes)))
+    return exit_code(lambda: run_conversion(options, lambda _: _write(options.out, processes=options.processes)))
 
 
 def test_command_writes_and_verifies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def test_image_labels_come_from_the_annotation_and_not_from_the_mask(voc: VocBui
     assert labels["t3"] == ["person"]  # has no annotation
 
 
-def test_subset_of_classes_gets_new_ids_and_keeps_names_and_colours(voc: VocBuilder, tmp_path: Path) -> None:
+def test_subset_of_classes_gets_new_ids_and_keeps_names_and_colors(voc: VocBuilder, tmp_path: Path) -> None:
     voc.annotation("t1", ["cat", "person"])
     info = convert(voc.root, Output(tmp_path / "out"), classes=["dog", "cat"])
     assert info.classes == ("background", "cat", "dog")  # in the order of VOC's ids, whatever the order asked for
@@ -483,8 +483,8 @@ def test_photographs(voc6: Path, tmp_path: Path) -> None:
             assert (row["width"], row["height"]) == image.size
         with Image.open(voc6 / "SegmentationClass" / f"{key}.png") as image:
             np.testing.assert_array_equal(decode(_file(tmp_path / "out", f"{key}.png")), new_ids[np.asarray(image)])
-    colours = voc_palette()[[0, 8, 10, 12, 13, 15, 17]]
-    np.testing.assert_array_equal(info.palette, colours)
+    colors = voc_palette()[[0, 8, 10, 12, 13, 15, 17]]
+    np.testing.assert_array_equal(info.palette, colors)
 
 
 LISTED_BUT_NOT_IN_THE_MASK = {
@@ -514,7 +514,7 @@ LISTED_BUT_NOT_IN_THE_MASK = {
 
 def test_labels_of_all_photographs_equal_the_published_ones_but_for_these(voc6: Path) -> None:
     folder = VocFolder.find(voc6, sbd=None, classes=None)
-    items = _items(folder, {})
+    items = _items(folder)
     train_aug = {item.key for item in items if item.split == "train"}
     # The rule, from the lists of VOC and the masks there are, gives the list that lies in the folder.
     official = {split: read_list(folder.list_file(split)) for split in ("train", "val")}
@@ -536,5 +536,5 @@ def test_labels_of_all_photographs_equal_the_published_ones_but_for_these(voc6: 
 
 def test_published_labels_cover_the_published_lists(lists: dict[str, list[str]]) -> None:
     with (LISTS / "voc2012_image_labels.csv").open() as file:
-        labelled = {row["image_id"] for row in csv.DictReader(file)}
-    assert labelled == {*lists["train_aug"], *lists["val"]}
+        labeled = {row["image_id"] for row in csv.DictReader(file)}
+    assert labeled == {*lists["train_aug"], *lists["val"]}
