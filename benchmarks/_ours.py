@@ -64,7 +64,6 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
                 normalize=normalize,
                 generator=step_generator(number),
                 pseudo_rows=find_pseudo_rows(seen),
-                pretraining=False,
             )
         losses.total.backward()
         loss = float(losses.total.detach())

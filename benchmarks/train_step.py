@@ -181,7 +181,7 @@ def share(args: argparse.Namespace) -> bool:
         )
         rows = find_pseudo_rows(batch)
         with no_pixel_left_out():  # as in the whole step
-            losses = losses_of(leaves, drawn, images, batch, config=config, pseudo_rows=rows, pretraining=False)
+            losses = losses_of(leaves, drawn, images, batch, config=config, pseudo_rows=rows)
         losses.total.backward()
 
     forms: dict[str, Callable[[], object]] = {

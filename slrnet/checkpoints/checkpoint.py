@@ -3,8 +3,7 @@
 A checkpoint holds `model.safetensors` (weights), `trainer.pt` (the optimizer's state; tensors and plain values, read
 with `weights_only=True`), `state.json` (schema version, progress, scores, classes, checksums) and `config.json`. It is
 written beside its final place, flushed to the disk and renamed. A run keeps its last two checkpoints, in case the last
-one is damaged, and its best one. `checkpoint-EPOCH` is written at the end of an epoch, `checkpoint-EPOCH-STEP` at a
-step within the next epoch.
+one is damaged, and its best one. `checkpoint-EPOCH-STEP` is of a step within an epoch.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class TrainState:
     world_size: NonNegativeInt
     """Processes that trained together."""
     best_score: float | None = None
-    """Highest validation mIoU so far, in [0, 1]; None before the first measurement."""
+    """Highest validation mIoU so far, in [0, 1]."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Figures measured at this point, by their names in MLflow."""
     run_id: str = ""
@@ -92,9 +91,6 @@ class TrainState:
     def name(self) -> str:
         """Name of the checkpoint of this state."""
         return f"checkpoint-{self.epoch:04d}" + (f"-{self.step:08d}" if self.unfinished else "")
-
-
-_STATE = TypeAdapter(TrainState)
 
 
 @dataclass(frozen=True)
@@ -111,17 +107,18 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, *, config: Config, state: TrainState, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]
 ) -> Path:
-    """Writes a checkpoint into `folder` under the state's name, whole or not at all; returns its path.
-
-    Raises:
-        OSError: the storage refuses it.
-    """
+    """Writes a checkpoint into `folder` under the state's name, whole or not at all; returns its path."""
     target = folder / state.name
     incoming = folder / f".{target.name}.incoming-{os.getpid()}"
     shutil.rmtree(incoming, ignore_errors=True)
     try:
         incoming.mkdir(parents=True)
-        _write_tensors(incoming, model, optimizer)
+        try:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, incoming / WEIGHTS)
+            torch.save(dict(optimizer), incoming / TRAINER)
+        except (SafetensorError, RuntimeError) as error:  # both libraries hide the OSError
+            free, reason = shutil.disk_usage(folder).free / 2**20, " ".join(str(error).split())
+            raise OSError(f"tensors could not be written ({reason}; {free:.0f} MiB free)") from error
         (incoming / CONFIG).write_text(config.to_json(), encoding="utf-8")
         sums = {name: sha256_of(incoming / name) for name in (WEIGHTS, TRAINER, CONFIG)}
         record = {"schema_version": SCHEMA_VERSION, **asdict(state), "sha256": sums}
@@ -131,9 +128,8 @@ def save_checkpoint(
         shutil.rmtree(target, ignore_errors=True)
         incoming.rename(target)
         _flush(folder)
-    except BaseException:
+    finally:
         shutil.rmtree(incoming, ignore_errors=True)
-        raise
     return target
 
 
@@ -146,7 +142,18 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: it is missing, of another version, or a file in it is damaged.
     """
-    path, state = _resolve(Path(path))
+    path = Path(path)
+    if (path / STATE).is_file():
+        state = read_state(path)
+    else:
+        whole = _whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
+        best = _choose(whole, "best")
+        if best is None:
+            raise CheckpointError(
+                f"{path} holds no checkpoint; give a directory with {STATE}, or the folder of a run that has finished "
+                "an epoch"
+            )
+        path, state = best, dict(whole)[best]
     try:
         tensors = load_file(path / WEIGHTS)
         optimizer = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
@@ -158,21 +165,16 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def find_checkpoint(folder: Path, *, which: Literal["last", "best"] = "last") -> Path | None:
-    """The last or the best whole checkpoint in `folder`; damaged ones are skipped, with a warning that names them.
+    """The last or the best whole checkpoint in a run's `checkpoints` folder.
 
-    Args:
-        folder: a run's `checkpoints` folder.
-        which: `last` or `best` (highest validation mIoU; of equal ones the later).
+    Damaged ones are skipped, with a warning that names them. The best one has the highest validation mIoU; of equal
+    ones it is the later.
     """
     return _choose(_whole_checkpoints(folder), which)
 
 
 def restore_model(checkpoint: Checkpoint) -> Network:
-    """The network of a checkpoint with its weights, in training mode on the CPU.
-
-    Raises:
-        CheckpointError: the weights are not those of the configured network.
-    """
+    """The network of a checkpoint with its weights, in training mode on the CPU."""
     from slrnet.models.slrnet import build_network  # takes seconds, and most users of checkpoints need no network
 
     model = build_network(checkpoint.config, num_classes=len(checkpoint.state.classes), weights=False)
@@ -186,23 +188,15 @@ def restore_model(checkpoint: Checkpoint) -> Network:
 def prune_checkpoints(folder: Path) -> None:
     """Removes all but the two last and the best checkpoint, and what interrupted writes left behind."""
     whole = _whole_checkpoints(folder)
-    if not whole:
-        return
     last = sorted(whole, key=lambda entry: entry[1].step)[-KEEP_LAST:]
     keep = {_choose(whole, "best"), *(path for path, _ in last)}
-    for path in folder.glob("checkpoint-*"):
+    for path in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.incoming-*")) if whole else ():
         if path not in keep:
             shutil.rmtree(path, ignore_errors=True)
-    for path in folder.glob(".checkpoint-*.incoming-*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_classes(state: TrainState, classes: tuple[str, ...], *, data: str) -> None:
-    """Refuses a checkpoint whose classes are not those of the data.
-
-    Raises:
-        CheckpointError: naming both lists.
-    """
+    """Raises a `CheckpointError` that names both lists if the classes are not those of the data in `data`."""
     if state.classes == classes:
         return
     known, given = ", ".join(state.classes), ", ".join(classes)
@@ -213,15 +207,7 @@ def check_classes(state: TrainState, classes: tuple[str, ...], *, data: str) -> 
 
 
 def require_free_space(folder: Path, needed: int) -> None:
-    """Refuses to start if the checkpoints would not fit.
-
-    Args:
-        folder: where checkpoints go; created if missing.
-        needed: bytes of all checkpoints that may exist at a time.
-
-    Raises:
-        CheckpointError: there is less free space, or the folder cannot be created.
-    """
+    """Raises a `CheckpointError` if the folder, created if missing, has fewer than `needed` bytes free."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
@@ -236,15 +222,6 @@ def require_free_space(folder: Path, needed: int) -> None:
         )
 
 
-def _write_tensors(folder: Path, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, folder / WEIGHTS)
-        torch.save(dict(optimizer), folder / TRAINER)
-    except (SafetensorError, RuntimeError) as error:  # both libraries hide the OSError
-        free = shutil.disk_usage(folder).free / 2**20
-        raise OSError(f"tensors could not be written ({' '.join(str(error).split())}; {free:.0f} MiB free)") from error
-
-
 def _flush(path: Path) -> None:
     """Writes to the disk; otherwise a power cut may leave the new checkpoint empty after the old one is removed."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -252,20 +229,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _resolve(path: Path) -> tuple[Path, TrainState]:
-    """The checkpoint directory and its state; each file is compared with its checksum once."""
-    if (path / STATE).is_file():
-        return path, read_state(path)
-    whole = _whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
-    best = _choose(whole, "best")
-    if best is None:
-        raise CheckpointError(
-            f"{path} holds no checkpoint; give a directory with {STATE}, or the folder of a run that has finished an "
-            "epoch"
-        )
-    return best, dict(whole)[best]
 
 
 def _whole_checkpoints(folder: Path) -> list[tuple[Path, TrainState]]:
@@ -279,8 +242,13 @@ def _whole_checkpoints(folder: Path) -> list[tuple[Path, TrainState]]:
 
 
 def _choose(whole: list[tuple[Path, TrainState]], which: Literal["last", "best"]) -> Path | None:
-    ranked = [(_score(state) if which == "best" else 0.0, state.step, path) for path, state in whole]
-    return max(ranked)[2] if ranked else None
+    def rank(entry: tuple[Path, TrainState]) -> tuple[float, int, Path]:
+        path, state = entry
+        # The validation mIoU under whatever protocol the run measures.
+        scores = [value for name, value in state.metrics.items() if name.startswith("val/miou_")]
+        return next((value for value in scores if which == "best" and math.isfinite(value)), -1.0), state.step, path
+
+    return max(whole, key=rank)[0] if whole else None
 
 
 def read_state(path: Path) -> TrainState:
@@ -307,24 +275,13 @@ def read_state(path: Path) -> TrainState:
         if not (path / name).is_file() or sha256_of(path / name) != expected:
             raise CheckpointError(f"{path / name} is damaged or missing; take another checkpoint of the run")
     try:
-        return _STATE.validate_json(json.dumps(record))
+        return TypeAdapter(TrainState).validate_json(json.dumps(record))
     except ValueError as error:
         raise CheckpointError(f"{path / STATE} lacks or has foreign fields: {error}") from None
 
 
-def _score(state: TrainState) -> float:
-    """The validation mIoU under whatever protocol the run measures; -1 where the epoch was not measured."""
-    scores = [value for name, value in state.metrics.items() if name.startswith("val/miou_")]
-    return next((value for value in scores if math.isfinite(value)), -1.0)
-
-
 def restore_network(checkpoint: Checkpoint, device: torch.device | str | None) -> Network:
-    """Restores the network of a checkpoint as the trainer measures it: in evaluation mode, channels last.
-
-    Args:
-        checkpoint: the loaded checkpoint.
-        device: the network's device; None for a GPU if there is one.
-    """
+    """The network as the trainer measures it: in evaluation mode, channels last. Device None: a GPU if there is one."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = restore_model(checkpoint).eval()
     if device.type == "cpu":

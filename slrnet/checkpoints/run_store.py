@@ -1,11 +1,9 @@
 """Runs in an object store: `--storage s3://BUCKET/FOLDER` (any endpoint) or gs://, by path alone.
 
 Each node writes to its own folder, in the cache of `slrnet.storage.remote`. Rank 0 copies the checkpoints to the store,
-in the thread that writes them; every rank copies its log and pictures. In a store an object appears whole or not at
-all, but a folder does not. `state.json`, with the checksums of a checkpoint's other files, is therefore uploaded last
-and removed first: without it there is no checkpoint, with it all files are there.
-
-A resumed run takes its checkpoints from the store, not from the nodes' folders, so that all ranks use the same one.
+in the thread that writes them; every rank copies its log and pictures. An object appears whole or not at all, but a
+folder does not: `state.json` is therefore uploaded last and removed first. Without it there is no checkpoint. A resumed
+run takes its checkpoints from the store, so that all ranks use the same one.
 """
 
 from __future__ import annotations
@@ -21,14 +19,12 @@ from slrnet.storage.remote import RemoteError, cached, copy_from, filesystem_of,
 
 __all__ = ["CONFIG", "STATE", "TRAINER", "WEIGHTS", "RunStore", "local_run", "run_folder"]
 
+WEIGHTS, TRAINER = "model.safetensors", "trainer.pt"
+"""A checkpoint's weights, and the optimizer's state."""
 STATE = "state.json"
 """A checkpoint's progress and checksums; its presence says that the checkpoint is whole."""
 CONFIG = "config.json"
 """The configuration, of a run and of each of its checkpoints."""
-WEIGHTS = "model.safetensors"
-"""A checkpoint's weights."""
-TRAINER = "trainer.pt"
-"""A checkpoint's optimizer state."""
 _PAYLOAD = (WEIGHTS, TRAINER, CONFIG)
 _CHECKPOINT = re.compile(r"checkpoint-\d{4,9}(-\d{8,12})?")
 _LOG = re.compile(r"rank-\d{1,6}\.jsonl")
@@ -37,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class RunStore:
-    """One run's place in an object store.
+    """One run's place in an object store. Its methods raise a `RemoteError` if the store refuses, or an `OSError`.
 
     Args:
         location: the run's location, such as s3://BUCKET/RUNS/NAME.
@@ -46,26 +42,16 @@ class RunStore:
     """
 
     def __init__(self, location: str, folder: Path, *, rank: int | None = None) -> None:
-        self.location = location.rstrip("/")
-        self.folder = folder
-        self._rank = rank
+        self.location, self.folder, self._rank = location.rstrip("/"), folder, rank
         self._sent: dict[Path, tuple[int, int]] = {}
 
     def checkpoints(self) -> list[str]:
-        """Names of the whole checkpoints in the store, in the order of their steps.
-
-        Raises:
-            RemoteError: the store does not answer, or refuses.
-        """
+        """Names of the whole checkpoints in the store, in the order of their steps."""
         stored = patiently(self.location, self._stored)
         return sorted(name for name, whole in stored.items() if whole)
 
     def start(self) -> None:
-        """Makes room for a new run.
-
-        Raises:
-            RemoteError: there is one of that name, or the store does not answer, or refuses.
-        """
+        """Makes room for a new run; raises a `RemoteError` if there is one of that name."""
         name = self.location.rpartition("/")[2]
         if patiently(self.location, lambda: self._files("", recursive=True)):
             raise RemoteError(
@@ -74,15 +60,7 @@ class RunStore:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def fetch(self, names: Sequence[str] | None = None) -> None:
-        """Makes this machine's folder hold the store's checkpoints and no others, and the logs and the configuration.
-
-        Args:
-            names: names of the checkpoints; None for all whole ones.
-
-        Raises:
-            RemoteError: the store does not have them, does not answer, or refuses.
-            OSError: this machine's storage is full.
-        """
+        """Makes this machine's folder hold the named (all whole) checkpoints and no others, logs and configuration."""
         wanted = self.checkpoints() if names is None else names
         with locked(self.folder / "run"):
             for path in (self.folder / "checkpoints").glob("checkpoint-*"):
@@ -105,14 +83,7 @@ class RunStore:
             _log.warning("the ranks' logs in %s cannot be read: %s", self.location, error)
 
     def upload(self, *, checkpoints: bool = True) -> None:
-        """Copies what is new to the store, and removes checkpoints from it that this machine no longer has.
-
-        Args:
-            checkpoints: whether checkpoints are included; only for the process that writes them.
-
-        Raises:
-            OSError: the store does not answer, or refuses.
-        """
+        """Copies what is new to the store; for the process that writes checkpoints, makes the store have no others."""
         if checkpoints:
             self._upload_checkpoints()
         own = [] if self._rank is None else [self.folder / "logs" / f"rank-{self._rank}.jsonl"]
@@ -133,16 +104,16 @@ class RunStore:
         stored = self._stored()
         for path in sorted(ours):
             if self._sent.get(path) != (stamp := _stamp(path / STATE)):
-                if stored.get(path.name):
-                    self._delete(path / STATE)  # it is written again
+                if stored.get(path.name):  # it is written again
+                    system, place = self._place(path / STATE)
+                    system.delete_file(place)
                 for name in (*_PAYLOAD, STATE):
                     self._put(path / name)
                 self._sent[path] = stamp
         for name in set(stored) - {path.name for path in ours}:
-            folder = self.folder / "checkpoints" / name
+            system, place = self._place(self.folder / "checkpoints" / name)
             if stored[name]:
-                self._delete(folder / STATE)
-            system, place = self._place(folder)
+                system.delete_file(f"{place}/{STATE}")
             system.delete_dir(place)
 
     def _stored(self) -> dict[str, bool]:
@@ -177,10 +148,6 @@ class RunStore:
 
         system, place = self._place(path)
         fs.copy_files(str(path), place, fs.LocalFileSystem(), system)
-
-    def _delete(self, path: Path) -> None:
-        system, place = self._place(path)
-        system.delete_file(place)
 
 
 def run_folder(location: str) -> Path:

@@ -55,20 +55,16 @@ def gather_over_ranks(value: Value, process: Process) -> list[Value]:
 
 
 def share_buffers(model: nn.Module, process: Process) -> None:
-    """Gives every rank the buffers of rank 0, so that all ranks measure the model that rank 0 saves.
-
-    They are the batch norms' statistics, which differ by each rank's last batch.
-    """
+    """Gives every rank the buffers (batch norms' statistics) of rank 0: all ranks measure the model that it saves."""
     if process.world_size > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def configure_process(threads: int | None) -> None:
-    """Makes a CPU process fast: it uses its share of the cores and treats denormal numbers as 0.
+    """Makes a CPU process fast: denormal numbers are 0, and `threads` threads run operators.
 
-    Args:
-        threads: threads for operators; None, or a set OMP_NUM_THREADS, keeps torch's own number.
+    None, or a set OMP_NUM_THREADS, keeps torch's own number.
     """
     if threads is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, threads))

@@ -1,9 +1,8 @@
 """Finds a rank that hangs, and says which one and where.
 
 A rank that hangs leaves all others waiting in a collective operation, for half an hour by torch's default, and the
-error that ends the wait names no rank. Here every rank says where it is (`at`) and that it still works there (`alive`).
-A thread publishes that in a store that all ranks see. If this rank has not moved for longer than allowed, the others
-wait for the rank that is furthest behind.
+error that ends the wait names no rank. Here every rank says where it is, and says it again while it works there. A
+thread publishes that in a store that all ranks see. All wait for the rank that is furthest behind.
 """
 
 from __future__ import annotations
@@ -42,9 +41,7 @@ class Position:
     step: int
     """Optimizer step, from 0."""
     place: str
-    """What the rank does there."""
     node: str
-    """Host name."""
 
 
 @dataclass(frozen=True)
@@ -69,29 +66,18 @@ class Watchdog:
     """
 
     def __init__(self, process: Process, *, limit: float, store: Any, on_hang: Callable[[Hang], None]) -> None:
-        self._process = process
-        self._limit = limit
-        self._store = store
-        self._on_hang = on_hang
-        self._position = Position(0, 0, "starting", socket.gethostname())
+        self._process, self._limit, self._store, self._on_hang = process, limit, store, on_hang
+        self.position = Position(0, 0, "starting", socket.gethostname())
         self._moved = time.monotonic()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if limit > 0:
             self._thread.start()
 
-    @property
-    def position(self) -> Position:
-        """Where this rank is."""
-        return self._position
-
     def at(self, place: str, step: int) -> None:
-        """This rank reaches a place; all ranks must reach the same places in the same order."""
-        self._position = replace(self._position, count=self._position.count + 1, step=step, place=place)
-        self._moved = time.monotonic()
-
-    def alive(self) -> None:
-        """This rank still works at its place."""
+        """This rank reaches a place, or still works there. All ranks must reach the same places in the same order."""
+        if (place, step) != (self.position.place, self.position.step):
+            self.position = replace(self.position, count=self.position.count + 1, step=step, place=place)
         self._moved = time.monotonic()
 
     def close(self) -> None:
@@ -103,7 +89,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._ended.wait(self._limit / CHECKS):
             if self._store is not None:
-                self._store.set(f"position/{self._process.rank}", json.dumps(asdict(self._position)))
+                self._store.set(f"position/{self._process.rank}", json.dumps(asdict(self.position)))
             stood = time.monotonic() - self._moved
             if stood > self._limit:
                 self._on_hang(find_hang(self._positions(), own=self._process.rank, stood=stood))
@@ -111,7 +97,7 @@ class Watchdog:
 
     def _positions(self) -> dict[int, Position]:
         """The positions of all ranks that published one."""
-        positions = {self._process.rank: self._position}
+        positions = {self._process.rank: self.position}
         with suppress(RuntimeError):  # rank 0, which holds the store, is gone
             for rank in range(self._process.world_size if self._store is not None else 0):
                 key = f"position/{rank}"
@@ -121,13 +107,7 @@ class Watchdog:
 
 
 def find_hang(positions: Mapping[int, Position], *, own: int, stood: float) -> Hang:
-    """Which rank the others wait for.
-
-    Args:
-        positions: the known positions by rank, that of `own` included.
-        own: the rank that has stood still.
-        stood: seconds that it has stood still.
-    """
+    """Which rank the others wait for, if rank `own` has stood still for `stood` seconds, by the known positions."""
     behind = min(positions, key=lambda rank: (positions[rank].count, rank))
     last, waiting = positions[behind], positions[own]
     if len(positions) > 1 and all(position.count == last.count for position in positions.values()):

@@ -1,13 +1,10 @@
 """Data sets in object stores: `s3://BUCKET/FOLDER` (any endpoint) and `gs://BUCKET/FOLDER`, by path alone.
 
-Opening a data set copies its description and manifest to this machine; a shard is copied when its first sample is
-asked for. Copies lie in `SLRNET_CACHE` (default: ~/.cache/slrnet), shared by all processes of the machine. When they
-take more than `SLRNET_CACHE_GB` (default: 100), the shards that were used least recently are removed. Each sample of a
-shard is compared with the manifest before the shard is used; a copy that differs is made again once. A request that the
-store refuses for a while is tried again.
-
-Credentials come from the environment or the machine's role, as the cloud's own tools take them; an endpoint other than
-Amazon's comes from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL.
+A file is copied to this machine when it is asked for. Copies lie in `SLRNET_CACHE` (default: ~/.cache/slrnet), shared
+by all processes of the machine. When they take more than `SLRNET_CACHE_GB` (default: 100), the shards that were used
+least recently are removed. A request that the store refuses for a while is tried again. Credentials come from the
+environment or the machine's role, as the cloud's own tools take them; an endpoint other than Amazon's comes from
+AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,9 +25,8 @@ from slrnet.storage.files import written_whole
 
 __all__ = ["RemoteError", "cached", "copy_from", "filesystem_of", "is_remote", "locked", "open_cached", "patiently"]
 
-ATTEMPTS = 6
-FIRST_PAUSE = 1.0
-"""Seconds before the second attempt; doubled before each further one."""
+ATTEMPTS, FIRST_PAUSE = 6, 1.0
+"""Attempts, and seconds before the second one, doubled before each further one."""
 SCHEMES = ("s3://", "gs://")
 
 Value = TypeVar("Value")
@@ -43,11 +39,7 @@ class RemoteError(ValueError):
 
 
 def is_remote(location: str) -> bool:
-    """Whether a data set's location is one in an object store.
-
-    Raises:
-        RemoteError: it has a scheme that is not supported.
-    """
+    """Whether a location is in an object store; raises a `RemoteError` for a scheme that is not supported."""
     if "://" not in location:
         return False
     if not location.startswith(SCHEMES):
@@ -95,13 +87,7 @@ def open_cached(
 def copy_from(source: str, target: Path, check: Callable[[Path], None] = lambda path: None) -> None:
     """Copies a file of an object store, whole or not at all, into a folder that is made if missing.
 
-    Args:
-        source: location of the file.
-        target: path of the copy.
-        check: raises an error for a damaged copy, given its path before it takes its name.
-
-    Raises:
-        RemoteError: the store does not have the file, or refuses it.
+    `check` raises an error for a damaged copy, given its path before it takes its name.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(target) as incoming:
@@ -119,9 +105,9 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _download(source: str, target: Path) -> None:
-    def copy() -> None:
-        from pyarrow import fs
+    from pyarrow import fs
 
+    def copy() -> None:
         system, path = filesystem_of(source)
         fs.copy_files(path, str(target), source_filesystem=system, destination_filesystem=fs.LocalFileSystem())
 
@@ -129,18 +115,15 @@ def _download(source: str, target: Path) -> None:
 
 
 def patiently(source: str, act: Callable[[], Value]) -> Value:
-    """Runs a request to an object store, several times if it fails for a while.
-
-    Args:
-        source: the location that the request is about, for messages.
-        act: sends the request.
-
-    Returns:
-        What `act` returns.
+    """Runs a request to an object store about `source`, several times if it fails for a while.
 
     Raises:
         RemoteError: the store does not have the file, refuses it, or does not answer.
     """
+
+    def may_pass(error: BaseException) -> bool:
+        lasting = isinstance(error, FileNotFoundError) or "ACCESS_DENIED" in str(error)
+        return isinstance(error, OSError) and not lasting
 
     def warn(state: RetryCallState) -> None:
         reason = _reason_of(state.outcome.exception())  # type: ignore[union-attr]
@@ -149,7 +132,7 @@ def patiently(source: str, act: Callable[[], Value]) -> Value:
     retrying = Retrying(
         stop=stop_after_attempt(ATTEMPTS),
         wait=wait_exponential(multiplier=FIRST_PAUSE),
-        retry=retry_if_exception(_may_pass),
+        retry=retry_if_exception(may_pass),
         before_sleep=warn,
         reraise=True,
     )
@@ -162,12 +145,6 @@ def patiently(source: str, act: Callable[[], Value]) -> Value:
             f"{source} cannot be read: {_reason_of(error)}; check credentials (environment or role), region and "
             "endpoint"
         ) from None
-
-
-def _may_pass(error: BaseException) -> bool:
-    """Whether the same request may succeed later."""
-    lasting = isinstance(error, FileNotFoundError) or "ACCESS_DENIED" in str(error)
-    return isinstance(error, OSError) and not lasting
 
 
 def _reason_of(error: BaseException | None) -> str:
@@ -198,11 +175,9 @@ def _make_room(keep: Path) -> None:
     root = keep.parent.parent
     copies = []
     for path in root.glob("*/[!.]*.tar"):  # not incomplete ones
-        try:
+        with suppress(FileNotFoundError):  # another process made room
             status = path.stat()
-        except FileNotFoundError:  # another process made room
-            continue
-        copies.append((status.st_mtime, status.st_size, path))
+            copies.append((status.st_mtime, status.st_size, path))
     total = sum(size for _, size, _ in copies)
     for _, size, path in sorted(copies):
         if total <= limit:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from slrnet.tracking.page import runs_address
+from slrnet.tracking.location import WORKFLOW
 
 __all__ = ["check_port", "default_storages", "newest_run", "serve", "serve_command"]
 
@@ -63,7 +63,8 @@ def serve(storage: Path | None, port: int) -> int:
             "--tracking-uri) are on that server's page"
         )
     check_port(port)
-    print(f"runs of {database.parent}: {runs_address(port)} (some seconds to start; Ctrl-C ends it)", flush=True)
+    page = f"http://127.0.0.1:{port}/#/experiments?{WORKFLOW}"
+    print(f"runs of {database.parent}: {page} (some seconds to start; Ctrl-C ends it)", flush=True)
     # MLflow's own jobs are for language models, and take five processes.
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(serve_command(database, port), env=os.environ | quiet)

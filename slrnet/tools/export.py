@@ -23,7 +23,7 @@ from slrnet.models.low_rank import SeparateLowRank
 from slrnet.models.network import Network, Normalize
 from slrnet.ops.maps import resize
 from slrnet.storage.files import write_json, written_whole
-from slrnet.tracking.onnx_model import log_onnx_model
+from slrnet.tracking.mlflow import log_onnx_model
 
 __all__ = ["SingleView", "export_network", "log_to_training_run"]
 

@@ -24,8 +24,9 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
@@ -44,7 +45,7 @@ MEMORY_NEARLY_FULL = 0.95
 _COOLING = "clear its airflow, check its fan, or lower its power limit (nvidia-smi -pl)"
 _POWER = "check its power supply and cables, or lower its power limit (nvidia-smi -pl)"
 # Reasons for lower clocks that people can act on; idling and the software power limit are not among them.
-_REASONS: dict[str, tuple[int, str]] = {
+_REASONS = {
     "hardware_thermal_slowdown": (pynvml.nvmlClocksEventReasonHwThermalSlowdown, _COOLING),
     "software_thermal_slowdown": (pynvml.nvmlClocksEventReasonSwThermalSlowdown, _COOLING),
     "power_brake_slowdown": (pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown, _POWER),
@@ -54,12 +55,9 @@ _MEANS = ("utilization", "memory_used", "temperature", "power", "throttled", "po
 _MAXIMA = ("utilization", "memory_used", "temperature", "power")
 _STATES = ("memory_total", "ecc_errors")
 # NVML's errors if a GPU, a driver or a container does not offer a figure.
-_ABSENT = (
-    pynvml.NVMLError_NotSupported,
-    pynvml.NVMLError_FunctionNotFound,
-    pynvml.NVMLError_NoPermission,
-    pynvml.NVMLError_NoData,
-    pynvml.NVMLError_InvalidArgument,
+_ABSENT = tuple(
+    getattr(pynvml, f"NVMLError_{name}")
+    for name in ("NotSupported", "FunctionNotFound", "NoPermission", "NoData", "InvalidArgument")
 )
 
 
@@ -69,9 +67,6 @@ class GpuMonitor:
     Args:
         uuids: possible names of the GPU in NVML, `GPU-...` or `MIG-...`; the first known one is used.
         interval: seconds between samples.
-
-    Raises:
-        pynvml.NVMLError: there is no NVML, or no such GPU.
     """
 
     def __init__(self, uuids: Sequence[str], *, interval: float) -> None:
@@ -95,8 +90,8 @@ class GpuMonitor:
                 lambda: {"counter": pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000},
             ]
         self._samples: defaultdict[str, list[float]] = defaultdict(list)
-        self._warned: set[str] = set()
         self._warnings: dict[str, str] = {}
+        self._told: set[str] = set()
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, args=(interval,), name="gpu-monitor", daemon=True)
@@ -109,15 +104,23 @@ class GpuMonitor:
         self.sample()
 
     def end(self, images: int) -> tuple[dict[str, float], dict[str, str]]:
-        """Figures since `begin`, and new warnings by cause.
-
-        Args:
-            images: images that this GPU trained on since then, > 0.
-        """
+        """Figures since `begin`, in which this GPU trained on `images` > 0 images; and new warnings by cause."""
         self.sample()
         with self._lock:
-            warnings, self._warnings = self._warnings, {}
-            return _figures(self._samples, images), warnings
+            warnings = {cause: text for cause, text in self._warnings.items() if cause not in self._told}
+            self._told |= set(warnings)
+            times = self._samples["time"]
+            whole = {name: tuple(values) for name, values in self._samples.items() if len(values) == len(times)}
+        figures = {name: fmean(whole[name]) for name in _MEANS if name in whole}
+        figures |= {f"{name}_max": max(whole[name]) for name in _MAXIMA if name in whole}
+        figures |= {name: whole[name][-1] for name in _STATES if name in whole}
+        if "counter" in whole:
+            figures["energy"] = whole["counter"][-1] - whole["counter"][0]
+        elif "power" in whole:
+            figures["energy"] = float(np.trapezoid(whole["power"], times))
+        if "energy" in figures:
+            figures["energy_per_image"] = figures["energy"] / images
+        return figures, warnings
 
     def sample(self) -> None:
         """Reads all figures once. A figure that the GPU lacks is not read again; any other NVML error ends sampling."""
@@ -129,7 +132,8 @@ class GpuMonitor:
                 except _ABSENT:
                     self._readers.remove(read)
                 except pynvml.NVMLError as error:
-                    self._warn("lost", f"NVML gives no more figures ({error}); look at the kernel log for Xid errors")
+                    lost = f"NVML gives no more figures ({error}); look at the kernel log for Xid errors"
+                    self._warnings["lost"] = lost
                     self._readers.clear()
                     self._samples = defaultdict(list)
                     self._closed.set()
@@ -146,30 +150,26 @@ class GpuMonitor:
         while not self._closed.wait(interval):
             self.sample()
 
-    def _warn(self, cause: str, text: str) -> None:
-        if cause not in self._warned:
-            self._warned.add(cause)
-            self._warnings[cause] = text
-
     def _memory(self) -> dict[str, float]:
         memory = pynvml.nvmlDeviceGetMemoryInfo(self._handle)
         if memory.used > MEMORY_NEARLY_FULL * memory.total:
             used = f"{memory.used / GIB:.1f} of {memory.total / GIB:.1f} GiB"
-            self._warn("memory", f"{used} of its memory are taken; raise train.accumulation before it runs out")
+            self._warnings["memory"] = f"{used} of its memory are taken; raise train.accumulation before it runs out"
         return {"memory_used": memory.used / GIB, "memory_total": memory.total / GIB}
 
     def _clocks(self) -> dict[str, float]:
         mask = pynvml.nvmlDeviceGetCurrentClocksEventReasons(self._card)
         reasons = [name for name, (bit, _) in _REASONS.items() if mask & bit]
         for name in reasons:
-            self._warn(name, f"its clocks are lowered by {name.replace('_', ' ')}; {_REASONS[name][1]}")
+            self._warnings[name] = f"its clocks are lowered by {name.replace('_', ' ')}; {_REASONS[name][1]}"
         return {"throttled": bool(reasons), "power_capped": bool(mask & pynvml.nvmlClocksEventReasonSwPowerCap)}
 
     def _ecc_errors(self) -> dict[str, float]:
         kind = (pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, pynvml.NVML_VOLATILE_ECC)
         count = pynvml.nvmlDeviceGetTotalEccErrors(self._card, *kind)
         if count:
-            self._warn("ecc_errors", f"{count} uncorrected memory errors since its driver started; reset or replace it")
+            lasting = f"{count} uncorrected memory errors since its driver started; reset or replace it"
+            self._warnings["ecc_errors"] = lasting
         return {"ecc_errors": count}
 
     def _other_processes(self) -> dict[str, float]:
@@ -181,29 +181,25 @@ class GpuMonitor:
             sizes = {pid: "" if taken is None else f" ({taken / GIB:.1f} GiB)" for pid, taken in sorted(memory.items())}
             listed = ", ".join(f"{pid}{size}" for pid, size in sizes.items())
             among = "" if known else " (ids outside of this container; one of them is this rank)"
-            self._warn("processes", f"it is shared with process {listed}{among}; end it or keep it off this GPU")
+            self._warnings["processes"] = f"it is shared with process {listed}{among}; end it or keep it off this GPU"
         return {}
 
 
+@dataclass
 class GpuWatch:
-    """The monitors of all ranks; every rank must call `start` and `end` equally often.
+    """The monitors of all ranks; every rank must call `start` and `end` equally often."""
 
-    Args:
-        process: this process among all.
-        interval: seconds between samples; 0 turns the monitors off.
-    """
-
-    def __init__(self, process: Process, *, interval: float) -> None:
-        self._process = process
-        self._interval = interval
-        self._monitor: GpuMonitor | None = None
-        self._names: list[str | None] = []
+    process: Process
+    interval: float
+    """Seconds between samples; 0 turns the monitors off."""
+    _monitor: GpuMonitor | None = None
+    _names: Sequence[str | None] = ()
 
     def start(self) -> dict[str, str]:
         """Starts this rank's monitor; returns name and UUID of each rank's GPU as MLflow tags."""
-        if self._interval:
-            self._monitor = open_monitor(self._process.device, interval=self._interval)
-        self._names = gather_over_ranks(None if self._monitor is None else self._monitor.name, self._process)
+        if self.interval:
+            self._monitor = open_monitor(self.process.device, interval=self.interval)
+        self._names = gather_over_ranks(self._monitor.name if self._monitor else None, self.process)
         return {f"gpu.rank_{rank}": name for rank, name in enumerate(self._names) if name is not None}
 
     def begin(self) -> None:
@@ -212,12 +208,11 @@ class GpuWatch:
             self._monitor.begin()
 
     def end(self, images: int) -> tuple[dict[str, float], dict[str, str]]:
-        """Ends the interval: figures of all ranks by their MLflow names, and new warnings by their tags.
+        """Figures of all ranks since `begin` by their MLflow names, and new warnings by their tags.
 
-        Args:
-            images: images that this rank trained on in the interval, > 0.
+        This rank trained on `images` > 0 images since then.
         """
-        gathered = gather_over_ranks(({}, {}) if self._monitor is None else self._monitor.end(images), self._process)
+        gathered = gather_over_ranks(({}, {}) if self._monitor is None else self._monitor.end(images), self.process)
         metrics, by_name = dict[str, float](), defaultdict[str, list[float]](list)
         warnings = {}
         for rank, (figures, causes) in enumerate(gathered):
@@ -237,26 +232,16 @@ class GpuWatch:
 
 
 def open_monitor(device: torch.device, *, interval: float) -> GpuMonitor | None:
-    """Starts to watch the GPU that PyTorch calls `device`; None if it is no GPU or NVML does not know it.
-
-    Args:
-        device: this rank's device.
-        interval: seconds between samples.
-    """
+    """Starts to watch the GPU that PyTorch calls `device`; None if it is no GPU or NVML does not know it."""
     if device.type != "cuda":
         return None
-    try:
-        return GpuMonitor(_uuids(device), interval=interval)
-    except pynvml.NVMLError:
-        return None
-
-
-def _uuids(device: torch.device) -> list[str]:
-    """Possible NVML names of a PyTorch device; PyTorch does not tell a GPU from a part of one."""
     index = device.index or 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[index : index + 1]
-    uuid = torch.cuda.get_device_properties(index).uuid
-    return [*(name.strip() for name in visible if name.strip().startswith("MIG-")), f"MIG-{uuid}", f"GPU-{uuid}"]
+    parts = [name.strip() for name in visible if name.strip().startswith("MIG-")]
+    uuid = torch.cuda.get_device_properties(index).uuid  # PyTorch does not tell a GPU from a part of one
+    with suppress(pynvml.NVMLError):
+        return GpuMonitor([*parts, f"MIG-{uuid}", f"GPU-{uuid}"], interval=interval)
+    return None
 
 
 def _handle_of(uuids: Sequence[str]) -> Any:
@@ -264,18 +249,3 @@ def _handle_of(uuids: Sequence[str]) -> Any:
         with suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
             return pynvml.nvmlDeviceGetHandleByUUID(uuid)
     raise pynvml.NVMLError_NotFound
-
-
-def _figures(samples: Mapping[str, list[float]], images: int) -> dict[str, float]:
-    times = samples["time"]
-    whole = {name: values for name, values in samples.items() if len(values) == len(times)}
-    figures = {name: fmean(whole[name]) for name in _MEANS if name in whole}
-    figures |= {f"{name}_max": max(whole[name]) for name in _MAXIMA if name in whole}
-    figures |= {name: whole[name][-1] for name in _STATES if name in whole}
-    if "counter" in whole:
-        figures["energy"] = whole["counter"][-1] - whole["counter"][0]
-    elif "power" in whole:
-        figures["energy"] = float(np.trapezoid(whole["power"], times))
-    if "energy" in figures:
-        figures["energy_per_image"] = figures["energy"] / images
-    return figures

@@ -1,19 +1,51 @@
-"""Where runs are tracked: resolves a tracking URI and refuses one that would lose a run."""
+"""Where runs are tracked and shown: tracking URIs, and how MLflow's page is addressed and names its pictures."""
 
 from __future__ import annotations
 
 import os
 import re
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
-__all__ = ["SQLITE", "public", "resolve_uri"]
+__all__ = [
+    "KIND",
+    "KIND_TAG",
+    "NOTE_TAG",
+    "PARENT_TAG",
+    "PORT",
+    "SQLITE",
+    "WORKFLOW",
+    "latest_pictures",
+    "picture_files",
+    "public",
+    "resolve_uri",
+    "sample_files",
+    "sample_series",
+]
 
 SQLITE = "sqlite:///"
 """How the URI of a database file begins."""
 SERVER_TIMEOUT = 5.0
 """Seconds that a tracking server may take to answer before a run starts."""
+PORT = 5000
+"""Default port of the page."""
+PARENT_TAG = "mlflow.parentRunId"
+"""Tag that names the run that another one belongs to."""
+NOTE_TAG = "mlflow.note.content"
+"""Tag that holds a run's description, in Markdown."""
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
+"""Tag of an experiment with which the page shows runs and charts instead of its views for language models."""
+WORKFLOW = "workflowType=machine_learning"
+"""The same in an address."""
+DESCRIBED = 2
+"""Pictures in a run's description."""
+
+_SAMPLES = "samples/"
+# The names of the files of `log_image`. Beside each lies a smaller copy, whose name ends differently.
+_PICTURE = re.compile(r"(?P<key>[^+%]+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%](?P<time>\d+)[+%][^+%]+\.png")
 
 
 def resolve_uri(uri: str, storage: str | Path) -> str:
@@ -28,9 +60,8 @@ def resolve_uri(uri: str, storage: str | Path) -> str:
         A tracking URI that means the same in every process and working directory.
 
     Raises:
-        ValueError: the server does not answer, the SQLite path is relative or cannot be written, `storage` is remote
-            and no URI is given, MLflow cannot write to such a store or it has no place for artifacts, or `uri` holds
-            a password, which the configuration would carry into every checkpoint.
+        ValueError: the store cannot be reached or written, has no place for artifacts, or depends on the working
+            directory; or `uri` holds a password, which the configuration would carry into every checkpoint.
     """
     if public(uri) != uri:
         raise ValueError(
@@ -39,7 +70,12 @@ def resolve_uri(uri: str, storage: str | Path) -> str:
         )
     uri = (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).strip()
     if not uri:
-        uri = _default_store(storage)
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(storage)):
+            raise ValueError(
+                f"storage {str(storage)!r} is remote, and a SQLite file needs a local folder; "
+                "start `mlflow server` and give its address as tracking.uri (or MLFLOW_TRACKING_URI)"
+            )
+        uri = f"{SQLITE}{Path(storage).expanduser().absolute() / 'mlflow.db'}"
     if uri.startswith(("http://", "https://")):
         _check_server(uri)
         return uri.rstrip("/")
@@ -56,15 +92,6 @@ def resolve_uri(uri: str, storage: str | Path) -> str:
 def public(uri: str) -> str:
     """The URI without the credentials that it may hold."""
     return re.sub(r"//[^/@]*@", "//", uri)
-
-
-def _default_store(storage: str | Path) -> str:
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(storage)):
-        raise ValueError(
-            f"storage {str(storage)!r} is remote, and a SQLite file needs a local folder; "
-            "start `mlflow server` and give its address as tracking.uri (or MLFLOW_TRACKING_URI)"
-        )
-    return f"{SQLITE}{Path(storage).expanduser().absolute() / 'mlflow.db'}"
 
 
 def _check_sqlite(uri: str) -> None:
@@ -103,3 +130,37 @@ def _check_server(uri: str) -> None:
         "start it with `mlflow server --host 0.0.0.0 --port 5000 --backend-store-uri sqlite:////DATA/mlflow.db "
         "--artifacts-destination /DATA/artifacts`, or leave tracking.uri empty"
     )
+
+
+def sample_series(key: str) -> str:
+    """Name of the pictures that show how one image gets its pseudo labels.
+
+    The page sorts folders by name: this one comes after the curves of the pseudo masks. Its cards have room for 20
+    letters, folder included.
+    """
+    return f"{_SAMPLES}{key}"
+
+
+def picture_files(client: Any, run_id: str) -> dict[tuple[str, int], str]:
+    """Artifact paths of a run's pictures by (series, step); of two pictures of one step, the later one."""
+    latest = dict[tuple[str, int], tuple[int, str]]()
+    for file in client.list_artifacts(run_id, "images"):
+        name = _PICTURE.fullmatch(Path(file.path).name)
+        if name:
+            picture = (name["key"].replace("~", "/"), int(name["step"]))
+            latest[picture] = max(latest.get(picture, (0, "")), (int(name["time"]), file.path))
+    return {picture: path for picture, (_, path) in latest.items()}
+
+
+def sample_files(client: Any, run_id: str) -> dict[tuple[str, int], str]:
+    """The same of the samples' pictures, by (sample's key, step)."""
+    files = picture_files(client, run_id).items()
+    return {(name.removeprefix(_SAMPLES), step): path for (name, step), path in files if name.startswith(_SAMPLES)}
+
+
+def latest_pictures(client: Any, run_id: str) -> str:
+    """Markdown that shows the first samples' pictures, each at its last step; the page serves the files."""
+    paths = sample_files(client, run_id)
+    last = {name: paths[name, step] for name, step in sorted(paths)}
+    queries = {name: urllib.parse.urlencode({"path": path, "run_uuid": run_id}) for name, path in last.items()}
+    return "".join(f"\n\n![{name}](get-artifact?{queries[name]})" for name in sorted(queries)[:DESCRIBED])

@@ -1,9 +1,8 @@
 """Writes a run's curves, pictures and files to MLflow: the one module that imports it.
 
-The driver resolves the store (`resolve_uri`) and creates the run (`create_run`). Rank 0 attaches to the run with an
-`MlflowTracker` made from the returned `RunHandle`; all other ranks use a `NullTracker`. One training is one MLflow run:
-a restarted or resumed training attaches to the same run id. It does not log again what it repeats (the steps between
-the checkpoint and the interruption), so that every curve has one value per step.
+The driver resolves the store and creates the run; rank 0 attaches to it by its `RunHandle`. One training is one MLflow
+run: a resumed training attaches to the same run id. It does not log again what it repeats (the steps between the
+checkpoint and the interruption), so that every curve has one value per step.
 
 MLflow takes seconds to import, so it is imported on first use, with telemetry off and notices silenced. Every call goes
 through `MlflowClient` with explicit ids: there is no active run and no global tracking URI.
@@ -16,31 +15,40 @@ import logging
 import math
 import os
 import re
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 from PIL import Image
 
-from slrnet.tracking.location import SQLITE, public
-from slrnet.tracking.page import KIND, KIND_TAG, NOTE_TAG, PARENT_TAG, latest_pictures, picture_files
+from slrnet.tracking.location import (
+    KIND,
+    KIND_TAG,
+    NOTE_TAG,
+    PARENT_TAG,
+    SQLITE,
+    latest_pictures,
+    picture_files,
+    public,
+)
 from slrnet.tracking.protocol import Picture, RunHandle, clean_key, clean_metrics
+from slrnet.tracking.provenance import package_version
 
-__all__ = ["MlflowTracker", "client_of", "create_run", "load_mlflow", "store_errors"]
+__all__ = ["MlflowTracker", "client_of", "create_run", "log_onnx_model", "store_errors"]
 
 Status: TypeAlias = Literal["FINISHED", "FAILED", "KILLED"]
 Record: TypeAlias = Callable[[Any, str], None]
 """Something to deliver: is called with a client and a run id."""
 
 # Limits of MLflow's own log_batch and of its parameter and tag columns.
-MAX_METRICS_PER_BATCH = 1000
-MAX_PARAMS_PER_BATCH = 100
-MAX_PARAM_LENGTH = 6000
-MAX_TAG_LENGTH = 5000
+MAX_METRICS_PER_BATCH, MAX_PARAMS_PER_BATCH = 1000, 100
+MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 6000, 5000
 
 RESULT = "## Result"
 """Heading of what the end of a run writes into its description."""
@@ -49,13 +57,7 @@ PATIENCE = 120.0
 PENDING_LIMIT = 10_000
 """Records kept while a store does not answer."""
 
-_FINAL_ERRORS = {
-    "BAD_REQUEST",
-    "INVALID_PARAMETER_VALUE",
-    "INVALID_STATE",
-    "PERMISSION_DENIED",
-    "RESOURCE_DOES_NOT_EXIST",
-}
+_FINAL_ERRORS = re.compile("BAD_REQUEST|INVALID_(PARAMETER_VALUE|STATE)|PERMISSION_DENIED|RESOURCE_DOES_NOT_EXIST")
 _log = logging.getLogger(__name__)
 
 
@@ -101,24 +103,20 @@ def create_run(
     Args:
         uri: tracking URI from `resolve_uri`.
         experiment: name of the experiment; created if missing. With a SQLite store its artifacts go to `mlartifacts`
-            beside the database, at an absolute path; a server decides for itself.
+            beside the database.
         name: name of the run, unique within the experiment: letters, digits and `_ - .`.
-        params: the configuration, flat. MLflow's parameters cannot change: if a resumed run's value differs from
-            the first one, the new value becomes the tag `resumed.KEY`. Values over 6,000 characters are cut here and
-            whole in the artifact `config.json`.
-        tags: tags, for instance `environment_tags()` and the data's fingerprint.
+        params: the configuration, flat; values over 6,000 characters are cut. MLflow's parameters cannot change: if a
+            resumed run's value differs from the first one, the new value becomes the tag `resumed.KEY`.
+        tags: tags of the run.
         resume: True attaches to the run of that name and sets it running again, False requires a new name, None
             attaches if there is such a run and else opens one.
         config_json: text of the artifact `config.json`; empty for `params` as JSON.
         description: Markdown at the top of the run's page; a run that has a description keeps it.
         parent: the sweep's run, under which MLflow's page shows this one.
 
-    Returns:
-        The handle from which rank 0 makes its `MlflowTracker`.
-
     Raises:
-        ValueError: the name exists and `resume` is False, or does not exist and it is True; the name has other
-            characters; the experiment was deleted; or the store refuses the request.
+        ValueError: the name has other characters, or is taken or missing against `resume`; the experiment was deleted;
+            or the store refuses the request.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", name):
         raise ValueError(f"run name {name!r} is not usable; allowed are up to 200 letters, digits and _ - .")
@@ -130,46 +128,42 @@ def create_run(
             run_id = str(client.create_run(experiment_id, run_name=name).info.run_id)
         else:
             client.update_run(run_id, status="RUNNING")
-        tags = {**tags, NOTE_TAG: description} if description else tags
-        tags = tags if parent is None else {**tags, PARENT_TAG: parent.run_id}
-        _log_start(client, run_id, params, tags)
+        page = {NOTE_TAG: description, PARENT_TAG: parent.run_id if parent else ""}
+        _log_start(client, run_id, params, {**tags, **{key: value for key, value in page.items() if value}})
         client.log_text(run_id, config_json or json.dumps(dict(params), indent=2, default=str), "config.json")
     except store_errors() as error:
         raise ValueError(f"the tracking store {public(uri)} refused the run {name!r}: {error}") from error
     return RunHandle(uri=uri, run_id=run_id, experiment_id=experiment_id)
 
 
+@dataclass(eq=False)
 class MlflowTracker:
     """Writes to one run; for rank 0 of the workers and for the driver.
 
     A store that stops answering does not stop a training: records that could not be delivered are kept in order and
     tried again with later calls. What the store refuses for good (the run was deleted, a file is gone) is logged as an
-    error and dropped. `undelivered`, `lost` and `skipped` count.
-
-    Args:
-        handle: the run, as `create_run` returned it.
-        once: leave out points and pictures of steps that the run has from an earlier process.
-        retry_after: seconds without another attempt after the store failed to answer.
-        connect: makes the client of a tracking URI.
+    error, dropped and counted in `lost`. Values that are not finite are counted in `skipped`.
     """
 
-    def __init__(
-        self,
-        handle: RunHandle,
-        *,
-        once: bool = False,
-        retry_after: float = 30.0,
-        connect: Callable[[str], Any] = client_of,
-    ) -> None:
-        self.handle = handle
-        self.run_id = handle.run_id
-        self.skipped = 0
-        self.lost = 0
-        self._connect = connect
-        self._logged = _LoggedSteps() if once else None
-        self._retry_after = retry_after
+    handle: RunHandle
+    _: KW_ONLY
+    once: bool = False
+    """Leave out points and pictures of steps that the run has from an earlier process."""
+    retry_after: float = 30.0
+    """Seconds without another attempt after the store failed to answer."""
+    connect: Callable[[str], Any] = client_of
+    """Makes the client of a tracking URI."""
+
+    def __post_init__(self) -> None:
+        self.run_id = self.handle.run_id
+        self.skipped = self.lost = 0
+        # What the run has from earlier processes: asked for once, when the store answers.
+        self._curves = cache(lambda client: frozenset(client.get_run(self.run_id).data.metrics))
+        self._steps = cache(lambda client, key: {point.step for point in client.get_metric_history(self.run_id, key)})
+        self._pictures = cache(lambda client: picture_files(client, self.run_id))
         self._silent_until = -math.inf
-        self._pending: deque[Record] = deque()
+        self._pending: deque[tuple[Record, tuple[int, dict[str, float]] | None]] = deque()
+        """Records, and step and values of those that are points."""
 
     @property
     def undelivered(self) -> int:
@@ -177,19 +171,25 @@ class MlflowTracker:
         return len(self._pending)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Adds one point to each curve, as `Tracker` says.
-
-        Values that are not finite are left out, and counted in `skipped` and in the run's tag `skipped_values`.
-        """
+        """Adds one point to each curve, as `Tracker` says; values that are not finite are left out."""
         clean = clean_metrics(metrics)
         finite = {key: value for key, value in clean.items() if math.isfinite(value)}
         self.skipped += len(clean) - len(finite)
+        now = int(time.time() * 1000)
+
+        def send(client: Any, run_id: str) -> None:
+            logged = [key for key in finite if self.once and key in self._curves(client)]
+            new = finite.keys() - {key for key in logged if step in self._steps(client, key)}
+            points = [load_mlflow().entities.Metric(key, finite[key], now, step) for key in sorted(new)]
+            for start in range(0, len(points), MAX_METRICS_PER_BATCH):
+                client.log_batch(run_id, metrics=points[start : start + MAX_METRICS_PER_BATCH])
+
         if finite:
-            self._send(_Points(finite, step, int(time.time() * 1000), self._logged))
+            self._send(send, (step, finite))
 
     def undelivered_points(self) -> list[tuple[int, dict[str, float]]]:
         """Step and values of the points that wait for the store."""
-        return [(record.step, dict(record.values)) for record in self._pending if isinstance(record, _Points)]
+        return [points for _, points in self._pending if points is not None]
 
     def log_image(self, key: str, image: Picture, step: int) -> None:
         """Adds a picture to the series `key`, which MLflow's page shows as a grid over steps."""
@@ -197,18 +197,14 @@ class MlflowTracker:
         picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
 
         def send(client: Any, run_id: str) -> None:
-            if self._logged is None or not self._logged.has_picture(client, run_id, safe, step):
+            if not self.once or (safe, step) not in self._pictures(client):
                 # Written before the call returns: MLflow's own queue is lost with the process.
                 client.log_image(run_id, picture, key=safe, step=step, synchronous=True)
 
         self._send(send)
 
     def log_artifacts(self, path: str | Path, folder: str = "") -> None:
-        """Copies a folder's content, a checkpoint for instance, into the run's artifacts.
-
-        Raises:
-            ValueError: there is no folder of that path.
-        """
+        """Copies a folder's content, a checkpoint for instance, into the run's artifacts."""
         source = Path(path)
         if not source.is_dir():
             raise ValueError(f"{source} is not a folder")
@@ -237,12 +233,7 @@ class MlflowTracker:
             self._send(send)
 
     def describe(self, result: str) -> None:
-        """Writes the result at the end of the run's description, in place of an earlier result.
-
-        Args:
-            result: Markdown, shown below the heading `RESULT` and above the first samples' pictures. The description is
-                cut to MLflow's 5,000 characters.
-        """
+        """Writes a result (Markdown) at the end of the run's description, in place of an earlier one."""
 
         def send(client: Any, run_id: str) -> None:
             above = client.get_run(run_id).data.tags.get(NOTE_TAG, "").partition(RESULT)[0].rstrip()
@@ -252,55 +243,44 @@ class MlflowTracker:
         self._send(send)
 
     def flush(self) -> int:
-        """Tries once to deliver what is pending, without waiting for `retry_after`.
-
-        Returns:
-            How many records the store has still not taken.
-        """
+        """Tries at once to deliver what is pending; returns how many records the store has still not taken."""
         self._silent_until = -math.inf
         self._deliver()
         return self.undelivered
 
     def drain(self) -> int:
-        """Delivers what is pending; waits up to `PATIENCE` seconds for a store that does not answer.
-
-        Returns:
-            How many records the store has still not taken.
-        """
+        """Delivers what is pending, in up to `PATIENCE` seconds; returns how many records the store has not taken."""
         deadline = time.monotonic() + PATIENCE
         while self.flush() and time.monotonic() < deadline:
             time.sleep(2.0)
         return self.undelivered
 
     def finish(self, status: Status = "FINISHED", reason: str = "") -> None:
-        """Ends the run; waits for a store that does not answer, as `drain` does.
-
-        Args:
-            status: how the run ended.
-            reason: why it failed or was stopped; becomes the tag `reason`.
-        """
-        tags = {"reason": reason} if reason else {}
-        self.set_tags(tags | ({"skipped_values": str(self.skipped)} if self.skipped else {}))
+        """Ends the run after `drain`; why it failed or was stopped becomes the tag `reason`."""
+        tags = {"reason": reason, "skipped_values": str(self.skipped or "")}
+        self.set_tags({key: value for key, value in tags.items() if value})
         self._send(lambda client, run_id: client.set_terminated(run_id, status=status))
         missing = self.drain() + self.lost
         if missing:
             _log.error("%d records never reached the tracking store %s", missing, public(self.handle.uri))
 
-    def _send(self, record: Record) -> None:
+    def _send(self, record: Record, points: tuple[int, dict[str, float]] | None = None) -> None:
         if len(self._pending) == PENDING_LIMIT:
             self._pending.popleft()
             self.lost += 1
-        self._pending.append(record)
+        self._pending.append((record, points))
         if time.monotonic() >= self._silent_until:
             self._deliver()
 
     def _deliver(self) -> None:
         while self._pending:
             try:
-                self._pending[0](self._connect(self.handle.uri), self.handle.run_id)
+                self._pending[0][0](self.connect(self.handle.uri), self.handle.run_id)
             except store_errors() as error:
-                if not _is_final(error):
-                    self._silent_until = time.monotonic() + self._retry_after
+                # Other errors may pass: servers that restart, gateways, locked SQLite files, full disks.
+                final = _FINAL_ERRORS.fullmatch(str(getattr(error, "error_code", "")))
+                if not final and not isinstance(error, (FileNotFoundError, PermissionError)):
+                    self._silent_until = time.monotonic() + self.retry_after
                     _log.warning("tracking is behind by %d records: %s", self.undelivered, error)
                     return
                 self.lost += 1
@@ -308,10 +288,40 @@ class MlflowTracker:
             self._pending.popleft()
 
 
-def _is_final(error: Exception) -> bool:
-    # Anything else may pass: servers that restart, gateways, locked SQLite files, full disks.
-    code = str(getattr(error, "error_code", ""))
-    return code in _FINAL_ERRORS or isinstance(error, (FileNotFoundError, PermissionError))
+def log_onnx_model(handle: RunHandle, name: str, file: Path) -> str:
+    """Logs an ONNX file as an MLflow model, with its inputs' and outputs' names, types and open sizes as signature.
+
+    Args:
+        handle: the run that gets the model.
+        name: the model's name, which becomes a folder of the run's artifacts: letters, digits and `_ - .`.
+        file: the ONNX file; MLflow stores a copy.
+
+    Returns:
+        The model's URI for `mlflow models serve -m URI`, with the store as MLFLOW_TRACKING_URI.
+
+    Raises:
+        ValueError: the name is not usable, or the store refuses the model.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
+        raise ValueError(f"model name {name!r} is not usable; allowed are up to 100 letters, digits and _ - .")
+    import onnx
+
+    mlflow, model = load_mlflow(), onnx.load(file)
+    signature = mlflow.models.ModelSignature(_schema(model.graph.input), _schema(model.graph.output))
+    pins = [f"{package}=={package_version(package)}" for package in ("mlflow", "onnx", "onnxruntime")]
+    with tempfile.TemporaryDirectory() as folder:
+        mlflow.onnx.save_model(model, f"{folder}/{name}", signature=signature, pip_requirements=pins)
+        try:
+            client_of(handle.uri).log_artifacts(handle.run_id, folder, "models")
+        except store_errors() as error:
+            raise ValueError(f"the tracking store {public(handle.uri)} refused the model: {error}") from error
+    return f"runs:/{handle.run_id}/models/{name}"
+
+
+def _schema(values: Any) -> Any:
+    types = load_mlflow().types
+    shapes = {value.name: [side.dim_value or -1 for side in value.type.tensor_type.shape.dim] for value in values}
+    return types.Schema([types.TensorSpec(np.dtype(np.float32), shape, name) for name, shape in shapes.items()])
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:
@@ -353,7 +363,10 @@ def _log_start(client: Any, run_id: str, params: Mapping[str, Any], tags: Mappin
     earlier = client.get_run(run_id).data
     if "reason" in earlier.tags:
         client.delete_tag(run_id, "reason")
-    values = {clean_key(key): _param_text(value) for key, value in params.items()}
+    values = {}
+    for key, value in params.items():
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+        values[clean_key(key)] = text if len(text) <= MAX_PARAM_LENGTH else text[: MAX_PARAM_LENGTH - 4] + " ..."
     param = load_mlflow().entities.Param
     new = [param(key, value) for key, value in values.items() if key not in earlier.params]
     for start in range(0, len(new), MAX_PARAMS_PER_BATCH):
@@ -362,50 +375,3 @@ def _log_start(client: Any, run_id: str, params: Mapping[str, Any], tags: Mappin
     for key, value in {**tags, **changed}.items():
         if key != NOTE_TAG or NOTE_TAG not in earlier.tags:  # people may have edited the description
             client.set_tag(run_id, key, str(value)[:MAX_TAG_LENGTH])
-
-
-def _param_text(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return text if len(text) <= MAX_PARAM_LENGTH else text[: MAX_PARAM_LENGTH - 4] + " ..."
-
-
-class _LoggedSteps:
-    """Steps that a run has from earlier processes; asked for once per curve, when the store answers."""
-
-    def __init__(self) -> None:
-        self._keys: frozenset[str] | None = None
-        self._steps: dict[str, frozenset[int]] = {}
-        self._pictures: Mapping[tuple[str, int], str] | None = None
-
-    def has_point(self, client: Any, run_id: str, key: str, step: int) -> bool:
-        if self._keys is None:
-            self._keys = frozenset(client.get_run(run_id).data.metrics)
-        if key in self._keys and key not in self._steps:
-            self._steps[key] = frozenset(point.step for point in client.get_metric_history(run_id, key))
-        return step in self._steps.get(key, ())
-
-    def has_picture(self, client: Any, run_id: str, key: str, step: int) -> bool:
-        if self._pictures is None:
-            self._pictures = picture_files(client, run_id)
-        return (key, step) in self._pictures
-
-
-@dataclass(frozen=True)
-class _Points:
-    """A record: one point for each of several curves."""
-
-    values: Mapping[str, float]
-    step: int
-    timestamp: int
-    """Milliseconds since the epoch."""
-    logged: _LoggedSteps | None
-
-    def __call__(self, client: Any, run_id: str) -> None:
-        metric = load_mlflow().entities.Metric
-        points = [
-            metric(key, value, self.timestamp, self.step)
-            for key, value in self.values.items()
-            if self.logged is None or not self.logged.has_point(client, run_id, key, self.step)
-        ]
-        for start in range(0, len(points), MAX_METRICS_PER_BATCH):
-            client.log_batch(run_id, metrics=points[start : start + MAX_METRICS_PER_BATCH])

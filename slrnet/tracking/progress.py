@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Never, TextIO
 
 from tqdm import tqdm
@@ -14,28 +15,25 @@ LINE_EVERY = 15.0
 """Seconds between two lines if the output is no terminal."""
 
 
+@dataclass(eq=False)
 class Progress:
-    """Shows how far a training is, how fast it goes and when it ends.
+    """Shows how far a training is, how fast it goes and when it ends."""
 
-    Args:
-        total: optimizer steps of the whole training.
-        done: steps that are finished already, in a resumed training.
-        show: whether to write anything; False on ranks other than 0.
-        stream: where to write; None for standard output.
-    """
+    total: int
+    """Optimizer steps of the whole training."""
+    _: KW_ONLY
+    done: int = 0
+    """Finished steps, those before a training was resumed included."""
+    show: bool = True
+    """Whether to write anything; False on ranks other than 0."""
+    stream: TextIO = field(default_factory=lambda: sys.stdout)
 
-    def __init__(self, total: int, *, done: int = 0, show: bool = True, stream: TextIO | None = None) -> None:
-        self.total = total
-        self.done = done
-        self.show = show
-        self.stream = stream or sys.stdout
-        self._images = 0
-        self.steps = 0
-        self._busy = 0.0
+    def __post_init__(self) -> None:
+        self.steps, self._images, self._busy = 0, 0, 0.0
         self._last_step = self._last_line = time.perf_counter()
         self._bar: tqdm[Never] | None = None
-        if show and self.stream.isatty():
-            self._bar = tqdm(total=total, initial=done, unit="step", file=self.stream, dynamic_ncols=True)
+        if self.show and self.stream.isatty():
+            self._bar = tqdm(total=self.total, initial=self.done, unit="step", file=self.stream, dynamic_ncols=True)
 
     def advance(self, images: int, *, loss: float) -> None:
         """Counts a step that took `images` images over all ranks."""
@@ -54,9 +52,9 @@ class Progress:
             self._last_line = now
             self._write(f"step {self.done}/{self.total}, loss {loss:.3f}, {self.rate():.2f} images/s, ETA {self.eta()}")
 
-    def note(self, text: str) -> None:
-        """Writes a line; the time until the next step does not count as training."""
-        if self.show:
+    def note(self, text: str = "") -> None:
+        """Writes a line, if there is one; the time since the last step does not count as training."""
+        if self.show and text:
             self._write(text)
         self._last_step = time.perf_counter()
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from slrnet.tracking.page import run_address
+from slrnet.tracking.location import PORT, SQLITE, WORKFLOW, public
 
 __all__ = ["NullTracker", "Picture", "RunHandle", "Tracker", "clean_key", "clean_metrics", "metric_key"]
 
@@ -26,30 +28,30 @@ class RunHandle:
     """What a process needs to attach to a run; small and picklable, because it travels to the workers."""
 
     uri: str
-    """MLflow tracking URI as `resolve_uri` returns it."""
+    """Tracking URI as `resolve_uri` returns it."""
     run_id: str
-    """MLflow's id of the run."""
     experiment_id: str
-    """MLflow's id of the experiment."""
 
     def how_to_open(self) -> str:
-        """One line that says where to look at the run: an address, or the command that serves it."""
-        return run_address(self.uri, self.experiment_id, self.run_id)
+        """Where to look at the run: an address, or for a local store an address and the command that serves it."""
+        page = f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
+        if self.uri.startswith("http"):
+            return f"{public(self.uri)}/{page}"
+        database = Path(self.uri.removeprefix(SQLITE))
+        command = ["slrnet", "dashboard", "--storage", str(database.parent)]
+        if database.name != "mlflow.db":
+            command = ["mlflow", "server", "--host", "127.0.0.1", "--backend-store-uri", self.uri]
+        return f"http://127.0.0.1:{PORT}/{page}?{WORKFLOW} after `{shlex.join(command)}`"
 
 
 class Tracker(Protocol):
     """Records the curves, pictures and tags of one training."""
 
-    @property
-    def run_id(self) -> str:
-        """The run's id, which checkpoints record; "" for none."""
+    run_id: str = ""
+    """The run's id, which checkpoints record; "" for none."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Adds one point to each curve.
-
-        Args:
-            metrics: values by metric name.
-            step: position on the x axis, >= 0.
+        """Adds one point to each curve, at position `step` >= 0.
 
         Raises:
             ValueError: two names become the same key, or a name has no usable character.
@@ -63,15 +65,15 @@ class Tracker(Protocol):
 
     def undelivered_points(self) -> list[tuple[int, dict[str, float]]]:
         """Step and values of the points that would be lost if this process died now."""
+        return []
 
     def drain(self) -> int:
         """Delivers what is pending; returns how many records could not be delivered."""
+        return 0
 
 
-class NullTracker:
+class NullTracker(Tracker):
     """Records nothing; for ranks other than 0. It refuses the same metric names as other trackers do."""
-
-    run_id = ""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Checks the names."""
@@ -84,21 +86,11 @@ class NullTracker:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Does nothing."""
 
-    def undelivered_points(self) -> list[tuple[int, dict[str, float]]]:
-        """Nothing is pending."""
-        return []
-
-    def drain(self) -> int:
-        """Nothing is pending."""
-        return 0
-
 
 def metric_key(*parts: str) -> str:
-    """Joins the parts of a metric's name, for instance ("pseudo_mask", "iou", "tv/monitor").
+    """Joins the parts of a metric's name, for instance ("pseudo_mask", "iou", "tv/monitor"), by `/`.
 
-    Returns:
-        The parts joined by `/`. Within a part, slashes become `-` and other characters that MLflow refuses become `_`,
-        so that a class name is always one level.
+    Within a part, slashes become `-`, so that a class name is always one level; see `clean_key`.
     """
     return "/".join(clean_key(part.replace("/", "-")) for part in parts)
 

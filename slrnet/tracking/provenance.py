@@ -18,9 +18,7 @@ _PACKAGES = ("torch", "torchvision", "ray", "mlflow", "webdataset", "timm", "num
 def environment_tags() -> dict[str, str]:
     """Versions and the git commit of the code, as tags; nothing that names the host or its user.
 
-    The commit is that of the checkout that holds this package. Uploaded or installed code has no history; its commit is
-    the environment's `SLRNET_GIT_COMMIT`, or "unknown". `git_state` is "clean", "dirty" (tracked or new files differ
-    from the commit) or "unknown".
+    Uploaded or installed code has no history; its commit is the environment's `SLRNET_GIT_COMMIT`, or "unknown".
     """
     commit, state = git_state(Path(__file__).resolve())
     return {

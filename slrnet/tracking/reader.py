@@ -7,25 +7,25 @@ import os
 import tempfile
 import urllib.parse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
-from slrnet.tracking.location import resolve_uri
+from slrnet.tracking.location import PARENT_TAG, resolve_uri, sample_files
 from slrnet.tracking.mlflow import client_of, store_errors
-from slrnet.tracking.page import PARENT_TAG, sample_files
 from slrnet.tracking.protocol import RunHandle, clean_key
 
 __all__ = ["comparison", "find_run", "logged_pictures", "metric_history", "run_tags", "runs_below"]
 
+MOST_RUNS = 50_000
+"""Most runs that MLflow lists in one answer."""
+
 
 def find_run(uri: str, storage: str | Path, run_id: str) -> RunHandle | None:
-    """The run that a checkpoint names, or None if its store cannot be reached or no longer has it.
+    """The run that a checkpoint names, or None if it names none or its store cannot be reached or no longer has it.
 
-    Args:
-        uri: `tracking.uri` of the run's configuration.
-        storage: the run's storage folder, for the default store.
-        run_id: MLflow's id of the run; empty for none.
+    `uri` is the configuration's `tracking.uri`; `storage` is the run's storage folder, for the default store.
     """
     default = Path(storage).expanduser().absolute() / "mlflow.db"
     if not run_id or (not uri and not os.environ.get("MLFLOW_TRACKING_URI") and not default.exists()):
@@ -70,17 +70,6 @@ def comparison(handles: Sequence[RunHandle]) -> str:
 
 def runs_below(parent: RunHandle) -> dict[str, tuple[RunHandle, str]]:
     """The runs of a sweep: handle and status (`RUNNING`, `FINISHED`, `FAILED`, `KILLED`) by run name."""
-    runs, token = dict[str, tuple[RunHandle, str]](), None
-    while True:
-        page = client_of(parent.uri).search_runs(
-            [parent.experiment_id],
-            filter_string=f"tags.`{PARENT_TAG}` = '{parent.run_id}'",
-            max_results=500,
-            page_token=token,
-        )
-        for run in page:
-            handle = RunHandle(uri=parent.uri, run_id=run.info.run_id, experiment_id=parent.experiment_id)
-            runs[str(run.info.run_name)] = (handle, str(run.info.status))
-        token = page.token
-        if not token:
-            return runs
+    below = f"tags.`{PARENT_TAG}` = '{parent.run_id}'"
+    runs = client_of(parent.uri).search_runs([parent.experiment_id], filter_string=below, max_results=MOST_RUNS)
+    return {str(run.info.run_name): (replace(parent, run_id=run.info.run_id), str(run.info.status)) for run in runs}

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,11 @@ class Failure:
 
     def tags(self) -> dict[str, str]:
         """The failure as tags of the run."""
-        values = {"rank": str(self.rank), "node": self.node, "step": str(self.step), "exception": self.exception}
-        return {f"failure.{name}": value for name, value in values.items()}
+        return {f"failure.{name}": str(getattr(self, name)) for name in ("rank", "node", "step", "exception")}
 
 
 class RunLog:
-    """The log of one rank; may be used by several threads.
-
-    Args:
-        folder: the run's folder; None writes nothing.
-        rank: this process's rank.
-    """
+    """The log of one rank in the run's folder (None: nowhere); may be used by several threads."""
 
     def __init__(self, folder: Path | None, *, rank: int) -> None:
         self._common = {"rank": rank, "node": socket.gethostname(), "pid": os.getpid()}
@@ -85,18 +80,13 @@ def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Fai
         dead: ranks whose process ended without an error.
     """
     after = datetime.fromtimestamp(since, UTC).isoformat(timespec="milliseconds")
-    records = [
-        record
-        for path in sorted((folder / FOLDER).glob("rank-*.jsonl"))
-        for record in read_log(path)
-        if record["time"] >= after
-    ]
-    records.sort(key=lambda record: record["time"])
+    logged = (record for path in sorted((folder / FOLDER).glob("rank-*.jsonl")) for record in read_log(path))
+    records = sorted((record for record in logged if record["time"] >= after), key=itemgetter("time"))
     processes = {record["rank"]: record["pid"] for record in records}  # the last of each rank
     records = [record for record in records if record["pid"] == processes[record["rank"]]]
-    hangs = [record for record in records if record["event"] == "hang"]
-    if hangs:
-        return _failure(hangs[0])
+    for record in records:
+        if record["event"] == "hang":
+            return _failure(record)
     failures = [record for record in records if record["event"] == "failure"]
     if not dead and failures and LOST_PEER.search(failures[0]["message"]):
         # Ray may report the errors of the ranks that lost their peer before it notices that the peer died.

@@ -1,4 +1,7 @@
-"""The result of a training or an evaluation as text, and which of its figures become curves."""
+"""The result of a training or an evaluation as text, and which of its figures become curves.
+
+Figures come by their MLflow names, as shares in [0, 1]; the names of the K classes begin with the background.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +20,11 @@ MOST_CURVES = 30
 _FEW = 10
 """Rows of a description's table if there are more than `MOST_CURVES` classes."""
 _KINDS = ("iou", "fdr", "fnr")
-_SETTINGS = {
-    "wsss": "image labels",
-    "sss_image_labels": "masks and image labels",
-    "sss": "masks and unlabelled images",
-}
+_SETTINGS = {"wsss": "image labels", "sss_image_labels": "masks and image labels", "sss": "masks and unlabelled images"}
 
 
 def curves(metrics: Mapping[str, float], classes: tuple[str, ...]) -> dict[str, float]:
-    """The figures of an epoch that become curves: no counts of images; of classes only the IoU, up to `MOST_CURVES`.
-
-    Args:
-        metrics: figures by their MLflow names.
-        classes: names of the K classes, background first.
-    """
+    """The figures of an epoch that become curves: no counts of images; of classes only the IoU, up to `MOST_CURVES`."""
     hidden = _KINDS if len(classes) > MOST_CURVES else ("fdr", "fnr")
     left_out = {f"{group}/images" for group in ("pseudo_mask", "val")}
     left_out |= {
@@ -40,13 +34,7 @@ def curves(metrics: Mapping[str, float], classes: tuple[str, ...]) -> dict[str, 
 
 
 def class_quality(metrics: Mapping[str, float], group: str, classes: tuple[str, ...]) -> dict[str, list[float]]:
-    """IoU, FDR and FNR as shares, in the order of the classes; NaN for figures that were not measured.
-
-    Args:
-        metrics: figures by their MLflow names.
-        group: `pseudo_mask` or `val`.
-        classes: names of the K classes, background first.
-    """
+    """IoU, FDR and FNR as shares, in the order of the classes; NaN if not measured. `group`: `pseudo_mask` or `val`."""
     return {kind: [metrics.get(metric_key(group, kind, name), math.nan) for name in classes] for kind in _KINDS}
 
 
@@ -61,25 +49,19 @@ def description(config: Config, *, data: str, labels: str, commit: str, folder: 
         folder: the run's folder.
     """
     model = config.model
-    lines = [
-        f"- setting **{config.setting}** ({_SETTINGS[config.setting]}): {labels}",
-        f"- data **{data}**, recipe **{config.recipe}**",
+    return (
+        f"- setting **{config.setting}** ({_SETTINGS[config.setting]}): {labels}\n"
+        f"- data **{data}**, recipe **{config.recipe}**\n"
         f"- encoder **{model.encoder}**, output stride {model.output_stride}, crop {config.data.crop_size}, "
-        f"{config.train.epochs} epochs of batches of {config.train.batch_size}",
-        f"- commit {commit[:12]}, folder `{folder}`",
-    ]
-    return "\n".join(lines)
+        f"{config.train.epochs} epochs of batches of {config.train.batch_size}\n"
+        f"- commit {commit[:12]}, folder `{folder}`"
+    )
 
 
 def result_text(metrics: Mapping[str, float], classes: tuple[str, ...], *, epoch: int, folder: Path, data: str) -> str:
-    """The table of a run's best epoch and the commands that come next, Markdown.
+    """The table of a run's best epoch (number `epoch`, from 1) and the commands that come next, Markdown.
 
-    Args:
-        metrics: the epoch's figures by their MLflow names.
-        classes: names of the K classes, background first. Of very many, the table has those with the lowest IoU.
-        epoch: the epoch's number, from 1.
-        folder: the run's folder.
-        data: location of the data set.
+    Of very many classes, the table has those with the lowest IoU. `data` is the location of the data set.
     """
     shown, which = classes, ""
     if len(classes) > MOST_CURVES:
@@ -98,32 +80,22 @@ def result_text(metrics: Mapping[str, float], classes: tuple[str, ...], *, epoch
 
 
 def quality_table(metrics: Mapping[str, float], classes: tuple[str, ...]) -> str:
-    """Formats IoU, FDR and FNR of pseudo masks and validation masks per class, in percent.
+    """Formats IoU, FDR and FNR of pseudo masks and validation masks per class, in percent; no empty columns.
 
     `tabulate` has no headings over several columns, so the table is formatted here.
-
-    Args:
-        metrics: figures by their MLflow names, as shares in [0, 1]. Columns without any figure are left out.
-        classes: names of the K classes, background first.
     """
     groups = [name for name in ("pseudo_mask", "val") if any(key.startswith(name + "/") for key in metrics)]
     width = max(len("mean"), *(len(name) for name in classes))
     head = " " * width + "".join(f"  {group:^22}" for group in groups)
     units = f"{'%':<{width}}" + "  {:>6}  {:>6}  {:>6}".format("IoU", "FDR", "FNR") * len(groups)
-    rows = [
-        _row(name, [metrics.get(metric_key(group, kind, name)) for group in groups for kind in _KINDS], width)
-        for name in classes
-    ]
-    means = _row("mean", [value for group in groups for value in _means(metrics, group)], width)
+
+    def row(name: str, keys: list[str]) -> str:
+        cells = (f"{100 * metrics[key]:.1f}" if key in metrics else "-" for key in keys)
+        return f"{name:<{width}}" + "".join(f"  {cell:>6}" for cell in cells)
+
+    rows = [row(name, [metric_key(group, kind, name) for group in groups for kind in _KINDS]) for name in classes]
+    miou = {group: next((key for key in metrics if key.startswith(f"{group}/miou")), "") for group in groups}
+    means = row("mean", [key for group in groups for key in (miou[group], f"{group}/mfdr", f"{group}/mfnr")])
     rule = "-" * len(units)
     note = "means of FDR and FNR are over the foreground classes (paper Eq. 10, 11)"
     return "\n".join([head.rstrip(), units, rule, *rows, rule, means, note])
-
-
-def _row(name: str, shares: list[float | None], width: int) -> str:
-    return f"{name:<{width}}" + "".join(f"  {'-' if share is None else f'{100 * share:.1f}':>6}" for share in shares)
-
-
-def _means(metrics: Mapping[str, float], group: str) -> list[float | None]:
-    miou = next((value for key, value in metrics.items() if key.startswith(f"{group}/miou")), None)
-    return [miou, metrics.get(f"{group}/mfdr"), metrics.get(f"{group}/mfnr")]

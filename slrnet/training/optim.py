@@ -1,8 +1,7 @@
 """SGD with Nesterov momentum, its four parameter groups and the learning rate schedule.
 
 The groups are those of the released code: pretrained weights, pretrained biases, new weights, new biases, with rates 1,
-2, 10 and 20 times the base rate and no decay of biases. The rate is constant during pretraining and then follows half
-a cosine to 0.
+2, 10 and 20 times the base rate and no decay of biases.
 """
 
 from __future__ import annotations

@@ -61,11 +61,9 @@ def make_views(
 
 def align(outputs: Outputs, views: Sequence[View]) -> AlignedOutputs:
     """Un-warps all maps to the frame of the crop, at the size of the largest view's maps."""
-    size = largest_size(outputs.logits)
+    size, names = largest_size(outputs.logits), ("logits", "auxiliary_logits", "codes")
     return AlignedOutputs(
-        logits=align_maps(outputs.logits, views, size=size),
-        auxiliary_logits=align_maps(outputs.auxiliary_logits, views, size=size),
-        codes=align_maps(outputs.codes, views, size=size),
+        **{name: align_maps(getattr(outputs, name), views, size=size) for name in names},
         class_scores=outputs.class_scores,
         auxiliary_class_scores=outputs.auxiliary_class_scores,
     )
@@ -82,11 +80,7 @@ class PseudoRows:
 
 
 def find_pseudo_rows(batch: Batch) -> PseudoRows:
-    """Images without a true mask, and how many classes they may show: all classes if their labels are unknown.
-
-    Args:
-        batch: a batch on the CPU.
-    """
+    """Images of a batch on the CPU without a true mask, and how many classes they may show: all if unlabeled."""
     rows = None if not batch.has_pixel_labels.any() else (~batch.has_pixel_labels).nonzero()[:, 0]
     labels = possible_classes(batch.image_labels, batch.has_image_labels)
     labels = labels if rows is None else labels[rows]
@@ -100,8 +94,7 @@ def step_losses(
     config: Config,
     normalize: Normalize,
     generator: torch.Generator,
-    pseudo_rows: PseudoRows,
-    pretraining: bool,
+    pseudo_rows: PseudoRows | None,
 ) -> Objective:
     """Runs a batch forward to its loss parts.
 
@@ -111,8 +104,7 @@ def step_losses(
         config: the run's settings.
         normalize: the normalization of the model's encoder.
         generator: a CPU generator for the views.
-        pseudo_rows: what `find_pseudo_rows` says of the batch.
-        pretraining: leave out pseudo labels and their loss.
+        pseudo_rows: what `find_pseudo_rows` says of the batch; None leaves out pseudo labels and their loss.
     """
     with record_function("slrnet: views"):
         images = batch.floats()
@@ -120,7 +112,7 @@ def step_losses(
         inputs = [view.contiguous(memory_format=torch.channels_last) for view in inputs]
     with record_function("slrnet: network"):
         outputs = model(inputs)
-    return losses_of(outputs, views, images, batch, config=config, pseudo_rows=pseudo_rows, pretraining=pretraining)
+    return losses_of(outputs, views, images, batch, config=config, pseudo_rows=pseudo_rows)
 
 
 def losses_of(
@@ -130,8 +122,7 @@ def losses_of(
     batch: Batch,
     *,
     config: Config,
-    pseudo_rows: PseudoRows,
-    pretraining: bool,
+    pseudo_rows: PseudoRows | None,
 ) -> Objective:
     """Computes the loss parts from the network's outputs.
 
@@ -141,18 +132,20 @@ def losses_of(
         images: (N, 3, H, W) float in [0, 1], the crops.
         batch: the crops' labels.
         config: the run's settings.
-        pseudo_rows: which images need pseudo labels.
-        pretraining: leave out pseudo labels and their loss.
+        pseudo_rows: as in `step_losses`.
     """
     with record_function("slrnet: alignment"):
         aligned = align(outputs, views)
     with record_function("slrnet: calibration"):
-        pseudo_labels = None if pretraining else _pseudo_labels(aligned, images, batch, config, pseudo_rows)
+        pseudo_labels = None if pseudo_rows is None else _pseudo_labels(aligned, images, batch, config, pseudo_rows)
     with record_function("slrnet: losses"):
+        pixel_labels = batch.pixel_labels
+        if pixel_labels is None:
+            pixel_labels = torch.full_like(images[:, 0], IGNORE_INDEX, dtype=torch.int64)
         labels = Labels(
             image_labels=batch.image_labels,
             has_image_labels=None if config.setting == "sss" else batch.has_image_labels,
-            pixel_labels=None if config.setting == "wsss" else _pixel_labels(batch),
+            pixel_labels=None if config.setting == "wsss" else pixel_labels.long(),
             has_pixel_labels=batch.has_pixel_labels,
             pseudo_labels=pseudo_labels,
         )
@@ -160,20 +153,10 @@ def losses_of(
         return objective(aligned, labels, weights=config.weights, losses=config.losses, divergence=divergence)
 
 
-def _pixel_labels(batch: Batch) -> Tensor:
-    if batch.pixel_labels is not None:
-        return batch.pixel_labels.long()
-    size = (len(batch.images), *batch.images.shape[-2:])
-    return torch.full(size, IGNORE_INDEX, dtype=torch.int64, device=batch.images.device)
-
-
 def _pseudo_labels(
     aligned: AlignedOutputs, images: Tensor, batch: Batch, config: Config, pseudo_rows: PseudoRows
 ) -> Tensor:
-    """(N, H, W) int64 from the average of the views, or (V, N, H, W) if each view has its own or another view's labels.
-
-    Images with a true mask are not calibrated; all their pixels are 255.
-    """
+    """(N, H, W) int64 from the average of the views, or (V, N, H, W) if each view has its own or another's labels."""
     views, supervision = aligned.logits, config.calibration.supervision
     if supervision == "mvmc":
         return _pseudo_labels_of(views, images, batch, config, pseudo_rows)

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from slrnet.checkpoints.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    TrainState,
-    check_classes,
-    find_checkpoint,
-    load_checkpoint,
-)
+from slrnet.checkpoints.checkpoint import CheckpointError, TrainState, check_classes, find_checkpoint, load_checkpoint
 from slrnet.checkpoints.writer import CheckpointWriter
 from slrnet.config import Config
 from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import ShardSet
 from slrnet.data.samples import SkippedSample
-from slrnet.data.supervision import Supervision, supervision_of
+from slrnet.data.supervision import supervision_of
 from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
 from slrnet.distributed.process import Process, share_buffers, sum_over_ranks
 from slrnet.evaluation.masks import (
@@ -50,7 +43,7 @@ from slrnet.inference.forward import Inference
 from slrnet.models.network import Network, Normalize, mixed_precision
 from slrnet.models.slrnet import build_network
 from slrnet.tracking.protocol import metric_key
-from slrnet.training.listener import Listener, StepReport, loss_key
+from slrnet.training.listener import Listener, loss_key
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 
@@ -61,40 +54,56 @@ class NonFiniteLossError(ArithmeticError):
     """A loss became infinite or NaN."""
 
 
+@dataclass(eq=False)
 class Trainer:
-    """Trains one run on one rank.
+    """Trains one run on one rank."""
 
-    Args:
-        config: the run's settings.
-        shards: the data set.
-        process: this process among all.
-        folder: the run's folder; checkpoints go to `checkpoints`.
-        listener: hears what the training does; None for nobody.
-        upload: copies the folder to the run's storage after each checkpoint; None if the folder is the storage.
-    """
+    config: Config
+    shards: ShardSet
+    _: KW_ONLY
+    process: Process
+    folder: Path
+    """The run's folder; checkpoints go to `checkpoints`."""
+    listener: Listener = field(default_factory=Listener)
+    """Hears what the training does."""
+    upload: Callable[[], None] | None = None
+    """Copies the folder to the run's storage after each checkpoint; None if the folder is the storage."""
 
-    def __init__(
-        self,
-        config: Config,
-        shards: ShardSet,
-        *,
-        process: Process,
-        folder: Path,
-        listener: Listener | None = None,
-        upload: Callable[[], None] | None = None,
-    ) -> None:
-        self.config = config
-        self.shards = shards
-        self.process = process
-        self.folder = folder
-        self.listener = listener or Listener()
-        self.writer = CheckpointWriter(folder / "checkpoints", config, upload=upload)
+    def __post_init__(self) -> None:
+        config, shards, process = self.config, self.shards, self.process
+        self.writer = CheckpointWriter(self.folder / "checkpoints", config, upload=self.upload)
         self.model = _new_network(config, shards.info.num_classes, process.device)
         self.normalize = Normalize.of(self.model.encoder)
-        self.wrapped = _distribute(self.model, process)
+        self.wrapped: torch.nn.Module = self.model
+        if process.world_size > 1:
+            devices = [process.device] if process.device.type == "cuda" else None
+            # Every parameter takes part in every step: a label type that a rank's batch lacks leaves zeros with a
+            # graph. No step reads buffers; the ranks share them before the network is measured.
+            known = inspect.signature(DistributedDataParallel).parameters
+            sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+            options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, sync: False}
+            self.wrapped = DistributedDataParallel(self.model, **options)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
         self.supervision = supervision_of(config, shards)
-        self.loader = _train_loader(config, shards, process, self.supervision)
+        settings = TrainLoaderSettings(
+            split=config.data.train_split,
+            batch_size=config.train.batch_size,
+            crop_size=config.data.crop_size,
+            crop_scale=config.data.crop_scale,
+            flip=config.data.flip,
+            seed=config.train.seed,
+            shuffle_buffer=config.data.shuffle_buffer,
+            on_error=config.data.on_error,
+        )
+        self.loader = TrainLoader(
+            shards,
+            settings,
+            supervision=self.supervision,
+            rank=process.rank,
+            world_size=process.world_size,
+            workers=config.data.workers,
+            pin_memory=process.device.type == "cuda",
+        )
         self.state = TrainState(
             epoch=0,
             step=0,
@@ -106,8 +115,8 @@ class Trainer:
     def resume(self) -> bool:
         """Continues from the run's last whole checkpoint, if it has one.
 
-        Rates, momentum and decay are those of this trainer's configuration. The number of ranks may differ; the
-        training then continues correctly, but not to the bit.
+        Rates, momentum and decay are those of the configuration. With another number of ranks the training continues
+        correctly, but not to the bit.
 
         Raises:
             CheckpointError: the checkpoint has other classes, other data, or another network.
@@ -116,9 +125,27 @@ class Trainer:
         if path is None:
             return False
         checkpoint = load_checkpoint(path)
-        _check_resumable(checkpoint, self.state, self.shards)
-        _restore(self.model, self.optimizer, checkpoint)
-        self.state = replace(checkpoint.state, world_size=self.process.world_size)
+        saved, data, location = checkpoint.state, self.state.data_fingerprint, self.shards.location
+        check_classes(saved, self.state.classes, data=location)
+        if saved.data_fingerprint != data:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained on other data (fingerprint {saved.data_fingerprint[:12]}) than is in "
+                f"{location} ({data[:12]}); resume with the same shards, or start a new run"
+            )
+        groups = self.optimizer.param_groups
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        try:
+            self.model.load_state_dict(checkpoint.model)
+            self.optimizer.load_state_dict(checkpoint.optimizer)
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit the network that the settings describe ({reason}); resume without "
+                "--set of model.* and cvlr.* fields, or start a new run"
+            ) from None
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)
+        self.state = replace(saved, world_size=self.process.world_size)
         return True
 
     def fit(
@@ -128,16 +155,13 @@ class Trainer:
         notice: Callable[[], str] = lambda: "",
         until: int | None = None,
     ) -> TrainState:
-        """Trains to the last epoch.
+        """Trains to the last epoch; returns the final state.
 
         Args:
             report: called on every rank after each epoch, with its figures and, as `epoch`, its number from 1.
             notice: called on every rank at each logged step; says why the training may be stopped soon, the same on
                 all ranks, or "". While it says something, each such step ends with a checkpoint.
             until: stops after this many epochs; the schedule remains that of all of them.
-
-        Returns:
-            The final state.
 
         Raises:
             NonFiniteLossError: names step, rank and loss parts.
@@ -161,10 +185,7 @@ class Trainer:
         return self.state
 
     def try_steps(self, steps: int) -> Iterator[float]:
-        """Takes optimizer steps with pseudo labels, for measurements: nothing is logged or saved.
-
-        Args:
-            steps: how many at most; the epoch may have fewer.
+        """Takes up to `steps` optimizer steps with pseudo labels, for measurements: nothing is logged or saved.
 
         Yields:
             Seconds of each step, without the wait for its batch.
@@ -198,7 +219,7 @@ class Trainer:
             for name, value in parts.items():
                 sums[name] += value
             done, seconds = step + 1, time.perf_counter() - begun
-            self.listener.step(StepReport(done=done, parts=parts, rate=rate, waited=wait, seconds=seconds))
+            self.listener.step(done, parts, rate=rate, waited=wait, seconds=seconds)
             warning = notice() if done % settings.log_every == 0 else ""
             due = warning or (settings.checkpoint_every and done % settings.checkpoint_every == 0)
             if due and done < end:  # the epoch saves at its end
@@ -211,7 +232,12 @@ class Trainer:
         images = settings.batch_size * (end - first)
         # The losses are those of all ranks and of the whole epoch; the clock knows the steps that were taken here.
         metrics = {loss_key(name, "epoch_"): value / self.loader.steps_per_epoch for name, value in sums.items()}
-        metrics |= _speed(sum_over_ranks(own, self.process), images * self.process.world_size)
+        waited, seconds, skipped = sum_over_ranks(own, self.process).tolist()
+        metrics |= {
+            "speed/images_per_second": images * self.process.world_size / seconds,
+            "speed/data_wait_fraction": waited / seconds,
+            "speed/skipped_samples": skipped,
+        }
         self.listener.end(step=end, images=(end - first) * self.loader.share)
         return metrics
 
@@ -223,11 +249,10 @@ class Trainer:
             self.listener.notice(warning, step=done)
 
     def _save(self) -> None:
+        self.listener.at("saving", self.state.step)
         if self.process.is_main:
-            self.listener.alive()
-            state = self.listener.remember(self.state)
+            state = self.listener.checkpoint(self.state)
             self.writer.save(state, model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
-            self.listener.checkpoint(state)
 
     def _step(self, batch: Batch, step: int, *, pretraining: bool) -> dict[str, float]:
         """One optimizer step; returns the loss and its parts, averaged over accumulation steps and ranks."""
@@ -236,11 +261,14 @@ class Trainer:
         scale = self.process.world_size / self.config.train.batch_size
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
-        for index, part in enumerate(_split(batch, count)):
+        for index in range(count):
+            part = batch.part(slice(len(batch.keys) * index // count, len(batch.keys) * (index + 1) // count))
             weight = len(part.keys) * scale
             generator = step_generator(self.config.train.seed, step, self.process.rank, index)
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout and gates
-            with _synchronized(self.wrapped, index + 1 == count):
+            # Only the last part's backward pass averages the gradients over the ranks.
+            alone = index + 1 < count and isinstance(self.wrapped, DistributedDataParallel)
+            with self.wrapped.no_sync() if alone else nullcontext():  # type: ignore[operator]
                 self.listener.at("going forward", step)
                 losses = self._losses(part, generator, pretraining=pretraining)
                 self.listener.at("going backward", step)
@@ -256,17 +284,14 @@ class Trainer:
         return values
 
     def _losses(self, batch: Batch, generator: torch.Generator, *, pretraining: bool) -> dict[str, Tensor]:
-        rows = find_pseudo_rows(batch)
-        moved = batch.to(self.process.device, non_blocking=True)
         with mixed_precision(self.config.train.precision, self.process.device):
             result = step_losses(
                 self.wrapped,
-                moved,
+                batch.to(self.process.device, non_blocking=True),
                 config=self.config,
                 normalize=self.normalize,
                 generator=generator,
-                pseudo_rows=rows,
-                pretraining=pretraining,
+                pseudo_rows=None if pretraining else find_pseudo_rows(batch),
             )
         return {"loss": result.total, **result.parts}
 
@@ -300,12 +325,11 @@ class Trainer:
 
         def show(masks: PseudoMask) -> None:
             if masks.sample.key in drawn:
-                self.listener.sample(masks, epoch)
+                self.listener.measured(masks, epoch)
 
         self.listener.notice(f"epoch {epoch + 1}: measuring pseudo masks")
         samples = self._samples(epoch, self.config.data.train_split, chosen)
         dense, kept = measure_pseudo_masks(inference, samples, process=self.process, show=show)
-        self.listener.measured(drawn, epoch)
         return quality_metrics("pseudo_mask", dense, self.shards.info.classes) | {
             "pseudo_mask/coverage": kept.matrix.coverage(),
             "pseudo_mask/kept_fdr": kept.matrix.mfdr(),
@@ -314,14 +338,12 @@ class Trainer:
 
     def _samples(self, epoch: int, split: str, indices: tuple[int, ...] | None = None) -> Iterator[EvalSample]:
         """This rank's share of a split's images, or of some of them."""
-        rank, world_size, on_error = self.process.rank, self.process.world_size, self.config.data.on_error
         self.listener.at("measuring", self.state.step)
-        samples = EvalLoader(
-            self.shards, split=split, indices=indices, rank=rank, world_size=world_size, on_error=on_error
-        )
+        share: dict[str, Any] = {"rank": self.process.rank, "world_size": self.process.world_size}
+        samples = EvalLoader(self.shards, split=split, indices=indices, **share, on_error=self.config.data.on_error)
         for sample in samples:
             yield sample
-            self.listener.alive()
+            self.listener.at("measuring", self.state.step)
         self.listener.at("adding up what was measured", self.state.step)
         _note_skipped(self.listener, samples.skipped, epoch)
 
@@ -341,26 +363,11 @@ class Trainer:
         self._save()
 
 
-def _speed(sums: Tensor, images: int) -> dict[str, float]:
-    """An epoch's speed from seconds of waiting, seconds in all and skipped samples, each summed over the ranks."""
-    waited, seconds, skipped = sums.tolist()
-    return {
-        "speed/images_per_second": images / seconds,
-        "speed/data_wait_fraction": waited / seconds,
-        "speed/skipped_samples": skipped,
-    }
-
-
 def _note_skipped(listener: Listener, skipped: tuple[SkippedSample, ...], epoch: int) -> None:
     for sample in skipped[:5]:
         listener.notice(f"epoch {epoch + 1}: skipped {sample.key} of {sample.shard}: {sample.reason}")
     if len(skipped) > 5:
         listener.notice(f"epoch {epoch + 1}: skipped {len(skipped) - 5} more")
-
-
-def _synchronized(wrapped: torch.nn.Module, wanted: bool) -> Any:
-    """While it lasts, gradients are averaged over the ranks, or only added up on each."""
-    return nullcontext() if wanted or not isinstance(wrapped, DistributedDataParallel) else wrapped.no_sync()
 
 
 def _average(totals: dict[str, Tensor], process: Process, step: int) -> dict[str, float]:
@@ -380,39 +387,13 @@ def _average(totals: dict[str, Tensor], process: Process, step: int) -> dict[str
 
 
 def check_batch(config: Config, world_size: int) -> None:
-    """Refuses a global batch that leaves a rank without an image in some backward pass.
-
-    Raises:
-        ValueError: the batch is smaller than ranks times accumulation steps.
-    """
+    """Raises a `ValueError` for a global batch that leaves a rank without an image in some backward pass."""
     batch, accumulation = config.train.batch_size, config.train.accumulation
     if batch // world_size < accumulation:
         raise ValueError(
             f"train.batch_size {batch} is too small for {world_size} workers times {accumulation} accumulation "
             f"steps; use {world_size * accumulation} or more, or fewer workers"
         )
-
-
-def _train_loader(config: Config, shards: ShardSet, process: Process, supervision: Supervision) -> TrainLoader:
-    settings = TrainLoaderSettings(
-        split=config.data.train_split,
-        batch_size=config.train.batch_size,
-        crop_size=config.data.crop_size,
-        crop_scale=config.data.crop_scale,
-        flip=config.data.flip,
-        seed=config.train.seed,
-        shuffle_buffer=config.data.shuffle_buffer,
-        on_error=config.data.on_error,
-    )
-    return TrainLoader(
-        shards,
-        settings,
-        supervision=supervision,
-        rank=process.rank,
-        world_size=process.world_size,
-        workers=config.data.workers,
-        pin_memory=process.device.type == "cuda",
-    )
 
 
 def _new_network(config: Config, num_classes: int, device: torch.device) -> Network:
@@ -425,46 +406,3 @@ def _new_network(config: Config, num_classes: int, device: torch.device) -> Netw
         spare_memory(speed_up(model))
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
-
-
-def _distribute(model: Network, process: Process) -> torch.nn.Module:
-    if process.world_size == 1:
-        return model
-    devices = [process.device] if process.device.type == "cuda" else None
-    # Every parameter takes part in every step: mask consistency and classification or true masks reach all of them,
-    # and a label type that a rank's batch lacks leaves zeros with a graph. No step reads buffers; the ranks share them
-    # before the network is measured.
-    known = inspect.signature(DistributedDataParallel).parameters
-    sync: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **sync)
-
-
-def _split(batch: Batch, count: int) -> Iterator[Batch]:
-    size = len(batch.keys)
-    for index in range(count):
-        yield batch.part(slice(size * index // count, size * (index + 1) // count))
-
-
-def _check_resumable(checkpoint: Checkpoint, state: TrainState, shards: ShardSet) -> None:
-    check_classes(checkpoint.state, state.classes, data=shards.location)
-    if checkpoint.state.data_fingerprint != state.data_fingerprint:
-        raise CheckpointError(
-            f"{checkpoint.path} was trained on other data (fingerprint {checkpoint.state.data_fingerprint[:12]}) than "
-            f"is in {shards.location} ({state.data_fingerprint[:12]}); resume with the same shards, or start a new run"
-        )
-
-
-def _restore(model: Network, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    """Loads weights and momentum; rates and decay stay those of the configuration, which a resumed run may change."""
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    try:
-        model.load_state_dict(checkpoint.model)
-        optimizer.load_state_dict(checkpoint.optimizer)
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(
-            f"{checkpoint.path} does not fit the network that the settings describe ({reason}); resume without --set "
-            "of model.* and cvlr.* fields, or start a new run"
-        ) from None
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        group.update(values)

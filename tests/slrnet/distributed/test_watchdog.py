@@ -89,8 +89,9 @@ def test_a_rank_that_works_is_left_alone(
     watchdog, found, told = watch(0, None, 3.0)  # seconds: a busy machine may keep this thread waiting
     for _ in range(35):
         time.sleep(0.1)
-        watchdog.alive()
+        watchdog.at("measuring", 0)
     assert not found
+    assert watchdog.position.count == 1
     assert told.wait(60)  # now that it stands still
     watchdog.close()
 

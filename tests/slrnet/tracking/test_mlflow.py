@@ -24,9 +24,8 @@ import pytest
 from PIL import Image
 
 from slrnet.tracking import mlflow as tracking
-from slrnet.tracking.location import resolve_uri
+from slrnet.tracking.location import NOTE_TAG, resolve_uri
 from slrnet.tracking.mlflow import MlflowTracker, client_of, create_run
-from slrnet.tracking.page import NOTE_TAG
 from slrnet.tracking.protocol import RunHandle, metric_key
 from slrnet.tracking.reader import metric_history, run_tags
 

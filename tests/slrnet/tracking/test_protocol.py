@@ -47,3 +47,15 @@ class TestNullTracker:
             NullTracker().log_metrics({"a!": 1.0, "a?": 2.0}, step=0)
         with pytest.raises(ValueError, match="is no key"):
             NullTracker().log_image("..", np.zeros((2, 2, 3), np.uint8), step=0)
+
+
+def test_how_to_open_hides_credentials() -> None:
+    handle = RunHandle(uri="https://me:secret@host:5000", run_id="r", experiment_id="7")
+    assert handle.how_to_open() == "https://host:5000/#/experiments/7/runs/r"
+
+
+def test_how_to_open_a_file() -> None:
+    handle = RunHandle(uri="sqlite:////data/my runs/mlflow.db", run_id="r", experiment_id="7")
+    place, command = handle.how_to_open().split(" after ")
+    assert place.startswith("http://127.0.0.1:5000/#/experiments/7/runs/r")
+    assert command == "`slrnet dashboard --storage '/data/my runs'`"

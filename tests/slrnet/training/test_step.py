@@ -152,8 +152,7 @@ def losses_of(model: nn.Module, config: Config, *, pretraining: bool, seed: int 
         config=config,
         normalize=PLAIN,
         generator=step_generator(seed),
-        pseudo_rows=find_pseudo_rows(batch),
-        pretraining=pretraining,
+        pseudo_rows=None if pretraining else find_pseudo_rows(batch),
     )
 
 
@@ -356,7 +355,6 @@ class TestKindsOfLabels:
                 normalize=PLAIN,
                 generator=step_generator(0),
                 pseudo_rows=find_pseudo_rows(of),
-                pretraining=False,
             )
             for of in (batch, batch_of(masks=(True, False)))
         )

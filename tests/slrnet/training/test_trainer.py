@@ -333,9 +333,9 @@ def test_a_listener_hears_everything_in_order(quiet: Config, tiny_data: ShardSet
     config = apply_overrides(quiet, ["train.epochs=1", "train.pretrain_epochs=0", "train.checkpoint_every=1"])
     listener = Recorder()
     fit(Trainer(config, tiny_data, process=Process(), folder=tmp_path, listener=listener))
-    saved = ["alive", "remember", "checkpoint"]
+    saved = ["saving", "checkpoint"]
     step = ["waiting for data", "going forward", "going backward", "comparing losses", "step"]
-    measured = ["notice", "measuring", *["alive"] * 5, "adding up what was measured"]
+    measured = ["notice", "measuring", *["measuring"] * 5, "adding up what was measured"]
     steps = [*step, *saved, *step]  # the second one is the last of the epoch, which saves itself
     assert listener.heard == [
         *("start", "begin", *steps, "summing up the epoch", "end"),
@@ -367,7 +367,6 @@ class TestStep:
                 normalize=reference.normalize,
                 generator=step_generator(1),
                 pseudo_rows=find_pseudo_rows(batch.part(part)),
-                pretraining=False,
             )
             (result.total * weight).backward()
         fit(trainer)

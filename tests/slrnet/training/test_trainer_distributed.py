@@ -41,7 +41,7 @@ from slrnet.evaluation.masks import evaluate_masks, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix, merge_over_ranks
 from slrnet.inference.forward import Inference
 from slrnet.launch.rank import HANG_EXIT_CODE, Report, train_rank
-from slrnet.tracking.mlflow import create_run
+from slrnet.tracking.mlflow import client_of, create_run
 from slrnet.tracking.protocol import NullTracker, RunHandle
 from slrnet.tracking.run_log import find_failure
 from slrnet.training import trainer as trainer_module
@@ -106,7 +106,10 @@ def _hanging_process(folder: Path, rank: int) -> None:
 
     trainer_module.step_losses = hang
     values = json.loads((folder / "values.json").read_text())
-    train_rank(values | {"handle": RunHandle(**values["handle"])}, current_process(torch.device("cpu")), Report())
+    handle = RunHandle(**values["handle"])
+    if rank == 0:  # importing MLflow and opening the store take seconds, in which the watchdog must not count
+        client_of(handle.uri).get_run(handle.run_id)
+    train_rank(values | {"handle": handle}, current_process(torch.device("cpu")), Report())
 
 
 def _sums(process: Process) -> dict[str, Any]:
@@ -153,7 +156,6 @@ def _gradients(config: Config, shards: ShardSet, process: Process) -> dict[str, 
         normalize=trainer.normalize,
         generator=step_generator(3),
         pseudo_rows=find_pseudo_rows(batch),
-        pretraining=False,
     )
     result.total.backward()
     found = {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.grad is not None}
@@ -350,7 +352,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_it(results: 
 
 def test_a_rank_that_hangs_ends_both_and_is_named(config: Config, tmp_path: Path) -> None:
     handle = create_run(f"sqlite:///{tmp_path / 'a.db'}", "e", "run", params={}, tags={}, resume=False)
-    values = {"config": config.model_dump(mode="json"), "folder": str(tmp_path / "run"), "hang_limit": 20.0}
+    values = {"config": config.model_dump(mode="json"), "folder": str(tmp_path / "run"), "hang_limit": 6.0}
     values |= {"location": "", "until": None}
     (tmp_path / "values.json").write_text(json.dumps(values | {"handle": asdict(handle)}))
     (waiting, hanging), printed = run_both(tmp_path, "hang")
