@@ -19,8 +19,10 @@ from slrnet.storage.remote import RemoteError, cached, copy_from, filesystem_of,
 
 __all__ = ["CONFIG", "STATE", "TRAINER", "WEIGHTS", "RunStore", "local_run", "run_folder"]
 
-WEIGHTS, TRAINER = "model.safetensors", "trainer.pt"
-"""A checkpoint's weights, and the optimizer's state."""
+WEIGHTS = "model.safetensors"
+"""A checkpoint's weights."""
+TRAINER = "trainer.pt"
+"""A checkpoint's optimizer state."""
 STATE = "state.json"
 """A checkpoint's progress and checksums; its presence says that the checkpoint is whole."""
 CONFIG = "config.json"

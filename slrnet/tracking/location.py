@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "KIND",
-    "KIND_TAG",
     "NOTE_TAG",
     "PARENT_TAG",
     "PORT",
@@ -36,10 +34,8 @@ PARENT_TAG = "mlflow.parentRunId"
 """Tag that names the run that another one belongs to."""
 NOTE_TAG = "mlflow.note.content"
 """Tag that holds a run's description, in Markdown."""
-KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
-"""Tag of an experiment with which the page shows runs and charts instead of its views for language models."""
 WORKFLOW = "workflowType=machine_learning"
-"""The same in an address."""
+"""In an address: the page shows runs and charts instead of its views for language models."""
 DESCRIBED = 2
 """Pictures in a run's description."""
 

@@ -27,16 +27,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from slrnet.tracking.location import (
-    KIND,
-    KIND_TAG,
-    NOTE_TAG,
-    PARENT_TAG,
-    SQLITE,
-    latest_pictures,
-    picture_files,
-    public,
-)
+from slrnet.tracking.location import NOTE_TAG, PARENT_TAG, SQLITE, latest_pictures, picture_files, public
 from slrnet.tracking.protocol import Picture, RunHandle, clean_key, clean_metrics
 from slrnet.tracking.provenance import package_version
 
@@ -57,6 +48,8 @@ PATIENCE = 120.0
 PENDING_LIMIT = 10_000
 """Records kept while a store does not answer."""
 
+# With this tag of an experiment the page shows runs and charts instead of its views for language models.
+_KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
 _FINAL_ERRORS = re.compile("BAD_REQUEST|INVALID_(PARAMETER_VALUE|STATE)|PERMISSION_DENIED|RESOURCE_DOES_NOT_EXIST")
 _log = logging.getLogger(__name__)
 
@@ -330,14 +323,14 @@ def _experiment(client: Any, uri: str, name: str) -> str:
         location = None
         if uri.startswith(SQLITE):
             location = Path(uri.removeprefix(SQLITE)).with_name("mlartifacts").as_uri()
-        return str(client.create_experiment(name, artifact_location=location, tags={KIND_TAG: KIND}))
+        return str(client.create_experiment(name, artifact_location=location, tags={_KIND_TAG: _KIND}))
     if experiment.lifecycle_stage != "active":
         raise ValueError(
             f"the experiment {name!r} was deleted from the tracking store; restore it with `mlflow experiments restore "
             f"--experiment-id {experiment.experiment_id}`, or set another tracking.experiment"
         )
-    if KIND_TAG not in experiment.tags:
-        client.set_experiment_tag(experiment.experiment_id, KIND_TAG, KIND)
+    if _KIND_TAG not in experiment.tags:
+        client.set_experiment_tag(experiment.experiment_id, _KIND_TAG, _KIND)
     return str(experiment.experiment_id)
 
 
