@@ -78,7 +78,7 @@ def voc_sss() -> Config:
     Paper: 72.4 % mIoU on val without CRF, 72.9 % with ResNet-101 (Table 6; `--set model.encoder=resnet101`). Not yet
     run by us. As in the paper, only the labels differ from `voc_sss_image_labels`. The thresholds are those of the
     released code, which trains 40 epochs at crop 448 and draws images with masks seven times.
-    Command: `slrnet train --recipe voc_sss --data SHARDS --num-workers 8` on 8 GPUs; shards and weights as for
+    Command: `slrnet train --recipe voc_sss --data SHARDS --num-workers 8` on 8 GPUs; all else as for
     `voc_sss_image_labels`.
     """
     return _derive(voc_sss_image_labels(), setting="sss", calibration=RELEASED_SSS_THRESHOLDS)
@@ -146,10 +146,9 @@ def voc_sss_image_labels_lite() -> Config:
     """VOC from masks and image labels on two CPU cores: `voc_wsss_lite` at crop 160, with fewer epochs and some masks.
 
     True masks train from the first step, so one epoch before pseudo labels is enough. Validation uses the masks
-    unchanged, as in `voc_sss_lite`, whose network has no class scores.
-    Command: `slrnet train --recipe voc_sss_image_labels_lite --data SHARDS --num-workers 2`, with
-    `--set data.pixel_labeled_subset=NAME` for another subset. About 19 minutes on 2 cores with 150 masks and 1,053
-    image labels. Score: see the README.
+    unchanged, as in `voc_sss_lite`. `--set data.pixel_labeled_subset=NAME` chooses another subset.
+    Command: `slrnet train --recipe voc_sss_image_labels_lite --data SHARDS --num-workers 2`. About 19 minutes on 2
+    cores with 150 masks and 1,053 image labels. Score: see the README.
     """
     return _derive(
         voc_wsss_lite(),
@@ -166,10 +165,9 @@ def voc_sss_lite() -> Config:
     """VOC from masks and unlabeled images on two CPU cores: as `voc_sss_image_labels_lite`, without image labels.
 
     The first two epochs draw only images with masks, because unlabeled ones teach nothing yet. As in the released code,
-    every epoch draws images with masks seven times.
-    Command: `slrnet train --recipe voc_sss_lite --data SHARDS --num-workers 2`. For comparison, train only on the
-    images with masks: `--set data.train_subset=NAME --set data.pixel_labeled_subset=NAME --set train.epochs=12`.
-    Hardware, minutes and score: see the README.
+    every epoch draws images with masks seven times. For comparison, train only on images with masks:
+    `--set data.train_subset=NAME --set data.pixel_labeled_subset=NAME --set train.epochs=12`.
+    Command: `slrnet train --recipe voc_sss_lite --data SHARDS --num-workers 2`. Score: see the README.
     """
     return _derive(
         voc_sss_image_labels_lite(),

@@ -137,6 +137,9 @@ class CrossViewLowRank(nn.Module):
         config: the module's settings. With method `free`, the `num_bases` atoms stand for no class, and the first codes
             are random, but the same ones each time in evaluation mode (Table 8, "w/o latent space reg."); else the
             atoms are the classes of the logits. The form `released` has only one implementation.
+
+    Attributes:
+        class_codes: an atom stands for a class; only then can codes be compared between views and with class scores.
     """
 
     def __init__(self, channels: int, config: CvlrConfig) -> None:
@@ -146,13 +149,9 @@ class CrossViewLowRank(nn.Module):
         self.temperature = config.temperature
         self.form = config.form
         self.centered = config.centered
-        self.num_bases = config.num_bases if config.method == "free" else None
+        self.num_bases = config.num_bases
+        self.class_codes = config.method in ("cvlr", "separate")
         self.implementation = config.implementation
-
-    @property
-    def class_codes(self) -> bool:
-        """Whether an atom stands for a class; only then can codes be compared between views and with class scores."""
-        return self.num_bases is None
 
     def forward(self, features: Sequence[Tensor], logits: Sequence[Tensor]) -> LowRankViews:
         """Factorizes the features of all views together.
@@ -160,7 +159,7 @@ class CrossViewLowRank(nn.Module):
         Args:
             features: per view (N, C, h, w); views may differ in size.
             logits: per view (N, k, h, w), the auxiliary head's logits Z, whose softmax gives the first codes; ignored
-                with `num_bases`.
+                where atoms stand for no class.
 
         Returns:
             Low-rank feature maps and codes per view, of the sizes that came in, in float32 (CVLR does not run under
@@ -173,7 +172,7 @@ class CrossViewLowRank(nn.Module):
         return LowRankViews(_to_maps(low_rank, features), _to_maps(codes, features), dictionary)
 
     def _paper(self, positions: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        if self.num_bases is None:
+        if self.class_codes:
             first = torch.cat(logits, dim=2).softmax(dim=1)  # (N, k, P)
         else:
             shape = (len(positions), self.num_bases, positions.shape[2])

@@ -20,12 +20,12 @@ __all__ = ["ASPP", "GlobalCueInjection", "MaskHead", "SkipFusion", "StochasticGa
 BATCH_NORM_MOMENTUM = 0.05
 
 
-def conv_norm(inputs: int, outputs: int, kernel: int, *, dilation: int = 1) -> nn.Sequential:
+def conv_norm(inputs: int, outputs: int, kernel: int, *, dilation: int = 1, affine: bool = True) -> nn.Sequential:
     """A size-keeping convolution without bias, and batch norm."""
     padding = dilation * (kernel // 2)
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, padding=padding, dilation=dilation, bias=False),
-        nn.BatchNorm2d(outputs, momentum=BATCH_NORM_MOMENTUM),
+        nn.BatchNorm2d(outputs, momentum=BATCH_NORM_MOMENTUM, affine=affine),
     )
 
 
@@ -98,10 +98,7 @@ class GlobalCueInjection(nn.Module):
     def __init__(self, skip_channels: int, *, dim: int) -> None:
         super().__init__()
         self.describe = conv_norm(dim, 2 * dim, 1)
-        self.shallow = nn.Sequential(
-            nn.Conv2d(skip_channels, dim, 1, bias=False),
-            nn.BatchNorm2d(dim, momentum=BATCH_NORM_MOMENTUM, affine=False),
-        )
+        self.shallow = conv_norm(skip_channels, dim, 1, affine=False)
         self.project = conv_norm_relu(dim, dim, 1)
 
     def forward(self, skip: Tensor, deep: Tensor) -> Tensor:

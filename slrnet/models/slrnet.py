@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from slrnet.config import Config, ModelConfig
+from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.encoders import Encoder, build_encoder
 from slrnet.models.heads import AuxiliaryHead, class_scores
-from slrnet.models.low_rank import LowRankModule, build_low_rank
+from slrnet.models.low_rank import build_low_rank
 from slrnet.models.network import Network, Outputs
 from slrnet.ops.maps import class_probs
 
@@ -40,7 +41,7 @@ class SLRNet(Network):
         config: ModelConfig,
         *,
         num_classes: int,
-        cvlr: LowRankModule | None,
+        cvlr: CrossViewLowRank | None,
         predict_background: bool = False,
     ) -> None:
         super().__init__()

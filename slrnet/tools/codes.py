@@ -21,8 +21,7 @@ from torch import Tensor
 from slrnet.checkpoints.checkpoint import Checkpoint, restore_network
 from slrnet.inference.forward import Inference
 from slrnet.inference.predictor import rgb_array
-from slrnet.models.cvlr import LowRankViews
-from slrnet.models.low_rank import LowRankModule
+from slrnet.models.cvlr import CrossViewLowRank, LowRankViews
 from slrnet.models.network import Network, Normalize, Outputs
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import channels_last, resize
@@ -82,7 +81,7 @@ class CodeMaps:
         return {index: classes[index] for index in [0, *present[: MAX_ATOMS - 1]]}
 
 
-def low_rank_module(model: Network) -> LowRankModule:
+def low_rank_module(model: Network) -> CrossViewLowRank:
     """Returns a network's low-rank module; raises ValueError if the network is no SLRNet or has none."""
     if not isinstance(model, SLRNet):
         raise ValueError(f"the network is a {type(model).__name__}, which has no codes; name a checkpoint of SLRNet")
@@ -92,7 +91,7 @@ def low_rank_module(model: Network) -> LowRankModule:
 
 
 @contextmanager
-def iterations(module: LowRankModule, num_iters: int) -> Iterator[None]:
+def iterations(module: CrossViewLowRank, num_iters: int) -> Iterator[None]:
     """Lets a low-rank module take `num_iters` iterations, >= 1, inside the context."""
     trained, module.num_iters = module.num_iters, num_iters
     try:

@@ -19,7 +19,6 @@ from slrnet.checkpoints.checkpoint import Checkpoint, restore_model
 from slrnet.config import Config
 from slrnet.launch.evaluation import training_run
 from slrnet.models.cvlr import CrossViewLowRank
-from slrnet.models.low_rank import SeparateLowRank
 from slrnet.models.network import Network, Normalize
 from slrnet.ops.maps import resize
 from slrnet.storage.files import write_json, written_whole
@@ -45,7 +44,7 @@ class SingleView(nn.Module):
         super().__init__()
         self.model = model.eval()
         for module in model.modules():
-            if isinstance(module, (CrossViewLowRank, SeparateLowRank)):
+            if isinstance(module, CrossViewLowRank):
                 module.implementation = "auto"  # plain operators during an export
         self.normalize = Normalize.of(model.encoder)
         self.rest = config.data.crop_size % model.encoder.output_stride

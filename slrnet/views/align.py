@@ -22,9 +22,6 @@ def align_maps(maps: Sequence[Tensor], views: Sequence[View], *, size: tuple[int
     Args:
         maps: per view (N, C, h, w); an empty sequence gives an empty list.
         views: the view that each map was computed on.
-        size: (H, W) of the results.
-
-    Returns:
-        Per view (N, C, H, W).
+        size: (H, W) of the results, per view (N, C, H, W).
     """
     return [invert_view(view_maps, view, size=size) for view_maps, view in zip(maps, views, strict=bool(maps))]

@@ -46,12 +46,7 @@ def view_size(size: tuple[int, int], scale: float, *, stride: int) -> tuple[int,
         size: (H, W) in pixels.
         scale: side of the view relative to the crop, above 0.
         stride: output stride of the encoder, in pixels, at least 1.
-
-    Raises:
-        ValueError: `scale` is not a finite number above 0.
     """
-    if not (math.isfinite(scale) and scale > 0.0):
-        raise ValueError(f"scale is {scale}; a view's scale is a finite number above 0")
     if scale == 1.0:
         return size
     return _side(size[0], scale, stride), _side(size[1], scale, stride)
@@ -67,12 +62,7 @@ def _side(side: int, scale: float, stride: int) -> int:
 
 
 def apply_view(images: Tensor, view: View, *, stride: int) -> Tensor:
-    """Makes the view of a batch: resizes the images, then mirrors those that the view mirrors.
-
-    Args:
-        images: (N, C, H, W) float.
-        view: a view drawn for N images.
-        stride: output stride of the encoder, in pixels; see `view_size`.
+    """Makes the view of a batch: resizes images (N, C, H, W), then mirrors those that the view mirrors.
 
     Returns:
         (N, C, h, w) with (h, w) = `view_size((H, W), view.scale, stride=stride)`; `images` itself if nothing changes.
@@ -87,10 +77,7 @@ def invert_view(maps: Tensor, view: View, *, size: tuple[int, int]) -> Tensor:
     Args:
         maps: (N, C, h, w) float, for instance logits of the view at any stride.
         view: the view that the maps were computed on.
-        size: (H, W) of the result. Where (h, w) is already `size`, nothing is resampled.
-
-    Returns:
-        (N, C, H, W).
+        size: (H, W) of the result (N, C, H, W). Where (h, w) is already `size`, nothing is resampled.
     """
     if maps.shape[-2:] != size:
         # Codes are not channels last, and interpolation would copy maps of many channels to that layout and back.

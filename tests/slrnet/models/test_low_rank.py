@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slrnet.config import CvlrConfig
 from slrnet.models.cvlr import CrossViewLowRank
-from slrnet.models.low_rank import EMAttention, LowRankModule, build_low_rank
+from slrnet.models.low_rank import EMAttention, build_low_rank
 
 Array = npt.NDArray[np.float64]
 METHODS = ("cvlr", "separate", "free", "emau", "nmf", "vq", "cd")
@@ -26,7 +26,7 @@ def views_of(*sizes: tuple[int, int], channels: int = 6, k: int = 3) -> tuple[li
     return features, [2 * torch.randn(2, k, *size, generator=generator) for size in sizes]
 
 
-def module_of(method: Any, **options: Any) -> LowRankModule:
+def module_of(method: Any, **options: Any) -> CrossViewLowRank:
     """A module whose output projection is no longer the zero it starts from."""
     torch.manual_seed(3)
     module = build_low_rank(CvlrConfig(method=method, **OPTIONS | options), 6)
@@ -35,7 +35,7 @@ def module_of(method: Any, **options: Any) -> LowRankModule:
     return module
 
 
-def projected(module: LowRankModule, view: Tensor, n: int) -> Array:
+def projected(module: CrossViewLowRank, view: Tensor, n: int) -> Array:
     out = module.project_in(view[n].flatten(1).T).T
     return np.asarray(out.detach().double().numpy())
 

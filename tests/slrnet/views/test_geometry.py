@@ -44,12 +44,6 @@ def test_view_size_is_the_nearest_that_fits(side: int, scale: float, stride: int
     assert abs(size - scale * side) == min(abs(s - scale * side) for s in fitting)
 
 
-@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_scale_that_is_no_positive_number_is_refused(scale: float) -> None:
-    with pytest.raises(ValueError, match="finite number above 0"):
-        view_size((8, 8), scale, stride=8)
-
-
 def test_scale_one_mirrors_the_flagged_images_and_inverts_exactly() -> None:
     images = torch.rand(3, 2, 5, 4)
     view = View(1.0, torch.tensor([True, False, True]))
