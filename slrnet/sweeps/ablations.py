@@ -1,7 +1,6 @@
 """The paper's ablations as data: variants of a configuration, and the paper's numbers for them.
 
-The numbers are mIoU in percent on VOC's validation set, single-scale, without CRF (Sec. 4.6). For a plot without
-numbers in the paper there are none here.
+The numbers are mIoU in percent on VOC's validation set, single-scale, without CRF (Sec. 4.6); plots have none.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 
 from slrnet.config import ConfigError
 
-__all__ = ["ABLATIONS", "Ablation", "Variant", "choose_variants", "get_ablation"]
+__all__ = ["ABLATIONS", "Ablation", "Variant", "choose_variants"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +45,6 @@ class Ablation:
 
 def _series(key: str, values: tuple[int, ...]) -> tuple[Variant, ...]:
     return tuple(Variant(str(value), (f"{key}={value}",), x=value) for value in values)
-
-
-def _module(label: str, paper: float, *changes: str) -> Variant:
-    return Variant(label, changes, paper)
 
 
 def _views(scales: str, *, color: bool, flip: bool, paper: float) -> Variant:
@@ -100,27 +95,16 @@ ABLATIONS: dict[str, Ablation] = {
         "Low-rank modules (paper Table 8)",
         "module",
         (
-            _module("CVLR", 63.99, "cvlr.method=cvlr", "cvlr.num_iters=1"),
-            _module("- Separate dictionary", 61.24, "cvlr.method=separate", "cvlr.num_iters=1"),
-            _module("- w/o latent space reg.", 62.83, "cvlr.method=free", "cvlr.num_iters=3"),
-            _module("- w/o CVLR", 61.11, "cvlr.enabled=false"),
-            _module("EMAU", 61.76, "cvlr.method=emau", "cvlr.num_iters=3"),
-            _module("Ham.", 59.75, "cvlr.method=nmf", "cvlr.num_iters=6"),
+            Variant("CVLR", ("cvlr.method=cvlr", "cvlr.num_iters=1"), 63.99),
+            Variant("- Separate dictionary", ("cvlr.method=separate", "cvlr.num_iters=1"), 61.24),
+            Variant("- w/o latent space reg.", ("cvlr.method=free", "cvlr.num_iters=3"), 62.83),
+            Variant("- w/o CVLR", ("cvlr.enabled=false",), 61.11),
+            Variant("EMAU", ("cvlr.method=emau", "cvlr.num_iters=3"), 61.76),
+            Variant("Ham.", ("cvlr.method=nmf", "cvlr.num_iters=6"), 59.75),
         ),
     ),
 }
 """By name, as in `slrnet tune --ablation NAME`. The columns of Table 7 are read from the text of the paper."""
-
-
-def get_ablation(name: str) -> Ablation:
-    """An ablation by its name.
-
-    Raises:
-        ConfigError: there is no such ablation.
-    """
-    if name not in ABLATIONS:
-        raise ConfigError(f"unknown ablation {name!r}; known are {', '.join(ABLATIONS)}")
-    return ABLATIONS[name]
 
 
 def choose_variants(name: str, labels: Sequence[str] = ()) -> tuple[int, ...]:
@@ -128,18 +112,20 @@ def choose_variants(name: str, labels: Sequence[str] = ()) -> tuple[int, ...]:
 
     Args:
         name: the ablation's name.
-        labels: the paper's names of the variants, in any case, with or without a leading dash; none: all variants.
+        labels: the paper's names, in any case, with or without a leading dash; none: all variants.
 
     Raises:
         ConfigError: there is no such ablation or variant.
     """
-    known = [_plain_label(variant.label) for variant in get_ablation(name).variants]
+    if name not in ABLATIONS:
+        raise ConfigError(f"unknown ablation {name!r}; known are {', '.join(ABLATIONS)}")
+    known = [variant.label for variant in ABLATIONS[name].variants]
+    plain = [_plain_label(label) for label in known]
     for label in labels:
-        if _plain_label(label) not in known:
-            listed = ", ".join(repr(variant.label) for variant in get_ablation(name).variants)
-            raise ConfigError(f"ablation {name!r} has no variant {label!r}; it has {listed}")
-    wanted = {_plain_label(label) for label in labels} or set(known)
-    return tuple(index for index, label in enumerate(known) if label in wanted)
+        if _plain_label(label) not in plain:
+            raise ConfigError(f"ablation {name!r} has no variant {label!r}; it has {', '.join(map(repr, known))}")
+    wanted = {_plain_label(label) for label in labels or known}
+    return tuple(index for index, label in enumerate(plain) if label in wanted)
 
 
 def _plain_label(label: str) -> str:

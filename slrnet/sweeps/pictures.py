@@ -15,16 +15,10 @@ __all__ = ["draw_ablation", "draw_schedules", "draw_search"]
 
 
 def draw_search(trials: Sequence[Trial], metrics: Sequence[str], folder: Path, *, with_importances: bool) -> None:
-    """Draws a search with Optuna.
+    """Draws a search with Optuna; trials without the metrics are left out.
 
     `trials` shows the first metric by setting, `curves` by epoch, `front` the first two metrics against each other, and
-    `importances` the share of the first metric's variance that a setting explains.
-
-    Args:
-        trials: all trials; those without the metrics are left out.
-        metrics: the metrics that were optimized.
-        folder: where the pictures go.
-        with_importances: whether to draw importances, which need several different trials.
+    `importances` the share of the first metric's variance that a setting explains; it needs several different trials.
     """
     import matplotlib as mpl
     from optuna.importance import FanovaImportanceEvaluator
@@ -90,12 +84,8 @@ def draw_ablation(ablation: Ablation, rows: Sequence[AblationRow], metrics: Sequ
             axis.scatter(*zip(*paper, strict=True), marker="D", color="black", label="paper: mIoU on VOC val")
         if ablation.logarithmic:
             axis.set_xscale("log", base=2)
-        axis.set_xticks(
-            places,
-            [row.variant.label for row in rows],
-            rotation=0 if plotted else 30,
-            ha="center" if plotted else "right",
-        )
+        slanted = {} if plotted else {"rotation": 30, "ha": "right"}
+        axis.set_xticks(places, [row.variant.label for row in rows], **slanted)
         axis.minorticks_off()
         if ablation.chosen is not None:
             axis.axvline(ablation.chosen, color="0.6", linestyle=":", label="the paper's choice")
@@ -115,8 +105,7 @@ def _panels(count: int) -> list[Any]:
     """Panels side by side, at most three in a row."""
     from matplotlib.figure import Figure
 
-    columns = min(3, count)
-    rows = -(-count // columns)
+    columns, rows = min(3, count), -(-count // 3)
     figure = Figure(figsize=(max(7.0, 4.5 * columns), 4.2 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes[count:]:

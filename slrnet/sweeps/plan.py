@@ -21,7 +21,7 @@ from slrnet.distributed.process import Process
 from slrnet.evaluation.protocols import protocol_name
 from slrnet.launch.checks import check_run, with_absolute_paths
 from slrnet.storage.files import write_json
-from slrnet.sweeps.ablations import Variant, choose_variants, get_ablation
+from slrnet.sweeps.ablations import ABLATIONS, Variant, choose_variants
 from slrnet.sweeps.space import Domain, apply_values, check_space
 from slrnet.tracking.protocol import metric_key
 
@@ -99,7 +99,7 @@ class SweepPlan:
     @property
     def chosen_variants(self) -> tuple[Variant, ...]:
         """The ablation's variants that are run."""
-        return tuple(get_ablation(self.ablation).variants[index] for index in self.variants)
+        return tuple(ABLATIONS[self.ablation].variants[index] for index in self.variants)
 
     @property
     def folder(self) -> Path:
@@ -193,7 +193,7 @@ def describe(plan: SweepPlan) -> str:
     """Describes what the sweep will try, one line each."""
     options = plan.options
     if plan.ablation:
-        title = get_ablation(plan.ablation).title
+        title = ABLATIONS[plan.ablation].title
         lines = [f"{title}: {len(plan.variants)} variants, seeds {', '.join(map(str, plan.seeds))}"]
         lines += [f"  {variant.label}: {' '.join(variant.changes)}" for variant in plan.chosen_variants]
         return "\n".join([*lines, f"{plan.trials} trials, all trained to the end"])
@@ -211,10 +211,7 @@ def estimate(plan: SweepPlan, *, price_per_hour: float | None) -> str:
     """Times a training step in this process, and says what the whole sweep takes at most.
 
     The estimate leaves out measuring after epochs, starting up, and exchanging gradients between workers.
-
-    Args:
-        plan: the sweep.
-        price_per_hour: price of one worker's hour, in any currency; None: unknown.
+    `price_per_hour` is that of one worker, in any currency.
     """
     from slrnet.training.trainer import Trainer
 
@@ -236,15 +233,10 @@ def estimate(plan: SweepPlan, *, price_per_hour: float | None) -> str:
 
 
 def trial_config(plan: SweepPlan, values: Mapping[str, Any]) -> Config:
-    """Builds the settings of a trial.
-
-    Args:
-        plan: the sweep.
-        values: the trial's settings by key; for an ablation also the index of its `variant`.
-    """
+    """Builds a trial's configuration from its settings by key; for an ablation also the index of its `variant`."""
     config, rest = plan.config, dict(values)
     if plan.ablation:
-        config = apply_overrides(config, get_ablation(plan.ablation).variants[rest.pop("variant")].changes)
+        config = apply_overrides(config, ABLATIONS[plan.ablation].variants[rest.pop("variant")].changes)
     return apply_values(config, rest)
 
 

@@ -1,13 +1,11 @@
 """Population-based training (Jaderberg et al. 2017): the settings of trials change while they train.
 
 All members train to the same epoch. Then the worst ones take over the checkpoint and the settings of a good one, with
-the settings changed a little, and all train on. So weights are inherited, and a member's settings become a schedule.
-The decisions depend only on metrics, seed and epoch, and are on disk before anything is copied, so a killed sweep
-resumes with the same outcome.
+the settings changed a little, and all train on. The decisions depend only on metrics, seed and epoch, and are on disk
+before anything is copied, so a killed sweep resumes with the same outcome.
 
-Ray Tune's own `PopulationBasedTraining` cannot serve here. It copies the checkpoints that trials report to Tune, but
-these checkpoints belong to Ray Train's workers. `Tuner.restore` does not bring back the scheduler's state. Its
-synchronous form waits forever if the last member of a round dies. The caller decides who trains a round.
+Ray Tune's own `PopulationBasedTraining` copies the checkpoints that trials report to Tune, but these belong to Ray
+Train's workers. `Tuner.restore` does not bring back its state, and it waits forever if the last of a round dies.
 """
 
 from __future__ import annotations
@@ -114,14 +112,7 @@ def boundaries(epochs: int, *, first: int, every: int) -> tuple[int, ...]:
 
 
 def start_population(domains: Sequence[Domain], *, size: int, first: Mapping[str, Any], seed: int) -> Population:
-    """Draws a population before its first round.
-
-    Args:
-        domains: the settings to draw.
-        size: number of members.
-        first: settings of the first member; missing ones are drawn.
-        seed: seed of the draws.
-    """
+    """Draws the settings of a population before its first round; the first member has those in `first`."""
     rng = random.Random(seed)
     drawn = [{domain.key: domain.draw(rng) for domain in domains} for _ in range(size)]
     drawn[0] |= first
@@ -131,13 +122,13 @@ def start_population(domains: Sequence[Domain], *, size: int, first: Mapping[str
 def exploit(
     population: Population, domains: Sequence[Domain], *, metric: str, epoch: int, quantile: float, seed: int
 ) -> Population:
-    """Lets the worst members take over from the best ones.
+    """Lets the worst members take over from the best ones after an epoch that all have finished.
 
     Args:
-        population: members that have finished `epoch`.
+        population: the members.
         domains: the settings that may change, and their ranges.
         metric: metric to compare by; a missing value counts as the worst.
-        epoch: epoch that all have finished.
+        epoch: the epoch.
         quantile: share of the members that take over, and share from which they do; between one member and half.
         seed: the sweep's seed.
 
@@ -167,11 +158,8 @@ def train_population(
 ) -> list[Trial]:
     """Trains a population to the end, from the start or from the state in the sweep's folder.
 
-    Args:
-        plan: the sweep.
-        train_round: trains members to the end of an epoch; it need not repeat what it trained before a kill.
-        say: receives the lines to show.
-        record: called with the population whenever settings have changed.
+    `train_round` need not repeat what it trained before a kill. `say` receives the lines to show, and `record` the
+    population whenever settings have changed.
     """
     options, folder = plan.options, plan.folder
     population = Population.load(folder) or start_population(
@@ -179,7 +167,6 @@ def train_population(
     )
     assert options.grace_epochs is not None
     ends = boundaries(plan.config.train.epochs, first=options.grace_epochs, every=options.perturb_every)
-    common: dict[str, Any] = {"metric": options.metrics[0], "quantile": options.quantile, "seed": options.seed}
     for until in ends[population.rounds :]:
         if not population.copied:
             _copy_checkpoints(plan, population, ends[population.rounds - 1])
@@ -189,12 +176,14 @@ def train_population(
         errors = train_round(until, {member.index: member.values for member in population.alive})
         population = _after_round(plan, population, errors, until)
         if until != ends[-1]:
-            population = exploit(population, plan.space, epoch=until, **common)
+            goal: dict[str, Any] = {"metric": options.metrics[0], "quantile": options.quantile, "seed": options.seed}
+            population = exploit(population, plan.space, epoch=until, **goal)
             for member, change, source in population.takers(until):
-                say(
-                    f"after epoch {until} {member_name(plan, member.index)} continues with the weights of "
-                    f"{member_name(plan, source)}, with {_settings_text(change.values)}"
+                taker, giver = member_name(plan, member.index), member_name(plan, source)
+                shown = ", ".join(
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in change.values.items()
                 )
+                say(f"after epoch {until} {taker} continues with the weights of {giver}, with {shown}")
         population = replace(population, rounds=population.rounds + 1)
         population.save(folder)
     return [_trial_of(plan, member) for member in population.members]
@@ -237,21 +226,13 @@ def _copy_checkpoints(plan: SweepPlan, population: Population, epoch: int) -> No
         incoming.rename(target)
 
 
-def _settings_text(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                     for key, value in values.items())  # fmt: skip
-
-
 def _trial_of(plan: SweepPlan, member: Member) -> Trial:
     metric, planned = plan.options.metrics[0], plan.config.train.epochs
     name = member_name(plan, member.index)
     trial = trial_from_rows(name, member.values, member.rows, metric=metric, planned=planned, error=member.error)
-    schedule = tuple(
-        {
-            "epoch": change.epoch,
-            "values": dict(change.values),
-            "from": "" if change.source is None else member_name(plan, change.source),
-        }
-        for change in member.schedule
-    )
-    return replace(trial, schedule=schedule)
+    givers = ["" if change.source is None else member_name(plan, change.source) for change in member.schedule]
+    schedule = [
+        {"epoch": change.epoch, "values": dict(change.values), "from": giver}
+        for change, giver in zip(member.schedule, givers, strict=True)
+    ]
+    return replace(trial, schedule=tuple(schedule))

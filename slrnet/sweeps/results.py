@@ -12,8 +12,8 @@ from typing import Any
 from tabulate import tabulate
 
 from slrnet.config import Config
-from slrnet.storage.files import write_json, written_whole
-from slrnet.sweeps.ablations import Ablation, get_ablation
+from slrnet.storage.files import write_json, write_text
+from slrnet.sweeps.ablations import ABLATIONS, Ablation
 from slrnet.sweeps.pictures import draw_ablation, draw_schedules, draw_search
 from slrnet.sweeps.trials import (
     AblationRow,
@@ -50,10 +50,7 @@ def trial_table(trials: Sequence[Trial], metrics: Sequence[str]) -> str:
 def replay_text(trials: Sequence[Trial], replay: Mapping[str, int], metric: str) -> str:
     """Says in one line what early stopping would have saved, and whether it would have kept the best trial.
 
-    Args:
-        trials: trials that trained to the end.
-        replay: epochs that early stopping would have given each trial, by name.
-        metric: the sweep's first metric.
+    `replay` has the epochs that early stopping would have given each of the complete trials, by name.
     """
     trained, planned = sum(replay.values()), sum(trial.epochs for trial in trials if trial.name in replay)
     best = best_trial(trials, metric)
@@ -108,17 +105,17 @@ def write_results(
     record = {"trials": [asdict(trial) for trial in trials], "epochs": epochs_trained(trials)}
     write_json(folder / "trials.json", record | ({"epochs_under_asha": dict(replay)} if replay else {}))
     if best_config is not None:
-        _write_text(folder / "best_config.json", best_config.to_json())
+        write_text(folder / "best_config.json", best_config.to_json())
     if ablation:
         summary = _ablation_results(trials, metrics, folder, ablation)
     else:
         summary = _search_results(trials, metrics, folder, replay or {}, default or {})
-    _write_text(folder / "summary.md", summary)
+    write_text(folder / "summary.md", summary)
     return summary
 
 
 def _ablation_results(trials: Sequence[Trial], metrics: Sequence[str], folder: Path, name: str) -> str:
-    ablation = get_ablation(name)
+    ablation = ABLATIONS[name]
     metrics = tuple(dict.fromkeys([*metrics, "val/mfdr", "val/mfnr", "pseudo_mask/miou"]))
     rows = ablation_rows(ablation, trials, metrics)
     draw_ablation(ablation, rows, metrics, folder / name)
@@ -134,11 +131,12 @@ def _search_results(
 ) -> str:
     first, epochs, shares = metrics[0], epochs_trained(trials), importances(trials, metrics[0])
     draw_search(trials, metrics, folder, with_importances=bool(shares))
-    parts = [trial_table(trials, metrics), _default_text(trials, default, first)]
-    parts.append(
+    parts = [
+        trial_table(trials, metrics),
+        _default_text(trials, default, first),
         f"Epochs trained: {epochs['trained']:.0f} of {epochs['planned']:.0f} planned, {100 * epochs['saved']:.1f} % "
-        "saved by stopping early; failed trials are not counted.\n"
-    )
+        "saved by stopping early; failed trials are not counted.\n",
+    ]
     if trials[0].schedule:
         draw_schedules(trials, folder / "schedules")
     if replay:
@@ -164,11 +162,6 @@ def _default_text(trials: Sequence[Trial], default: Mapping[str, Any], metric: s
         f"The recipe's own settings ({own.name}) have {_percent(own.metrics[metric])} %, the best trial {best.name} "
         f"{_percent(best.metrics[metric])} %: {difference:+.2f} points, chosen on the images that measured it.\n"
     )
-
-
-def _write_text(path: Path, text: str) -> None:
-    with written_whole(path) as incoming:
-        incoming.write_text(text, encoding="utf-8")
 
 
 def _shown(value: Any) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from slrnet.checkpoints.checkpoint import find_checkpoint
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, cluster_resources
 from slrnet.launch.train import LaunchOptions, TrainingError, train_trial
-from slrnet.sweeps.ablations import get_ablation
+from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.plan import SweepOptions, SweepPlan, trial_config, write_plan
 from slrnet.sweeps.population import Population, member_name, train_population
 from slrnet.sweeps.results import write_results
@@ -191,7 +191,7 @@ class _Sweep:
                 tracker.log_text(json.dumps(list(trial.schedule), indent=2), "schedule.json")
             tracker.set_tags({"slrnet.trial_status": trial.status})
             if ablation:
-                tracker.set_tags({"slrnet.variant": get_ablation(ablation).variants[trial.values["variant"]].label})
+                tracker.set_tags({"slrnet.variant": ABLATIONS[ablation].variants[trial.values["variant"]].label})
             if status == "RUNNING":
                 tracker.finish("FAILED" if trial.status == "failed" else "FINISHED", trial.error)
         if best is not None and best.name in children:

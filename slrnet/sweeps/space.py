@@ -68,8 +68,7 @@ class Domain:
     def neighbor(self, value: Any, rng: random.Random) -> Any:
         """A value just above or below another one, within the domain.
 
-        The next choice or whole number; for `uniform` a tenth of the range away; for `loguniform` 1.2 times as much or
-        as little.
+        The next choice or whole number; a tenth of the range of `uniform` away; for `loguniform` a factor of 1.2.
         """
         up = rng.random() < 0.5
         if self.kind == "choice":
@@ -101,10 +100,8 @@ def get_space(name: str) -> tuple[Domain, ...]:
     """
     config = get_recipe(name)
     if not config.cvlr.enabled:
-        return (
-            Domain("optim.lr", "loguniform", (2e-4, 5e-3)),
-            Domain("optim.weight_decay", "loguniform", (1e-5, 1e-3)),
-        )
+        rates = {"optim.lr": (2e-4, 5e-3), "optim.weight_decay": (1e-5, 1e-3)}
+        return tuple(Domain(key, "loguniform", ends) for key, ends in rates.items())
     if config.setting == "sss":  # thresholds keep less where no image label rules a class out
         gamma = Domain("calibration.confidence_threshold", "uniform", (0.5, 0.95))
         return tuple(gamma if domain.key == gamma.key else domain for domain in DEFAULT_SPACE)
@@ -130,11 +127,9 @@ def parse_domain(text: str) -> Domain:
 
 
 def space_with(base: Iterable[Domain], texts: Iterable[str]) -> tuple[Domain, ...]:
-    """Adds the domains of the command line to a space; each replaces one of the same setting.
+    """Adds the domains of the command line to a recipe's space; each replaces one of the same setting.
 
-    Args:
-        base: the recipe's search space.
-        texts: `section.field=KIND:VALUES`, or `section.field=fixed` to leave a setting out.
+    A text is `section.field=KIND:VALUES`, or `section.field=fixed` to leave a setting out.
 
     Raises:
         ConfigError: a text cannot be read, or leaves out a setting that is not searched.
@@ -145,9 +140,9 @@ def space_with(base: Iterable[Domain], texts: Iterable[str]) -> tuple[Domain, ..
         if rest.strip() == "fixed":
             if domains.pop(key.strip(), None) is None:
                 raise ConfigError(f"{key!r} is not searched, so it is fixed already; searched are {', '.join(domains)}")
-            continue
-        domain = parse_domain(text)
-        domains[domain.key] = domain
+        else:
+            domain = parse_domain(text)
+            domains[domain.key] = domain
     return tuple(domains.values())
 
 

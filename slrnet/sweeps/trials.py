@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,27 +86,19 @@ def trial_from_rows(
     planned: int,
     error: str = "",
 ) -> Trial:
-    """Builds a trial from its metrics by epoch; a trial with an error gets no score.
+    """Builds a trial from its metrics by epoch, as from `trial_rows`; a trial with an error gets no score.
 
-    Args:
-        name: name of its MLflow run.
-        values: its settings by key.
-        rows: metrics by epoch, as from `trial_rows`.
-        metric: the sweep's first metric.
-        planned: epochs that it was to train.
-        error: why it failed; empty where it did not.
+    `metric` is the sweep's first one; the other arguments are fields of `Trial`.
     """
     epochs = max(rows, default=0)
+    trial = Trial(name=name, values=values, status="failed", epochs=epochs, metrics={}, error=error, planned=planned)
     if error:
-        return Trial(name=name, values=values, status="failed", epochs=epochs, metrics={}, error=error, planned=planned)
+        return trial
     best = max((row for _, row in sorted(rows.items())), key=lambda row: score_of(row, metric), default={})
-    return Trial(
-        name=name,
-        values=values,
+    return replace(
+        trial,
         status="finished" if epochs >= planned else "stopped early",
-        epochs=epochs,
         metrics={} if score_of(best, metric) == -math.inf else best,
-        planned=planned,
         curve=tuple(rows.get(epoch, {}).get(metric) for epoch in range(1, epochs + 1)),
     )
 
@@ -133,15 +125,10 @@ def best_trial(trials: Sequence[Trial], metric: str) -> Trial | None:
 
 
 def study_of(trials: Sequence[Trial], metrics: Sequence[str]) -> Any:
-    """An Optuna study of finished trials.
+    """An Optuna study of one or more trials that have all the metrics, its objectives, in the trials' order.
 
-    Args:
-        trials: trials that have all the metrics, at least one.
-        metrics: the study's objectives.
-
-    Returns:
-        A study with the trials in their order. Objectives and intermediate values are in percent. Numbers have a
-        logarithmic axis where they are `is_wide`; other settings are categories.
+    Objectives and intermediate values are in percent. Numbers have a logarithmic axis where they are `is_wide`; other
+    settings are categories.
     """
     import optuna
 

@@ -6,13 +6,13 @@ import pytest
 
 from slrnet.config import ConfigError, apply_overrides
 from slrnet.recipes import get_recipe
-from slrnet.sweeps.ablations import ABLATIONS, get_ablation
+from slrnet.sweeps.ablations import ABLATIONS, choose_variants
 
 
 @pytest.mark.parametrize("recipe", ["voc_wsss", "voc_wsss_lite"])
 @pytest.mark.parametrize("name", list(ABLATIONS))
 def test_variants_are_valid_and_differ(name: str, recipe: str) -> None:
-    variants = get_ablation(name).variants
+    variants = ABLATIONS[name].variants
     configs = [apply_overrides(get_recipe(recipe), variant.changes).to_json() for variant in variants]
     assert len(set(configs)) == len(variants) >= 3
     assert len({variant.label for variant in variants}) == len(variants)
@@ -34,4 +34,4 @@ def test_tables_carry_the_papers_figures_and_plots_an_axis() -> None:
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"unknown ablation 'fig5'; known are fig4, "):
-        get_ablation("fig5")
+        choose_variants("fig5")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from slrnet.config import load_config
 from slrnet.recipes import get_recipe
-from slrnet.sweeps.ablations import get_ablation
+from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.results import ablation_table, replay_text, trial_table, write_results
 from slrnet.sweeps.trials import Trial, ablation_rows, trial_from_rows
 
@@ -44,7 +44,7 @@ def ablation_trials() -> list[Trial]:
 
 
 def test_seeds_are_put_together() -> None:
-    ablation = get_ablation("fig4-right")
+    ablation = ABLATIONS["fig4-right"]
     rows = ablation_rows(ablation, ablation_trials(), ["val/miou"])
     assert [(row.variant.label, row.seeds) for row in rows] == [("MVMC", 2), ("KL Div.", 1), ("CPS", 0)]
     assert rows[0].means["val/miou"] == pytest.approx(0.55)
@@ -58,8 +58,8 @@ def test_seeds_are_put_together() -> None:
 def test_the_papers_figures_stand_beside() -> None:
     """Of the variants that were run."""
     failed = trial("e", {"variant": 4, "train.seed": 0}, "failed")
-    rows = ablation_rows(get_ablation("table8"), [failed], ["val/miou"])
-    assert "| EMAU | 61.76 | - | 0 |" in ablation_table(get_ablation("table8"), rows, ["val/miou"])
+    rows = ablation_rows(ABLATIONS["table8"], [failed], ["val/miou"])
+    assert "| EMAU | 61.76 | - | 0 |" in ablation_table(ABLATIONS["table8"], rows, ["val/miou"])
     assert [row.variant.label for row in rows] == ["EMAU"]
 
 
