@@ -62,12 +62,7 @@ class EvaluationTarget:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, shards: ShardSet, device: torch.device | str | None = None) -> EvaluationTarget:
-        """Restores the network.
-
-        Args:
-            checkpoint: the checkpoint to examine.
-            shards: the data set.
-            device: the network's device; None for a GPU if there is one.
+        """Restores the network on a device; None for a GPU if there is one.
 
         Raises:
             CheckpointError: the checkpoint has other classes than the data set.
@@ -94,12 +89,7 @@ class Bins:
         self._confidence = np.zeros(NUM_BINS)
 
     def update(self, confidence: Tensor, right: Tensor) -> None:
-        """Adds pixels.
-
-        Args:
-            confidence: (n,) in [0, 1].
-            right: (n,) bool, whether the pixel's class is the true one.
-        """
+        """Adds pixels: their confidence (n,) in [0, 1], and whether their class is the true one, (n,) bool."""
         values = confidence.double().cpu().numpy()
         places = np.clip((values * NUM_BINS).astype(np.int64), 0, NUM_BINS - 1)
         self.pixels += np.bincount(places, minlength=NUM_BINS)
@@ -222,12 +212,9 @@ def examine(target: EvaluationTarget, split: str, *, at_most: int | None = None)
 
 
 def choose_by_iou(scores: Sequence[ImageScore], number: int, *, hardest: bool) -> list[ImageScore]:
-    """Chooses the images with the highest mIoU, or the lowest; no class comes again before every class has come once.
+    """Chooses up to `number` images with the highest mIoU, or the lowest with `hardest`.
 
-    Args:
-        scores: scores of a split's images; images without true foreground are skipped.
-        number: largest number of images.
-        hardest: whether to choose the lowest.
+    No class comes again before every class has come once. Images without true foreground are skipped.
     """
     known = [score for score in scores if score.main_class and not np.isnan(score.miou)]
     ranked = sorted(known, key=lambda score: (score.miou if hardest else -score.miou, score.key))
@@ -246,15 +233,14 @@ def read_examples(target: EvaluationTarget, split: str, scores: Sequence[ImageSc
     Raises:
         DataError: an image is damaged.
     """
-    by_index = {score.index: score for score in scores}
-    indices = sorted(by_index)
+    mious = {score.index: score.miou for score in scores}
+    indices = sorted(mious)
     examples: dict[str, Example] = {}
     for index, sample in zip(indices, EvalLoader(target.shards, split=split, indices=indices), strict=True):
         assert sample.pixel_labels is not None
         mask = target.predict(sample).argmax(dim=0).numpy().astype(np.uint8)
         pixels = sample.image.permute(1, 2, 0).contiguous().numpy()
-        truth, miou = sample.pixel_labels.numpy(), by_index[index].miou
-        examples[sample.key] = Example(sample.key, pixels, mask, truth, miou)
+        examples[sample.key] = Example(sample.key, pixels, mask, sample.pixel_labels.numpy(), mious[index])
     return [examples[score.key] for score in scores]
 
 
@@ -267,11 +253,7 @@ def measured_images(target: EvaluationTarget) -> list[int]:
 def sweep_gamma(target: EvaluationTarget, *, at_most: int | None = None) -> GammaSweep:
     """Thresholds the refined masks of the run's measured training images with many values of gamma.
 
-    Background threshold and floor stay the run's own.
-
-    Args:
-        target: the network and the data.
-        at_most: largest number of images, the first ones; None for all that the run measures.
+    Background threshold and floor stay the run's own. `at_most` takes the first images; None for all.
 
     Raises:
         DataError: no training image has a mask to compare with, or one is damaged.
@@ -292,14 +274,8 @@ def sweep_gamma(target: EvaluationTarget, *, at_most: int | None = None) -> Gamm
     counts = torch.stack([matrix.counts for matrix in matrices])  # (gammas, true, predicted)
     right = counts.diagonal(dim1=1, dim2=2)[:, 1:].sum(dim=1)
     labeled, true = counts[:, :, 1:-1].sum(dim=(1, 2)), counts[:, 1:].sum(dim=(1, 2))
-    return GammaSweep(
-        pseudo_mask_protocol(config),
-        len(chosen),
-        gammas,
-        tuple((right / labeled).tolist()),
-        tuple((right / true).tolist()),
-        confidence,
-    )
+    fidelity, completeness = (tuple((right / total).tolist()) for total in (labeled, true))
+    return GammaSweep(pseudo_mask_protocol(config), len(chosen), gammas, fidelity, completeness, confidence)
 
 
 def _count_sample(
@@ -315,11 +291,7 @@ def _count_sample(
     best = to_class_ids(channel[None], classes)[0]
     foreground = (truth != IGNORE_INDEX) & (best > 0)
     confidence.update(share[foreground], (best == truth)[foreground])
+    background, floor = config.calibration.background_threshold, config.calibration.floor
     for gamma, matrix in matrices.items():
-        labels = threshold(
-            probs,
-            confidence_threshold=gamma,
-            background_threshold=config.calibration.background_threshold,
-            floor=config.calibration.floor,
-        )
+        labels = threshold(probs, confidence_threshold=gamma, background_threshold=background, floor=floor)
         matrix.update(to_class_ids(labels, classes)[0], truth)

@@ -66,12 +66,9 @@ class PseudoMask:
 
 
 def evaluate_masks(inference: Inference, samples: Iterable[EvalSample], *, process: Process) -> Quality:
-    """Compares masks predicted with the protocol `ss` with true ones, over all ranks.
+    """Compares masks predicted with the protocol `ss` with true ones, over all ranks, which must all make this call.
 
-    Args:
-        inference: the network and its settings.
-        samples: this rank's share of the images; those without a mask are skipped.
-        process: this rank; every rank must make this call.
+    `samples` are this rank's share of the images; those without a mask are skipped.
     """
     labeled = (sample for sample in samples if sample.pixel_labels is not None)
     masks = ((sample, gated_probs(inference, sample).argmax(dim=0).cpu()) for sample in labeled)

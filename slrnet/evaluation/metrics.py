@@ -26,11 +26,7 @@ class ConfusionMatrix:
         self.counts = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Adds pixels.
-
-        Args:
-            predictions: integer class ids of any shape, 255 for undecided.
-            targets: true class ids of the same shape, 255 for void.
+        """Adds pixels: class ids of any shape, 255 for undecided, and true ids of the same shape, 255 for void.
 
         Raises:
             ValueError: the shapes differ, or an id is neither below K nor 255.

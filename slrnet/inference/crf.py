@@ -41,15 +41,12 @@ def require_crf() -> None:
 
 
 def dense_crf(image: npt.NDArray[np.uint8], probs: npt.NDArray[np.float32], config: CrfConfig) -> npt.NDArray[Any]:
-    """Refines the masks of one image.
+    """Refines the probabilities of one image.
 
     Args:
         image: (H, W, 3) uint8.
-        probs: (K, H, W) float32 in [0, 1]; a class that is 0 everywhere cannot come back.
+        probs: (K, H, W) float32 in [0, 1], as the result; a class that is 0 everywhere cannot come back.
         config: the CRF's kernels and iterations.
-
-    Returns:
-        (K, H, W) float32 probabilities.
 
     Raises:
         ValueError: the extra is missing, or the sizes differ.
@@ -69,12 +66,8 @@ def dense_crf(image: npt.NDArray[np.uint8], probs: npt.NDArray[np.float32], conf
     energy = -np.log(np.clip(probs[possible], PROBABILITY_FLOOR, 1))
     field.setUnaryEnergy(np.ascontiguousarray(energy.reshape(len(possible), -1), dtype=np.float32))
     field.addPairwiseGaussian(sxy=config.smooth_xy, compat=config.smooth_weight)
-    field.addPairwiseBilateral(
-        sxy=config.appearance_xy,
-        srgb=config.appearance_rgb,
-        rgbim=np.ascontiguousarray(image),
-        compat=config.appearance_weight,
-    )
+    colors, spread = np.ascontiguousarray(image), {"sxy": config.appearance_xy, "srgb": config.appearance_rgb}
+    field.addPairwiseBilateral(rgbim=colors, compat=config.appearance_weight, **spread)
     refined[possible] = np.array(field.inference(config.num_iters)).reshape(len(possible), height, width)
     return refined
 
@@ -82,12 +75,9 @@ def dense_crf(image: npt.NDArray[np.uint8], probs: npt.NDArray[np.float32], conf
 def crf_masks(
     items: Iterable[tuple[Key, npt.NDArray[np.uint8], npt.NDArray[np.float32]]], config: CrfConfig, *, processes: int
 ) -> Iterator[tuple[Key, npt.NDArray[np.uint8], npt.NDArray[np.float32]]]:
-    """Refines the masks of many images in helper processes, while the caller prepares the next images.
+    """Refines the masks of many images in one or more helper processes, while the caller prepares the next images.
 
-    Args:
-        items: per image a key that comes back with the mask, the image, and its probabilities (see `dense_crf`).
-        config: the CRF's kernels and iterations.
-        processes: number of helper processes, >= 1.
+    `items` has per image a key that comes back with the mask, the image, and its probabilities (see `dense_crf`).
 
     Yields:
         Key, (H, W) uint8 class ids and the (H, W) float32 probability of each pixel's class, in the order of the items.

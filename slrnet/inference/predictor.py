@@ -78,14 +78,7 @@ class Predictor:
         return self.predict_batch([image])[0]
 
     def predict_batch(self, images: Sequence[Image.Image | npt.NDArray[np.uint8]]) -> list[Prediction]:
-        """Predicts images; those of one size go through the network together.
-
-        Args:
-            images: the images, as in `__call__`.
-
-        Raises:
-            ValueError: an array has another shape or type.
-        """
+        """Predicts images, as `__call__` does; those of one size go through the network together."""
         pixels = [rgb_array(image) for image in images]
         predictions: dict[int, Prediction] = {}
         for size in dict.fromkeys(image.shape for image in pixels):

@@ -19,15 +19,10 @@ Maps = npt.NDArray[np.float32]
 
 
 def tile_starts(length: int, *, tile: int, overlap: int) -> tuple[int, ...]:
-    """Places tiles along a side of an image: as few as possible, evenly spread.
+    """Places tiles along a side of `length` pixels: as few as possible, evenly spread.
 
-    Args:
-        length: length of the side, pixels; a single tile covers a side that is no longer than it.
-        tile: side of a tile, pixels.
-        overlap: smallest number of pixels that neighbors share, below `tile`.
-
-    Returns:
-        First pixel of each tile; the last tile ends with the side.
+    Neighbors share at least `overlap` pixels, fewer than the `tile` has. Returns the first pixel of each tile; the last
+    one ends with the side.
     """
     if length <= tile:
         return (0,)
@@ -36,12 +31,9 @@ def tile_starts(length: int, *, tile: int, overlap: int) -> tuple[int, ...]:
 
 
 def fading_weights(length: int, starts: Sequence[int], *, tile: int) -> list[Maps]:
-    """Computes the weights of the tiles along a side; they sum to 1 at each pixel.
+    """Computes the weights of the tiles along a side of `length` pixels; they sum to 1 at each pixel.
 
-    Args:
-        length: length of the side, pixels.
-        starts: first pixel of each tile, ascending; neighbors may overlap by any part of a tile.
-        tile: side of a tile, pixels.
+    `starts` has the first pixel of each tile, ascending; neighbors may overlap by any part of a tile.
 
     Returns:
         Per tile (min(tile, length),) float32: 1 where no other tile is, falling linearly toward its ends elsewhere.

@@ -24,17 +24,11 @@ __all__ = [
     "with_absolute_paths",
 ]
 
-_MOST_CLASSES = 20
-"""Rows of the table of classes."""
-
 
 def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
     """Reads the settings of an earlier run: those of its last checkpoint, or the run's own before the first one.
 
-    Args:
-        storage: folder that holds the runs.
-        name: the run's name.
-        remote: location of the runs in an object store, from which the run is copied to `storage` first; empty: none.
+    With `remote`, the location of the runs in an object store, the run is copied to the folder `storage` first.
 
     Raises:
         CheckpointError: there is no such run.
@@ -47,10 +41,7 @@ def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
 
 
 def check_folder(folder: Path, *, resume: bool) -> Path | None:
-    """Checks that a run's folder is free, or with `resume` that it holds a run.
-
-    Returns:
-        The run's last checkpoint; None where there is none yet.
+    """Checks that a run's folder is free, or with `resume` that it holds a run; returns its last checkpoint, if any.
 
     Raises:
         CheckpointError: the folder is taken, or holds no run to resume; the message names the runs beside it.
@@ -87,15 +78,7 @@ def with_absolute_paths(config: Config) -> tuple[Config, ShardSet]:
 
 
 def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
-    """Checks that data and batch allow a training.
-
-    Args:
-        config: the run's settings.
-        shards: its data set.
-        world_size: number of workers, >= 1.
-
-    Returns:
-        Which labels the training sees.
+    """Checks that data and batch allow a training with one worker or more; returns which labels it sees.
 
     Raises:
         ValueError: a split or subset is missing, or the batch does not fit the workers or the data.
@@ -118,7 +101,7 @@ def class_balance_table(config: Config, shards: ShardSet, supervision: Supervisi
     samples = np.concatenate([pool.samples.array for pool in supervision.pools])
     draws = np.concatenate([np.broadcast_to(pool.draws, len(pool.samples)) for pool in supervision.pools])
     lists = ClassLists.of(shards.split(config.data.train_split), samples)
-    return table(shares(lists, draws, strength=config.data.class_balance), shards.info.classes, most=_MOST_CLASSES)
+    return table(shares(lists, draws, strength=config.data.class_balance), shards.info.classes, most=20)
 
 
 def checkpoint_bytes(config: Config, shards: ShardSet) -> int:

@@ -63,31 +63,21 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
     folder = Path(values["folder"]) if store is None else store.folder
     log = RunLog(folder, rank=process.rank)
     tracker: Tracker = MlflowTracker(handle, once=True) if process.is_main else NullTracker()
-    watchdog = Watchdog(
-        process,
-        limit=values["hang_limit"],
-        store=shared_store(process),
-        on_hang=lambda hang: _end_hang(hang, log, store),
-    )
+    limit, shared = values["hang_limit"], shared_store(process)
+    watchdog = Watchdog(process, limit=limit, store=shared, on_hang=lambda hang: _end_hang(hang, log, store))
     try:
         shards, upload = load_dataset(config.data.path), None if store is None else store.upload
-        listener = RunListener(
-            config, shards.info, process=process, folder=folder, tracker=tracker, log=log, watchdog=watchdog
-        )
+        parts: dict[str, Any] = {"tracker": tracker, "log": log, "watchdog": watchdog}
+        listener = RunListener(config, shards.info, process=process, folder=folder, **parts)
         trainer = Trainer(config, shards, process=process, folder=folder, listener=listener, upload=upload)
         trainer.resume()
         log.write("start", step=trainer.state.step, world_size=process.world_size)
         trainer.fit(report=report, notice=report.notice, until=values["until"])
         tracker.drain()
     except Exception as error:
-        position = watchdog.position
-        log.write(
-            "failure",
-            step=position.step,
-            place=position.place,
-            exception=type(error).__name__,
-            message=" ".join(str(error).split())[:2000],
-        )
+        position, message = watchdog.position, " ".join(str(error).split())[:2000]
+        cause = {"exception": type(error).__name__, "message": message}
+        log.write("failure", step=position.step, place=position.place, **cause)
         raise
     finally:
         watchdog.close()
