@@ -8,8 +8,6 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
-from slrnet.cli.exit_codes import EXIT_STATUS
-
 __all__ = [
     "add_checkpoint",
     "add_device",
@@ -24,21 +22,24 @@ __all__ = [
 ]
 
 
+_EXIT_STATUS = (
+    "Exit status: 0 when all went well, 1 when the work failed or found damage, 2 for a mistake in what you gave,\n"
+    "130 after Ctrl-C, 143 after SIGTERM."
+)
+"""What the help of every command says about its exit status."""
+
+
 def describe(
     parser: argparse.ArgumentParser,
     text: str | None,
     add_arguments: Callable[[argparse.ArgumentParser], None],
-    run: Callable[[argparse.Namespace], int] | None,
+    run: Callable[[argparse.Namespace], int | None] | None,
 ) -> None:
-    """Give a subcommand's parser its arguments, its help and its function.
+    """Give a subcommand's parser its arguments, a docstring as its help, and its function.
 
-    Args:
-        parser: the parser to fill.
-        text: the docstring that explains the subcommand.
-        add_arguments: adds the arguments.
-        run: runs the subcommand and returns the exit status; None for one that has subcommands of its own.
+    `run` returns the exit status, or None for 0; it is None for a command that has subcommands of its own.
     """
-    parser.description, parser.epilog = textwrap.dedent(f"    {text}").strip(), EXIT_STATUS
+    parser.description, parser.epilog = textwrap.dedent(f"    {text}").strip(), _EXIT_STATUS
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.set_defaults(run=run, interrupted="interrupted")
     add_arguments(parser)

@@ -70,7 +70,7 @@ def add_class_balance(parser: argparse.ArgumentParser) -> None:
     add("--limit", type=float, default=10.0, metavar="X", help="data.balance_limit, >= 1 (default: 10)")
 
 
-def class_balance(options: argparse.Namespace) -> int:
+def class_balance(options: argparse.Namespace) -> None:
     """Show how often training draws each class: `slrnet class-balance SHARDS --strength 0.5`.
 
     The table has the share of draws that each class has, should have and would have with `data.class_balance`.
@@ -84,4 +84,3 @@ def class_balance(options: argparse.Namespace) -> int:
     split = shards.split(options.split)
     lists = ClassLists.of(split, np.arange(split.num_samples))
     print(table(balance(lists, strength=options.strength, limit=options.limit), shards.info.classes))
-    return 0

@@ -71,7 +71,7 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def report(options: argparse.Namespace) -> int:
+def report(options: argparse.Namespace) -> None:
     """Write an HTML page about one run or several: `slrnet report RUN_OR_CHECKPOINT... [--out FILE.html]`.
 
     Settings, curves, scores per class, confusions, best and worst images, the way from mask to pseudo label over the
@@ -87,7 +87,6 @@ def report(options: argparse.Namespace) -> int:
     choice = {"data": options.data, "device": options.device, "images": options.images, "at_most": options.measured}
     write_text(options.out, render(runs, [measure_run(run.checkpoint, **choice) for run in runs]))
     print(f"{options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
-    return 0
 
 
 def add_figures(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +104,7 @@ def add_figures(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def figures(options: argparse.Namespace) -> int:
+def figures(options: argparse.Namespace) -> None:
     """Draw the paper's figures and tables: `slrnet figures fig2|fig3|fig5|fig7|tables CHECKPOINT... --out DIR`.
 
     fig2 draws the features before and after the low-rank module, fig3 the masks of simple and hard images, fig5 the
@@ -131,7 +130,6 @@ def figures(options: argparse.Namespace) -> int:
         paths = write_figure(options.what, options.checkpoints, options.out, **shown, **source)
     for path in paths:
         print(path)
-    return 0
 
 
 def add_codes(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +142,7 @@ def add_codes(parser: argparse.ArgumentParser) -> None:
     add("--classes", nargs="+", metavar="NAME", help="default: those that the mask holds")
 
 
-def codes(options: argparse.Namespace) -> int:
+def codes(options: argparse.Namespace) -> None:
     """Draw what the dictionary's atoms stand for: `slrnet codes CHECKPOINT IMAGE... --out DIR`.
 
     For each image, NAME.codes.png has a row for each number of iterations (`--num-iters 1 2 6`: the paper's Fig. 7)
@@ -158,7 +156,6 @@ def codes(options: argparse.Namespace) -> int:
     images, checkpoint = find_images(options.images), load_checkpoint(options.checkpoint)
     for path in write_code_maps(checkpoint, images, options.out, options.num_iters, options.classes):
         print(path)
-    return 0
 
 
 def add_app(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +167,7 @@ def add_app(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def app(options: argparse.Namespace) -> int:
+def app(options: argparse.Namespace) -> None:
     """Open a page that shows what a checkpoint sees in an image: `slrnet app [CHECKPOINT_OR_RUN]`.
 
     Drop an image: mask, class scores, code maps per class, and what T, gamma and the refinement do to the pseudo
@@ -192,7 +189,6 @@ def app(options: argparse.Namespace) -> int:
     print(f"{checkpoint.path}: http://127.0.0.1:{options.port} (Ctrl-C ends it)", flush=True)
     folder = checkpoint.path.resolve()
     serve(analyzer, name=f"{folder.parents[1].name}, {folder.name}", port=options.port)
-    return 0
 
 
 def add_dashboard(parser: argparse.ArgumentParser) -> None:

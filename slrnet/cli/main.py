@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
+from types import FrameType
 
 from slrnet.cli.arguments import describe
-from slrnet.cli.exit_codes import exit_code
 from slrnet.version import __version__
 
-__all__ = ["COMMANDS", "build_parser", "main"]
+__all__ = ["COMMANDS", "build_parser", "exit_code", "main"]
 
 COMMANDS = {
     "data": {
@@ -52,13 +53,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand.
-
-    Args:
-        arguments: the subcommand and its arguments; None: those of the process.
-
-    Returns:
-        The exit status; see `slrnet.cli.exit_codes`.
+    """Run the subcommand that the arguments name, those of the process by default; returns `exit_code`.
 
     Raises:
         SystemExit: after `--help`, and for arguments that do not parse (status 2).
@@ -67,15 +62,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complete(arguments or ())
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = build_parser(words).parse_args(words)
-    return exit_code(lambda: int(options.run(options)), interrupted=options.interrupted)
+    return exit_code(lambda: options.run(options), interrupted=options.interrupted)
+
+
+def exit_code(run: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
+    """Run a command, turn errors and signals into an exit status, and say in a line what happened.
+
+    Args:
+        run: the command's work; returns None, or a status: 1 when the work failed or found damage.
+        interrupted: the line to print after Ctrl-C or SIGTERM.
+
+    Returns:
+        What `run` returns, None as 0; 1 after a failed training, 2 after a mistake of the user (ValueError, OSError),
+        130 or 143 after a signal.
+    """
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return run() or 0
+    except KeyboardInterrupt as interruption:
+        print(interrupted, file=sys.stderr)
+        return 128 + int(*(interruption.args or (signal.SIGINT,)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        from slrnet.launch.train import TrainingError  # imports PyTorch, which takes seconds
+
+        if not isinstance(error, TrainingError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
-    """Build the parser of the command, of all subcommands only the one that is asked for.
-
-    Args:
-        words: the arguments; the first one names the subcommand.
-    """
+    """Build the parser of the command, of all subcommands only the one that the first argument names."""
     parser = argparse.ArgumentParser(
         "slrnet", usage="slrnet COMMAND ...", description=_page(), formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,3 +128,8 @@ def _complete(command: Sequence[str]) -> None:
     line = " ".join(["slrnet", *command, *typed])
     os.environ.update({"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))})
     argcomplete.autocomplete(build_parser(line.split()[1:]))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Let SIGTERM (`ray job stop`, `kill`) end a command as Ctrl-C does."""
+    raise KeyboardInterrupt(number)

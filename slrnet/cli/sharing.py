@@ -21,7 +21,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     formats.add_argument("--mlflow", metavar="NAME", help="also log the ONNX file to the training's run")
 
 
-def export(options: argparse.Namespace) -> int:
+def export(options: argparse.Namespace) -> None:
     """Write a network for other programs: `slrnet export RUN --out FOLDER`.
 
     Writes `torch.export` (network.pt2) and ONNX (network.onnx, the extra `export`) of one view: images in [0, 1] in,
@@ -43,7 +43,6 @@ def export(options: argparse.Namespace) -> int:
         served = f"; serve it: mlflow models serve -m {uri} --env-manager local"
     print(json.dumps(record["largest_difference"]))
     print(f"written to {options.out}{served}")
-    return 0
 
 
 def add_convert_weights(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +53,7 @@ def add_convert_weights(parser: argparse.ArgumentParser) -> None:
     add("--classes", metavar="A,B", help="comma-separated names, background first (default: VOC's 21)")
 
 
-def convert_weights(options: argparse.Namespace) -> int:
+def convert_weights(options: argparse.Namespace) -> None:
     """Turn a published checkpoint into one of ours: `slrnet convert-weights FILE --out DIR`.
 
     Reads the authors' checkpoints (WideResNet-38, any of the three settings) and those of 1-Stage with WideResNet-38,
@@ -70,7 +69,6 @@ def convert_weights(options: argparse.Namespace) -> int:
     folder = options.out / "checkpoints"
     path = save_checkpoint(folder, config=read.config, state=read.state, model=read.model, optimizer={})
     print(f"{len(read.model)} tensors written to {path}")
-    return 0
 
 
 def add_voc_archive(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +82,7 @@ def add_voc_archive(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-def voc_archive(options: argparse.Namespace) -> int:
+def voc_archive(options: argparse.Namespace) -> None:
     """Make the archive that VOC's evaluation server takes: `slrnet voc-archive RUN IMAGES --out FILE`.
 
     IMAGES is a folder of JPEGs, or a VOC folder's JPEGImages with `--list test.txt` for the images to predict. The
@@ -100,4 +98,3 @@ def voc_archive(options: argparse.Namespace) -> int:
     predictor = load_predictor(options.checkpoint, protocol=options.protocol, device=options.device)
     write_voc_archive(predictor, images, options.out)
     print(f"{len(images)} masks by {predictor.protocol} in {options.out}, checked: names, sizes, ids")
-    return 0

@@ -55,13 +55,13 @@ def add_train(parser: argparse.ArgumentParser, *, recipe: str = "demo") -> None:
     parser.set_defaults(default_recipe=recipe, interrupted="interrupted; continue the training with --resume NAME")
 
 
-def train(options: argparse.Namespace) -> int:
+def train(options: argparse.Namespace) -> None:
     """Train one run: `slrnet train --recipe NAME --data DIR`.
 
     On a cluster: `ray job submit --working-dir . -- python ray_jobs/train.py --recipe NAME --data DIR`. Without
     --recipe and --data it trains the embedded demo, and builds its shards first if they are missing.
     """
-    return _launch(options, _configure(options))
+    _launch(options, _configure(options))
 
 
 def add_distill(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +69,7 @@ def add_distill(parser: argparse.ArgumentParser) -> None:
     add_train(parser, recipe="voc_distill_lite")
 
 
-def distill(options: argparse.Namespace) -> int:
+def distill(options: argparse.Namespace) -> None:
     """Train DeepLabV3+ on pseudo masks: `slrnet distill --data PSEUDO`.
 
     PSEUDO is a folder that `slrnet pseudo-label --splits train` made: training images with predicted masks, and the
@@ -79,7 +79,7 @@ def distill(options: argparse.Namespace) -> int:
 
     config = _configure(options)
     print(check_distillation(config), flush=True)
-    return _launch(options, config)
+    _launch(options, config)
 
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +115,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(interrupted="interrupted; continue the sweep with --resume NAME")
 
 
-def tune(options: argparse.Namespace) -> int:
+def tune(options: argparse.Namespace) -> None:
     """Search settings, or run one of the paper's ablations.
 
         slrnet tune --recipe NAME --data DIR --num-samples 20
@@ -133,13 +133,12 @@ def tune(options: argparse.Namespace) -> int:
     print(describe(plan), flush=True)
     if options.dry_run:
         print(estimate(plan, price_per_hour=options.price_per_hour))
-        return 0
+        return
     result = run_sweep(plan, resume=bool(options.resume))
     print(f"\n{result.table}\nbest: {result.best.name}; tables and pictures: {plan.folder / 'results'}")
     if result.best_config is not None:
         print(f"train with it: slrnet train --config {result.best_config}")
     print(f"curves: {result.run.how_to_open()}")
-    return 0
 
 
 def _add_prediction(parser: argparse.ArgumentParser, *, protocol: str, gating: str | None) -> None:
@@ -163,7 +162,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_prediction(parser, protocol="ss", gating=None)
 
 
-def evaluate(options: argparse.Namespace) -> int:
+def evaluate(options: argparse.Namespace) -> None:
     """Measure a checkpoint: `slrnet evaluate --checkpoint RUN --data DIR --split val --protocol ss`.
 
     `ss` is one scale; `ms` the mean over five scales and their mirror images; `ms_crf` adds a dense CRF (the extra
@@ -189,7 +188,6 @@ def evaluate(options: argparse.Namespace) -> int:
         f"written to {out / name / 'evaluation.json'}"
     )
     print(f"MLflow: {result['mlflow'] or 'the store of the training cannot be reached, or does not have its run'}")
-    return 0
 
 
 def add_pseudo_label(parser: argparse.ArgumentParser) -> None:
@@ -247,7 +245,7 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
 
 
-def profile(options: argparse.Namespace) -> int:
+def profile(options: argparse.Namespace) -> None:
     """Show where a training step spends its time: `slrnet profile --recipe NAME --data DIR --out FOLDER`.
 
     Takes some optimizer steps in this process, on the GPU if there is one, and writes to FOLDER
@@ -270,7 +268,6 @@ def profile(options: argparse.Namespace) -> int:
     table = stage_table(profile)
     write_text(options.out / "stages.md", table + "\n")
     print(f"{table}\n\ntime line: {options.out / 'trace.json.gz'} (open it in https://ui.perfetto.dev)")
-    return 0
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
@@ -311,7 +308,7 @@ def _configure(options: argparse.Namespace) -> Config:
     return apply_overrides(config, [f"data.path={data_location(data)}", *options.set, *_tracking(options)])
 
 
-def _launch(options: argparse.Namespace, config: Config) -> int:
+def _launch(options: argparse.Namespace, config: Config) -> None:
     """Train with a configuration, and print the scores and where the results are."""
     from slrnet.launch.train import LaunchOptions, launch
     from slrnet.tracking.summary import quality_table
@@ -323,7 +320,6 @@ def _launch(options: argparse.Namespace, config: Config) -> int:
     print(f"\nbest checkpoint, epoch {result.state.epoch}: {result.best}")
     print(quality_table(result.state.metrics, result.state.classes))
     print(f"curves and pictures: {result.run.how_to_open()}")
-    return 0
 
 
 def _fields_of(kind: Any, options: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import pytest
 from data_prep.conversion import add_common_arguments, run_conversion
 from data_prep.shard_writer import Sample, verify, write_dataset
 from data_prep.workers import ConversionPool
-from slrnet.cli.exit_codes import exit_code
+from slrnet.cli.main import exit_code
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 
@@ -282,7 +282,7 @@ SLOW_WRITER = """
 import argparse, signal, sys, time
 from data_prep.conversion import add_common_arguments, run_conversion
 from data_prep.shard_writer import Sample, write_dataset
-from slrnet.cli.exit_codes import exit_code
+from slrnet.cli.main import exit_code
 from slrnet.data.catalog import voc_palette
 
 def encode(sample):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from slrnet.cli.exit_codes import exit_code
+from slrnet.cli.main import exit_code
 from slrnet.launch.train import TrainingError
 
 

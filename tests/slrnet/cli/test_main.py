@@ -49,5 +49,5 @@ def test_the_package_runs_as_a_module_and_loads_the_named_group_alone() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: slrnet predict [-h] ")
-    loaded = ["slrnet.cli.arguments", "slrnet.cli.exit_codes", "slrnet.cli.looking", "slrnet.cli.main"]
+    loaded = ["slrnet.cli.arguments", "slrnet.cli.looking", "slrnet.cli.main"]
     assert done.stdout.splitlines()[-1] == f"{loaded} False"
