@@ -4,14 +4,12 @@ The new folder has the shards of the old one, sample by sample in the same order
 predicted mask, void (255) where the confidence is below `inference.void_below`, and the sample belongs to the named
 subset `pseudo_labeled`; its image and image labels stay. KEY.json has an entry `pseudo_label`: the protocol,
 `confidence` (the share of the chosen class in a pixel's probabilities, mean over all pixels), `class_confidence` (the
-same per class of the mask) and `coverage` (share of the pixels that are not void). Other splits are copied, so the
-folder is a complete data set: you can train on one split and validate on another.
+same per class of the mask) and `coverage` (share of the pixels that are not void). Other splits are copied.
 
 True masks only serve to measure the predicted ones. A shard appears when all its samples are done, and a killed job
 continues with the missing shards. Each shard depends on its own samples only, so the folder has the same bytes however
-often the job was stopped and however many workers it ran on. (This holds for a fixed number of threads; with another
-number the network's sums may differ in their last bits.) `pseudo_labels.json` says how the masks were made and how good
-they are.
+often the job was stopped and however many workers it ran on, with the same number of threads. `pseudo_labels.json` says
+how the masks were made and how good they are.
 """
 
 from __future__ import annotations
@@ -21,11 +19,10 @@ import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -136,10 +133,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def check_distillation(config: Config) -> str:
-    """Checks that the training data of a distillation have pseudo masks, and that the extra `distill` is installed.
-
-    Args:
-        config: the run's settings.
+    """Checks that a distillation (DeepLabV3+ trained on the pseudo masks of another network) has what it needs.
 
     Returns:
         A line about the teacher and how good it is.
@@ -214,15 +208,11 @@ def _differences(earlier: _Description, job: _Description) -> str:
 def _finished(partial: Path, shard: str) -> dict[str, Any] | None:
     """The notes of a shard that is complete and undamaged; None where it has to be made."""
     try:
-        note: dict[str, Any] = json.loads(_note_path(partial / shard).read_text(encoding="utf-8"))
+        note: dict[str, Any] = json.loads((partial / WORK / f"{shard}.json").read_text(encoding="utf-8"))
         digest = sha256_of(partial / shard)
     except (OSError, ValueError):
         return None
     return note if note["sha256"] == digest else None
-
-
-def _note_path(shard: Path) -> Path:
-    return shard.parent / WORK / f"{shard.name}.json"
 
 
 def _assemble(partial: Path, shards: ShardSet, job: _Description) -> dict[str, Any]:
@@ -244,14 +234,9 @@ def _assemble(partial: Path, shards: ShardSet, job: _Description) -> dict[str, A
             columns[name] += [value for part in parts for value in part[name]]
     for leftover in partial.glob(".incoming.*"):
         leftover.unlink()
-    save_dataset(
-        partial,
-        [pa.table(columns, schema=SCHEMA)],
-        name=f"{shards.info.name}-pseudo",
-        classes=shards.info.classes,
-        palette=shards.info.palette_array(),
-        made_by=_command(job),
-    )
+    rows, name, classes = pa.table(columns, schema=SCHEMA), f"{shards.info.name}-pseudo", shards.info.classes
+    palette = shards.info.palette_array()
+    save_dataset(partial, [rows], name=name, classes=classes, palette=palette, made_by=_command(job))
     record = {"job": job, "quality": quality, "environment": environment_tags()}
     write_json(partial / RECORD, record)
     return record
@@ -300,17 +285,13 @@ def _command(job: _Description) -> str:
 # On the workers.
 
 
-@dataclass(frozen=True)
-class _Source:
+class _Source(NamedTuple):
     """A sample as the data set has it."""
 
     split: str
-    row: Mapping[str, Any]
-    """Its row of the manifest."""
-    files: dict[str, bytes]
-    """By suffix."""
-    true_mask: Tensor | None
-    """(H, W) class ids."""
+    row: Mapping[str, Any]  # of the manifest
+    files: dict[str, bytes]  # by suffix
+    true_mask: Tensor | None  # (H, W) class ids
 
 
 def _label(values: dict[str, Any], process: Process, report: Report) -> None:
@@ -352,7 +333,17 @@ def _write_shard(
                 source, mask, confidence = predicted.sample, predicted.mask, predicted.confidence
                 kept = np.where(confidence < void_below, np.uint8(IGNORE_INDEX), mask)
                 notes = {"protocol": name, "void_below": void_below, **_confidences(mask, confidence, kept, classes)}
-                _add(shard, source, encode_mask(kept, palette), {"pseudo_label": notes})
+                row = source.row
+                shard.add(
+                    key=row["key"],
+                    split=source.split,
+                    subsets=sorted({*row["subsets"], SUBSET}),
+                    size=(row["width"], row["height"]),
+                    classes=row["classes"] if row["has_image_labels"] else None,
+                    image=source.files["jpg"],
+                    mask=encode_mask(kept, palette),
+                    notes={"pseudo_label": notes},
+                )
                 before = {} if predicted.before_crf is None else {predictor.name("ms"): predicted.before_crf}
                 for protocol, labels in (before | {name: mask, f"{name}, void below {void_below:g}": kept}).items():
                     if source.true_mask is not None:
@@ -361,32 +352,16 @@ def _write_shard(
         digest = sha256_of(incoming)
     counts = {protocol: matrix.counts.tolist() for protocol, matrix in matrices.items()}
     note = {"sha256": digest, "columns": shard.columns, "counts": counts, "images": images}
-    write_json(_note_path(path), note)
+    write_json(path.parent / WORK / f"{path.name}.json", note)
     return len(shard.columns["key"])
 
 
 def _confidences(
     mask: Mask, confidence: npt.NDArray[np.float32], kept: Mask, classes: tuple[str, ...]
 ) -> dict[str, Any]:
-    return {
-        "confidence": round(float(confidence.mean(dtype=np.float64)), 4),
-        "class_confidence": {
-            classes[label]: round(float(confidence[mask == label].mean(dtype=np.float64)), 4)
-            for label in np.unique(mask)
-        },
-        "coverage": round(float((kept != IGNORE_INDEX).mean()), 4),
-    }
+    def mean(values: npt.NDArray[np.float32]) -> float:
+        return round(float(values.mean(dtype=np.float64)), 4)
 
-
-def _add(shard: ShardWriter, source: _Source, mask: bytes, notes: Mapping[str, Any]) -> None:
-    row = source.row
-    shard.add(
-        key=row["key"],
-        split=source.split,
-        subsets=sorted({*row["subsets"], SUBSET}),
-        size=(row["width"], row["height"]),
-        classes=row["classes"] if row["has_image_labels"] else None,
-        image=source.files["jpg"],
-        mask=mask,
-        notes=notes,
-    )
+    by_class = {classes[label]: mean(confidence[mask == label]) for label in np.unique(mask)}
+    coverage = round(float((kept != IGNORE_INDEX).mean()), 4)
+    return {"confidence": mean(confidence), "class_confidence": by_class, "coverage": coverage}

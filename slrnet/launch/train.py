@@ -185,8 +185,8 @@ def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
     """Runs a job other than a training, such as an evaluation, in this process or in Ray Train's workers.
 
     Args:
-        job: a module-level function; every worker calls it with `values`, its `Process` and a `Report`.
-        values: plain values; the job also gets its share of the CPU cores, as `cpus`.
+        job: a module-level function.
+        values: plain values for the job, which also gets its share of the CPU cores, as `cpus`.
         options: workers; name and storage give the folder in which Ray keeps its own state.
 
     Raises:
@@ -226,17 +226,10 @@ def _create_run(
         "slrnet.recipe": config.recipe,
         "slrnet.folder": options.location or str(folder),
     }
-    return create_run(
-        resolve_uri(config.tracking.uri, options.remote or options.storage) if parent is None else parent.uri,
-        config.tracking.experiment,
-        options.name,
-        params=config.flat(),
-        tags=tags,
-        resume=resume,
-        config_json=config.to_json(),
-        description=note,
-        parent=parent,
-    )
+    uri = resolve_uri(config.tracking.uri, options.remote or options.storage) if parent is None else parent.uri
+    texts = {"config_json": config.to_json(), "description": note}
+    experiment, params = config.tracking.experiment, config.flat()
+    return create_run(uri, experiment, options.name, params=params, tags=tags, resume=resume, parent=parent, **texts)
 
 
 def _train_tracked(
