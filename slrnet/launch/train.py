@@ -18,13 +18,7 @@ from typing import Any
 
 import torch
 
-from slrnet.checkpoints.checkpoint import (
-    MOST_AT_A_TIME,
-    TrainState,
-    find_checkpoint,
-    read_state,
-    require_free_space,
-)
+from slrnet.checkpoints.checkpoint import MOST_AT_A_TIME, TrainState, find_checkpoint, read_state, require_free_space
 from slrnet.checkpoints.run_store import CONFIG, RunStore
 from slrnet.config import Config
 from slrnet.data.manifest import ShardSet, load_dataset

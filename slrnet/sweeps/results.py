@@ -130,11 +130,7 @@ def _ablation_results(trials: Sequence[Trial], metrics: Sequence[str], folder: P
 
 
 def _search_results(
-    trials: Sequence[Trial],
-    metrics: Sequence[str],
-    folder: Path,
-    replay: Mapping[str, int],
-    default: Mapping[str, Any],
+    trials: Sequence[Trial], metrics: Sequence[str], folder: Path, replay: Mapping[str, int], default: Mapping[str, Any]
 ) -> str:
     first, epochs, shares = metrics[0], epochs_trained(trials), importances(trials, metrics[0])
     _draw_search(trials, metrics, folder, with_importances=bool(shares))
