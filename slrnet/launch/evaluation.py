@@ -48,7 +48,7 @@ def launch_evaluation(job: MaskJob, options: LaunchOptions) -> dict[str, Any]:
     """
     (split,) = job.splits
     file = options.folder / "evaluation.json"
-    job.run(_evaluate, options, record=job.describe() | {"split": split}, result=str(file))
+    job.run(_evaluate, options, described=job.describe(), split=split, result=str(file))
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     figures = {
         metric_key(split, f"{name}_{protocol}"): metrics[f"val/{name}"]
@@ -108,17 +108,18 @@ def training_run(checkpoint: Checkpoint) -> RunHandle | None:
 def _evaluate(values: dict[str, Any], process: Process, report: Report) -> None:
     predictor, shards = open_job(values, process)
     classes, on_error = shards.info.classes, predictor.inference.config.data.on_error
-    split, rank, world_size = values["record"]["split"], process.rank, process.world_size
+    split, rank, world_size = values["split"], process.rank, process.world_size
     loader = EvalLoader(shards, split=split, rank=rank, world_size=world_size, on_error=on_error)
     quality, *before = measure(predictor, loader)
     metrics = quality_metrics("val", quality, classes)
     report(metrics)
     if process.is_main:
-        results = {
+        record = {
+            "split": split,
             "images": quality.images,
             "metrics": metrics,
             "before_crf": {plain.protocol: quality_metrics("val", plain, classes) for plain in before},
             "classes": classes,
             "environment": environment_tags(),
         }
-        write_json(Path(values["result"]), values["record"] | results)
+        write_json(Path(values["result"]), values["described"] | record)

@@ -15,9 +15,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from slrnet.config import Config
 from slrnet.storage.files import write_json, write_text, written_whole
 from slrnet.sweeps.ablations import ABLATIONS, Ablation
+from slrnet.sweeps.plan import SweepPlan, trial_config
 from slrnet.sweeps.trials import (
     AblationRow,
     Trial,
@@ -85,58 +85,47 @@ def ablation_table(ablation: Ablation, rows: Sequence[AblationRow], metrics: Seq
     return f"## {ablation.title}\n\n{_markdown(head, cells)}"
 
 
-def write_results(
-    trials: Sequence[Trial],
-    metrics: Sequence[str],
-    folder: Path,
-    *,
-    ablation: str,
-    best_config: Config | None,
-    replay: Mapping[str, int] | None = None,
-    default: Mapping[str, Any] | None = None,
-) -> str:
-    """Writes a sweep's results: `trials.json`, `summary.md`, pictures, `importances.json` and `best_config.json`.
+def write_results(plan: SweepPlan, trials: Sequence[Trial], *, replay: Mapping[str, int]) -> str:
+    """Writes a sweep's results into its folder `results`, each file whole or not at all.
+
+    They are `trials.json`, `summary.md` and pictures, and for a search `importances.json` and `best_config.json`.
 
     Args:
-        trials: all trials.
-        metrics: the metrics that were optimized.
-        folder: created if missing; each file is written whole or not at all.
-        ablation: name of the ablation, or empty for a search.
-        best_config: settings of a search's best trial.
-        replay: epochs that early stopping would have given each trial, where all were trained to the end.
-        default: the recipe's own settings; the best trial is compared with the trial that has them.
+        plan: the sweep.
+        trials: all trials; at least one has the first metric.
+        replay: epochs that early stopping would have given each trial, where all were trained to the end; or empty.
 
     Returns:
         The summary, Markdown.
     """
+    folder = plan.folder / "results"
     record = {"trials": [asdict(trial) for trial in trials], "epochs": epochs_trained(trials)}
     write_json(folder / "trials.json", record | ({"epochs_under_asha": dict(replay)} if replay else {}))
-    if best_config is not None:
-        write_text(folder / "best_config.json", best_config.to_json())
-    if ablation:
-        summary = _ablation_results(trials, metrics, folder, ablation)
+    if plan.ablation:
+        summary = _ablation_results(plan, trials, folder)
     else:
-        summary = _search_results(trials, metrics, folder, replay or {}, default or {})
+        summary = _search_results(plan, trials, folder, replay)
     write_text(folder / "summary.md", summary)
     return summary
 
 
-def _ablation_results(trials: Sequence[Trial], metrics: Sequence[str], folder: Path, name: str) -> str:
-    ablation = ABLATIONS[name]
-    metrics = tuple(dict.fromkeys([*metrics, "val/mfdr", "val/mfnr", "pseudo_mask/miou"]))
+def _ablation_results(plan: SweepPlan, trials: Sequence[Trial], folder: Path) -> str:
+    ablation = ABLATIONS[plan.ablation]
+    metrics = tuple(dict.fromkeys([*plan.options.metrics, "val/mfdr", "val/mfnr", "pseudo_mask/miou"]))
     rows = ablation_rows(ablation, trials, metrics)
-    _draw_ablation(ablation, rows, metrics, folder / name)
+    _draw_ablation(ablation, rows, metrics, folder / plan.ablation)
     return ablation_table(ablation, rows, metrics) + "\n" + trial_table(trials, metrics)
 
 
-def _search_results(
-    trials: Sequence[Trial], metrics: Sequence[str], folder: Path, replay: Mapping[str, int], default: Mapping[str, Any]
-) -> str:
-    first, epochs, shares = metrics[0], epochs_trained(trials), importances(trials, metrics[0])
+def _search_results(plan: SweepPlan, trials: Sequence[Trial], folder: Path, replay: Mapping[str, int]) -> str:
+    metrics, first = plan.options.metrics, plan.options.metrics[0]
+    best, epochs, shares = best_trial(trials, first), epochs_trained(trials), importances(trials, first)
+    assert best is not None
+    write_text(folder / "best_config.json", trial_config(plan, best.values).to_json())
     _draw_search(trials, metrics, folder, with_importances=bool(shares))
     parts = [
         trial_table(trials, metrics),
-        _default_text(trials, default, first),
+        _default_text(trials, plan.recipe_point, best, first),
         f"Epochs trained: {epochs['trained']:.0f} of {epochs['planned']:.0f} planned, {100 * epochs['saved']:.1f} % "
         "saved by stopping early; failed trials are not counted.\n",
     ]
@@ -154,11 +143,10 @@ def _search_results(
     return "\n".join(part for part in parts if part)
 
 
-def _default_text(trials: Sequence[Trial], default: Mapping[str, Any], metric: str) -> str:
+def _default_text(trials: Sequence[Trial], default: Mapping[str, Any], best: Trial, metric: str) -> str:
     """Compares the best trial with the one that has the recipe's own settings; empty where none has them."""
     own = best_trial([trial for trial in trials if default and dict(trial.values) == dict(default)], metric)
-    best = best_trial(trials, metric)
-    if own is None or best is None:
+    if own is None:
         return ""
     difference = 100 * (best.metrics[metric] - own.metrics[metric])
     return (

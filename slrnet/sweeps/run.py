@@ -202,20 +202,11 @@ class _Sweep:
     def conclude(self, driver: MlflowTracker, trials: list[Trial], best: Trial) -> SweepResult:
         """Writes the results into the sweep's folder and its MLflow run."""
         plan, folder = self.plan, self.plan.folder / "results"
-        config = None if plan.ablation else trial_config(plan, best.values)
-        table = write_results(
-            trials,
-            plan.options.metrics,
-            folder,
-            ablation=plan.ablation,
-            best_config=config,
-            replay=_replay(plan, trials, self.concurrent),
-            default=plan.recipe_point,
-        )
+        table = write_results(plan, trials, replay=_replay(plan, trials, self.concurrent))
         driver.log_artifacts(folder)
         driver.log_metrics({name: value for name, value in best.metrics.items() if name.count("/") == 1}, 0)
         driver.set_tags({"slrnet.best_trial": best.name})
-        path = None if config is None else folder / "best_config.json"
+        path = None if plan.ablation else folder / "best_config.json"
         following = "" if path is None else f"\n\nNext: `slrnet train --config {path}`"
         trial_runs = [handle for handle, _ in runs_below(self.parent).values()][:_COMPARED]
         link = f"[Trials side by side, with parallel coordinates]({comparison(trial_runs)})"

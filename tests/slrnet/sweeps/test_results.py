@@ -10,16 +10,23 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from slrnet.config import load_config
+from slrnet.config import apply_overrides, load_config
 from slrnet.recipes import get_recipe
 from slrnet.sweeps.ablations import ABLATIONS
+from slrnet.sweeps.plan import SweepOptions, SweepPlan, trial_config
 from slrnet.sweeps.results import ablation_table, replay_text, trial_table, write_results
+from slrnet.sweeps.space import parse_domain
 from slrnet.sweeps.trials import Trial, ablation_rows, trial_from_rows
 
 
 def trial(name: str, values: dict[str, Any] | None = None, status: Any = "finished", **metrics: float) -> Trial:
     named = {f"val/{key}": value for key, value in metrics.items()}
     return Trial(name=name, values=values or {}, status=status, epochs=3, metrics=named)
+
+
+def plan_of(storage: Path, *metrics: str, ablation: str = "", space: Any = ()) -> SweepPlan:
+    options = SweepOptions(name="sweep", storage=storage, metrics=metrics)
+    return SweepPlan(config=get_recipe("voc_wsss_lite"), options=options, space=space, ablation=ablation, seeds=())
 
 
 def test_the_table_is_ranked_and_names_failures() -> None:
@@ -68,24 +75,25 @@ def test_a_search_leaves_files(tmp_path: Path) -> None:
         trial(str(i), {"weights.consistency": 0.5 + i, "cvlr.method": "cvlr"}, miou=i / 10, mfdr=0.5 - i / 20)
         for i in range(5)
     ]
-    config = get_recipe("voc_wsss_lite")
-    summary = write_results(trials, ["val/miou", "val/mfdr"], tmp_path / "results", ablation="", best_config=config)
-    names = {path.name for path in (tmp_path / "results").iterdir()}
+    plan = plan_of(tmp_path, "val/miou", "val/mfdr")
+    summary = write_results(plan, trials, replay={})
+    names = {path.name for path in (plan.folder / "results").iterdir()}
     pictures = {f"{name}.{suffix}" for name in ("trials", "curves", "front") for suffix in ("png", "svg")}
     assert names >= {"trials.json", "summary.md", "best_config.json", *pictures}
-    assert (tmp_path / "results" / "summary.md").read_text() == summary
+    assert (plan.folder / "results" / "summary.md").read_text() == summary
     assert "Beaten by no other trial" in summary
-    assert load_config(tmp_path / "results" / "best_config.json") == config
-    assert len(json.loads((tmp_path / "results" / "trials.json").read_text())["trials"]) == 5
-    with Image.open(tmp_path / "results" / "trials.png") as picture:
+    assert load_config(plan.folder / "results" / "best_config.json") == trial_config(plan, trials[4].values)
+    assert len(json.loads((plan.folder / "results" / "trials.json").read_text())["trials"]) == 5
+    with Image.open(plan.folder / "results" / "trials.png") as picture:
         assert min(picture.size) > 300
 
 
 @pytest.mark.parametrize("name", ["fig4-right", "fig6-right"])
 def test_an_ablation_leaves_files(name: str, tmp_path: Path) -> None:
-    write_results(ablation_trials(), ["val/miou"], tmp_path, ablation=name, best_config=None)
-    assert {path.name for path in tmp_path.iterdir()} == {"trials.json", "summary.md", f"{name}.png", f"{name}.svg"}
-    assert "±" in (tmp_path / "summary.md").read_text()
+    plan = plan_of(tmp_path, "val/miou", ablation=name)
+    assert "±" in write_results(plan, ablation_trials(), replay={})
+    files = {path.name for path in (plan.folder / "results").iterdir()}
+    assert files == {"trials.json", "summary.md", f"{name}.png", f"{name}.svg"}
 
 
 def curves(*values: list[float], planned: int = 4) -> list[Trial]:
@@ -112,20 +120,14 @@ def test_the_fate_of_the_best_trial_under_early_stopping() -> None:
 def test_a_summary_tells_of_epochs_the_recipe_early_stopping_and_schedules(tmp_path: Path) -> None:
     schedule = tuple({"epoch": epoch, "values": {"optim.lr": 1.0 / (1 + epoch)}, "from": ""} for epoch in (0, 2))
     trials = [replace(trial, schedule=schedule) for trial in curves([0.1, 0.25, 0.2], [0.1, 0.2, 0.3, 0.5])]
-    summary = write_results(
-        trials,
-        ["val/miou"],
-        tmp_path,
-        ablation="",
-        best_config=None,
-        replay={"t0": 2, "t1": 4},
-        default={"weights.consistency": 1.0},
-    )
+    plan = plan_of(tmp_path, "val/miou", space=(parse_domain("weights.consistency=loguniform:0.5:8"),))
+    plan = replace(plan, config=apply_overrides(plan.config, ["weights.consistency=1"]))
+    summary = write_results(plan, trials, replay={"t0": 2, "t1": 4})
     assert "Epochs trained: 7 of 8 planned, 12.5 % saved" in summary
     assert "(t0) have 25.00 %, the best trial t1 50.00 %: +25.00 points" in summary
     assert "6 of 7 epochs trained" in summary
-    record = json.loads((tmp_path / "trials.json").read_text())
+    record = json.loads((plan.folder / "results" / "trials.json").read_text())
     assert record["epochs"]["saved"] == 0.125
     assert record["epochs_under_asha"] == {"t0": 2, "t1": 4}
-    with Image.open(tmp_path / "schedules.png") as picture:
+    with Image.open(plan.folder / "results" / "schedules.png") as picture:
         assert min(picture.size) > 300
