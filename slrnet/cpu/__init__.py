@@ -1,9 +1,9 @@
-"""What makes convolutions, losses and crops fast on CPUs.
+"""Faster convolutions, losses and crops on CPUs.
 
-The rest of the package holds plain PyTorch and asks this room for replacements where a tensor or a network is on a CPU:
-training and prediction call `speed_up`, the cross-entropy `cross_entropy.resized_cross_entropy`, the loader
-`crop.crop_kernel`. All of them import this room when they call it, so a process that works on a GPU never does.
-`docs/performance.md` has what each replacement is worth.
+The rest of the package holds plain PyTorch. Where a network or a tensor is on a CPU, it asks this package for
+replacements: training and prediction call `speed_up`, the cross-entropy `cross_entropy.sums_and_gradients`, the loader
+`crop.crop_kernel`. They import this package only then, so processes that work on a GPU never do.
+`docs/performance.md` lists what each replacement saves.
 """
 
 from __future__ import annotations
@@ -18,18 +18,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def speed_up(model: Model) -> Model:
-    """Replaces modules of a network by ones that compute the same faster on a CPU.
+    """Replaces a network's modules in place by ones that are faster on a CPU, and returns the network.
 
     Outputs and gradients differ by rounding, about 1e-5 of the largest value. Parameters and buffers stay the same
-    objects under the same names, so state dicts and optimizers fit as before. Calling it again changes nothing.
-
-    Args:
-        model: the network; its submodules are replaced in place.
-
-    Returns:
-        The same network.
+    objects under the same names, so state dicts and optimizers still fit. A second call changes nothing.
     """
-    from slrnet.cpu.depthwise import DepthwiseConv2d  # here: readers use this room and need no convolutions
+    from slrnet.cpu.depthwise import DepthwiseConv2d  # imported here because readers need no convolutions
     from slrnet.cpu.winograd import WinogradConv2d
 
     for name, module in list(model.named_modules()):

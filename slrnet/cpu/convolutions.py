@@ -1,4 +1,4 @@
-"""What the faster convolutions share: they take over a convolution's parameters and give its numbers up to rounding."""
+"""The base class and the conditions that the faster convolutions share."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ __all__ = ["StandInConv2d", "convolution_dtype", "eager_on_cpu", "keeps_size"]
 
 
 class StandInConv2d(nn.Conv2d):
-    """A convolution with the settings and parameters of another one, for a subclass with its own `forward`."""
+    """A convolution that replaces another one and shares its settings and parameters; subclasses define `forward`."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        """Copies the attributes of a convolution; its parameters are shared, under the same names.
-
-        Args:
-            conv: the convolution that this one replaces.
-        """
+        """Takes over the attributes of `conv`; parameters keep their names."""
         nn.Module.__init__(self)
         self.__dict__.update(conv.__dict__)
 
@@ -35,13 +31,10 @@ def keeps_size(conv: nn.Conv2d) -> bool:
 
 def eager_on_cpu(input: Tensor) -> bool:
     """Whether a batch of maps is on a CPU and no compiler or exporter traces the operators."""
-    return (
-        input.device.type == "cpu"
-        and input.ndim == 4
-        and not (torch.compiler.is_compiling() or torch.compiler.is_exporting())
-    )
+    traced = torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    return input.device.type == "cpu" and input.ndim == 4 and not traced
 
 
 def convolution_dtype(input: Tensor) -> torch.dtype:
-    """The dtype that a convolution on the CPU computes in: autocast's if it is on, else the input's."""
+    """The dtype in which a convolution on the CPU computes: autocast's if it is on, otherwise the input's."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype

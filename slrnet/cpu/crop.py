@@ -1,4 +1,4 @@
-"""A box of an image, resized and mirrored, by a C kernel; `data.transforms` has the form that it must equal."""
+"""Crops, resizes and mirrors an image with a C kernel; `data.transforms` does the same with PyTorch's operators."""
 
 from __future__ import annotations
 
@@ -9,32 +9,26 @@ from collections.abc import Callable
 
 from slrnet.cpu.compiled import compiled
 
-__all__ = ["CropKernel", "available", "crop_kernel"]
+__all__ = ["CropKernel", "crop_kernel"]
 
 CropKernel = Callable[[int, int, int, int, int, int, int, int, bool, int], int]
-"""Writes a box, resized to a square (bilinear, antialiased), and mirrored left to right if need be.
+"""Writes a box of an image, resized to a square (bilinear, antialiased) and optionally mirrored left to right.
 
-It takes the address of an image of (H, W, 3) uint8, its bytes and those of a row; top, left, height and width of a box
-within it, pixels; the side of the result; whether left becomes right; and the address of the result, (S, S, 3) uint8.
-It returns 0, or another number where there is no memory for a few rows.
+Arguments: the address of an image (H, W, 3) uint8, its size in bytes and that of a row; top, left, height and width of
+the box, pixels; the side S of the result, pixels; whether to mirror; the address of the result (S, S, 3) uint8.
+Returns 0, or another number if there is no memory for a few rows.
 """
 
 _FEW = 128
-"""Crops for which a process is given no kernel."""
+"""Number of first crops of a process that PyTorch's operators make."""
 _asked = itertools.count()
 
 
-def available() -> bool:
-    """Whether the kernel can be used on this machine: an x86 processor with AVX2, and a C compiler."""
-    library = compiled("crop")
-    return library is not None and _function_of(library) is not None
-
-
 def crop_kernel() -> CropKernel | None:
-    """The kernel for the next crop; None if PyTorch's operators have to make it, or should.
+    """The kernel for the next crop; None to use PyTorch's operators, whose bytes are the same.
 
-    They make the first ones: the bytes are the same, and a process that makes few crops, or whose first batch somebody
-    waits for, saves half a second of compiling.
+    They make the first crops, so a process that makes few, or whose first batch somebody waits for, compiles nothing.
+    They make all crops without a C compiler, or on a processor that is no x86 with AVX2.
     """
     if next(_asked) < _FEW:
         return None
@@ -44,7 +38,6 @@ def crop_kernel() -> CropKernel | None:
 
 @functools.cache
 def _function_of(library: ctypes.CDLL) -> CropKernel | None:
-    """The kernel in a library; None where the processor lacks its instructions."""
     if not library.can_crop():
         return None
     function = library.crop

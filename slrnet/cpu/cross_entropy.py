@@ -1,4 +1,4 @@
-"""Cross-entropy of resized logits with its gradient, on the CPU; `ops.cross_entropy` has the form it must equal."""
+"""Cross-entropy of resized logits with its gradient in C; `ops.cross_entropy.by_operators` does the same."""
 
 from __future__ import annotations
 
@@ -11,25 +11,20 @@ from slrnet.cpu.compiled import compiled
 
 __all__ = ["sums_and_gradients"]
 
-
 _NO_MEMORY, _TOO_FAR, _NO_CLASS = 1, 2, 3
-"""What the kernel returns when it did not come to its end."""
+"""Results of the kernel if it fails."""
 
 
 def sums_and_gradients(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Sums over the pixels of weight times cross-entropy, logits being resized (bilinear, aligned corners).
+    """See `slrnet.ops.cross_entropy.sums_and_gradients`, for tensors on the CPU with sides of at least 2.
 
-    Args:
-        logits: (N, K, h, w) float32 on the CPU, h and w at least 2; channels last spares a copy.
-        labels: (N, H, W) int64 below K; H and W at least 2.
-        weights: (N, H, W) float32.
+    The results have the same bits for any number of threads. Logits that are channels last save a copy.
 
     Returns:
-        (N,) the sums, and their gradients (N, K, h, w), channels last; the same to the bit for any number of threads.
-        None without a compiler, or if a logit is not finite or 80 or more below the largest one of its pixel.
+        None without a compiler, or if a logit is not finite or is 80 or more below the largest one of its pixel.
 
     Raises:
-        IndexError: a label is not below K.
+        IndexError: a label is not 0 to K - 1.
         MemoryError: there is no memory for a few rows of the small maps.
     """
     library = compiled("cross_entropy")
@@ -44,7 +39,7 @@ def sums_and_gradients(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
     ended = library.cross_entropy(torch.get_num_threads(), *sizes, *pointers)
     if ended == _NO_MEMORY:
-        raise MemoryError("the cross-entropy's kernel got no memory for its rows; lower data.batch_size")
+        raise MemoryError("the cross-entropy kernel got no memory for its rows; lower data.batch_size")
     if ended == _NO_CLASS:
         raise IndexError(f"labels are {int(labels.min())} to {int(labels.max())}; allowed are 0 to {classes - 1}")
     if ended == _TOO_FAR:

@@ -1,12 +1,11 @@
 """3x3 convolutions for inference on CPUs by Winograd's minimal filtering, F(4x4, 3x3).
 
 Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks": a tile of 4x4 outputs takes 36 products for
-each pair of channels instead of 144, after linear transforms of the input (6x6), the filter and the output. CPU
-libraries have no such path that is fast for large maps (docs/performance.md). At dilation r a position meets only those
-whose row and column differ from its own by multiples of r, so tiles are taken at that distance.
+each pair of channels instead of 144, after linear transforms of input (6x6), filter and output. CPU libraries have no
+such path that is fast for large maps (docs/performance.md). At dilation r, the positions of a tile are r apart.
 
 Numbers differ from the direct form by rounding, about 1e-5 of the largest output. Training uses the direct form,
-because gradients need what this form does not keep.
+because gradients need values that this form does not keep.
 """
 
 from __future__ import annotations
@@ -22,63 +21,58 @@ from slrnet.cpu.few_taps import FewTapsConv2d
 __all__ = ["WinogradConv2d"]
 
 _TILE = 4
-"""Side of a tile of outputs; of inputs it is two more."""
-_INPUT = torch.tensor(
-    [
-        [4, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ],
-    dtype=torch.float64,
+"""Side of a tile of outputs; tiles of inputs have two more."""
+_INPUT = [
+    [4, 0, -5, 0, 1, 0],
+    [0, -4, -4, 1, 1, 0],
+    [0, 4, -4, -1, 1, 0],
+    [0, -2, -1, 2, 1, 0],
+    [0, 2, -1, -2, 1, 0],
+    [0, 4, 0, -5, 0, 1],
+]
+_FILTER = [
+    [1 / 4, 0, 0],
+    [-1 / 6, -1 / 6, -1 / 6],
+    [-1 / 6, 1 / 6, -1 / 6],
+    [1 / 24, 1 / 12, 1 / 6],
+    [1 / 24, -1 / 12, 1 / 6],
+    [0, 0, 1],
+]
+_OUTPUT = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+_TO_INPUT, _TO_FILTER, _TO_OUTPUT = (
+    torch.kron(*[torch.tensor(side, dtype=torch.float64)] * 2) for side in (_INPUT, _FILTER, _OUTPUT)
 )
-_FILTER = torch.tensor(
-    [[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], dtype=torch.float64
-) / torch.tensor([[24.0]], dtype=torch.float64)
-_OUTPUT = torch.tensor(
-    [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], dtype=torch.float64
-)
-_TO_INPUT, _TO_FILTER, _TO_OUTPUT = (torch.kron(side, side) for side in (_INPUT, _FILTER, _OUTPUT))
 """The transforms of whole tiles, rows and columns at once."""
 _GAIN = 2.0
-"""Least ratio of multiplications, direct form over this one, to use this one: its transforms move memory."""
+"""Least ratio of the direct form's multiplications to this form's, whose transforms also move memory."""
 _BUFFER = 2**20
-"""Values of transformed tiles to work on at a time, so that they stay in the processor's cache."""
+"""Values of transformed tiles in a part of the work, so that they stay in the processor's cache."""
 _FEW_TILES = 512
-"""Tiles to work on at a time at least, whatever their size: each part reads all filters."""
+"""Least number of tiles in a part, because each part reads all filters."""
 
 
 class WinogradConv2d(FewTapsConv2d):
-    """A 3x3 convolution that uses Winograd's form without gradients, and otherwise that of its base class.
+    """A 3x3 convolution that uses Winograd's form when no gradients are needed, and otherwise its base class's form.
 
     It keeps the transformed filters, four times the memory of the weights, until the weights change or training begins.
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
-        """Takes over the parameters of a convolution.
-
-        Args:
-            conv: the convolution; `serves` says which ones are possible.
-        """
-        super().__init__(conv)
-        self._filters: tuple[tuple[int, int], Tensor] | None = None
+    _filters: tuple[tuple[int, int], Tensor] | None = None
 
     @staticmethod
     def serves(conv: nn.Conv2d) -> bool:
-        """Whether it can take the place of a convolution: a 3x3 one of one group that keeps the map's size."""
+        """Whether this class can replace a convolution: a 3x3 one of one group that keeps the map's size."""
         return type(conv) is nn.Conv2d and keeps_size(conv) and conv.groups == 1 and tuple(conv.kernel_size) == (3, 3)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, K, H, W)."""
+        """Convolves (N, C, H, W) to (N, K, H, W)."""
         if not self._pays(input):
             return super().forward(input)
         out = _convolve(input, self._transformed(), self.dilation[0])
         return out if self.bias is None else out.add_(self.bias[:, None, None])
 
     def train(self, mode: bool = True) -> Self:
-        """Forgets the transformed filters when training begins."""
+        """Drops the transformed filters when training begins."""
         if mode:
             self._filters = None
         return super().train(mode)
@@ -94,7 +88,7 @@ class WinogradConv2d(FewTapsConv2d):
         return height * width * 9 * sources * targets >= _GAIN * own
 
     def _transformed(self) -> Tensor:
-        """(36, C, K)."""
+        """The transformed filters (36, C, K)."""
         of = (self.weight.data_ptr(), self.weight._version)
         if self._filters is None or self._filters[0] != of:
             taps = self.weight.detach().permute(2, 3, 1, 0).reshape(9, -1)
@@ -103,12 +97,12 @@ class WinogradConv2d(FewTapsConv2d):
 
 
 def _tiles(size: int, rate: int) -> int:
-    """Tiles along a side; a tile reaches over `_TILE` positions that are `rate` apart, `rate` of them interleaved."""
+    """Tiles along a side; a tile covers `_TILE` positions that are `rate` apart, and `rate` tiles interleave."""
     return -(-size // (_TILE * rate))
 
 
 def _convolve(maps: Tensor, filters: Tensor, rate: int) -> Tensor:
-    """(N, C, H, W) and (36, C, K) to (N, K, H, W), channels last."""
+    """Convolves (N, C, H, W) with transformed filters (36, C, K) to (N, K, H, W), channels last."""
     images, sources, height, width = maps.shape
     targets = filters.shape[2]
     down, across = _tiles(height, rate), _tiles(width, rate)
@@ -120,7 +114,7 @@ def _convolve(maps: Tensor, filters: Tensor, rate: int) -> Tensor:
     padded = maps.new_zeros(images, rows + 2 * rate, columns + 2 * rate, sources)
     padded[:, rate : rate + height, rate : rate + width] = maps.permute(0, 2, 3, 1)
     row, column = padded.stride(1), padded.stride(2)
-    # Input tiles, (N, down, rate, across, rate, 6, 6, C), and where their outputs belong, (N, down, ..., 4, 4, K).
+    # Input tiles (N, down, rate, across, rate, 6, 6, C), and views of their outputs (N, down, ..., 4, 4, K).
     tiles = padded.as_strided(
         (images, down, rate, across, rate, 6, 6, sources),
         (padded.stride(0), _TILE * rate * row, row, _TILE * rate * column, column, rate * row, rate * column, 1),
