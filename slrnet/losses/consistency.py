@@ -1,10 +1,9 @@
-"""Cross-view consistency of masks (paper Eq. 4) and codes (Eq. 9), with the L1 distance; and divergence of masks.
+"""Cross-view consistency of masks (paper Eq. 4) and codes (Eq. 9) in L1 distance, and the divergence of masks (Fig. 4).
 
-The divergence is what the paper compares multi-view mask calibration with (Fig. 4, right).
 All sum over unordered pairs of views. The paper's ordered pairs count each distance twice, a factor that lambda_reg can
 absorb; two views then give the released code's scale. As in that code, the mean is over images, classes and pixels.
-Where an image's labels are known, its own foreground classes are compared; where they are not, all classes are, the
-background among them (the released code leaves it out).
+If an image's labels are known, only its foreground classes are compared. Otherwise all classes are, including the
+background, which the released code leaves out.
 """
 
 from __future__ import annotations
@@ -33,13 +32,11 @@ def mask_consistency(
     Args:
         masks: per view (N, K, h, w) logits, un-warped to one size, background first.
         image_labels: (N, K - 1) multi-hot.
-        has_image_labels: (N,) bool, whether an image's labels are known; otherwise all K of its classes are compared.
-            None: all images' labels are known.
+        has_image_labels: (N,) bool, whether an image's labels are known; None: all are.
         compare: the logits themselves (paper) or their probabilities (released code).
 
     Returns:
-        (N,) sum over pairs of views of the mean over classes (the foreground ones where the labels are known) and
-        pixels; 0 with a graph for a single view.
+        (N,) sum over pairs of views of the mean over compared classes and pixels; 0 with a graph for a single view.
     """
     known = image_labels.new_ones(len(image_labels)) if has_image_labels is None else has_image_labels
     known = known.to(masks[0].dtype)[:, None]
@@ -55,7 +52,7 @@ def code_consistency(codes: Sequence[Tensor], *, compare: Literal["all", "maximu
 
     Args:
         codes: per view (N, k, h, w), un-warped to one size.
-        compare: the codes as they are (paper), or with all but each pixel's maximum set to 0 (released code).
+        compare: `all` codes (paper), or each pixel's `maximum` with the others set to 0 (released code).
 
     Returns:
         (N,) sum over pairs of views of the mean over atoms and pixels; 0 with a graph for a single view.
@@ -66,7 +63,7 @@ def code_consistency(codes: Sequence[Tensor], *, compare: Literal["all", "maximu
 
 
 def mask_divergence(masks: Sequence[Tensor]) -> Tensor:
-    """Kullback-Leibler divergence between the masks of the views, the mean of both directions.
+    """Kullback-Leibler divergence between the masks of the views, averaged over both directions.
 
     Args:
         masks: per view (N, K, h, w) logits, un-warped to one size.
@@ -76,14 +73,14 @@ def mask_divergence(masks: Sequence[Tensor]) -> Tensor:
     """
     total = masks[0].flatten(1).sum(dim=1) * 0
     for first, second in combinations([view.log_softmax(dim=1) for view in masks], 2):
-        both = (first.exp() - second.exp()) * (first - second)  # KL(p, q) + KL(q, p), by class
+        both = (first.exp() - second.exp()) * (first - second)  # KL(p, q) + KL(q, p), per class
         total = total + both.sum(dim=1).flatten(1).mean(dim=1) / 2
     return total
 
 
 def _sum_of_pairs(maps: Sequence[Tensor]) -> Tensor:
-    """(N, K) distances of each class, or atom: the mean over pixels, summed over pairs of views."""
-    last = [one.movedim(1, -1) for one in maps]  # gradients then have the layout of maps that are channels last
+    """Distances (N, K) of each class or atom: the mean over pixels, summed over pairs of views."""
+    last = [view.movedim(1, -1) for view in maps]  # gradients then have the layout of maps that are channels last
     total = last[0].sum(dim=(1, 2)) * 0
     for first, second in combinations(last, 2):
         total = total + (first - second).abs().mean(dim=(1, 2))

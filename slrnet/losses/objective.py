@@ -1,4 +1,4 @@
-"""The objective: named loss parts of a step and their weighted sum (paper Sec. 4, "Implementation Details")."""
+"""The objective: the named loss parts of a step and their weighted sum (paper Sec. 4, "Implementation Details")."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class AlignedOutputs:
     codes: list[Tensor]
     """(N, k, h, w) codes of CVLR; empty without CVLR."""
     class_scores: list[Tensor]
-    """(N, K - 1); empty where the heads predict the background."""
+    """(N, K - 1); empty if the heads predict the background."""
     auxiliary_class_scores: list[Tensor]
-    """(N, K - 1); empty without CVLR and where the heads predict the background."""
+    """(N, K - 1); empty without CVLR, or if the heads predict the background."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """The total to minimize and its parts before weighting; scalars with a graph."""
+    """The total to minimize, and its parts before weighting; scalars with a graph."""
 
     total: Tensor
     parts: dict[str, Tensor]
@@ -44,10 +44,10 @@ class Objective:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a batch of N images trains on. H and W are the crop's; void and undecided pixels are 255.
+    """Labels of a batch of N images. H and W are the crop's; void and undecided pixels are 255.
 
-    Which entries are None depends on the run and the epoch, never on the batch: all ranks then have the same loss
-    parts, and a kind of label that a batch lacks gives an exact zero with a graph.
+    The run and the epoch decide which entries are None, never the batch. All ranks then have the same loss parts, and
+    labels that a batch lacks give an exact zero with a graph.
     """
 
     image_labels: Tensor
@@ -59,8 +59,7 @@ class Labels:
     has_pixel_labels: Tensor
     """(N,) bool, whether training may use an image's true mask."""
     pseudo_labels: Tensor | None
-    """(N, H, W) int64, used for images without a true mask, or (V, N, H, W) where each view has its own; None while
-    pretraining."""
+    """(N, H, W) int64, or (V, N, H, W) with one for each view, for images without a true mask; None in pretraining."""
 
 
 def objective(
@@ -73,24 +72,23 @@ def objective(
         labels: the batch's labels.
         weights: the weight of each part.
         losses: which quantities the consistency terms compare, and the balance between classes.
-        divergence: add the Kullback-Leibler divergence between the views' masks, as part `mask_divergence`.
+        divergence: whether to add the divergence between the views' masks, as part `mask_divergence`.
 
     Returns:
-        Parts `classification` (Eq. 2, of images with image labels and no true mask), `segmentation` (Eq. 1, of pseudo
-        labels) and `pixel_segmentation` (Eq. 1, of true masks), each the sum over the views plus the auxiliary head's
-        mean over the views times its weight, `mask_consistency` (Eq. 4) and `code_consistency` (Eq. 9). Each is a sum
-        over the images that it is of, divided by the number of images of the batch. Parts that the setting or the
-        epoch does not have are missing.
+        Parts `classification` (Eq. 2, images with image labels and no true mask), `segmentation` (Eq. 1, pseudo labels)
+        and `pixel_segmentation` (Eq. 1, true masks), each the sum over the views plus the auxiliary head's weighted
+        mean over the views, `mask_consistency` (Eq. 4) and `code_consistency` (Eq. 9). Each part is a sum over its
+        images, divided by the number of images in the batch. Parts that the setting or the epoch lacks are missing.
     """
     parts = _segmentation_parts(outputs, labels, weights, losses)
-    if labels.has_image_labels is not None:
-        counted = (labels.has_image_labels & ~labels.has_pixel_labels).float()
-        parts["classification"] = _with_auxiliary(
-            [classification_loss(scores, labels.image_labels) * counted for scores in outputs.class_scores],
-            [classification_loss(scores, labels.image_labels) * counted for scores in outputs.auxiliary_class_scores],
-            weights.auxiliary,
-        )
     known = labels.has_image_labels
+    if known is not None:
+        counted = (known & ~labels.has_pixel_labels).float()
+        main, auxiliary = (
+            [classification_loss(view, labels.image_labels) * counted for view in scores]
+            for scores in (outputs.class_scores, outputs.auxiliary_class_scores)
+        )
+        parts["classification"] = _with_auxiliary(main, auxiliary, weights.auxiliary)
     parts["mask_consistency"] = mask_consistency(
         outputs.logits,
         labels.image_labels,
@@ -125,20 +123,22 @@ def _segmentation_parts(
     known = labels.has_image_labels
     checked = torch.zeros_like(labels.has_pixel_labels) if known is None else known & ~labels.has_pixel_labels
     plain = None if losses.pixel_balance else labels.has_pixel_labels
-    count = partial(
+    balance = partial(
         weigh, num_classes=outputs.logits[0].shape[1], image_labels=labels.image_labels, checked=checked, plain=plain
     )
     views = len(outputs.logits)
-    weighed = [count(targets)] * views if targets.ndim == 3 else [count(own) for own in targets.unbind()[:views]]
+    weighed = [balance(targets)] * views if targets.ndim == 3 else [balance(own) for own in targets.unbind()[:views]]
     main, auxiliary = (
         [resized_cross_entropy(view, *own) for view, own in zip(maps, weighed, strict=bool(maps))]
         for maps in (outputs.logits, outputs.auxiliary_logits)
     )
-    kinds = {"segmentation": (labels.pseudo_labels, ~labels.has_pixel_labels)}
-    kinds["pixel_segmentation"] = (labels.pixel_labels, labels.has_pixel_labels)
+    parts = {
+        "segmentation": (labels.pseudo_labels, ~labels.has_pixel_labels),
+        "pixel_segmentation": (labels.pixel_labels, labels.has_pixel_labels),
+    }
     return {
         name: _with_auxiliary([loss * of for loss in main], [loss * of for loss in auxiliary], weights.auxiliary)
-        for name, (exists, of) in kinds.items()
+        for name, (exists, of) in parts.items()
         if exists is not None
     }
 

@@ -1,9 +1,7 @@
 """Class-balanced pixel cross-entropy (paper Eq. 1 with the weights of Araslanov and Roth 2020).
 
-The paper writes plain cross-entropy; the balance between classes is that of the released code. True masks go without
-it, unless asked for.
-
-`slrnet.ops.cross_entropy` resizes the logits and computes the sums.
+The paper writes plain cross-entropy; the balance between classes follows the released code. By default, it does not
+apply to true masks. `slrnet.ops.cross_entropy` resizes the logits and computes the sums.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ __all__ = ["WeighedLabels", "balanced_cross_entropy", "weigh"]
 
 
 class WeighedLabels(NamedTuple):
-    """Class and weight of each pixel of N images, for all logits that are compared with them."""
+    """Class and weight of each pixel of N images."""
 
     labels: Tensor
     """(N, H, W) int64 class ids; 0 where void."""
@@ -29,28 +27,18 @@ class WeighedLabels(NamedTuple):
     """(N, H, W) float32, 0 where void."""
 
 
-def balanced_cross_entropy(
-    logits: Tensor,
-    labels: Tensor,
-    *,
-    image_labels: Tensor | None = None,
-    checked: Tensor | None = None,
-    plain: Tensor | None = None,
-) -> Tensor:
-    """Cross-entropy in which a class weighs (total - its pixels) / (1 + total), total being all labeled pixels.
+def balanced_cross_entropy(logits: Tensor, labels: Tensor, *, image_labels: Tensor | None = None) -> Tensor:
+    """Cross-entropy whose classes have the weights of `weigh`.
 
     Args:
         logits: (N, K, h, w), background first; resized to the labels (bilinear, aligned corners).
         labels: (N, H, W) int64 class ids below K, 255 for void.
         image_labels: (N, K - 1) multi-hot; see `weigh`.
-        checked: (N,) bool; see `weigh`.
-        plain: (N,) bool; see `weigh`.
 
     Returns:
-        (N,) the mean over all pixels of each image, void pixels adding 0; finite, with a graph, also where all is void.
+        (N,) the mean over the pixels of each image, where void pixels add 0; finite and with a graph even if all are void.
     """
-    weighed = weigh(labels, logits.shape[1], image_labels=image_labels, checked=checked, plain=plain)
-    return resized_cross_entropy(logits, *weighed)
+    return resized_cross_entropy(logits, *weigh(labels, logits.shape[1], image_labels=image_labels))
 
 
 def weigh(
@@ -61,15 +49,15 @@ def weigh(
     checked: Tensor | None = None,
     plain: Tensor | None = None,
 ) -> WeighedLabels:
-    """The balance between the classes of each image: one weighs (total - its pixels) / (1 + total).
+    """Balances the classes of each image: a class weighs (total - its pixels) / (1 + total) of the labeled pixels.
 
     Args:
         labels: (N, H, W) int64 class ids below K, 255 for void.
-        num_classes: K with the background.
-        image_labels: (N, K - 1) multi-hot. With it, an image whose labeled pixels do not show exactly as many classes
-            as it has (background included) counts 0: its pseudo label misses a class.
-        checked: (N,) bool, the images to which that applies; None: all of them.
-        plain: (N,) bool, images all of whose classes weigh 1; None: none of them.
+        num_classes: K, with the background.
+        image_labels: (N, K - 1) multi-hot. An image has weight 0 if its labeled pixels do not show exactly as many
+            classes as it has (background included), because its pseudo label then misses a class.
+        checked: (N,) bool, the images to which `image_labels` applies; None: all.
+        plain: (N,) bool, images whose classes all weigh 1; None: none.
     """
     valid = labels != IGNORE_INDEX
     ids = torch.where(valid, labels, num_classes).flatten(1)

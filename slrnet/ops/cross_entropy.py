@@ -1,8 +1,8 @@
 """Weighted cross-entropy of logits that are resized to the labels, with its gradient.
 
-The gradient is computed on the way forward, at the logits' own small size; no map of all classes at the labels'
-resolution is kept. A Triton kernel does it on GPUs and a C kernel on CPUs. Where neither can run, PyTorch's operators
-do it row by row (`by_operators`, the form that both kernels must equal).
+The forward pass computes the gradient, at the logits' own small size; no map of all classes at the labels' resolution
+is kept. A Triton kernel computes both on GPUs and a C kernel on CPUs. Where neither can run, PyTorch's operators do,
+row by row (`by_operators`, the reference for both kernels).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from slrnet.ops import kernels
 __all__ = ["by_operators", "resized_cross_entropy", "sums_and_gradients"]
 
 _ROWS = 24
-"""Rows of resized logits that PyTorch's operators work on at a time; they stay in a CPU's caches."""
+"""Rows of resized logits in a part of the work of PyTorch's operators; they stay in a CPU's caches."""
 
 
 def resized_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def resized_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Te
     Args:
         logits: (N, K, h, w) float; resized to the labels (bilinear, aligned corners).
         labels: (N, H, W) int64, 0 to K - 1.
-        weights: (N, H, W) float32; 0 leaves a pixel out.
+        weights: (N, H, W) float32; pixels with weight 0 add nothing.
 
     Returns:
         (N,) float32.
@@ -36,11 +36,10 @@ def resized_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Te
 
 
 class _ResizedCrossEntropy(torch.autograd.Function):
-    """Computes the gradient on the way forward, and keeps nothing else."""
+    """Computes the gradient in the forward pass, and keeps nothing else."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        """Logits (N, K, h, w) float, labels (N, H, W) int64 below K, weights (N, H, W) float32."""
         loss, gradient = sums_and_gradients(logits.float(), labels, weights)
         ctx.save_for_backward(gradient.to(logits.dtype))
         ctx.pixels = labels[0].numel()
@@ -58,7 +57,7 @@ class _ResizedCrossEntropy(torch.autograd.Function):
 def sums_and_gradients(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over each image's pixels of weight times cross-entropy, and their gradients.
 
-    This is one operator for PyTorch, so its compiler and its tensors without data never meet the kernels.
+    This is one operator of PyTorch, so its compiler and its fake tensors never reach the kernels.
 
     Args:
         logits: (N, K, h, w) float32; resized to the labels (bilinear, aligned corners).
@@ -89,22 +88,13 @@ def _(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def by_operators(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """`sums_and_gradients` by PyTorch's operators, which take maps of any size and logits of any distance.
-
-    Args:
-        logits: (N, K, h, w) float32 or float64.
-        labels: (N, H, W) int64, 0 to K - 1.
-        weights: (N, H, W) of the logits' dtype.
-
-    Returns:
-        (N,) the sums, and their gradients (N, K, h, w), channels last.
-    """
+    """`sums_and_gradients` by PyTorch's operators, for float32 or float64, maps of any size and any logits."""
     losses, gradients = logits.new_zeros(len(logits)), torch.empty_like(logits, memory_format=torch.channels_last)
     down, across = (_interpolation(*sides, logits) for sides in zip(logits.shape[2:], labels.shape[1:], strict=True))
     for i in range(len(logits)):
         wide = logits[i].transpose(0, 1) @ across.mT  # (h, K, W)
         slopes = torch.zeros_like(wide).flatten(1)
-        for top in range(0, len(down), _ROWS):  # maps of all classes at the labels' size stay small
+        for top in range(0, len(down), _ROWS):
             rows = slice(top, top + _ROWS)
             label, weight = labels[i, rows].unsqueeze(1), weights[i, rows].unsqueeze(1)  # (rows, 1, W)
             scores = (down[rows] @ wide.flatten(1)).view(-1, *wide.shape[1:]).log_softmax(dim=1)
@@ -116,7 +106,7 @@ def by_operators(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tenso
 
 
 def _interpolation(old: int, new: int, like: Tensor) -> Tensor:
-    """(new, old) matrix that resizes a row of pixels linearly with aligned corners."""
+    """The matrix (new, old) that resizes a row of pixels linearly with aligned corners."""
     place = torch.linspace(0, old - 1, new, dtype=torch.float64, device=like.device)
     distance = (place[:, None] - torch.arange(old, dtype=torch.float64, device=like.device)).abs()
     return (1 - distance).clamp_min(0).to(like.dtype)

@@ -98,15 +98,9 @@ def _cross_entropy_of_cells(
 
 
 def sums_and_gradients(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the pixels of weight times cross-entropy of resized logits (bilinear, aligned corners).
+    """See `slrnet.ops.cross_entropy.sums_and_gradients`, for tensors on a GPU with sides of at least 2.
 
-    Args:
-        logits: (N, K, h, w) float32, h and w at least 2; channels last saves a copy.
-        labels: (N, H, W) int64, 0 to K - 1; H and W at least 2.
-        weights: (N, H, W) float32.
-
-    Returns:
-        (N,) the sums, and their gradients (N, K, h, w), channels last; the same bits each time.
+    The results have the same bits each time. Logits that are channels last save a copy.
     """
     maps, labels, weights = logits.permute(0, 2, 3, 1).contiguous(), labels.contiguous(), weights.contiguous()
     images, old_height, old_width, classes = maps.shape

@@ -1,4 +1,4 @@
-"""What all kernels share: the switch that turns them off, and the constants of Algorithm 1."""
+"""The switch that turns off all kernels, and the constants of Algorithm 1."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 __all__ = ["MASS_FLOOR", "NORM_FLOOR", "SWITCH", "triton_serves", "wanted"]
 
 SWITCH = "SLRNET_KERNELS"
-"""Environment variable; `off` makes PyTorch's operators do the work of the kernels in Triton and in C."""
+"""Environment variable; with `off`, PyTorch's operators replace the kernels in Triton and C."""
 MASS_FLOOR = 1e-6
-"""An atom's code mass is not divided by less than this; larger masses are left as they are."""
+"""Smallest code mass to divide an atom by."""
 NORM_FLOOR = 1e-6
-"""An atom is not divided by a norm below this when it is normalized."""
+"""Smallest norm to divide an atom by."""
 
 
 def wanted() -> bool:
-    """Whether kernels may be chosen.
+    """Whether kernels may be used.
 
     Raises:
-        ValueError: the variable has a value that means nothing.
+        ValueError: the variable is neither `on` nor `off`.
     """
     value = os.environ.get(SWITCH, "on")
     if value not in ("on", "off"):
-        raise ValueError(f"{SWITCH} is {value!r}; allowed are 'on' (as without it) and 'off'")
+        raise ValueError(f"{SWITCH} is {value!r}; allowed are 'on' (the default) and 'off'")
     return value == "on"
 
 
 def triton_serves(like: Tensor) -> bool:
-    """Whether a kernel in Triton may be chosen for tensors like this one: on GPUs, where Triton is installed."""
+    """Whether Triton kernels may be used for tensors like this one: on a GPU, if Triton is installed."""
     return like.device.type == "cuda" and find_spec("triton") is not None and wanted()

@@ -10,7 +10,7 @@ __all__ = ["channels_last", "class_probs", "resize"]
 
 
 def channels_last(images: Tensor) -> Tensor:
-    """The memory format in which convolutions are fast."""
+    """Images in the memory format in which convolutions are fast."""
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -22,5 +22,5 @@ def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
 
 
 def class_probs(logits: Tensor) -> Tensor:
-    """Softmax over the K classes of (N, K, H, W) logits; without a copy where they are channels last."""
+    """Softmax over the K classes of (N, K, H, W) logits; makes no copy if they are channels last."""
     return logits.movedim(1, -1).softmax(dim=-1).movedim(-1, 1)

@@ -13,7 +13,8 @@ from slrnet.config import LossConfig, WeightsConfig
 from slrnet.losses.classification import classification_loss
 from slrnet.losses.consistency import code_consistency, mask_consistency, mask_divergence
 from slrnet.losses.objective import AlignedOutputs, Labels, Objective, objective
-from slrnet.losses.segmentation import balanced_cross_entropy
+from slrnet.losses.segmentation import balanced_cross_entropy, weigh
+from slrnet.ops.cross_entropy import resized_cross_entropy
 
 IMAGE_LABELS = torch.tensor([[1, 0, 0], [1, 0, 1]])
 
@@ -175,8 +176,9 @@ FIRST, SECOND, BOTH, NONE = ([True, False], [False, True], [True, True], [False,
 class TestKindsOfLabels:
     def entropy(self, out: AlignedOutputs, labels: Tensor, image: int, **options: Any) -> float:
         """Eq. 1 of one image, by the losses' own functions: views 1 and 2, the auxiliary head at 0.4."""
-        main = sum(balanced_cross_entropy(view, labels, **options)[image].item() for view in out.logits)
-        side = sum(balanced_cross_entropy(view, labels, **options)[image].item() for view in out.auxiliary_logits)
+        weighed = weigh(labels, 4, **options)
+        main = sum(resized_cross_entropy(view, *weighed)[image].item() for view in out.logits)
+        side = sum(resized_cross_entropy(view, *weighed)[image].item() for view in out.auxiliary_logits)
         return main + 0.4 * side / 2
 
     @pytest.mark.parametrize("balance", [True, False])

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.losses.segmentation import balanced_cross_entropy
+from slrnet.losses.segmentation import balanced_cross_entropy, weigh
+from slrnet.ops.cross_entropy import resized_cross_entropy
 from slrnet.ops.maps import resize
 
 VOID = IGNORE_INDEX
@@ -151,14 +152,16 @@ def test_only_checked_images_need_all_their_classes() -> None:
     labels = torch.tensor([[[0, 1]]] * 3)
     classes = torch.tensor([[1, 1], [1, 1], [1, 0]])
     alone = balanced_cross_entropy(logits, labels)
-    out = balanced_cross_entropy(logits, labels, image_labels=classes, checked=torch.tensor([True, False, True]))
+    weighed = weigh(labels, 3, image_labels=classes, checked=torch.tensor([True, False, True]))
+    out = resized_cross_entropy(logits, *weighed)
     assert out.tolist() == pytest.approx([0.0, alone[1].item(), alone[2].item()], rel=1e-6)
 
 
 def test_plain_images_weigh_all_classes_alike() -> None:
     """Four pixels: 0, 0, 1, void; each of three costs log 2 at equal logits, and a single class counts too."""
     labels = torch.tensor([[[0, 0], [1, VOID]], [[0, 0], [1, VOID]], [[0, 0], [0, 0]]])
-    loss = balanced_cross_entropy(torch.zeros(3, 2, 2, 2), labels, plain=torch.tensor([True, False, True]))
+    weighed = weigh(labels, 2, plain=torch.tensor([True, False, True]))
+    loss = resized_cross_entropy(torch.zeros(3, 2, 2, 2), *weighed)
     assert loss.tolist() == pytest.approx([3 * math.log(2) / 4, math.log(2) / 4, math.log(2)], abs=1e-6)
     void = torch.full((1, 2, 2), VOID)
-    assert balanced_cross_entropy(torch.zeros(1, 2, 2, 2), void, plain=torch.tensor([True])).tolist() == [0.0]
+    assert not weigh(void, 2, plain=torch.tensor([True])).weights.any()
