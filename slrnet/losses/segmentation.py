@@ -36,7 +36,7 @@ def balanced_cross_entropy(logits: Tensor, labels: Tensor, *, image_labels: Tens
         image_labels: (N, K - 1) multi-hot; see `weigh`.
 
     Returns:
-        (N,) the mean over the pixels of each image, where void pixels add 0; finite and with a graph even if all are void.
+        (N,) the mean over each image's pixels, where void adds 0; finite and with a graph even if all are void.
     """
     return resized_cross_entropy(logits, *weigh(labels, logits.shape[1], image_labels=image_labels))
 
