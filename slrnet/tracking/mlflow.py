@@ -33,7 +33,6 @@ from slrnet.tracking.provenance import package_version
 
 __all__ = ["MlflowTracker", "client_of", "create_run", "log_onnx_model", "store_errors"]
 
-Status: TypeAlias = Literal["FINISHED", "FAILED", "KILLED"]
 Record: TypeAlias = Callable[[Any, str], None]
 """Something to deliver: is called with a client and a run id."""
 
@@ -248,7 +247,7 @@ class MlflowTracker:
             time.sleep(2.0)
         return self.undelivered
 
-    def finish(self, status: Status = "FINISHED", reason: str = "") -> None:
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED", reason: str = "") -> None:
         """Ends the run after `drain`; why it failed or was stopped becomes the tag `reason`."""
         tags = {"reason": reason, "skipped_values": str(self.skipped or "")}
         self.set_tags({key: value for key, value in tags.items() if value})
@@ -291,9 +290,6 @@ def log_onnx_model(handle: RunHandle, name: str, file: Path) -> str:
 
     Returns:
         The model's URI for `mlflow models serve -m URI`, with the store as MLFLOW_TRACKING_URI.
-
-    Raises:
-        ValueError: the name is not usable, or the store refuses the model.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
         raise ValueError(f"model name {name!r} is not usable; allowed are up to 100 letters, digits and _ - .")

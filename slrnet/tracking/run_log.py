@@ -25,10 +25,7 @@ __all__ = ["Failure", "RunLog", "find_failure", "read_log"]
 FOLDER = "logs"
 LOST_PEER = re.compile(r"(closed|reset) by peer|gloo.*(Broken pipe|not connected)|remote process exited|NCCL error")
 """Messages of gloo and NCCL when another rank is gone; gloo's depends on the operation."""
-DIED = {
-    "exception": "died",
-    "message": "its process ended without an error: it was killed, ran out of memory, or its node was lost",
-}
+DIED = "its process ended without an error: it was killed, ran out of memory, or its node was lost"
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,8 @@ def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Fai
     failed = {record["rank"] for record in failures}  # they ended because of the error that they wrote
     for rank in sorted(set(dead) - failed):
         last: dict[str, Any] = next((record for record in reversed(records) if record["rank"] == rank), {})
-        return _failure({"node": "an unknown node", "step": 0} | last | {"rank": rank} | DIED)
+        died = {"rank": rank, "exception": "died", "message": DIED}
+        return _failure({"node": "an unknown node", "step": 0} | last | died)
     return _failure(failures[0]) if failures else None
 
 

@@ -124,16 +124,7 @@ def losses_of(
     config: Config,
     pseudo_rows: PseudoRows | None,
 ) -> Objective:
-    """Computes the loss parts from the network's outputs.
-
-    Args:
-        outputs: the network's outputs for all views.
-        views: how to undo each view.
-        images: (N, 3, H, W) float in [0, 1], the crops.
-        batch: the crops' labels.
-        config: the run's settings.
-        pseudo_rows: as in `step_losses`.
-    """
+    """Computes the loss parts from the outputs for all views of the crops `images`, (N, 3, H, W) float in [0, 1]."""
     with record_function("slrnet: alignment"):
         aligned = align(outputs, views)
     with record_function("slrnet: calibration"):
@@ -157,25 +148,22 @@ def _pseudo_labels(
     aligned: AlignedOutputs, images: Tensor, batch: Batch, config: Config, pseudo_rows: PseudoRows
 ) -> Tensor:
     """(N, H, W) int64 from the average of the views, or (V, N, H, W) if each view has its own or another's labels."""
-    views, supervision = aligned.logits, config.calibration.supervision
-    if supervision == "mvmc":
-        return _pseudo_labels_of(views, images, batch, config, pseudo_rows)
-    own = [_pseudo_labels_of([view], images, batch, config, pseudo_rows) for view in views]
-    return torch.stack(own if supervision == "kl" else [*own[1:], own[0]])
-
-
-def _pseudo_labels_of(
-    logits: Sequence[Tensor], images: Tensor, batch: Batch, config: Config, pseudo_rows: PseudoRows
-) -> Tensor:
+    settings, rows, size = config.calibration, pseudo_rows.rows, (images.shape[-2], images.shape[-1])
     possible = possible_classes(batch.image_labels, batch.has_image_labels)
-    size = (images.shape[-2], images.shape[-1])
-    rows = pseudo_rows.rows
+    void = images.new_full((len(images), *size), IGNORE_INDEX, dtype=torch.int64)
     if rows is not None:
         rows = rows.to(images.device, non_blocking=True)
-        logits, images, possible = [view.detach()[rows] for view in logits], images[rows], possible[rows]
-    made = images.new_full((len(batch.images), *size), IGNORE_INDEX, dtype=torch.int64)
-    if len(images):
-        calibrated = calibrate_views(logits, images, possible, config.calibration, max_classes=pseudo_rows.max_classes)
-        labels = make_pseudo_labels(calibrated, config.calibration, size=size)
-        made = labels if rows is None else made.index_copy(0, rows, labels)
-    return made
+        images, possible = images[rows], possible[rows]
+
+    def make(views: Sequence[Tensor]) -> Tensor:
+        if not len(images):
+            return void
+        views = views if rows is None else [view.detach()[rows] for view in views]
+        calibrated = calibrate_views(views, images, possible, settings, max_classes=pseudo_rows.max_classes)
+        labels = make_pseudo_labels(calibrated, settings, size=size)
+        return labels if rows is None else void.index_copy(0, rows, labels)
+
+    if settings.supervision == "mvmc":
+        return make(aligned.logits)
+    own = [make([view]) for view in aligned.logits]
+    return torch.stack(own if settings.supervision == "kl" else [*own[1:], own[0]])
