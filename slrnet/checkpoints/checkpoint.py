@@ -165,11 +165,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def find_checkpoint(folder: Path, *, which: Literal["last", "best"] = "last") -> Path | None:
-    """The last or the best whole checkpoint in a run's `checkpoints` folder.
-
-    Damaged ones are skipped, with a warning that names them. The best one has the highest validation mIoU; of equal
-    ones it is the later.
-    """
+    """The last, or best (highest validation mIoU, then later) whole checkpoint in a folder; warns of damaged ones."""
     return _choose(_whole_checkpoints(folder), which)
 
 

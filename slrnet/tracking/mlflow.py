@@ -99,7 +99,7 @@ def create_run(
         name: name of the run, unique within the experiment: letters, digits and `_ - .`.
         params: the configuration, flat; values over 6,000 characters are cut. MLflow's parameters cannot change: if a
             resumed run's value differs from the first one, the new value becomes the tag `resumed.KEY`.
-        tags: tags of the run.
+        tags: the run's tags, such as versions and the data's fingerprint.
         resume: True attaches to the run of that name and sets it running again, False requires a new name, None
             attaches if there is such a run and else opens one.
         config_json: text of the artifact `config.json`; empty for `params` as JSON.

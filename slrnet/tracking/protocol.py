@@ -109,11 +109,7 @@ def clean_key(key: str) -> str:
 
 
 def clean_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The same values by clean keys.
-
-    Raises:
-        ValueError: two keys become the same one, or nothing is left of a key.
-    """
+    """The same values by clean keys; raises a `ValueError` if two keys become the same one."""
     clean: dict[str, float] = {}
     for key, value in metrics.items():
         safe = clean_key(key)

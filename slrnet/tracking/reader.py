@@ -18,9 +18,6 @@ from slrnet.tracking.protocol import RunHandle, clean_key
 
 __all__ = ["comparison", "find_run", "logged_pictures", "metric_history", "run_tags", "runs_below"]
 
-MOST_RUNS = 50_000
-"""Most runs that MLflow lists in one answer."""
-
 
 def find_run(uri: str, storage: str | Path, run_id: str) -> RunHandle | None:
     """The run that a checkpoint names, or None if it names none or its store cannot be reached or no longer has it.
@@ -70,6 +67,7 @@ def comparison(handles: Sequence[RunHandle]) -> str:
 
 def runs_below(parent: RunHandle) -> dict[str, tuple[RunHandle, str]]:
     """The runs of a sweep: handle and status (`RUNNING`, `FINISHED`, `FAILED`, `KILLED`) by run name."""
+    most = 50_000  # in one answer of MLflow
     below = f"tags.`{PARENT_TAG}` = '{parent.run_id}'"
-    runs = client_of(parent.uri).search_runs([parent.experiment_id], filter_string=below, max_results=MOST_RUNS)
+    runs = client_of(parent.uri).search_runs([parent.experiment_id], filter_string=below, max_results=most)
     return {str(run.info.run_name): (replace(parent, run_id=run.info.run_id), str(run.info.status)) for run in runs}

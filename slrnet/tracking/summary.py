@@ -25,11 +25,10 @@ _SETTINGS = {"wsss": "image labels", "sss_image_labels": "masks and image labels
 
 def curves(metrics: Mapping[str, float], classes: tuple[str, ...]) -> dict[str, float]:
     """The figures of an epoch that become curves: no counts of images; of classes only the IoU, up to `MOST_CURVES`."""
-    hidden = _KINDS if len(classes) > MOST_CURVES else ("fdr", "fnr")
-    left_out = {f"{group}/images" for group in ("pseudo_mask", "val")}
-    left_out |= {
-        metric_key(group, kind, name) for group in ("pseudo_mask", "val") for kind in hidden for name in classes
-    }
+    groups = ("pseudo_mask", "val")
+    hidden = _KINDS if len(classes) > MOST_CURVES else _KINDS[1:]
+    left_out = {metric_key(group, kind, name) for group in groups for kind in hidden for name in classes}
+    left_out |= {f"{group}/images" for group in groups}
     return {key: value for key, value in metrics.items() if key not in left_out}
 
 

@@ -42,14 +42,10 @@ class Listener:
         """This rank comes to a place, such as "going forward", in step `step`, from 0; or still works there."""
 
     def step(self, done: int, parts: Mapping[str, float], *, rate: float, waited: float, seconds: float) -> None:
-        """An optimizer step is finished.
+        """Optimizer step `done`, from 1, is finished.
 
-        Args:
-            done: optimizer steps that are finished, this one included.
-            parts: `loss` and its parts, averaged over accumulation steps and ranks.
-            rate: learning rate of the pretrained weights.
-            waited: seconds that this rank waited for the batch.
-            seconds: seconds of the whole step, waiting included.
+        It had a `loss` and its parts, averaged over accumulation steps and ranks, and this learning rate of the
+        pretrained weights. This rank took `seconds` seconds for it, of which it waited `waited` for the batch.
         """
 
     def end(self, *, step: int, images: int) -> None:

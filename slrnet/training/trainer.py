@@ -29,7 +29,7 @@ from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import ShardSet
 from slrnet.data.samples import SkippedSample
-from slrnet.data.supervision import supervision_of
+from slrnet.data.supervision import Supervision, supervision_of
 from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
 from slrnet.distributed.process import Process, share_buffers, sum_over_ranks
 from slrnet.evaluation.masks import (
@@ -72,38 +72,11 @@ class Trainer:
     def __post_init__(self) -> None:
         config, shards, process = self.config, self.shards, self.process
         self.writer = CheckpointWriter(self.folder / "checkpoints", config, upload=self.upload)
-        self.model = _new_network(config, shards.info.num_classes, process.device)
+        self.model, self.wrapped = _new_network(config, shards.info.num_classes, process)
         self.normalize = Normalize.of(self.model.encoder)
-        self.wrapped: torch.nn.Module = self.model
-        if process.world_size > 1:
-            devices = [process.device] if process.device.type == "cuda" else None
-            # Every parameter takes part in every step: a label type that a rank's batch lacks leaves zeros with a
-            # graph. No step reads buffers; the ranks share them before the network is measured.
-            known = inspect.signature(DistributedDataParallel).parameters
-            sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-            options: dict[str, Any] = {"device_ids": devices, "gradient_as_bucket_view": True, sync: False}
-            self.wrapped = DistributedDataParallel(self.model, **options)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
         self.supervision = supervision_of(config, shards)
-        settings = TrainLoaderSettings(
-            split=config.data.train_split,
-            batch_size=config.train.batch_size,
-            crop_size=config.data.crop_size,
-            crop_scale=config.data.crop_scale,
-            flip=config.data.flip,
-            seed=config.train.seed,
-            shuffle_buffer=config.data.shuffle_buffer,
-            on_error=config.data.on_error,
-        )
-        self.loader = TrainLoader(
-            shards,
-            settings,
-            supervision=self.supervision,
-            rank=process.rank,
-            world_size=process.world_size,
-            workers=config.data.workers,
-            pin_memory=process.device.type == "cuda",
-        )
+        self.loader = _train_loader(config, shards, process, self.supervision)
         self.state = TrainState(
             epoch=0,
             step=0,
@@ -396,13 +369,43 @@ def check_batch(config: Config, world_size: int) -> None:
         )
 
 
-def _new_network(config: Config, num_classes: int, device: torch.device) -> Network:
+def _train_loader(config: Config, shards: ShardSet, process: Process, supervision: Supervision) -> TrainLoader:
+    settings = TrainLoaderSettings(
+        split=config.data.train_split,
+        batch_size=config.train.batch_size,
+        crop_size=config.data.crop_size,
+        crop_scale=config.data.crop_scale,
+        flip=config.data.flip,
+        seed=config.train.seed,
+        shuffle_buffer=config.data.shuffle_buffer,
+        on_error=config.data.on_error,
+    )
+    return TrainLoader(
+        shards,
+        settings,
+        supervision=supervision,
+        rank=process.rank,
+        world_size=process.world_size,
+        workers=config.data.workers,
+        pin_memory=process.device.type == "cuda",
+    )
+
+
+def _new_network(config: Config, num_classes: int, process: Process) -> tuple[Network, torch.nn.Module]:
+    """The network of a run, and the same wrapped for distributed training."""
     torch.manual_seed(config.train.seed)
-    model = build_network(config, num_classes=num_classes)
+    model, device = build_network(config, num_classes=num_classes), process.device
     if device.type == "cpu":
         from slrnet.cpu import speed_up
         from slrnet.cpu.allocator import spare_memory
 
         spare_memory(speed_up(model))
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
+    if process.world_size == 1:
+        return model, model
+    # Every parameter takes part in every step: a label type that a rank's batch lacks leaves zeros with a graph. No
+    # step reads buffers; the ranks share them before the network is measured.
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, sync: False}
+    return model, DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **options)
