@@ -62,7 +62,7 @@ class RunStore:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def fetch(self, names: Sequence[str] | None = None) -> None:
-        """Makes this machine's folder hold the named (all whole) checkpoints and no others, logs and configuration."""
+        """Makes this folder hold the named checkpoints (None: all whole ones) and no others, logs and configuration."""
         wanted = self.checkpoints() if names is None else names
         with locked(self.folder / "run"):
             for path in (self.folder / "checkpoints").glob("checkpoint-*"):
@@ -85,7 +85,7 @@ class RunStore:
             _log.warning("the ranks' logs in %s cannot be read: %s", self.location, error)
 
     def upload(self, *, checkpoints: bool = True) -> None:
-        """Copies what is new to the store; for the process that writes checkpoints, makes the store have no others."""
+        """Copies what is new to the store; with `checkpoints`, also removes those that this machine no longer has."""
         if checkpoints:
             self._upload_checkpoints()
         own = [] if self._rank is None else [self.folder / "logs" / f"rank-{self._rank}.jsonl"]
