@@ -38,15 +38,7 @@ def class_quality(metrics: Mapping[str, float], group: str, classes: tuple[str, 
 
 
 def description(config: Config, *, data: str, labels: str, commit: str, folder: Path) -> str:
-    """The first lines of a run's description, Markdown.
-
-    Args:
-        config: the run's settings.
-        data: name of the data set.
-        labels: which labels the training sees.
-        commit: the code's commit, or "unknown".
-        folder: the run's folder.
-    """
+    """The first lines of a run's description, Markdown, with the data set's name and a text about its labels."""
     model = config.model
     return (
         f"- setting **{config.setting}** ({_SETTINGS[config.setting]}): {labels}\n"

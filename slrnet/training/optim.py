@@ -20,10 +20,8 @@ __all__ = ["build_optimizer", "parameter_groups", "rate_factor", "set_rate"]
 def parameter_groups(model: nn.Module, config: OptimConfig, *, batch_size: int) -> list[dict[str, Any]]:
     """Sorts the trainable parameters of an `SLRNet` into four groups with their rates.
 
-    Args:
-        model: the network; its pretrained part is the submodule `encoder`, and frozen parameters are left out.
-        config: the optimizer's settings; its rates are for a global batch of `config.reference_batch_size`.
-        batch_size: size of the global batch; all rates are proportional to it.
+    The pretrained part is the submodule `encoder`. All rates are proportional to the size of the global batch; those of
+    the settings are for `config.reference_batch_size`.
     """
     base = config.lr * batch_size / config.reference_batch_size
     factors = {(False, False): 1.0, (False, True): config.bias_lr_factor}

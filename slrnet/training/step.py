@@ -37,13 +37,7 @@ def step_generator(*numbers: int) -> torch.Generator:
 def make_views(
     images: Tensor, config: ViewsConfig, normalize: Normalize, generator: torch.Generator
 ) -> tuple[list[Tensor], list[View]]:
-    """Draws the views of a batch.
-
-    Args:
-        images: (N, 3, H, W) float in [0, 1].
-        config: scales, flips and color changes.
-        normalize: the encoder's normalization.
-        generator: a CPU generator.
+    """Draws the views of a batch (N, 3, H, W), float in [0, 1], with a CPU generator.
 
     Returns:
         Per view the normalized images (N, 3, H_v, W_v), and how to undo the view.
