@@ -130,12 +130,12 @@ class RunListener(Listener):
     def measured(self, masks: PseudoMask, epoch: int) -> None:
         """Draws the image into the run's folder, on whichever rank has it."""
         sample = masks.sample
+        stages = {"raw mask": masks.raw, "refined mask": masks.refined, "pseudo label": masks.pseudo_labels}
+        if sample.pixel_labels is not None:
+            stages["ground truth"] = sample.pixel_labels
         panel = draw_panel(
             sample.image.permute(1, 2, 0).numpy(),
-            raw_mask=masks.raw.numpy(),
-            refined_mask=masks.refined.numpy(),
-            pseudo_labels=masks.pseudo_labels.numpy(),
-            ground_truth=None if sample.pixel_labels is None else sample.pixel_labels.numpy(),
+            {caption: mask.numpy() for caption, mask in stages.items()},
             palette=self.info.palette_array(),
             class_names=self.info.classes,
             title=f"{sample.key}, after epoch {epoch + 1}",
@@ -165,10 +165,10 @@ class RunListener(Listener):
             scores = class_quality(metrics, group, self.info.classes)
             if any(value == value for value in scores["iou"]):
                 picture = draw_class_scores(
-                    **scores,
+                    scores,
                     palette=self.info.palette_array(),
                     class_names=self.info.classes,
-                    title=f"{group} after epoch {epoch + 1}",
+                    title=f"{group} after epoch {state.epoch}",
                 )
                 self.tracker.log_image(f"quality/{group}", picture, step)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -21,27 +22,16 @@ _NAME, _BAR, _NUMBER = 150, 150, 52
 
 
 def draw_panel(
-    image: Pixels,
-    raw_mask: Mask,
-    refined_mask: Mask,
-    pseudo_labels: Mask,
-    ground_truth: Mask | None,
-    *,
-    palette: Pixels,
-    class_names: Sequence[str],
-    title: str = "",
+    image: Pixels, masks: Mapping[str, Mask], *, palette: Pixels, class_names: Sequence[str], title: str = ""
 ) -> Image.Image:
-    """Draws image, raw mask, refined mask, pseudo label and ground truth in two rows, with captions and a legend.
+    """Draws an image and masks over it, such as its stages and the ground truth, in two rows with a legend.
 
     There are two rows, because MLflow's page and small screens give a picture a square. Small images are enlarged by a
     whole factor so that you can see details.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        raw_mask: (H, W) class ids of the fused masks before refinement; 255 is void here and below.
-        refined_mask: (H, W) class ids after refinement.
-        pseudo_labels: (H, W) class ids after the thresholds.
-        ground_truth: (H, W) true class ids; None leaves this picture out.
+        masks: (H, W) class ids by caption; 255 is void.
         palette: (C, 3) uint8 colors by class id, C >= the number of classes.
         class_names: names by class id, background first.
         title: line at the top, for instance the image's key; empty for none.
@@ -49,9 +39,6 @@ def draw_panel(
     Raises:
         ValueError: a mask's size differs from the image's, or it holds an id without a name or color.
     """
-    masks = {"raw mask": raw_mask, "refined mask": refined_mask, "pseudo label": pseudo_labels}
-    if ground_truth is not None:
-        masks["ground truth"] = ground_truth
     for name, mask in masks.items():
         check_mask(mask, image, min(len(class_names), len(palette)), name)
     factor = -(-_MIN_TILE // image.shape[1])
@@ -67,20 +54,12 @@ def draw_panel(
 
 
 def draw_class_scores(
-    iou: Sequence[float],
-    fdr: Sequence[float],
-    fnr: Sequence[float],
-    *,
-    palette: Pixels,
-    class_names: Sequence[str],
-    title: str = "",
+    scores: Mapping[str, Sequence[float]], *, palette: Pixels, class_names: Sequence[str], title: str
 ) -> Image.Image:
     """Draws IoU as bars, and IoU, FDR and FNR in percent, a row for each class and 51 rows to a column.
 
     Args:
-        iou: intersection over union by class, in [0, 1]; NaN for a class that occurs nowhere.
-        fdr: false discovery rate by class, likewise.
-        fnr: false negative rate by class, likewise.
+        scores: `iou`, `fdr` and `fnr` by class, in [0, 1]; NaN for a class that occurs nowhere.
         palette: (C, 3) uint8 colors by class id, C >= the number of classes.
         class_names: K names, background first.
         title: line at the top.
@@ -99,10 +78,11 @@ def draw_class_scores(
                 draw.text((end + (number + 1) * _NUMBER, top - LINE / 2), text, fill=INK, font=font, anchor="rm")
         draw.text((left, top + 8), shorten(name, font, _NAME - GAP), fill=INK, font=font, anchor="lm")
         draw.rectangle((start, top, end, top + 15), outline=FAINT)
-        if iou[place] == iou[place]:
+        shares = [scores[kind][place] for kind in ("iou", "fdr", "fnr")]
+        if not math.isnan(shares[0]):
             color = tuple(palette[place].tolist()) if place else BACKGROUND
-            draw.rectangle((start, top, start + round(_BAR * iou[place]), top + 15), fill=color, outline=INK)
-        for number, values in enumerate((iou, fdr, fnr)):
-            text = f"{100 * values[place]:.1f}" if values[place] == values[place] else "-"
+            draw.rectangle((start, top, start + round(_BAR * shares[0]), top + 15), fill=color, outline=INK)
+        for number, share in enumerate(shares):
+            text = "-" if math.isnan(share) else f"{100 * share:.1f}"
             draw.text((end + (number + 1) * _NUMBER, top + 8), text, fill=INK, font=font, anchor="rm")
     return page

@@ -29,13 +29,7 @@ _PICTURES = {"image": "Image", "mask": "Mask", "refined": "Fused and refined", "
 
 
 def serve(analyzer: Analyzer, *, name: str, port: int) -> None:
-    """Serves the app on loopback until Ctrl-C.
-
-    Args:
-        analyzer: the network that analyzes images.
-        name: the checkpoint's name, for the page's heading.
-        port: the port on 127.0.0.1.
-    """
+    """Serves the app, with the checkpoint's name as its heading, on 127.0.0.1 until Ctrl-C."""
     # Another site's page must not reach this one under a name of its own.
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     ui.page("/")(lambda: _Page(analyzer, name).build())
@@ -83,21 +77,14 @@ class _Page:
         self._slider("gamma", text, 0, 1, 0.05, defaults.gamma, "gamma")
         iterations = max(defaults.refine_iters, 1)
         switch = ui.switch("refinement", value=defaults.refine_iters > 0).classes("refinement")
-        slider = self._slider(
-            "iterations", "of the refinement (calibration.refine_iters)", 1, 30, 1, iterations, "refine_iters"
-        )
+        text = "of the refinement (calibration.refine_iters)"
+        slider = self._slider("iterations", text, 1, 30, 1, iterations, "refine_iters")
         slider.bind_enabled_from(switch, "value")
         switch.on_value_change(lambda event: self._change(refine_iters=int(slider.value) if event.value else 0))
-        self.chosen = (
-            ui.select(
-                list(self.analyzer.classes[1:]),
-                multiple=True,
-                label="classes of the pseudo label (else: by their scores)",
-            )
-            .classes("w-full")
-            .props("use-chips clearable dense")
-        )
-        self.chosen.on_value_change(lambda event: self._change(classes=tuple(event.value) if event.value else None))
+        label = "classes of the pseudo label (else: by their scores)"
+        chosen = ui.select(list(self.analyzer.classes[1:]), multiple=True, label=label)
+        chosen.classes("w-full").props("use-chips clearable dense")
+        chosen.on_value_change(lambda event: self._change(classes=tuple(event.value) if event.value else None))
 
     def _slider(self, name: str, text: str, low: float, high: float, step: float, value: float, control: str) -> Any:
         kind = type(getattr(self.controls, control))
@@ -171,11 +158,8 @@ class _Page:
             ui.label("The network has no class scores (setting sss).").classes("text-sm")
             return
         ui.label("Class scores").classes("text-sm font-medium")
-        with (
-            ui.element("div")
-            .classes("scores grid gap-x-4 gap-y-1 w-full max-w-xl")
-            .style("grid-template-columns: max-content 1fr max-content")
-        ):
+        rows = ui.element("div").classes("scores grid gap-x-4 gap-y-1 w-full max-w-xl")
+        with rows.style("grid-template-columns: max-content 1fr max-content"):
             for name, score in list(analysis.scores.items())[:_MOST_SCORES]:
                 ui.label(name).classes("text-sm")
                 ui.linear_progress(score, show_value=False).props("instant-feedback").classes("self-center")
