@@ -127,8 +127,7 @@ def warnings_of(survey: SplitSurvey, info: DatasetInfo, *, training: bool) -> li
     """Lists what about a split may be a mistake; `training` says that it is for training, not for measuring."""
     warnings = []
     missing = [name for name, images in zip(info.classes[1:], survey.images, strict=True) if not images]
-    labeled = survey.num_samples - survey.kinds.get(KINDS[False, False], 0)
-    if not labeled:
+    if set(survey.kinds) <= {KINDS[False, False]}:
         warnings.append("no image has a label of any kind")
     elif missing:
         warnings.append(f"{len(missing)} of {info.num_classes - 1} classes are in no image: {_listed(missing)}")

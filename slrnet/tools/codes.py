@@ -102,11 +102,10 @@ def iterations(module: CrossViewLowRank, num_iters: int) -> Iterator[None]:
 
 @torch.no_grad()
 def observe_low_rank(model: Network, views: Sequence[Tensor]) -> tuple[Outputs, tuple[Any, ...], LowRankViews]:
-    """Runs a network, and returns its outputs, and the arguments and the result of its low-rank module.
+    """Runs a network on views (N, 3, H, W) in [0, 1], in full precision.
 
-    Args:
-        model: an SLRNet in evaluation mode.
-        views: per view (1, 3, H, W) in [0, 1], on the model's device.
+    Returns:
+        Its outputs, and the arguments and the result of its low-rank module.
 
     Raises:
         ValueError: the network has no low-rank module.

@@ -17,16 +17,7 @@ import torch
 from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint, TrainState
-from slrnet.config import (
-    CalibrationConfig,
-    Config,
-    CvlrConfig,
-    DataConfig,
-    EvaluationConfig,
-    LossConfig,
-    ModelConfig,
-    Setting,
-)
+from slrnet.config import Config, Setting, config_from_dict
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.models.encoders import describe_misfit, read_tensors
 from slrnet.models.slrnet import build_network
@@ -148,25 +139,25 @@ def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, 
 
 def _released_config(setting: Setting) -> Config:
     alone = setting == "sss"
-    return Config(
-        recipe="released",
-        setting=setting,
+    settings = {
+        "recipe": "released",
+        "setting": setting,
         # The authors trained on the masks of VOC's own training list.
-        data=DataConfig(pixel_labeled_subset="voc_train" if alone else ""),
-        model=ModelConfig(encoder_weights="none"),
-        cvlr=CvlrConfig(form="released"),
-        calibration=CalibrationConfig(fusion="probs", **(RELEASED_SSS_THRESHOLDS if alone else {})),
-        losses=LossConfig(mask_consistency="probs", code_consistency="maximum"),
-        evaluation=EvaluationConfig() if alone else EvaluationConfig(gating="scores", background_power=3.0),
-    )
+        "data": {"pixel_labeled_subset": "voc_train" if alone else ""},
+        "model": {"encoder_weights": "none"},
+        "cvlr": {"form": "released"},
+        "calibration": {"fusion": "probs"} | (RELEASED_SSS_THRESHOLDS if alone else {}),
+        "losses": {"mask_consistency": "probs", "code_consistency": "maximum"},
+        "evaluation": {} if alone else {"gating": "scores", "background_power": 3.0},
+    }
+    return config_from_dict(settings)
 
 
 def _stage_one(config: Config) -> Config:
-    evaluation = EvaluationConfig(
-        gating="scores", gating_threshold=0.1, gating_top=20, scales=(1.0, 0.5, 1.5, 2.0), background_power=3.0
-    )
-    changes = {"recipe": "released_one_stage", "cvlr": CvlrConfig(enabled=False), "evaluation": evaluation}
-    return config.model_copy(update=changes)
+    gating = {"gating": "scores", "gating_threshold": 0.1, "gating_top": 20}
+    evaluation = gating | {"scales": (1.0, 0.5, 1.5, 2.0), "background_power": 3.0}
+    changes = {"recipe": "released_one_stage", "cvlr": {"enabled": False}, "evaluation": evaluation}
+    return config_from_dict(config.model_dump() | changes)
 
 
 def _replace_prefix(name: str, prefixes: Mapping[str, str]) -> str | None:

@@ -139,10 +139,7 @@ def _compare(view: SingleView, other: Callable[[Tensor], Any], name: str) -> flo
 
 
 def log_to_training_run(checkpoint: Checkpoint, name: str, file: Path) -> str:
-    """Logs an ONNX file to the MLflow run of a checkpoint's training, as a model that `mlflow models serve` serves.
-
-    Returns:
-        The URI of the model `name`.
+    """Logs an ONNX file to the training's MLflow run, for `mlflow models serve`; returns the URI of the model `name`.
 
     Raises:
         ValueError: the run cannot be reached.

@@ -33,16 +33,7 @@ from slrnet.viz.grid import Color, Tile, class_legend
 from slrnet.viz.heat import COLORS, heat
 from slrnet.viz.overlay import draw_overlay
 
-__all__ = [
-    "best_of_each_class",
-    "code_figure",
-    "feature_figure",
-    "feature_rgb",
-    "features_around",
-    "iteration_figure",
-    "mask_figure",
-    "write_figure",
-]
+__all__ = ["code_figure", "feature_figure", "iteration_figure", "mask_figure", "write_figure"]
 
 Pixels = npt.NDArray[np.uint8]
 

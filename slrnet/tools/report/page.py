@@ -83,7 +83,7 @@ def _column(run: Run, measured: Measurements) -> dict[str, Any]:
             title: [(example, *_overlays(example, measured.palette, classes)) for example in examples]
             for title, examples in (("Best", measured.best), ("Worst", measured.worst))
         },
-        "panels": _chosen_panels(run),
+        "panels": list(_chosen_panels(run)),
         "advice": measured.sweep and gamma_advice(measured.sweep, checkpoint.config.calibration.confidence_threshold),
         "evaluations": list(_evaluation_rows(run)),
     }
@@ -141,13 +141,11 @@ def _overlays(
     return {"image": Image.fromarray(example.image)} | overlays, named
 
 
-def _chosen_panels(run: Run) -> list[tuple[str, list[tuple[int, Image.Image]]]]:
-    chosen = []
+def _chosen_panels(run: Run) -> Iterator[tuple[str, list[tuple[int, Image.Image]]]]:
     for key, pictures in list(run.panels.items())[:MAX_PANELS]:
-        epochs = sorted(pictures)
-        places = np.unique(np.linspace(0, len(epochs) - 1, min(len(epochs), MAX_EPOCHS)).round().astype(int))
-        chosen.append((key, [(epochs[place], pictures[epochs[place]]) for place in places]))
-    return chosen
+        epochs = sorted(pictures.items())
+        places = np.linspace(0, len(epochs) - 1, min(len(epochs), MAX_EPOCHS)).round().astype(int)
+        yield key, [epochs[place] for place in places]
 
 
 def _evaluation_rows(run: Run) -> Iterator[tuple[str, Any, list[float | None]]]:

@@ -22,16 +22,7 @@ from slrnet.recipes import RECIPES, get_recipe
 from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.reader import logged_pictures, metric_history, run_tags
 
-__all__ = [
-    "Curve",
-    "Run",
-    "TrackedRun",
-    "find_records",
-    "metrics_by_protocol",
-    "read_run",
-    "training_command",
-    "val_key",
-]
+__all__ = ["Run", "TrackedRun", "find_records", "metrics_by_protocol", "read_run", "training_command", "val_key"]
 
 Curve = list[tuple[float, float]]
 """Points of a curve: epochs, and values by epoch."""
@@ -77,11 +68,7 @@ class Run:
 
 
 def read_run(path: Path, tracked: TrackedRun | None = None) -> Run:
-    """Reads a checkpoint, or a run's folder with its best checkpoint.
-
-    Args:
-        path: the checkpoint or the folder.
-        tracked: what MLflow holds of the run; None to look for it where the run's settings say.
+    """Reads a checkpoint, or a run's folder with its best one; without `tracked` it looks for the run in MLflow.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
