@@ -168,7 +168,7 @@ class RunListener(Listener):
                     scores,
                     palette=self.info.palette_array(),
                     class_names=self.info.classes,
-                    title=f"{group} after epoch {state.epoch}",
+                    title=f"{group} after epoch {epoch + 1}",
                 )
                 self.tracker.log_image(f"quality/{group}", picture, step)
 
