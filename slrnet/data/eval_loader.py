@@ -10,13 +10,13 @@ import numpy.typing as npt
 
 from slrnet.data.batch import EvalSample
 from slrnet.data.manifest import DataError, ShardSet
-from slrnet.data.readers import Delivery, ReaderPool, check_place
-from slrnet.data.samples import OnError, SampleIndex, ShardFiles, SkippedSample
+from slrnet.data.readers import Delivery, Loader, check_place
+from slrnet.data.samples import OnError, SampleIndex, ShardFiles
 
 __all__ = ["EvalLoader"]
 
 
-class EvalLoader:
+class EvalLoader(Loader[EvalSample]):
     """Whole images of a split, each exactly once over all ranks, in the manifest's order; contiguous by rank.
 
     With `pixel_labels` all files of a sample are read and compared with the manifest's sha256.
@@ -60,12 +60,7 @@ class EvalLoader:
         """Number of samples over all ranks."""
         self._indices = wanted[self.total * rank // world_size : self.total * (rank + 1) // world_size]
         index = SampleIndex(shard_set=shard_set, split=view, on_error=on_error, compare=pixel_labels)
-        self._pool = ReaderPool(_EvalReader(index, self._indices, max(1, workers)), workers=workers)
-
-    @property
-    def skipped(self) -> tuple[SkippedSample, ...]:
-        """Samples of the current (or last) pass that this rank could not read so far."""
-        return tuple(self._pool.skipped)
+        super().__init__(_EvalReader(index, self._indices, max(1, workers)), workers=workers)
 
     def __len__(self) -> int:
         """Number of samples of this rank."""
@@ -78,18 +73,14 @@ class EvalLoader:
             DataError: a sample is damaged or missing and `on_error` is "stop", or not all samples came.
         """
         count = 0
-        for sample in self._pool.deliver():
+        for sample in self._deliver():
             count += 1
             yield sample
-        if count + len(self._pool.skipped) != len(self):
+        if count + len(self.skipped) != len(self):
             raise DataError(
-                f"{count} samples came and {len(self._pool.skipped)} were skipped, planned were {len(self)}; "
-                f"{self._pool.reader.index.advice}"
+                f"{count} samples came and {len(self.skipped)} were skipped, planned were {len(self)}; "
+                f"{self.reader.index.advice}"
             )
-
-    def close(self) -> None:
-        """Ends the reader processes; the next pass starts new ones."""
-        self._pool.close()
 
 
 @dataclass(frozen=True)

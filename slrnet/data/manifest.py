@@ -31,7 +31,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -61,7 +61,6 @@ __all__ = [
     "CHECKED_ROWS",
     "DATASET_FILE",
     "MANIFEST_FILE",
-    "MANIFEST_VERSION",
     "SCHEMA",
     "DataError",
     "DatasetInfo",
@@ -327,13 +326,14 @@ class ShardSet:
     info: DatasetInfo
     rows: ManifestRows
 
-    def path_of(self, entry: ShardEntry) -> Path:
-        """A shard's file on this machine; for a data set in an object store, a copy that is made if it is missing.
+    def path_of(self, shard: str, check: Callable[[Path], None] = lambda path: None) -> Path:
+        """A shard's file on this machine; for a data set in an object store, a copy, made and checked if it is missing.
 
         Raises:
             RemoteError: the object store does not have it, or refuses it.
+            ValueError: `check` refuses two copies in a row.
         """
-        return open_cached(self.location, entry.name) if is_remote(self.location) else entry.path
+        return open_cached(self.location, shard, check=check) if is_remote(self.location) else self.folder / shard
 
     @property
     def table(self) -> pa.Table:

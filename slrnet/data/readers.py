@@ -23,7 +23,7 @@ from slrnet.data.manifest import DataError
 from slrnet.data.processes import end_with, helper_context
 from slrnet.data.samples import SampleIndex, SkippedSample
 
-__all__ = ["Delivery", "Reader", "ReaderPool", "check_at_least_one", "check_place", "prepare_reader"]
+__all__ = ["Delivery", "Loader", "Reader", "check_at_least_one", "check_place", "prepare_reader"]
 
 Payload = TypeVar("Payload", bound=Batch | EvalSample)
 
@@ -76,16 +76,15 @@ class _Deliveries(IterableDataset[Delivery[Payload]]):
             yield Delivery(None, failure=str(error))
 
 
-class ReaderPool(Generic[Payload]):
-    """The readers of a loader, in this process (no workers) or in processes that stay.
+class Loader(Generic[Payload]):
+    """What all loaders share: their readers, in this process (no workers) or in processes that stay.
 
     With `pin_memory` batches come in page-locked memory.
     """
 
     def __init__(self, reader: Reader[Payload], *, workers: int, pin_memory: bool = False) -> None:
         self.reader = reader
-        self.skipped: list[SkippedSample] = []
-        """Samples of the current (or last) epoch that could not be read so far."""
+        self._skipped: list[SkippedSample] = []
         self._workers = workers
         self._pin_memory = pin_memory
         self._epoch_and_start = torch.zeros(2, dtype=torch.int64).share_memory_()
@@ -93,13 +92,18 @@ class ReaderPool(Generic[Payload]):
         self._loader: DataLoader[Delivery[Payload]] | None = None
         self._reported_shards: set[str] = set()
 
-    def deliver(self, epoch: int = 0, start_step: int = 0) -> Iterator[Payload]:
-        """Yields what the readers send in turn, and collects the samples that they skip.
+    @property
+    def skipped(self) -> tuple[SkippedSample, ...]:
+        """Samples of the current (or last) epoch that this rank could not read so far."""
+        return tuple(self._skipped)
 
-        Raises:
-            DataError: a reader failed.
-        """
-        self.skipped = []
+    def close(self) -> None:
+        """Ends the reader processes; the next epoch starts new ones."""
+        self._loader = None
+
+    def _deliver(self, epoch: int = 0, start_step: int = 0) -> Iterator[Payload]:
+        """Yields what the readers send in turn, and collects the samples that they skip."""
+        self._skipped = []
         self._epoch_and_start.copy_(torch.tensor([epoch, start_step]))
         for delivery in self._run():
             for skipped in delivery.skipped:
@@ -109,10 +113,6 @@ class ReaderPool(Generic[Payload]):
                 raise DataError(delivery.failure)
             if delivery.payload is not None:
                 yield delivery.payload
-
-    def close(self) -> None:
-        """Ends the reader processes; the next epoch starts new ones."""
-        self._loader = None
 
     def _run(self) -> Iterator[Delivery[Payload]]:
         if not self._workers:  # torch's loader would take a hundredth of the time and add nothing
@@ -133,7 +133,7 @@ class ReaderPool(Generic[Payload]):
         return iter(self._loader)
 
     def _report(self, skipped: SkippedSample) -> None:
-        self.skipped.append(skipped)
+        self._skipped.append(skipped)
         if skipped.shard not in self._reported_shards:
             self._reported_shards.add(skipped.shard)
             _logger.warning(

@@ -22,7 +22,7 @@ from torch import Tensor
 from slrnet.data.manifest import DataError, SampleRow, ShardSet, SplitView
 from slrnet.data.tars import BLOCK, read_header
 from slrnet.data.transforms import decode_image, decode_mask
-from slrnet.storage.remote import RemoteError, is_remote, open_cached
+from slrnet.storage.remote import RemoteError
 
 __all__ = ["LocatedSample", "OnError", "SampleIndex", "ShardFiles", "SkippedSample"]
 
@@ -198,8 +198,12 @@ class ShardFiles:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
+        name = self.index.split.shard_names[shard]
         try:
-            file = self._path(shard).open("rb", buffering=0)
+            path = self.index.shard_set.path_of(name, check=lambda copy: self._compare(shard, copy))
+            file = path.open("rb", buffering=0)
+        except RemoteError as error:
+            raise DataError(str(error)) from None
         except FileNotFoundError:
             raise DataError("the shard is missing") from None
         except OSError as error:
@@ -208,16 +212,6 @@ class ShardFiles:
         if len(self._files) > _OPEN_SHARDS:
             self._files.popitem(last=False)[1][0].close()
         return self._files[shard]
-
-    def _path(self, shard: int) -> Path:
-        """The shard's file on this machine: a copy of an object store's is made if it is missing, and compared."""
-        shard_set, name = self.index.shard_set, self.index.split.shard_names[shard]
-        if not is_remote(shard_set.location):
-            return shard_set.folder / name
-        try:
-            return open_cached(shard_set.location, name, check=lambda copy: self._compare(shard, copy))
-        except RemoteError as error:
-            raise DataError(str(error)) from None
 
     def _compare(self, shard: int, path: Path) -> None:
         """Raises DataError if a sample differs from the manifest's."""

@@ -24,7 +24,7 @@ from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.counter_random import Bits, key_of, random_bits
 from slrnet.data.epoch_plan import Draws, EpochPlan
 from slrnet.data.manifest import DataError, ShardSet
-from slrnet.data.readers import Delivery, ReaderPool, check_at_least_one, check_place
+from slrnet.data.readers import Delivery, Loader, check_at_least_one, check_place
 from slrnet.data.samples import LocatedSample, OnError, SampleIndex, ShardFiles, SkippedSample
 from slrnet.data.supervision import Supervision, image_labels_only
 from slrnet.data.transforms import Crop, crop_into, crop_mask, draw_crops
@@ -66,7 +66,7 @@ class TrainLoaderSettings:
         check_at_least_one(batch_size=self.batch_size, crop_size=self.crop_size, shuffle_buffer=self.shuffle_buffer)
 
 
-class TrainLoader:
+class TrainLoader(Loader[Batch]):
     """Batches of random crops of a split, for one rank.
 
     The draws of a step are a pure function of (seed, epoch, step) and the data, for any number of ranks and readers.
@@ -126,12 +126,7 @@ class TrainLoader:
         )
         self.share = len(reader.share)
         """Images of a step of this rank."""
-        self._pool: ReaderPool[Batch] = ReaderPool(reader, workers=workers, pin_memory=pin_memory)
-
-    @property
-    def skipped(self) -> tuple[SkippedSample, ...]:
-        """Samples of the current (or last) epoch that this rank could not read so far."""
-        return tuple(self._pool.skipped)
+        super().__init__(reader, workers=workers, pin_memory=pin_memory)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yields the batches of steps start_step, ..., steps_per_epoch - 1; one epoch at a time.
@@ -148,20 +143,16 @@ class TrainLoader:
             raise ValueError(f"start_step is {start_step}; an epoch has the steps 0 to {self.steps_per_epoch}")
         return self._batches(epoch, start_step)
 
-    def close(self) -> None:
-        """Ends the reader processes; the next epoch starts new ones."""
-        self._pool.close()
-
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         steps = self.steps_per_epoch - start_step
         batches = samples = 0
-        for batch in self._pool.deliver(epoch, start_step):
+        for batch in self._deliver(epoch, start_step):
             batches, samples = batches + 1, samples + len(batch.keys)
             yield batch
         if batches != steps or samples != steps * self.share:
             raise DataError(
                 f"epoch {epoch} gave this rank {batches} batches of {samples} samples in all, planned were "
-                f"{steps} batches of {steps * self.share}; {self._pool.reader.index.advice}"
+                f"{steps} batches of {steps * self.share}; {self.reader.index.advice}"
             )
 
 

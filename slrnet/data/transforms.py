@@ -11,7 +11,8 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -170,8 +171,7 @@ def decode_image(data: bytes | memoryview, reduction: int = 1) -> Tensor:
 
     Args:
         data: the bytes.
-        reduction: 1, 2, 4 or 8: the sides are divided by it and rounded up. What is left of each block's frequencies
-            makes its pixels, so most of the arithmetic falls away.
+        reduction: 1, 2, 4 or 8: the sides are divided by it and rounded up, which saves most of the arithmetic.
 
     Returns:
         (3, H, W) uint8 RGB.
@@ -182,9 +182,13 @@ def decode_image(data: bytes | memoryview, reduction: int = 1) -> Tensor:
     if not data:
         raise DataError("the image is empty")
     if len(data) * _JPEG_EXPANSION > MOST_PIXELS:  # a smaller one cannot hold as many; its header need not be read
-        _check_size(data)
-    if reduction > 1:
-        return _decode_reduced(data, reduction)
+        with _opened(data, "image", "JPEG"):
+            pass
+    if reduction > 1:  # torchvision's operator decodes whole images alone
+        with _opened(data, "image", "JPEG") as small:
+            small.draft(None, (small.width // reduction, small.height // reduction))
+            pixels = np.array(small if small.mode == "RGB" else small.convert("RGB"))
+            return torch.from_numpy(pixels).permute(2, 0, 1)
     try:
         memory = bytearray(data) if isinstance(data, bytes) else data
         image: Tensor = _decode_jpeg(torch.frombuffer(memory, dtype=torch.uint8), ImageReadMode.RGB.value)
@@ -194,44 +198,27 @@ def decode_image(data: bytes | memoryview, reduction: int = 1) -> Tensor:
     return image
 
 
-def _decode_reduced(data: bytes | memoryview, reduction: int) -> Tensor:
-    """Like `decode_image`, by Pillow: torchvision's operator decodes whole images alone."""
-    try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            image.draft(None, (image.width // reduction, image.height // reduction))
-            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-            return torch.from_numpy(pixels).permute(2, 0, 1)
-    except _UNREADABLE as error:
-        raise DataError(f"the image cannot be decoded as JPEG: {error}") from None
-
-
 def decode_mask(data: bytes | memoryview) -> Tensor:
-    """Decodes an indexed (or gray) PNG mask to its ids; the palette is not applied.
-
-    Returns:
-        (H, W) uint8 class ids, 255 where void.
+    """Decodes an indexed (or gray) PNG mask to (H, W) uint8 class ids, 255 where void; the palette is not applied.
 
     Raises:
         DataError: the bytes are no PNG, or one whose pixels are not single ids.
     """
+    with _opened(data, "mask", "PNG") as mask:
+        if mask.mode not in ("P", "L"):
+            raise DataError(f"the mask has mode {mask.mode}; allowed are indexed (P) and gray (L) PNGs")
+        return torch.from_numpy(np.array(mask, dtype=np.uint8))
+
+
+@contextmanager
+def _opened(data: bytes | memoryview, what: str, kind: str) -> Iterator[Image.Image]:
+    """A file of at most `MOST_PIXELS`, opened by Pillow; errors of its decoding come as `DataError`."""
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as mask:
-            if mask.width * mask.height > MOST_PIXELS:
-                raise DataError(f"the mask has {mask.width} x {mask.height} pixels; at most {MOST_PIXELS} are read")
-            if mask.mode not in ("P", "L"):
-                raise DataError(f"the mask has mode {mask.mode}; allowed are indexed (P) and gray (L) PNGs")
-            return torch.from_numpy(np.array(mask, dtype=np.uint8))
+        with Image.open(io.BytesIO(data), formats=[kind]) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise DataError(f"the {what} has {image.width} x {image.height} pixels; at most {MOST_PIXELS} are read")
+            yield image
     except DataError:
         raise
     except _UNREADABLE as error:
-        raise DataError(f"the mask cannot be decoded as PNG: {error}") from None
-
-
-def _check_size(data: bytes | memoryview) -> None:
-    try:
-        with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            width, height = image.size
-    except _UNREADABLE as error:
-        raise DataError(f"the image cannot be decoded as JPEG: {error}") from None
-    if width * height > MOST_PIXELS:
-        raise DataError(f"the image has {width} x {height} pixels; at most {MOST_PIXELS} are read")
+        raise DataError(f"the {what} cannot be decoded as {kind}: {error}") from None

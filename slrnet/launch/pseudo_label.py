@@ -228,7 +228,7 @@ def _assemble(partial: Path, shards: ShardSet, job: _Description) -> dict[str, A
         else:
             for entry in view.shards:
                 with written_whole(partial / entry.name) as incoming:
-                    shutil.copyfile(shards.path_of(entry), incoming)
+                    shutil.copyfile(shards.path_of(entry.name), incoming)
             parts = [view.shard_rows(place).to_pydict() for place in range(len(view.shards))]
         for name in SCHEMA.names:
             columns[name] += [value for part in parts for value in part[name]]

@@ -48,7 +48,7 @@ def test_readers_in_turns_keep_the_order(data: ShardSet, world_size: int, reader
     """What the processes of all ranks would send, collected here in torch's order."""
     keys = []
     for rank in range(world_size):
-        reader = EvalLoader(data, split="train", rank=rank, world_size=world_size, workers=readers)._pool.reader
+        reader = EvalLoader(data, split="train", rank=rank, world_size=world_size, workers=readers).reader
         turns = zip_longest(*(reader.deliver(worker, 0, 0) for worker in range(readers)))
         keys += [delivery.payload.key for turn in turns for delivery in turn if delivery and delivery.payload]
     assert keys == [data.split("train").key(i) for i in range(NUM_TRAIN)]

@@ -278,7 +278,7 @@ def test_readers_of_all_ranks_take_disjoint_samples(data: ShardSet, world_size: 
         turns = {
             begin: [
                 delivery.payload
-                for turn in zip_longest(*(loader._pool.reader.deliver(w, 0, begin) for w in range(readers)))
+                for turn in zip_longest(*(loader.reader.deliver(w, 0, begin) for w in range(readers)))
                 for delivery in turn
                 if delivery and delivery.payload
             ]
