@@ -422,9 +422,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.add_argument("--root", type=Path, metavar="DIR", help="folder with train2017, val2017, annotations")
     parser.add_argument("--year", type=int, choices=YEARS, help="which COCO (default: the one that is there)")
-    parser.add_argument(
-        "--fraction", type=float, default=1.0, metavar="X", help="share of train that is kept (default: %(default)s)"
-    )
+    text = "share of train that is kept (default: %(default)s)"
+    parser.add_argument("--fraction", type=float, default=1.0, metavar="X", help=text)
     add_common_arguments(parser, name="coco")
 
 

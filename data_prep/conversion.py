@@ -185,7 +185,7 @@ def _scanned(
     problems = [result for result in scanned if isinstance(result, str)]
     samples = [result for result in scanned if isinstance(result, Sample)]
     if not skip_damaged:
-        report_problems(problems, source.place, advice="mend them, or leave these images out with --skip-damaged")
+        report_problems(problems, source.place, advice="repair them, or leave these images out with --skip-damaged")
     for problem in problems:
         print(f"left out: {problem}", file=sys.stderr, flush=True)
     if problems:
@@ -205,13 +205,8 @@ def _scan(source: Source[AnyItem], item: AnyItem) -> Sample | str:
 
 def add_longest_side(parser: argparse.ArgumentParser, *, default: int) -> None:
     """Adds the option of scripts that scale large images down, for `ImageForm.longest_side`."""
-    parser.add_argument(
-        "--longest-side",
-        type=int,
-        default=default,
-        metavar="N",
-        help="scale larger images down to N pixels; 0 keeps all sizes (default: %(default)s)",
-    )
+    text = "scale larger images down to N pixels; 0 keeps all sizes (default: %(default)s)"
+    parser.add_argument("--longest-side", type=int, default=default, metavar="N", help=text)
 
 
 def add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -> None:
@@ -224,31 +219,20 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = 
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--out", type=Path, metavar="DIR", help="folder to make; must not exist or be empty")
     target.add_argument(
-        "--verify", type=Path, metavar="DIR", help="instead of writing: compare the shards of DIR with its manifest"
+        "--verify", type=Path, metavar="DIR", help="compare the shards of DIR with its manifest instead"
     )
     parser.set_defaults(interrupted="interrupted; nothing was written")
-    parser.add_argument(
-        "--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="worker processes (default: all cores)"
-    )
-    parser.add_argument(
+    add, cores = parser.add_argument, os.cpu_count() or 1
+    add("--processes", type=int, default=cores, metavar="N", help="worker processes (default: all cores)")
+    add(
         "--samples-per-shard", type=int, default=128, metavar="N", help="most samples in a shard (default: %(default)s)"
     )
-    parser.add_argument("--shards", type=int, metavar="N", help="instead: number of shards of every split")
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of everything random (default: %(default)s)"
-    )
+    add("--shards", type=int, metavar="N", help="number of shards of every split, instead")
+    add("--seed", type=int, default=0, metavar="N", help="seed of everything random (default: %(default)s)")
     if name is not None:
-        parser.add_argument("--name", default=name, metavar="NAME", help="name of the data set (default: %(default)s)")
-        parser.add_argument(
-            "--subset",
-            action="append",
-            default=[],
-            metavar="NAME=FILE",
-            help="mark the images of a list file; repeatable",
-        )
-        parser.add_argument(
-            "--skip-damaged", action="store_true", help="leave damaged images out, naming each, instead of stopping"
-        )
+        add("--name", default=name, metavar="NAME", help="name of the data set (default: %(default)s)")
+        add("--subset", action="append", default=[], metavar="NAME=FILE", help="mark a list file's images; repeatable")
+        add("--skip-damaged", action="store_true", help="leave damaged images out, naming each, instead of stopping")
 
 
 def required(options: argparse.Namespace, *names: str) -> None:

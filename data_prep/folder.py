@@ -108,25 +108,27 @@ def convert(
             "neither --masks nor --labels is given; one of them must say what the images show, or --unlabeled that "
             "nothing is known of them"
         )
+    images = Path(images).absolute()
     colors = read_palette(palette) if palette is not None else None
     table = read_label_table(labels) if labels is not None else None
     source = _Folder(
-        place=str(images := Path(images).absolute()),
+        place=str(images),
         images=images,
         masks=None if masks is None else Path(masks).absolute(),
         class_names=_class_names(classes, colors, table, has_masks=masks is not None),
         colors=colors,
         form=ImageForm(upright=True, longest_side=longest_side or None, remedy=REMEDY),
     )
-    drawing = _Drawing(splits=splits or {}, val_fraction=val_fraction, seed=output.seed)
-    items = _items(source, table, drawing, unlabeled=unlabeled)
+    paths = _find_images(images)
+    split_of = _splits(paths, table, splits or {}, val_fraction, output.seed)
+    items = _items(source, table, paths, split_of, unlabeled=unlabeled)
     words = {
         "--images": images,
         "--masks": source.masks,
         "--labels": None if labels is None else Path(labels),
         "--palette": None if palette is None else Path(palette),
         "--classes": None if classes is None else ",".join(classes),
-        "--split": drawing.splits,
+        "--split": splits,
         "--val-fraction": val_fraction,
         "--unlabeled": unlabeled,
         "--longest-side": longest_side,
@@ -230,15 +232,6 @@ class _Item(Item):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Drawing:
-    """How images are dealt to splits where no table says it."""
-
-    splits: Mapping[str, Path]
-    val_fraction: float
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Folder(Source[_Item]):
     images: Path
     masks: Path | None
@@ -328,41 +321,43 @@ def _class_names(
     return names
 
 
-def _items(source: _Folder, table: LabelTable | None, drawing: _Drawing, *, unlabeled: bool) -> list[_Item]:
-    paths = _find_images(source.images)
-    split_of = _splits(paths, table, drawing)
+def _items(
+    source: _Folder,
+    table: LabelTable | None,
+    paths: Mapping[str, Path],
+    split_of: Mapping[str, str],
+    *,
+    unlabeled: bool,
+) -> list[_Item]:
     items = []
     for key, path in paths.items():
         labels, mask = None if table is None else table.labels.get(key), source.mask_path(path)
         if labels is None and not unlabeled and mask is None:
             without = f"{path} has no mask" + ("" if table is None else f" and no line in {table.path}")
             raise DataError(f"{without}; add it, or take such images as unlabeled ones with --unlabeled")
-        items.append(
-            _Item(
-                key=key,
-                path=str(path),
-                mask=None if mask is None else str(mask),
-                split=split_of.get(key) or drawn_split(key, drawing.val_fraction, drawing.seed),
-                labels=labels,
-            )
-        )
+        place = None if mask is None else str(mask)
+        items.append(_Item(key=key, path=str(path), mask=place, split=split_of[key], labels=labels))
     return items
 
 
-def _splits(paths: Mapping[str, Path], table: LabelTable | None, drawing: _Drawing) -> dict[str, str]:
-    """Splits of the images that a list or the table names."""
-    ways = [bool(drawing.splits), drawing.val_fraction > 0, table is not None and table.splits is not None]
-    if sum(ways) > 1:
+def _splits(
+    paths: Mapping[str, Path],
+    table: LabelTable | None,
+    splits: Mapping[str, Path],
+    val_fraction: float,
+    seed: int,
+) -> dict[str, str]:
+    """Splits of all images, by list, table or draw."""
+    if sum([bool(splits), val_fraction > 0, table is not None and table.splits is not None]) > 1:
         raise DataError("splits are given in several ways; use one of --split, --val-fraction and the column `split`")
-    check_fraction(drawing.val_fraction)
-    if table is None:
-        return _read_splits(drawing.splits, paths)
-    if strangers := sorted(set(table.labels) - set(paths)):
+    check_fraction(val_fraction)
+    if table is not None and (strangers := sorted(set(table.labels) - set(paths))):
         raise DataError(
             f"{table.path} lists {len(strangers)} image(s) that are not there, such as {strangers[:3]}; "
             "remove their lines"
         )
-    return _read_splits(drawing.splits, paths) | dict(table.splits or {})
+    named = _read_splits(splits, paths) | dict((table and table.splits) or {})
+    return {key: named.get(key) or drawn_split(key, val_fraction, seed) for key in paths}
 
 
 def _find_images(folder: Path) -> dict[str, Path]:
@@ -428,16 +423,15 @@ def _codes(colors: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.int64]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder with the images")
-    parser.add_argument("--masks", type=Path, metavar="DIR", help="folder with PNG masks of the same paths")
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="CSV file with image labels")
-    parser.add_argument("--palette", type=Path, metavar="FILE", help="colors of the classes, for masks in colors")
-    parser.add_argument("--classes", metavar="A,B", help="names of the classes 1, 2, ...")
-    parser.add_argument("--split", action="append", default=[], metavar="NAME=FILE", help="list of a split; repeatable")
-    parser.add_argument("--val-fraction", type=float, default=0.0, metavar="X", help="share of the images for `val`")
-    parser.add_argument(
-        "--unlabeled", action="store_true", help="take images with neither a mask nor a line as unlabeled ones"
-    )
+    add = parser.add_argument
+    add("--images", type=Path, metavar="DIR", help="folder with the images")
+    add("--masks", type=Path, metavar="DIR", help="folder with PNG masks of the same paths")
+    add("--labels", type=Path, metavar="FILE", help="CSV file with image labels")
+    add("--palette", type=Path, metavar="FILE", help="colors of the classes, for masks in colors")
+    add("--classes", metavar="A,B", help="names of the classes 1, 2, ...")
+    add("--split", action="append", default=[], metavar="NAME=FILE", help="list of a split; repeatable")
+    add("--val-fraction", type=float, default=0.0, metavar="X", help="share of the images for `val`")
+    add("--unlabeled", action="store_true", help="take images with neither a mask nor a line as unlabeled ones")
     add_longest_side(parser, default=0)
     add_common_arguments(parser, name="folder")
 

@@ -262,12 +262,11 @@ def _split_of(path: Path) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument("--tars", type=Path, metavar="DIR", help="folder with the tars")
-    parser.add_argument("--classes", metavar="A,B", help="names of the classes 1, 2, ...")
-    parser.add_argument("--val-fraction", type=float, default=0.0, metavar="X", help="share of the samples for `val`")
-    parser.add_argument(
-        "--unlabeled", action="store_true", help="take samples with neither a mask nor labels as unlabeled images"
-    )
+    add = parser.add_argument
+    add("--tars", type=Path, metavar="DIR", help="folder with the tars")
+    add("--classes", metavar="A,B", help="names of the classes 1, 2, ...")
+    add("--val-fraction", type=float, default=0.0, metavar="X", help="share of the samples for `val`")
+    add("--unlabeled", action="store_true", help="take samples with neither a mask nor labels as unlabeled images")
     add_longest_side(parser, default=0)
     add_common_arguments(parser, name="tars")
 
