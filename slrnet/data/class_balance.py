@@ -6,8 +6,7 @@ nearest to one per image, in relative entropy, whose shares meet the target, fou
 draws are a product of its classes' factors. A limit on draws per image bounds what a rare class can ask for; where it
 binds, or where classes always come together, the target is missed, and the table shows by how much.
 
-An epoch stays exact: it draws as many samples as without balancing, each as often as expected up to the fraction (see
-`slrnet.data.epoch_plan`).
+An epoch draws as many samples as without balancing, each as often as expected (see `slrnet.data.epoch_plan`).
 """
 
 from __future__ import annotations

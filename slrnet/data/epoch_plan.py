@@ -13,8 +13,7 @@ than a batch at the end is left out, other draws every epoch.
 
 Any part of the order is computed without the rest. A place in the passes is arithmetic on the shards' numbers of
 samples; how far a draw moves is a hash of its place; draw i of the order comes from less than a window around place i,
-so sorting that neighborhood finds it. What is kept is a few numbers for each shard, and one for each sample only where
-samples differ in how often they are drawn.
+so sorting that neighborhood finds it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What a prepared data set consists of: `dataset.json` (what it is) and `manifest.parquet` (one row a sample).
 
-A prepared folder holds tar shards, most often named SPLIT-000000.tar. Each sample is KEY.jpg, KEY.png (indexed mask,
-where there is one) and KEY.json. These two files lie beside the shards. Columns of the manifest, rows ordered by shard
-and offset:
+These two files lie beside the tar shards, most often named SPLIT-000000.tar. Each sample is KEY.jpg, KEY.png (indexed
+mask, where there is one) and KEY.json. Columns of the manifest, rows ordered by shard and offset:
 
 | column | type | meaning |
 | --- | --- | --- |
@@ -21,9 +20,8 @@ and offset:
 A sample with neither a mask nor image labels is an unlabeled image. One with image labels and no classes shows the
 background alone.
 
-The manifest's footer has a table of the shards with a sha256 over each shard's rows; the fingerprint is one over that
-table. A large manifest is opened without its rows; `slrnet.data.manifest_rows` compares a shard's rows when it reads
-them.
+The manifest's footer has a table of the shards with a sha256 over each shard's rows, which are compared when they are
+read (see `slrnet.data.manifest_rows`); the fingerprint is a sha256 over that table.
 """
 
 from __future__ import annotations
@@ -33,9 +31,9 @@ import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -124,8 +122,7 @@ class DatasetInfo:
         return f"rm -r {shlex.quote(str(folder))} && {self.made_by} --out {shlex.quote(str(folder))}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
+class ShardEntry(NamedTuple):
     """One tar file of a split, by name and absolute path, and the samples that the manifest lists for it."""
 
     name: str
@@ -165,15 +162,13 @@ class SplitView:
 
     Args:
         name: name of the split.
-        rows: the manifest's rows, those of other splits included.
-        folder: folder that holds the shards.
-        num_classes: K, background included.
+        rows: the manifest's rows, those of other splits included; the shards lie beside the manifest.
     """
 
-    def __init__(self, name: str, *, rows: ManifestRows, folder: Path, num_classes: int) -> None:
+    def __init__(self, name: str, rows: ManifestRows) -> None:
         self.name = name
-        self.folder = folder
-        self.num_classes = num_classes
+        self.folder = rows.path.parent
+        self.num_classes = rows.num_classes
         self._rows = rows
         self._in_split = pc.equal(rows.shards["split"], name).to_numpy()
         self._places = np.flatnonzero(self._in_split)
@@ -186,8 +181,7 @@ class SplitView:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles what the view is made of, not what it has read."""
-        made = partial(SplitView, rows=self._rows, folder=self.folder, num_classes=self.num_classes)
-        return made, (self.name,)
+        return SplitView, (self.name, self._rows)
 
     @property
     def num_samples(self) -> int:
@@ -217,14 +211,7 @@ class SplitView:
         offsets, sizes = self.column("offset").to_numpy(), self.column("bytes").to_numpy()
         firsts = self.firsts.tolist()
         return tuple(
-            ShardEntry(
-                name=name,
-                path=self.folder / name,
-                num_samples=stop - first,
-                first=first,
-                offsets=offsets[first:stop],
-                sizes=sizes[first:stop],
-            )
+            ShardEntry(name, self.folder / name, stop - first, first, offsets[first:stop], sizes[first:stop])
             for name, first, stop in zip(self.shard_names, firsts, firsts[1:], strict=False)
         )
 
@@ -263,17 +250,13 @@ class SplitView:
         """Foreground ids 1..K-1 that each sample shows; empty lists where image labels are not known."""
         return self.column("classes")
 
-    def image_labels(self, indices: Sequence[int] | npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.float32]:
-        """(n, K-1) float32 of 0 and 1: which foreground classes each image shows; column c is class c + 1.
+    def image_labels(self) -> npt.NDArray[np.float32]:
+        """(num_samples, K-1) float32 of 0 and 1: which foreground classes each image shows; column c is class c + 1.
 
         A row of zeros is an image without objects, or one whose labels are not known; `has_image_labels` tells which.
-
-        Args:
-            indices: (n,) indices of samples within the split; None for all of them.
         """
-        classes = self.classes if indices is None else self.classes.take(pa.array(indices, type=pa.int64()))
-        labels = np.zeros((len(classes), self.num_classes - 1), dtype=np.float32)
-        labels[pc.list_parent_indices(classes), pc.list_flatten(classes).to_numpy() - 1] = 1.0
+        labels = np.zeros((self.num_samples, self.num_classes - 1), dtype=np.float32)
+        labels[pc.list_parent_indices(self.classes), pc.list_flatten(self.classes).to_numpy() - 1] = 1.0
         return labels
 
     @cached_property
@@ -293,8 +276,7 @@ class SplitView:
                 f"split {self.name!r} of {self.folder} has no subset {name!r}; it has: {known}; "
                 f"data_prep makes one with --subset {name}=LISTFILE"
             )
-        subsets = self.column("subsets")
-        member = np.zeros(self.num_samples, dtype=np.bool_)
+        subsets, member = self.column("subsets"), np.zeros(self.num_samples, dtype=np.bool_)
         member[pc.list_parent_indices(subsets).filter(pc.equal(pc.list_flatten(subsets), name))] = True
         return member
 
@@ -327,12 +309,7 @@ class ShardSet:
     rows: ManifestRows
 
     def path_of(self, shard: str, check: Callable[[Path], None] = lambda path: None) -> Path:
-        """A shard's file on this machine; for a data set in an object store, a copy, made and checked if it is missing.
-
-        Raises:
-            RemoteError: the object store does not have it, or refuses it.
-            ValueError: `check` refuses two copies in a row.
-        """
+        """A shard's file on this machine; for a data set in an object store, a copy (see `open_cached`)."""
         return open_cached(self.location, shard, check=check) if is_remote(self.location) else self.folder / shard
 
     @property
@@ -356,14 +333,10 @@ class ShardSet:
         return f"{self.info.made_by.split(' --', 1)[0]} --verify {shlex.quote(str(self.folder))}"
 
     def split(self, name: str) -> SplitView:
-        """The samples of one split.
-
-        Raises:
-            DataError: there is no such split; the message names those that exist.
-        """
+        """The samples of one split; raises a `DataError` that names all splits if there is no such one."""
         if name not in self.splits:
             raise DataError(f"{self.folder} has no split {name!r}; it has: {', '.join(self.splits)}")
-        return SplitView(name, rows=self.rows, folder=self.folder, num_classes=self.info.num_classes)
+        return SplitView(name, self.rows)
 
 
 def load_dataset(folder: str | os.PathLike[str], *, check: bool | None = None) -> ShardSet:

@@ -64,8 +64,7 @@ SHARDS = pa.schema(
         ("digest", pa.binary(32)),
     ]
 )
-"""The table of shards: file name, split, number of samples, number of samples with a mask and with known image labels,
-sha256 of the shard's rows."""
+"""The table of shards: file name, split, numbers of samples, masks and known image labels, sha256 of the rows."""
 
 SHARD_NAME = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.tar$"
 """Form of a shard's name: a file within the folder."""
@@ -147,11 +146,7 @@ class ManifestRows:
         return rows
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """One column of all rows. Damaged pages are noticed; changed values are not, see `of_shard`.
-
-        Raises:
-            DataError: the column cannot be read.
-        """
+        """One column of all rows; raises `DataError` for damaged pages, but not for changed values like `of_shard`."""
         parts = [self._read(group, name)[name] for group in range(len(self._group_firsts) - 1)]
         return pa.chunked_array([chunk for part in parts for chunk in part.chunks], SCHEMA.field(name).type)
 

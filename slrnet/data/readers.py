@@ -44,9 +44,8 @@ class Delivery(Generic[Payload]):
 
     def pin_memory(self) -> Delivery[Payload]:
         """The delivery in page-locked memory. torch's loader calls this."""
-        if not isinstance(self.payload, Batch):
-            return self
-        return replace(self, payload=self.payload.pin_memory())  # type: ignore[arg-type]
+        pinned = self.payload.pin_memory() if isinstance(self.payload, Batch) else self.payload
+        return replace(self, payload=pinned)  # type: ignore[arg-type]
 
 
 class Reader(Protocol[Payload]):
@@ -136,13 +135,8 @@ class Loader(Generic[Payload]):
         self._skipped.append(skipped)
         if skipped.shard not in self._reported_shards:
             self._reported_shards.add(skipped.shard)
-            _logger.warning(
-                "shard %s: sample %r is skipped: %s; further samples of this shard are counted without a message; %s",
-                skipped.shard,
-                skipped.key,
-                skipped.reason,
-                self.reader.index.advice,
-            )
+            text = "shard %s: sample %r is skipped: %s; further samples of this shard are counted without a message; %s"
+            _logger.warning(text, skipped.shard, skipped.key, skipped.reason, self.reader.index.advice)
 
 
 def check_place(*, rank: int, world_size: int, workers: int) -> None:

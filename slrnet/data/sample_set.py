@@ -39,11 +39,9 @@ class SampleSet:
         return cls(edges[::2], edges[1::2])
 
     def __len__(self) -> int:
-        """How many numbers there are."""
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __eq__(self, other: object) -> bool:
-        """Whether both hold the same numbers."""
         if not isinstance(other, SampleSet):
             return NotImplemented
         return np.array_equal(self.starts, other.starts) and np.array_equal(self.stops, other.stops)

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
@@ -72,10 +72,8 @@ class SampleIndex:
     @property
     def advice(self) -> str:
         """The commands that find and repair damage."""
-        return (
-            f"find all damage with `{self.shard_set.verify_command}`, "
-            f"make the data set anew with `{self.shard_set.repair_command}`"
-        )
+        verify, repair = self.shard_set.verify_command, self.shard_set.repair_command
+        return f"find all damage with `{verify}`, make the data set anew with `{repair}`"
 
     def image_labels(self, rows: Sequence[SampleRow | None]) -> Tensor:
         """Image labels of n samples, (n, K-1) float32 of 0 and 1; a None, whose labels stay unread, gives 0."""
@@ -86,11 +84,7 @@ class SampleIndex:
         return torch.from_numpy(labels)
 
     def damage(self, sample: int, error: DataError) -> SkippedSample:
-        """Describes a damaged sample if damaged samples are skipped.
-
-        Raises:
-            DataError: they are not skipped; the message says what is wrong where, and what to do.
-        """
+        """Describes a damaged sample; raises a `DataError` with place and remedy unless damaged samples are skipped."""
         if self.on_error == "skip":
             return SkippedSample(self._shard_name(sample), self.split.key(sample), str(error))
         raise self._described(sample, error) from None
@@ -117,11 +111,7 @@ class SampleIndex:
         return image
 
     def decode_mask(self, row: SampleRow, files: Mapping[str, bytes | memoryview]) -> Tensor | None:
-        """Decodes the mask among a sample's files, if there is one, to (H, W) uint8.
-
-        Raises:
-            DataError: it cannot be decoded, or has another size than the image.
-        """
+        """Decodes the mask among a sample's files, if there is one, to (H, W) uint8; raises like `decode`."""
         if "png" not in files:
             return None
         mask = decode_mask(files["png"])
@@ -137,7 +127,7 @@ class SampleIndex:
         return self.split.shard_names[self.split.shard_of(sample)]
 
 
-class ShardFiles:
+class ShardFiles(AbstractContextManager["ShardFiles"]):
     """Reads samples from their tars at the manifest's byte offsets; keeps the shards last used open.
 
     A method raises `DataError` where something is missing or damaged. Unless a method says otherwise, the message names
@@ -148,9 +138,6 @@ class ShardFiles:
         self.index = index
         self._files: OrderedDict[int, tuple[BinaryIO, int]] = OrderedDict()
         self._memory = memoryview(b"")
-
-    def __enter__(self) -> ShardFiles:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for file, _length in self._files.values():

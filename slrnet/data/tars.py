@@ -9,8 +9,8 @@ import hashlib
 import json
 import tarfile
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, BinaryIO, Self
+from contextlib import AbstractContextManager
+from typing import Any, BinaryIO
 
 from slrnet.data.manifest import SCHEMA, DataError
 
@@ -22,7 +22,7 @@ _FILL = b" \0"
 _REGULAR = tarfile.REGTYPE + tarfile.AREGTYPE
 
 
-class ShardWriter:
+class ShardWriter(AbstractContextManager["ShardWriter"]):
     """Writes samples into one tar and gathers their rows of the manifest; a context that ends the tar.
 
     Args:
@@ -36,10 +36,7 @@ class ShardWriter:
         self.columns: dict[str, list[Any]] = {column: [] for column in SCHEMA.names}
         """The values of all rows so far, by the names of `SCHEMA`."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, _: object, error: object, __: object) -> None:
         if error is None:
             self._file.write(tar_end(self._file.tell()))
 
@@ -67,11 +64,8 @@ class ShardWriter:
             mask: bytes of an indexed PNG file; None if there is no mask.
             notes: further entries of its JSON file.
         """
-        record: dict[str, Any] = {
-            "key": key,
-            "classes": None if classes is None else list(classes),
-            "subsets": sorted(subsets),
-        }
+        names = None if classes is None else list(classes)
+        record: dict[str, Any] = {"key": key, "classes": names, "subsets": sorted(subsets)}
         record |= {"width": size[0], "height": size[1], **(notes or {})}
         files = {f"{key}.jpg": image, **({} if mask is None else {f"{key}.png": mask})}
         files[f"{key}.json"] = json.dumps(record).encode()

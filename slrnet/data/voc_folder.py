@@ -21,11 +21,7 @@ __all__ = ["check_voc_folder", "write_voc_folder"]
 
 
 def check_voc_folder(out: Path) -> Path:
-    """Absolute path of a folder that does not exist yet or is empty.
-
-    Raises:
-        DataError: it exists and is not empty.
-    """
+    """Absolute path of a folder that does not exist yet or is empty; raises `DataError` if it is neither."""
     path = out.expanduser().resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DataError(f"{path} exists; give another folder, or remove it first")
