@@ -37,7 +37,6 @@ __all__ = [
     "PseudoMask",
     "Quality",
     "calibrate_sample",
-    "count_masks",
     "evaluate_masks",
     "gated_probs",
     "measure_pseudo_masks",
@@ -53,6 +52,12 @@ class Quality:
     matrix: ConfusionMatrix
     protocol: str
     images: int
+
+    @classmethod
+    def over_ranks(cls, matrix: ConfusionMatrix, protocol: str, images: int, process: Process) -> Quality:
+        """Adds up what the ranks have counted; every rank must make this call."""
+        total = int(sum_over_ranks(torch.tensor(images), process))
+        return cls(merge_over_ranks(matrix, process), protocol, total)
 
 
 @dataclass(frozen=True)
@@ -70,29 +75,12 @@ def evaluate_masks(inference: Inference, samples: Iterable[EvalSample], *, proce
 
     `samples` are this rank's share of the images; those without a mask are skipped.
     """
-    labeled = (sample for sample in samples if sample.pixel_labels is not None)
-    masks = ((sample, gated_probs(inference, sample).argmax(dim=0).cpu()) for sample in labeled)
-    name = protocol_name(inference.config.evaluation)
-    return count_masks(masks, num_classes=inference.model.num_classes, protocol=name, process=process)
-
-
-def count_masks(
-    masks: Iterable[tuple[EvalSample, Tensor]], *, num_classes: int, protocol: str, process: Process
-) -> Quality:
-    """Counts predicted masks against true masks, over all ranks.
-
-    Args:
-        masks: this rank's images, each with its predicted class ids (H, W); those without a true mask are skipped.
-        num_classes: K with the background.
-        protocol: name of how the masks were predicted.
-        process: this rank; every rank must make this call.
-    """
-    matrix, images = ConfusionMatrix(num_classes), 0
-    for sample, mask in masks:
+    matrix, images = ConfusionMatrix(inference.model.num_classes), 0
+    for sample in samples:
         if sample.pixel_labels is not None:
-            matrix.update(mask, sample.pixel_labels)
+            matrix.update(gated_probs(inference, sample).argmax(dim=0).cpu(), sample.pixel_labels)
             images += 1
-    return _merged(matrix, protocol, images, process)
+    return Quality.over_ranks(matrix, protocol_name(inference.config.evaluation), images, process)
 
 
 def gated_probs(inference: Inference, sample: EvalSample) -> Tensor:
@@ -130,7 +118,9 @@ def measure_pseudo_masks(
             kept.update(masks.pseudo_labels, sample.pixel_labels)
             images += 1
     protocol = pseudo_mask_protocol(inference.config)
-    return _merged(dense, protocol, images, process), _merged(kept, f"{protocol}, thresholded", images, process)
+    named = ((dense, protocol), (kept, f"{protocol}, thresholded"))
+    refined, thresholded = (Quality.over_ranks(matrix, name, images, process) for matrix, name in named)
+    return refined, thresholded
 
 
 def quality_metrics(prefix: str, quality: Quality, classes: tuple[str, ...]) -> dict[str, float]:
@@ -166,11 +156,6 @@ def calibrate_sample(inference: Inference, sample: EvalSample) -> Calibrated:
     known = torch.tensor([sample.has_image_labels and config.setting != "sss"])
     labels = possible_classes(sample.image_labels[None], known)
     return calibrate_views(logits, images, labels.to(images.device), config.calibration, max_classes=int(labels.sum()))
-
-
-def _merged(matrix: ConfusionMatrix, protocol: str, images: int, process: Process) -> Quality:
-    total = int(sum_over_ranks(torch.tensor(images), process))
-    return Quality(merge_over_ranks(matrix, process), protocol, total)
 
 
 def _pseudo_mask(inference: Inference, sample: EvalSample) -> PseudoMask:

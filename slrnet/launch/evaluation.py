@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint
-from slrnet.data.batch import EvalSample
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.distributed.process import Process
-from slrnet.evaluation.masks import Quality, count_masks, quality_metrics
-from slrnet.evaluation.metrics import ConfusionMatrix, merge_over_ranks
+from slrnet.evaluation.masks import Quality, quality_metrics
+from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.evaluation.protocols import gating_labels
 from slrnet.launch.prediction import MaskJob, MaskPredictor, open_job
 from slrnet.launch.rank import Report
@@ -69,20 +67,20 @@ def measure(predictor: MaskPredictor, loader: EvalLoader) -> tuple[Quality, ...]
     Returns:
         The protocol's quality; for `ms_crf` then that of the same masks before the CRF, which is the quality of `ms`.
     """
-    process, num_classes = predictor.process, predictor.inference.model.num_classes
-    before_crf = ConfusionMatrix(num_classes)
-
-    def masks() -> Iterator[tuple[EvalSample, Tensor]]:
-        labeled = (sample for sample in loader if sample.pixel_labels is not None)
-        for predicted in predictor((s, s.image, gating_labels(s, predictor.inference.config)) for s in labeled):
-            if predicted.before_crf is not None and predicted.sample.pixel_labels is not None:
-                before_crf.update(torch.from_numpy(predicted.before_crf), predicted.sample.pixel_labels)
-            yield predicted.sample, torch.from_numpy(predicted.mask)
-
-    quality = count_masks(masks(), num_classes=num_classes, protocol=predictor.name(), process=process)
+    process, num_classes, images = predictor.process, predictor.inference.model.num_classes, 0
+    matrix, before_crf = ConfusionMatrix(num_classes), ConfusionMatrix(num_classes)
+    labeled = (sample for sample in loader if sample.pixel_labels is not None)
+    for predicted in predictor((s, s.image, gating_labels(s, predictor.inference.config)) for s in labeled):
+        truth = predicted.sample.pixel_labels
+        assert truth is not None
+        matrix.update(torch.from_numpy(predicted.mask), truth)
+        if predicted.before_crf is not None:
+            before_crf.update(torch.from_numpy(predicted.before_crf), truth)
+        images += 1
+    quality = Quality.over_ranks(matrix, predictor.name(), images, process)
     if predictor.settings.protocol != "ms_crf":
         return (quality,)
-    return quality, Quality(merge_over_ranks(before_crf, process), predictor.name("ms"), quality.images)
+    return quality, Quality.over_ranks(before_crf, predictor.name("ms"), images, process)
 
 
 def track_figures(checkpoint: Checkpoint, figures: Mapping[str, float]) -> str | None:
