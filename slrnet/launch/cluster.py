@@ -51,21 +51,15 @@ def cluster_resources() -> tuple[int, int]:
     import ray
 
     if not ray.is_initialized():
-        ray.init(runtime_env={"env_vars": _environment()}, log_to_driver=True, logging_level="warning")
+        paths = [str(PROJECT_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        environment = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
+        # Ray passes the cluster's address to a job, but not to the actors that the job starts. On a machine with two
+        # clusters, Ray Train's actor that frees a dead run's cores would then connect to the cluster started last.
+        address = os.environ.get("RAY_ADDRESS", "")
+        environment |= {"RAY_ADDRESS": address} if _GCS_ADDRESS.fullmatch(address) else {}
+        ray.init(runtime_env={"env_vars": environment}, log_to_driver=True, logging_level="warning")
     have = ray.cluster_resources()
     return int(have.get("CPU", 0)), int(have.get("GPU", 0))
-
-
-def _environment() -> dict[str, str]:
-    """Environment variables for all processes of a run.
-
-    Ray passes the cluster's address to a job, but not to the actors that the job starts. On a machine with two
-    clusters, Ray Train's actor that frees a dead run's cores would then connect to the cluster started last.
-    """
-    paths = [str(PROJECT_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment = {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
-    address = os.environ.get("RAY_ADDRESS", "")
-    return environment | ({"RAY_ADDRESS": address} if _GCS_ADDRESS.fullmatch(address) else {})
 
 
 @dataclass(frozen=True, kw_only=True)

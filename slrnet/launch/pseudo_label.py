@@ -59,6 +59,7 @@ RECORD = "pseudo_labels.json"
 WORK = ".work"
 """Folder inside the unfinished one for files that are deleted at the end."""
 _Description: TypeAlias = dict[str, Any]
+"""Everything that the masks depend on; two calls that agree in it belong to the same job."""
 _Shard: TypeAlias = tuple[str, str, int]
 """Split, file name and number of samples."""
 
@@ -85,7 +86,12 @@ def launch_pseudo_labels(
         TrainingError: a worker failed.
     """
     _check_labels(job)
-    described = _describe(job)
+    described = job.describe() | {
+        "step": job.checkpoint.state.step,
+        "data": job.shards.location,
+        "splits": sorted(job.splits),
+        "void_below": job.config.inference.void_below,
+    }
     out = out.expanduser().resolve()
     record = read_record(out)
     if record is None:
@@ -171,16 +177,6 @@ def _check_labels(job: MaskJob) -> None:
                 f"evaluation.gating is image_labels, but the image labels of {int((~labeled).sum())} of {len(labeled)} "
                 f"samples of split {split!r} are not known; use gating none or scores"
             )
-
-
-def _describe(job: MaskJob) -> _Description:
-    """Everything that the masks depend on; two calls that agree in it belong to the same job."""
-    return job.describe() | {
-        "step": job.checkpoint.state.step,
-        "data": job.shards.location,
-        "splits": sorted(job.splits),
-        "void_below": job.config.inference.void_below,
-    }
 
 
 def _open_partial(out: Path, job: _Description) -> Path:

@@ -26,6 +26,8 @@ from slrnet.sweeps.space import Domain, apply_values, check_space
 from slrnet.tracking.protocol import metric_key
 
 __all__ = [
+    "QUANTILE",
+    "REDUCTION",
     "SweepOptions",
     "SweepPlan",
     "describe",
@@ -37,6 +39,10 @@ __all__ = [
     "write_plan",
 ]
 
+QUANTILE = 0.25
+"""Share of a population that takes over each time, and share from which it does."""
+REDUCTION = 3.0
+"""ASHA's reduction factor: one trial in so many continues past a rung."""
 _RECORD = "sweep.json"
 _CHANGEABLE = ("weights.", "calibration.", "losses.", "optim.")
 """Sections whose settings can change between epochs: they shape neither the network nor the epochs."""
@@ -63,10 +69,6 @@ class SweepOptions:
     """Epochs before a trial may be stopped or take over; None: one more than the pretraining has."""
     perturb_every: int = 1
     """Epochs from one take-over of `pbt` to the next."""
-    quantile: float = 0.25
-    """Share of the trials that take over each time, and share from which they do."""
-    reduction: float = 3.0
-    """ASHA's reduction factor: one trial in so many continues past a rung."""
     num_workers: int = 1
     """Training processes of each trial."""
     cpus_per_worker: int | None = None
@@ -198,9 +200,9 @@ def describe(plan: SweepPlan) -> str:
         lines += [f"  {variant.label}: {' '.join(variant.changes)}" for variant in plan.chosen_variants]
         return "\n".join([*lines, f"{plan.trials} trials, all trained to the end"])
     stop = {
-        "asha": f"ASHA may stop trials after {options.grace_epochs} epochs, one in {options.reduction:g} continues",
+        "asha": f"ASHA may stop trials after {options.grace_epochs} epochs, one in {REDUCTION:g} continues",
         "pbt": f"population-based: after {options.grace_epochs} epochs and every {options.perturb_every} from there "
-        f"the worst {100 * options.quantile:g} % take over weights and settings of the best, which are then changed",
+        f"the worst {100 * QUANTILE:g} % take over weights and settings of the best, which are then changed",
         "none": "all trained to the end",
     }[options.scheduler]
     head = f"{plan.trials} trials, {options.searcher} search for {', '.join(options.metrics)}; {stop}"
@@ -288,11 +290,8 @@ def _check_population(options: SweepOptions, space: Sequence[Domain]) -> None:
         raise ConfigError(f"scheduler pbt goes by one metric, not by {len(options.metrics)}; give one")
     if options.num_samples < 2:
         raise ConfigError(f"a population of {options.num_samples} has nobody to take over from; use 2 samples or more")
-    if options.perturb_every < 1 or not 0 < options.quantile <= 0.5:
-        raise ConfigError(
-            f"perturb_every is {options.perturb_every} and quantile {options.quantile}; allowed are 1 epoch or more, "
-            "and shares up to 0.5"
-        )
+    if options.perturb_every < 1:
+        raise ConfigError(f"perturb_every is {options.perturb_every}; allowed are 1 epoch or more")
     for domain in space:
         if not may_change(domain.key):
             raise ConfigError(

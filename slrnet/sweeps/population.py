@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 from pydantic import TypeAdapter
 
 from slrnet.storage.files import write_json
-from slrnet.sweeps.plan import SweepPlan
+from slrnet.sweeps.plan import QUANTILE, SweepPlan
 from slrnet.sweeps.space import Domain
 from slrnet.sweeps.trials import Trial, score_of, trial_from_rows, trial_rows
 
@@ -176,7 +176,7 @@ def train_population(
         errors = train_round(until, {member.index: member.values for member in population.alive})
         population = _after_round(plan, population, errors, until)
         if until != ends[-1]:
-            goal: dict[str, Any] = {"metric": options.metrics[0], "quantile": options.quantile, "seed": options.seed}
+            goal: dict[str, Any] = {"metric": options.metrics[0], "quantile": QUANTILE, "seed": options.seed}
             population = exploit(population, plan.space, epoch=until, **goal)
             for member, change, source in population.takers(until):
                 taker, giver = member_name(plan, member.index), member_name(plan, source)

@@ -44,7 +44,7 @@ def trial_table(trials: Sequence[Trial], metrics: Sequence[str]) -> str:
     rows = [
         [
             trial.name,
-            *(_shown(trial.values.get(key)) for key in keys),
+            *(f"{value:.4g}" if isinstance(value, float) else value for value in map(trial.values.get, keys)),
             *(_percent(trial.metrics.get(metric)) for metric in metrics),
             trial.epochs,
             trial.status + (f": {trial.error}" if trial.error else ""),
@@ -101,20 +101,16 @@ def write_results(plan: SweepPlan, trials: Sequence[Trial], *, replay: Mapping[s
     folder = plan.folder / "results"
     record = {"trials": [asdict(trial) for trial in trials], "epochs": epochs_trained(trials)}
     write_json(folder / "trials.json", record | ({"epochs_under_asha": dict(replay)} if replay else {}))
-    if plan.ablation:
-        summary = _ablation_results(plan, trials, folder)
-    else:
+    if not plan.ablation:
         summary = _search_results(plan, trials, folder, replay)
+    else:
+        ablation = ABLATIONS[plan.ablation]
+        metrics = tuple(dict.fromkeys([*plan.options.metrics, "val/mfdr", "val/mfnr", "pseudo_mask/miou"]))
+        rows = ablation_rows(ablation, trials, metrics)
+        _draw_ablation(ablation, rows, metrics, folder / plan.ablation)
+        summary = ablation_table(ablation, rows, metrics) + "\n" + trial_table(trials, metrics)
     write_text(folder / "summary.md", summary)
     return summary
-
-
-def _ablation_results(plan: SweepPlan, trials: Sequence[Trial], folder: Path) -> str:
-    ablation = ABLATIONS[plan.ablation]
-    metrics = tuple(dict.fromkeys([*plan.options.metrics, "val/mfdr", "val/mfnr", "pseudo_mask/miou"]))
-    rows = ablation_rows(ablation, trials, metrics)
-    _draw_ablation(ablation, rows, metrics, folder / plan.ablation)
-    return ablation_table(ablation, rows, metrics) + "\n" + trial_table(trials, metrics)
 
 
 def _search_results(plan: SweepPlan, trials: Sequence[Trial], folder: Path, replay: Mapping[str, int]) -> str:
@@ -153,10 +149,6 @@ def _default_text(trials: Sequence[Trial], default: Mapping[str, Any], best: Tri
         f"The recipe's own settings ({own.name}) have {_percent(own.metrics[metric])} %, the best trial {best.name} "
         f"{_percent(best.metrics[metric])} %: {difference:+.2f} points, chosen on the images that measured it.\n"
     )
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _percent(value: float | None, spread: float | None = None) -> str:

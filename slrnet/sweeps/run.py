@@ -22,7 +22,7 @@ from slrnet.checkpoints.checkpoint import find_checkpoint
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, cluster_resources
 from slrnet.launch.train import LaunchOptions, TrainingError, train_trial
 from slrnet.sweeps.ablations import ABLATIONS
-from slrnet.sweeps.plan import SweepOptions, SweepPlan, trial_config, write_plan
+from slrnet.sweeps.plan import REDUCTION, SweepOptions, SweepPlan, trial_config, write_plan
 from slrnet.sweeps.population import Population, member_name, train_population
 from slrnet.sweeps.results import write_results
 from slrnet.sweeps.trials import Mode, Trial, best_trial, mode_of, trial_from_rows, trial_rows
@@ -272,7 +272,7 @@ def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
     else:
         search = _in_turn(concurrent, points_to_evaluate=[plan.recipe_point], random_state=options.seed)
     if options.scheduler == "asha":
-        rungs = {"grace_period": options.grace_epochs, "reduction_factor": options.reduction}
+        rungs = {"grace_period": options.grace_epochs, "reduction_factor": REDUCTION}
         asha = ASHAScheduler(time_attr="epoch", max_t=plan.config.train.epochs, **rungs)
     return tune.TuneConfig(
         search_alg=search,
@@ -344,7 +344,7 @@ def _replay(plan: SweepPlan, trials: Sequence[Trial], concurrent: int) -> dict[s
     if plan.ablation or options.scheduler != "none" or len(options.metrics) > 1 or not alike:
         return {}
     mode, grace = mode_of(options.metrics[0]), options.grace_epochs or 1
-    return replay_asha(curves, mode=mode, grace=grace, reduction=options.reduction, concurrent=concurrent)
+    return replay_asha(curves, mode=mode, grace=grace, reduction=REDUCTION, concurrent=concurrent)
 
 
 def replay_asha(

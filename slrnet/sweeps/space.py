@@ -122,7 +122,15 @@ def parse_domain(text: str) -> Domain:
             "instance optim.lr=loguniform:1e-4:1e-2, cvlr.num_iters=int:1:6 or cvlr.dim=choice:64,256"
         )
     if kind == "choice":
-        return Domain(key.strip(), "choice", _choices(text, values))
+        try:
+            choices = json.loads(f"[{values}]")
+        except ValueError:
+            choices = [part.strip() for part in values.split(",")]
+        if len(choices) < 2:
+            raise ConfigError(
+                f"search domain {text!r} has {len(choices)} choice; give at least two, separated by commas"
+            )
+        return Domain(key.strip(), "choice", tuple(choices))
     return Domain(key.strip(), kind, _ends(text, kind, values))
 
 
@@ -178,16 +186,6 @@ def apply_values(config: Config, values: Mapping[str, Any]) -> Config:
     """
     texts = (value if isinstance(value, str) else json.dumps(value) for value in values.values())
     return apply_overrides(config, [f"{key}={text}" for key, text in zip(values, texts, strict=True)])
-
-
-def _choices(text: str, values: str) -> tuple[Any, ...]:
-    try:
-        choices = json.loads(f"[{values}]")
-    except ValueError:
-        choices = [part.strip() for part in values.split(",")]
-    if len(choices) < 2:
-        raise ConfigError(f"search domain {text!r} has {len(choices)} choice; give at least two, separated by commas")
-    return tuple(choices)
 
 
 def _ends(text: str, kind: str, values: str) -> tuple[float | int, float | int]:

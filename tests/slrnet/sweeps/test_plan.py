@@ -165,7 +165,7 @@ def test_a_population_draws_at_random_and_waits_for_pretraining(tiny_config: Con
         ({"metrics": ("val/mfdr", "val/mfnr")}, WEIGHTS, "goes by one metric"),
         ({"num_samples": 1}, WEIGHTS, "use 2 samples or more"),
         ({"perturb_every": 0}, WEIGHTS, "allowed are 1 epoch or more"),
-        ({"quantile": 0.6}, WEIGHTS, "shares up to 0.5"),
+        ({"perturb_every": 0}, WEIGHTS, "perturb_every is 0; allowed are 1 epoch or more"),
         ({"grace_epochs": 1}, WEIGHTS, "have no pseudo labels"),
         ({}, SPACE, r"cvlr.dim cannot change while a network trains.*cvlr.dim=fixed"),
     ],
