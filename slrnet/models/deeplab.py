@@ -76,5 +76,5 @@ class DeepLabV3Plus(Network):
     def _decode(self, images: Tensor) -> Tensor:
         features: list[Tensor] = self.encoder.backbone(images)
         unused = images.new_zeros(0)
-        decoded = self.decoder([unused, unused, features[self._skip], features[-1]])
-        return self.head(decoded).float()  # type: ignore[no-any-return]
+        logits: Tensor = self.head(self.decoder([unused, unused, features[self._skip], features[-1]]))
+        return logits.float()

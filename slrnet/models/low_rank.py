@@ -27,6 +27,8 @@ MOMENTUM = 0.9
 class SeparateLowRank(CrossViewLowRank):
     """CVLR with one dictionary per view (Table 8, "Separate dictionary"); arguments as for `CrossViewLowRank`."""
 
+    methods = ("separate",)
+
     def forward(self, features: Sequence[Tensor], logits: Sequence[Tensor]) -> LowRankViews:
         """As `CrossViewLowRank.forward`, with the dictionaries of all views side by side, (N, V, d, k)."""
         views = [super(SeparateLowRank, self).forward([x], [z]) for x, z in zip(features, logits, strict=True)]
@@ -73,6 +75,7 @@ class EMAttention(_FreeAtoms):
         config: the module's settings; the authors use 3 iterations and temperature 1.
     """
 
+    methods = ("emau",)
     bases: Tensor
 
     def __init__(self, channels: int, config: CvlrConfig) -> None:
@@ -110,6 +113,8 @@ class Hamburger(_FreeAtoms):
             temperature is that of the softmax of cosine similarities and, for `nmf`, of the first codes.
     """
 
+    methods = ("nmf", "vq", "cd")
+
     def __init__(self, channels: int, config: CvlrConfig) -> None:
         super().__init__(channels, config)
         self.decomposition = config.method
@@ -146,11 +151,8 @@ class Hamburger(_FreeAtoms):
 
 def build_low_rank(config: CvlrConfig, channels: int) -> CrossViewLowRank:
     """Builds the module that `config.method` names, for feature maps of `channels` channels."""
-    if config.method in ("cvlr", "free"):
-        return CrossViewLowRank(channels, config)
-    if config.method == "separate":
-        return SeparateLowRank(channels, config)
-    return EMAttention(channels, config) if config.method == "emau" else Hamburger(channels, config)
+    modules = (CrossViewLowRank, SeparateLowRank, EMAttention, Hamburger)
+    return next(module for module in modules if config.method in module.methods)(channels, config)
 
 
 def _weighted_means(features: Tensor, codes: Tensor) -> Tensor:

@@ -42,11 +42,7 @@ class Network(nn.Module):
     num_classes: int
 
     def forward(self, views: Sequence[Tensor]) -> Outputs:
-        """Predicts masks.
-
-        Args:
-            views: per view (N, 3, H_v, W_v) images, normalized for the encoder (`encoder.mean`, `encoder.std`).
-        """
+        """Predicts the masks of views: (N, 3, H_v, W_v) images each, normalized with `encoder.mean`, `encoder.std`."""
         raise NotImplementedError
 
 
@@ -74,8 +70,7 @@ def mixed_precision(precision: Precision, device: torch.device) -> torch.autocas
     """Autocast to bfloat16, or a context without effect, for a forward pass.
 
     Args:
-        precision: `fp32`, `bf16`, or `auto`: bfloat16 on hardware that multiplies matrices of it, which is GPUs from
-            Ampere on and CPUs with AMX.
+        precision: `fp32`, `bf16`, or `auto`: bfloat16 on hardware for it, which is GPUs from Ampere on and CPUs with AMX.
         device: the network's device.
     """
     if device.type == "cuda":

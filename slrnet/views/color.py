@@ -52,11 +52,7 @@ def draw_color(n: int, config: ViewsConfig, *, generator: torch.Generator) -> Co
 
 
 def apply_color(images: Tensor, params: ColorParams) -> Tensor:
-    """Distorts `images` without changing the input.
-
-    Args:
-        images: (N, 3, H, W) float RGB in [0, 1], on any device.
-        params: the distortion, from `draw_color`.
+    """Distorts images (N, 3, H, W), float RGB in [0, 1] on any device, without changing the input.
 
     Returns:
         (N, 3, H, W) of the same dtype in [0, 1]; `images` itself where everything is off.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slrnet.config import CvlrConfig
 from slrnet.models.cvlr import CrossViewLowRank
-from slrnet.models.low_rank import EMAttention, build_low_rank
+from slrnet.models.low_rank import EMAttention, Hamburger, SeparateLowRank, build_low_rank
 
 Array = npt.NDArray[np.float64]
 METHODS = ("cvlr", "separate", "free", "emau", "nmf", "vq", "cd")
@@ -236,3 +236,17 @@ class TestHamburger:
             out = module_of(method)(*views_of(SIZES[0]))
             assert not out.dictionary.requires_grad
             assert out.codes[0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("module", "method", "allowed"),
+    [
+        (CrossViewLowRank, "separate", "cvlr, free"),
+        (SeparateLowRank, "cvlr", "separate"),
+        (EMAttention, "cvlr", "emau"),
+        (Hamburger, "emau", "nmf, vq, cd"),
+    ],
+)
+def test_a_method_of_another_class_is_refused(module: type[CrossViewLowRank], method: Any, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"{module.__name__} has no method '{method}'; allowed are {allowed}$"):
+        module(6, CvlrConfig(method=method))
