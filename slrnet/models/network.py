@@ -70,7 +70,7 @@ def mixed_precision(precision: Precision, device: torch.device) -> torch.autocas
     """Autocast to bfloat16, or a context without effect, for a forward pass.
 
     Args:
-        precision: `fp32`, `bf16`, or `auto`: bfloat16 on hardware for it, which is GPUs from Ampere on and CPUs with AMX.
+        precision: `fp32`, `bf16`, or `auto`: bfloat16 on hardware for it (GPUs from Ampere on, CPUs with AMX).
         device: the network's device.
     """
     if device.type == "cuda":
