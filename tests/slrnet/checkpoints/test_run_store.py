@@ -49,8 +49,8 @@ def save(folder: Path, epoch: int, score: float | None = None) -> Path:
 
 def stored(system: Any, place: str = CHECKPOINTS) -> set[str]:
     selector = fs.FileSelector(place, recursive=True, allow_not_found=True)
-    found = system.get_file_info(selector)
-    return {info.path.removeprefix(f"{place}/") for info in found if info.type == fs.FileType.File}
+    listed = system.get_file_info(selector)
+    return {info.path.removeprefix(f"{place}/") for info in listed if info.type == fs.FileType.File}
 
 
 @pytest.fixture

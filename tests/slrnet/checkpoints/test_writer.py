@@ -32,22 +32,22 @@ def save(writer: CheckpointWriter, epoch: int) -> torch.Tensor:
 @pytest.fixture
 def storage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """`failures` attempts fail; every pause is noted instead of slept."""
-    found: dict[str, Any] = {"failures": 0, "attempts": 0, "pauses": [], "now": 0.0}
+    storage: dict[str, Any] = {"failures": 0, "attempts": 0, "pauses": [], "now": 0.0}
 
     def refuse(*arguments: Any, **named: Any) -> Path:
-        found["attempts"] += 1
-        if found["attempts"] <= found["failures"]:
+        storage["attempts"] += 1
+        if storage["attempts"] <= storage["failures"]:
             raise OSError(errno.ENOSPC, "No space left on device")
         return save_checkpoint(*arguments, **named)
 
     def sleep(seconds: float) -> None:
-        found["pauses"].append(seconds)
-        found["now"] += seconds
+        storage["pauses"].append(seconds)
+        storage["now"] += seconds
 
     monkeypatch.setattr(writer_module, "save_checkpoint", refuse)
     monkeypatch.setattr(time, "sleep", sleep)
-    monkeypatch.setattr(time, "monotonic", lambda: found["now"])
-    return found
+    monkeypatch.setattr(time, "monotonic", lambda: storage["now"])
+    return storage
 
 
 def test_what_the_training_changes_afterwards_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -226,8 +226,8 @@ class TestFigures:
         gpu.errors[f"nvmlDeviceGet{call}"] = error()
         for _ in range(2):
             monitor.begin()
-            found, warnings = monitor.end(4)
-            assert everything.keys() - found.keys() == figures
+            rest, warnings = monitor.end(4)
+            assert everything.keys() - rest.keys() == figures
             assert warnings == {}
         assert nvml.calls.pop(f"nvmlDeviceGet{call}") == 1
         assert set(nvml.calls.values()) == {4}

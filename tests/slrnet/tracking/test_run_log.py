@@ -61,9 +61,9 @@ def test_failures_of_earlier_attempts_do_not_count(tmp_path: Path) -> None:
     assert find_failure(tmp_path, since=begun) is None
     time.sleep(0.005)
     fail(log, 2, "new")
-    found = find_failure(tmp_path, since=begun)
-    assert found is not None
-    assert found.message == "new"
+    failure = find_failure(tmp_path, since=begun)
+    assert failure is not None
+    assert failure.message == "new"
 
 
 def test_of_several_attempts_the_last_one_counts(tmp_path: Path) -> None:
@@ -73,19 +73,19 @@ def test_of_several_attempts_the_last_one_counts(tmp_path: Path) -> None:
             log = RunLog(tmp_path, rank=rank)
             log._common["pid"] = pid + rank
             fail(log, pid, f"attempt {pid}")
-    found = find_failure(tmp_path, since=0)
-    assert found is not None
-    assert (found.rank, found.message) == (0, "attempt 200")
+    failure = find_failure(tmp_path, since=0)
+    assert failure is not None
+    assert (failure.rank, failure.message) == (0, "attempt 200")
 
 
 def test_a_rank_that_died_goes_before_the_errors_that_it_caused(tmp_path: Path) -> None:
     RunLog(tmp_path, rank=1).write("step", step=30)
     fail(RunLog(tmp_path, rank=0), 31, "connection closed by peer")
-    found = find_failure(tmp_path, since=0, dead=[1])
-    assert found is not None
-    assert (found.rank, found.step, found.exception) == (1, 30, "died")
-    assert "killed, ran out of memory, or its node was lost" in str(found)
-    assert found.node != "an unknown node"
+    failure = find_failure(tmp_path, since=0, dead=[1])
+    assert failure is not None
+    assert (failure.rank, failure.step, failure.exception) == (1, 30, "died")
+    assert "killed, ran out of memory, or its node was lost" in str(failure)
+    assert failure.node != "an unknown node"
     unknown = find_failure(tmp_path, since=0, dead=[2])
     assert unknown is not None
     assert (unknown.rank, unknown.node) == (2, "an unknown node")
@@ -103,42 +103,42 @@ def test_a_lost_peer_is_the_rank_that_says_nothing(tmp_path: Path, message: str)
     """Ray reports rank 0 alone, whose connection broke."""
     RunLog(tmp_path, rank=1).write("step", step=30)
     fail(RunLog(tmp_path, rank=0), 31, message)
-    found = find_failure(tmp_path, since=0)
-    assert found is not None
-    assert (found.rank, found.exception) == (1, "died")
+    failure = find_failure(tmp_path, since=0)
+    assert failure is not None
+    assert (failure.rank, failure.exception) == (1, "died")
     fail(RunLog(tmp_path, rank=1), 30, "shard a.tar is damaged")
-    found = find_failure(tmp_path, since=0)
-    assert found is not None
-    assert (found.rank, found.exception) == (0, "DataError")
+    failure = find_failure(tmp_path, since=0)
+    assert failure is not None
+    assert (failure.rank, failure.exception) == (0, "DataError")
 
 
 def test_a_rank_that_said_why_it_ended_did_not_die_without_a_word(tmp_path: Path) -> None:
     fail(RunLog(tmp_path, rank=0), 4, "shard a.tar is damaged")
     RunLog(tmp_path, rank=1).write("step", step=4)
-    found = find_failure(tmp_path, since=0, dead=[0])
-    assert found is not None
-    assert (found.rank, found.exception) == (0, "DataError")
-    found = find_failure(tmp_path, since=0, dead=[0, 1])
-    assert found is not None
-    assert (found.rank, found.exception) == (1, "died")
+    failure = find_failure(tmp_path, since=0, dead=[0])
+    assert failure is not None
+    assert (failure.rank, failure.exception) == (0, "DataError")
+    failure = find_failure(tmp_path, since=0, dead=[0, 1])
+    assert failure is not None
+    assert (failure.rank, failure.exception) == (1, "died")
 
 
 def test_a_hang_goes_before_all(tmp_path: Path) -> None:
     log = RunLog(tmp_path, rank=0)
     fail(log, 4, "too late")
     log.write("hang", rank=1, node="there", step=4, exception="hang", message="rank 1 hangs")
-    found = find_failure(tmp_path, since=0, dead=[0, 1])
-    assert found is not None
-    assert (found.rank, found.node, found.exception) == (1, "there", "hang")
+    failure = find_failure(tmp_path, since=0, dead=[0, 1])
+    assert failure is not None
+    assert (failure.rank, failure.node, failure.exception) == (1, "there", "hang")
 
 
 def test_the_half_line_of_a_killed_process_is_passed_over(tmp_path: Path) -> None:
     fail(RunLog(tmp_path, rank=0), 4, "whole")
     with (tmp_path / "logs" / "rank-0.jsonl").open("a") as file:
         file.write('{"time": "2026')
-    found = find_failure(tmp_path, since=0)
-    assert found is not None
-    assert found.message == "whole"
+    failure = find_failure(tmp_path, since=0)
+    assert failure is not None
+    assert failure.message == "whole"
 
 
 def test_no_log_no_failure(tmp_path: Path) -> None:

@@ -235,18 +235,18 @@ class TestStepLosses:
 
     def test_cross_view_supervision(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Fig. 4 (right): the same labels for all views, those of the next view, or a view's own."""
-        found: dict[str, Labels] = {}
+        labels_of: dict[str, Labels] = {}
         divergence: dict[str, bool] = {}
         for supervision in ("mvmc", "cps", "kl"):
 
             def keep(outputs: Any, labels: Labels, *, name: str = supervision, **options: Any) -> Objective:
-                found[name], divergence[name] = labels, options["divergence"]
+                labels_of[name], divergence[name] = labels, options["divergence"]
                 return objective(outputs, labels, **options)
 
             monkeypatch.setattr(step_module, "objective", keep)
             config = settings(calibration={"supervision": supervision}, views={"scales": [1.0, 0.5, 1.0]})
             losses_of(tiny_model().eval(), config, pretraining=False)
-        shared, crossed, own = (found[name].pseudo_labels for name in ("mvmc", "cps", "kl"))
+        shared, crossed, own = (labels_of[name].pseudo_labels for name in ("mvmc", "cps", "kl"))
         assert shared is not None
         assert crossed is not None
         assert own is not None

@@ -443,10 +443,10 @@ def _notices(told: list[Any]) -> Callable[[], str]:
     rest = iter(told)
 
     def notice() -> str:
-        found = next(rest, "")
-        if not isinstance(found, str):
-            raise found
-        return found
+        answer = next(rest, "")
+        if not isinstance(answer, str):
+            raise answer
+        return answer
 
     return notice
 
@@ -501,9 +501,9 @@ class TestMixtures:
         config = apply_overrides(quiet, [*common, *changes])
         trainer = start_trainer(config, shards=mixed)
         figures = fit(trainer)[-1]
-        found = {name.removeprefix("train/epoch_loss_") for name in figures if name.startswith("train/epoch_loss_")}
-        assert found - {"mask_consistency", "code_consistency"} == parts
-        assert all(math.isfinite(figures[f"train/epoch_loss_{part}"]) for part in found)
+        named = {name.removeprefix("train/epoch_loss_") for name in figures if name.startswith("train/epoch_loss_")}
+        assert named - {"mask_consistency", "code_consistency"} == parts
+        assert all(math.isfinite(figures[f"train/epoch_loss_{part}"]) for part in named)
         assert figures["val/images"] == 5
         # Of nine images two have no mask; granted masks are not measured, nor are images that are left out.
         assert figures.get("pseudo_mask/images", 0) == {0: 7, 1: 3, 2: 0}[len(changes)]

@@ -158,8 +158,8 @@ def _gradients(config: Config, shards: ShardSet, process: Process) -> dict[str, 
         pseudo_rows=find_pseudo_rows(batch),
     )
     result.total.backward()
-    found = {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.grad is not None}
-    return found | {f"part {name}": part.detach() for name, part in result.parts.items()}
+    gradients = {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.grad is not None}
+    return gradients | {f"part {name}": part.detach() for name, part in result.parts.items()}
 
 
 def _uneven_step(config: Config, shards: ShardSet, process: Process) -> dict[str, Tensor]:
@@ -175,7 +175,7 @@ def _uneven_step(config: Config, shards: ShardSet, process: Process) -> dict[str
 def _resumed_within_an_epoch(config: Config, shards: ShardSet, process: Process, folder: Path) -> dict[str, Any]:
     """Two epochs of two steps, and the same stopped after the third step and resumed."""
     config = apply_overrides(config, ["train.checkpoint_every=3", "evaluation.pseudo_mask_images=0"])
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, steps in (("whole", 9), ("stopped", 3), ("resumed", 9)):
         run = folder / ("whole" if name == "whole" else "within")
         trainer = Trainer(config, shards, process=process, folder=run)
@@ -185,8 +185,8 @@ def _resumed_within_an_epoch(config: Config, shards: ShardSet, process: Process,
         with suppress(StopIteration):
             trainer.fit(report=lambda metrics: reports.append(dict(metrics)), notice=lambda: next(told))  # noqa: B023
         dist.barrier()
-        found |= {name: trainer.model.state_dict(), f"{name} steps": trainer.state.step, f"{name} epochs": reports}
-    return found
+        results |= {name: trainer.model.state_dict(), f"{name} steps": trainer.state.step, f"{name} epochs": reports}
+    return results
 
 
 def _eight(shards: ShardSet, setting: str) -> Batch:
@@ -332,10 +332,10 @@ def test_shares_of_other_sizes_count_by_their_images(
 
 
 def test_a_training_stopped_within_an_epoch_goes_on_to_the_bit(results: list[dict[str, Any]]) -> None:
-    for found in (result["within"] for result in results):
-        assert [found[f"{name} steps"] for name in ("whole", "stopped", "resumed")] == [4, 3, 4]
-        assert all(found["whole"][name].equal(found["resumed"][name]) for name in found["whole"])
-        whole, resumed = found["whole epochs"][1:], found["resumed epochs"]
+    for runs in (result["within"] for result in results):
+        assert [runs[f"{name} steps"] for name in ("whole", "stopped", "resumed")] == [4, 3, 4]
+        assert all(runs["whole"][name].equal(runs["resumed"][name]) for name in runs["whole"])
+        whole, resumed = runs["whole epochs"][1:], runs["resumed epochs"]
         assert len(whole) == len(resumed) == 1
         losses = [name for name in whole[0] if name.startswith("train/epoch_loss")]
         assert losses
