@@ -63,16 +63,9 @@ class Output:
     @classmethod
     def of_arguments(cls, args: argparse.Namespace) -> Output:
         """The output that the options of `add_common_arguments` ask for."""
-        return cls(
-            args.out,
-            name=args.name,
-            subsets=parse_named_files("--subset", args.subset),
-            samples_per_shard=args.samples_per_shard,
-            shards=args.shards,
-            seed=args.seed,
-            skip_damaged=args.skip_damaged,
-            processes=args.processes,
-        )
+        names = ("name", "samples_per_shard", "shards", "seed", "skip_damaged", "processes")
+        options = {name: getattr(args, name) for name in names}
+        return cls(args.out, subsets=parse_named_files("--subset", args.subset), **options)
 
     def named(self, name: str, script: str, words: Mapping[str, Any]) -> Output:
         """With a name, and the command that makes it; what changes no byte, such as --processes, is left out of that.

@@ -156,15 +156,12 @@ def demo_data(storage: Path) -> Path:
 def draw_scene(
     random: np.random.Generator, size: int, *, first_class: int
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Draws one picture.
+    """Draws one picture, (size, size, 3) uint8 RGB, and its mask, (size, size) uint8 of class ids.
 
     Args:
         random: Source of everything that varies.
         size: Side of the picture, pixels.
         first_class: Id 1..K-1 of a class that is shown for certain; the others come by chance.
-
-    Returns:
-        The picture (size, size, 3) uint8 RGB, and its mask (size, size) uint8 of class ids.
     """
     canvas = _draw_clutter(random, size)
     mask = np.zeros((size, size), dtype=np.uint8)
@@ -258,11 +255,9 @@ class Brush:
         )
 
     def paint(self, distance: Floats, color: Floats) -> None:
-        """Paints a form; its edge is antialiased over one pixel.
+        """Paints a form in a color, (3,) or (S, S, 3) RGB; its edge is antialiased over one pixel.
 
-        Args:
-            distance: (S, S) signed distance in the object's units, negative inside.
-            color: (3,) or (S, S, 3) RGB.
+        `distance`, (S, S), is signed and in the object's units, negative inside.
         """
         share = np.clip(0.5 - distance * self.scale, 0.0, 1.0)[..., None]
         self.canvas += share * (color - self.canvas)
@@ -498,17 +493,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def make(args: argparse.Namespace) -> DatasetInfo:
     """Makes the data set that the options ask for."""
-    return build_demo(
-        args.out,
-        seed=args.seed,
-        num_train=args.train,
-        num_val=args.val,
-        image_size=args.image_size,
-        voc_folder=args.voc_folder,
-        samples_per_shard=args.samples_per_shard,
-        shards=args.shards,
-        processes=args.processes,
-    )
+    names = ("seed", "image_size", "voc_folder", "samples_per_shard", "shards", "processes")
+    options = {name: getattr(args, name) for name in names}
+    return build_demo(args.out, num_train=args.train, num_val=args.val, **options)
 
 
 if __name__ == "__main__":

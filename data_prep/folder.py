@@ -439,18 +439,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def make(args: argparse.Namespace) -> DatasetInfo:
     """Makes the data set that the options ask for."""
     required(args, "images")
-    return convert(
-        args.images,
-        Output.of_arguments(args),
-        masks=args.masks,
-        labels=args.labels,
-        palette=args.palette,
-        classes=split_words(args.classes),
-        splits=parse_named_files("--split", args.split),
-        val_fraction=args.val_fraction,
-        unlabeled=args.unlabeled,
-        longest_side=args.longest_side,
-    )
+    names = ("masks", "labels", "palette", "val_fraction", "unlabeled", "longest_side")
+    options = {name: getattr(args, name) for name in names}
+    options |= {"classes": split_words(args.classes), "splits": parse_named_files("--split", args.split)}
+    return convert(args.images, Output.of_arguments(args), **options)
 
 
 if __name__ == "__main__":

@@ -89,13 +89,8 @@ def convert(
         synsets=list(synsets),
         form=ImageForm(longest_side=longest_side or None, remedy="fetch it again, or use --skip-damaged"),
     )
-    words = {
-        "--root": root,
-        "--val-images": Path(val_images),
-        "--val-masks": Path(val_masks),
-        "--map-file": path,
-        "--longest-side": str(longest_side),
-    }
+    words: dict[str, object] = {"--root": root, "--val-images": Path(val_images), "--val-masks": Path(val_masks)}
+    words |= {"--map-file": path, "--longest-side": str(longest_side)}
     return convert_items(source, items, output.named("l2id", "data_prep/l2id.py", words))
 
 
@@ -233,14 +228,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def make(args: argparse.Namespace) -> DatasetInfo:
     """Makes the data set that the options ask for."""
     required(args, "root", "val_images", "val_masks")
-    return convert(
-        args.root,
-        Output.of_arguments(args),
-        val_images=args.val_images,
-        val_masks=args.val_masks,
-        map_file=args.map_file,
-        longest_side=args.longest_side,
-    )
+    options = {name: getattr(args, name) for name in ("val_images", "val_masks", "map_file", "longest_side")}
+    return convert(args.root, Output.of_arguments(args), **options)
 
 
 if __name__ == "__main__":

@@ -275,14 +275,8 @@ def make(args: argparse.Namespace) -> DatasetInfo:
     """Makes the data set that the options ask for."""
     if args.tars is None or args.classes is None:
         raise DataError("--tars and --classes are needed: the folder with the tars, and the names of their classes")
-    return convert(
-        args.tars,
-        Output.of_arguments(args),
-        classes=split_words(args.classes) or [],
-        val_fraction=args.val_fraction,
-        unlabeled=args.unlabeled,
-        longest_side=args.longest_side,
-    )
+    options = {name: getattr(args, name) for name in ("val_fraction", "unlabeled", "longest_side")}
+    return convert(args.tars, Output.of_arguments(args), classes=split_words(args.classes) or [], **options)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.process import BaseProcess
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ _SHARES = 32
 """Least number of parts that a pass has for each process, so that all end at about the same time."""
 
 
-class ConversionPool:
+class ConversionPool(AbstractContextManager["ConversionPool"]):
     """Worker processes that start when there is work, and serve one pass over the images after the other.
 
     As a context it ends them on exit. After a failure they have ended before the caller cleans up.
@@ -48,9 +48,6 @@ class ConversionPool:
         self.processes = processes
         self._pool: ProcessPoolExecutor | None = None
         self._started: set[BaseProcess] = set()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -81,12 +78,13 @@ class ConversionPool:
                 for step, result in zip(steps, self._apply(function, items), strict=True):
                     results.append(result)
                     bar.update(step)
-            except BrokenProcessPool:
-                self._abandon()
+            except BaseException as error:  # work in progress is of no use anymore
+                for process in self._started:
+                    process.terminate()
+                self.close()
+                if not isinstance(error, BrokenProcessPool):
+                    raise
                 raise DataError("a worker process died, perhaps for lack of memory; try fewer --processes") from None
-            except BaseException:  # work in progress is of no use anymore
-                self._abandon()
-                raise
         return results
 
     def close(self) -> None:
@@ -111,11 +109,6 @@ class ConversionPool:
             results = self._pool.map(function, items, chunksize=chunk)
         self._started = set(multiprocessing.active_children()) - others
         return results
-
-    def _abandon(self) -> None:
-        for process in self._started:
-            process.terminate()
-        self.close()
 
 
 @contextmanager

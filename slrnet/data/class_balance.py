@@ -76,10 +76,10 @@ class Balance:
 
 
 def balance(lists: ClassLists, *, strength: float, limit: float) -> Balance:
-    """Finds the draws, as many as there are images.
+    """Finds the draws, as many as there are images; images without any class are drawn once.
 
     Args:
-        lists: image labels. Images without any class are drawn once.
+        lists: image labels.
         strength: 0 (as the data are) to 1 (all classes equally often).
         limit: greatest number of draws of an image per epoch, 1 or more.
 

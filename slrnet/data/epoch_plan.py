@@ -175,11 +175,8 @@ class _PoolOrder:
         self._cells = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(cells)])
 
     def draws(self, start: int, stop: int) -> Draws:
-        """Draws `start` to `stop` - 1 of the pool.
-
-        Draws are ordered by place + u window with u in [0, 1), as if the same epoch followed itself without end. A draw
-        at `start` or later has a place at most a window before `start`, and such places are as many as the window.
-        """
+        """Draws `start` to `stop` - 1, ordered by place + u window, u in [0, 1), as if the epoch repeated forever."""
+        # A draw at `start` or later has a place at most a window before it, and such places are as many as the window.
         places = np.arange(start - self._window, stop + self._window)
         moves = uniform(self._keys[0], places % self.total) * (self._window << _FINE)
         times = (np.arange(len(places)) << _FINE) + moves.astype(np.int64)

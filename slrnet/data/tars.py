@@ -23,12 +23,7 @@ _REGULAR = tarfile.REGTYPE + tarfile.AREGTYPE
 
 
 class ShardWriter(AbstractContextManager["ShardWriter"]):
-    """Writes samples into one tar and gathers their rows of the manifest; a context that ends the tar.
-
-    Args:
-        file: the empty file to write to.
-        name: file name of the shard, for the manifest.
-    """
+    """Writes samples into an empty tar file, ended on exit; gathers their rows of the manifest, where it has `name`."""
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file = file

@@ -167,10 +167,8 @@ def crop_mask(mask: Tensor, crop: Crop, *, size: int) -> Tensor:
 def decode_image(data: bytes | memoryview, reduction: int = 1) -> Tensor:
     """Decodes a JPEG; gray and CMYK ones become RGB. Exif orientation is ignored, as masks are drawn on stored pixels.
 
-    A view of memory that may be written, as torch wants it, is not copied.
-
     Args:
-        data: the bytes.
+        data: the bytes; a view of memory that may be written, as torch wants it, is not copied.
         reduction: 1, 2, 4 or 8: the sides are divided by it and rounded up, which saves most of the arithmetic.
 
     Returns:
