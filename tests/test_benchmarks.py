@@ -91,4 +91,4 @@ def test_the_simulated_manifest_is_one(tmp_path: Path) -> None:
     split = load_dataset(tmp_path / "data", check=True).split("train")
     assert [entry.num_samples for entry in split.shards] == [1000] * 3
     assert split.key(2001) == "000000002001"
-    assert scale.open_manifest(folder=str(tmp_path / "data"))["labelled"] == 3000
+    assert scale.open_manifest(folder=str(tmp_path / "data"))["labeled"] == 3000
