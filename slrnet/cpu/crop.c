@@ -31,8 +31,8 @@ typedef __m512i vector;
 typedef __m256i vector;
 #endif
 
-enum { DONE, NO_MEMORY };
-static const int MOST_BITS = 22;
+typedef int32_t __attribute__((may_alias)) int_pair; /* two weights of 16 bits */
+enum { DONE, NO_MEMORY, MOST_BITS = 22 };
 
 /* Pixel i of a resized side is the sum of weights[i * taps + j] times the old pixel first[i] + j, over 2^bits. */
 typedef struct {
@@ -184,11 +184,7 @@ static void resize_two(const uint8_t *a, const uint8_t *b, const program *p, int
     resize_one(a, b, p, p->pairs, bits, out);
 }
 
-static inline vector both(const int16_t *weights) {
-    int32_t two;
-    memcpy(&two, weights, sizeof two);
-    return REPEATED(two);
-}
+static inline vector both(const int16_t *weights) { return REPEATED(*(const int_pair *)weights); }
 
 /* Makes a row of the result from pairs of rows. */
 INLINE void mix(const uint16_t *const *rows, const int16_t *weights, int pairs, int bits, int count, uint8_t *out) {
@@ -231,9 +227,8 @@ int crop(const uint8_t *image, int64_t bytes, int64_t row_bytes, int top, int le
     uint16_t *resized = NULL;
     const uint16_t **taken = NULL;
     int state = NO_MEMORY;
-    if (make_filter(&columns, width, size, 0) || make_filter(&rows, height, size, 1)) goto end;
-    if (make_program(&steps, &columns, size, mirrored)) goto end;
-
+    if (make_filter(&columns, width, size, 0) || make_filter(&rows, height, size, 1) ||
+        make_program(&steps, &columns, size, mirrored)) goto end;
     int pairs = rows.taps / 2, stride = rounded(2 * CHANNELS * size * sizeof *resized + MARGIN, LINE) / sizeof *resized;
     int own = CHANNELS * width, read = own + CHANNELS * columns.taps + MARGIN;
     resized = space(pairs, stride * sizeof *resized);

@@ -19,6 +19,7 @@
 #endif
 #define RUN 9
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline)) /* inlined into one function, these run out of registers */
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t int_lanes __attribute__((vector_size(4 * LANES)));
@@ -137,11 +138,9 @@ INLINE void spread(const run *at, int b, int n, const row_weights *of, int rows,
         }
         sum *= first, right *= first;
         first *= first_ratio, ratio *= ratio_ratio;
-        lanes columns[2] = {sum - right, right};
-        for (int side = 0; side < 2; side++) {
-            both[side] += columns[side];
-            lower[side] += columns[side] * of->below;
-        }
+        lanes left = sum - right;
+        both[0] += left, both[1] += right;
+        lower[0] += left * of->below, lower[1] += right * of->below;
     }
     for (int side = 0; side < 2; side++) {
         gradients[0][side][b] += both[side] - lower[side];
@@ -157,15 +156,13 @@ INLINE void spread(const run *at, int b, int n, const row_weights *of, int rows,
         CASE(6, call) CASE(7, call) CASE(8, call) default: CASE(RUN, call)                                             \
     }
 
-static void pixels_of_a_cell(const image *of, const workspace *in, cell at) {
+APART void pixels_of_a_cell(const image *of, const workspace *in, cell at) {
     int blocks = of->blocks, n = at.right - at.left;
     const run *start = &in->start, *moving = &in->moving;
     lanes *corner[2][2], *slopes[2][2];
-    for (int line = 0; line < 2; line++) {
-        for (int side = 0; side < 2; side++) {
-            corner[line][side] = in->neighbors[line] + (at.column + side) * blocks;
-            slopes[line][side] = in->gradients[line] + (at.column + side) * blocks;
-        }
+    for (int i = 0; i < 4; i++) {
+        corner[i / 2][i % 2] = in->neighbors[i / 2] + (at.column + i % 2) * blocks;
+        slopes[i / 2][i % 2] = in->gradients[i / 2] + (at.column + i % 2) * blocks;
     }
     float down = (float)(of->old_height - 1) / (of->height - 1), across = (float)(of->old_width - 1) / (of->width - 1);
     float y = distance_into(at.row, at.top, of->old_height, of->height), distances[RUN];
@@ -203,10 +200,13 @@ static int has_weight(const image *of, cell at) {
 }
 
 /* The labels' logits, and the part of the gradient that is due to them; pixels of one label in a row at a time. */
-static void labels_of_a_cell(const image *of, const workspace *in, cell at) {
+APART void labels_of_a_cell(const image *of, const workspace *in, cell at) {
     int64_t next = (int64_t)of->blocks * LANES, start = at.column * next;
     const float *upper = (const float *)in->neighbors[0] + start, *lower = (const float *)in->neighbors[1] + start;
     float *above = (float *)in->gradients[0] + start, *beneath = (float *)in->gradients[1] + start;
+    float distances[at.right - at.left + 1];
+    for (int x = at.left; x < at.right; x++)
+        distances[x - at.left] = distance_into(at.column, x, of->old_width, of->width);
     for (int y = at.top; y < at.bottom; y++) {
         float below = distance_into(at.row, y, of->old_height, of->height);
         const int64_t *labels = of->labels + (int64_t)y * of->width;
@@ -218,10 +218,9 @@ static void labels_of_a_cell(const image *of, const workspace *in, cell at) {
             float step = upper[beside] + (lower[beside] - upper[beside]) * below - first;
             float sum = 0, on_right = 0;
             for (; x < at.right && labels[x] == here; x++) {
-                float distance = distance_into(at.column, x, of->old_width, of->width);
-                own[x] = first + step * distance;
+                own[x] = first + step * distances[x - at.left];
                 sum += weights[x];
-                on_right += weights[x] * distance;
+                on_right += weights[x] * distances[x - at.left];
             }
             float on_left = sum - on_right;
             beneath[here] -= on_left * below;

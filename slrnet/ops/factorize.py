@@ -1,10 +1,9 @@
 """Algorithm 1's iterations and their gradient as PyTorch operators.
 
 `slrnet::factorize` is the whole algorithm. `slrnet::assigned_sums` is one pass: it assigns the positions to atoms and
-sums up what each atom gets. The forward pass of one iteration turns its codes into the next dictionary; the backward
-pass computes the codes again from that iteration's dictionary. Both work on blocks of positions, so the codes of an
-iteration and their gradients are never in memory as a whole. The backward pass keeps the inputs and, for each
-iteration, one dictionary with its code masses.
+sums up what each atom gets. The backward pass computes an iteration's codes again from its dictionary. Both passes work
+on blocks of positions, so codes and their gradients are never in memory as a whole; only the inputs and, for each
+iteration, a dictionary with its code masses are kept.
 
 `torch.library` registers the operators, so `torch.compile`, `torch.export`, activation checkpointing and DDP see one
 node with known shapes. There is no second derivative: differentiating the backward operator is an error.

@@ -70,15 +70,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(n: int, d: int, k: int, positions: int, dtype: torch.dtype) -> Plan:
-    """Cuts a pass into programs: enough to fill a GPU, but not so many that partial sums outweigh the features.
-
-    Args:
-        n: the number of images.
-        d: the feature dimension.
-        k: the number of atoms.
-        positions: P, the number of positions.
-        dtype: the features' dtype.
-    """
+    """Cuts a pass over n images into programs: enough to fill a GPU, without partial sums that outweigh the features."""
     single = dtype == torch.float32
     atoms = max(16, triton.next_power_of_2(k))
     rows = max(16, min(triton.next_power_of_2(d), SUMS // atoms // (2 if atoms >= MANY_ATOMS else 1)))
@@ -96,11 +88,9 @@ def misfit(features: Tensor, k: int) -> str | None:
         return f"takes {takes}, and got {features.device.type}; 'auto', 'recompute' and 'reference' run there"
     if features.dtype not in DTYPES:
         return f"takes float32, float16 and bfloat16, and got {features.dtype}; use 'recompute' or 'reference'"
-    if features.shape[1] > MAX_DIM or k > MAX_BASES:
-        return (
-            f"takes d up to {MAX_DIM} and k up to {MAX_BASES}, and got d = {features.shape[1]} and k = {k}; "
-            "use 'recompute'"
-        )
+    d = features.shape[1]
+    if d > MAX_DIM or k > MAX_BASES:
+        return f"takes d up to {MAX_DIM} and k up to {MAX_BASES}, and got d = {d} and k = {k}; use 'recompute'"
     return None
 
 
