@@ -70,7 +70,7 @@ class Plan(NamedTuple):
 
 
 def plan_of(n: int, d: int, k: int, positions: int, dtype: torch.dtype) -> Plan:
-    """Cuts a pass over n images into programs: enough to fill a GPU, without partial sums that outweigh the features."""
+    """Cuts a pass into programs: enough to fill a GPU, but no partial sums that outweigh the features."""
     single = dtype == torch.float32
     atoms = max(16, triton.next_power_of_2(k))
     rows = max(16, min(triton.next_power_of_2(d), SUMS // atoms // (2 if atoms >= MANY_ATOMS else 1)))
