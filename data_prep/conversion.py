@@ -140,7 +140,7 @@ def convert_items(
     assert output.name is not None
     assert output.made_by is not None
     check_output(output.folder)
-    known = {item.key for item in items}
+    known = {item.key for item in items} if output.subsets else set()
     for name, path in output.subsets.items():
         keys = frozenset(read_keys(path))
         if strangers := sorted(keys - known):

@@ -122,6 +122,7 @@ def convert(
     paths = _find_images(images)
     split_of = _splits(paths, table, splits or {}, val_fraction, output.seed)
     items = _items(source, table, paths, split_of, unlabeled=unlabeled)
+    del paths, split_of  # they would take memory for every image until the end
     words = {
         "--images": images,
         "--masks": source.masks,
