@@ -117,6 +117,7 @@ def test_an_image_is_dropped_and_gamma_moved(address: str, browser: Any, image: 
         WebDriverWait(browser, 120, poll_frequency=0.2).until(lambda _: condition(), "what was waited for")
 
     Image.fromarray(image).save(tmp_path / "photo.png")
+    browser.get_log("performance")  # of pages before, the browser's start page included
     browser.get(address)
     wait(lambda: browser.find_elements(By.CSS_SELECTOR, "input[type=file]"))
     browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(tmp_path / "photo.png"))
