@@ -96,19 +96,27 @@ class ConversionPool(AbstractContextManager["ConversionPool"]):
     def _apply(self, function: Callable[[Item], Result], items: Sequence[Item]) -> Iterator[Result]:
         if self.processes == 1 or len(items) < 2:
             return map(function, items)
+        if self._pool is None:
+            # spawn: arrow has threads, and a forked child of a threaded process may hang.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(
+                min(self.processes, len(items)), mp_context=context, initializer=_end_when_told
+            )
         chunk = max(1, min(_CHUNK, len(items) // (_SHARES * self.processes)))
-        if self._pool is not None:
-            return self._pool.map(function, items, chunksize=chunk)
-        # spawn: arrow has threads, and a forked child of a threaded process may hang.
-        context = multiprocessing.get_context("spawn")
-        others = set(multiprocessing.active_children())
-        self._pool = ProcessPoolExecutor(
-            min(self.processes, len(items)), mp_context=context, initializer=_end_when_told
-        )
+        others = set(multiprocessing.active_children()) - self._started
         with _interrupts_held():  # the first work starts all processes
-            results = self._pool.map(function, items, chunksize=chunk)
+            # Not by the pool's own `map`: it cancels what waits when something fails, and a pool whose processes end
+            # then fails on the canceled work.
+            parts = [
+                self._pool.submit(_apply_to_all, function, items[start : start + chunk])
+                for start in range(0, len(items), chunk)
+            ]
         self._started = set(multiprocessing.active_children()) - others
-        return results
+        return (result for part in parts for result in part.result())
+
+
+def _apply_to_all(function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    return [function(item) for item in items]
 
 
 @contextmanager

@@ -101,10 +101,14 @@ def named_stages(model: nn.Module) -> Iterator[None]:
     open_stages: list[record_function] = []
 
     def begin(name: str) -> None:
-        open_stages.append(record_function(f"{PREFIX}{name}").__enter__())
+        open_stages.append(record_function(f"{PREFIX}{name}"))
+        open_stages[-1].__enter__()
+
+    def end(*_: object) -> None:  # what a hook returns would replace the module's output
+        open_stages.pop().__exit__(None, None, None)
 
     with contextlib.ExitStack() as hooks:
         for name, part in model.named_children():
             hooks.enter_context(part.register_forward_pre_hook(lambda *_, name=name: begin(name)))
-            hooks.enter_context(part.register_forward_hook(lambda *_: open_stages.pop().__exit__(None, None, None)))
+            hooks.enter_context(part.register_forward_hook(end))
         yield
