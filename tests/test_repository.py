@@ -555,10 +555,16 @@ class TestClusterFile:
 
 
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """Runs the project's Makefile in a folder that has what the installation reads, and nothing else."""
+    """Runs the project's Makefile in a folder that has what the installation reads, and nothing else.
+
+    Not as a part of the `make` that runs the tests, which would add lines about folders.
+    """
     for name in ("Makefile", "requirements.txt", "constraints.txt", "pyproject.toml"):
         (folder / name).write_text((ROOT / name).read_text())
-    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, check=False)
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")
+    }
+    return subprocess.run(["make", *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 class TestMakefile:
