@@ -16,12 +16,8 @@ from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.plan import SweepOptions, SweepPlan, trial_config
 from slrnet.sweeps.results import ablation_table, replay_text, trial_table, write_results
 from slrnet.sweeps.space import parse_domain
-from slrnet.sweeps.trials import Trial, ablation_rows, trial_from_rows
-
-
-def trial(name: str, values: dict[str, Any] | None = None, status: Any = "finished", **metrics: float) -> Trial:
-    named = {f"val/{key}": value for key, value in metrics.items()}
-    return Trial(name=name, values=values or {}, status=status, epochs=3, metrics=named)
+from slrnet.sweeps.trials import Trial, ablation_rows
+from tests.fixtures.trials import curves, trial
 
 
 def plan_of(storage: Path, *metrics: str, ablation: str = "", space: Any = ()) -> SweepPlan:
@@ -94,19 +90,6 @@ def test_an_ablation_leaves_files(name: str, tmp_path: Path) -> None:
     assert "±" in write_results(plan, ablation_trials(), replay={})
     files = {path.name for path in (plan.folder / "results").iterdir()}
     assert files == {"trials.json", "summary.md", f"{name}.png", f"{name}.svg"}
-
-
-def curves(*values: list[float], planned: int = 4) -> list[Trial]:
-    return [
-        trial_from_rows(
-            f"t{number}",
-            {"weights.consistency": 1.0 + number},
-            {epoch: {"val/miou": value} for epoch, value in enumerate(scores, 1)},
-            metric="val/miou",
-            planned=planned,
-        )
-        for number, scores in enumerate(values)
-    ]
 
 
 def test_the_fate_of_the_best_trial_under_early_stopping() -> None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from slrnet.sweeps.trials import (
-    Trial,
     best_trial,
     epochs_trained,
     importances,
@@ -19,12 +17,7 @@ from slrnet.sweeps.trials import (
     trial_from_rows,
     trial_rows,
 )
-
-
-def trial(name: str, values: dict[str, Any] | None = None, status: Any = "finished", **metrics: float) -> Trial:
-    named = {f"val/{key}": value for key, value in metrics.items()}
-    return Trial(name=name, values=values or {}, status=status, epochs=3, metrics=named)
-
+from tests.fixtures.trials import curves, trial
 
 POINTS = [
     trial("a", mfdr=0.5, mfnr=0.2),
@@ -75,19 +68,6 @@ def test_importances_find_the_setting_that_acts() -> None:
     assert importances(trials[:3], "val/miou") == {}, "too few"
     equals = [replace(trial, metrics={"val/miou": 0.2}) for trial in trials]
     assert importances(equals, "val/miou") == {}, "nothing to explain"
-
-
-def curves(*values: list[float], planned: int = 4) -> list[Trial]:
-    return [
-        trial_from_rows(
-            f"t{number}",
-            {"weights.consistency": 1.0 + number},
-            {epoch: {"val/miou": value} for epoch, value in enumerate(scores, 1)},
-            metric="val/miou",
-            planned=planned,
-        )
-        for number, scores in enumerate(values)
-    ]
 
 
 def test_a_trial_is_its_best_epoch_and_keeps_its_curve() -> None:
