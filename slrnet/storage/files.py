@@ -16,8 +16,9 @@ __all__ = ["sha256_of", "write_json", "write_text", "written_whole"]
 def written_whole(path: Path) -> Iterator[Path]:
     """Gives a path beside `path`, of the same suffix, to write to; it takes the place of `path` when all went well.
 
-    Upon an error it is removed; what a killed process left there is written over.
+    Upon an error it is removed; what a killed process left there is written over. The folder is made if missing.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     incoming = path.with_name(f".incoming.{path.name}")
     try:
         yield incoming
@@ -39,7 +40,6 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text in UTF-8, whole or not at all, into a folder that is made if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a text in UTF-8, as `written_whole` does."""
     with written_whole(path) as incoming:
         incoming.write_text(text, encoding="utf-8")

@@ -89,7 +89,6 @@ def copy_from(source: str, target: Path, check: Callable[[Path], None] = lambda 
 
     `check` raises an error for a damaged copy, given its path before it takes its name.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(target) as incoming:
         _download(source, incoming)
         check(incoming)

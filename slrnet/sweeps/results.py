@@ -271,7 +271,6 @@ def _save(axes: Any, path: Path) -> None:
     from matplotlib import pyplot
 
     figure = np.ravel(axes)[0].figure
-    path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "svg"):
         with written_whole(path.with_name(f"{path.name}.{suffix}")) as incoming:
             figure.savefig(incoming, dpi=150, bbox_inches="tight")

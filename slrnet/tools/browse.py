@@ -215,7 +215,6 @@ def browse(
     surveys = [survey_split(shard_set, name, measured=masks, seed=seed) for name in shard_set.splits]
     text, errors = _report(shard_set.info, surveys, find_duplicates(shard_set) if duplicates else [])
     sheets = {f"{name}.jpg": contact_sheet(shard_set, name, number=samples, seed=seed) for name in shard_set.splits}
-    out.mkdir(parents=True, exist_ok=True)
     for file, sheet in sheets.items():
         with written_whole(out / file) as incoming:
             sheet.save(incoming, quality=88)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -27,18 +28,21 @@ from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import channels_last, resize
 from slrnet.storage.files import written_whole
 from slrnet.viz.grid import Tile, draw_grid
-from slrnet.viz.heat import heat
 
 __all__ = [
+    "COLORS",
     "CodeMaps",
     "code_maps",
     "draw_code_maps",
+    "heat",
     "iterations",
     "low_rank_module",
     "observe_low_rank",
     "write_code_maps",
 ]
 
+COLORS = "viridis"
+"""Colormap of codes: grows in lightness, so it reads the same in gray and to the color-blind."""
 MAX_ATOMS = 6
 """Most atoms in a picture, if none are named."""
 TILE = 220
@@ -79,6 +83,12 @@ class CodeMaps:
         counts = np.bincount(self.mask.ravel(), minlength=len(classes))
         present = [index for index in (np.argsort(-counts[1:]) + 1).tolist() if counts[index]]
         return {index: classes[index] for index in [0, *present[: MAX_ATOMS - 1]]}
+
+
+def heat(values: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.uint8]:
+    """Colors (..., 3) uint8, from dark (0) to yellow (1), of values (...) in [0, 1], which are clipped."""
+    colors: npt.NDArray[np.uint8] = mpl.colormaps[COLORS](np.clip(values, 0, 1), bytes=True)[..., :3]
+    return colors
 
 
 def low_rank_module(model: Network) -> CrossViewLowRank:
@@ -154,7 +164,7 @@ def draw_code_maps(image: npt.NDArray[np.uint8], maps: CodeMaps, atoms: Mapping[
         for codes in maps.codes.values()
     ]
     values = np.linspace(0, 1, 5)
-    scale = [(f"{value:g}", (red, green, blue)) for value, (red, green, blue) in zip(values, heat(values), strict=True)]
+    scale = [(f"{value:g}", tuple(color)) for value, color in zip(values, heat(values).tolist(), strict=True)]
     return draw_grid(rows, row_names=[f"T = {count}" for count in maps.codes], legend=scale)
 
 
@@ -183,7 +193,6 @@ def write_code_maps(
             pixels = rgb_array(file)
         maps = code_maps(inference, pixels, num_iters)
         atoms = maps.choose_atoms(checkpoint.state.classes, classes)
-        out.mkdir(parents=True, exist_ok=True)
         with written_whole(out / f"{name}.codes.png") as incoming:
             draw_code_maps(pixels, maps, atoms).save(incoming)
         yield out / f"{name}.codes.png"

@@ -86,7 +86,6 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
     shapes = ({0: Dim("n", min=1, max=1024), 2: height, 3: width},)
     with torch.no_grad():
         program = torch.export.export(view, (view.example(),), dynamic_shapes=shapes, strict=False)
-    out.mkdir(parents=True, exist_ok=True)
     differences = {}
     with written_whole(out / "network.pt2") as incoming:
         torch.export.save(program, incoming)

@@ -126,7 +126,6 @@ def predict_images(
     Returns:
         How many images could not be read; a line on stderr names each.
     """
-    out.mkdir(parents=True, exist_ok=True)
     if predictor.inference.device.type == "cpu":
         from slrnet.cpu.allocator import keep_memory
 

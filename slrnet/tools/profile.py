@@ -98,17 +98,8 @@ def stage_table(measured: Profile) -> str:
 @contextlib.contextmanager
 def named_stages(model: nn.Module) -> Iterator[None]:
     """Inside the context, the forward pass of each child of a network is a range of the profiler with its name."""
-    open_stages: list[record_function] = []
-
-    def begin(name: str) -> None:
-        open_stages.append(record_function(f"{PREFIX}{name}"))
-        open_stages[-1].__enter__()
-
-    def end(*_: object) -> None:  # what a hook returns would replace the module's output
-        open_stages.pop().__exit__(None, None, None)
-
-    with contextlib.ExitStack() as hooks:
+    with contextlib.ExitStack() as undo:
         for name, part in model.named_children():
-            hooks.enter_context(part.register_forward_pre_hook(lambda *_, name=name: begin(name)))
-            hooks.enter_context(part.register_forward_hook(end))
+            vars(part)["forward"] = record_function(f"{PREFIX}{name}")(part.forward)
+            undo.callback(vars(part).pop, "forward")
         yield

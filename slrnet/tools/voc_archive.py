@@ -58,7 +58,6 @@ def write_voc_archive(predictor: Predictor, images: Mapping[str, Path], out: Pat
         ValueError: a class is none of VOC's, an image cannot be read, or the check fails.
     """
     table, palette = voc_ids(predictor.classes), voc_palette()
-    out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(out) as incoming:
         # Without name and time in the header, so that equal masks give equal archives.
         with incoming.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=0) as archive:

@@ -141,7 +141,6 @@ class RunListener(Listener):
             title=f"{sample.key}, after epoch {epoch + 1}",
         )
         path = self.folder / "panels" / f"{sample.key}{_panel_ending(epoch)}"
-        path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as incoming:
             panel.save(incoming, format="PNG")
 

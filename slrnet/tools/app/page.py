@@ -14,8 +14,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from slrnet.data.catalog import voc_palette
 from slrnet.tools.app.analyzer import MAX_SIDE, Analysis, Analyzer, shrink
+from slrnet.tools.codes import heat
 from slrnet.viz.grid import class_legend
-from slrnet.viz.heat import heat
 from slrnet.viz.overlay import draw_overlay
 
 __all__ = ["serve"]

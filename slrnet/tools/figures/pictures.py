@@ -27,10 +27,9 @@ from slrnet.evaluation.examine import (
 )
 from slrnet.models.network import Network
 from slrnet.storage.files import written_whole
-from slrnet.tools.codes import code_maps, low_rank_module, observe_low_rank
+from slrnet.tools.codes import COLORS, code_maps, heat, low_rank_module, observe_low_rank
 from slrnet.views.geometry import View, apply_view
 from slrnet.viz.grid import Color, Tile, class_legend
-from slrnet.viz.heat import COLORS, heat
 from slrnet.viz.overlay import draw_overlay
 
 __all__ = ["code_figure", "feature_figure", "iteration_figure", "mask_figure", "write_figure"]
@@ -83,7 +82,6 @@ def write_figure(
             figure = feature_figure(targets[0], examples)
         else:
             figure = iteration_figure(targets, examples, scores, num_iters)
-    out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{what}.{kind}" for kind in ("png", "pdf")]
     for file in files:
         with written_whole(file) as incoming:

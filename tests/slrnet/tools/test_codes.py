@@ -16,8 +16,7 @@ from slrnet.inference.forward import Inference
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import build_encoder
 from slrnet.models.slrnet import SLRNet
-from slrnet.tools.codes import CodeMaps, code_maps, draw_code_maps
-from slrnet.viz.heat import heat
+from slrnet.tools.codes import CodeMaps, code_maps, draw_code_maps, heat
 
 SMALL = ModelConfig(
     encoder="timm:test_resnet",

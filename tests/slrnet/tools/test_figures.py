@@ -23,7 +23,7 @@ from slrnet.data.manifest import ShardSet
 from slrnet.evaluation.examine import EvaluationTarget, Examination, choose_by_iou, examine, read_examples
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.slrnet import SLRNet
-from slrnet.tools.codes import code_maps
+from slrnet.tools.codes import code_maps, heat
 from slrnet.tools.figures.pictures import (
     _checkpoints,
     best_of_each_class,
@@ -35,7 +35,6 @@ from slrnet.tools.figures.pictures import (
     mask_figure,
 )
 from slrnet.tools.figures.tables import PAPER_TABLES, read_results, write_tables
-from slrnet.viz.heat import heat
 
 
 @pytest.fixture(scope="module")
