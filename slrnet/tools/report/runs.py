@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
@@ -19,24 +18,15 @@ from slrnet.config import Config
 from slrnet.evaluation.protocols import protocol_name, pseudo_mask_protocol
 from slrnet.launch.evaluation import training_run
 from slrnet.recipes import RECIPES, get_recipe
-from slrnet.tracking.protocol import metric_key
+from slrnet.tracking.protocol import RunHandle, metric_key
 from slrnet.tracking.reader import logged_pictures, metric_history, run_tags
 
-__all__ = ["Run", "TrackedRun", "find_records", "metrics_by_protocol", "read_run", "training_command", "val_key"]
+__all__ = ["Run", "find_records", "metrics_by_protocol", "read_run", "training_command", "val_key"]
 
 Curve = list[tuple[float, float]]
 """Points of a curve: epochs, and values by epoch."""
 
 _PANEL = re.compile(r"(?P<key>.+)-epoch-(?P<epoch>\d+)\.png")
-
-
-class TrackedRun(NamedTuple):
-    """What MLflow holds of a training: `history` of a metric as (step, value), and `pictures` by (image, place)."""
-
-    run_id: str
-    history: Callable[[str], list[tuple[int, float]]]
-    tags: dict[str, str]
-    pictures: Callable[[], dict[tuple[str, int], Image.Image]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +57,8 @@ class Run:
         return {"val": protocol_name(config.evaluation), "pseudo_mask": pseudo_mask_protocol(config)}
 
 
-def read_run(path: Path, tracked: TrackedRun | None = None) -> Run:
-    """Reads a checkpoint, or a run's folder with its best one; without `tracked` it looks for the run in MLflow.
+def read_run(path: Path) -> Run:
+    """Reads a checkpoint, or a run's folder with its best one, and what MLflow holds of the training.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
@@ -77,13 +67,11 @@ def read_run(path: Path, tracked: TrackedRun | None = None) -> Run:
     checkpoint = load_checkpoint(path.expanduser())
     place = checkpoint.path.resolve()
     folder = place.parents[1] if place.parent.name == "checkpoints" else None
-    if tracked is None and folder and (handle := training_run(checkpoint)):
-        history, pictures = partial(metric_history, handle), partial(logged_pictures, handle)
-        tracked = TrackedRun(handle.run_id, history, run_tags(handle), pictures)
-    curves, curves_from = _curves(checkpoint, tracked)
-    panels, panels_from = _panels(folder, tracked, checkpoint.config)
+    handle = training_run(checkpoint) if folder else None
+    curves, curves_from = _curves(checkpoint, handle)
+    panels, panels_from = _panels(folder, handle, checkpoint.config)
     wanted = ("git_commit", "git_state", "version.", "slrnet.world_size", "slrnet.global_batch")
-    tags = sorted(tracked.tags.items()) if tracked else []
+    tags = sorted(run_tags(handle).items()) if handle else []
     return Run(
         name=(folder or place).name,
         checkpoint=checkpoint,
@@ -141,16 +129,15 @@ def training_command(checkpoint: Checkpoint) -> str:
     return shlex.join(words)
 
 
-def _curves(checkpoint: Checkpoint, tracked: TrackedRun | None) -> tuple[dict[str, Curve], str]:
+def _curves(checkpoint: Checkpoint, handle: RunHandle | None) -> tuple[dict[str, Curve], str]:
     """Returns the run's curves over epochs, from MLflow or else from the checkpoints, and their source."""
     keys = [f"pseudo_mask/{name}" for name in ("miou", "mfdr", "mfnr", "coverage")]
     keys += [val_key(checkpoint.config), "val/mfdr", "val/mfnr", "train/epoch_loss", "train/loss"]
-    steps = _steps_per_epoch(checkpoint, tracked)
-    if tracked and steps:
+    if handle and (steps := _steps_per_epoch(checkpoint, handle)):
         # A step that was logged again after a restart has its last value.
-        values = {key: dict(tracked.history(key)) for key in keys}
+        values = {key: dict(metric_history(handle, key)) for key in keys}
         curves = {key: [(step / steps, value) for step, value in points.items()] for key, points in values.items()}
-        return curves, f"MLflow run {tracked.run_id}"
+        return curves, f"MLflow run {handle.run_id}"
     kept = {checkpoint.state.epoch: checkpoint.state.metrics}
     for place in checkpoint.path.resolve().parent.glob("checkpoint-*"):
         with suppress(CheckpointError):  # damaged
@@ -161,17 +148,17 @@ def _curves(checkpoint: Checkpoint, tracked: TrackedRun | None) -> tuple[dict[st
     return points, "the checkpoints that were kept; the MLflow run with the other epochs is out of reach"
 
 
-def _steps_per_epoch(checkpoint: Checkpoint, tracked: TrackedRun | None) -> float:
+def _steps_per_epoch(checkpoint: Checkpoint, handle: RunHandle) -> float:
     """Returns the steps of an epoch; from the run's curve if the checkpoint is within an epoch, 0 if unknown."""
     state = checkpoint.state
     if not state.unfinished:
         return state.step / state.epoch
-    ends = tracked.history("epoch") if tracked else []
+    ends = metric_history(handle, "epoch")
     return ends[-1][0] / ends[-1][1] if ends else 0.0
 
 
 def _panels(
-    folder: Path | None, tracked: TrackedRun | None, config: Config
+    folder: Path | None, handle: RunHandle | None, config: Config
 ) -> tuple[dict[str, dict[int, Image.Image]], str]:
     panels: dict[str, dict[int, Image.Image]] = {}
     for file in sorted((folder / "panels").glob("*.png")) if folder else ():
@@ -180,9 +167,9 @@ def _panels(
                 panels.setdefault(match["key"], {})[int(match["epoch"])] = panel.convert("RGB")
     if panels:
         return panels, "the run's folder panels"
-    for (key, step), picture in (tracked.pictures() if tracked else {}).items():  # MLflow's grid counts from 0
+    for (key, step), picture in (logged_pictures(handle) if handle else {}).items():  # MLflow's grid counts from 0
         panels.setdefault(key, {})[min((step + 1) * config.evaluation.every, config.train.epochs)] = picture
     if panels:
         return panels, "the pictures in MLflow"
-    where = "beside the checkpoint and its MLflow run has none" if tracked else "and no MLflow run can be reached"
+    where = "beside the checkpoint and its MLflow run has none" if handle else "and no MLflow run can be reached"
     return {}, f"there is no folder panels with pictures {where} (evaluation.panel_images says how many are drawn)"

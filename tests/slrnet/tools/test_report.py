@@ -19,10 +19,12 @@ from slrnet.cli.main import main
 from slrnet.config import Config, apply_overrides
 from slrnet.evaluation.examine import Bins, GammaSweep
 from slrnet.recipes import get_recipe
+from slrnet.tools.report import runs
 from slrnet.tools.report.charts import Chart, Series, draw_chart
 from slrnet.tools.report.measurements import Measurements, gamma_advice
 from slrnet.tools.report.page import MAX_BYTES, render
-from slrnet.tools.report.runs import TrackedRun, find_records, read_run, training_command, val_key
+from slrnet.tools.report.runs import find_records, read_run, training_command, val_key
+from slrnet.tracking.protocol import RunHandle
 
 
 class Elements(HTMLParser):
@@ -187,22 +189,27 @@ def test_mistakes_are_named(tiny_run: Path, tmp_path: Path, capsys: pytest.Captu
 PICTURE = Image.new("RGB", (4, 4))
 
 
-def tracked_run(history: Callable[[str], list[tuple[int, float]]]) -> TrackedRun:
-    tags = {"git_commit": "abc", "mlflow.user": "somebody"}
-    return TrackedRun(run_id="ab", history=history, tags=tags, pictures=lambda: {("cat", 1): PICTURE})
+def track(patch: pytest.MonkeyPatch, history: Callable[[str], list[tuple[int, float]]]) -> None:
+    """Lets MLflow answer that it holds the run with these points of a metric."""
+    patch.setattr(runs, "training_run", lambda checkpoint: RunHandle(uri="u", run_id="ab", experiment_id="1"))
+    patch.setattr(runs, "metric_history", lambda handle, key: history(key))
+    patch.setattr(runs, "run_tags", lambda handle: {"git_commit": "abc", "mlflow.user": "somebody"})
+    patch.setattr(runs, "logged_pictures", lambda handle: {("cat", 1): PICTURE})
 
 
-def test_curves_and_pictures_of_the_mlflow_run(tiny_run: Path, tmp_path: Path) -> None:
+def test_curves_and_pictures_of_the_mlflow_run(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The first step was logged again after a restart.
-    tracked = tracked_run(lambda key: [(2, 0.1), (2, 0.3), (4, 0.5)])
-    run = read_run(saved(tmp_path / "run", tiny_run), tracked)
+    track(monkeypatch, lambda key: [(2, 0.1), (2, 0.3), (4, 0.5)])
+    run = read_run(saved(tmp_path / "run", tiny_run))
     assert run.curves["val/mfdr"] == [(1.0, 0.3), (2.0, 0.5)]
     assert run.environment == {"git_commit": "abc"}
     assert run.panels == {"cat": {2: PICTURE}}  # MLflow counts the grids from 0
     assert run.panels_from == "the pictures in MLflow"
 
 
-def test_curves_of_a_checkpoint_within_an_epoch(tiny_run: Path, tmp_path: Path) -> None:
+def test_curves_of_a_checkpoint_within_an_epoch(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its steps and epochs do not give the length of an epoch; before the first epoch's end nothing does."""
     checkpoint = load_checkpoint(tiny_run)
     for epoch, ends, expected in ((1, [(2, 1.0)], [(1.0, 0.3), (1.5, 0.5)]), (0, [], [])):
@@ -210,8 +217,8 @@ def test_curves_of_a_checkpoint_within_an_epoch(tiny_run: Path, tmp_path: Path) 
         folder = tmp_path / str(epoch) / "checkpoints"
         path = save_checkpoint(folder, config=checkpoint.config, state=state, model=checkpoint.model, optimizer={})
         curves = {"epoch": ends, "train/loss": [(2, 0.3), (3, 0.5)]}
-        run = read_run(path, tracked_run(lambda key, curves=curves: curves.get(key, [])))  # type: ignore[misc]
-        assert run.curves["train/loss"] == expected
+        track(monkeypatch, lambda key, curves=curves: curves.get(key, []))  # type: ignore[misc]
+        assert read_run(path).curves["train/loss"] == expected
 
 
 def test_the_command_gives_the_same_configuration(tiny_run: Path, tmp_path: Path) -> None:
