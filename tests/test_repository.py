@@ -29,8 +29,8 @@ CODE = ("slrnet", "ray_jobs", "data_prep", "benchmarks")
 FLOORS = (
     ("version", "config"),
     ("cpu",),
-    ("views", "ops", "storage", "distributed"),
-    ("models", "data", "recipes"),
+    ("ops", "storage", "distributed"),
+    ("views", "models", "data", "recipes"),
     ("losses", "calibration", "viz"),
     ("tracking", "inference", "checkpoints"),
     ("evaluation",),

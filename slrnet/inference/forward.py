@@ -13,9 +13,8 @@ from torch import Tensor
 
 from slrnet.config import Config, EvaluationConfig, Protocol
 from slrnet.models.network import Network, Normalize, Outputs, mixed_precision
-from slrnet.ops.maps import channels_last, resize
-from slrnet.views.align import align_maps, largest_size
-from slrnet.views.geometry import View, apply_view
+from slrnet.ops.maps import resize
+from slrnet.views.geometry import View, align_maps, apply_view, largest_size
 
 __all__ = ["Inference", "gate"]
 
@@ -58,7 +57,7 @@ class Inference:
         """Normalizes views, each (N, 3, H_v, W_v) in [0, 1], and runs the network in `evaluation.precision`."""
         normalize = Normalize.of(self.model.encoder)
         with mixed_precision(self.config.evaluation.precision, views[0].device):
-            return self.model([channels_last(normalize(view)) for view in views])  # type: ignore[no-any-return]
+            return self.model([normalize(view) for view in views])  # type: ignore[no-any-return]
 
     def single_scale(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """Predicts images with one view each."""

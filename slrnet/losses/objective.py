@@ -13,25 +13,10 @@ from slrnet.config import LossConfig, WeightsConfig
 from slrnet.losses.classification import classification_loss
 from slrnet.losses.consistency import code_consistency, mask_consistency, mask_divergence
 from slrnet.losses.segmentation import weigh
+from slrnet.models.network import Outputs
 from slrnet.ops.cross_entropy import resized_cross_entropy
 
-__all__ = ["AlignedOutputs", "Labels", "Objective", "objective"]
-
-
-@dataclass(frozen=True)
-class AlignedOutputs:
-    """The network's outputs with all maps un-warped to the frame and size of the first view; lists are per view."""
-
-    logits: list[Tensor]
-    """(N, K, h, w) mask logits."""
-    auxiliary_logits: list[Tensor]
-    """(N, K, h, w) mask logits of the auxiliary head; empty without CVLR."""
-    codes: list[Tensor]
-    """(N, k, h, w) codes of CVLR; empty without CVLR."""
-    class_scores: list[Tensor]
-    """(N, K - 1); empty if the heads predict the background."""
-    auxiliary_class_scores: list[Tensor]
-    """(N, K - 1); empty without CVLR, or if the heads predict the background."""
+__all__ = ["Labels", "Objective", "objective"]
 
 
 @dataclass(frozen=True)
@@ -63,12 +48,12 @@ class Labels:
 
 
 def objective(
-    outputs: AlignedOutputs, labels: Labels, *, weights: WeightsConfig, losses: LossConfig, divergence: bool = False
+    outputs: Outputs, labels: Labels, *, weights: WeightsConfig, losses: LossConfig, divergence: bool = False
 ) -> Objective:
     """Adds up the loss parts of a batch.
 
     Args:
-        outputs: the network's outputs, un-warped.
+        outputs: the network's outputs, all maps un-warped to the frame and size of one view.
         labels: the batch's labels.
         weights: the weight of each part.
         losses: which quantities the consistency terms compare, and the balance between classes.
@@ -112,7 +97,7 @@ def objective(
 
 
 def _segmentation_parts(
-    outputs: AlignedOutputs, labels: Labels, weights: WeightsConfig, losses: LossConfig
+    outputs: Outputs, labels: Labels, weights: WeightsConfig, losses: LossConfig
 ) -> dict[str, Tensor]:
     targets = labels.pixel_labels
     if labels.pseudo_labels is not None:

@@ -6,12 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["channels_last", "class_probs", "resize"]
-
-
-def channels_last(images: Tensor) -> Tensor:
-    """Images in the memory format in which convolutions are fast."""
-    return images.contiguous(memory_format=torch.channels_last)
+__all__ = ["class_probs", "resize"]
 
 
 def resize(maps: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:

@@ -25,7 +25,7 @@ from slrnet.inference.predictor import rgb_array
 from slrnet.models.cvlr import CrossViewLowRank, LowRankViews
 from slrnet.models.network import Network, Normalize, Outputs
 from slrnet.models.slrnet import SLRNet
-from slrnet.ops.maps import channels_last, resize
+from slrnet.ops.maps import resize
 from slrnet.storage.files import written_whole
 from slrnet.viz.grid import Tile, draw_grid
 
@@ -122,7 +122,7 @@ def observe_low_rank(model: Network, views: Sequence[Tensor]) -> tuple[Outputs, 
     """
     calls: list[tuple[Any, Any]] = []
     with low_rank_module(model).register_forward_hook(lambda _, *call: calls.append(call)):
-        outputs = model([channels_last(Normalize.of(model.encoder)(view)) for view in views])
+        outputs = model([Normalize.of(model.encoder)(view) for view in views])
     return outputs, *calls[0]
 
 

@@ -6,7 +6,7 @@ The steps are the same in every setting; the labels that a batch grants decide w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,10 @@ from slrnet.calibration.pseudo_labels import calibrate_views, make_pseudo_labels
 from slrnet.config import Config, ViewsConfig
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.losses.objective import AlignedOutputs, Labels, Objective, objective
+from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.models.network import Normalize, Outputs
-from slrnet.views.align import align_maps, largest_size
 from slrnet.views.color import ColorParams, apply_color, draw_color
-from slrnet.views.geometry import View, apply_view, draw_views
+from slrnet.views.geometry import View, align_maps, apply_view, draw_views, largest_size
 
 __all__ = ["PseudoRows", "align", "find_pseudo_rows", "losses_of", "make_views", "step_generator", "step_losses"]
 
@@ -53,14 +52,10 @@ def make_views(
     return inputs, views
 
 
-def align(outputs: Outputs, views: Sequence[View]) -> AlignedOutputs:
+def align(outputs: Outputs, views: Sequence[View]) -> Outputs:
     """Un-warps all maps to the frame of the crop, at the size of the largest view's maps."""
     size, names = largest_size(outputs.logits), ("logits", "auxiliary_logits", "codes")
-    return AlignedOutputs(
-        **{name: align_maps(getattr(outputs, name), views, size=size) for name in names},
-        class_scores=outputs.class_scores,
-        auxiliary_class_scores=outputs.auxiliary_class_scores,
-    )
+    return replace(outputs, **{name: align_maps(getattr(outputs, name), views, size=size) for name in names})
 
 
 @dataclass(frozen=True)
@@ -103,7 +98,6 @@ def step_losses(
     with record_function("slrnet: views"):
         images = batch.floats()
         inputs, views = make_views(images, config.views, normalize, generator)
-        inputs = [view.contiguous(memory_format=torch.channels_last) for view in inputs]
     with record_function("slrnet: network"):
         outputs = model(inputs)
     return losses_of(outputs, views, images, batch, config=config, pseudo_rows=pseudo_rows)
@@ -138,9 +132,7 @@ def losses_of(
         return objective(aligned, labels, weights=config.weights, losses=config.losses, divergence=divergence)
 
 
-def _pseudo_labels(
-    aligned: AlignedOutputs, images: Tensor, batch: Batch, config: Config, pseudo_rows: PseudoRows
-) -> Tensor:
+def _pseudo_labels(aligned: Outputs, images: Tensor, batch: Batch, config: Config, pseudo_rows: PseudoRows) -> Tensor:
     """(N, H, W) int64 from the average of the views, or (V, N, H, W) if each view has its own or another's labels."""
     settings, rows, size = config.calibration, pseudo_rows.rows, (images.shape[-2], images.shape[-1])
     possible = possible_classes(batch.image_labels, batch.has_image_labels)

@@ -7,15 +7,16 @@ released code has one fixed second view, of half the size and never mirrored; he
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from slrnet.config import ViewsConfig
+from slrnet.ops.maps import resize
 
-__all__ = ["View", "apply_view", "draw_views", "invert_view", "view_size"]
+__all__ = ["View", "align_maps", "apply_view", "draw_views", "invert_view", "largest_size", "view_size"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def apply_view(images: Tensor, view: View, *, stride: int) -> Tensor:
         (N, C, h, w) with (h, w) = `view_size((H, W), view.scale, stride=stride)`; `images` itself if nothing changes.
     """
     size = view_size((images.shape[-2], images.shape[-1]), view.scale, stride=stride)
-    return _mirror(_resize(images, size), view.flip)
+    return _mirror(resize(images, size), view.flip)
 
 
 def invert_view(maps: Tensor, view: View, *, size: tuple[int, int]) -> Tensor:
@@ -82,13 +83,23 @@ def invert_view(maps: Tensor, view: View, *, size: tuple[int, int]) -> Tensor:
     if maps.shape[-2:] != size:
         # Codes are not channels last, and interpolation would copy maps of many channels to that layout and back.
         maps = maps.contiguous(memory_format=torch.channels_last)
-    return _resize(_mirror(maps, view.flip), size)
+    return resize(_mirror(maps, view.flip), size)
 
 
-def _resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    if maps.shape[-2:] == size:
-        return maps
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
+def largest_size(maps: Sequence[Tensor]) -> tuple[int, int]:
+    """Height and width of the map with the most positions; `maps` has one (N, C, h, w) per view."""
+    return max(((view.shape[-2], view.shape[-1]) for view in maps), key=lambda size: size[0] * size[1])
+
+
+def align_maps(maps: Sequence[Tensor], views: Sequence[View], *, size: tuple[int, int]) -> list[Tensor]:
+    """Un-warps maps to the frame of the crop (paper Eq. 3); differentiable.
+
+    Args:
+        maps: per view (N, C, h, w); an empty sequence gives an empty list.
+        views: the view that each map was computed on.
+        size: (H, W) of the results, per view (N, C, H, W).
+    """
+    return [invert_view(view_maps, view, size=size) for view_maps, view in zip(maps, views, strict=bool(maps))]
 
 
 def _mirror(maps: Tensor, flip: Tensor | None) -> Tensor:

@@ -12,21 +12,22 @@ from torch import Tensor
 from slrnet.config import LossConfig, WeightsConfig
 from slrnet.losses.classification import classification_loss
 from slrnet.losses.consistency import code_consistency, mask_consistency, mask_divergence
-from slrnet.losses.objective import AlignedOutputs, Labels, Objective, objective
+from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.losses.segmentation import balanced_cross_entropy, weigh
+from slrnet.models.network import Outputs
 from slrnet.ops.cross_entropy import resized_cross_entropy
 
 IMAGE_LABELS = torch.tensor([[1, 0, 0], [1, 0, 1]])
 
 
-def outputs(views: int, *, cvlr: bool = True) -> AlignedOutputs:
+def outputs(views: int, *, cvlr: bool = True) -> Outputs:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, exists: bool = True) -> list[Tensor]:
         tensors = [torch.randn(2, *shape, generator=generator).requires_grad_() for _ in range(views)]
         return tensors if exists else []
 
-    return AlignedOutputs(
+    return Outputs(
         logits=draw(4, 3, 3),
         auxiliary_logits=draw(4, 3, 3, exists=cvlr),
         codes=[view.softmax(dim=1) for view in draw(4, 3, 3, exists=cvlr)],
@@ -54,7 +55,7 @@ def labels_of(pseudo: Tensor | None, **changes: Any) -> Labels:
     return Labels(**(given | changes))
 
 
-def run(aligned: AlignedOutputs, labels: Tensor | Labels | None, **weights: float) -> Objective:
+def run(aligned: Outputs, labels: Tensor | Labels | None, **weights: float) -> Objective:
     labels = labels if isinstance(labels, Labels) else labels_of(labels)
     return objective(aligned, labels, weights=WeightsConfig(**weights), losses=LossConfig())
 
@@ -174,7 +175,7 @@ FIRST, SECOND, BOTH, NONE = ([True, False], [False, True], [True, True], [False,
 
 
 class TestKindsOfLabels:
-    def entropy(self, out: AlignedOutputs, labels: Tensor, image: int, **options: Any) -> float:
+    def entropy(self, out: Outputs, labels: Tensor, image: int, **options: Any) -> float:
         """Eq. 1 of one image, by the losses' own functions: views 1 and 2, the auxiliary head at 0.4."""
         weighed = weigh(labels, 4, **options)
         main = sum(resized_cross_entropy(view, *weighed)[image].item() for view in out.logits)

@@ -17,8 +17,7 @@ from slrnet.models.network import Normalize, Outputs
 from slrnet.models.slrnet import SLRNet
 from slrnet.training import step as step_module
 from slrnet.training.step import align, find_pseudo_rows, make_views, step_generator, step_losses
-from slrnet.views.align import align_maps
-from slrnet.views.geometry import View
+from slrnet.views.geometry import View, align_maps
 
 K = 3
 PLAIN = Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=4)

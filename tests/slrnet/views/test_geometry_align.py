@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from slrnet.views.align import align_maps, largest_size
-from slrnet.views.geometry import View, apply_view
+from slrnet.views.geometry import View, align_maps, apply_view, largest_size
 
 
 def test_the_largest_map_has_the_most_positions() -> None:
