@@ -9,6 +9,7 @@ Letters: N images, V views, C channels, d feature dimension, k atoms of the dict
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,11 +28,12 @@ MOMENTUM = 0.9
 class SeparateLowRank(CrossViewLowRank):
     """CVLR with one dictionary per view (Table 8, "Separate dictionary"); arguments as for `CrossViewLowRank`."""
 
-    methods = ("separate",)
+    methods: ClassVar[tuple[str, ...]] = ("separate",)
 
     def forward(self, features: Sequence[Tensor], logits: Sequence[Tensor]) -> LowRankViews:
         """As `CrossViewLowRank.forward`, with the dictionaries of all views side by side, (N, V, d, k)."""
-        views = [super(SeparateLowRank, self).forward([x], [z]) for x, z in zip(features, logits, strict=True)]
+        slices = [slice(view, view + 1) for view in range(len(features))]
+        views = [super(SeparateLowRank, self).forward(features[view], logits[view]) for view in slices]
         return LowRankViews(
             [view.features[0] for view in views],
             [view.codes[0] for view in views],
@@ -39,22 +41,13 @@ class SeparateLowRank(CrossViewLowRank):
         )
 
 
-class _FreeAtoms(CrossViewLowRank):
-    """The loop over views, for atoms that stand for no class."""
+class _FreeAtoms(SeparateLowRank):
+    """A factorization of each view into atoms that stand for no class; `logits` are ignored."""
 
-    def forward(self, features: Sequence[Tensor], logits: Sequence[Tensor]) -> LowRankViews:
-        """As `CrossViewLowRank.forward`, with the dictionaries side by side, (N, V, d, k); `logits` are ignored."""
-        maps, codes, dictionaries = [], [], []
-        with torch.autocast(features[0].device.type, enabled=False):
-            for view in features:
-                positions = view.float().flatten(2)
-                varying = positions - positions.mean(dim=2, keepdim=True) if self.centered else positions
-                dictionary, view_codes = self._factorize(apply_linear(self.project_in, varying))
-                added = apply_linear(self.project_out, dictionary @ view_codes)
-                maps.append((positions + added).unflatten(2, view.shape[-2:]))
-                codes.append(view_codes.unflatten(2, view.shape[-2:]))
-                dictionaries.append(dictionary)
-        return LowRankViews(maps, codes, torch.stack(dictionaries, dim=1))
+    def _paper(self, positions: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        varying = positions - positions.mean(dim=2, keepdim=True) if self.centered else positions
+        dictionary, codes = self._factorize(apply_linear(self.project_in, varying))
+        return positions + apply_linear(self.project_out, dictionary @ codes), codes, dictionary
 
     def _factorize(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Dictionary (N, d, k) and codes (N, k, P) of one view's projected features (N, d, P)."""
