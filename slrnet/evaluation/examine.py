@@ -22,9 +22,14 @@ from slrnet.data.epoch_plan import choose_subset
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet
 from slrnet.data.supervision import supervision_of
-from slrnet.evaluation.masks import calibrate_sample, gated_probs, pseudo_mask_subset
+from slrnet.evaluation.masks import (
+    calibrate_sample,
+    gated_probs,
+    protocol_name,
+    pseudo_mask_protocol,
+    pseudo_mask_subset,
+)
 from slrnet.evaluation.metrics import ConfusionMatrix
-from slrnet.evaluation.protocols import protocol_name, pseudo_mask_protocol
 from slrnet.inference.forward import Inference
 from slrnet.ops.maps import resize
 

@@ -1,8 +1,8 @@
 """Measures masks during and after training: predicted masks of a split, and pseudo masks of training images.
 
-Every figure names its protocol (`slrnet.evaluation.protocols`). `ss` is one view at the image's own size, no flip, no
-CRF. Pseudo masks are the refined, fused masks of all configured views, without flip and color distortion. Image labels
-gate them, as in the paper's Table 1, if the training has those labels.
+Every figure names its protocol: a score is comparable only with scores of the same name. `ss` is one view at the
+image's own size, no flip, no CRF. Pseudo masks are the refined, fused masks of all configured views, without flip and
+color distortion. Image labels gate them, as in the paper's Table 1, if the training has those labels.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from slrnet.calibration.pseudo_labels import (
     possible_classes,
     to_class_ids,
 )
-from slrnet.config import Config
+from slrnet.config import Config, EvaluationConfig
 from slrnet.data.batch import EvalSample
 from slrnet.data.epoch_plan import choose_subset
-from slrnet.data.manifest import SplitView
+from slrnet.data.manifest import DataError, SplitView
 from slrnet.data.supervision import Supervision
 from slrnet.distributed.process import Process, sum_over_ranks
-from slrnet.evaluation.metrics import ConfusionMatrix, merge_over_ranks
-from slrnet.evaluation.protocols import gating_labels, protocol_name, pseudo_mask_protocol
+from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.inference.forward import Inference
 from slrnet.ops.maps import resize
 from slrnet.tracking.protocol import metric_key
@@ -39,7 +38,10 @@ __all__ = [
     "calibrate_sample",
     "evaluate_masks",
     "gated_probs",
+    "gating_labels",
     "measure_pseudo_masks",
+    "protocol_name",
+    "pseudo_mask_protocol",
     "pseudo_mask_subset",
     "quality_metrics",
 ]
@@ -56,8 +58,9 @@ class Quality:
     @classmethod
     def over_ranks(cls, matrix: ConfusionMatrix, protocol: str, images: int, process: Process) -> Quality:
         """Adds up what the ranks have counted; every rank must make this call."""
-        total = int(sum_over_ranks(torch.tensor(images), process))
-        return cls(merge_over_ranks(matrix, process), protocol, total)
+        total = ConfusionMatrix(matrix.num_classes)
+        total.counts = sum_over_ranks(matrix.counts, process)
+        return cls(total, protocol, int(sum_over_ranks(torch.tensor(images), process)))
 
 
 @dataclass(frozen=True)
@@ -166,3 +169,37 @@ def _pseudo_mask(inference: Inference, sample: EvalSample) -> PseudoMask:
     )
     labels = make_pseudo_labels(calibrated, inference.config.calibration, size=size)[0].cpu()
     return PseudoMask(sample, raw, refined, labels)
+
+
+def protocol_name(config: EvaluationConfig, protocol: str = "ss") -> str:
+    """Names a protocol (`ss`, `ms`, `ms_crf`), followed by what differs from the plain arg max at full size."""
+    name = protocol
+    if protocol != "ss" and config.scales != EvaluationConfig().scales:
+        name += f"+scales_{','.join(f'{scale:g}' for scale in config.scales)}"
+    if config.scale != 1:
+        name += f"+scale_{config.scale:g}"
+    if config.gating != "none":
+        name += f"+gated_by_{config.gating}"
+    if config.background_power != 1:
+        name += f"+background_power_{config.background_power:g}"
+    return name
+
+
+def pseudo_mask_protocol(config: Config) -> str:
+    """Names the way in which a run makes its refined pseudo masks."""
+    gated = "not gated" if config.setting == "sss" else "gated by image labels"
+    return f"fused {len(config.views.scales)} views, refined, {gated}"
+
+
+def gating_labels(sample: EvalSample, config: Config) -> Tensor:
+    """Returns the image labels (K - 1,) of an image for `gate`.
+
+    Raises:
+        DataError: the protocol gates by image labels, and they are not known.
+    """
+    if config.evaluation.gating == "image_labels" and not sample.has_image_labels:
+        raise DataError(
+            f"evaluation.gating is 'image_labels', and image {sample.key!r} has none; use none or scores, or prepare "
+            "the data with image labels"
+        )
+    return sample.image_labels

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.distributed.process import Process, sum_over_ranks
 
-__all__ = ["ConfusionMatrix", "merge_over_ranks"]
+__all__ = ["ConfusionMatrix"]
 
 
 class ConfusionMatrix:
@@ -94,13 +93,6 @@ class ConfusionMatrix:
         counts = self.counts.double()
         square = counts[:, : self.num_classes]
         return square.diagonal(), square.sum(dim=0), counts.sum(dim=1)
-
-
-def merge_over_ranks(matrix: ConfusionMatrix, process: Process) -> ConfusionMatrix:
-    """Sums the counts of all ranks (one all-reduce of int64)."""
-    merged = ConfusionMatrix(matrix.num_classes)
-    merged.counts = sum_over_ranks(matrix.counts, process)
-    return merged
 
 
 def _mean(values: Tensor) -> float:

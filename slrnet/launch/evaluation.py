@@ -12,9 +12,8 @@ import torch
 from slrnet.checkpoints.checkpoint import Checkpoint
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.distributed.process import Process
-from slrnet.evaluation.masks import Quality, quality_metrics
+from slrnet.evaluation.masks import Quality, gating_labels, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix
-from slrnet.evaluation.protocols import gating_labels
 from slrnet.launch.prediction import MaskJob, MaskPredictor, open_job
 from slrnet.launch.rank import Report
 from slrnet.launch.train import LaunchOptions

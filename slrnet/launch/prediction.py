@@ -16,7 +16,7 @@ from slrnet.checkpoints.checkpoint import Checkpoint, check_classes, load_checkp
 from slrnet.config import Config, EvaluationConfig, config_from_dict
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.distributed.process import Process
-from slrnet.evaluation.protocols import protocol_name
+from slrnet.evaluation.masks import protocol_name
 from slrnet.inference.crf import crf_masks, require_crf
 from slrnet.inference.forward import Inference
 from slrnet.launch.rank import Job

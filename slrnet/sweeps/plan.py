@@ -18,7 +18,7 @@ from slrnet.checkpoints.checkpoint import CheckpointError
 from slrnet.config import Config, ConfigError, apply_overrides
 from slrnet.data.manifest import load_dataset
 from slrnet.distributed.process import Process
-from slrnet.evaluation.protocols import protocol_name
+from slrnet.evaluation.masks import protocol_name
 from slrnet.launch.checks import check_run, with_absolute_paths
 from slrnet.storage.files import write_json
 from slrnet.sweeps.ablations import ABLATIONS, Variant, choose_variants

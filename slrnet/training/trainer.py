@@ -22,8 +22,14 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
-from slrnet.checkpoints.checkpoint import CheckpointError, TrainState, check_classes, find_checkpoint, load_checkpoint
-from slrnet.checkpoints.writer import CheckpointWriter
+from slrnet.checkpoints.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    TrainState,
+    check_classes,
+    find_checkpoint,
+    load_checkpoint,
+)
 from slrnet.config import Config
 from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.eval_loader import EvalLoader

@@ -15,8 +15,7 @@ from PIL import Image
 
 from slrnet.checkpoints.checkpoint import Checkpoint
 from slrnet.evaluation.examine import Bins, Examination, Example
-from slrnet.evaluation.masks import Quality, quality_metrics
-from slrnet.evaluation.protocols import protocol_name
+from slrnet.evaluation.masks import Quality, protocol_name, quality_metrics
 from slrnet.tools.report.charts import HEIGHT, WIDTH, Chart, Drawing, Series, draw_chart
 from slrnet.tools.report.measurements import Measurements, gamma_advice
 from slrnet.tools.report.runs import Run, metrics_by_protocol, training_command, val_key

@@ -15,7 +15,7 @@ from PIL import Image
 
 from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, read_state
 from slrnet.config import Config
-from slrnet.evaluation.protocols import protocol_name, pseudo_mask_protocol
+from slrnet.evaluation.masks import protocol_name, pseudo_mask_protocol
 from slrnet.launch.evaluation import training_run
 from slrnet.recipes import RECIPES, get_recipe
 from slrnet.tracking.protocol import RunHandle, metric_key

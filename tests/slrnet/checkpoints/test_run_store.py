@@ -15,6 +15,7 @@ from pyarrow import fs
 import slrnet
 from slrnet.checkpoints.checkpoint import (
     CheckpointError,
+    CheckpointWriter,
     TrainState,
     find_checkpoint,
     load_checkpoint,
@@ -22,7 +23,6 @@ from slrnet.checkpoints.checkpoint import (
     save_checkpoint,
 )
 from slrnet.checkpoints.run_store import STATE, RunStore, local_run, run_folder
-from slrnet.checkpoints.writer import CheckpointWriter
 from slrnet.cli.arguments import run_argument
 from slrnet.config import Config, apply_overrides
 from slrnet.launch import train as ray_loop
@@ -210,7 +210,7 @@ def test_the_writer_uploads_beside_the_training_and_tries_again(
         real(store, path)
 
     monkeypatch.setattr(RunStore, "_put", put)
-    monkeypatch.setattr("slrnet.checkpoints.writer.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("slrnet.checkpoints.checkpoint.FIRST_PAUSE", 0.01)
     writer = CheckpointWriter(run.folder / "checkpoints", Config(), upload=run.upload)
     state = TrainState(epoch=1, step=2, classes=("background",), data_fingerprint="", world_size=1)
     writer.save(state, model={"a": torch.zeros(2)}, optimizer={})

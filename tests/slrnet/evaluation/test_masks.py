@@ -15,9 +15,15 @@ from slrnet.data.batch import EvalSample
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet
 from slrnet.distributed.process import Process
-from slrnet.evaluation.masks import PseudoMask, Quality, evaluate_masks, measure_pseudo_masks, quality_metrics
+from slrnet.evaluation.masks import (
+    PseudoMask,
+    Quality,
+    evaluate_masks,
+    measure_pseudo_masks,
+    protocol_name,
+    quality_metrics,
+)
 from slrnet.evaluation.metrics import ConfusionMatrix
-from slrnet.evaluation.protocols import protocol_name
 from slrnet.inference.forward import Inference
 from slrnet.models.network import Normalize
 from slrnet.models.slrnet import Outputs

@@ -37,8 +37,8 @@ from slrnet.distributed.process import (
     share_buffers,
     sum_over_ranks,
 )
-from slrnet.evaluation.masks import evaluate_masks, quality_metrics
-from slrnet.evaluation.metrics import ConfusionMatrix, merge_over_ranks
+from slrnet.evaluation.masks import Quality, evaluate_masks, quality_metrics
+from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.inference.forward import Inference
 from slrnet.launch.rank import HANG_EXIT_CODE, Report, train_rank
 from slrnet.tracking.mlflow import client_of, create_run
@@ -121,7 +121,7 @@ def _sums(process: Process) -> dict[str, Any]:
     return {
         "sum": sum_over_ranks(own, process),
         "own": own,
-        "counts": merge_over_ranks(matrix, process).counts,
+        "counts": Quality.over_ranks(matrix, "ss", 0, process).matrix.counts,
         "own counts": matrix.counts,
         "mean": norm.running_mean,
         "gathered": gather_over_ranks({"rank": process.rank}, process),
@@ -416,7 +416,7 @@ class TestAlone:
         values = torch.tensor([2.5])
         assert sum_over_ranks(values, process).tolist() == [2.5]
         assert gather_over_ranks("own", process) == ["own"]
-        assert merge_over_ranks(_matrix(0), process).counts.equal(_matrix(0).counts)
+        assert Quality.over_ranks(_matrix(0), "ss", 0, process).matrix.counts.equal(_matrix(0).counts)
 
     @pytest.mark.parametrize(
         ("variable", "threads", "expected"), [(None, 3, [3]), (None, 0, [1]), (None, None, []), ("2", 3, [])]

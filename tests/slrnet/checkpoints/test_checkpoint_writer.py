@@ -13,9 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from slrnet.checkpoints import writer as writer_module
-from slrnet.checkpoints.checkpoint import CheckpointError, TrainState, find_checkpoint, load_checkpoint, save_checkpoint
-from slrnet.checkpoints.writer import CheckpointWriter
+from slrnet.checkpoints import checkpoint as checkpoint_module
+from slrnet.checkpoints.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    TrainState,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from slrnet.config import Config
 
 
@@ -44,7 +50,7 @@ def storage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         storage["pauses"].append(seconds)
         storage["now"] += seconds
 
-    monkeypatch.setattr(writer_module, "save_checkpoint", refuse)
+    monkeypatch.setattr(checkpoint_module, "save_checkpoint", refuse)
     monkeypatch.setattr(time, "sleep", sleep)
     monkeypatch.setattr(time, "monotonic", lambda: storage["now"])
     return storage
@@ -57,7 +63,7 @@ def test_what_the_training_changes_afterwards_is_not_written(tmp_path: Path, mon
         assert changed.wait(60)
         return save_checkpoint(*arguments, **named)
 
-    monkeypatch.setattr(writer_module, "save_checkpoint", wait)
+    monkeypatch.setattr(checkpoint_module, "save_checkpoint", wait)
     writer = CheckpointWriter(tmp_path, Config())
     weights = save(writer, 1)
     weights.zero_()  # the thread has not begun to write
