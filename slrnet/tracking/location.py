@@ -14,14 +14,13 @@ __all__ = [
     "NOTE_TAG",
     "PARENT_TAG",
     "PORT",
+    "SAMPLES",
     "SQLITE",
     "WORKFLOW",
     "latest_pictures",
     "picture_files",
     "public",
     "resolve_uri",
-    "sample_files",
-    "sample_series",
 ]
 
 SQLITE = "sqlite:///"
@@ -38,8 +37,13 @@ WORKFLOW = "workflowType=machine_learning"
 """In an address: the page shows runs and charts instead of its views for language models."""
 DESCRIBED = 2
 """Pictures in a run's description."""
+SAMPLES = "samples/"
+"""How the series of pictures begin that show how images get their pseudo labels; the image's key follows.
 
-_SAMPLES = "samples/"
+The page sorts folders by name: this one comes after the curves of the pseudo masks. Its cards have room for 20 letters,
+folder included.
+"""
+
 # The names of the files of `log_image`. Beside each lies a smaller copy, whose name ends differently.
 _PICTURE = re.compile(r"(?P<key>[^+%]+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%](?P<time>\d+)[+%][^+%]+\.png")
 
@@ -128,35 +132,23 @@ def _check_server(uri: str) -> None:
     )
 
 
-def sample_series(key: str) -> str:
-    """Name of the pictures that show how one image gets its pseudo labels.
+def picture_files(client: Any, run_id: str, below: str = "") -> dict[tuple[str, int], str]:
+    """Artifact paths of a run's pictures by (series, step); of two pictures of one step, the later one.
 
-    The page sorts folders by name: this one comes after the curves of the pseudo masks. Its cards have room for 20
-    letters, folder included.
+    With `below`, such as `SAMPLES`, only the series that begin so, without that beginning.
     """
-    return f"{_SAMPLES}{key}"
-
-
-def picture_files(client: Any, run_id: str) -> dict[tuple[str, int], str]:
-    """Artifact paths of a run's pictures by (series, step); of two pictures of one step, the later one."""
     latest = dict[tuple[str, int], tuple[int, str]]()
     for file in client.list_artifacts(run_id, "images"):
         name = _PICTURE.fullmatch(Path(file.path).name)
-        if name:
-            picture = (name["key"].replace("~", "/"), int(name["step"]))
+        if name and (series := name["key"].replace("~", "/")).startswith(below):
+            picture = (series.removeprefix(below), int(name["step"]))
             latest[picture] = max(latest.get(picture, (0, "")), (int(name["time"]), file.path))
     return {picture: path for picture, (_, path) in latest.items()}
 
 
-def sample_files(client: Any, run_id: str) -> dict[tuple[str, int], str]:
-    """The same of the samples' pictures, by (sample's key, step)."""
-    files = picture_files(client, run_id).items()
-    return {(name.removeprefix(_SAMPLES), step): path for (name, step), path in files if name.startswith(_SAMPLES)}
-
-
 def latest_pictures(client: Any, run_id: str) -> str:
     """Markdown that shows the first samples' pictures, each at its last step; the page serves the files."""
-    paths = sample_files(client, run_id)
+    paths = picture_files(client, run_id, SAMPLES)
     last = {name: paths[name, step] for name, step in sorted(paths)}
     queries = {name: urllib.parse.urlencode({"path": path, "run_uuid": run_id}) for name, path in last.items()}
     return "".join(f"\n\n![{name}](get-artifact?{queries[name]})" for name in sorted(queries)[:DESCRIBED])

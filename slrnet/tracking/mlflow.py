@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from slrnet.tracking.location import NOTE_TAG, PARENT_TAG, SQLITE, latest_pictures, picture_files, public
-from slrnet.tracking.protocol import Picture, RunHandle, clean_key, clean_metrics
+from slrnet.tracking.protocol import Picture, RunHandle, Tracker, clean_key, clean_metrics
 from slrnet.tracking.provenance import package_version
 
 __all__ = ["MlflowTracker", "client_of", "create_run", "log_onnx_model", "store_errors"]
@@ -36,8 +36,7 @@ __all__ = ["MlflowTracker", "client_of", "create_run", "log_onnx_model", "store_
 Record: TypeAlias = Callable[[Any, str], None]
 """Something to deliver: is called with a client and a run id."""
 
-# Limits of MLflow's own log_batch and of its parameter and tag columns.
-MAX_METRICS_PER_BATCH, MAX_PARAMS_PER_BATCH = 1000, 100
+# Limits of MLflow's parameter and tag columns.
 MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 6000, 5000
 
 RESULT = "## Result"
@@ -129,7 +128,7 @@ def create_run(
 
 
 @dataclass(eq=False)
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """Writes to one run; for rank 0 of the workers and for the driver.
 
     A store that stops answering does not stop a training: records that could not be delivered are kept in order and
@@ -173,8 +172,7 @@ class MlflowTracker:
             logged = [key for key in finite if self.once and key in self._curves(client)]
             new = finite.keys() - {key for key in logged if step in self._steps(client, key)}
             points = [load_mlflow().entities.Metric(key, finite[key], now, step) for key in sorted(new)]
-            for start in range(0, len(points), MAX_METRICS_PER_BATCH):
-                client.log_batch(run_id, metrics=points[start : start + MAX_METRICS_PER_BATCH])
+            client.log_batch(run_id, metrics=points)
 
         if finite:
             self._send(send, (step, finite))
@@ -358,8 +356,7 @@ def _log_start(client: Any, run_id: str, params: Mapping[str, Any], tags: Mappin
         values[clean_key(key)] = text if len(text) <= MAX_PARAM_LENGTH else text[: MAX_PARAM_LENGTH - 4] + " ..."
     param = load_mlflow().entities.Param
     new = [param(key, value) for key, value in values.items() if key not in earlier.params]
-    for start in range(0, len(new), MAX_PARAMS_PER_BATCH):
-        client.log_batch(run_id, params=new[start : start + MAX_PARAMS_PER_BATCH])
+    client.log_batch(run_id, params=new)
     changed = {f"resumed.{key}": value for key, value in values.items() if earlier.params.get(key, value) != value}
     for key, value in {**tags, **changed}.items():
         if key != NOTE_TAG or NOTE_TAG not in earlier.tags:  # people may have edited the description

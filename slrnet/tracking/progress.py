@@ -31,9 +31,10 @@ class Progress:
     def __post_init__(self) -> None:
         self.steps, self._images, self._busy = 0, 0, 0.0
         self._last_step = self._last_line = time.perf_counter()
-        self._bar: tqdm[Never] | None = None
-        if self.show and self.stream.isatty():
-            self._bar = tqdm(total=self.total, initial=self.done, unit="step", file=self.stream, dynamic_ncols=True)
+        bar = self.show and self.stream.isatty()
+        self._bar: tqdm[Never] = tqdm(
+            total=self.total, initial=self.done, unit="step", file=self.stream, dynamic_ncols=True, disable=not bar
+        )
 
     def advance(self, images: int, *, loss: float) -> None:
         """Counts a step that took `images` images over all ranks."""
@@ -43,19 +44,17 @@ class Progress:
         self._images += images
         self.steps += 1
         self.done += 1
-        if not self.show:
-            return
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{self.rate():.2f} images/s, loss {loss:.3f}", refresh=False)
-            self._bar.update()
-        elif now - self._last_line >= LINE_EVERY or self.done == self.total:
+        self._bar.set_postfix_str(f"{self.rate():.2f} images/s, loss {loss:.3f}", refresh=False)
+        self._bar.update()
+        if self._bar.disable and (now - self._last_line >= LINE_EVERY or self.done == self.total):
             self._last_line = now
-            self._write(f"step {self.done}/{self.total}, loss {loss:.3f}, {self.rate():.2f} images/s, ETA {self.eta()}")
+            self.note(f"step {self.done}/{self.total}, loss {loss:.3f}, {self.rate():.2f} images/s, ETA {self.eta()}")
 
     def note(self, text: str = "") -> None:
         """Writes a line, if there is one; the time since the last step does not count as training."""
         if self.show and text:
-            self._write(text)
+            with tqdm.external_write_mode(self.stream):
+                print(text, file=self.stream, flush=True)
         self._last_step = time.perf_counter()
 
     def rate(self) -> float:
@@ -69,11 +68,4 @@ class Progress:
 
     def close(self) -> None:
         """Ends the bar."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def _write(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(text, file=self.stream)
-        else:
-            print(text, file=self.stream, flush=True)
+        self._bar.close()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from slrnet.tracking.location import PARENT_TAG, resolve_uri, sample_files
+from slrnet.tracking.location import PARENT_TAG, SAMPLES, picture_files, resolve_uri
 from slrnet.tracking.mlflow import client_of, store_errors
 from slrnet.tracking.protocol import RunHandle, clean_key
 
@@ -52,7 +52,7 @@ def logged_pictures(handle: RunHandle) -> dict[tuple[str, int], Image.Image]:
     """The samples' pictures by (sample's key, step); of pictures logged twice for a step, the later one."""
     client, pictures = client_of(handle.uri), {}
     with tempfile.TemporaryDirectory() as folder:
-        for series, path in sample_files(client, handle.run_id).items():
+        for series, path in picture_files(client, handle.run_id, SAMPLES).items():
             with Image.open(client.download_artifacts(handle.run_id, path, folder)) as picture:
                 pictures[series] = picture.convert("RGB")
     return pictures

@@ -19,7 +19,7 @@ from slrnet.distributed.watchdog import Watchdog
 from slrnet.evaluation.masks import PseudoMask
 from slrnet.storage.files import written_whole
 from slrnet.tracking.gpu_monitor import GpuWatch
-from slrnet.tracking.location import sample_series
+from slrnet.tracking.location import SAMPLES
 from slrnet.tracking.progress import Progress
 from slrnet.tracking.protocol import Tracker
 from slrnet.tracking.run_log import RunLog
@@ -79,7 +79,7 @@ class RunListener(Listener):
     folder: Path
     """The run's folder; pictures go to `panels`."""
     tracker: Tracker
-    """Receives curves and pictures; a `NullTracker` on ranks other than 0."""
+    """Receives curves and pictures; a plain `Tracker` on ranks other than 0."""
     log: RunLog = field(default_factory=lambda: RunLog(None, rank=0))
     watchdog: Watchdog = field(default_factory=lambda: Watchdog(Process(), limit=0, store=None, on_hang=print))
 
@@ -159,7 +159,7 @@ class RunListener(Listener):
         for path in sorted(panels.rglob(f"[!.]*{ending}")):
             with Image.open(path) as panel:
                 key = path.relative_to(panels).as_posix().removesuffix(ending)
-                self.tracker.log_image(sample_series(key), panel.copy(), step)
+                self.tracker.log_image(SAMPLES + key, panel.copy(), step)
         for group in ("pseudo_mask", "val"):
             scores = class_quality(metrics, group, self.info.classes)
             if any(value == value for value in scores["iou"]):

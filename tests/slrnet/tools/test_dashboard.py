@@ -15,7 +15,7 @@ import pytest
 from slrnet.cli.main import main
 from slrnet.config import Config
 from slrnet.tools.dashboard import default_storages, serve_command
-from slrnet.tracking.location import resolve_uri, sample_series
+from slrnet.tracking.location import SAMPLES, resolve_uri
 from slrnet.tracking.mlflow import MlflowTracker, create_run
 from slrnet.tracking.protocol import RunHandle
 
@@ -56,7 +56,7 @@ def run(tmp_path: Path, tiny_config: Config) -> RunHandle:
     tracker = MlflowTracker(handle)
     for epoch in range(3):
         tracker.log_metrics(dict.fromkeys(CURVES, 0.3 + 0.1 * epoch), step=10 * epoch)
-        tracker.log_image(sample_series("photo"), np.full((24, 48, 3), 80 * epoch, np.uint8), step=epoch)
+        tracker.log_image(SAMPLES + "photo", np.full((24, 48, 3), 80 * epoch, np.uint8), step=epoch)
     tracker.describe("Best checkpoint: epoch 3.")
     tracker.finish()
     return handle
@@ -88,7 +88,7 @@ def test_a_visitor_finds_curves_and_pictures(address: str, browser: Any, tmp_pat
     wait.until(lambda _: browser.execute_script(drawn), "curves")
     wait.until(lambda _: all(key in text() for key in CURVES), "names of the curves")
     wait.until(lambda _: browser.execute_script(shown), "the picture")
-    assert text().index(CURVES[0]) < text().index(sample_series("photo"))
+    assert text().index(CURVES[0]) < text().index(SAMPLES + "photo")
     kept = Path(os.environ.get("SLRNET_SCREENSHOTS", "") or tmp_path)
     kept.mkdir(parents=True, exist_ok=True)
     assert browser.save_screenshot(str(kept / "dashboard.png"))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slrnet.tracking.mlflow import MlflowTracker
-from slrnet.tracking.protocol import NullTracker, RunHandle, Tracker, metric_key
+from slrnet.tracking.protocol import RunHandle, Tracker, metric_key
 
 
 class TestKeys:
@@ -32,9 +32,9 @@ class TestKeys:
         _validate_metric_name(key)
 
 
-class TestNullTracker:
+class TestPlainTracker:
     def test_same_interface_without_a_run(self) -> None:
-        tracker: Tracker = NullTracker()
+        tracker = Tracker()
         tracker.log_metrics({"a": 1.0}, step=1)
         tracker.log_image("k", np.zeros((2, 2, 3), np.uint8), step=1)
         tracker.set_tags({"a": "b"})
@@ -44,9 +44,9 @@ class TestNullTracker:
 
     def test_it_still_refuses_what_a_tracker_refuses(self) -> None:
         with pytest.raises(ValueError, match="which another metric of this step already has"):
-            NullTracker().log_metrics({"a!": 1.0, "a?": 2.0}, step=0)
+            Tracker().log_metrics({"a!": 1.0, "a?": 2.0}, step=0)
         with pytest.raises(ValueError, match="is no key"):
-            NullTracker().log_image("..", np.zeros((2, 2, 3), np.uint8), step=0)
+            Tracker().log_image("..", np.zeros((2, 2, 3), np.uint8), step=0)
 
 
 def test_how_to_open_hides_credentials() -> None:
