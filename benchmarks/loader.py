@@ -13,6 +13,7 @@ are decoded to a part of their size: the time that this takes of what whole ones
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import sys
@@ -30,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks._turns import times_in_turn
 from benchmarks.conversion_speed import draw_pair
 from data_prep.shard_writer import Sample, write_dataset
-from slrnet.config import ViewsConfig
+from slrnet.config import DataConfig, ViewsConfig
 from slrnet.data import transforms
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import load_dataset
-from slrnet.data.readers import prepare_reader
+from slrnet.data.supervision import plan_supervision
 from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
 from slrnet.data.transforms import decode_image
 from slrnet.views.color import apply_color, draw_color
@@ -48,7 +49,7 @@ LARGE_SIZES = (1280, 960), (1920, 1440), (4000, 3000)
 def main() -> int:
     args = parse_arguments()
     torch.set_num_threads(1)
-    prepare_reader()  # as a training's reader processes do
+    gc.freeze()  # as a training's reader processes do
     with tempfile.TemporaryDirectory(prefix="loader-") as temporary:
         folder = Path(temporary)
         images = write_shards(folder, args.images, SIZE)
@@ -102,7 +103,8 @@ def large_photographs(folder: Path, size: tuple[int, int], repeats: int) -> None
 
 def open_loader(folder: Path) -> TrainLoader:
     settings = TrainLoaderSettings(split="train", batch_size=BATCH, crop_size=CROP, crop_scale=SCALE, flip=0.5, seed=0)
-    return TrainLoader(load_dataset(folder / "shards"), settings)
+    shards = load_dataset(folder / "shards")
+    return TrainLoader(shards, settings, plan_supervision(shards.split("train"), DataConfig(), "wsss"))
 
 
 def rates_in_turn(forms: dict[str, Callable[[], object]], repeats: int, count: int) -> dict[str, float]:

@@ -159,9 +159,9 @@ def verify(folder: str | os.PathLike[str], *, processes: int = 1) -> list[Damage
     dataset = load_dataset(folder, check=True)
     views = [dataset.split(split) for split in dataset.splits]
     tasks = [
-        (entry.path, [view.row(entry.first + place) for place in range(entry.num_samples)])
+        (dataset.folder / name, [view.row(sample) for sample in view.samples_of(place)])
         for view in views
-        for entry in view.shards
+        for place, name in enumerate(view.shard_names)
     ]
     weights = [len(rows) for _, rows in tasks]
     with ConversionPool(processes) as workers:

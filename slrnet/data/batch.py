@@ -56,8 +56,10 @@ class EvalSample:
     image: Tensor
     """(3, H, W) uint8 RGB."""
     pixel_labels: Tensor | None
-    """(H, W) uint8 class ids, 255 where void; None where the image has no mask or none was asked for."""
+    """(H, W) uint8 class ids, 255 where void; None where the image has no mask."""
     image_labels: Tensor
     """(K-1,) float32 of 0 and 1; entry c is class c + 1."""
     has_image_labels: bool = True
     """Whether they are known; where not, `image_labels` is 0."""
+    jpeg: bytes = b""
+    """The image's file."""

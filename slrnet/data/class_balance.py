@@ -50,7 +50,7 @@ class ClassLists:
     @classmethod
     def of(cls, split: SplitView, samples: Places) -> Self:
         """The image labels of some samples of a split; samples without known labels have none."""
-        classes = split.classes.take(pa.array(samples))
+        classes = split.column("classes").take(pa.array(samples))
         images, ids = pc.list_parent_indices(classes), pc.list_flatten(classes)
         return cls(images.to_numpy(), ids.to_numpy().astype(np.int64), len(samples), split.num_classes)
 

@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,6 @@ __all__ = [
     "DataError",
     "DatasetInfo",
     "SampleRow",
-    "ShardEntry",
     "ShardSet",
     "SplitView",
     "load_dataset",
@@ -122,20 +121,6 @@ class DatasetInfo:
         return f"rm -r {shlex.quote(str(folder))} && {self.made_by} --out {shlex.quote(str(folder))}"
 
 
-class ShardEntry(NamedTuple):
-    """One tar file of a split, by name and absolute path, and the samples that the manifest lists for it."""
-
-    name: str
-    path: Path
-    num_samples: int
-    first: int
-    """Index within the split of its first sample; the others follow in the order of the tar."""
-    offsets: npt.NDArray[np.int64]
-    """(num_samples,) byte offsets of the samples' first tar headers, ascending."""
-    sizes: npt.NDArray[np.int64]
-    """(num_samples,) bytes that each sample takes in the tar from its offset on."""
-
-
 @dataclass(frozen=True, slots=True)
 class SampleRow:
     """What the manifest says about one sample; the module's docstring describes the columns."""
@@ -192,6 +177,10 @@ class SplitView:
         """Place among the shards of the one that holds a sample."""
         return int(self.firsts.searchsorted(sample, side="right")) - 1
 
+    def samples_of(self, shard: int) -> range:
+        """The samples of the shard at a place, in the order of the tar."""
+        return range(int(self.firsts[shard]), int(self.firsts[shard + 1]))
+
     def shard_rows(self, shard: int) -> pa.Table:
         """All columns of the manifest for the samples of the shard at a place."""
         return self._rows.of_shard(int(self._places[shard]))
@@ -205,16 +194,6 @@ class SplitView:
         """Key of the sample at `index`, 0 <= index < num_samples."""
         return self.row(index).key
 
-    @cached_property
-    def shards(self) -> tuple[ShardEntry, ...]:
-        """The tar files in order of their names."""
-        offsets, sizes = self.column("offset").to_numpy(), self.column("bytes").to_numpy()
-        firsts = self.firsts.tolist()
-        return tuple(
-            ShardEntry(name, self.folder / name, stop - first, first, offsets[first:stop], sizes[first:stop])
-            for name, first, stop in zip(self.shard_names, firsts, firsts[1:], strict=False)
-        )
-
     def column(self, name: str) -> pa.Array:
         """A column of the manifest for all samples of the split."""
         in_split = np.repeat(self._in_split, self._rows.shards["samples"].to_numpy())
@@ -226,16 +205,6 @@ class SplitView:
         return self.column("key")
 
     @cached_property
-    def has_masks(self) -> npt.NDArray[np.bool_]:
-        """(num_samples,) whether each sample comes with a mask."""
-        return self._flags("has_mask")
-
-    @cached_property
-    def has_image_labels(self) -> npt.NDArray[np.bool_]:
-        """(num_samples,) whether each sample's image labels are known; where they are not, `image_labels` is 0."""
-        return self._flags("has_image_labels")
-
-    @cached_property
     def with_masks(self) -> SampleSet:
         """The samples that come with a mask."""
         return self._having("masks", "has_mask")
@@ -244,20 +213,6 @@ class SplitView:
     def with_image_labels(self) -> SampleSet:
         """The samples whose image labels are known."""
         return self._having("image_labels", "has_image_labels")
-
-    @cached_property
-    def classes(self) -> pa.ListArray:
-        """Foreground ids 1..K-1 that each sample shows; empty lists where image labels are not known."""
-        return self.column("classes")
-
-    def image_labels(self) -> npt.NDArray[np.float32]:
-        """(num_samples, K-1) float32 of 0 and 1: which foreground classes each image shows; column c is class c + 1.
-
-        A row of zeros is an image without objects, or one whose labels are not known; `has_image_labels` tells which.
-        """
-        labels = np.zeros((self.num_samples, self.num_classes - 1), dtype=np.float32)
-        labels[pc.list_parent_indices(self.classes), pc.list_flatten(self.classes).to_numpy() - 1] = 1.0
-        return labels
 
     @cached_property
     def subset_names(self) -> tuple[str, ...]:
@@ -288,13 +243,9 @@ class SplitView:
         """Samples whose flag is set. Reads that column only if some shard has samples with and without it."""
         having, samples = self._shards[counted].to_numpy(), self._shards["samples"].to_numpy()
         if ((having > 0) & (having < samples)).any():
-            return SampleSet.of(self._flags(flag))
+            return SampleSet.of(self.column(flag).to_numpy(zero_copy_only=False))
         shards = SampleSet.of(having == samples)
         return SampleSet(self.firsts[shards.starts], self.firsts[shards.stops])
-
-    def _flags(self, name: str) -> npt.NDArray[np.bool_]:
-        flags: npt.NDArray[np.bool_] = self.column(name).to_numpy(zero_copy_only=False)
-        return flags
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,11 +262,6 @@ class ShardSet:
     def path_of(self, shard: str, check: Callable[[Path], None] = lambda path: None) -> Path:
         """A shard's file on this machine; for a data set in an object store, a copy (see `open_cached`)."""
         return open_cached(self.location, shard, check=check) if is_remote(self.location) else self.folder / shard
-
-    @property
-    def table(self) -> pa.Table:
-        """The whole manifest, with the columns of `SCHEMA`; raises `DataError` if it is damaged."""
-        return pa.concat_tables([SCHEMA.empty_table(), *map(self.rows.of_shard, range(self.rows.shards.num_rows))])
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -62,8 +62,6 @@ class SampleIndex:
     shard_set: ShardSet
     split: SplitView
     on_error: OnError = "stop"
-    compare: bool = False
-    """Whether samples that are read whole are compared with the manifest's sha256."""
 
     def __post_init__(self) -> None:
         if self.on_error not in ("stop", "skip"):
@@ -130,8 +128,8 @@ class SampleIndex:
 class ShardFiles(AbstractContextManager["ShardFiles"]):
     """Reads samples from their tars at the manifest's byte offsets; keeps the shards last used open.
 
-    A method raises `DataError` where something is missing or damaged. Unless a method says otherwise, the message names
-    neither the sample nor its shard: `SampleIndex.naming` adds them.
+    A method raises `DataError` where something is missing or damaged. The message names neither the sample nor its
+    shard: `SampleIndex.naming` adds them.
     """
 
     def __init__(self, index: SampleIndex) -> None:
@@ -161,24 +159,14 @@ class ShardFiles(AbstractContextManager["ShardFiles"]):
         _read(file, begin, self._memory[:size])
         return {suffix: self._memory[part.start - begin : part.stop - begin] for suffix, part in located.files.items()}
 
-    def read(self, sample: int, *, masks: bool) -> dict[str, bytes]:
-        """The sample's files by suffix: `jpg` alone, or with `masks` all of them, compared with the sha256."""
-        located = self.locate(sample, masks=masks)
+    def read(self, sample: int) -> dict[str, bytes]:
+        """All of the sample's files by suffix, compared with the manifest's sha256."""
+        located = self.locate(sample, masks=True)
         files = {suffix: bytes(content) for suffix, content in self.contents(located).items()}
-        if masks and self.index.compare:
-            digest = hashlib.sha256(b"".join(files.values())).hexdigest()
-            if digest != located.row.sha256:
-                raise DataError(f"its files have the sha256 {digest[:12]}..., not that of the manifest")
+        digest = hashlib.sha256(b"".join(files.values())).hexdigest()
+        if digest != located.row.sha256:
+            raise DataError(f"its files have the sha256 {digest[:12]}..., not that of the manifest")
         return files
-
-    def load(self, sample: int) -> tuple[dict[str, bytes], Tensor, Tensor | None]:
-        """The sample's files, compared with the sha256, its image (3, H, W) uint8 and its mask (H, W) uint8 or None.
-
-        Errors name sample, shard and remedy.
-        """
-        with self.index.naming(sample):
-            files, row = self.read(sample, masks=True), self.index.split.row(sample)
-            return files, self.index.decode(row, files), self.index.decode_mask(row, files)
 
     def _open(self, shard: int) -> tuple[BinaryIO, int]:
         """The shard's file, unbuffered, and its length in bytes."""
@@ -205,7 +193,7 @@ class ShardFiles(AbstractContextManager["ShardFiles"]):
         split = self.index.split
         length = path.stat().st_size
         with path.open("rb", buffering=0) as file:
-            for row in map(split.row, range(int(split.firsts[shard]), int(split.firsts[shard + 1]))):
+            for row in map(split.row, split.samples_of(shard)):
                 digest = hashlib.sha256()
                 for part in _locate_files(file, length, row, only=None).values():
                     data = bytearray(part.stop - part.start)

@@ -19,7 +19,7 @@ from slrnet.data.epoch_plan import Pool
 from slrnet.data.manifest import DataError, ShardSet, SplitView
 from slrnet.data.sample_set import SampleSet
 
-__all__ = ["Supervision", "image_labels_only", "plan_supervision", "supervision_of"]
+__all__ = ["Supervision", "plan_supervision", "supervision_of"]
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,6 @@ def supervision_of(config: Config, shards: ShardSet) -> Supervision:
     """What a run may use of its training split; errors are those of `plan_supervision` and `ShardSet.split`."""
     split = shards.split(config.data.train_split)
     return plan_supervision(split, config.data, config.setting, pretrain_epochs=config.train.pretrain_epochs)
-
-
-def image_labels_only(split: SplitView) -> Supervision:
-    """All samples of a split once per epoch, with their image labels where those are known."""
-    everything = SampleSet.all(split.num_samples)
-    return Supervision(SampleSet.all(0), split.with_image_labels, (Pool(everything, 1.0),))
 
 
 def _labeled_alone(pools: tuple[Pool, ...], labeled: SampleSet) -> tuple[Pool, ...]:

@@ -24,9 +24,9 @@ from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.counter_random import Bits, key_of, random_bits
 from slrnet.data.epoch_plan import Draws, EpochPlan
 from slrnet.data.manifest import DataError, ShardSet
-from slrnet.data.readers import Delivery, Loader, check_at_least_one, check_place
+from slrnet.data.readers import BatchLoader, Delivery, check_at_least_one, check_place
 from slrnet.data.samples import LocatedSample, OnError, SampleIndex, ShardFiles, SkippedSample
-from slrnet.data.supervision import Supervision, image_labels_only
+from slrnet.data.supervision import Supervision
 from slrnet.data.transforms import Crop, crop_into, crop_mask, draw_crops
 
 __all__ = ["TrainLoader", "TrainLoaderSettings"]
@@ -66,7 +66,7 @@ class TrainLoaderSettings:
         check_at_least_one(batch_size=self.batch_size, crop_size=self.crop_size, shuffle_buffer=self.shuffle_buffer)
 
 
-class TrainLoader(Loader[Batch]):
+class TrainLoader(BatchLoader):
     """Batches of random crops of a split, for one rank.
 
     The draws of a step are a pure function of (seed, epoch, step) and the data, for any number of ranks and readers.
@@ -76,8 +76,7 @@ class TrainLoader(Loader[Batch]):
     Args:
         shard_set: the data set.
         settings: what the batches are made of.
-        supervision: which samples are drawn how often, and which of their labels the training may see; None: all
-            samples once, with their image labels.
+        supervision: which samples are drawn how often, and which of their labels the training may see.
         rank: place of this process among `world_size`.
         world_size: number of processes that train together, each with a loader of the same settings.
         workers: reader processes of this rank; 0 reads in this process.
@@ -92,8 +91,8 @@ class TrainLoader(Loader[Batch]):
         self,
         shard_set: ShardSet,
         settings: TrainLoaderSettings,
+        supervision: Supervision,
         *,
-        supervision: Supervision | None = None,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
@@ -101,7 +100,6 @@ class TrainLoader(Loader[Batch]):
     ) -> None:
         check_place(rank=rank, world_size=world_size, workers=workers)
         split, batch = shard_set.split(settings.split), settings.batch_size
-        supervision = supervision or image_labels_only(split)
         self.draws = supervision.draws
         """Draws of an epoch; those beyond the last whole global batch are left out, other ones every epoch."""
         self.global_batch = batch
@@ -116,7 +114,7 @@ class TrainLoader(Loader[Batch]):
             raise ValueError(
                 f"a global batch of {batch} cannot be shared by {world_size} ranks; use {world_size} or more"
             )
-        reader = _TrainReader(
+        self.reader = _TrainReader(
             index=SampleIndex(shard_set=shard_set, split=split, on_error=settings.on_error),
             settings=settings,
             supervision=supervision,
@@ -124,9 +122,9 @@ class TrainLoader(Loader[Batch]):
             share=range(batch * rank // world_size, batch * (rank + 1) // world_size),
             readers=max(1, workers),
         )
-        self.share = len(reader.share)
+        self.share = len(self.reader.share)
         """Images of a step of this rank."""
-        super().__init__(reader, workers=workers, pin_memory=pin_memory)
+        super().__init__(self.reader.index, self.reader.deliver, workers=workers, pin_memory=pin_memory)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yields the batches of steps start_step, ..., steps_per_epoch - 1; one epoch at a time.
@@ -152,7 +150,7 @@ class TrainLoader(Loader[Batch]):
         if batches != steps or samples != steps * self.share:
             raise DataError(
                 f"epoch {epoch} gave this rank {batches} batches of {samples} samples in all, planned were "
-                f"{steps} batches of {steps * self.share}; {self.reader.index.advice}"
+                f"{steps} batches of {steps * self.share}; {self.index.advice}"
             )
 
 
@@ -181,7 +179,7 @@ class _TrainReader:
     readers: int
     """Number of readers of this rank."""
 
-    def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[Delivery[Batch]]:
+    def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[Delivery]:
         # torch asks its workers in turn, beginning with worker 0: that one has to make step start_step.
         steps = range(start_step + worker, self.steps, self.readers)
         with ShardFiles(self.index) as files:

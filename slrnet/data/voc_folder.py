@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from slrnet.data.catalog import VOC_CLASSES, voc_ids, voc_palette
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, ShardSet
-from slrnet.data.samples import SampleIndex, ShardFiles
 
 __all__ = ["check_voc_folder", "write_voc_folder"]
 
@@ -48,17 +48,14 @@ def write_voc_folder(shards: ShardSet, out: Path, *, splits: Sequence[str]) -> N
     if ours:
         (partial / "labels.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
     for view in map(shards.split, splits):
-        with ShardFiles(SampleIndex(shard_set=shards, split=view, compare=True)) as reader:
-            for sample in range(view.num_samples):
-                files, _, mask = reader.load(sample)
-                key = view.key(sample)
-                image = partial / "JPEGImages" / f"{key}.jpg"
-                if image.exists():
-                    raise DataError(f"key {key!r} is in two of the splits; write them into folders of their own")
-                image.write_bytes(files["jpg"])
-                if mask is not None:
-                    data = encode_mask(table[mask.numpy()], palette)
-                    (partial / "SegmentationClass" / f"{key}.png").write_bytes(data)
+        for sample in EvalLoader(shards, split=view.name):
+            image = partial / "JPEGImages" / f"{sample.key}.jpg"
+            if image.exists():
+                raise DataError(f"key {sample.key!r} is in two of the splits; write them into folders of their own")
+            image.write_bytes(sample.jpeg)
+            if sample.pixel_labels is not None:
+                data = encode_mask(table[sample.pixel_labels.numpy()], palette)
+                (partial / "SegmentationClass" / f"{sample.key}.png").write_bytes(data)
         text = "\n".join(sorted(view.keys.to_pylist())) + "\n"
         (partial / "ImageSets" / "Segmentation" / f"{view.name}.txt").write_text(text)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,10 +19,9 @@ import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import groupby, islice
-from operator import itemgetter
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -32,10 +31,11 @@ from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.config import Config
+from slrnet.data.batch import EvalSample
 from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.images import encode_mask
-from slrnet.data.manifest import SCHEMA, DataError, ShardEntry, ShardSet, SplitView, save_dataset
-from slrnet.data.samples import SampleIndex, ShardFiles
+from slrnet.data.manifest import SCHEMA, DataError, ShardSet, SplitView, save_dataset
 from slrnet.data.tars import ShardWriter
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality, quality_metrics
@@ -99,10 +99,10 @@ def launch_pseudo_labels(
             raise ValueError(f"{out} exists and holds no pseudo masks; choose another --out, or remove it first")
         partial = _open_partial(out, described)
         remaining: list[_Shard] = [
-            (split, entry.name, entry.num_samples)
-            for split in described["splits"]
-            for entry in job.shards.split(split).shards
-            if _finished(partial, entry.name) is None
+            (view.name, name, len(view.samples_of(place)))
+            for view in map(job.shards.split, described["splits"])
+            for place, name in enumerate(view.shard_names)
+            if _finished(partial, name) is None
         ]
         options = LaunchOptions(name=WORK, storage=partial, num_workers=num_workers, cpus_per_worker=cpus_per_worker)
         if remaining:
@@ -171,11 +171,11 @@ def check_distillation(config: Config) -> str:
 
 def _check_labels(job: MaskJob) -> None:
     for split in job.splits if job.config.evaluation.gating == "image_labels" else ():
-        labeled = job.shards.split(split).has_image_labels
-        if not labeled.all():
+        view = job.shards.split(split)
+        if unknown := view.num_samples - len(view.with_image_labels):
             raise DataError(
-                f"evaluation.gating is image_labels, but the image labels of {int((~labeled).sum())} of {len(labeled)} "
-                f"samples of split {split!r} are not known; use gating none or scores"
+                f"evaluation.gating is image_labels, but the image labels of {unknown} of {view.num_samples} samples "
+                f"of split {split!r} are not known; use gating none or scores"
             )
 
 
@@ -218,14 +218,14 @@ def _assemble(partial: Path, shards: ShardSet, job: _Description) -> dict[str, A
     for split in shards.splits:
         view = shards.split(split)
         if split in job["splits"]:
-            notes = [_checked(partial, entry, view) for entry in view.shards]
+            notes = [_checked(partial, view, place) for place in range(len(view.shard_names))]
             quality[split] = _total_quality(notes, shards.info.classes)
             parts = [note["columns"] for note in notes]
         else:
-            for entry in view.shards:
-                with written_whole(partial / entry.name) as incoming:
-                    shutil.copyfile(shards.path_of(entry.name), incoming)
-            parts = [view.shard_rows(place).to_pydict() for place in range(len(view.shards))]
+            for name in view.shard_names:
+                with written_whole(partial / name) as incoming:
+                    shutil.copyfile(shards.path_of(name), incoming)
+            parts = [view.shard_rows(place).to_pydict() for place in range(len(view.shard_names))]
         for name in SCHEMA.names:
             columns[name] += [value for part in parts for value in part[name]]
     for leftover in partial.glob(".incoming.*"):
@@ -238,13 +238,13 @@ def _assemble(partial: Path, shards: ShardSet, job: _Description) -> dict[str, A
     return record
 
 
-def _checked(partial: Path, entry: ShardEntry, view: SplitView) -> dict[str, Any]:
+def _checked(partial: Path, view: SplitView, place: int) -> dict[str, Any]:
     """A finished shard's notes, after checking that it holds each sample of the manifest exactly once."""
-    note = _finished(partial, entry.name)
-    keys = [view.key(index) for index in range(entry.first, entry.first + entry.num_samples)]
+    name, keys = view.shard_names[place], view.shard_rows(place)["key"].to_pylist()
+    note = _finished(partial, name)
     if note is None or note["columns"]["key"] != keys:
         raise DataError(
-            f"shard {partial / entry.name} does not hold each of the data set's {entry.num_samples} samples once; "
+            f"shard {partial / name} does not hold each of the data set's {len(keys)} samples once; "
             "remove it and start the job again"
         )
     return note
@@ -281,13 +281,8 @@ def _command(job: _Description) -> str:
 # On the workers.
 
 
-class _Source(NamedTuple):
-    """A sample as the data set has it."""
-
-    split: str
-    row: Mapping[str, Any]  # of the manifest
-    files: dict[str, bytes]  # by suffix
-    true_mask: Tensor | None  # (H, W) class ids
+_Source: TypeAlias = tuple[Mapping[str, Any], EvalSample]
+"""A sample as the data set has it, with its row of the manifest."""
 
 
 def _label(values: dict[str, Any], process: Process, report: Report) -> None:
@@ -303,16 +298,12 @@ def _label(values: dict[str, Any], process: Process, report: Report) -> None:
 
 def _samples(shards: ShardSet, remaining: Sequence[_Shard]) -> Iterator[tuple[_Source, Tensor, Tensor]]:
     """The samples of some shards, in order, each with its image and its image labels."""
-    for split, entries in groupby(remaining, key=itemgetter(0)):
+    for split, name, _ in remaining:
         view = shards.split(split)
-        index = SampleIndex(shard_set=shards, split=view, compare=True)
-        for _, name, _ in entries:
-            place = view.shard_names.index(name)
-            samples = range(int(view.firsts[place]), int(view.firsts[place + 1]))
-            with ShardFiles(index) as reader:
-                for sample, row in zip(samples, view.shard_rows(place).to_pylist(), strict=True):
-                    files, image, true_mask = reader.load(sample)
-                    yield _Source(split, row, files, true_mask), image, index.image_labels([view.row(sample)])[0]
+        place = view.shard_names.index(name)
+        samples = EvalLoader(shards, split=split, indices=view.samples_of(place))
+        for row, sample in zip(view.shard_rows(place).to_pylist(), samples, strict=True):
+            yield (row, sample), sample.image, sample.image_labels
 
 
 def _write_shard(
@@ -326,25 +317,24 @@ def _write_shard(
     with written_whole(path) as incoming:
         with incoming.open("wb") as file, ShardWriter(file, path.name) as shard:
             for predicted in members:
-                source, mask, confidence = predicted.sample, predicted.mask, predicted.confidence
+                (row, sample), mask, confidence = predicted.sample, predicted.mask, predicted.confidence
                 kept = np.where(confidence < void_below, np.uint8(IGNORE_INDEX), mask)
                 notes = {"protocol": name, "void_below": void_below, **_confidences(mask, confidence, kept, classes)}
-                row = source.row
                 shard.add(
                     key=row["key"],
-                    split=source.split,
+                    split=row["split"],
                     subsets=sorted({*row["subsets"], SUBSET}),
                     size=(row["width"], row["height"]),
                     classes=row["classes"] if row["has_image_labels"] else None,
-                    image=source.files["jpg"],
+                    image=sample.jpeg,
                     mask=encode_mask(kept, palette),
                     notes={"pseudo_label": notes},
                 )
                 before = {} if predicted.before_crf is None else {predictor.name("ms"): predicted.before_crf}
                 for protocol, labels in (before | {name: mask, f"{name}, void below {void_below:g}": kept}).items():
-                    if source.true_mask is not None:
-                        matrices[protocol].update(torch.from_numpy(labels), source.true_mask)
-                images += source.true_mask is not None
+                    if sample.pixel_labels is not None:
+                        matrices[protocol].update(torch.from_numpy(labels), sample.pixel_labels)
+                images += sample.pixel_labels is not None
         digest = sha256_of(incoming)
     counts = {protocol: matrix.counts.tolist() for protocol, matrix in matrices.items()}
     note = {"sha256": digest, "columns": shard.columns, "counts": counts, "images": images}

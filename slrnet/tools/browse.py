@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 from PIL import Image, ImageOps
 from tabulate import tabulate
 from tqdm import tqdm
@@ -87,11 +88,11 @@ def survey_split(shard_set: ShardSet, name: str, *, measured: int, seed: int = 0
             all_void.append(sample.key)
         if sample.has_image_labels and (own[1:num_classes] > 0)[sample.image_labels.numpy() == 0].any():
             beyond.append(sample.key)
-    pairs = list(zip(view.has_masks.tolist(), view.has_image_labels.tolist(), strict=True))
+    pairs = list(zip(view.column("has_mask").to_pylist(), view.column("has_image_labels").to_pylist(), strict=True))
     return SplitSurvey(
         name=name,
         kinds={kind: number for pair, kind in KINDS.items() if (number := pairs.count(pair))},
-        images=view.image_labels().sum(axis=0).astype(np.int64),
+        images=np.bincount(pc.list_flatten(view.column("classes")).to_numpy(), minlength=num_classes)[1:],
         measured=len(chosen),
         pixels=counts[:num_classes] / max(1, counts[:num_classes].sum()),
         void=float(counts[IGNORE_INDEX] / max(1, counts.sum())),
@@ -115,7 +116,7 @@ def find_duplicates(shard_set: ShardSet) -> list[tuple[SampleName, SampleName]]:
             with ShardFiles(index) as files:
                 for sample in range(view.num_samples):
                     with index.naming(sample):
-                        digest = hashlib.sha256(files.read(sample, masks=False)["jpg"]).digest()
+                        digest = hashlib.sha256(files.contents(files.locate(sample, masks=False))["jpg"]).digest()
                     name = (split, view.key(sample))
                     if (earlier := first.setdefault(digest, name)) != name:
                         duplicates.append((earlier, name))

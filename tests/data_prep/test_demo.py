@@ -12,6 +12,7 @@ from PIL import Image
 from data_prep.demo import CLASSES, Brush, build_demo, draw_scene, write_voc_folder
 from data_prep.shard_writer import verify
 from slrnet.data.manifest import DataError, load_dataset
+from tests.fixtures.shards import table_of
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_takes_the_same_road_as_voc(tmp_path: Path) -> None:
     assert verify(tmp_path / "out") == []
     assert (tmp_path / "voc" / "labels.txt").read_text().split() == list(CLASSES)
     dataset = load_dataset(tmp_path / "out")
-    for row in dataset.table.to_pylist():
+    for row in table_of(dataset.folder).to_pylist():
         with tarfile.open(tmp_path / "out" / row["shard"]) as archive:
             content = archive.extractfile(f"{row['key']}.png")
             assert content is not None

@@ -19,6 +19,7 @@ from data_prep.folder import convert, read_palette
 from slrnet.cli.main import main
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, load_dataset
+from tests.fixtures.shards import table_of
 
 Array = npt.NDArray[Any]
 PALETTE = "background #000000\ncat 255 0 0\ndog #0000ff\nvoid #ffffff\n"
@@ -50,9 +51,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def rows(folder: Path) -> dict[str, tuple[str, list[int], bool]]:
-    return {
-        row["key"]: (row["split"], row["classes"], row["has_mask"]) for row in load_dataset(folder).table.to_pylist()
-    }
+    return {row["key"]: (row["split"], row["classes"], row["has_mask"]) for row in table_of(folder).to_pylist()}
 
 
 def make(photos: Path, **options: Any) -> dict[str, tuple[str, list[int], bool]]:
@@ -142,7 +141,10 @@ def test_unlabeled_images_say_so_in_the_manifest(photos: Path) -> None:
     given: dict[str, Any] = {"labels": photos / "labels.csv", "masks": photos / "masks", "classes": ["cat", "dog"]}
     make(photos, unlabeled=True, **given)
     shards = load_dataset(photos / "out")
-    found = {row["key"]: (row["classes"], row["has_image_labels"], row["has_mask"]) for row in shards.table.to_pylist()}
+    found = {
+        row["key"]: (row["classes"], row["has_image_labels"], row["has_mask"])
+        for row in table_of(shards.folder).to_pylist()
+    }
     assert found == {
         "one": ([], True, False),  # a line without labels: the background alone
         "two": ([], False, False),
@@ -156,8 +158,8 @@ def test_images_alone(photos: Path) -> None:
     make(photos, classes=["cat", "dog"], unlabeled=True)
     train = load_dataset(photos / "out").split("train")
     assert train.num_samples == 4
-    assert not train.has_image_labels.any()
-    assert not train.has_masks.any()
+    assert not len(train.with_image_labels)
+    assert not len(train.with_masks)
     assert load_dataset(photos / "out").info.classes == ("background", "cat", "dog")
 
 

@@ -19,6 +19,7 @@ from data_prep.shard_writer import verify
 from slrnet.cli.main import main
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, load_dataset
+from tests.fixtures.shards import table_of
 
 from .conftest import decode, stripes
 
@@ -60,7 +61,7 @@ class L2idBuilder:
             val_masks=self.root / "track1_val_annotations_raw",
             longest_side=longest_side,
         )
-        return {row["key"]: row for row in load_dataset(out).table.to_pylist()}
+        return {row["key"]: row for row in table_of(out).to_pylist()}
 
 
 @pytest.fixture

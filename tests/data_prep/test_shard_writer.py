@@ -21,6 +21,7 @@ from data_prep.workers import ConversionPool
 from slrnet.cli.main import exit_code
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
+from tests.fixtures.shards import shards_of, table_of
 
 CLASSES = ("background", "cat", "dog")
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,21 +104,21 @@ def test_output_does_not_depend_on_the_order_of_the_samples_but_on_the_seed(shar
 
 def test_shards_are_even_and_mixed(shards: Path) -> None:
     train = load_dataset(shards).split("train")
-    assert [entry.num_samples for entry in train.shards] == [5, 5, 5, 5]  # 20 samples, at most 6 each
+    assert [entry.num_samples for entry in shards_of(train)] == [5, 5, 5, 5]  # 20 samples, at most 6 each
     assert sorted(train.keys.to_pylist()) == sorted(f"k{n}" for n in range(20))
     assert train.keys.to_pylist() != sorted(train.keys.to_pylist())
 
 
 def test_number_of_shards_can_be_given(tmp_path: Path) -> None:
     _write(tmp_path / "shards", shards=3)
-    assert [entry.num_samples for entry in load_dataset(tmp_path / "shards").split("train").shards] == [6, 7, 7]
-    assert len(load_dataset(tmp_path / "shards").split("val").shards) == 3
+    assert [entry.num_samples for entry in shards_of(load_dataset(tmp_path / "shards").split("train"))] == [6, 7, 7]
+    assert len(shards_of(load_dataset(tmp_path / "shards").split("val"))) == 3
 
 
 def test_manifest_says_what_lies_at_each_offset(shards: Path) -> None:
     dataset = load_dataset(shards)
     by_key = {sample.key: sample for sample in _samples()}
-    for row in dataset.table.to_pylist():
+    for row in table_of(dataset.folder).to_pylist():
         data = (shards / row["shard"]).read_bytes()[row["offset"] : row["offset"] + row["bytes"]]
         with tarfile.open(fileobj=io.BytesIO(data)) as archive:
             files = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
@@ -147,7 +148,7 @@ def test_unknown_labels_are_not_the_same_as_no_objects(tmp_path: Path) -> None:
         for key, classes in {"k1": (), "k2": None}.items()
     ]
     _write(tmp_path / "shards", samples)
-    rows = load_dataset(tmp_path / "shards").table.sort_by("key").to_pylist()
+    rows = table_of(tmp_path / "shards").sort_by("key").to_pylist()
     assert [(row["classes"], row["has_image_labels"]) for row in rows] == [([], True), ([], False)]
     with tarfile.open(tmp_path / "shards" / "train-000000.tar") as archive:
         records = [json.load(archive.extractfile(f"k{n}.json")) for n in (1, 2)]  # type: ignore[arg-type]
@@ -168,10 +169,10 @@ def test_webdataset_reads_the_shards_in_the_order_of_the_manifest(shards: Path) 
     import webdataset as wds  # here, for the worker processes import this file and need no torch
 
     val = load_dataset(shards).split("val")
-    read = list(wds.WebDataset([str(entry.path) for entry in val.shards], shardshuffle=False))
+    read = list(wds.WebDataset([str(entry.path) for entry in shards_of(val)], shardshuffle=False))
     assert [sample["__key__"] for sample in read] == val.keys.to_pylist()
     assert [set(sample) & {"jpg", "png", "json"} for sample in read] == [
-        {"jpg", "png", "json"} if has_mask else {"jpg", "json"} for has_mask in val.has_masks
+        {"jpg", "png", "json"} if has_mask else {"jpg", "json"} for has_mask in val.column("has_mask").to_pylist()
     ]
 
 
@@ -330,7 +331,7 @@ def test_whole_shards_verify(shards: Path) -> None:
 def test_any_flipped_byte_is_found_and_its_sample_named(damaged: Path) -> None:
     """Contents, headers and padding alike."""
     dataset = load_dataset(damaged)
-    entry = dataset.split("train").shards[1]
+    entry = shards_of(dataset.split("train"))[1]
     whole = entry.path.read_bytes()
     random_ = random.Random(0)
     for index in range(entry.num_samples):
@@ -347,7 +348,7 @@ def test_any_flipped_byte_is_found_and_its_sample_named(damaged: Path) -> None:
 
 
 def test_cut_off_shard_names_the_samples_that_are_gone(damaged: Path) -> None:
-    entry = load_dataset(damaged).split("train").shards[0]
+    entry = shards_of(load_dataset(damaged).split("train"))[0]
     keys = load_dataset(damaged).split("train").keys.to_pylist()[: entry.num_samples]
     entry.path.write_bytes(entry.path.read_bytes()[: entry.offsets[2] + 700])
     (damage,) = verify(damaged)
@@ -369,7 +370,7 @@ def test_foreign_bytes_and_foreign_shards_are_named(damaged: Path) -> None:
 
 def test_swapped_samples_are_found(damaged: Path) -> None:
     """Each intact by itself, yet not where the manifest says."""
-    first, second, *_ = load_dataset(damaged).split("train").shards
+    first, second, *_ = shards_of(load_dataset(damaged).split("train"))
     data = first.path.read_bytes()
     first.path.write_bytes(second.path.read_bytes())
     second.path.write_bytes(data)

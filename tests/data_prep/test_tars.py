@@ -14,7 +14,8 @@ from PIL import Image
 from data_prep.conversion import Output
 from data_prep.tars import convert, read_tar
 from slrnet.cli.main import main
-from slrnet.data.manifest import DataError, load_dataset
+from slrnet.data.manifest import DataError
+from tests.fixtures.shards import table_of
 
 from .conftest import stripes
 
@@ -50,7 +51,7 @@ def _convert(tmp_path: Path, files: dict[str, bytes], name: str = "train-000000.
     _tar(tmp_path / "tars" / name, files)
     shared = {name: options.pop(name) for name in ("subsets", "skip_damaged") if name in options}
     convert(tmp_path / "tars", Output(tmp_path / "out", shards=1, **shared), classes=["cat", "dog"], **options)
-    return {row["key"]: row for row in load_dataset(tmp_path / "out").table.to_pylist()}
+    return {row["key"]: row for row in table_of(tmp_path / "out").to_pylist()}
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])

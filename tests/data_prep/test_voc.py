@@ -22,6 +22,7 @@ from data_prep.voc import VocFolder, _items, _sbd_keys, convert, read_list, trai
 from slrnet.cli.main import main
 from slrnet.data.catalog import VOC_CLASSES, voc_palette
 from slrnet.data.manifest import DataError, load_dataset
+from tests.fixtures.shards import table_of
 
 from .conftest import CAT, DOG, PERSON, VOID, VocBuilder, decode, stripes
 
@@ -31,11 +32,14 @@ LISTS = Path(__file__).resolve().parents[3] / "shared" / "data" / "lists"
 def _labels(folder: Path) -> dict[str, list[str]]:
     """Names of the image labels by key, from the manifest."""
     dataset = load_dataset(folder)
-    return {row["key"]: [dataset.info.classes[label] for label in row["classes"]] for row in dataset.table.to_pylist()}
+    return {
+        row["key"]: [dataset.info.classes[label] for label in row["classes"]]
+        for row in table_of(dataset.folder).to_pylist()
+    }
 
 
 def _subsets(folder: Path) -> dict[str, list[str]]:
-    return {row["key"]: row["subsets"] for row in load_dataset(folder).table.to_pylist()}
+    return {row["key"]: row["subsets"] for row in table_of(folder).to_pylist()}
 
 
 def _file(folder: Path, name: str) -> bytes:
@@ -476,7 +480,7 @@ def test_photographs(voc6: Path, tmp_path: Path) -> None:
         }
     new_ids = np.full(256, VOID, dtype=np.uint8)
     new_ids[[0, 8, 10, 12, 13, 15, 17]] = range(7)
-    for row in load_dataset(tmp_path / "out").table.to_pylist():
+    for row in table_of(tmp_path / "out").to_pylist():
         key = row["key"]
         assert row["classes"] == [int(new_ids[label]) for label in published[key]]
         with Image.open(voc6 / "JPEGImages" / f"{key}.jpg") as image:

@@ -37,6 +37,7 @@ from slrnet.tracking import gpu_monitor
 from slrnet.tracking.protocol import RunHandle, Tracker
 from slrnet.training.listener import RunListener
 from slrnet.training.trainer import Trainer
+from tests.fixtures.shards import shards_of
 
 
 @dataclass(frozen=True)
@@ -407,7 +408,7 @@ def test_changes_the_written_pseudo_masks(key: str, base: Config, data: ShardSet
 @pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "damage"])
 def test_changes_what_damage_does(key: str, base: Config, data: ShardSet, tmp_path: Path) -> None:
     shutil.copytree(data.folder, tmp_path / "damaged")
-    entry = data.split("val").shards[0]
+    entry = shards_of(data.split("val"))[0]
     with (tmp_path / "damaged" / entry.name).open("r+b") as file:
         file.seek(int(entry.offsets[0]) + 512)
         file.write(b"\0" * 600)

@@ -130,7 +130,7 @@ def gamma_advice(sweep: GammaSweep, gamma: float) -> str:
 
 def _no_masks(shards: ShardSet, split: str) -> str:
     """Why a split has no masks to compare with; empty if it has some."""
-    if split in shards.splits and shards.split(split).has_masks.any():
+    if split in shards.splits and len(shards.split(split).with_masks):
         return ""
     return f"the data in {shards.location} have no masks in split {split!r} to compare with"
 

@@ -4,29 +4,34 @@ import json
 import pickle
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slrnet.config import DataConfig
 from slrnet.data import manifest_rows
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import (
     SCHEMA,
     DataError,
     DatasetInfo,
+    ShardSet,
     SplitView,
     load_dataset,
     save_dataset,
 )
 from slrnet.data.manifest_rows import ManifestRows, ManifestWriter, fingerprint
 from slrnet.data.sample_set import SampleSet
-from slrnet.data.supervision import image_labels_only
+from slrnet.data.samples import SampleIndex
+from slrnet.data.supervision import plan_supervision
+from tests.fixtures.shards import shards_of, table_of
 
 CLASSES = ("background", "fish", "kite", "ladybird")
 FINGERPRINT = "f9c3f8abec4d7c19bfd3ed4908da0b5718f015919ab15347b4ae2deed176aa3a"
@@ -97,12 +102,12 @@ def test_split_lists_samples_by_shard_and_offset(folder: Path) -> None:
     assert train.keys.to_pylist() == ["a", "b", "c", "d"]
     assert [train.key(index) for index in range(4)] == ["a", "b", "c", "d"]
     assert [(train.row(i).width, train.row(i).height) for i in range(4)] == [(13, 23), (15, 25), (12, 22), (14, 24)]
-    np.testing.assert_array_equal(train.has_masks, [True, True, True, False])
-    np.testing.assert_array_equal(train.has_image_labels, [False, True, True, True])
+    assert train.column("has_mask").to_pylist() == [True, True, True, False]
+    assert train.column("has_image_labels").to_pylist() == [False, True, True, True]
 
 
 def test_shards_cover_the_split_in_order(folder: Path) -> None:
-    first, second = load_dataset(folder).split("train").shards
+    first, second = shards_of(load_dataset(folder).split("train"))
     assert (first.name, second.name) == ("train-000000.tar", "train-000001.tar")
     assert first.path == folder / "train-000000.tar"
     assert (first.first, first.num_samples, second.first, second.num_samples) == (0, 2, 2, 2)
@@ -112,10 +117,11 @@ def test_shards_cover_the_split_in_order(folder: Path) -> None:
 
 
 def test_image_labels_are_multi_hot_without_the_background(folder: Path) -> None:
-    train = load_dataset(folder).split("train")
-    expected = np.array([[0, 0, 0], [1, 0, 0], [0, 0, 1], [1, 1, 1]], dtype=np.float32)
-    np.testing.assert_array_equal(train.image_labels(), expected)
-    assert train.image_labels().dtype == np.float32
+    data = load_dataset(folder)
+    train, index = data.split("train"), SampleIndex(shard_set=data, split=data.split("train"))
+    labels = index.image_labels([train.row(sample) for sample in range(4)])
+    assert labels.tolist() == [[0, 0, 0], [1, 0, 0], [0, 0, 1], [1, 1, 1]]
+    assert labels.dtype == torch.float32
 
 
 @given(st.lists(st.sets(st.integers(1, 5)), min_size=1, max_size=8))
@@ -129,12 +135,13 @@ def test_image_labels_equal_a_slow_loop(classes: list[set[int]]) -> None:
         writer.close()
         rows = ManifestRows(Path(folder) / "manifest.parquet", num_classes=6, advice="")
         view = SplitView("val", rows)
-        made = view.image_labels()
+        index = SampleIndex(shard_set=cast(ShardSet, None), split=view)
+        made = index.image_labels([view.row(sample) for sample in range(count)])
     expected = np.zeros((count, 5), dtype=np.float32)
     for row, ids in enumerate(classes):
         for label in ids:
             expected[row, label - 1] = 1
-    np.testing.assert_array_equal(made, expected)
+    np.testing.assert_array_equal(made.numpy(), expected)
 
 
 def test_subsets_name_their_samples(folder: Path) -> None:
@@ -315,16 +322,16 @@ def _write_as_a_stranger(folder: Path, table: pa.Table) -> None:
 def test_rows_are_those_of_the_columns(folder: Path) -> None:
     dataset = load_dataset(folder, check=False)
     table = pq.read_table(folder / "manifest.parquet").replace_schema_metadata(None)
-    assert dataset.table == table
+    assert table_of(dataset.folder) == table
     for name in ("train", "val"):
         split = dataset.split(name)
         own = table.filter(pc.equal(table["split"], name))
         rows = [split.row(i) for i in range(split.num_samples)]
         assert [row.key for row in rows] == own["key"].to_pylist() == split.keys.to_pylist()
-        assert [list(row.classes) for row in rows] == own["classes"].to_pylist() == split.classes.to_pylist()
-        assert [row.has_mask for row in rows] == split.has_masks.tolist()
-        assert split.with_masks == SampleSet.of(split.has_masks)
-        assert split.with_image_labels == SampleSet.of(split.has_image_labels)
+        assert [list(row.classes) for row in rows] == own["classes"].to_pylist()
+        assert [row.has_mask for row in rows] == own["has_mask"].to_pylist()
+        assert split.with_masks == SampleSet.of(np.array(own["has_mask"]))
+        assert split.with_image_labels == SampleSet.of(np.array(own["has_image_labels"]))
 
 
 def test_labels_that_whole_shards_have_or_lack_are_known_without_a_column(
@@ -365,7 +372,7 @@ def test_groups_end_where_shards_end(in_groups: Path) -> None:
     groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     assert groups[:4] == [6, 6, 6, 6]
     split = load_dataset(in_groups, check=False).split("train")
-    assert [entry.num_samples for entry in split.shards] == [1 + shard % 3 for shard in range(20)]
+    assert [entry.num_samples for entry in shards_of(split)] == [1 + shard % 3 for shard in range(20)]
     assert [split.row(i).key for i in range(split.num_samples)] == split.keys.to_pylist()
     assert [split.row(i).width for i in (38, 0, 17)] == [138, 100, 117]
     assert np.flatnonzero(split.in_subset("third")).tolist() == list(range(0, split.num_samples, 3))
@@ -381,7 +388,7 @@ def test_opening_and_a_sample_read_no_more_than_they_need(in_groups: Path, monke
 
     monkeypatch.setattr(ManifestRows, "_read", noting)
     split = load_dataset(in_groups, check=False).split("train")
-    supervision = image_labels_only(split)
+    supervision = plan_supervision(split, DataConfig(), "wsss")
     assert (split.num_samples, supervision.draws, len(supervision.image_labels)) == (39, 39, 39)
     assert read == []
     assert split.key(20) == "k20"

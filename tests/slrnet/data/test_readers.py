@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 SCRIPT = """
-import gc
-from slrnet.data.readers import prepare_reader
+import gc, os
+from slrnet.data.readers import _begin_reader
 
 print(len(gc.get_objects()))
-prepare_reader()
+_begin_reader(os.getpid(), 0)
 print(len(gc.get_objects()))
 """
 

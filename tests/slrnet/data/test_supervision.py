@@ -12,7 +12,7 @@ import pytest
 from slrnet.config import DataConfig
 from slrnet.data.manifest import DataError, ShardSet, SplitView
 from slrnet.data.sample_set import SampleSet
-from slrnet.data.supervision import Supervision, image_labels_only, plan_supervision
+from slrnet.data.supervision import Supervision, plan_supervision
 
 WriteTiny = Callable[..., ShardSet]
 
@@ -50,9 +50,6 @@ def test_image_labels(split: SplitView) -> None:
     assert granted(split, found.image_labels) == granted(split, found.members) == ALL
     assert draws(split, found) == [dict.fromkeys(ALL, 1.0)]
     assert found.describe() == "training images: 9 with image labels; 9 draws per epoch"
-    same = image_labels_only(split)
-    assert same.pixel_labels == found.pixel_labels
-    assert draws(split, same) == draws(split, found)
 
 
 def test_pixel_and_image_labels(split: SplitView) -> None:

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from data_prep.shard_writer import Sample, verify
+from slrnet.config import DataConfig
 from slrnet.data import readers as readers_module
 from slrnet.data import samples as samples_module
 from slrnet.data import train_loader as train_loader_module
@@ -28,8 +29,9 @@ from slrnet.data.epoch_plan import Pool, choose_subset
 from slrnet.data.manifest import DataError, SampleRow, ShardSet, SplitView
 from slrnet.data.sample_set import SampleSet
 from slrnet.data.samples import SampleIndex, ShardFiles
-from slrnet.data.supervision import Supervision
+from slrnet.data.supervision import Supervision, plan_supervision
 from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
+from tests.fixtures.shards import shards_of
 
 from .conftest import COUNTS, NUM_SHARDS, NUM_TRAIN, classes_of, encode_masks_of_noise, write_shards
 
@@ -42,7 +44,8 @@ def _loader(data: ShardSet, **changes: Any) -> TrainLoader:
     names = {field.name for field in fields(TrainLoaderSettings)}
     settings |= {name: value for name, value in changes.items() if name in names}
     others = {name: value for name, value in changes.items() if name not in names}
-    return TrainLoader(data, TrainLoaderSettings(**settings), **others)
+    supervision = others.pop("supervision", None) or plan_supervision(data.split("train"), DataConfig(), "wsss")
+    return TrainLoader(data, TrainLoaderSettings(**settings), supervision, **others)
 
 
 def _keys(batches: Iterator[Batch]) -> list[str]:
@@ -63,7 +66,7 @@ def test_subsets_are_fixed_and_sorted(data: ShardSet) -> None:
     assert chosen != choose_subset(split, 6, seed=2, among=split.with_masks)
     assert list(chosen) == sorted(set(chosen))
     assert len(chosen) == 6
-    assert split.has_masks[list(chosen)].all()
+    assert split.with_masks.has(chosen).all()
     assert choose_subset(split, 1000, seed=0) == tuple(range(NUM_TRAIN))
 
 
@@ -243,7 +246,7 @@ def test_an_image_of_another_size_is_found_whatever_its_reduction(data: ShardSet
     view = data.split("train")
     index = SampleIndex(shard_set=data, split=view)
     with ShardFiles(index) as files:
-        read = files.read(0, masks=False)
+        read = files.read(0)
     row = view.row(0)
     assert index.decode(row, read, 4).shape == (3, -(-row.height // 4), -(-row.width // 4))
     wrong = replace(row, width=40)
@@ -277,10 +280,10 @@ def test_readers_of_all_ranks_take_disjoint_samples(data: ShardSet, world_size: 
         loader = _loader(data, rank=rank, world_size=world_size, workers=readers, batch_size=2 * world_size)
         turns = {
             begin: [
-                delivery.payload
+                delivery.batch
                 for turn in zip_longest(*(loader.reader.deliver(w, 0, begin) for w in range(readers)))
                 for delivery in turn
-                if delivery and delivery.payload
+                if delivery and delivery.batch
             ]
             for begin in (0, min(start, loader.steps_per_epoch))
         }
@@ -314,7 +317,7 @@ def test_mistakes_are_refused(data: ShardSet, changes: dict[str, Any], message: 
 
 
 def _damage_header(data: ShardSet, shard: int, sample: int) -> str:
-    entry = data.split("train").shards[shard]
+    entry = shards_of(data.split("train"))[shard]
     with entry.path.open("r+b") as file:
         file.seek(int(entry.offsets[sample]) + 3)
         file.write(b"\xff\x00\xff")
@@ -322,7 +325,7 @@ def _damage_header(data: ShardSet, shard: int, sample: int) -> str:
 
 
 def _damage_image(data: ShardSet, shard: int, sample: int) -> str:
-    entry = data.split("train").shards[shard]
+    entry = shards_of(data.split("train"))[shard]
     with entry.path.open("r+b") as file:
         file.seek(int(entry.offsets[sample]) + 512)
         file.write(bytes(40))
@@ -332,7 +335,7 @@ def _damage_image(data: ShardSet, shard: int, sample: int) -> str:
 def _truncate(data: ShardSet, shard: int) -> list[str]:
     """Cuts a shard within the third sample's last file; returns the keys that are lost."""
     split = data.split("train")
-    entry = split.shards[shard]
+    entry = shards_of(split)[shard]
     with entry.path.open("r+b") as file:
         file.truncate(int(entry.offsets[2] + entry.sizes[2]) - 600)
     return [split.key(i) for i in range(entry.first + 2, entry.first + entry.num_samples)]
@@ -350,7 +353,7 @@ def _stopped(loader: TrainLoader) -> str:
     [
         (_damage_header, "no tar header is where the manifest says"),
         (_damage_image, "the image cannot be decoded as JPEG: Not a JPEG file"),
-        (lambda data, shard, sample: data.split("train").shards[shard].path.unlink(), "the shard is missing"),
+        (lambda data, shard, sample: shards_of(data.split("train"))[shard].path.unlink(), "the shard is missing"),
         (lambda data, shard, sample: _truncate(data, shard), "the shard is cut off: it has"),
     ],
 )
@@ -367,7 +370,7 @@ def test_damage_stops_the_run(copy: ShardSet, damage: Callable[[ShardSet, int, i
 def test_skipped_samples_are_counted_named_and_replaced(copy: ShardSet, caplog: pytest.LogCaptureFixture) -> None:
     lost = {_damage_header(copy, 0, 1), _damage_image(copy, 1, 0), *_truncate(copy, 3)}
     lost |= {key for key in map(str, copy.split("train").keys) if "000004" in _shard_of(copy, key)}
-    copy.split("train").shards[4].path.unlink()
+    shards_of(copy.split("train"))[4].path.unlink()
     with caplog.at_level(logging.WARNING, logger=readers_module.__name__):
         loader = _loader(copy, on_error="skip", batch_size=1)
         for epoch in range(2):
@@ -388,12 +391,12 @@ def test_skipped_samples_are_counted_named_and_replaced(copy: ShardSet, caplog: 
 def _shard_of(data: ShardSet, key: str) -> str:
     split = data.split("train")
     index = [split.key(i) for i in range(split.num_samples)].index(key)
-    return next(s.name for s in split.shards if s.first <= index < s.first + s.num_samples)
+    return next(s.name for s in shards_of(split) if s.first <= index < s.first + s.num_samples)
 
 
 def test_a_stand_in_is_cropped_anew(copy: ShardSet) -> None:
     for shard in range(1, 5):
-        copy.split("train").shards[shard].path.unlink()
+        shards_of(copy.split("train"))[shard].path.unlink()
     batches = list(_loader(copy, on_error="skip", batch_size=23).epoch(0))
     assert len(set(batches[0].keys)) == COUNTS[0]
     assert len(batches[0].images.flatten(1).unique(dim=0)) > 18, "not the same crops over again"
@@ -407,7 +410,7 @@ def test_nothing_readable_is_an_error_even_when_skipping(copy: ShardSet) -> None
 
 
 def test_damage_reaches_the_training_process_as_a_plain_message(copy: ShardSet) -> None:
-    copy.split("train").shards[2].path.unlink()
+    shards_of(copy.split("train"))[2].path.unlink()
     message = _stopped(_loader(copy, workers=2))
     assert message.startswith("shard ")
     assert "Traceback" not in message
@@ -415,7 +418,7 @@ def test_damage_reaches_the_training_process_as_a_plain_message(copy: ShardSet) 
 
 def test_a_swapped_shard_is_noticed(copy: ShardSet) -> None:
     """A shard in the place of another one of the same layout."""
-    entries = copy.split("train").shards
+    entries = shards_of(copy.split("train"))
     shutil.copy(entries[1].path, entries[3].path)
     assert "its place in the tar holds 'train_" in _stopped(_loader(copy)) or "no tar header" in _stopped(_loader(copy))
 

@@ -12,13 +12,15 @@ from typing import Any
 import pytest
 
 from slrnet.checkpoints.checkpoint import load_checkpoint
-from slrnet.config import Config, apply_overrides
+from slrnet.config import Config, DataConfig, apply_overrides
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
+from slrnet.data.supervision import plan_supervision
 from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
 from slrnet.launch.train import LaunchOptions, launch
 from slrnet.storage import remote
 from slrnet.storage.remote import RemoteError, cached, is_remote, open_cached
+from tests.fixtures.shards import shards_of
 
 
 @pytest.fixture
@@ -50,7 +52,9 @@ def test_training_and_evaluation_see_what_lies_in_the_bucket(bucket: Put, tiny_d
         pairs = zip(EvalLoader(shards, split=split), EvalLoader(tiny_data, split=split), strict=True)
         assert all(one.key == two.key and one.image.equal(two.image) for one, two in pairs)
     settings = TrainLoaderSettings(split="train", batch_size=3, crop_size=32, crop_scale=(0.5, 1.0), flip=0.5, seed=1)
-    batches = zip(TrainLoader(shards, settings).epoch(0), TrainLoader(tiny_data, settings).epoch(0), strict=True)
+    supervision = plan_supervision(shards.split("train"), DataConfig(), "wsss")
+    loaders = (TrainLoader(data, settings, supervision) for data in (shards, tiny_data))
+    batches = zip(*(loader.epoch(0) for loader in loaders), strict=True)
     assert all(one.images.equal(two.images) for one, two in batches)
 
 
@@ -77,7 +81,7 @@ def test_processes_share_one_copy(bucket: Put) -> None:
 def test_a_copy_that_is_not_the_manifests_is_made_again_once(
     bucket: Put, tiny_data: ShardSet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    name = tiny_data.split("val").shards[0].name
+    name = shards_of(tiny_data.split("val"))[0].name
     whole = (tiny_data.folder / name).read_bytes()
     real, damaged = remote._download, iter([True])
 
@@ -94,7 +98,7 @@ def test_a_copy_that_is_not_the_manifests_is_made_again_once(
 
 
 def test_a_shard_that_is_damaged_in_the_bucket_is_refused_and_not_kept(bucket: Put, tiny_data: ShardSet) -> None:
-    name = tiny_data.split("val").shards[0].name
+    name = shards_of(tiny_data.split("val"))[0].name
     whole = (tiny_data.folder / name).read_bytes()
     bucket(name, whole[: len(whole) // 3])
     with pytest.raises(DataError, match="the shard is cut off"):

@@ -23,6 +23,7 @@ from slrnet.distributed.process import Process
 from slrnet.training.listener import Listener
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 from slrnet.training.trainer import NonFiniteLossError, Trainer, check_batch
+from tests.fixtures.shards import shards_of
 
 Digest = Callable[[nn.Module | Mapping[str, Tensor]], str]
 StartTrainer = Callable[..., Trainer]
@@ -395,7 +396,7 @@ class TestDamage:
         """The image of one sample in the first shard of each split is overwritten."""
         shutil.copytree(tiny_data.folder, tmp_path / "damaged")
         for split in ("train", "val"):
-            entry = tiny_data.split(split).shards[0]
+            entry = shards_of(tiny_data.split(split))[0]
             with (tmp_path / "damaged" / entry.name).open("r+b") as file:
                 file.seek(int(entry.offsets[0]) + 512)
                 file.write(b"\0" * 600)
