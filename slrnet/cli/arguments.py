@@ -1,27 +1,36 @@
-"""Options that several subcommands share, and the form of every subcommand's help."""
+"""What makes a function a subcommand, and the arguments that several subcommands share."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 __all__ = [
-    "add_checkpoint",
-    "add_device",
+    "DEVICE",
+    "Argument",
     "add_protocol",
-    "add_settings",
     "add_storage",
     "add_workers",
+    "checkpoint",
+    "command",
     "data_location",
     "describe",
+    "one_of",
+    "option",
     "positive",
     "run_argument",
+    "settings",
 ]
 
-
+Argument = Callable[[Any], object]
+"""Adds an argument, or several that belong together, to a parser or to a group of one."""
+Run = Callable[[argparse.Namespace], int | None]
+"""Does a subcommand's work; returns the exit status, or None for 0."""
 _EXIT_STATUS = (
     "Exit status: 0 when all went well, 1 when the work failed or found damage, 2 for a mistake in what you gave,\n"
     "130 after Ctrl-C, 143 after SIGTERM."
@@ -29,25 +38,52 @@ _EXIT_STATUS = (
 """What the help of every command says about its exit status."""
 
 
-def describe(
-    parser: argparse.ArgumentParser,
-    text: str | None,
-    add_arguments: Callable[[argparse.ArgumentParser], None],
-    run: Callable[[argparse.Namespace], int | None] | None,
-) -> None:
-    """Give a subcommand's parser its arguments, a docstring as its help, and its function.
+def command(*arguments: Argument, **defaults: Any) -> Callable[[Run], Argument]:
+    """Make a function a subcommand, which describes itself to the parser that it is given.
 
-    `run` returns the exit status, or None for 0; it is None for a command that has subcommands of its own.
+    Args:
+        arguments: what the subcommand takes, in the order of its help.
+        defaults: more attributes of its options; `interrupted` is the line to print after Ctrl-C or SIGTERM.
     """
+
+    def decorate(run: Run) -> Argument:
+        return functools.partial(describe, text=run.__doc__, arguments=arguments, run=run, **defaults)
+
+    return decorate
+
+
+def describe(parser: argparse.ArgumentParser, text: str | None, arguments: Iterable[Argument], **defaults: Any) -> None:
+    """Give a subcommand's parser a docstring as its help, arguments, and defaults such as the function to `run`."""
     parser.description, parser.epilog = textwrap.dedent(f"    {text}").strip(), _EXIT_STATUS
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.set_defaults(run=run, interrupted="interrupted")
-    add_arguments(parser)
+    parser.set_defaults(**{"interrupted": "interrupted"} | defaults)
+    for add in arguments:
+        add(parser)
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add the positional argument that names a checkpoint or a run."""
-    parser.add_argument("checkpoint", type=run_argument, help="checkpoint, or a run's folder for its best one")
+def option(*names: str, **properties: Any) -> Argument:
+    """An option or a positional argument, described as for `ArgumentParser.add_argument`."""
+    return lambda parser: parser.add_argument(*names, **properties)
+
+
+def one_of(*options: Argument) -> Argument:
+    """Options of which a command takes one at most."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        group = parser.add_mutually_exclusive_group()
+        for add_option in options:
+            add_option(group)
+
+    return add
+
+
+DEVICE = option("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
+"""--device."""
+
+
+def checkpoint(name: str = "checkpoint", **properties: Any) -> Argument:
+    """A checkpoint or run, or several."""
+    return option(name, **{"type": run_argument, "help": "checkpoint, or a run's folder for its best one"} | properties)
 
 
 def add_protocol(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:
@@ -58,14 +94,9 @@ def add_protocol(parser: argparse.ArgumentParser, *, default: str | None = None)
     parser.add_argument("--protocol", choices=PROTOCOLS, default=default, help=f"default: {stated}")
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add --device."""
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
-
-
-def add_settings(parser: argparse.ArgumentParser, *, meaning: str = "change one setting; repeatable") -> None:
-    """Add --set, which overrides settings of the configuration."""
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=meaning)
+def settings(meaning: str = "change one setting; repeatable") -> Argument:
+    """--set, which overrides settings of the configuration."""
+    return option("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=meaning)
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -115,14 +146,11 @@ def run_argument(text: str) -> Path:
 
 
 def _worker_count(text: str) -> int | tuple[int, int]:
-    try:
-        counts = [int(part) for part in text.split(":")]
-    except ValueError:
-        counts = []
-    if len(counts) == 1 and counts[0] >= 0:
-        return counts[0]
-    if len(counts) == 2 and 1 <= counts[0] <= counts[1]:
-        return counts[0], counts[1]
+    fewest, _, most = text.partition(":")
+    if text.isdecimal():
+        return int(text)
+    if fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most):
+        return int(fewest), int(most)
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers; give one, as 4, or fewest:most, as 2:8")
 
 

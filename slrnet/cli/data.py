@@ -7,40 +7,38 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from slrnet.cli.arguments import describe
+from slrnet.cli.arguments import command, describe, option
 
-__all__ = ["KINDS", "add_browse", "add_class_balance", "add_prepare", "browse", "class_balance"]
+__all__ = ["KINDS", "browse", "class_balance", "prepare"]
 
 KINDS = ("voc", "coco", "l2id", "folder", "tars", "demo")
 """What can be prepared, each by the module of that name in data_prep."""
 
 
-def add_prepare(parser: argparse.ArgumentParser) -> None:
+def prepare(parser: argparse.ArgumentParser) -> None:
     """Make shards of a data set: `slrnet prepare voc|coco|l2id|folder|tars|demo --out DIR ...`.
 
     `slrnet prepare KIND --help` explains what each kind reads and writes.
     """
     from data_prep.conversion import run_conversion
 
+    describe(parser, prepare.__doc__, [])
     kinds = parser.add_subparsers(metavar="KIND", required=True, help="what to prepare")
     for name in KINDS:
         converter = import_module(f"data_prep.{name}")
         line = (converter.__doc__ or "").partition("\n")[0]
         run = partial(run_conversion, make=converter.make)
-        describe(kinds.add_parser(name, help=line), converter.__doc__, converter.add_arguments, run)
+        describe(kinds.add_parser(name, help=line), converter.__doc__, [converter.add_arguments], run=run)
 
 
-def add_browse(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet browse`."""
-    add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder with shards from `slrnet prepare`")
-    add("--out", type=Path, metavar="FOLDER", help="where to write (default: browse/NAME)")
-    add("--samples", type=int, default=24, metavar="N", help="images on each sheet (default: %(default)s)")
-    add("--masks", type=int, default=1000, metavar="N", help="masks to measure per split (default: 1000)")
-    add("--seed", type=int, default=0, metavar="N", help="seed that draws the images and masks (default: 0)")
-    add("--no-duplicates", action="store_true", help="do not read all images to find duplicates")
-
-
+@command(
+    option("folder", type=Path, metavar="DIR", help="folder with shards from `slrnet prepare`"),
+    option("--out", type=Path, metavar="FOLDER", help="where to write (default: browse/NAME)"),
+    option("--samples", type=int, default=24, metavar="N", help="images on each sheet (default: %(default)s)"),
+    option("--masks", type=int, default=1000, metavar="N", help="masks to measure per split (default: 1000)"),
+    option("--seed", type=int, default=0, metavar="N", help="seed that draws the images and masks (default: 0)"),
+    option("--no-duplicates", action="store_true", help="do not read all images to find duplicates"),
+)
 def browse(options: argparse.Namespace) -> int:
     """Check a prepared data set: `slrnet browse DIR [--out FOLDER]`.
 
@@ -61,15 +59,12 @@ def browse(options: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
-def add_class_balance(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet class-balance`."""
-    add = parser.add_argument
-    add("data", help="folder with shards")
-    add("--split", default="train", metavar="NAME", help="split to balance (default: train)")
-    add("--strength", type=float, default=0.5, metavar="X", help="data.class_balance, 0 to 1 (default: 0.5)")
-    add("--limit", type=float, default=10.0, metavar="X", help="data.balance_limit, >= 1 (default: 10)")
-
-
+@command(
+    option("data", help="folder with shards"),
+    option("--split", default="train", metavar="NAME", help="split to balance (default: train)"),
+    option("--strength", type=float, default=0.5, metavar="X", help="data.class_balance, 0 to 1 (default: 0.5)"),
+    option("--limit", type=float, default=10.0, metavar="X", help="data.balance_limit, >= 1 (default: 10)"),
+)
 def class_balance(options: argparse.Namespace) -> None:
     """Show how often training draws each class: `slrnet class-balance SHARDS --strength 0.5`.
 

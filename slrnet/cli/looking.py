@@ -7,37 +7,21 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from slrnet.cli.arguments import add_checkpoint, add_device, add_protocol, positive, run_argument
+from slrnet.cli.arguments import DEVICE, add_protocol, checkpoint, command, option, positive
 from slrnet.tools.figures import FIGURES
 
-__all__ = [
-    "add_app",
-    "add_codes",
-    "add_dashboard",
-    "add_figures",
-    "add_predict",
-    "add_report",
-    "app",
-    "codes",
-    "dashboard",
-    "figures",
-    "predict",
-    "report",
-]
+__all__ = ["app", "codes", "dashboard", "figures", "predict", "report"]
 
 
-def add_predict(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet predict`."""
-    add = parser.add_argument
-    add_checkpoint(parser)
-    add("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for the masks")
-    add_protocol(parser)
-    add_device(parser)
-    add("--batch-size", type=positive, default=1, metavar="N", help="images at a time (default: 1)")
-    add("--overwrite", action="store_true", help="replace masks that exist")
-
-
+@command(
+    checkpoint(),
+    option("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns"),
+    option("--out", type=Path, required=True, metavar="DIR", help="folder for the masks"),
+    add_protocol,
+    DEVICE,
+    option("--batch-size", type=positive, default=1, metavar="N", help="images at a time (default: 1)"),
+    option("--overwrite", action="store_true", help="replace masks that exist"),
+)
 def predict(options: argparse.Namespace) -> int:
     """Make masks of images: `slrnet predict CHECKPOINT IMAGE... --out DIR`.
 
@@ -58,19 +42,14 @@ def predict(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def add_report(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet report`."""
-    add = parser.add_argument
-    what = "a run's folder (its best checkpoint), or a checkpoint"
-    add("runs", type=run_argument, nargs="+", metavar="RUN_OR_CHECKPOINT", help=what)
-    add("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s")
-    add("--data", type=Path, metavar="DIR", help="folder with shards (default: that of each training)")
-    each = "number of best, of worst images and of code maps (default: %(default)s)"
-    add("--images", type=positive, default=4, metavar="N", help=each)
-    add("--measured", type=positive, metavar="N", help="images to measure at most (default: all)")
-    add_device(parser)
-
-
+@command(
+    checkpoint("runs", nargs="+", metavar="RUN_OR_CHECKPOINT"),
+    option("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s"),
+    option("--data", type=Path, metavar="DIR", help="folder with shards (default: that of each training)"),
+    option("--images", type=positive, default=4, metavar="N", help="best, worst images, code maps each (default: 4)"),
+    option("--measured", type=positive, metavar="N", help="images to measure at most (default: all)"),
+    DEVICE,
+)
 def report(options: argparse.Namespace) -> None:
     """Write an HTML page about one run or several: `slrnet report RUN_OR_CHECKPOINT... [--out FILE.html]`.
 
@@ -89,21 +68,18 @@ def report(options: argparse.Namespace) -> None:
     print(f"{options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
 
 
-def add_figures(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet figures`."""
-    add = parser.add_argument
-    add("what", choices=(*FIGURES, "tables"), help="what to make")
-    what = "a checkpoint, or a run's folder (its best one)"
-    add("checkpoints", type=run_argument, nargs="+", metavar="CHECKPOINT", help=what)
-    add("--data", type=Path, metavar="DIR", help="folder with shards (default: that of the training)")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for PNG and PDF, or for tables.md")
-    add("--images", type=positive, metavar="N", help=f"images, rows or classes (default: {FIGURES})")
-    add("--measured", type=positive, metavar="N", help="images to choose from (default: all)")
-    iterations = "values of T in fig7 (default: 1 2 3 6)"
-    add("--num-iters", type=positive, nargs="+", default=[1, 2, 3, 6], metavar="T", help=iterations)
-    add_device(parser)
-
-
+@command(
+    option("what", choices=(*FIGURES, "tables"), help="what to make"),
+    checkpoint("checkpoints", nargs="+", metavar="CHECKPOINT"),
+    option("--data", type=Path, metavar="DIR", help="folder with shards (default: that of the training)"),
+    option("--out", type=Path, required=True, metavar="DIR", help="folder for PNG and PDF, or for tables.md"),
+    option("--images", type=positive, metavar="N", help=f"images, rows or classes (default: {FIGURES})"),
+    option("--measured", type=positive, metavar="N", help="images to choose from (default: all)"),
+    option(
+        "--num-iters", type=positive, nargs="+", default=[1, 2, 3, 6], metavar="T", help="T in fig7 (default: 1 2 3 6)"
+    ),
+    DEVICE,
+)
 def figures(options: argparse.Namespace) -> None:
     """Draw the paper's figures and tables: `slrnet figures fig2|fig3|fig5|fig7|tables CHECKPOINT... --out DIR`.
 
@@ -132,16 +108,13 @@ def figures(options: argparse.Namespace) -> None:
         print(path)
 
 
-def add_codes(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet codes`."""
-    add = parser.add_argument
-    add_checkpoint(parser)
-    add("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns")
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures")
-    add("--num-iters", type=int, nargs="+", metavar="T", help="default: the checkpoint's")
-    add("--classes", nargs="+", metavar="NAME", help="default: those that the mask holds")
-
-
+@command(
+    checkpoint(),
+    option("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns"),
+    option("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures"),
+    option("--num-iters", type=int, nargs="+", metavar="T", help="default: the checkpoint's"),
+    option("--classes", nargs="+", metavar="NAME", help="default: those that the mask holds"),
+)
 def codes(options: argparse.Namespace) -> None:
     """Draw what the dictionary's atoms stand for: `slrnet codes CHECKPOINT IMAGE... --out DIR`.
 
@@ -158,15 +131,11 @@ def codes(options: argparse.Namespace) -> None:
         print(path)
 
 
-def add_app(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet app`."""
-    add = parser.add_argument
-    newest = "default: the newest run, see above"
-    add("checkpoint", type=run_argument, nargs="?", metavar="CHECKPOINT_OR_RUN", help=newest)
-    add("--port", type=int, default=7860, metavar="N", help="port on 127.0.0.1 (default: %(default)s)")
-    add_device(parser)
-
-
+@command(
+    checkpoint(nargs="?", metavar="CHECKPOINT_OR_RUN", help="default: the newest run, see above"),
+    option("--port", type=int, default=7860, metavar="N", help="port on 127.0.0.1 (default: %(default)s)"),
+    DEVICE,
+)
 def app(options: argparse.Namespace) -> None:
     """Open a page that shows what a checkpoint sees in an image: `slrnet app [CHECKPOINT_OR_RUN]`.
 
@@ -191,13 +160,10 @@ def app(options: argparse.Namespace) -> None:
     serve(analyzer, name=f"{folder.parents[1].name}, {folder.name}", port=options.port)
 
 
-def add_dashboard(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet dashboard`."""
-    add = parser.add_argument
-    add("--storage", type=Path, metavar="DIR", help="folder of runs (default: see above)")
-    add("--port", type=int, default=5000, metavar="N", help="port on 127.0.0.1 (default: %(default)s)")
-
-
+@command(
+    option("--storage", type=Path, metavar="DIR", help="folder of runs (default: see above)"),
+    option("--port", type=int, default=5000, metavar="N", help="port on 127.0.0.1 (default: %(default)s)"),
+)
 def dashboard(options: argparse.Namespace) -> int:
     """Open MLflow's page over the runs of a storage folder: `slrnet dashboard`; `make dashboard` runs it.
 

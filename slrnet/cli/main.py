@@ -1,8 +1,8 @@
 # PYTHON_ARGCOMPLETE_OK
 """The `slrnet` command: finds the subcommand, builds its parser alone, and runs it.
 
-`slrnet --help` imports nothing beyond the standard library. Each group of subcommands is a module of this package;
-NAME there runs the subcommand, its docstring is the text of the help, and add_NAME adds the arguments.
+`slrnet --help` imports nothing beyond the standard library. Each group of subcommands is a module of this package
+in which `command` has made every subcommand from the function of its name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import FrameType
 
-from slrnet.cli.arguments import describe
 from slrnet.version import __version__
 
 __all__ = ["COMMANDS", "build_parser", "exit_code", "main"]
@@ -106,9 +105,7 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     for group, name in ((group, name) for group, names in COMMANDS.items() for name in names):
         command = commands.add_parser(name)
         if words[:1] == [name]:
-            module, function = import_module(f"slrnet.cli.{group}"), name.replace("-", "_")
-            add, run = getattr(module, f"add_{function}"), getattr(module, function, None)  # `prepare` only has kinds
-            describe(command, (run or add).__doc__, add, run)
+            getattr(import_module(f"slrnet.cli.{group}"), name.replace("-", "_"))(command)
     return parser
 
 

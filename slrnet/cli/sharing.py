@@ -6,21 +6,19 @@ import argparse
 import json
 from pathlib import Path
 
-from slrnet.cli.arguments import add_checkpoint, add_device, add_protocol
+from slrnet.cli.arguments import DEVICE, add_protocol, checkpoint, command, one_of, option
 
-__all__ = ["add_convert_weights", "add_export", "add_voc_archive", "convert_weights", "export", "voc_archive"]
-
-
-def add_export(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet export`."""
-    add = parser.add_argument
-    add_checkpoint(parser)
-    add("--out", type=Path, required=True, metavar="DIR", help="folder for network.pt2, network.onnx and export.json")
-    formats = parser.add_mutually_exclusive_group()
-    formats.add_argument("--no-onnx", action="store_true", help="torch.export alone, without the extra `export`")
-    formats.add_argument("--mlflow", metavar="NAME", help="also log the ONNX file to the training's run")
+__all__ = ["convert_weights", "export", "voc_archive"]
 
 
+@command(
+    checkpoint(),
+    option("--out", type=Path, required=True, metavar="DIR", help="folder for network.pt2, network.onnx, export.json"),
+    one_of(
+        option("--no-onnx", action="store_true", help="torch.export alone, without the extra `export`"),
+        option("--mlflow", metavar="NAME", help="also log the ONNX file to the training's run"),
+    ),
+)
 def export(options: argparse.Namespace) -> None:
     """Write a network for other programs: `slrnet export RUN --out FOLDER`.
 
@@ -45,14 +43,11 @@ def export(options: argparse.Namespace) -> None:
     print(f"written to {options.out}{served}")
 
 
-def add_convert_weights(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet convert-weights`."""
-    add = parser.add_argument
-    add("file", type=Path, help="published .pth file")
-    add("--out", type=Path, required=True, metavar="DIR", help="new folder for the run, with its checkpoint in it")
-    add("--classes", metavar="A,B", help="comma-separated names, background first (default: VOC's 21)")
-
-
+@command(
+    option("file", type=Path, help="published .pth file"),
+    option("--out", type=Path, required=True, metavar="DIR", help="new folder for the run, with its checkpoint in it"),
+    option("--classes", metavar="A,B", help="comma-separated names, background first (default: VOC's 21)"),
+)
 def convert_weights(options: argparse.Namespace) -> None:
     """Turn a published checkpoint into one of ours: `slrnet convert-weights FILE --out DIR`.
 
@@ -71,17 +66,14 @@ def convert_weights(options: argparse.Namespace) -> None:
     print(f"{len(read.model)} tensors written to {path}")
 
 
-def add_voc_archive(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet voc-archive`."""
-    add = parser.add_argument
-    add_checkpoint(parser)
-    add("images", type=Path, help="folder with ID.jpg, for instance VOC's JPEGImages")
-    add("--list", type=Path, metavar="FILE", help="an id a line, such as test.txt (default: all images)")
-    add("--out", type=Path, required=True, metavar="FILE", help="archive to write, for instance results.tgz")
-    add_protocol(parser)
-    add_device(parser)
-
-
+@command(
+    checkpoint(),
+    option("images", type=Path, help="folder with ID.jpg, for instance VOC's JPEGImages"),
+    option("--list", type=Path, metavar="FILE", help="an id a line, such as test.txt (default: all images)"),
+    option("--out", type=Path, required=True, metavar="FILE", help="archive to write, for instance results.tgz"),
+    add_protocol,
+    DEVICE,
+)
 def voc_archive(options: argparse.Namespace) -> None:
     """Make the archive that VOC's evaluation server takes: `slrnet voc-archive RUN IMAGES --out FILE`.
 

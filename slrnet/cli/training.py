@@ -5,10 +5,23 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slrnet.cli.arguments import add_protocol, add_settings, add_storage, add_workers, data_location, run_argument
+from slrnet.cli.arguments import (
+    Argument,
+    Run,
+    add_protocol,
+    add_storage,
+    add_workers,
+    checkpoint,
+    command,
+    data_location,
+    one_of,
+    option,
+    settings,
+)
 from slrnet.config import GATINGS, Config, apply_overrides, load_config
 from slrnet.recipes import RECIPES, get_recipe
 from slrnet.storage.remote import cached
@@ -20,41 +33,32 @@ if TYPE_CHECKING:
     from slrnet.launch.prediction import MaskJob
     from slrnet.sweeps.plan import SweepPlan
 
-__all__ = [
-    "add_demo",
-    "add_distill",
-    "add_evaluate",
-    "add_profile",
-    "add_pseudo_label",
-    "add_train",
-    "add_tune",
-    "demo",
-    "distill",
-    "evaluate",
-    "profile",
-    "pseudo_label",
-    "train",
-    "tune",
-]
+__all__ = ["demo", "distill", "evaluate", "profile", "pseudo_label", "train", "tune"]
 
 
-def add_train(parser: argparse.ArgumentParser, *, recipe: str = "demo") -> None:
-    """Add the options of `slrnet train`; `recipe` is trained when none is named."""
-    start = parser.add_mutually_exclusive_group()
-    names = ", ".join(RECIPES)
-    start.add_argument("--recipe", metavar="NAME", help=f"named configuration (default: {recipe}): {names}")
-    start.add_argument("--config", type=Path, metavar="FILE", help="configuration, such as another run's config.json")
+def _trains(recipe: str) -> Callable[[Run], Argument]:
+    """The arguments of a command that trains; `recipe` when none is named."""
+    names = f"named configuration (default: {recipe}): {', '.join(RECIPES)}"
     data = "folder with shards from `slrnet prepare`, or its s3:// or gs:// location (default: the embedded demo data)"
-    parser.add_argument("--data", metavar="DIR", help=data)
-    add_settings(parser)
-    add_workers(parser)
-    name = parser.add_mutually_exclusive_group()
-    name.add_argument("--name", metavar="NAME", help="unique name of the run (default: recipe and time)")
-    name.add_argument("--resume", metavar="NAME", help="continue the run of that name from its last checkpoint")
-    add_storage(parser, remote=True)
-    parser.set_defaults(default_recipe=recipe, interrupted="interrupted; continue the training with --resume NAME")
+    return command(
+        one_of(
+            option("--recipe", metavar="NAME", help=names),
+            option("--config", type=Path, metavar="FILE", help="configuration, such as another run's config.json"),
+        ),
+        option("--data", metavar="DIR", help=data),
+        settings(),
+        add_workers,
+        one_of(
+            option("--name", metavar="NAME", help="unique name of the run (default: recipe and time)"),
+            option("--resume", metavar="NAME", help="continue the run of that name from its last checkpoint"),
+        ),
+        partial(add_storage, remote=True),
+        default_recipe=recipe,
+        interrupted="interrupted; continue the training with --resume NAME",
+    )
 
 
+@_trains("demo")
 def train(options: argparse.Namespace) -> None:
     """Train one run: `slrnet train --recipe NAME --data DIR`.
 
@@ -64,11 +68,7 @@ def train(options: argparse.Namespace) -> None:
     _launch(options, _configure(options))
 
 
-def add_distill(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet train`, with another default recipe."""
-    add_train(parser, recipe="voc_distill_lite")
-
-
+@_trains("voc_distill_lite")
 def distill(options: argparse.Namespace) -> None:
     """Train DeepLabV3+ on pseudo masks: `slrnet distill --data PSEUDO`.
 
@@ -82,39 +82,46 @@ def distill(options: argparse.Namespace) -> None:
     _launch(options, config)
 
 
-def add_tune(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet tune`."""
-    add = parser.add_argument
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--recipe", default="voc_wsss", metavar="NAME", help=f"{', '.join(RECIPES)} (default: voc_wsss)")
-    start.add_argument("--config", type=Path, metavar="FILE", help="a configuration file instead of a recipe")
-    add("--data", type=data_location, metavar="DIR", help="folder with shards, or its s3:// or gs:// location")
-    add_settings(parser, meaning="change one setting of all trials; repeatable")
-    add("--search", action="append", default=[], metavar="SECTION.FIELD=KIND:VALUES", help="see above; repeatable")
-    add("--num-samples", type=int, default=20, metavar="N", help="trials (default: 20)")
-    add("--metric", default="val/miou", metavar="A,B", help="val/ or pseudo_mask/ miou, mfdr, mfnr (default: val/miou)")
-    searcher = "default: auto, which is random for pbt, else optuna"
-    add("--searcher", choices=["auto", "optuna", "random", "grid"], default="auto", help=searcher)
-    add("--scheduler", choices=["asha", "pbt", "none"], default="asha", help="stop poor trials (default), or take over")
-    add("--grace-epochs", type=int, metavar="N", help="epochs before that (default: pretraining + 1)")
-    add("--perturb-every", type=int, default=1, metavar="N", help="epochs between take-overs of pbt (default: 1)")
-    add("--seed", type=int, default=0, metavar="N", help="seed of the searcher (default: 0)")
-    add("--ablation", choices=list(ABLATIONS), default="", help="a figure or table of the paper instead of a search")
-    add("--variants", nargs="+", default=[], metavar="LABEL", help="some of an ablation's variants (default: all)")
-    add("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="seeds of an ablation (default: 0 1)")
-    add("--num-workers", type=int, default=1, metavar="N", help="training processes of each trial (default: 1)")
-    add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
-    add("--max-concurrent", type=int, metavar="N", help="trials at a time (default: as many as fit)")
-    add("--max-failures", type=int, default=1, metavar="N", help="restarts of a failed trial (default: 1)")
-    name = parser.add_mutually_exclusive_group()
-    name.add_argument("--name", metavar="NAME", help="unique name of the sweep (default: recipe and time)")
-    name.add_argument("--resume", metavar="NAME", help="continue the sweep of that name")
-    add_storage(parser)
-    add("--dry-run", action="store_true", help="time a step here, print what the sweep would take, and stop")
-    add("--price-per-hour", type=float, metavar="X", help="price of a worker in any currency, for --dry-run")
-    parser.set_defaults(interrupted="interrupted; continue the sweep with --resume NAME")
-
-
+@command(
+    one_of(
+        option("--recipe", default="voc_wsss", metavar="NAME", help=f"{', '.join(RECIPES)} (default: voc_wsss)"),
+        option("--config", type=Path, metavar="FILE", help="a configuration file instead of a recipe"),
+    ),
+    option("--data", type=data_location, metavar="DIR", help="folder with shards, or its s3:// or gs:// location"),
+    settings("change one setting of all trials; repeatable"),
+    option("--search", action="append", default=[], metavar="SECTION.FIELD=KIND:VALUES", help="see above; repeatable"),
+    option("--num-samples", type=int, default=20, metavar="N", help="trials (default: 20)"),
+    option(
+        "--metric", default="val/miou", metavar="A,B", help="val/ or pseudo_mask/ miou, mfdr, mfnr (default: val/miou)"
+    ),
+    option(
+        "--searcher",
+        choices=["auto", "optuna", "random", "grid"],
+        default="auto",
+        help="default: auto, which is random for pbt, else optuna",
+    ),
+    option(
+        "--scheduler", choices=["asha", "pbt", "none"], default="asha", help="stop poor trials (default), or take over"
+    ),
+    option("--grace-epochs", type=int, metavar="N", help="epochs before that (default: pretraining + 1)"),
+    option("--perturb-every", type=int, default=1, metavar="N", help="epochs between take-overs of pbt (default: 1)"),
+    option("--seed", type=int, default=0, metavar="N", help="seed of the searcher (default: 0)"),
+    option("--ablation", choices=ABLATIONS, default="", help="a figure or table of the paper instead of a search"),
+    option("--variants", nargs="+", default=[], metavar="LABEL", help="some of an ablation's variants (default: all)"),
+    option("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="seeds of an ablation (default: 0 1)"),
+    option("--num-workers", type=int, default=1, metavar="N", help="training processes of each trial (default: 1)"),
+    option("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)"),
+    option("--max-concurrent", type=int, metavar="N", help="trials at a time (default: as many as fit)"),
+    option("--max-failures", type=int, default=1, metavar="N", help="restarts of a failed trial (default: 1)"),
+    one_of(
+        option("--name", metavar="NAME", help="unique name of the sweep (default: recipe and time)"),
+        option("--resume", metavar="NAME", help="continue the sweep of that name"),
+    ),
+    add_storage,
+    option("--dry-run", action="store_true", help="time a step here, print what the sweep would take, and stop"),
+    option("--price-per-hour", type=float, metavar="X", help="price of a worker in any currency, for --dry-run"),
+    interrupted="interrupted; continue the sweep with --resume NAME",
+)
 def tune(options: argparse.Namespace) -> None:
     """Search settings, or run one of the paper's ablations.
 
@@ -141,27 +148,26 @@ def tune(options: argparse.Namespace) -> None:
     print(f"curves: {result.run.how_to_open()}")
 
 
-def _add_prediction(parser: argparse.ArgumentParser, *, protocol: str, gating: str | None) -> None:
-    """Add the options of commands that predict a split, in this process or on Ray workers."""
-    add = parser.add_argument
-    add("--data", metavar="DIR", help="folder with shards (default: what the checkpoint was trained on)")
-    add_protocol(parser, default=protocol)
-    add("--gating", choices=GATINGS, default=gating, help=f"classes to allow (default: {gating or 'as trained'})")
-    add_settings(parser, meaning="change a setting, such as evaluation.scales; repeatable")
-    add("--num-workers", type=int, default=0, metavar="N", help="Ray workers; 0 (default): in this process")
-    add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
+def _prediction(*, protocol: str, gating: str | None) -> tuple[Argument, ...]:
+    """The options of commands that predict a split, in this process or on Ray workers."""
+    return (
+        option("--data", metavar="DIR", help="folder with shards (default: what the checkpoint was trained on)"),
+        partial(add_protocol, default=protocol),
+        option(
+            "--gating", choices=GATINGS, default=gating, help=f"classes allowed (default: {gating or 'as trained'})"
+        ),
+        settings("change a setting, such as evaluation.scales; repeatable"),
+        option("--num-workers", type=int, default=0, metavar="N", help="Ray workers; 0 (default): in this process"),
+        option("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)"),
+    )
 
 
-def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet evaluate`."""
-    add = parser.add_argument
-    where = "checkpoint, or a run's folder for its best one"
-    add("--checkpoint", type=run_argument, required=True, metavar="RUN", help=where)
-    add("--split", default="val", metavar="NAME", help="split to measure (default: val)")
-    add("--out", type=Path, metavar="DIR", help="folder for evaluation.json (default: beside the checkpoint)")
-    _add_prediction(parser, protocol="ss", gating=None)
-
-
+@command(
+    checkpoint("--checkpoint", metavar="RUN", required=True),
+    option("--split", default="val", metavar="NAME", help="split to measure (default: val)"),
+    option("--out", type=Path, metavar="DIR", help="folder for evaluation.json (default: beside the checkpoint)"),
+    *_prediction(protocol="ss", gating=None),
+)
 def evaluate(options: argparse.Namespace) -> None:
     """Measure a checkpoint: `slrnet evaluate --checkpoint RUN --data DIR --split val --protocol ss`.
 
@@ -190,18 +196,15 @@ def evaluate(options: argparse.Namespace) -> None:
     print(f"MLflow: {result['mlflow'] or 'the store of the training cannot be reached, or does not have its run'}")
 
 
-def add_pseudo_label(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet pseudo-label`."""
-    add = parser.add_argument
-    add("--checkpoint", type=run_argument, metavar="RUN", help="checkpoint, or a run's folder for its best one")
-    add("--out", type=Path, metavar="DIR", help="folder to make")
-    add("--splits", default="train", metavar="A,B", help="or all (default: train); others are copied")
-    add("--voc-folder", type=Path, metavar="DIR", help="also write a folder in VOC's layout")
-    add("--verify", type=Path, metavar="DIR", help="instead: compare the shards of DIR with its manifest")
-    _add_prediction(parser, protocol="ms", gating="image_labels")
-    parser.set_defaults(interrupted="interrupted; run the same command again to continue")
-
-
+@command(
+    checkpoint("--checkpoint", metavar="RUN"),
+    option("--out", type=Path, metavar="DIR", help="folder to make"),
+    option("--splits", default="train", metavar="A,B", help="or all (default: train); others are copied"),
+    option("--voc-folder", type=Path, metavar="DIR", help="also write a folder in VOC's layout"),
+    option("--verify", type=Path, metavar="DIR", help="instead: compare the shards of DIR with its manifest"),
+    *_prediction(protocol="ms", gating="image_labels"),
+    interrupted="interrupted; run the same command again to continue",
+)
 def pseudo_label(options: argparse.Namespace) -> int:
     """Make pseudo masks for a data set: `slrnet pseudo-label --checkpoint RUN --data DIR --out PSEUDO`.
 
@@ -234,17 +237,14 @@ def pseudo_label(options: argparse.Namespace) -> int:
     return 0
 
 
-def add_profile(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet profile`."""
-    add = parser.add_argument
-    add("--recipe", required=True, metavar="NAME", help="named configuration")
-    add("--data", required=True, metavar="DIR", help="folder with shards from `slrnet prepare`")
-    add_settings(parser)
-    add("--out", type=Path, required=True, metavar="FOLDER", help="folder for the time line and the table")
-    add("--steps", type=int, default=5, metavar="N", help="steps to profile (default: 5)")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU")
-
-
+@command(
+    option("--recipe", required=True, metavar="NAME", help="named configuration"),
+    option("--data", required=True, metavar="DIR", help="folder with shards from `slrnet prepare`"),
+    settings(),
+    option("--out", type=Path, required=True, metavar="FOLDER", help="folder for the time line and the table"),
+    option("--steps", type=int, default=5, metavar="N", help="steps to profile (default: 5)"),
+    option("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU"),
+)
 def profile(options: argparse.Namespace) -> None:
     """Show where a training step spends its time: `slrnet profile --recipe NAME --data DIR --out FOLDER`.
 
@@ -270,12 +270,10 @@ def profile(options: argparse.Namespace) -> None:
     print(f"{table}\n\ntime line: {options.out / 'trace.json.gz'} (open it in https://ui.perfetto.dev)")
 
 
-def add_demo(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `slrnet demo`."""
-    add_settings(parser, meaning="change one setting of the training; repeatable")
-    parser.set_defaults(interrupted="interrupted; the cluster is down")
-
-
+@command(
+    settings("change one setting of the training; repeatable"),
+    interrupted="interrupted; the cluster is down",
+)
 def demo(options: argparse.Namespace) -> int:
     """Try everything on this machine: `slrnet demo` in a checkout; `make demo` runs it.
 
