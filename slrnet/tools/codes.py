@@ -152,8 +152,11 @@ def code_maps(inference: Inference, image: npt.NDArray[np.uint8], num_iters: Seq
     return CodeMaps(maps, mask, module.class_codes)
 
 
-def draw_code_maps(image: npt.NDArray[np.uint8], maps: CodeMaps, atoms: Mapping[int, str]) -> Image.Image:
-    """Draws an image (H, W, 3) uint8 and its code maps of the atoms in `atoms`, which has their titles by index."""
+def draw_code_maps(
+    image: npt.NDArray[np.uint8], maps: CodeMaps, classes: Sequence[str], wanted: Sequence[str] | None = None
+) -> Image.Image:
+    """Draws an image (H, W, 3) uint8 and its code maps, of the atoms that `CodeMaps.choose_atoms` chooses."""
+    atoms = maps.choose_atoms(classes, wanted)
     size = (TILE, round(TILE * image.shape[0] / image.shape[1]))
 
     def tile(picture: npt.NDArray[np.uint8], caption: str) -> Tile:
@@ -192,7 +195,7 @@ def write_code_maps(
         with Image.open(path) as file:
             pixels = rgb_array(file)
         maps = code_maps(inference, pixels, num_iters)
-        atoms = maps.choose_atoms(checkpoint.state.classes, classes)
+        picture = draw_code_maps(pixels, maps, checkpoint.state.classes, classes)
         with written_whole(out / f"{name}.codes.png") as incoming:
-            draw_code_maps(pixels, maps, atoms).save(incoming)
+            picture.save(incoming)
         yield out / f"{name}.codes.png"

@@ -136,8 +136,7 @@ class RunListener(Listener):
         panel = draw_panel(
             sample.image.permute(1, 2, 0).numpy(),
             {caption: mask.numpy() for caption, mask in stages.items()},
-            palette=self.info.palette_array(),
-            class_names=self.info.classes,
+            self.info,
             title=f"{sample.key}, after epoch {epoch + 1}",
         )
         path = self.folder / "panels" / f"{sample.key}{_panel_ending(epoch)}"
@@ -163,12 +162,7 @@ class RunListener(Listener):
         for group in ("pseudo_mask", "val"):
             scores = class_quality(metrics, group, self.info.classes)
             if any(value == value for value in scores["iou"]):
-                picture = draw_class_scores(
-                    scores,
-                    palette=self.info.palette_array(),
-                    class_names=self.info.classes,
-                    title=f"{group} after epoch {epoch + 1}",
-                )
+                picture = draw_class_scores(scores, self.info, title=f"{group} after epoch {epoch + 1}")
                 self.tracker.log_image(f"quality/{group}", picture, step)
 
     def checkpoint(self, state: TrainState) -> TrainState:

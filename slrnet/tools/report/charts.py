@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from matplotlib.ticker import MaxNLocator
 
@@ -23,8 +23,7 @@ _TICKS = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10])
 Limits = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Series:
+class Series(NamedTuple):
     """Points of one line; those that are not finite are left out."""
 
     name: str
@@ -35,8 +34,7 @@ class Series:
     """A text beside each point; empty for none."""
 
 
-@dataclass(frozen=True)
-class Chart:
+class Chart(NamedTuple):
     """What a chart shows; the labels name quantity and unit of the axes."""
 
     title: str
@@ -52,18 +50,17 @@ class Chart:
     """Whether to draw the line x = y."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """A series in the chart's units: its SVG path, dots with what they say when pointed at, and labels."""
+class Line(NamedTuple):
+    """A series in the chart's units."""
 
-    name: str
+    series: Series
     path: str
-    dots: list[tuple[float, float, str]]
-    labels: list[tuple[float, float, str]]
+    """Of SVG; empty without points."""
+    points: list[tuple[float, float, str, str]]
+    """Place, what a dot there says when pointed at, and the text beside it."""
 
 
-@dataclass(frozen=True)
-class Drawing:
+class Drawing(NamedTuple):
     """A chart with the geometry that a template needs."""
 
     chart: Chart
@@ -74,21 +71,21 @@ class Drawing:
     """Path of the line x = y; empty for none."""
 
 
-def draw_chart(chart: Chart, alike: Sequence[Chart] = ()) -> Drawing:
-    """Places the series of a chart; the points of charts that are `alike`, to compare it with, widen the axes."""
-    series = [one for shown in (chart, *alike) for one in shown.series]
-    x_limits, y_limits = (chart.limits or _limits(series, axis) for axis in (0, 1))
+def draw_chart(chart: Chart, others: Sequence[Chart] = ()) -> Drawing:
+    """Places the series of a chart; points of `others` with its title, to compare it with, widen the axes."""
+    alike = [chart, *(other for other in others if other.title == chart.title)]
+    points = [point for one in alike for series in one.series for point in series.points]
+    x_limits, y_limits = (chart.limits or _limits([point[axis] for point in points]) for axis in (0, 1))
 
     def place(x: float, y: float) -> tuple[float, float]:
         return _scale(x, x_limits, _LEFT, WIDTH - _RIGHT), _scale(y, y_limits, HEIGHT - _BOTTOM, _TOP)
 
     lines = []
-    for one in chart.series:
-        finite = [i for i, point in enumerate(one.points) if all(map(math.isfinite, point))]
-        places = {i: place(*one.points[i]) for i in finite}
-        dots = [(*places[i], f"{one.name}: {one.points[i][1]:.4g} at {one.points[i][0]:.4g}") for i in finite]
-        labels = [(*places[i], one.labels[i]) for i in finite] if one.labels else []
-        lines.append(Line(one.name, _path(list(places.values())), dots if one.dots else [], labels))
+    for series in chart.series:
+        pairs = zip(series.points, series.labels or [""] * len(series.points), strict=True)
+        finite = [(x, y, label) for (x, y), label in pairs if math.isfinite(x) and math.isfinite(y)]
+        placed = [(*place(x, y), f"{series.name}: {y:.4g} at {x:.4g}", label) for x, y, label in finite]
+        lines.append(Line(series, _path([(left, top) for left, top, *_ in placed]), placed))
     low, high = max(x_limits[0], y_limits[0]), min(x_limits[1], y_limits[1])
     return Drawing(
         chart,
@@ -99,12 +96,10 @@ def draw_chart(chart: Chart, alike: Sequence[Chart] = ()) -> Drawing:
     )
 
 
-def _limits(series: Sequence[Series], axis: int) -> Limits:
-    """The range that holds all points on an axis (0: x, 1: y), widened to whole ticks; (0, 1) without points."""
-    values = [point[axis] for one in series for point in one.points if math.isfinite(point[axis])]
-    if not values:
-        return 0.0, 1.0
-    ticks = _TICKS.tick_values(min(values), max(values))
+def _limits(values: Sequence[float]) -> Limits:
+    """The range that holds all finite values, widened to whole ticks; (0, 1) without values."""
+    finite = list(filter(math.isfinite, values))
+    ticks = _TICKS.tick_values(min(finite), max(finite)) if finite else (0, 1)
     return float(ticks[0]), float(ticks[-1])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,8 +37,8 @@ class Measurements:
     """What a checkpoint gives on a data set, and why a part is absent."""
 
     examination: Examination | None = None
-    best: list[Example] = field(default_factory=list)
-    worst: list[Example] = field(default_factory=list)
+    examples: dict[str, list[Example]] = field(default_factory=dict)
+    """Images by `Best` and `Worst`."""
     sweep: GammaSweep | None = None
     code_pictures: dict[str, Image.Image] = field(default_factory=dict)
     palette: Any = None
@@ -83,15 +82,17 @@ def measure_run(
         measured.absent |= {"masks": reason, "codes": reason}
     else:
         measured.examination = examine(target, split, at_most=at_most)
-        scores = measured.examination.scores
-        measured.best = read_examples(target, split, choose_by_iou(scores, images, hardest=False))
-        measured.worst = read_examples(target, split, choose_by_iou(scores, images, hardest=True))
+        for title, hardest in (("Best", False), ("Worst", True)):
+            chosen = choose_by_iou(measured.examination.scores, images, hardest=hardest)
+            measured.examples[title] = read_examples(target, split, chosen)
         try:
             low_rank_module(target.inference.model)
         except ValueError as error:
             measured.absent["codes"] = str(error)
         else:
-            measured.code_pictures = _draw_codes(target, measured.best)
+            for example in measured.examples["Best"]:
+                maps = code_maps(target.inference, example.image)
+                measured.code_pictures[example.key] = draw_code_maps(example.image, maps, checkpoint.state.classes)
     reason = _no_masks(shards, config.data.train_split)
     if not reason and not config.evaluation.pseudo_mask_images:
         reason = "evaluation.pseudo_mask_images is 0: the run measures no pseudo masks"
@@ -133,12 +134,3 @@ def _no_masks(shards: ShardSet, split: str) -> str:
     if split in shards.splits and len(shards.split(split).with_masks):
         return ""
     return f"the data in {shards.location} have no masks in split {split!r} to compare with"
-
-
-def _draw_codes(target: EvaluationTarget, examples: Sequence[Example]) -> dict[str, Image.Image]:
-    pictures = {}
-    for example in examples:
-        maps = code_maps(target.inference, example.image)
-        atoms = maps.choose_atoms(target.checkpoint.state.classes)
-        pictures[example.key] = draw_code_maps(example.image, maps, atoms)
-    return pictures

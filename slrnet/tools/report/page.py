@@ -80,7 +80,7 @@ def _column(run: Run, measured: Measurements) -> dict[str, Any]:
         "matrix": _matrix(examination),
         "examples": {
             title: [(example, *_overlays(example, measured.palette, classes)) for example in examples]
-            for title, examples in (("Best", measured.best), ("Worst", measured.worst))
+            for title, examples in measured.examples.items()
         },
         "panels": list(_chosen_panels(run)),
         "advice": measured.sweep and gamma_advice(measured.sweep, checkpoint.config.calibration.confidence_threshold),
@@ -166,11 +166,7 @@ def _charts(runs: Sequence[Run], measured: Sequence[Measurements]) -> list[dict[
     ]
     every = [chart for plan in plans for charts in plan.values() for chart in charts]
     return [
-        {
-            section: [draw_chart(chart, [other for other in every if other.title == chart.title]) for chart in charts]
-            for section, charts in plan.items()
-        }
-        for plan in plans
+        {section: [draw_chart(chart, every) for chart in charts] for section, charts in plan.items()} for plan in plans
     ]
 
 

@@ -76,7 +76,7 @@ def test_the_picture_shows_each_map_in_its_place() -> None:
     codes[2] = 1
     image = np.full((20, 40, 3), 7, dtype=np.uint8)
     maps = CodeMaps({1: codes, 4: 1 - codes}, np.zeros((20, 40), dtype=np.int64))
-    picture = np.asarray(draw_code_maps(image, maps, {0: "background", 2: "dog"}))
+    picture = np.asarray(draw_code_maps(image, maps, ["background", "cat", "dog"], ["background", "dog"]))
     dark, bright = ([int(value) for value in heat(np.full((1, 1), level, np.float32))[0, 0]] for level in (0, 1))
     for row, (first, second) in enumerate(((dark, bright), (bright, dark))):
         y = 10 + row * (24 + 110 + 10) + 24 + 55

@@ -256,7 +256,7 @@ def test_charts_place_points_and_leave_out_what_is_not_finite() -> None:
     series = [Series("a", [(0, 10), (1, float("nan")), (4, 30)], labels=["first", "", "last"])]
     chart = draw_chart(Chart(title="t", series=series, x_label="x", y_label="y", note="n", diagonal=True))
     assert chart.lines[0].path == "M52 246 L404 14"
-    assert [label[2] for label in chart.lines[0].labels] == ["first", "last"]
+    assert [label for *_, label in chart.lines[0].points] == ["first", "last"]
     assert chart.diagonal == ""  # the axes share no range
     assert [text for _, text in chart.x_ticks] == ["0", "1", "2", "3", "4"]
     assert [text for _, text in chart.y_ticks][:: len(chart.y_ticks) - 1] == ["10", "30"]
