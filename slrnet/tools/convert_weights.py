@@ -9,8 +9,10 @@ ResNets and VGG16 have other strides than the encoders here.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -25,45 +27,10 @@ from slrnet.recipes import RELEASED_SSS_THRESHOLDS
 
 __all__ = ["released_checkpoint", "rename_released"]
 
-PREFIXES = {
-    "backbone.": "encoder.backbone.",
-    **{f"aspp.aspp{i + 1}.atrous_conv.": f"aspp.branches.{i}.0." for i in range(4)},
-    **{f"aspp.aspp{i + 1}.bn.": f"aspp.branches.{i}.1." for i in range(4)},
-    "aspp.global_avg_pool.1.": "aspp.pooled.0.",
-    "aspp.global_avg_pool.2.": "aspp.pooled.1.",
-    "aspp.conv1.": "aspp.project.0.",
-    "aspp.bn1.": "aspp.project.1.",
-    "fc8_skip.": "fusion.project.",
-    "fc8_x.": "fusion.fuse.",
-    "shallow_mask.fc_deep.": "cue_injection.describe.",
-    "shallow_mask.fc_skip.": "cue_injection.shallow.",
-    "shallow_mask.fc_cls.": "cue_injection.project.",
-    "last_conv.0.": "mask_head.convs.0.0.",
-    "last_conv.1.": "mask_head.convs.0.1.",
-    "last_conv.4.": "mask_head.convs.2.0.",
-    "last_conv.5.": "mask_head.convs.2.1.",
-    "last_conv.8.": "mask_head.classify.",
-    "aux_head.0.": "auxiliary_head.conv.0.",
-    "aux_head.1.": "auxiliary_head.conv.1.",
-    "aux_head.4.": "auxiliary_head.classify.",
-    "factorization_reconstruction.transform1.": "cvlr.project_in.",
-    "factorization_reconstruction.transform2.": "cvlr.project_out.",
-}
+_NAMES = json.loads(files("slrnet.tools").joinpath("released_names.json").read_text(encoding="utf-8"))
+PREFIXES: dict[str, str] = _NAMES["prefixes"]
 """Prefixes of the released network's modules, and ours."""
-
-SECOND_NAMES = {
-    "backbone.fixed_layers.0.": "backbone.conv1a.",
-    "backbone.fixed_layers.1.": "backbone.b2.",
-    "backbone.fixed_layers.2.": "backbone.b2_1.",
-    "backbone.fixed_layers.3.": "backbone.b2_2.",
-    "newly_added.0.": "aspp.",
-    "newly_added.1.": "shallow_mask.",
-    "newly_added.3.": "fc8_skip.",
-    "newly_added.4.": "fc8_x.",
-    "newly_added.5.": "last_conv.",
-    "newly_added.6.": "factorization_reconstruction.",
-    "newly_added.8.": "aux_head.",
-}
+SECOND_NAMES: dict[str, str] = _NAMES["second_names"]
 """Prefixes by which the released network lists some modules a second time, and their first ones."""
 
 STAGE_ONE_ENCODER = re.compile(r"(conv1a|b[2-7](_\d)?|bn7)\.")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tabulate import tabulate
@@ -29,28 +29,21 @@ PREFIX = "slrnet: "
 """Prefix of the names of all stages, here and in `slrnet.training`."""
 
 
-@dataclass(frozen=True)
-class Profile:
+class Profile(NamedTuple):
     """The profile of some optimizer steps."""
 
     seconds: list[float]
     """Wall time of each step."""
     stages: dict[str, float]
     """Seconds of each stage, all steps together; stages of the network are also part of `network`."""
-    record: profile
-    """PyTorch's profile of the steps."""
-
-    def write_trace(self, path: Path) -> None:
-        """Writes the timeline as a gzipped Chrome trace, completely or not at all; `path` ends in `.json.gz`."""
-        with written_whole(path) as incoming:
-            self.record.export_chrome_trace(str(incoming))
 
 
-def profile_steps(config: Config, *, steps: int, device: str) -> Profile:
+def profile_steps(config: Config, trace: Path, *, steps: int, device: str) -> Profile:
     """Profiles optimizer steps with pseudo labels, after one that warms up.
 
     Args:
         config: the run's settings; a step takes `train.batch_size` images.
+        trace: file for the timeline, a gzipped Chrome trace, whose name ends in `.json.gz`.
         steps: number of steps to profile, >= 1.
         device: "cpu" or "cuda".
 
@@ -73,9 +66,11 @@ def profile_steps(config: Config, *, steps: int, device: str) -> Profile:
         next(taken)
         with named_stages(trainer.model), profile(activities=activities) as record:
             seconds = list(taken)
+    with written_whole(trace) as incoming:
+        record.export_chrome_trace(str(incoming))
     time = "device_time_total" if device == "cuda" else "cpu_time_total"
     events = [event for event in record.key_averages() if event.key.startswith(PREFIX)]
-    return Profile(seconds, {one.key.removeprefix(PREFIX): getattr(one, time) / 1e6 for one in events}, record)
+    return Profile(seconds, {one.key.removeprefix(PREFIX): getattr(one, time) / 1e6 for one in events})
 
 
 def stage_table(measured: Profile) -> str:

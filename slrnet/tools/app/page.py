@@ -66,7 +66,6 @@ class _Page:
                     with ui.column().classes("gap-1"):
                         ui.label(caption).classes("text-sm font-medium")
                         self.pictures[key] = ui.image().classes(f"picture-{key} w-full").props("no-transition")
-            self.legend = ui.row().classes("legend gap-4")
             self.below = ui.column().classes("w-full gap-2")
 
     def _controls(self) -> None:
@@ -137,15 +136,14 @@ class _Page:
             f"{image.shape[1]} x {image.shape[0]} pixels{large}. The pseudo label decides "
             f"{100 * analysis.coverage:.1f} % of them; classes that it may show: {', '.join(analysis.classes)}"
         )
-        self._draw_legend(analysis, palette)
         self.below.clear()
         with self.below:
+            self._draw_legend(analysis, palette)
             self._draw_scores(analysis)
             self._draw_codes(analysis)
 
     def _draw_legend(self, analysis: Analysis, palette: npt.NDArray[np.uint8]) -> None:
-        self.legend.clear()
-        with self.legend:
+        with ui.row().classes("legend gap-4"):
             masks = (analysis.mask, analysis.refined, analysis.pseudo_labels)
             for name, color in class_legend(masks, palette, self.analyzer.classes):
                 fill = "rgb({}, {}, {})".format(*color) if color else _STRIPES

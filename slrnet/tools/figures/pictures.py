@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
@@ -30,11 +29,9 @@ from slrnet.storage.files import written_whole
 from slrnet.tools.codes import COLORS, code_maps, heat, low_rank_module, observe_low_rank
 from slrnet.views.geometry import View, apply_view
 from slrnet.viz.grid import Color, Tile, class_legend
-from slrnet.viz.overlay import draw_overlay
+from slrnet.viz.overlay import Pixels, draw_overlay
 
 __all__ = ["code_figure", "feature_figure", "iteration_figure", "mask_figure", "write_figure"]
-
-Pixels = npt.NDArray[np.uint8]
 
 PAGE_WIDTH = 7.2
 """Width of a figure, inches: that of the paper's text."""
@@ -67,10 +64,9 @@ def write_figure(
         ValueError: the checkpoints do not fit the figure.
     """
     loaded = _checkpoints(what, checkpoints)
-    config = loaded[-1].config
-    shards = load_dataset(data or config.data.path)
+    shards = load_dataset(data or loaded[-1].config.data.path)
     targets = [EvaluationTarget.of(checkpoint, shards, device) for checkpoint in loaded]
-    examination = examine(targets[-1], config.data.val_split, at_most=measured)
+    examination = examine(targets[-1], targets[-1].config.data.val_split, at_most=measured)
     if what == "fig3":
         figure = mask_figure(targets[0], examination, number=number)
     elif what == "fig5":
@@ -104,9 +100,6 @@ def _checkpoints(what: str, paths: Sequence[Path]) -> list[Checkpoint]:
             f"fig7 needs an early and a late checkpoint of a training, and {', '.join(map(str, paths))} "
             f"gives {len(checkpoints)}; name two checkpoints of different epochs, or a run's folder that holds two"
         )
-    early, late = checkpoints
-    if early.state.classes != late.state.classes:
-        raise ValueError(f"{early.path} and {late.path} know different classes; name two of one training")
     return checkpoints
 
 

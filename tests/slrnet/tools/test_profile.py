@@ -17,13 +17,12 @@ PARTS = {"encoder", "aspp", "fusion", "auxiliary_head", "cvlr", "cue_injection",
 
 
 def test_all_stages_are_seen(tiny_config: Config, tmp_path: Path) -> None:
-    found = profile_steps(tiny_config, steps=1, device="cpu")
+    found = profile_steps(tiny_config, tmp_path / "trace.json.gz", steps=1, device="cpu")
     assert set(found.stages) == STAGES | PARTS
     assert len(found.seconds) == 1
     outer = sum(found.stages[name] for name in STAGES)
     assert 0.5 * found.seconds[0] < outer < 1.01 * found.seconds[0], "stages neither overlap nor leave most out"
     assert sum(found.stages[name] for name in PARTS) <= found.stages["network"]
-    found.write_trace(tmp_path / "trace.json.gz")
     with gzip.open(tmp_path / "trace.json.gz", "rt", encoding="utf-8") as file:
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {f"slrnet: {name}" for name in STAGES | PARTS} <= names

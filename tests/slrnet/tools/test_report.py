@@ -274,8 +274,8 @@ def test_charts_that_are_compared_have_the_same_axes() -> None:
     assert [empty.lines[0].path, empty.x_ticks[0], empty.x_ticks[-1]] == ["", (52, "0"), (404, "1")]
 
 
-@pytest.mark.parametrize(("package", "file"), [("report", "page.html.jinja"), ("figures", "paper.md")])
-def test_templates_and_tables_are_part_of_the_package(package: str, file: str) -> None:
-    root = Path(__file__).resolve().parents[3]
-    assert f'"tools/{package}/*{Path(file).suffix}"' in (root / "pyproject.toml").read_text()
-    assert files(f"slrnet.tools.{package}").joinpath(file).is_file()
+@pytest.mark.parametrize("file", ["report/page.html.jinja", "figures/paper.md", "released_names.json"])
+def test_templates_and_tables_are_part_of_the_package(file: str) -> None:
+    root, path = Path(__file__).resolve().parents[3], Path("tools") / file
+    assert f'"{path.parent}/*{path.suffix}"' in (root / "pyproject.toml").read_text()
+    assert files("slrnet").joinpath(str(path)).is_file()
