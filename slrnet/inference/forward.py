@@ -72,8 +72,7 @@ class Inference:
         An image and its mirror image go through the network as one batch; large ones on a CPU one after the other.
         """
         scales = self.config.evaluation.scales
-        probs: Tensor | None = None
-        scores = []
+        probs, scores = torch.zeros((), device=image.device), []
         for scale in scales:
             upright = self.fit(image, scale)
             both = torch.cat([upright, upright.flip(-1)])
@@ -82,10 +81,9 @@ class Inference:
             logits = torch.cat([part.logits[0] for part in outputs])
             straight, mirrored = logits.float().softmax(dim=1).chunk(2)
             maps = resize((straight + mirrored.flip(-1)) / (2 * len(scales)), image.shape[-2:])
-            probs = maps if probs is None else probs + maps
+            probs = probs + maps
             for views in zip(*(part.class_scores for part in outputs), strict=True):
                 scores.append(torch.stack(torch.cat(views).float().chunk(2)).mean(dim=0))
-        assert probs is not None
         return probs, torch.stack(scores).mean(dim=0) if scores else None
 
     def predict(

@@ -1,4 +1,4 @@
-"""Where runs are tracked and shown: tracking URIs, and how MLflow's page is addressed and names its pictures."""
+"""Where runs are tracked and shown: tracking URIs, and how MLflow's page is addressed."""
 
 from __future__ import annotations
 
@@ -8,20 +8,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Any
 
-__all__ = [
-    "NOTE_TAG",
-    "PARENT_TAG",
-    "PORT",
-    "SAMPLES",
-    "SQLITE",
-    "WORKFLOW",
-    "latest_pictures",
-    "picture_files",
-    "public",
-    "resolve_uri",
-]
+__all__ = ["PORT", "SQLITE", "WORKFLOW", "public", "resolve_uri"]
 
 SQLITE = "sqlite:///"
 """How the URI of a database file begins."""
@@ -29,23 +17,8 @@ SERVER_TIMEOUT = 5.0
 """Seconds that a tracking server may take to answer before a run starts."""
 PORT = 5000
 """Default port of the page."""
-PARENT_TAG = "mlflow.parentRunId"
-"""Tag that names the run that another one belongs to."""
-NOTE_TAG = "mlflow.note.content"
-"""Tag that holds a run's description, in Markdown."""
 WORKFLOW = "workflowType=machine_learning"
 """In an address: the page shows runs and charts instead of its views for language models."""
-DESCRIBED = 2
-"""Pictures in a run's description."""
-SAMPLES = "samples/"
-"""How the series of pictures begin that show how images get their pseudo labels; the image's key follows.
-
-The page sorts folders by name: this one comes after the curves of the pseudo masks. Its cards have room for 20 letters,
-folder included.
-"""
-
-# The names of the files of `log_image`. Beside each lies a smaller copy, whose name ends differently.
-_PICTURE = re.compile(r"(?P<key>[^+%]+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%](?P<time>\d+)[+%][^+%]+\.png")
 
 
 def resolve_uri(uri: str, storage: str | Path) -> str:
@@ -130,25 +103,3 @@ def _check_server(uri: str) -> None:
         "start it with `mlflow server --host 0.0.0.0 --port 5000 --backend-store-uri sqlite:////DATA/mlflow.db "
         "--artifacts-destination /DATA/artifacts`, or leave tracking.uri empty"
     )
-
-
-def picture_files(client: Any, run_id: str, below: str = "") -> dict[tuple[str, int], str]:
-    """Artifact paths of a run's pictures by (series, step); of two pictures of one step, the later one.
-
-    With `below`, such as `SAMPLES`, only the series that begin so, without that beginning.
-    """
-    latest = dict[tuple[str, int], tuple[int, str]]()
-    for file in client.list_artifacts(run_id, "images"):
-        name = _PICTURE.fullmatch(Path(file.path).name)
-        if name and (series := name["key"].replace("~", "/")).startswith(below):
-            picture = (series.removeprefix(below), int(name["step"]))
-            latest[picture] = max(latest.get(picture, (0, "")), (int(name["time"]), file.path))
-    return {picture: path for picture, (_, path) in latest.items()}
-
-
-def latest_pictures(client: Any, run_id: str) -> str:
-    """Markdown that shows the first samples' pictures, each at its last step; the page serves the files."""
-    paths = picture_files(client, run_id, SAMPLES)
-    last = {name: paths[name, step] for name, step in sorted(paths)}
-    queries = {name: urllib.parse.urlencode({"path": path, "run_uuid": run_id}) for name, path in last.items()}
-    return "".join(f"\n\n![{name}](get-artifact?{queries[name]})" for name in sorted(queries)[:DESCRIBED])

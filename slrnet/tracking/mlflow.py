@@ -17,6 +17,7 @@ import os
 import re
 import tempfile
 import time
+import urllib.parse
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -27,18 +28,23 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from slrnet.tracking.location import NOTE_TAG, PARENT_TAG, SQLITE, latest_pictures, picture_files, public
-from slrnet.tracking.protocol import Picture, RunHandle, Tracker, clean_key, clean_metrics
+from slrnet.tracking.location import SQLITE, public
+from slrnet.tracking.protocol import SAMPLES, Picture, RunHandle, Tracker, clean_key, clean_metrics
 from slrnet.tracking.provenance import package_version
 
-__all__ = ["MlflowTracker", "client_of", "create_run", "log_onnx_model", "store_errors"]
+__all__ = ["PARENT_TAG", "MlflowTracker", "client_of", "create_run", "log_onnx_model", "picture_files", "store_errors"]
 
 Record: TypeAlias = Callable[[Any, str], None]
 """Something to deliver: is called with a client and a run id."""
 
-# Limits of MLflow's parameter and tag columns.
+PARENT_TAG = "mlflow.parentRunId"
+"""Tag that names the run that another one belongs to."""
+NOTE_TAG = "mlflow.note.content"
+"""Tag that holds a run's description, in Markdown."""
 MAX_PARAM_LENGTH, MAX_TAG_LENGTH = 6000, 5000
-
+"""Limits of MLflow's parameter and tag columns."""
+DESCRIBED = 2
+"""Pictures in a run's description."""
 RESULT = "## Result"
 """Heading of what the end of a run writes into its description."""
 PATIENCE = 120.0
@@ -49,6 +55,8 @@ PENDING_LIMIT = 10_000
 # With this tag of an experiment the page shows runs and charts instead of its views for language models.
 _KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
 _FINAL_ERRORS = re.compile("BAD_REQUEST|INVALID_(PARAMETER_VALUE|STATE)|PERMISSION_DENIED|RESOURCE_DOES_NOT_EXIST")
+# The names of the files of `log_image`. Beside each lies a smaller copy, whose name ends differently.
+_PICTURE = re.compile(r"(?P<key>[^+%]+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%](?P<time>\d+)[+%][^+%]+\.png")
 _log = logging.getLogger(__name__)
 
 
@@ -142,8 +150,6 @@ class MlflowTracker(Tracker):
     """Leave out points and pictures of steps that the run has from an earlier process."""
     retry_after: float = 30.0
     """Seconds without another attempt after the store failed to answer."""
-    connect: Callable[[str], Any] = client_of
-    """Makes the client of a tracking URI."""
 
     def __post_init__(self) -> None:
         self.run_id = self.handle.run_id
@@ -227,7 +233,7 @@ class MlflowTracker(Tracker):
 
         def send(client: Any, run_id: str) -> None:
             above = client.get_run(run_id).data.tags.get(NOTE_TAG, "").partition(RESULT)[0].rstrip()
-            note = f"{above}\n\n{RESULT}\n\n{result}{latest_pictures(client, run_id)}".lstrip()
+            note = f"{above}\n\n{RESULT}\n\n{result}{_latest_pictures(client, run_id)}".lstrip()
             client.set_tag(run_id, NOTE_TAG, note[:MAX_TAG_LENGTH])
 
         self._send(send)
@@ -265,7 +271,7 @@ class MlflowTracker(Tracker):
     def _deliver(self) -> None:
         while self._pending:
             try:
-                self._pending[0][0](self.connect(self.handle.uri), self.handle.run_id)
+                self._pending[0][0](client_of(self.handle.uri), self.handle.run_id)
             except store_errors() as error:
                 # Other errors may pass: servers that restart, gateways, locked SQLite files, full disks.
                 final = _FINAL_ERRORS.fullmatch(str(getattr(error, "error_code", "")))
@@ -276,6 +282,20 @@ class MlflowTracker(Tracker):
                 self.lost += 1
                 _log.error("the tracking store refused a record, which is dropped: %s", error)
             self._pending.popleft()
+
+
+def picture_files(client: Any, run_id: str, below: str = "") -> dict[tuple[str, int], str]:
+    """Artifact paths of a run's pictures by (series, step); of two pictures of one step, the later one.
+
+    With `below`, such as `SAMPLES`, only the series that begin so, without that beginning.
+    """
+    latest = dict[tuple[str, int], tuple[int, str]]()
+    for file in client.list_artifacts(run_id, "images"):
+        name = _PICTURE.fullmatch(Path(file.path).name)
+        if name and (series := name["key"].replace("~", "/")).startswith(below):
+            picture = (series.removeprefix(below), int(name["step"]))
+            latest[picture] = max(latest.get(picture, (0, "")), (int(name["time"]), file.path))
+    return {picture: path for picture, (_, path) in latest.items()}
 
 
 def log_onnx_model(handle: RunHandle, name: str, file: Path) -> str:
@@ -361,3 +381,11 @@ def _log_start(client: Any, run_id: str, params: Mapping[str, Any], tags: Mappin
     for key, value in {**tags, **changed}.items():
         if key != NOTE_TAG or NOTE_TAG not in earlier.tags:  # people may have edited the description
             client.set_tag(run_id, key, str(value)[:MAX_TAG_LENGTH])
+
+
+def _latest_pictures(client: Any, run_id: str) -> str:
+    """Markdown that shows the first samples' pictures, each at its last step; the page serves the files."""
+    paths = picture_files(client, run_id, SAMPLES)
+    last = {name: paths[name, step] for name, step in sorted(paths)}
+    queries = {name: urllib.parse.urlencode({"path": path, "run_uuid": run_id}) for name, path in last.items()}
+    return "".join(f"\n\n![{name}](get-artifact?{queries[name]})" for name in sorted(queries)[:DESCRIBED])

@@ -1,4 +1,4 @@
-"""What a training needs of a tracking backend, how a run is addressed, and the names of metrics."""
+"""What a training needs of a tracking backend, how a run is addressed, and the names of metrics and pictures."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from PIL import Image
 
 from slrnet.tracking.location import PORT, SQLITE, WORKFLOW, public
 
-__all__ = ["Picture", "RunHandle", "Tracker", "clean_key", "clean_metrics", "metric_key"]
+__all__ = ["SAMPLES", "Picture", "RunHandle", "Tracker", "clean_key", "clean_metrics", "metric_key"]
 
 Picture: TypeAlias = "Image.Image | np.ndarray[Any, np.dtype[np.uint8]]"
 """A PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8."""
 
+SAMPLES = "samples/"
+"""How the series of pictures begin that show how images get their pseudo labels; the image's key follows.
+
+The page sorts folders by name: this one comes after the curves of the pseudo masks. Its cards have room for 20 letters,
+folder included.
+"""
 MAX_KEY_LENGTH = 250
 """Characters that MLflow allows in a metric's name."""
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from slrnet.tracking.location import PARENT_TAG, SAMPLES, picture_files, resolve_uri
-from slrnet.tracking.mlflow import client_of, store_errors
-from slrnet.tracking.protocol import RunHandle, clean_key
+from slrnet.tracking.location import resolve_uri
+from slrnet.tracking.mlflow import PARENT_TAG, client_of, picture_files, store_errors
+from slrnet.tracking.protocol import SAMPLES, RunHandle, clean_key
 
 __all__ = ["comparison", "find_run", "logged_pictures", "metric_history", "run_tags", "runs_below"]
 

@@ -19,9 +19,8 @@ from slrnet.distributed.watchdog import Watchdog
 from slrnet.evaluation.masks import PseudoMask
 from slrnet.storage.files import written_whole
 from slrnet.tracking.gpu_monitor import GpuWatch
-from slrnet.tracking.location import SAMPLES
 from slrnet.tracking.progress import Progress
-from slrnet.tracking.protocol import Tracker
+from slrnet.tracking.protocol import SAMPLES, Tracker
 from slrnet.tracking.run_log import RunLog
 from slrnet.tracking.summary import class_quality, curves
 from slrnet.viz.panels import draw_class_scores, draw_panel

@@ -15,9 +15,9 @@ import pytest
 from slrnet.cli.main import main
 from slrnet.config import Config
 from slrnet.tools.dashboard import default_storages, serve_command
-from slrnet.tracking.location import SAMPLES, resolve_uri
+from slrnet.tracking.location import resolve_uri
 from slrnet.tracking.mlflow import MlflowTracker, create_run
-from slrnet.tracking.protocol import RunHandle
+from slrnet.tracking.protocol import SAMPLES, RunHandle
 
 CURVES = ("pseudo_mask/miou", "pseudo_mask/mfdr", "pseudo_mask/mfnr")
 

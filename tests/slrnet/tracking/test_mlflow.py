@@ -24,8 +24,8 @@ import pytest
 from PIL import Image
 
 from slrnet.tracking import mlflow as tracking
-from slrnet.tracking.location import NOTE_TAG, resolve_uri
-from slrnet.tracking.mlflow import MlflowTracker, client_of, create_run
+from slrnet.tracking.location import resolve_uri
+from slrnet.tracking.mlflow import NOTE_TAG, MlflowTracker, client_of, create_run
 from slrnet.tracking.protocol import RunHandle, metric_key
 from slrnet.tracking.reader import metric_history, run_tags
 
@@ -267,14 +267,17 @@ class TestOutage:
     """The store stops answering in the middle of a run and comes back."""
 
     @pytest.fixture
-    def outage(self) -> Outage:
-        return Outage()
+    def outage(self, monkeypatch: pytest.MonkeyPatch) -> Outage:
+        outage = Outage()
+        monkeypatch.setattr(tracking, "client_of", outage)
+        return outage
 
     def test_records_are_kept_in_order_and_delivered_later(
         self, uri: str, request: pytest.FixtureRequest, outage: Outage, caplog: pytest.LogCaptureFixture
     ) -> None:
+        outage.down = False
         handle = create_run(uri, "exp", request.node.name, params={}, tags={}, resume=False)
-        tracker = MlflowTracker(handle, retry_after=0.0, connect=outage)
+        tracker = MlflowTracker(handle, retry_after=0.0)
         outage.down = True
         tracker.log_metrics({"loss": 1.0}, step=1)
         tracker.log_metrics({"loss": 2.0}, step=2)
@@ -286,9 +289,7 @@ class TestOutage:
         assert metric_history(handle, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
     def test_no_attempt_before_the_time_and_flush_does_not_wait(self, outage: Outage) -> None:
-        tracker = MlflowTracker(
-            RunHandle(uri="sqlite:////x.db", run_id="r", experiment_id="0"), retry_after=1e9, connect=outage
-        )
+        tracker = MlflowTracker(RunHandle(uri="sqlite:////x.db", run_id="r", experiment_id="0"), retry_after=1e9)
         tracker.log_metrics({"loss": 1.0}, step=1)
         assert outage.asked
         outage.asked = False
@@ -302,7 +303,7 @@ class TestOutage:
     ) -> None:
         monkeypatch.setattr(tracking, "PENDING_LIMIT", 3)
         monkeypatch.setattr(tracking, "PATIENCE", 0.0)
-        tracker = MlflowTracker(RunHandle(uri="http://me:secret@host", run_id="r", experiment_id="0"), connect=outage)
+        tracker = MlflowTracker(RunHandle(uri="http://me:secret@host", run_id="r", experiment_id="0"))
         for step in range(4):
             tracker.log_metrics({"loss": 1.0}, step)
         tracker.finish()
@@ -316,9 +317,10 @@ class TestOutage:
         outage: Outage,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        outage.down = False
         handle = create_run(uri, "exp", request.node.name, params={}, tags={}, resume=False)
         outage.down = True
-        tracker = MlflowTracker(handle, connect=outage)
+        tracker = MlflowTracker(handle)
         tracker.log_metrics({"loss": 1.0}, step=4)
         assert tracker.undelivered_points() == [(4, {"loss": 1.0})]
         monkeypatch.setattr(tracking.time, "sleep", lambda seconds: setattr(outage, "down", False))
@@ -329,9 +331,10 @@ class TestOutage:
     def test_a_folder_that_vanished_meanwhile_does_not_block_the_rest(
         self, uri: str, request: pytest.FixtureRequest, outage: Outage, tmp_path: Path
     ) -> None:
+        outage.down = False
         handle = create_run(uri, "exp", request.node.name, params={}, tags={}, resume=False)
         outage.down = True
-        tracker = MlflowTracker(handle, retry_after=0.0, connect=outage)
+        tracker = MlflowTracker(handle, retry_after=0.0)
         (tmp_path / "ckpt").mkdir()
         (tmp_path / "ckpt" / "a").write_text("a")
         tracker.log_artifacts(tmp_path / "ckpt")
@@ -347,7 +350,7 @@ def test_the_process_stays_quiet_and_needs_no_active_run(tmp_path: Path, uri: st
     script = (
         "import sys\n"
         "from slrnet.tracking.location import resolve_uri\n"
-        "from slrnet.tracking.mlflow import MlflowTracker, create_run\n"
+        "from slrnet.tracking.mlflow import NOTE_TAG, MlflowTracker, create_run\n"
         "assert 'mlflow' not in sys.modules\n"
         f"handle = create_run({uri!r}, 'exp', 'quiet', params={{'a': 1}}, tags={{}}, resume=False)\n"
         "MlflowTracker(handle).log_metrics({'a': 1.0}, 1)\n"
