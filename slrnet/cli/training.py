@@ -133,13 +133,13 @@ def tune(options: argparse.Namespace) -> None:
     int:LOW:HIGH or choice:A,B,...) or leaves one out (fixed). --scheduler pbt is population-based training: lambda_reg
     and gamma change while the trials train. The exit status is 1 when no trial could be trained.
     """
-    from slrnet.sweeps.plan import describe, estimate, resume_plan
+    from slrnet.sweeps.plan import resume_plan
     from slrnet.sweeps.run import run_sweep
 
     plan = resume_plan(options.storage, options.resume) if options.resume else _plan(options)
-    print(describe(plan), flush=True)
+    print(plan.describe(), flush=True)
     if options.dry_run:
-        print(estimate(plan, price_per_hour=options.price_per_hour))
+        print(plan.estimate(price_per_hour=options.price_per_hour))
         return
     result = run_sweep(plan, resume=bool(options.resume))
     print(f"\n{result.table}\nbest: {result.best.name}; tables and pictures: {plan.folder / 'results'}")

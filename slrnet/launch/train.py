@@ -22,7 +22,7 @@ from slrnet.checkpoints.checkpoint import MOST_AT_A_TIME, TrainState, find_check
 from slrnet.checkpoints.run_store import CONFIG, RunStore
 from slrnet.config import Config
 from slrnet.data.manifest import ShardSet, load_dataset
-from slrnet.data.supervision import supervision_of
+from slrnet.data.supervision import Supervision, supervision_of
 from slrnet.distributed.process import Process, configure_process, current_process
 from slrnet.launch.checks import check_folder, check_run, checkpoint_bytes, class_balance_table, with_absolute_paths
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, await_lost_nodes
@@ -105,13 +105,13 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     workers = options.plan(say)
     supervision = check_run(config, shards, max(1, workers.most))
     require_free_space(folder, MOST_AT_A_TIME * checkpoint_bytes(config, shards))
-    labels = supervision.describe()
-    handle = _create_run(config, options, shards, labels=labels, workers=workers, resume=options.resume)
+    training = _Training(config, options, workers, shards, supervision)
+    handle = training.create_run(options.resume, None, {})
     (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
     if store is not None:
         store.upload(checkpoints=False)
     say(
-        f"run {options.name}: {shards.info.name}, setting {config.setting}, {labels}; "
+        f"run {options.name}: {shards.info.name}, setting {config.setting}, {supervision.describe()}; "
         f"{workers}, folder {options.location or folder}"
     )
     if config.data.class_balance:
@@ -122,7 +122,7 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
         say(f"resuming after {state.epoch} epochs ({state.step} steps) from {last}")
     elif options.resume:
         say("resuming a run that has no checkpoint yet: from the beginning")
-    driver = _train_tracked(config, handle, options, workers)
+    driver = training.run(handle)
     if store is not None:
         store.fetch()
     checkpoints = folder / "checkpoints"
@@ -132,7 +132,7 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
             f"the training ended without a checkpoint in {checkpoints}; is the folder shared by all nodes?"
         )
     driver.log_artifacts(best, "checkpoint")
-    state = _finish_tracked(driver, config, options, best)
+    state = training.finish(driver, best)
     return RunResult(folder=folder, last=last, best=best, state=state, run=handle)
 
 
@@ -144,7 +144,8 @@ def train_trial(
     workers: WorkerPlan,
     callbacks: Sequence[Any],
     until: int | None = None,
-    notes: Mapping[str, float] | None = None,
+    notes: Mapping[str, float],
+    tags: Mapping[str, str],
 ) -> None:
     """Trains one trial of a sweep; an interrupted trial continues from its last checkpoint, in the same MLflow run.
 
@@ -156,23 +157,24 @@ def train_trial(
         callbacks: Ray Train's callbacks, which receive the metrics of every epoch.
         until: epochs after which to stop; None: train all of them.
         notes: values to add to the trial's curves at the step from which it continues.
+        tags: tags of the trial's MLflow run, besides those of every training.
 
     Raises:
         TrainingError: a worker failed; the trial's MLflow run says why.
     """
     shards = load_dataset(config.data.path)
-    labels = supervision_of(config, shards).describe()
-    handle = _create_run(config, options, shards, labels=labels, workers=workers, resume=None, parent=parent)
+    training = _Training(config, options, workers, shards, supervision_of(config, shards))
+    handle = training.create_run(None, parent, tags)
     checkpoints = options.folder / "checkpoints"
     if notes:
         last = find_checkpoint(checkpoints)
         MlflowTracker(handle, once=True).log_metrics(notes, 0 if last is None else read_state(last).step)
-    driver = _train_tracked(config, handle, options, workers, until=until, callbacks=callbacks)
+    driver = training.run(handle, until=until, callbacks=callbacks)
     best = find_checkpoint(checkpoints, which="best")
     if best is None:
         driver.finish()
     else:
-        _finish_tracked(driver, config, options, best)
+        training.finish(driver, best)
 
 
 def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
@@ -195,77 +197,63 @@ def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
         raise TrainingError(f"{type(cause).__name__}: {cause}") from error
 
 
-# The MLflow run around a training.
+@dataclass(frozen=True)
+class _Training:
+    """A training and the MLflow run around it."""
 
+    config: Config
+    options: LaunchOptions
+    workers: WorkerPlan
+    shards: ShardSet
+    supervision: Supervision
 
-def _create_run(
-    config: Config,
-    options: LaunchOptions,
-    shards: ShardSet,
-    *,
-    labels: str,
-    workers: WorkerPlan,
-    resume: bool | None,
-    parent: RunHandle | None = None,
-) -> RunHandle:
-    environment, folder = environment_tags(), options.folder
-    note = description(config, data=shards.info.name, labels=labels, commit=environment["git_commit"], folder=folder)
-    tags = environment | {
-        "slrnet.data": shards.info.name,
-        "slrnet.data_fingerprint": shards.info.fingerprint,
-        "slrnet.world_size": workers.count,
-        "slrnet.global_batch": str(config.train.batch_size),
-        "slrnet.setting": config.setting,
-        "slrnet.encoder": config.model.encoder,
-        "slrnet.recipe": config.recipe,
-        "slrnet.folder": options.location or str(folder),
-    }
-    uri = resolve_uri(config.tracking.uri, options.remote or options.storage) if parent is None else parent.uri
-    texts = {"config_json": config.to_json(), "description": note}
-    experiment, params = config.tracking.experiment, config.flat()
-    return create_run(uri, experiment, options.name, params=params, tags=tags, resume=resume, parent=parent, **texts)
+    def create_run(self, resume: bool | None, parent: RunHandle | None, tags: Mapping[str, str]) -> RunHandle:
+        """Opens the MLflow run, with some more tags; see `slrnet.tracking.mlflow.create_run`."""
+        config, options, data, tags = self.config, self.options, self.shards.info, environment_tags() | dict(tags)
+        about = {"data": data.name, "labels": self.supervision.describe(), "commit": tags["git_commit"]}
+        tags |= {
+            "slrnet.data": data.name,
+            "slrnet.data_fingerprint": data.fingerprint,
+            "slrnet.world_size": self.workers.count,
+            "slrnet.global_batch": str(config.train.batch_size),
+            "slrnet.setting": config.setting,
+            "slrnet.encoder": config.model.encoder,
+            "slrnet.recipe": config.recipe,
+            "slrnet.folder": options.location or str(options.folder),
+        }
+        uri = resolve_uri(config.tracking.uri, options.remote or options.storage) if parent is None else parent.uri
+        run: dict[str, Any] = {"params": config.flat(), "tags": tags, "resume": resume, "parent": parent}
+        run["description"] = description(config, folder=options.folder, **about)
+        return create_run(uri, config.tracking.experiment, options.name, config_json=config.to_json(), **run)
 
+    def run(self, handle: RunHandle, *, until: int | None = None, callbacks: Sequence[Any] = ()) -> MlflowTracker:
+        """Trains, and records in MLflow why a run failed. Returns the run's tracker; the run has not ended yet."""
+        driver, options, workers, folder = MlflowTracker(handle), self.options, self.workers, self.options.folder
+        values = {"config": self.config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
+        values |= {"location": options.location, "until": until}
+        values["hang_limit"] = options.hang_limit if workers.most else 0.0  # without Ray this is the user's process
+        begun, place = time.time(), options.location or folder
+        try:
+            _run(train_rank, values, folder=place, workers=workers, failures=options.max_failures, callbacks=callbacks)
+        except KeyboardInterrupt:
+            driver.finish("KILLED", "interrupted")
+            raise
+        except Exception as error:
+            if options.remote:
+                RunStore(options.location, folder).fetch_logs()
+            failure = find_failure(folder, since=begun, dead=_dead_ranks(error))
+            cause = f"{type(_cause(error)).__name__}: {_cause(error)}" if failure is None else str(failure)
+            driver.set_tags({} if failure is None else failure.tags())
+            driver.finish("FAILED", cause)
+            raise TrainingError(cause) from error
+        return driver
 
-def _train_tracked(
-    config: Config,
-    handle: RunHandle,
-    options: LaunchOptions,
-    workers: WorkerPlan,
-    *,
-    until: int | None = None,
-    callbacks: Sequence[Any] = (),
-) -> MlflowTracker:
-    """Trains, and records in MLflow why a run failed. Returns the run's tracker; the run has not ended yet."""
-    driver = MlflowTracker(handle)
-    folder = options.folder
-    values = {"config": config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
-    values |= {"location": options.location, "until": until}
-    values["hang_limit"] = options.hang_limit if workers.most else 0.0  # without Ray this is the user's process
-    begun = time.time()
-    try:
-        place = options.location or folder
-        _run(train_rank, values, folder=place, workers=workers, failures=options.max_failures, callbacks=callbacks)
-    except KeyboardInterrupt:
-        driver.finish("KILLED", "interrupted")
-        raise
-    except Exception as error:
-        if options.remote:
-            RunStore(options.location, folder).fetch_logs()
-        failure = find_failure(folder, since=begun, dead=_dead_ranks(error))
-        cause = f"{type(_cause(error)).__name__}: {_cause(error)}" if failure is None else str(failure)
-        driver.set_tags({} if failure is None else failure.tags())
-        driver.finish("FAILED", cause)
-        raise TrainingError(cause) from error
-    return driver
-
-
-def _finish_tracked(driver: MlflowTracker, config: Config, options: LaunchOptions, best: Path) -> TrainState:
-    """Ends the MLflow run with the scores of the best checkpoint; returns its state."""
-    state = read_state(best)
-    text = result_text(state.metrics, state.classes, epoch=state.epoch, folder=options.folder, data=config.data.path)
-    driver.describe(text)
-    driver.finish()
-    return state
+    def finish(self, driver: MlflowTracker, best: Path) -> TrainState:
+        """Ends the MLflow run with the scores of the best checkpoint; returns its state."""
+        state, folder, data = read_state(best), self.options.folder, self.config.data.path
+        driver.describe(result_text(state.metrics, state.classes, epoch=state.epoch, folder=folder, data=data))
+        driver.finish()
+        return state
 
 
 # Ray Train.

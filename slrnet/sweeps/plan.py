@@ -25,19 +25,7 @@ from slrnet.sweeps.ablations import ABLATIONS, Variant, choose_variants
 from slrnet.sweeps.space import Domain, apply_values, check_space
 from slrnet.tracking.protocol import metric_key
 
-__all__ = [
-    "QUANTILE",
-    "REDUCTION",
-    "SweepOptions",
-    "SweepPlan",
-    "describe",
-    "estimate",
-    "may_change",
-    "plan_sweep",
-    "resume_plan",
-    "trial_config",
-    "write_plan",
-]
+__all__ = ["QUANTILE", "REDUCTION", "SweepOptions", "SweepPlan", "may_change", "plan_sweep", "resume_plan"]
 
 QUANTILE = 0.25
 """Share of a population that takes over each time, and share from which it does."""
@@ -123,6 +111,58 @@ class SweepPlan:
             return math.prod(len(domain.grid()) for domain in self.space)
         return self.options.num_samples
 
+    def trial_config(self, values: Mapping[str, Any]) -> Config:
+        """Builds a trial's configuration from its settings by key; for an ablation also the index of its `variant`."""
+        config, rest = self.config, dict(values)
+        if self.ablation:
+            config = apply_overrides(config, ABLATIONS[self.ablation].variants[rest.pop("variant")].changes)
+        return apply_values(config, rest)
+
+    def describe(self) -> str:
+        """Describes what the sweep will try, one line each."""
+        options = self.options
+        if self.ablation:
+            title = ABLATIONS[self.ablation].title
+            lines = [f"{title}: {len(self.variants)} variants, seeds {', '.join(map(str, self.seeds))}"]
+            lines += [f"  {variant.label}: {' '.join(variant.changes)}" for variant in self.chosen_variants]
+            return "\n".join([*lines, f"{self.trials} trials, all trained to the end"])
+        stop = {
+            "asha": f"ASHA may stop trials after {options.grace_epochs} epochs, one in {REDUCTION:g} continues",
+            "pbt": f"population-based: after {options.grace_epochs} epochs and every {options.perturb_every} from "
+            f"there the worst {100 * QUANTILE:g} % take over weights and settings of the best, which are then changed",
+            "none": "all trained to the end",
+        }[options.scheduler]
+        head = f"{self.trials} trials, {options.searcher} search for {', '.join(options.metrics)}; {stop}"
+        return "\n".join([head, *(f"  {domain}" for domain in self.space)])
+
+    def estimate(self, *, price_per_hour: float | None) -> str:
+        """Times a training step in this process, and says what the whole sweep takes at most.
+
+        The estimate leaves out measuring after epochs, starting up, and exchanging gradients between workers.
+        `price_per_hour` is that of one worker, in any currency.
+        """
+        from slrnet.training.trainer import Trainer
+
+        workers, device = self.options.num_workers, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        share = -(-self.config.train.batch_size // workers)  # the largest of the ranks' shares
+        one = apply_values(self.config, {"train.batch_size": share})
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(one, load_dataset(one.data.path), process=Process(device=device), folder=Path(folder))
+            times = list(trainer.try_steps(4))
+        seconds = statistics.median(times[1:] or times)  # the first step warms up
+        steps = trainer.loader.steps_per_epoch // workers * self.config.train.epochs
+        hours = self.trials * workers * steps * seconds / 3600
+        cost = "" if price_per_hour is None else f", {hours * price_per_hour:.2f} at {price_per_hour:g} an hour"
+        kind = "GPU" if device.type == "cuda" else "CPU worker"
+        return (
+            f"a step of {share} images takes {seconds:.2f} s here ({device.type}); {self.trials} trials x {steps} "
+            f"steps x {workers} worker(s): at most {hours:.1f} {kind} hours{cost}"
+        )
+
+    def write(self) -> None:
+        """Writes the plan into the sweep's folder, for `resume_plan`."""
+        write_json(self.folder / _RECORD, TypeAdapter(SweepPlan).dump_python(self, mode="json"))
+
 
 def plan_sweep(
     config: Config,
@@ -186,62 +226,6 @@ def resume_plan(storage: Path, name: str) -> SweepPlan:
     return TypeAdapter(SweepPlan).validate_python(record)
 
 
-def write_plan(plan: SweepPlan) -> None:
-    """Writes a plan into the sweep's folder, for `resume_plan`."""
-    write_json(plan.folder / _RECORD, TypeAdapter(SweepPlan).dump_python(plan, mode="json"))
-
-
-def describe(plan: SweepPlan) -> str:
-    """Describes what the sweep will try, one line each."""
-    options = plan.options
-    if plan.ablation:
-        title = ABLATIONS[plan.ablation].title
-        lines = [f"{title}: {len(plan.variants)} variants, seeds {', '.join(map(str, plan.seeds))}"]
-        lines += [f"  {variant.label}: {' '.join(variant.changes)}" for variant in plan.chosen_variants]
-        return "\n".join([*lines, f"{plan.trials} trials, all trained to the end"])
-    stop = {
-        "asha": f"ASHA may stop trials after {options.grace_epochs} epochs, one in {REDUCTION:g} continues",
-        "pbt": f"population-based: after {options.grace_epochs} epochs and every {options.perturb_every} from there "
-        f"the worst {100 * QUANTILE:g} % take over weights and settings of the best, which are then changed",
-        "none": "all trained to the end",
-    }[options.scheduler]
-    head = f"{plan.trials} trials, {options.searcher} search for {', '.join(options.metrics)}; {stop}"
-    return "\n".join([head, *(f"  {domain}" for domain in plan.space)])
-
-
-def estimate(plan: SweepPlan, *, price_per_hour: float | None) -> str:
-    """Times a training step in this process, and says what the whole sweep takes at most.
-
-    The estimate leaves out measuring after epochs, starting up, and exchanging gradients between workers.
-    `price_per_hour` is that of one worker, in any currency.
-    """
-    from slrnet.training.trainer import Trainer
-
-    workers, device = plan.options.num_workers, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    share = -(-plan.config.train.batch_size // workers)  # the largest of the ranks' shares
-    one = apply_values(plan.config, {"train.batch_size": share})
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(one, load_dataset(one.data.path), process=Process(device=device), folder=Path(folder))
-        times = list(trainer.try_steps(4))
-    seconds = statistics.median(times[1:] or times)  # the first step warms up
-    steps = trainer.loader.steps_per_epoch // workers * plan.config.train.epochs
-    hours = plan.trials * workers * steps * seconds / 3600
-    cost = "" if price_per_hour is None else f", {hours * price_per_hour:.2f} at {price_per_hour:g} an hour"
-    kind = "GPU" if device.type == "cuda" else "CPU worker"
-    return (
-        f"a step of {share} images takes {seconds:.2f} s here ({device.type}); {plan.trials} trials x {steps} steps x "
-        f"{workers} worker(s): at most {hours:.1f} {kind} hours{cost}"
-    )
-
-
-def trial_config(plan: SweepPlan, values: Mapping[str, Any]) -> Config:
-    """Builds a trial's configuration from its settings by key; for an ablation also the index of its `variant`."""
-    config, rest = plan.config, dict(values)
-    if plan.ablation:
-        config = apply_overrides(config, ABLATIONS[plan.ablation].variants[rest.pop("variant")].changes)
-    return apply_values(config, rest)
-
-
 def may_change(key: str) -> bool:
     """Whether a setting can change between epochs, as population-based training changes it."""
     return key.startswith(_CHANGEABLE)
@@ -260,26 +244,21 @@ def _settled(plan: SweepPlan) -> SweepOptions:
         raise ConfigError(
             f"evaluation.every is {config.evaluation.every}; a search needs the metrics of each epoch: set it to 1"
         )
+    metrics = tuple(_logged_name(metric, config) for metric in options.metrics)
+    scheduler = "none" if plan.ablation or len(metrics) > 1 else options.scheduler
     least = config.train.pretrain_epochs + 1
-    settled = replace(
-        options,
-        metrics=tuple(_logged_name(metric, config) for metric in options.metrics),
-        scheduler="none" if plan.ablation or len(options.metrics) > 1 else options.scheduler,
-        searcher=("random" if population else "optuna") if options.searcher == "auto" else options.searcher,
-        grace_epochs=least if options.grace_epochs is None else options.grace_epochs,
-    )
-    if settled.scheduler != "none":
-        if settled.grace_epochs is not None and settled.grace_epochs < least:
+    grace = least if options.grace_epochs is None else options.grace_epochs
+    if scheduler != "none":
+        if grace < least:
             raise ConfigError(
-                f"grace_epochs is {settled.grace_epochs}, and the first {config.train.pretrain_epochs} epochs have no "
-                f"pseudo labels: their metrics say nothing about a trial; use {least} or more"
+                f"grace_epochs is {grace}, and the first {config.train.pretrain_epochs} epochs have no pseudo labels: "
+                f"their metrics say nothing about a trial; use {least} or more"
             )
-        for domain in plan.space:
-            if domain.key in ("train.epochs", "train.pretrain_epochs"):
-                raise ConfigError(
-                    f"{domain.key} cannot be searched while trials are compared by epochs; use --scheduler none"
-                )
-    return settled
+        for key in ("train.epochs", "train.pretrain_epochs"):
+            if any(domain.key == key for domain in plan.space):
+                raise ConfigError(f"{key} cannot be searched while trials are compared by epochs; use --scheduler none")
+    searcher = ("random" if population else "optuna") if options.searcher == "auto" else options.searcher
+    return replace(options, metrics=metrics, scheduler=scheduler, searcher=searcher, grace_epochs=grace)
 
 
 def _check_population(options: SweepOptions, space: Sequence[Domain]) -> None:

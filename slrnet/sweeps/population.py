@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from slrnet.storage.files import write_json
 from slrnet.sweeps.plan import QUANTILE, SweepPlan
 from slrnet.sweeps.space import Domain
-from slrnet.sweeps.trials import Trial, score_of, trial_from_rows, trial_rows
+from slrnet.sweeps.trials import Trial, score_of, trial_rows
 
 __all__ = [
     "Change",
@@ -33,6 +33,7 @@ __all__ = [
     "boundaries",
     "exploit",
     "member_name",
+    "sources_of",
     "start_population",
     "train_population",
 ]
@@ -41,8 +42,8 @@ RESAMPLING = 0.25
 """Probability that a setting is drawn anew instead of moving a little."""
 _RECORD = "population.json"
 
-Round: TypeAlias = Callable[[int, Mapping[int, Mapping[str, Any]]], Mapping[int, str]]
-"""Trains members, given the last epoch and the settings of each, and returns the errors of those that failed."""
+Round: TypeAlias = Callable[[int, Mapping[int, "Member"]], Mapping[int, str]]
+"""Trains members, given the last epoch and the members by index, and returns the errors of those that failed."""
 
 
 @dataclass(frozen=True)
@@ -149,17 +150,10 @@ def exploit(
     return replace(population, members=members, copied=not changed)
 
 
-def train_population(
-    plan: SweepPlan,
-    train_round: Round,
-    *,
-    say: Callable[[str], None],
-    record: Callable[[Population], None] = lambda population: None,
-) -> list[Trial]:
+def train_population(plan: SweepPlan, train_round: Round, *, say: Callable[[str], None]) -> list[Trial]:
     """Trains a population to the end, from the start or from the state in the sweep's folder.
 
-    `train_round` need not repeat what it trained before a kill. `say` receives the lines to show, and `record` the
-    population whenever settings have changed.
+    `train_round` need not repeat what it trained before a kill. `say` receives the lines to show.
     """
     options, folder = plan.options, plan.folder
     population = Population.load(folder) or start_population(
@@ -172,8 +166,7 @@ def train_population(
             _copy_checkpoints(plan, population, ends[population.rounds - 1])
             population = replace(population, copied=True)
         population.save(folder)
-        record(population)
-        errors = train_round(until, {member.index: member.values for member in population.alive})
+        errors = train_round(until, {member.index: member for member in population.alive})
         population = _after_round(plan, population, errors, until)
         if until != ends[-1]:
             goal: dict[str, Any] = {"metric": options.metrics[0], "quantile": QUANTILE, "seed": options.seed}
@@ -192,6 +185,12 @@ def train_population(
 def member_name(plan: SweepPlan, index: int) -> str:
     """Name of a member's run and folder."""
     return f"{plan.options.name}-{index:02d}"
+
+
+def sources_of(plan: SweepPlan, member: Member) -> str:
+    """The members that a member took weights over from, and when, as text; empty if there are none."""
+    taken = [(change.source, change.epoch) for change in member.schedule if change.source is not None]
+    return ", ".join(f"{member_name(plan, source)} after epoch {epoch}" for source, epoch in taken)
 
 
 def _explore(values: Mapping[str, Any], domains: Sequence[Domain], rng: random.Random) -> dict[str, Any]:
@@ -227,12 +226,18 @@ def _copy_checkpoints(plan: SweepPlan, population: Population, epoch: int) -> No
 
 
 def _trial_of(plan: SweepPlan, member: Member) -> Trial:
-    metric, planned = plan.options.metrics[0], plan.config.train.epochs
-    name = member_name(plan, member.index)
-    trial = trial_from_rows(name, member.values, member.rows, metric=metric, planned=planned, error=member.error)
-    givers = ["" if change.source is None else member_name(plan, change.source) for change in member.schedule]
-    schedule = [
-        {"epoch": change.epoch, "values": dict(change.values), "from": giver}
-        for change, giver in zip(member.schedule, givers, strict=True)
-    ]
-    return replace(trial, schedule=tuple(schedule))
+    trial = Trial(
+        name=member_name(plan, member.index),
+        values=member.values,
+        planned=plan.config.train.epochs,
+        error=member.error,
+        schedule=tuple(
+            {
+                "epoch": c.epoch,
+                "values": dict(c.values),
+                "from": "" if c.source is None else member_name(plan, c.source),
+            }
+            for c in member.schedule
+        ),
+    )
+    return trial.measured(member.rows, plan.options.metrics[0])

@@ -17,30 +17,15 @@ from tabulate import tabulate
 
 from slrnet.storage.files import write_json, write_text, written_whole
 from slrnet.sweeps.ablations import ABLATIONS, Ablation
-from slrnet.sweeps.plan import SweepPlan, trial_config
-from slrnet.sweeps.trials import (
-    AblationRow,
-    Trial,
-    ablation_rows,
-    best_trial,
-    epochs_trained,
-    importances,
-    is_wide,
-    mode_of,
-    pareto_front,
-    score_of,
-    scored,
-    settings_of,
-    study_of,
-)
+from slrnet.sweeps.plan import SweepPlan
+from slrnet.sweeps.trials import AblationRow, Trial, Trials, is_wide, mode_of, score_of
 
 __all__ = ["ablation_table", "replay_text", "trial_table", "write_results"]
 
 
-def trial_table(trials: Sequence[Trial], metrics: Sequence[str]) -> str:
+def trial_table(trials: Trials) -> str:
     """Trials as a Markdown table, best first by the first metric; metrics in percent."""
-    ranked = sorted(trials, key=lambda trial: -score_of(trial.metrics, metrics[0]))
-    keys = settings_of(trials)
+    keys, metrics = trials.settings, trials.metrics
     rows = [
         [
             trial.name,
@@ -49,18 +34,18 @@ def trial_table(trials: Sequence[Trial], metrics: Sequence[str]) -> str:
             trial.epochs,
             trial.status + (f": {trial.error}" if trial.error else ""),
         ]
-        for trial in ranked
+        for trial in sorted(trials.all, key=lambda trial: -score_of(trial.metrics, metrics[0]))
     ]
     return _markdown(["trial", *keys, *(f"{metric}, %" for metric in metrics), "epochs", "status"], rows)
 
 
-def replay_text(trials: Sequence[Trial], replay: Mapping[str, int], metric: str) -> str:
+def replay_text(trials: Trials, replay: Mapping[str, int]) -> str:
     """Says in one line what early stopping would have saved, and whether it would have kept the best trial.
 
     `replay` has the epochs that early stopping would have given each of the complete trials, by name.
     """
-    trained, planned = sum(replay.values()), sum(trial.epochs for trial in trials if trial.name in replay)
-    best = best_trial(trials, metric)
+    trained, planned = sum(replay.values()), sum(trial.epochs for trial in trials.all if trial.name in replay)
+    best = trials.best
     assert best is not None
     epochs = replay[best.name]
     fate = "trained to its end" if epochs >= best.epochs else f"stopped after epoch {epochs}"
@@ -70,22 +55,22 @@ def replay_text(trials: Sequence[Trial], replay: Mapping[str, int], metric: str)
     )
 
 
-def ablation_table(ablation: Ablation, rows: Sequence[AblationRow], metrics: Sequence[str]) -> str:
+def ablation_table(ablation: Ablation, rows: Sequence[AblationRow]) -> str:
     """An ablation as Markdown: our means and their spread over seeds beside the paper's figures, in percent."""
     cells = [
         [
             row.variant.label,
             "" if row.variant.paper is None else f"{row.variant.paper:.2f}",
-            *(_percent(row.means[metric], row.spreads[metric] if row.seeds > 1 else None) for metric in metrics),
+            *(_percent(mean, row.spreads[metric] if row.seeds > 1 else None) for metric, mean in row.means.items()),
             row.seeds,
         ]
         for row in rows
     ]
-    head = [ablation.axis, "paper: mIoU, VOC val, %", *(f"{metric}, %" for metric in metrics), "seeds"]
+    head = [ablation.axis, "paper: mIoU, VOC val, %", *(f"{metric}, %" for metric in rows[0].means), "seeds"]
     return f"## {ablation.title}\n\n{_markdown(head, cells)}"
 
 
-def write_results(plan: SweepPlan, trials: Sequence[Trial], *, replay: Mapping[str, int]) -> str:
+def write_results(plan: SweepPlan, trials: Trials, *, replay: Mapping[str, int]) -> str:
     """Writes a sweep's results into its folder `results`, each file whole or not at all.
 
     They are `trials.json`, `summary.md` and pictures, and for a search `importances.json` and `best_config.json`.
@@ -99,49 +84,50 @@ def write_results(plan: SweepPlan, trials: Sequence[Trial], *, replay: Mapping[s
         The summary, Markdown.
     """
     folder = plan.folder / "results"
-    record = {"trials": [asdict(trial) for trial in trials], "epochs": epochs_trained(trials)}
+    record = {"trials": [asdict(trial) for trial in trials.all], "epochs": trials.epochs()}
     write_json(folder / "trials.json", record | ({"epochs_under_asha": dict(replay)} if replay else {}))
     if not plan.ablation:
         summary = _search_results(plan, trials, folder, replay)
     else:
         ablation = ABLATIONS[plan.ablation]
-        metrics = tuple(dict.fromkeys([*plan.options.metrics, "val/mfdr", "val/mfnr", "pseudo_mask/miou"]))
-        rows = ablation_rows(ablation, trials, metrics)
-        _draw_ablation(ablation, rows, metrics, folder / plan.ablation)
-        summary = ablation_table(ablation, rows, metrics) + "\n" + trial_table(trials, metrics)
+        metrics = tuple(dict.fromkeys([*trials.metrics, "val/mfdr", "val/mfnr", "pseudo_mask/miou"]))
+        trials = Trials(trials.all, metrics)
+        rows = trials.rows(ablation)
+        _draw_ablation(ablation, rows, folder / plan.ablation)
+        summary = ablation_table(ablation, rows) + "\n" + trial_table(trials)
     write_text(folder / "summary.md", summary)
     return summary
 
 
-def _search_results(plan: SweepPlan, trials: Sequence[Trial], folder: Path, replay: Mapping[str, int]) -> str:
-    metrics, first = plan.options.metrics, plan.options.metrics[0]
-    best, epochs, shares = best_trial(trials, first), epochs_trained(trials), importances(trials, first)
+def _search_results(plan: SweepPlan, trials: Trials, folder: Path, replay: Mapping[str, int]) -> str:
+    best, epochs, shares = trials.best, trials.epochs(), trials.importances()
     assert best is not None
-    write_text(folder / "best_config.json", trial_config(plan, best.values).to_json())
-    _draw_search(trials, metrics, folder, with_importances=bool(shares))
+    write_text(folder / "best_config.json", plan.trial_config(best.values).to_json())
+    _draw_search(trials, folder, with_importances=bool(shares))
     parts = [
-        trial_table(trials, metrics),
-        _default_text(trials, plan.recipe_point, best, first),
+        trial_table(trials),
+        _default_text(trials, plan.recipe_point, best),
         f"Epochs trained: {epochs['trained']:.0f} of {epochs['planned']:.0f} planned, {100 * epochs['saved']:.1f} % "
         "saved by stopping early; failed trials are not counted.\n",
     ]
-    if trials[0].schedule:
-        _draw_schedules(trials, folder / "schedules")
+    if trials.all[0].schedule:
+        _draw_schedules(trials.all, folder / "schedules")
     if replay:
-        parts.append(replay_text(trials, replay, first))
+        parts.append(replay_text(trials, replay))
     if shares:
         write_json(folder / "importances.json", shares)
         listed = "\n".join(f"- {key}: {100 * value:.0f} %" for key, value in shares.items())
-        parts.append(f"Share of the variance of {first} that a setting explains (fANOVA):\n\n{listed}\n")
-    if len(metrics) > 1:
-        front = trial_table(pareto_front(trials, metrics), metrics)
-        parts.append(f"Beaten by no other trial in all of {', '.join(metrics)}:\n\n{front}")
+        parts.append(f"Share of the variance of {trials.metrics[0]} that a setting explains (fANOVA):\n\n{listed}\n")
+    if len(trials.metrics) > 1:
+        front = trial_table(trials.front())
+        parts.append(f"Beaten by no other trial in all of {', '.join(trials.metrics)}:\n\n{front}")
     return "\n".join(part for part in parts if part)
 
 
-def _default_text(trials: Sequence[Trial], default: Mapping[str, Any], best: Trial, metric: str) -> str:
+def _default_text(trials: Trials, default: Mapping[str, Any], best: Trial) -> str:
     """Compares the best trial with the one that has the recipe's own settings; empty where none has them."""
-    own = best_trial([trial for trial in trials if default and dict(trial.values) == dict(default)], metric)
+    metric = trials.metrics[0]
+    own = Trials([trial for trial in trials.all if default and dict(trial.values) == dict(default)], [metric]).best
     if own is None:
         return ""
     difference = 100 * (best.metrics[metric] - own.metrics[metric])
@@ -166,7 +152,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 # Pictures.
 
 
-def _draw_search(trials: Sequence[Trial], metrics: Sequence[str], folder: Path, *, with_importances: bool) -> None:
+def _draw_search(trials: Trials, folder: Path, *, with_importances: bool) -> None:
     """Draws a search with Optuna; trials without the metrics are left out.
 
     `trials` shows the first metric by setting, `curves` by epoch, `front` the first two metrics against each other, and
@@ -177,25 +163,25 @@ def _draw_search(trials: Sequence[Trial], metrics: Sequence[str], folder: Path, 
     from optuna.visualization import matplotlib as optuna_plots
 
     mpl.use("agg")  # these plots go through pyplot, which otherwise looks for a display
-    measured = scored(trials, metrics[:1])
-    names = [f"{metric}, %" for metric in metrics[:2]]
+    measured = trials.by(1)
+    names = [f"{metric}, %" for metric in trials.metrics[:2]]
     # Optuna warns that its plots are experimental, and of settings with a single value.
     with mpl.rc_context(), warnings.catch_warnings(action="ignore"):
-        study = study_of(measured, metrics[:1])
+        study = measured.study()
         _save(optuna_plots.plot_slice(study, target_name=names[0]), folder / "trials")
         curves = optuna_plots.plot_intermediate_values(study)
         curves.set(xlabel="epoch", ylabel=names[0])
         curves.xaxis.get_major_locator().set_params(integer=True)
-        if len(curves.lines) == len(measured) > 1:
-            curves.legend(curves.lines, [trial.name for trial in measured], bbox_to_anchor=(1.05, 1), loc="upper left")
+        if len(curves.lines) == len(measured.all) > 1:
+            labels = [trial.name for trial in measured.all]
+            curves.legend(curves.lines, labels, bbox_to_anchor=(1.05, 1), loc="upper left")
         _save(curves, folder / "curves")
         if with_importances:
             evaluator = FanovaImportanceEvaluator(seed=0)
             importances = optuna_plots.plot_param_importances(study, evaluator=evaluator, target_name=names[0])
             _save(importances, folder / "importances")
-        if len(metrics) > 1:
-            both = study_of(scored(trials, metrics[:2]), metrics[:2])
-            _save(optuna_plots.plot_pareto_front(both, target_names=names), folder / "front")
+        if names[1:]:
+            _save(optuna_plots.plot_pareto_front(trials.by(2).study(), target_names=names), folder / "front")
 
 
 def _draw_schedules(trials: Sequence[Trial], path: Path) -> None:
@@ -217,13 +203,12 @@ def _draw_schedules(trials: Sequence[Trial], path: Path) -> None:
     _save(axes, path)
 
 
-def _draw_ablation(ablation: Ablation, rows: Sequence[AblationRow], metrics: Sequence[str], path: Path) -> None:
+def _draw_ablation(ablation: Ablation, rows: Sequence[AblationRow], path: Path) -> None:
     """Draws an ablation's means and their spread over seeds: lines for a plot of the paper, points for a table.
 
     Scores go into one panel, beside the paper's where it gives numbers, and error rates into another.
     """
-    groups = [[metric for metric in metrics if mode_of(metric) == mode] for mode in ("max", "min")]
-    groups = [group for group in groups if group]
+    groups = [[metric for metric in rows[0].means if mode_of(metric) == mode] for mode in ("max", "min")]
     axes = _panels(len(groups))
     plotted = all(row.variant.x is not None for row in rows)
     places = [row.variant.x if plotted else place for place, row in enumerate(rows)]
@@ -248,7 +233,7 @@ def _draw_ablation(ablation: Ablation, rows: Sequence[AblationRow], metrics: Seq
 
 
 def _seeds_text(rows: Sequence[AblationRow]) -> str:
-    counts = sorted({row.seeds for row in rows}) or [0]
+    counts = sorted({row.seeds for row in rows})
     shown = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"mean and standard deviation of {shown} seeds" if counts[-1] > 1 else "one seed"
 

@@ -18,14 +18,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
+from ray.tune.search.optuna import OptunaSearch
+
 from slrnet.checkpoints.checkpoint import find_checkpoint
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, cluster_resources
 from slrnet.launch.train import LaunchOptions, TrainingError, train_trial
 from slrnet.sweeps.ablations import ABLATIONS
-from slrnet.sweeps.plan import REDUCTION, SweepOptions, SweepPlan, trial_config, write_plan
-from slrnet.sweeps.population import Population, member_name, train_population
+from slrnet.sweeps.plan import REDUCTION, SweepOptions, SweepPlan
+from slrnet.sweeps.population import Member, member_name, sources_of, train_population
 from slrnet.sweeps.results import write_results
-from slrnet.sweeps.trials import Mode, Trial, best_trial, mode_of, trial_from_rows, trial_rows
+from slrnet.sweeps.trials import Mode, Trial, Trials, mode_of, trial_rows
 from slrnet.tracking.location import resolve_uri
 from slrnet.tracking.mlflow import MlflowTracker, create_run
 from slrnet.tracking.protocol import RunHandle
@@ -65,28 +71,29 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         ValueError: the cluster or the tracking store does not allow it.
         TrainingError: no trial was measured.
     """
-    name, metric = plan.options.name, plan.options.metrics[0]
+    name = plan.options.name
     workers, concurrent = _capacity(plan.options)
     parent = _open_parent(plan, resume=resume)
     if not resume:
-        write_plan(plan)
+        plan.write()
     say(f"sweep {name}: {plan.trials} trials, {concurrent} at a time with {workers} each; folder {plan.folder}")
     say(f"curves and pictures: {parent.how_to_open()}")
     driver, sweep = MlflowTracker(parent), _Sweep(plan, parent, workers, concurrent)
     try:
-        trials = sweep.train_population(say) if plan.options.scheduler == "pbt" else sweep.train(resume=resume)
+        trained = sweep.train_population(say) if plan.options.scheduler == "pbt" else sweep.train(resume=resume)
     except KeyboardInterrupt:
         driver.finish("KILLED", "interrupted")
         raise
     except Exception as error:
         driver.finish("FAILED", str(error))
         raise
-    best = best_trial(trials, metric)
-    sweep.finish_children(trials, best)
+    trials = Trials(trained, plan.options.metrics)
+    best = trials.best
+    sweep.finish_children(trained, best)
     if best is None:
-        cause = next((trial.error for trial in trials if trial.error), "none was measured")
+        cause = next((trial.error for trial in trained if trial.error), "none was measured")
         driver.finish("FAILED", cause)
-        raise TrainingError(f"no trial of sweep {name} has {metric}; the first error: {cause}")
+        raise TrainingError(f"no trial of sweep {name} has {trials.metrics[0]}; the first error: {cause}")
     return sweep.conclude(driver, trials, best)
 
 
@@ -139,21 +146,19 @@ class _Sweep:
 
     def train_population(self, say: Callable[[str], None]) -> list[Trial]:
         """Trains the members of a population round by round."""
-        from ray import tune
 
-        def train_round(until: int, settings: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-            config = tune.TuneConfig(search_alg=_in_turn(self.concurrent), trial_dirname_creator=attrgetter("trial_id"))
-            members = {"member": tune.grid_search(list(settings))}
-            results = self._fit(f"tune-{until:04d}", members, config, resume=True, until=until, settings=settings)
+        def train_round(until: int, members: Mapping[int, Member]) -> dict[int, str]:
+            in_turn = BasicVariantGenerator(max_concurrent=self.concurrent)
+            config = tune.TuneConfig(search_alg=in_turn, trial_dirname_creator=attrgetter("trial_id"))
+            space = {"member": tune.grid_search(list(members))}
+            results = self._fit(f"tune-{until:04d}", space, config, resume=True, until=until, members=members)
             return {result.config["member"]: _error_of(result) for result in results}
 
-        return train_population(self.plan, train_round, say=say, record=self._record_sources)
+        return train_population(self.plan, train_round, say=say)
 
     def _fit(self, name: str, space: dict[str, Any], config: Any, *, resume: bool, **job: Any) -> list[Any]:
         """Runs trials with Tune, which keeps its state as `name` in the sweep's folder; returns a result for each."""
-        from ray import tune
-
-        trainable = tune.with_resources(tune.with_parameters(_trial, job=job | {"sweep": self}), _HEAD_NODE)
+        trainable = tune.with_resources(tune.with_parameters(_trial, sweep=self, **job), _HEAD_NODE)
         state = self.plan.folder / name
         if resume and tune.Tuner.can_restore(str(state)):
             tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
@@ -163,25 +168,15 @@ class _Sweep:
                 name=name,
                 storage_path=str(self.plan.folder),
                 failure_config=tune.FailureConfig(max_failures=self.plan.options.max_failures),
-                callbacks=[_progress(self.plan)],
+                callbacks=[_Progress(self.plan)],
                 verbose=0,
             )
             tuner = tune.Tuner(trainable, param_space=space, tune_config=config, run_config=run_config)
         return list(tuner.fit())
 
-    def _record_sources(self, population: Population) -> None:
-        """Tags the runs of members with the trials that they took over from, and when."""
-        children = runs_below(self.parent)
-        for member in population.members:
-            taken = [change for change in member.schedule if change.source is not None]
-            name = member_name(self.plan, member.index)
-            if taken and name in children:
-                shown = [f"{member_name(self.plan, change.source or 0)} after epoch {change.epoch}" for change in taken]
-                MlflowTracker(children[name][0]).set_tags({"slrnet.exploited_from": ", ".join(shown)})
-
     def finish_children(self, trials: Sequence[Trial], best: Trial | None) -> None:
         """Ends the runs of trials that were stopped early or killed, and uploads the best one's checkpoint."""
-        children, ablation = runs_below(self.parent), self.plan.ablation
+        children = runs_below(self.parent)
         for trial in trials:
             handle, status = children.get(trial.name, (None, ""))
             if handle is None:
@@ -190,8 +185,6 @@ class _Sweep:
             if trial.schedule:
                 tracker.log_text(json.dumps(list(trial.schedule), indent=2), "schedule.json")
             tracker.set_tags({"slrnet.trial_status": trial.status})
-            if ablation:
-                tracker.set_tags({"slrnet.variant": ABLATIONS[ablation].variants[trial.values["variant"]].label})
             if status == "RUNNING":
                 tracker.finish("FAILED" if trial.status == "failed" else "FINISHED", trial.error)
         if best is not None and best.name in children:
@@ -199,7 +192,7 @@ class _Sweep:
             if checkpoint is not None:
                 MlflowTracker(children[best.name][0]).log_artifacts(checkpoint, "checkpoint")
 
-    def conclude(self, driver: MlflowTracker, trials: list[Trial], best: Trial) -> SweepResult:
+    def conclude(self, driver: MlflowTracker, trials: Trials, best: Trial) -> SweepResult:
         """Writes the results into the sweep's folder and its MLflow run."""
         plan, folder = self.plan, self.plan.folder / "results"
         table = write_results(plan, trials, replay=_replay(plan, trials, self.concurrent))
@@ -215,31 +208,32 @@ class _Sweep:
         return SweepResult(best=best, best_config=path, table=table, run=self.parent)
 
 
-def _trial(values: dict[str, Any], *, job: dict[str, Any]) -> None:
+def _trial(
+    values: Mapping[str, Any], *, sweep: _Sweep, until: int | None = None, members: Mapping[int, Member] | None = None
+) -> None:
     """Runs in a trial's actor; a population's member trains one round with its present settings, kept as curves."""
-    from ray import tune
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    sweep: _Sweep = job["sweep"]
-    plan = sweep.plan
-    name, notes = f"{plan.options.name}-{tune.get_context().get_trial_id()}", {}
-    if "settings" in job:
-        name, values = member_name(plan, values["member"]), job["settings"][values["member"]]
+    plan, tags, notes = sweep.plan, {}, {}
+    name = f"{plan.options.name}-{tune.get_context().get_trial_id()}"
+    if plan.ablation:
+        tags["slrnet.variant"] = ABLATIONS[plan.ablation].variants[values["variant"]].label
+    if members is not None:
+        member = members[values["member"]]
+        name, values, sources = member_name(plan, member.index), member.values, sources_of(plan, member)
         notes = {f"setting/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+        tags |= {"slrnet.exploited_from": sources} if sources else {}
     train_trial(
-        trial_config(plan, values),
+        plan.trial_config(values),
         LaunchOptions(name=name, storage=plan.folder / "trials"),
         parent=sweep.parent,
         workers=sweep.workers,
         callbacks=[TuneReportCallback()],
-        until=job.get("until"),
+        until=until,
         notes=notes,
+        tags=tags,
     )
 
 
 def _param_space(plan: SweepPlan) -> dict[str, Any]:
-    from ray import tune
-
     if plan.ablation:
         return {"variant": tune.grid_search(list(plan.variants)), "train.seed": tune.grid_search(list(plan.seeds))}
     if plan.options.searcher == "grid":
@@ -253,78 +247,54 @@ def _param_space(plan: SweepPlan) -> dict[str, Any]:
     return {domain.key: kinds[domain.kind](*domain.values) for domain in plan.space}
 
 
-def _tune_config(plan: SweepPlan, concurrent: int) -> Any:
-    from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
-    from ray.tune.search.optuna import OptunaSearch
-
-    options = plan.options
-    whole = plan.ablation or options.searcher == "grid"
+def _tune_config(plan: SweepPlan, concurrent: int) -> tune.TuneConfig:
+    options, first = plan.options, [plan.recipe_point]
     modes = [mode_of(metric) for metric in options.metrics]
-    single: dict[str, Any] = {"metric": options.metrics[0], "mode": modes[0]} if len(modes) == 1 else {}
-    limit = asha = None
-    if whole:
-        search = _in_turn(concurrent)
-    elif options.searcher == "optuna":
-        several = {} if single else {"metric": list(options.metrics), "mode": modes}
-        search = OptunaSearch(points_to_evaluate=[plan.recipe_point], seed=options.seed, **several)
-        limit = concurrent
-    else:
-        search = _in_turn(concurrent, points_to_evaluate=[plan.recipe_point], random_state=options.seed)
+    goal: dict[str, Any] = {"metric": options.metrics[0], "mode": modes[0]}
+    if len(modes) > 1:
+        goal = {"metric": list(options.metrics), "mode": modes}
+    # Tune's own limit of trials at a time has no effect on this searcher of grids and random draws.
+    search: Any = BasicVariantGenerator(max_concurrent=concurrent)
+    if options.searcher == "optuna" and not plan.ablation:
+        search = OptunaSearch(points_to_evaluate=first, seed=options.seed, **goal)
+        search = ConcurrencyLimiter(search, max_concurrent=concurrent)
+    elif options.searcher == "random" and not plan.ablation:
+        search = BasicVariantGenerator(first, max_concurrent=concurrent, random_state=options.seed)
+    asha = None
     if options.scheduler == "asha":
         rungs = {"grace_period": options.grace_epochs, "reduction_factor": REDUCTION}
-        asha = ASHAScheduler(time_attr="epoch", max_t=plan.config.train.epochs, **rungs)
+        asha = ASHAScheduler(time_attr="epoch", max_t=plan.config.train.epochs, **rungs, **goal)
     return tune.TuneConfig(
         search_alg=search,
         scheduler=asha,
-        num_samples=1 if whole else options.num_samples,
-        max_concurrent_trials=limit,
+        num_samples=1 if plan.ablation or options.searcher == "grid" else options.num_samples,
         trial_dirname_creator=attrgetter("trial_id"),
-        **single,
     )
 
 
-def _in_turn(concurrent: int, **options: Any) -> Any:
-    """Grids and random draws, `concurrent` trials at a time; Tune's own limit has no effect on this searcher."""
-    from ray.tune.search import BasicVariantGenerator
+@dataclass(frozen=True)
+class _Progress(tune.Callback):
+    """Prints what trials report."""
 
-    return BasicVariantGenerator(max_concurrent=concurrent, **options)
+    plan: SweepPlan
 
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
+        done, metric = sum(other.is_finished() for other in trials), self.plan.options.metrics[0]
+        print(
+            f"trial {trial.trial_id}, epoch {result.get('epoch')}/{self.plan.config.train.epochs}: {metric} "
+            f"{100 * result.get(metric, math.nan):.1f} % ({done} of {self.plan.trials} trials done)",
+            flush=True,
+        )
 
-def _progress(plan: SweepPlan) -> Any:
-    """A Tune callback that prints what trials report."""
-    from ray.tune import Callback
-
-    epochs, metric = plan.config.train.epochs, plan.options.metrics[0]
-
-    class Progress(Callback):
-        def on_trial_result(
-            self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any
-        ) -> None:
-            done = sum(other.is_finished() for other in trials)
-            value = result.get(metric, math.nan)
-            print(
-                f"trial {trial.trial_id}, epoch {result.get('epoch')}/{epochs}: {metric} {100 * value:.1f} % "
-                f"({done} of {plan.trials} trials done)",
-                flush=True,
-            )
-
-        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-            print(f"trial {trial.trial_id} failed; the sweep continues", flush=True)
-
-    return Progress()
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        print(f"trial {trial.trial_id} failed; the sweep continues", flush=True)
 
 
 def _trial_of(plan: SweepPlan, result: Any) -> Trial:
     name, values = f"{plan.options.name}-{Path(result.path).name}", dict(result.config)
-    return trial_from_rows(
-        name,
-        values,
-        trial_rows(plan.folder / "trials" / name),
-        metric=plan.options.metrics[0],
-        planned=trial_config(plan, values).train.epochs,
-        error=_error_of(result),
-    )
+    planned = plan.trial_config(values).train.epochs
+    trial = Trial(name=name, values=values, planned=planned, error=_error_of(result))
+    return trial.measured(trial_rows(plan.folder / "trials" / name), plan.options.metrics[0])
 
 
 def _error_of(result: Any) -> str:
@@ -336,10 +306,10 @@ def _error_of(result: Any) -> str:
     return last.removeprefix(f"{TrainingError.__module__}.{TrainingError.__name__}: ")[:500]
 
 
-def _replay(plan: SweepPlan, trials: Sequence[Trial], concurrent: int) -> dict[str, int]:
+def _replay(plan: SweepPlan, trials: Trials, concurrent: int) -> dict[str, int]:
     """Epochs that ASHA would have given the trials of a search without early stopping; empty for other sweeps."""
     options = plan.options
-    curves = {trial.name: trial.curve for trial in trials if trial.status == "finished" and None not in trial.curve}
+    curves = {trial.name: trial.curve for trial in trials.all if trial.status == "finished" and None not in trial.curve}
     alike = len(curves) > 1 and len({len(curve) for curve in curves.values()}) == 1
     if plan.ablation or options.scheduler != "none" or len(options.metrics) > 1 or not alike:
         return {}
@@ -362,8 +332,6 @@ def replay_asha(
     Returns:
         Epochs that each trial would have been trained.
     """
-    from ray.tune.schedulers import ASHAScheduler
-
     longest = max(map(len, curves.values()))
     scheduler = ASHAScheduler(
         time_attr="epoch", metric="score", mode=mode, max_t=longest, grace_period=grace, reduction_factor=reduction

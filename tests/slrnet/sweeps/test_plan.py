@@ -9,16 +9,7 @@ import pytest
 
 from slrnet.checkpoints.checkpoint import CheckpointError
 from slrnet.config import Config, ConfigError, apply_overrides
-from slrnet.sweeps.plan import (
-    SweepOptions,
-    SweepPlan,
-    describe,
-    estimate,
-    plan_sweep,
-    resume_plan,
-    trial_config,
-    write_plan,
-)
+from slrnet.sweeps.plan import SweepOptions, SweepPlan, plan_sweep, resume_plan
 from slrnet.sweeps.space import Domain, parse_domain
 
 SPACE = (parse_domain("weights.consistency=loguniform:0.5:8"), parse_domain("cvlr.dim=choice:4,8"))
@@ -91,7 +82,7 @@ def test_every_epoch_must_be_measured(tiny_config: Config, tmp_path: Path) -> No
 
 def test_a_plan_is_read_back_and_a_taken_name_refused(tiny_config: Config, tmp_path: Path) -> None:
     made = plan(tiny_config, tmp_path, num_samples=3)
-    write_plan(made)
+    made.write()
     assert resume_plan(tmp_path, "s") == made
     with pytest.raises(CheckpointError, match="continue that sweep with --resume s"):
         plan(tiny_config, tmp_path)
@@ -102,23 +93,23 @@ def test_a_plan_is_read_back_and_a_taken_name_refused(tiny_config: Config, tmp_p
 def test_trials_of_an_ablation(tiny_config: Config, tmp_path: Path) -> None:
     made = plan_sweep(tiny_config, options(tmp_path), ablation="fig4", seeds=(0, 3))
     assert made.trials == 10
-    config = trial_config(made, {"variant": 4, "train.seed": 3})
+    config = made.trial_config({"variant": 4, "train.seed": 3})
     assert (config.weights.consistency, config.train.seed) == (8.0, 3)
     assert made.options.scheduler == "none"
-    assert "  8: weights.consistency=8" in describe(made)
-    write_plan(made)
+    assert "  8: weights.consistency=8" in made.describe()
+    made.write()
     assert resume_plan(tmp_path, "s") == made
 
 
 def test_trials_of_a_search(tiny_config: Config, tmp_path: Path) -> None:
     made = plan(tiny_config, tmp_path)
-    config = trial_config(made, {"weights.consistency": 2.5, "cvlr.dim": 4})
+    config = made.trial_config({"weights.consistency": 2.5, "cvlr.dim": 4})
     assert (config.weights.consistency, config.cvlr.dim) == (2.5, 4)
-    assert "cvlr.dim=choice:4,8" in describe(made)
+    assert "cvlr.dim=choice:4,8" in made.describe()
 
 
 def test_a_dry_run_times_a_step_and_multiplies(tiny_config: Config, tmp_path: Path) -> None:
-    said = estimate(plan(tiny_config, tmp_path, num_samples=10), price_per_hour=2.0)
+    said = plan(tiny_config, tmp_path, num_samples=10).estimate(price_per_hour=2.0)
     assert "a step of 4 images takes" in said
     assert "10 trials x 4 steps x 1 worker(s): at most" in said
     assert "at 2 an hour" in said
@@ -131,9 +122,9 @@ def test_an_ablation_can_have_some_of_its_variants(tiny_config: Config, tmp_path
     )
     assert [variant.label for variant in made.chosen_variants] == ["CVLR", "- w/o CVLR", "EMAU"]
     assert made.trials == 6
-    assert "EMAU" in describe(made)
-    assert "Ham." not in describe(made)
-    write_plan(made)
+    assert "EMAU" in made.describe()
+    assert "Ham." not in made.describe()
+    made.write()
     assert resume_plan(tmp_path, "s") == made
     with pytest.raises(ConfigError, match=r"no variant 'CVL'; it has 'CVLR', "):
         plan_sweep(tiny_config, options(tmp_path, name="t"), ablation="table8", seeds=(0,), variants=("CVL",))
@@ -153,8 +144,8 @@ def test_a_population_draws_at_random_and_waits_for_pretraining(tiny_config: Con
     made = plan(tiny_config, tmp_path, space=WEIGHTS, scheduler="pbt", searcher="auto", num_samples=4)
     assert (made.options.searcher, made.options.scheduler) == ("random", "pbt")
     assert made.options.grace_epochs == tiny_config.train.pretrain_epochs + 1
-    assert "the worst 25 % take over" in describe(made)
-    write_plan(made)
+    assert "the worst 25 % take over" in made.describe()
+    made.write()
     assert resume_plan(tmp_path, "s") == made
 
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -124,10 +123,10 @@ class Stub:
         self.plan, self.kill_at, self.fails = plan, kill_at, fails or {}
         self.rounds: list[tuple[int, list[int]]] = []
 
-    def __call__(self, until: int, settings: Mapping[int, Mapping[str, Any]]) -> dict[int, str]:
-        self.rounds.append((until, list(settings)))
+    def __call__(self, until: int, members: Mapping[int, Member]) -> dict[int, str]:
+        self.rounds.append((until, list(members)))
         errors = {}
-        for number, index in enumerate(settings):
+        for number, index in enumerate(members):
             if until == self.kill_at and number == 2:
                 raise KeyboardInterrupt
             if self.fails.get(index) == until:

@@ -13,10 +13,10 @@ from PIL import Image
 from slrnet.config import apply_overrides, load_config
 from slrnet.recipes import get_recipe
 from slrnet.sweeps.ablations import ABLATIONS
-from slrnet.sweeps.plan import SweepOptions, SweepPlan, trial_config
+from slrnet.sweeps.plan import SweepOptions, SweepPlan
 from slrnet.sweeps.results import ablation_table, replay_text, trial_table, write_results
 from slrnet.sweeps.space import parse_domain
-from slrnet.sweeps.trials import Trial, ablation_rows
+from slrnet.sweeps.trials import Trial, Trials
 from tests.fixtures.trials import curves, trial
 
 
@@ -28,7 +28,7 @@ def plan_of(storage: Path, *metrics: str, ablation: str = "", space: Any = ()) -
 def test_the_table_is_ranked_and_names_failures() -> None:
     trials = [trial("low", {"cvlr.dim": 8}, miou=0.25), trial("high", {"cvlr.dim": 16}, "stopped early", miou=0.5)]
     broken = Trial(name="broken", values={"cvlr.dim": 4}, status="failed", epochs=0, metrics={}, error="loss | nan")
-    lines = trial_table([broken, *trials], ["val/miou"]).splitlines()
+    lines = trial_table(Trials([broken, *trials], ["val/miou"])).splitlines()
     assert lines[0] == "| trial | cvlr.dim | val/miou, % | epochs | status |"
     assert lines[2:] == [
         "| high | 16 | 50.00 | 3 | stopped early |",
@@ -48,11 +48,11 @@ def ablation_trials() -> list[Trial]:
 
 def test_seeds_are_put_together() -> None:
     ablation = ABLATIONS["fig4-right"]
-    rows = ablation_rows(ablation, ablation_trials(), ["val/miou"])
+    rows = Trials(ablation_trials(), ["val/miou"]).rows(ablation)
     assert [(row.variant.label, row.seeds) for row in rows] == [("MVMC", 2), ("KL Div.", 1), ("CPS", 0)]
     assert rows[0].means["val/miou"] == pytest.approx(0.55)
     assert rows[0].spreads["val/miou"] == pytest.approx(0.0707, abs=1e-4)
-    table = ablation_table(ablation, rows, ["val/miou"])
+    table = ablation_table(ablation, rows)
     assert "| MVMC | | 55.00 ± 7.07 | 2 |" in table
     assert "| KL Div. | | 40.00 | 1 |" in table
     assert "| CPS | | - | 0 |" in table
@@ -61,8 +61,8 @@ def test_seeds_are_put_together() -> None:
 def test_the_papers_figures_stand_beside() -> None:
     """Of the variants that were run."""
     failed = trial("e", {"variant": 4, "train.seed": 0}, "failed")
-    rows = ablation_rows(ABLATIONS["table8"], [failed], ["val/miou"])
-    assert "| EMAU | 61.76 | - | 0 |" in ablation_table(ABLATIONS["table8"], rows, ["val/miou"])
+    rows = Trials([failed], ["val/miou"]).rows(ABLATIONS["table8"])
+    assert "| EMAU | 61.76 | - | 0 |" in ablation_table(ABLATIONS["table8"], rows)
     assert [row.variant.label for row in rows] == ["EMAU"]
 
 
@@ -72,13 +72,13 @@ def test_a_search_leaves_files(tmp_path: Path) -> None:
         for i in range(5)
     ]
     plan = plan_of(tmp_path, "val/miou", "val/mfdr")
-    summary = write_results(plan, trials, replay={})
+    summary = write_results(plan, Trials(trials, plan.options.metrics), replay={})
     names = {path.name for path in (plan.folder / "results").iterdir()}
     pictures = {f"{name}.{suffix}" for name in ("trials", "curves", "front") for suffix in ("png", "svg")}
     assert names >= {"trials.json", "summary.md", "best_config.json", *pictures}
     assert (plan.folder / "results" / "summary.md").read_text() == summary
     assert "Beaten by no other trial" in summary
-    assert load_config(plan.folder / "results" / "best_config.json") == trial_config(plan, trials[4].values)
+    assert load_config(plan.folder / "results" / "best_config.json") == plan.trial_config(trials[4].values)
     assert len(json.loads((plan.folder / "results" / "trials.json").read_text())["trials"]) == 5
     with Image.open(plan.folder / "results" / "trials.png") as picture:
         assert min(picture.size) > 300
@@ -87,17 +87,17 @@ def test_a_search_leaves_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["fig4-right", "fig6-right"])
 def test_an_ablation_leaves_files(name: str, tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "val/miou", ablation=name)
-    assert "±" in write_results(plan, ablation_trials(), replay={})
+    assert "±" in write_results(plan, Trials(ablation_trials(), plan.options.metrics), replay={})
     files = {path.name for path in (plan.folder / "results").iterdir()}
     assert files == {"trials.json", "summary.md", f"{name}.png", f"{name}.svg"}
 
 
 def test_the_fate_of_the_best_trial_under_early_stopping() -> None:
-    trials = curves([0.1, 0.2, 0.3, 0.4], [0.2, 0.3, 0.3, 0.3])
-    text = replay_text(trials, {"t0": 2, "t1": 4}, "val/miou")
+    trials = Trials(curves([0.1, 0.2, 0.3, 0.4], [0.2, 0.3, 0.3, 0.3]), ["val/miou"])
+    text = replay_text(trials, {"t0": 2, "t1": 4})
     assert "6 of 8 epochs trained, 25.0 % saved" in text
     assert "best trial t0 would have been stopped after epoch 2" in text
-    assert "best trial t0 would have been trained to its end" in replay_text(trials, {"t0": 4, "t1": 2}, "val/miou")
+    assert "best trial t0 would have been trained to its end" in replay_text(trials, {"t0": 4, "t1": 2})
 
 
 def test_a_summary_tells_of_epochs_the_recipe_early_stopping_and_schedules(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_a_summary_tells_of_epochs_the_recipe_early_stopping_and_schedules(tmp_p
     trials = [replace(trial, schedule=schedule) for trial in curves([0.1, 0.25, 0.2], [0.1, 0.2, 0.3, 0.5])]
     plan = plan_of(tmp_path, "val/miou", space=(parse_domain("weights.consistency=loguniform:0.5:8"),))
     plan = replace(plan, config=apply_overrides(plan.config, ["weights.consistency=1"]))
-    summary = write_results(plan, trials, replay={"t0": 2, "t1": 4})
+    summary = write_results(plan, Trials(trials, plan.options.metrics), replay={"t0": 2, "t1": 4})
     assert "Epochs trained: 7 of 8 planned, 12.5 % saved" in summary
     assert "(t0) have 25.00 %, the best trial t1 50.00 %: +25.00 points" in summary
     assert "6 of 7 epochs trained" in summary

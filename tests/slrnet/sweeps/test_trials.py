@@ -8,15 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slrnet.sweeps.trials import (
-    best_trial,
-    epochs_trained,
-    importances,
-    mode_of,
-    pareto_front,
-    trial_from_rows,
-    trial_rows,
-)
+from slrnet.sweeps.trials import Trial, Trials, mode_of, trial_rows
 from tests.fixtures.trials import curves, trial
 
 POINTS = [
@@ -39,19 +31,19 @@ def test_error_rates_want_to_be_small(metric: str, mode: str) -> None:
 
 def test_the_best() -> None:
     trials = [trial("a", miou=0.3), trial("b", miou=0.4), trial("c"), trial("d", miou=float("nan"))]
-    assert best_trial(trials, "val/miou") is trials[1]
-    assert best_trial(POINTS, "val/mfdr") is POINTS[3]
-    assert best_trial(POINTS[-1:], "val/mfdr") is None
+    assert Trials(trials, ["val/miou"]).best is trials[1]
+    assert Trials(POINTS, ["val/mfdr"]).best is POINTS[3]
+    assert Trials(POINTS[-1:], ["val/mfdr"]).best is None
 
 
 def test_the_front_by_hand() -> None:
     """c is beaten by a in one figure and equal in the other; e and f have no figures."""
-    assert [trial.name for trial in pareto_front(POINTS, ["val/mfdr", "val/mfnr"])] == ["d", "b", "a"]
+    assert [trial.name for trial in Trials(POINTS, ["val/mfdr", "val/mfnr"]).front().all] == ["d", "b", "a"]
 
 
 def test_equal_trials_stay_on_the_front() -> None:
     twins = [trial("a", mfdr=0.1, mfnr=0.1), trial("b", mfdr=0.1, mfnr=0.1)]
-    assert pareto_front(twins, ["val/mfdr", "val/mfnr"]) == twins
+    assert Trials(twins, ["val/mfdr", "val/mfnr"]).front().all == twins
 
 
 def test_importances_find_the_setting_that_acts() -> None:
@@ -61,13 +53,13 @@ def test_importances_find_the_setting_that_acts() -> None:
         )
         for i in range(12)
     ]
-    shares = importances(trials, "val/miou")
+    shares = Trials(trials, ["val/miou"]).importances()
     assert next(iter(shares)) == "optim.lr"
     assert shares["optim.lr"] > 0.8
     assert sum(shares.values()) == pytest.approx(1)
-    assert importances(trials[:3], "val/miou") == {}, "too few"
+    assert Trials(trials[:3], ["val/miou"]).importances() == {}, "too few"
     equals = [replace(trial, metrics={"val/miou": 0.2}) for trial in trials]
-    assert importances(equals, "val/miou") == {}, "nothing to explain"
+    assert Trials(equals, ["val/miou"]).importances() == {}, "nothing to explain"
 
 
 def test_a_trial_is_its_best_epoch_and_keeps_its_curve() -> None:
@@ -75,7 +67,7 @@ def test_a_trial_is_its_best_epoch_and_keeps_its_curve() -> None:
     assert (only.status, only.epochs, only.planned) == ("stopped early", 3, 4)
     assert only.metrics == {"val/miou": 0.3}
     assert only.curve == (0.1, 0.3, 0.2)
-    broken = trial_from_rows("b", {}, {1: {"val/miou": 0.1}}, metric="val/miou", planned=4, error="nan")
+    broken = Trial(name="b", values={}, planned=4, error="nan").measured({1: {"val/miou": 0.1}}, "val/miou")
     assert (broken.status, broken.epochs, broken.metrics) == ("failed", 1, {})
 
 
@@ -96,5 +88,5 @@ def test_figures_come_from_the_log_each_epoch_once(tmp_path: Path) -> None:
 def test_the_share_of_epochs_saved() -> None:
     broken = trial("broken", status="failed")
     trials = [*curves([0.1, 0.2, 0.3, 0.4], [0.1, 0.1]), broken]
-    assert epochs_trained(trials) == {"trained": 6, "planned": 8, "saved": 0.25}
-    assert epochs_trained([broken])["saved"] == 0
+    assert Trials(trials, ["val/miou"]).epochs() == {"trained": 6, "planned": 8, "saved": 0.25}
+    assert Trials([broken], ["val/miou"]).epochs()["saved"] == 0
