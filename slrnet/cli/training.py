@@ -141,11 +141,7 @@ def tune(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(plan.estimate(price_per_hour=options.price_per_hour))
         return
-    result = run_sweep(plan, resume=bool(options.resume))
-    print(f"\n{result.table}\nbest: {result.best.name}; tables and pictures: {plan.folder / 'results'}")
-    if result.best_config is not None:
-        print(f"train with it: slrnet train --config {result.best_config}")
-    print(f"curves: {result.run.how_to_open()}")
+    run_sweep(plan, resume=bool(options.resume))
 
 
 def _prediction(*, protocol: str, gating: str | None) -> tuple[Argument, ...]:

@@ -64,22 +64,18 @@ def measure(predictor: MaskPredictor, loader: EvalLoader) -> tuple[Quality, ...]
         loader: this rank's share of the images; images without a mask are skipped.
 
     Returns:
-        The protocol's quality; for `ms_crf` then that of the same masks before the CRF, which is the quality of `ms`.
+        The quality of each of the predictor's `names`: for `ms_crf` that of `ms` and then its own, else its own.
     """
     process, num_classes, images = predictor.process, predictor.inference.model.num_classes, 0
-    matrix, before_crf = ConfusionMatrix(num_classes), ConfusionMatrix(num_classes)
+    matrices = {name: ConfusionMatrix(num_classes) for name in predictor.names}
     labeled = (sample for sample in loader if sample.pixel_labels is not None)
     for predicted in predictor((s, s.image, gating_labels(s, predictor.inference.config)) for s in labeled):
         truth = predicted.sample.pixel_labels
         assert truth is not None
-        matrix.update(torch.from_numpy(predicted.mask), truth)
-        if predicted.before_crf is not None:
-            before_crf.update(torch.from_numpy(predicted.before_crf), truth)
+        for matrix, mask in zip(matrices.values(), predicted.masks, strict=True):
+            matrix.update(torch.from_numpy(mask), truth)
         images += 1
-    quality = Quality.over_ranks(matrix, predictor.name(), images, process)
-    if predictor.settings.protocol != "ms_crf":
-        return (quality,)
-    return quality, Quality.over_ranks(before_crf, predictor.name("ms"), images, process)
+    return tuple(Quality.over_ranks(matrix, name, images, process) for name, matrix in matrices.items())
 
 
 def track_figures(checkpoint: Checkpoint, figures: Mapping[str, float]) -> str | None:
@@ -107,7 +103,7 @@ def _evaluate(values: dict[str, Any], process: Process, report: Report) -> None:
     classes, on_error = shards.info.classes, predictor.inference.config.data.on_error
     split, rank, world_size = values["split"], process.rank, process.world_size
     loader = EvalLoader(shards, split=split, rank=rank, world_size=world_size, on_error=on_error)
-    quality, *before = measure(predictor, loader)
+    *before, quality = measure(predictor, loader)
     metrics = quality_metrics("val", quality, classes)
     report(metrics)
     if process.is_main:

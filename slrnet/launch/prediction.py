@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint, check_classes, load_checkpoint, restore_network
-from slrnet.config import Config, EvaluationConfig, config_from_dict
+from slrnet.config import Config, config_from_dict
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import protocol_name
@@ -55,7 +55,7 @@ class MaskJob:
 
     def describe(self) -> dict[str, Any]:
         """What the masks depend on, besides the splits, as plain values."""
-        settings = _settings(self.config)
+        settings = self.config.evaluation_for(self.config.evaluation.protocol)
         return {
             "checkpoint": str(self.checkpoint.path.resolve()),
             "epoch": self.checkpoint.state.epoch,
@@ -79,16 +79,14 @@ class MaskJob:
 
 @dataclass(frozen=True)
 class PredictedMask(Generic[Sample]):
-    """The mask of one image."""
+    """What is predicted of one image."""
 
     sample: Sample
     """What the caller gave with the image."""
-    mask: Mask
-    """(H, W) uint8 class ids."""
+    masks: tuple[Mask, ...]
+    """One for each of the predictor's `names`."""
     confidence: npt.NDArray[np.float32]
-    """(H, W) float32 in [0, 1], the share of the mask's class in each pixel's probabilities."""
-    before_crf: Mask | None
-    """The mask before the CRF; None for protocols without one."""
+    """(H, W) float32 in [0, 1], the share of the last mask's class in each pixel's probabilities."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +101,11 @@ class MaskPredictor:
     """Helper processes for the CRF, >= 1."""
 
     @property
-    def settings(self) -> EvaluationConfig:
-        """The settings of the protocol."""
-        return _settings(self.inference.config)
-
-    def name(self, protocol: str = "") -> str:
-        """The protocol's name with what deviates from its defaults; with `protocol` that of another one."""
-        return protocol_name(self.settings, protocol or self.settings.protocol)
+    def names(self) -> tuple[str, ...]:
+        """Names of the masks: the protocol's, and for `ms_crf` first that of the same masks before the CRF, `ms`."""
+        protocol = self.inference.config.evaluation.protocol
+        settings = self.inference.config.evaluation_for(protocol)
+        return tuple(protocol_name(settings, name) for name in (("ms",) if protocol == "ms_crf" else ()) + (protocol,))
 
     def __call__(self, samples: Iterable[tuple[Sample, Tensor, Tensor]]) -> Iterator[PredictedMask[Sample]]:
         """Predicts masks, in the order of the samples.
@@ -118,14 +114,15 @@ class MaskPredictor:
             samples: per image something that comes back with its mask, the (3, H, W) uint8 image, and its (K - 1,)
                 image labels, which are used only where the protocol gates by them.
         """
-        protocol, device = self.settings.protocol, self.process.device
+        protocol, device = self.inference.config.evaluation.protocol, self.process.device
         gated = (
             (sample, image, self.inference.predict(image.to(device), protocol, labels)[0][0].float())
             for sample, image, labels in samples
         )
         if protocol != "ms_crf":
             for sample, _, probs in gated:
-                yield PredictedMask(sample, *_most_probable(probs), None)
+                mask, confidence = _most_probable(probs)
+                yield PredictedMask(sample, (mask,), confidence)
             return
         pictures = (
             ((sample, _most_probable(probs)[0]), image.permute(1, 2, 0).contiguous().numpy(), probs.cpu().numpy())
@@ -133,7 +130,7 @@ class MaskPredictor:
         )
         refined = crf_masks(pictures, self.inference.config.crf, processes=self.crf_processes)
         for (sample, before), mask, confidence in refined:
-            yield PredictedMask(sample, mask, confidence, before)
+            yield PredictedMask(sample, (before, mask), confidence)
 
 
 def open_job(values: dict[str, Any], process: Process) -> tuple[MaskPredictor, ShardSet]:
@@ -145,10 +142,6 @@ def open_job(values: dict[str, Any], process: Process) -> tuple[MaskPredictor, S
     model = restore_network(load_checkpoint(values["checkpoint"]), process.device)
     inference = Inference(model, config_from_dict(values["config"]))
     return MaskPredictor(inference, process, values["cpus"] or os.cpu_count() or 1), load_dataset(values["data"])
-
-
-def _settings(config: Config) -> EvaluationConfig:
-    return config.evaluation_for(config.evaluation.protocol)
 
 
 def _most_probable(probs: Tensor) -> tuple[Mask, npt.NDArray[np.float32]]:

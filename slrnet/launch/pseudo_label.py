@@ -213,24 +213,22 @@ def _finished(partial: Path, shard: str) -> dict[str, Any] | None:
 
 def _assemble(partial: Path, shards: ShardSet, job: _Description) -> dict[str, Any]:
     """Turns the folder of finished shards into a data set; returns its record."""
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    parts: list[pa.Table] = []
     quality: dict[str, Any] = {}
     for split in shards.splits:
         view = shards.split(split)
         if split in job["splits"]:
             notes = [_checked(partial, view, place) for place in range(len(view.shard_names))]
             quality[split] = _total_quality(notes, shards.info.classes)
-            parts = [note["columns"] for note in notes]
+            parts += [pa.table(note["columns"], schema=SCHEMA) for note in notes]
         else:
             for name in view.shard_names:
                 with written_whole(partial / name) as incoming:
                     shutil.copyfile(shards.path_of(name), incoming)
-            parts = [view.shard_rows(place).to_pydict() for place in range(len(view.shard_names))]
-        for name in SCHEMA.names:
-            columns[name] += [value for part in parts for value in part[name]]
+            parts += [view.shard_rows(place) for place in range(len(view.shard_names))]
     for leftover in partial.glob(".incoming.*"):
         leftover.unlink()
-    rows, name, classes = pa.table(columns, schema=SCHEMA), f"{shards.info.name}-pseudo", shards.info.classes
+    rows, name, classes = pa.concat_tables(parts), f"{shards.info.name}-pseudo", shards.info.classes
     palette = shards.info.palette_array()
     save_dataset(partial, [rows], name=name, classes=classes, palette=palette, made_by=_command(job))
     record = {"job": job, "quality": quality, "environment": environment_tags()}
@@ -252,13 +250,11 @@ def _checked(partial: Path, view: SplitView, place: int) -> dict[str, Any]:
 
 def _total_quality(notes: Sequence[Mapping[str, Any]], classes: tuple[str, ...]) -> dict[str, Any]:
     """The metrics of all shards together, by protocol; empty if no sample has a true mask."""
-    images = sum(note["images"] for note in notes)
-    quality: dict[str, Any] = {}
-    for protocol in dict.fromkeys(name for note in notes for name in note["counts"]) if images else ():
-        matrix = ConfusionMatrix(len(classes))
-        for note in notes:
-            if protocol in note["counts"]:
-                matrix.counts += torch.tensor(note["counts"][protocol])
+    images, quality = sum(note["images"] for note in notes), {}
+    matrices: dict[str, ConfusionMatrix] = defaultdict(lambda: ConfusionMatrix(len(classes)))
+    for protocol, counts in (item for note in notes for item in note["counts"].items()):
+        matrices[protocol].counts += torch.tensor(counts)
+    for protocol, matrix in matrices.items():
         metrics = quality_metrics("pseudo_mask", Quality(matrix, protocol, images), classes)
         values = {name.removeprefix("pseudo_mask/"): value for name, value in metrics.items()}
         quality[protocol] = {"images": images, "metrics": values | {"coverage": matrix.coverage()}}
@@ -311,13 +307,14 @@ def _write_shard(
 ) -> int:
     """Writes a shard and then its notes, each whole or not at all; returns the number of samples."""
     classes, palette = shards.info.classes, shards.info.palette_array()
-    name, void_below = predictor.name(), predictor.inference.config.inference.void_below
+    void_below, name = predictor.inference.config.inference.void_below, predictor.names[-1]
+    protocols = (*predictor.names, f"{name}, void below {void_below:g}")
     matrices: dict[str, ConfusionMatrix] = defaultdict(lambda: ConfusionMatrix(len(classes)))
     images = 0
     with written_whole(path) as incoming:
         with incoming.open("wb") as file, ShardWriter(file, path.name) as shard:
             for predicted in members:
-                (row, sample), mask, confidence = predicted.sample, predicted.mask, predicted.confidence
+                (row, sample), mask, confidence = predicted.sample, predicted.masks[-1], predicted.confidence
                 kept = np.where(confidence < void_below, np.uint8(IGNORE_INDEX), mask)
                 notes = {"protocol": name, "void_below": void_below, **_confidences(mask, confidence, kept, classes)}
                 shard.add(
@@ -330,11 +327,10 @@ def _write_shard(
                     mask=encode_mask(kept, palette),
                     notes={"pseudo_label": notes},
                 )
-                before = {} if predicted.before_crf is None else {predictor.name("ms"): predicted.before_crf}
-                for protocol, labels in (before | {name: mask, f"{name}, void below {void_below:g}": kept}).items():
-                    if sample.pixel_labels is not None:
+                if sample.pixel_labels is not None:
+                    for protocol, labels in zip(protocols, (*predicted.masks, kept), strict=True):
                         matrices[protocol].update(torch.from_numpy(labels), sample.pixel_labels)
-                images += sample.pixel_labels is not None
+                    images += 1
         digest = sha256_of(incoming)
     counts = {protocol: matrix.counts.tolist() for protocol, matrix in matrices.items()}
     note = {"sha256": digest, "columns": shard.columns, "counts": counts, "images": images}

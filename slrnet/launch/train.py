@@ -76,7 +76,6 @@ class LaunchOptions(WorkerRequest):
 class RunResult:
     """What a finished run leaves."""
 
-    folder: Path
     last: Path
     best: Path
     state: TrainState
@@ -133,7 +132,7 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
         )
     driver.log_artifacts(best, "checkpoint")
     state = training.finish(driver, best)
-    return RunResult(folder=folder, last=last, best=best, state=state, run=handle)
+    return RunResult(last=last, best=best, state=state, run=handle)
 
 
 def train_trial(

@@ -38,7 +38,7 @@ from slrnet.tracking.protocol import RunHandle
 from slrnet.tracking.provenance import environment_tags
 from slrnet.tracking.reader import comparison, runs_below
 
-__all__ = ["SweepResult", "replay_asha", "run_sweep"]
+__all__ = ["replay_asha", "run_sweep"]
 
 _COMPARED = 30
 """Trials in the link of a sweep's description, which has 5,000 characters."""
@@ -46,21 +46,8 @@ _HEAD_NODE = {"node:__internal_head__": 0.001}
 """Resources of the actor that starts a trial."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SweepResult:
-    """What a sweep leaves."""
-
-    best: Trial
-    """The best trial by the first metric."""
-    best_config: Path | None
-    """A file for `slrnet train --config`; None for ablations."""
-    table: str
-    """Markdown, also in `results/summary.md`."""
-    run: RunHandle
-
-
-def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], None] = print) -> SweepResult:
-    """Runs a sweep to its end, or the rest of one.
+def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], None] = print) -> None:
+    """Runs a sweep to its end, or the rest of one, and shows its results.
 
     Args:
         plan: the sweep, from `plan_sweep`, or with `resume` from `resume_plan`.
@@ -89,12 +76,12 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         raise
     trials = Trials(trained, plan.options.metrics)
     best = trials.best
-    sweep.finish_children(trained, best)
+    sweep.finish_children(trials)
     if best is None:
         cause = next((trial.error for trial in trained if trial.error), "none was measured")
         driver.finish("FAILED", cause)
         raise TrainingError(f"no trial of sweep {name} has {trials.metrics[0]}; the first error: {cause}")
-    return sweep.conclude(driver, trials, best)
+    sweep.conclude(driver, trials, best, say)
 
 
 def _capacity(options: SweepOptions) -> tuple[WorkerPlan, int]:
@@ -174,10 +161,10 @@ class _Sweep:
             tuner = tune.Tuner(trainable, param_space=space, tune_config=config, run_config=run_config)
         return list(tuner.fit())
 
-    def finish_children(self, trials: Sequence[Trial], best: Trial | None) -> None:
+    def finish_children(self, trials: Trials) -> None:
         """Ends the runs of trials that were stopped early or killed, and uploads the best one's checkpoint."""
-        children = runs_below(self.parent)
-        for trial in trials:
+        children, best = runs_below(self.parent), trials.best
+        for trial in trials.all:
             handle, status = children.get(trial.name, (None, ""))
             if handle is None:
                 continue
@@ -192,20 +179,23 @@ class _Sweep:
             if checkpoint is not None:
                 MlflowTracker(children[best.name][0]).log_artifacts(checkpoint, "checkpoint")
 
-    def conclude(self, driver: MlflowTracker, trials: Trials, best: Trial) -> SweepResult:
-        """Writes the results into the sweep's folder and its MLflow run."""
+    def conclude(self, driver: MlflowTracker, trials: Trials, best: Trial, say: Callable[[str], None]) -> None:
+        """Shows the results, and writes them into the sweep's folder and its MLflow run."""
         plan, folder = self.plan, self.plan.folder / "results"
         table = write_results(plan, trials, replay=_replay(plan, trials, self.concurrent))
         driver.log_artifacts(folder)
         driver.log_metrics({name: value for name, value in best.metrics.items() if name.count("/") == 1}, 0)
         driver.set_tags({"slrnet.best_trial": best.name})
-        path = None if plan.ablation else folder / "best_config.json"
-        following = "" if path is None else f"\n\nNext: `slrnet train --config {path}`"
+        command = f"slrnet train --config {folder / 'best_config.json'}"
+        following = "" if plan.ablation else f"\n\nNext: `{command}`"
         trial_runs = [handle for handle, _ in runs_below(self.parent).values()][:_COMPARED]
         link = f"[Trials side by side, with parallel coordinates]({comparison(trial_runs)})"
         driver.describe(f"Best trial: {best.name}{following}\n\n{link}\n\n{table}")
         driver.finish()
-        return SweepResult(best=best, best_config=path, table=table, run=self.parent)
+        say(f"\n{table}\nbest: {best.name}; tables and pictures: {folder}")
+        if not plan.ablation:
+            say(f"train with it: {command}")
+        say(f"curves: {self.parent.how_to_open()}")
 
 
 def _trial(
