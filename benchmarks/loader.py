@@ -37,7 +37,7 @@ from slrnet.data.batch import Batch
 from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest import load_dataset
 from slrnet.data.supervision import plan_supervision
-from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
+from slrnet.data.train_loader import TrainLoader
 from slrnet.data.transforms import decode_image
 from slrnet.views.color import apply_color, draw_color
 
@@ -102,9 +102,9 @@ def large_photographs(folder: Path, size: tuple[int, int], repeats: int) -> None
 
 
 def open_loader(folder: Path) -> TrainLoader:
-    settings = TrainLoaderSettings(split="train", batch_size=BATCH, crop_size=CROP, crop_scale=SCALE, flip=0.5, seed=0)
-    shards = load_dataset(folder / "shards")
-    return TrainLoader(shards, settings, plan_supervision(shards.split("train"), DataConfig(), "wsss"))
+    shards, config = load_dataset(folder / "shards"), DataConfig(crop_size=CROP, crop_scale=SCALE, workers=0)
+    supervision = plan_supervision(shards.split("train"), config, "wsss")
+    return TrainLoader(shards, config, supervision, batch_size=BATCH, seed=0)
 
 
 def rates_in_turn(forms: dict[str, Callable[[], object]], repeats: int, count: int) -> dict[str, float]:

@@ -186,26 +186,25 @@ def plan(
 
 def division(*, shards: int, samples: int, ranks: int, readers: int, batch: int) -> Figures:
     """All draws of all readers of all ranks, by the loader's own reader."""
+    from slrnet.config import DataConfig
     from slrnet.data.epoch_plan import Pool
     from slrnet.data.sample_set import SampleSet
     from slrnet.data.supervision import Supervision
-    from slrnet.data.train_loader import TrainLoaderSettings, _TrainReader
+    from slrnet.data.train_loader import _TrainReader
 
     number = shards * samples
     everything = SampleSet.all(number)
     index: Any = SimpleNamespace(split=SimpleNamespace(firsts=np.arange(shards + 1, dtype=np.int64) * samples))
-    settings = TrainLoaderSettings(
-        split="train", batch_size=batch, crop_size=1, crop_scale=(1.0, 1.0), flip=0.0, seed=0, shuffle_buffer=WINDOW
-    )
     drawn, by_rank = np.zeros(number, dtype=np.int64), []
     for rank in range(ranks):
         reader = _TrainReader(
             index=index,
-            settings=settings,
+            config=DataConfig(shuffle_buffer=WINDOW),
             supervision=Supervision(SampleSet.all(0), everything, (Pool(everything, 1.0),)),
+            batch_size=batch,
+            seed=0,
             steps=number // batch,
             share=range(batch * rank // ranks, batch * (rank + 1) // ranks),
-            readers=readers,
         )
         before = drawn.sum()
         for worker in range(readers):

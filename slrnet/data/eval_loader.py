@@ -8,7 +8,7 @@ import numpy as np
 
 from slrnet.data.batch import EvalSample
 from slrnet.data.manifest import DataError, ShardSet
-from slrnet.data.readers import Loader, check_place
+from slrnet.data.readers import Loader, share_of
 from slrnet.data.samples import OnError, SampleIndex, ShardFiles
 
 __all__ = ["EvalLoader"]
@@ -42,7 +42,6 @@ class EvalLoader(Loader):
         world_size: int = 1,
         on_error: OnError = "stop",
     ) -> None:
-        check_place(rank=rank, world_size=world_size)
         view = shard_set.split(split)
         wanted = np.arange(view.num_samples) if indices is None else np.asarray(indices, dtype=np.int64)
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= view.num_samples):
@@ -50,7 +49,7 @@ class EvalLoader(Loader):
                 f"indices run from {wanted.min()} to {wanted.max()}; split {split!r} has the samples 0 to "
                 f"{view.num_samples - 1}"
             )
-        self._indices = wanted[len(wanted) * rank // world_size : len(wanted) * (rank + 1) // world_size]
+        self._indices = wanted[share_of(len(wanted), rank=rank, world_size=world_size)]
         super().__init__(SampleIndex(shard_set=shard_set, split=view, on_error=on_error))
 
     def __len__(self) -> int:

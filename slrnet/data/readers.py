@@ -23,7 +23,7 @@ from slrnet.data.manifest import DataError
 from slrnet.data.processes import end_with, helper_context
 from slrnet.data.samples import SampleIndex, SkippedSample
 
-__all__ = ["BatchLoader", "Delivery", "Loader", "check_at_least_one", "check_place"]
+__all__ = ["BatchLoader", "Delivery", "Loader", "share_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -136,20 +136,11 @@ class BatchLoader(Loader):
         return iter(self._loader)
 
 
-def check_place(*, rank: int, world_size: int, workers: int = 0) -> None:
-    """Raises ValueError if a number of a loader's place among the processes is out of range."""
-    check_at_least_one(world_size=world_size)
+def share_of(number: int, *, rank: int, world_size: int) -> range:
+    """Which of `number` places in a row are a rank's, as evenly as possible; raises ValueError for no such rank."""
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank}; with world_size {world_size} allowed are 0 to {world_size - 1}")
-    if workers < 0:
-        raise ValueError(f"workers is {workers}; allowed are 0 (read in this process) and more")
-
-
-def check_at_least_one(**values: int) -> None:
-    """Raises ValueError if one of the named values is below 1."""
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    return range(number * rank // world_size, number * (rank + 1) // world_size)
 
 
 def _begin_reader(parent: int, worker: int) -> None:

@@ -63,10 +63,6 @@ class SampleIndex:
     split: SplitView
     on_error: OnError = "stop"
 
-    def __post_init__(self) -> None:
-        if self.on_error not in ("stop", "skip"):
-            raise ValueError(f"on_error is {self.on_error!r}; allowed are 'stop' and 'skip'")
-
     @property
     def advice(self) -> str:
         """The commands that find and repair damage."""

@@ -19,67 +19,40 @@ import torch
 import webdataset as wds
 from torch import Tensor
 
+from slrnet.config import DataConfig
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.counter_random import Bits, key_of, random_bits
 from slrnet.data.epoch_plan import Draws, EpochPlan
 from slrnet.data.manifest import DataError, ShardSet
-from slrnet.data.readers import BatchLoader, Delivery, check_at_least_one, check_place
-from slrnet.data.samples import LocatedSample, OnError, SampleIndex, ShardFiles, SkippedSample
+from slrnet.data.readers import BatchLoader, Delivery, share_of
+from slrnet.data.samples import LocatedSample, SampleIndex, ShardFiles, SkippedSample
 from slrnet.data.supervision import Supervision
 from slrnet.data.transforms import Crop, crop_into, crop_mask, draw_crops
 
-__all__ = ["TrainLoader", "TrainLoaderSettings"]
+__all__ = ["TrainLoader"]
 
 _RECENT = 32
 """Good samples that a reader keeps as stand-ins for damaged ones."""
 _SHARDS_NAMED = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainLoaderSettings:
-    """What a training's batches are made of; the same for all of its processes.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
-
-    split: str
-    """Name of the split."""
-    batch_size: int
-    """Images of a step over all ranks, at least one for each rank."""
-    crop_size: int
-    """Side of the crops, pixels."""
-    crop_scale: tuple[float, float]
-    """Smallest and largest share of the image's area that a crop covers, 0 to 1."""
-    flip: float
-    """Probability that a crop is mirrored."""
-    seed: int
-    """Seed of the draws and the crops."""
-    shuffle_buffer: int = 1000
-    """Draws over which the order of the shards is shuffled; 1 keeps it."""
-    on_error: OnError = "stop"
-    """`stop` raises at the first damaged sample. `skip` puts a recent sample of the same reader in its place (the next
-    one at the very beginning) and lists it in `skipped`."""
-
-    def __post_init__(self) -> None:
-        check_at_least_one(batch_size=self.batch_size, crop_size=self.crop_size, shuffle_buffer=self.shuffle_buffer)
-
-
 class TrainLoader(BatchLoader):
-    """Batches of random crops of a split, for one rank.
+    """Batches of random crops of the training split, for one rank.
 
     The draws of a step are a pure function of (seed, epoch, step) and the data, for any number of ranks and readers.
     The ranks share each global batch in order, as evenly as possible. A draw's crop is a function of (seed, epoch,
-    sample, repeat) alone. Labels stay unread unless `supervision` grants them.
+    sample, repeat) alone. Labels stay unread unless `supervision` grants them. With `on_error` "skip", a recent sample
+    of the same reader takes a damaged one's place (at the very beginning the next one); `skipped` lists the damaged.
 
     Args:
         shard_set: the data set.
-        settings: what the batches are made of.
+        config: the data settings: split, crops, shuffling, reader processes, and what to do about damage.
         supervision: which samples are drawn how often, and which of their labels the training may see.
+        batch_size: images of a step over all ranks, at least one for each rank.
+        seed: seed of the draws and the crops.
         rank: place of this process among `world_size`.
         world_size: number of processes that train together, each with a loader of the same settings.
-        workers: reader processes of this rank; 0 reads in this process.
         pin_memory: whether batches come in page-locked memory (needs an accelerator).
 
     Raises:
@@ -90,41 +63,39 @@ class TrainLoader(BatchLoader):
     def __init__(
         self,
         shard_set: ShardSet,
-        settings: TrainLoaderSettings,
+        config: DataConfig,
         supervision: Supervision,
         *,
+        batch_size: int,
+        seed: int,
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        check_place(rank=rank, world_size=world_size, workers=workers)
-        split, batch = shard_set.split(settings.split), settings.batch_size
-        self.draws = supervision.draws
-        """Draws of an epoch; those beyond the last whole global batch are left out, other ones every epoch."""
-        self.global_batch = batch
-        """Images of a step over all ranks."""
-        self.steps_per_epoch = self.draws // batch
+        split, draws = shard_set.split(config.train_split), supervision.draws
+        self.steps_per_epoch = draws // batch_size
+        """Global batches of an epoch; the draws beyond the last one are left out, other ones every epoch."""
         if not self.steps_per_epoch:
             raise ValueError(
-                f"an epoch of split {split.name!r} has {self.draws} samples, fewer than the global batch of {batch}; "
-                f"use a global batch of {self.draws} or less"
+                f"an epoch of split {split.name!r} has {draws} samples, fewer than the global batch of {batch_size}; "
+                f"use a global batch of {draws} or less"
             )
-        if batch < world_size:
+        if batch_size < world_size:
             raise ValueError(
-                f"a global batch of {batch} cannot be shared by {world_size} ranks; use {world_size} or more"
+                f"a global batch of {batch_size} cannot be shared by {world_size} ranks; use {world_size} or more"
             )
         self.reader = _TrainReader(
-            index=SampleIndex(shard_set=shard_set, split=split, on_error=settings.on_error),
-            settings=settings,
+            index=SampleIndex(shard_set=shard_set, split=split, on_error=config.on_error),
+            config=config,
             supervision=supervision,
+            batch_size=batch_size,
+            seed=seed,
             steps=self.steps_per_epoch,
-            share=range(batch * rank // world_size, batch * (rank + 1) // world_size),
-            readers=max(1, workers),
+            share=share_of(batch_size, rank=rank, world_size=world_size),
         )
         self.share = len(self.reader.share)
         """Images of a step of this rank."""
-        super().__init__(self.reader.index, self.reader.deliver, workers=workers, pin_memory=pin_memory)
+        super().__init__(self.reader.index, self.reader.deliver, workers=config.workers, pin_memory=pin_memory)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yields the batches of steps start_step, ..., steps_per_epoch - 1; one epoch at a time.
@@ -170,18 +141,19 @@ class _TrainReader:
     """Makes the batches of a rank's readers. Picklable; nothing in it changes."""
 
     index: SampleIndex
-    settings: TrainLoaderSettings
+    config: DataConfig
     supervision: Supervision
+    batch_size: int
+    """Images of a global batch."""
+    seed: int
     steps: int
     """Steps of an epoch."""
     share: range
     """Places within a global batch that are this rank's."""
-    readers: int
-    """Number of readers of this rank."""
 
     def deliver(self, worker: int, epoch: int, start_step: int) -> Iterator[Delivery]:
         # torch asks its workers in turn, beginning with worker 0: that one has to make step start_step.
-        steps = range(start_step + worker, self.steps, self.readers)
+        steps = range(start_step + worker, self.steps, max(1, self.config.workers))
         with ShardFiles(self.index) as files:
             maker = _BatchMaker(self, files)
             for batch in wds.DataPipeline(partial(self._plan_batches, files, steps, epoch), maker.batches):
@@ -191,9 +163,8 @@ class _TrainReader:
 
     def draws(self, steps: range, epoch: int) -> Iterator[Draws]:
         """This rank's part of some global batches, in order."""
-        batch, window = self.settings.batch_size, self.settings.shuffle_buffer
-        pools, seed = self.supervision.pools_in(epoch), self.settings.seed
-        plan = EpochPlan(pools, self.index.split.firsts, seed=seed, epoch=epoch, window=window)
+        batch, window, pools = self.batch_size, self.config.shuffle_buffer, self.supervision.pools_in(epoch)
+        plan = EpochPlan(pools, self.index.split.firsts, seed=self.seed, epoch=epoch, window=window)
         at_once = max(1, window // (steps.step * batch))  # steps within the reach of the shuffling
         for first in range(0, len(steps), at_once):
             starts = np.array(steps[first : first + at_once], dtype=np.int64) * batch
@@ -206,15 +177,15 @@ class _TrainReader:
     def draw_crops(self, samples: Sequence[LocatedSample | SkippedSample], keys: Bits) -> list[Crop]:
         """Draws a crop for each sample, whose image has the size that the manifest says."""
         sizes = [(one.row.height, one.row.width) if isinstance(one, LocatedSample) else (1, 1) for one in samples]
-        settings = self.settings
-        return draw_crops(sizes, size=settings.crop_size, scale=settings.crop_scale, flip=settings.flip, keys=keys)
+        config = self.config
+        return draw_crops(sizes, size=config.crop_size, scale=config.crop_scale, flip=config.flip, keys=keys)
 
     def _plan_batches(self, files: ShardFiles, steps: range, epoch: int) -> Iterator[list[_PlannedCrop]]:
         """The crops of one batch after another. Damaged samples keep their places, so that the others keep theirs.
 
         All that needs no pixels happens here: code that runs once between two images has left the processor's caches.
         """
-        key = key_of(self.settings.seed, epoch)
+        key = key_of(self.seed, epoch)
         for draws in self.draws(steps, epoch):
             masks = self.supervision.pixel_labels.has(draws.samples).tolist()
             labeled = self.supervision.image_labels.has(draws.samples).tolist()
@@ -260,7 +231,7 @@ class _BatchMaker:
 
     def _crop_all(self, planned: list[_PlannedCrop]) -> tuple[Tensor, list[Tensor | None]]:
         """Images (N, 3, S, S) uint8 and masks (S, S) uint8 of the readable samples; notes the others in `planned`."""
-        number, size = len(self._reader.share), self._reader.settings.crop_size
+        number, size = len(self._reader.share), self._reader.config.crop_size
         if len(planned) != number:
             raise DataError(f"a batch of {number} crops has {len(planned)} samples")
         images = torch.empty((number, 3, size, size), dtype=torch.uint8, memory_format=torch.channels_last)
@@ -280,7 +251,7 @@ class _BatchMaker:
         index, contents = self._reader.index, self._files.contents(sample)
         crop_into(out, index.decode(sample.row, contents, crop.reduction), crop)
         mask = index.decode_mask(sample.row, contents)
-        return None if mask is None else crop_mask(mask, crop, size=self._reader.settings.crop_size)
+        return None if mask is None else crop_mask(mask, crop, size=self._reader.config.crop_size)
 
     def _complete(self, planned: list[_PlannedCrop], images: Tensor, masks: list[Tensor | None]) -> Batch:
         """The batch, with stand-ins for lost crops."""

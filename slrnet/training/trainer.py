@@ -35,8 +35,8 @@ from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import ShardSet
 from slrnet.data.samples import SkippedSample
-from slrnet.data.supervision import Supervision, supervision_of
-from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
+from slrnet.data.supervision import supervision_of
+from slrnet.data.train_loader import TrainLoader
 from slrnet.distributed.process import Process, share_buffers, sum_over_ranks
 from slrnet.evaluation.masks import (
     PseudoMask,
@@ -82,7 +82,16 @@ class Trainer:
         self.normalize = Normalize.of(self.model.encoder)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
         self.supervision = supervision_of(config, shards)
-        self.loader = _train_loader(config, shards, process, self.supervision)
+        self.loader = TrainLoader(
+            shards,
+            config.data,
+            self.supervision,
+            batch_size=config.train.batch_size,
+            seed=config.train.seed,
+            rank=process.rank,
+            world_size=process.world_size,
+            pin_memory=process.device.type == "cuda",
+        )
         self.state = TrainState(
             epoch=0,
             step=0,
@@ -373,28 +382,6 @@ def check_batch(config: Config, world_size: int) -> None:
             f"train.batch_size {batch} is too small for {world_size} workers times {accumulation} accumulation "
             f"steps; use {world_size * accumulation} or more, or fewer workers"
         )
-
-
-def _train_loader(config: Config, shards: ShardSet, process: Process, supervision: Supervision) -> TrainLoader:
-    settings = TrainLoaderSettings(
-        split=config.data.train_split,
-        batch_size=config.train.batch_size,
-        crop_size=config.data.crop_size,
-        crop_scale=config.data.crop_scale,
-        flip=config.data.flip,
-        seed=config.train.seed,
-        shuffle_buffer=config.data.shuffle_buffer,
-        on_error=config.data.on_error,
-    )
-    return TrainLoader(
-        shards,
-        settings,
-        supervision=supervision,
-        rank=process.rank,
-        world_size=process.world_size,
-        workers=config.data.workers,
-        pin_memory=process.device.type == "cuda",
-    )
 
 
 def _new_network(config: Config, num_classes: int, process: Process) -> tuple[Network, torch.nn.Module]:

@@ -7,7 +7,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Any
@@ -30,22 +30,20 @@ from slrnet.data.manifest import DataError, SampleRow, ShardSet, SplitView
 from slrnet.data.sample_set import SampleSet
 from slrnet.data.samples import SampleIndex, ShardFiles
 from slrnet.data.supervision import Supervision, plan_supervision
-from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
+from slrnet.data.train_loader import TrainLoader
 from tests.fixtures.shards import shards_of
 
 from .conftest import COUNTS, NUM_SHARDS, NUM_TRAIN, classes_of, encode_masks_of_noise, write_shards
 
 
 def _loader(data: ShardSet, **changes: Any) -> TrainLoader:
-    settings: dict[str, Any] = {
-        "split": "train", "batch_size": 2, "crop_size": 8, "crop_scale": (0.5, 1.0), "flip": 0.5, "seed": 3,
-        "shuffle_buffer": 4,
-    }  # fmt: skip
-    names = {field.name for field in fields(TrainLoaderSettings)}
-    settings |= {name: value for name, value in changes.items() if name in names}
-    others = {name: value for name, value in changes.items() if name not in names}
-    supervision = others.pop("supervision", None) or plan_supervision(data.split("train"), DataConfig(), "wsss")
-    return TrainLoader(data, TrainLoaderSettings(**settings), supervision, **others)
+    settings: dict[str, Any] = {"crop_size": 8, "crop_scale": (0.5, 1.0), "shuffle_buffer": 4, "workers": 0}
+    others: dict[str, Any] = {"batch_size": 2, "seed": 3, "supervision": None}
+    for name, value in changes.items():
+        (settings if name in DataConfig.model_fields else others)[name] = value
+    config = DataConfig(**settings)
+    supervision = others.pop("supervision") or plan_supervision(data.split("train"), config, "wsss")
+    return TrainLoader(data, config, supervision, **others)
 
 
 def _keys(batches: Iterator[Batch]) -> list[str]:
@@ -106,7 +104,7 @@ def test_each_global_batch_is_the_same_whatever_the_number_of_ranks(data: ShardS
         keys = [place.split()[1] for step in alone for place in step]
         assert len(keys) == len(set(keys)) == 20
         loader = _loader(data, batch_size=4)
-        assert loader.draws - loader.steps_per_epoch * loader.global_batch == 3
+        assert data.split("train").num_samples - loader.steps_per_epoch * 4 == 3
 
 
 def test_an_epoch_repeats_and_epochs_differ(data: ShardSet) -> None:
@@ -301,11 +299,11 @@ def test_readers_of_all_ranks_take_disjoint_samples(data: ShardSet, world_size: 
     [
         ({"batch_size": 24}, "has 23 samples, fewer than the global batch of 24; use a global batch of 23 or less"),
         ({"world_size": 3}, "a global batch of 2 cannot be shared by 3 ranks"),
-        ({"split": "test"}, "no split 'test'; it has: train, val"),
+        ({"train_split": "test"}, "no split 'test'; it has: train, val"),
         ({"rank": 2, "world_size": 2}, "rank is 2; with world_size 2 allowed are 0 to 1"),
-        ({"workers": -1}, "workers is -1"),
-        ({"on_error": "ignore"}, "on_error is 'ignore'; allowed are 'stop' and 'skip'"),
-        ({"shuffle_buffer": 0}, "shuffle_buffer is 0; it must be at least 1"),
+        ({"workers": -1}, "workers\n  Input should be greater than or equal to 0"),
+        ({"on_error": "ignore"}, "on_error\n  Input should be 'stop' or 'skip'"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer\n  Input should be greater than or equal to 1"),
     ],
 )  # fmt: skip
 def test_mistakes_are_refused(data: ShardSet, changes: dict[str, Any], message: str) -> None:

@@ -16,7 +16,7 @@ from slrnet.config import Config, DataConfig, apply_overrides
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.data.supervision import plan_supervision
-from slrnet.data.train_loader import TrainLoader, TrainLoaderSettings
+from slrnet.data.train_loader import TrainLoader
 from slrnet.launch.train import LaunchOptions, launch
 from slrnet.storage import remote
 from slrnet.storage.remote import RemoteError, cached, is_remote, open_cached
@@ -51,9 +51,9 @@ def test_training_and_evaluation_see_what_lies_in_the_bucket(bucket: Put, tiny_d
     for split in ("train", "val"):
         pairs = zip(EvalLoader(shards, split=split), EvalLoader(tiny_data, split=split), strict=True)
         assert all(one.key == two.key and one.image.equal(two.image) for one, two in pairs)
-    settings = TrainLoaderSettings(split="train", batch_size=3, crop_size=32, crop_scale=(0.5, 1.0), flip=0.5, seed=1)
-    supervision = plan_supervision(shards.split("train"), DataConfig(), "wsss")
-    loaders = (TrainLoader(data, settings, supervision) for data in (shards, tiny_data))
+    config = DataConfig(crop_size=32, crop_scale=(0.5, 1.0), workers=0)
+    supervision = plan_supervision(shards.split("train"), config, "wsss")
+    loaders = (TrainLoader(data, config, supervision, batch_size=3, seed=1) for data in (shards, tiny_data))
     batches = zip(*(loader.epoch(0) for loader in loaders), strict=True)
     assert all(one.images.equal(two.images) for one, two in batches)
 
