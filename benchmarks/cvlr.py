@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from benchmarks._memory import forget_peak, peak_memory
 from benchmarks._released import released_module
 from benchmarks._turns import times_in_turn
-from slrnet.config import CvlrConfig
 from slrnet.models.cvlr import CrossViewLowRank, Implementation, factorize
 
 N, DIM, POSITIONS = 2, 256, 8242
@@ -161,7 +160,7 @@ def step_memory(implementation: Implementation) -> float:
 
 
 def module_step(num_iters: int) -> Callable[[], None]:
-    module = CrossViewLowRank(DIM, CvlrConfig(dim=DIM, num_iters=num_iters))
+    module = CrossViewLowRank(DIM, dim=DIM, num_iters=num_iters)
     views, logits = module_inputs()
     return training_step(module, views, lambda: module(views, logits).features)
 

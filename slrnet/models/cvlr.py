@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -134,23 +134,29 @@ class CrossViewLowRank(nn.Module):
 
     Args:
         channels: C, channels of the feature maps that come in and go out.
-        config: the module's settings, its `method` one of `methods`. With `free`, the `num_bases` atoms stand for no
-            class, and the first codes are random, but the same ones each time in evaluation mode (Table 8, "w/o latent
-            space reg."); else the atoms are the classes of the logits. Form `released` has only one implementation.
+        settings: fields of `CvlrConfig`, such as `dim`, `num_iters` and `temperature`, with its defaults; `method` is
+            one of `methods`. With `free`, the `num_bases` atoms stand for no class, and the first codes are random, but
+            the same ones each time in evaluation mode (Table 8, "w/o latent space reg."); else the atoms are the
+            classes of the logits. Form `released` has only one implementation.
 
     Attributes:
         methods: values of `cvlr.method` that the class computes.
         class_codes: an atom stands for a class; only then can codes be compared between views and with class scores.
+
+    Raises:
+        ValueError: a setting that is unknown, out of range or in conflict with another one.
     """
 
     methods: ClassVar[tuple[str, ...]] = ("cvlr", "free")
 
-    def __init__(self, channels: int, config: CvlrConfig) -> None:
+    def __init__(self, channels: int, **settings: Any) -> None:
         super().__init__()
+        config = CvlrConfig(**settings)
         if config.method not in self.methods:
             allowed = ", ".join(self.methods)
             raise ValueError(f"{type(self).__name__} has no method {config.method!r}; allowed are {allowed}")
         self.project_in, self.project_out = build_projectors(channels, config.dim)
+        self.method = config.method
         self.num_iters = config.num_iters
         self.temperature = config.temperature
         self.form = config.form

@@ -9,7 +9,7 @@ Letters: N images, V views, C channels, d feature dimension, k atoms of the dict
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,16 +65,16 @@ class EMAttention(_FreeAtoms):
 
     Args:
         channels: C, channels of the feature maps.
-        config: the module's settings; the authors use 3 iterations and temperature 1.
+        settings: as for `CrossViewLowRank`; the authors use 3 iterations and temperature 1.
     """
 
     methods = ("emau",)
     bases: Tensor
 
-    def __init__(self, channels: int, config: CvlrConfig) -> None:
-        super().__init__(channels, config)
+    def __init__(self, channels: int, **settings: Any) -> None:
+        super().__init__(channels, **settings)
         self.project_in.requires_grad_(False)
-        start = torch.randn(config.dim, config.num_bases) * (2 / config.num_bases) ** 0.5
+        start = torch.randn(self.project_in.out_features, self.num_bases) * (2 / self.num_bases) ** 0.5
         self.register_buffer("bases", unit(start, dim=0))
 
     @torch.no_grad()
@@ -102,19 +102,15 @@ class Hamburger(_FreeAtoms):
 
     Args:
         channels: C, channels of the feature maps.
-        config: the module's settings; `method` is the decomposition. The authors train with 6 iterations. The
+        settings: as for `CrossViewLowRank`; `method` is the decomposition. The authors train with 6 iterations. The
             temperature is that of the softmax of cosine similarities and, for `nmf`, of the first codes.
     """
 
     methods = ("nmf", "vq", "cd")
 
-    def __init__(self, channels: int, config: CvlrConfig) -> None:
-        super().__init__(channels, config)
-        self.decomposition = config.method
-
     def _factorize(self, features: Tensor) -> tuple[Tensor, Tensor]:
         start = draw_start(torch.rand, (*features.shape[:2], self.num_bases), features, training=self.training)
-        if self.decomposition == "nmf":
+        if self.method == "nmf":
             return self._non_negative(features.relu(), unit(start, dim=1))
         return self._by_similarity(features, unit(2 * start - 1, dim=1))
 
@@ -133,9 +129,9 @@ class Hamburger(_FreeAtoms):
             for _ in range(self.num_iters):
                 codes = self._similarity_codes(directions, unit(dictionary, dim=1))
                 dictionary = _weighted_means(features, codes)
-                if self.decomposition == "cd":
+                if self.method == "cd":
                     dictionary = unit(dictionary, dim=1)
-        if self.decomposition == "vq":
+        if self.method == "vq":
             return dictionary, self._similarity_codes(directions, unit(dictionary, dim=1))
         gram = dictionary.transpose(1, 2) @ dictionary
         gram = gram + RIDGE * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -145,7 +141,7 @@ class Hamburger(_FreeAtoms):
 def build_low_rank(config: CvlrConfig, channels: int) -> CrossViewLowRank:
     """Builds the module that `config.method` names, for feature maps of `channels` channels."""
     modules = (CrossViewLowRank, SeparateLowRank, EMAttention, Hamburger)
-    return next(module for module in modules if config.method in module.methods)(channels, config)
+    return next(module for module in modules if config.method in module.methods)(channels, **config.model_dump())
 
 
 def _weighted_means(features: Tensor, codes: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slrnet.config import CvlrConfig
 from slrnet.models.cvlr import CrossViewLowRank, Implementation, factorize
 
 Array = npt.NDArray[np.float64]
@@ -241,7 +240,7 @@ def views_of(sizes: list[tuple[int, int]], channels: int, k: int, seed: int = 0)
 
 def trained_module(channels: int, **options: Any) -> CrossViewLowRank:
     """A module whose output projection is no longer the zero it starts from."""
-    module = CrossViewLowRank(channels, CvlrConfig(**options))
+    module = CrossViewLowRank(channels, **options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         for layer in (module.project_in, module.project_out):
@@ -347,7 +346,7 @@ class TestCrossViewLowRank:
             assert torch.allclose(left, right, atol=1e-4) == centered
 
     def test_starts_as_the_identity_and_learns(self) -> None:
-        module = CrossViewLowRank(6, CvlrConfig(dim=4))
+        module = CrossViewLowRank(6, dim=4)
         features, logits = views_of([(4, 3), (2, 2)], 6, 3)
         out = module(features, logits).features
         assert all(torch.equal(left, right) for left, right in zip(out, features, strict=True))
@@ -442,4 +441,4 @@ class TestCrossViewLowRank:
     )
     def test_mistakes_are_named(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            CrossViewLowRank(6, CvlrConfig(dim=4, **options))
+            CrossViewLowRank(6, dim=4, **options)

@@ -133,7 +133,7 @@ class TestEveryMethod:
 
 def test_separate_is_cvlr_on_each_view_alone() -> None:
     module = module_of("separate")
-    together = CrossViewLowRank(6, CvlrConfig(dim=5, num_iters=2))
+    together = CrossViewLowRank(6, dim=5, num_iters=2)
     together.load_state_dict(module.state_dict())
     features, logits = views_of(*SIZES)
     out = module(features, logits)
@@ -249,4 +249,4 @@ class TestHamburger:
 )
 def test_a_method_of_another_class_is_refused(module: type[CrossViewLowRank], method: Any, allowed: str) -> None:
     with pytest.raises(ValueError, match=f"{module.__name__} has no method '{method}'; allowed are {allowed}$"):
-        module(6, CvlrConfig(method=method))
+        module(6, method=method)

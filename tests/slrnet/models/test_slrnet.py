@@ -38,7 +38,7 @@ def tiny_encoder() -> Encoder:
 
 def tiny_model(*, cvlr: bool = True, seed: int = 0, predict_background: bool = False, **options: Any) -> SLRNet:
     torch.manual_seed(seed)
-    module = CrossViewLowRank(8, CvlrConfig(dim=6, **options)) if cvlr else None
+    module = CrossViewLowRank(8, dim=6, **options) if cvlr else None
     if module is not None:
         module.project_out.reset_parameters()  # it starts at zero, where views would not meet
     return SLRNet(

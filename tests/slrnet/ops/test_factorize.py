@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slrnet.config import CvlrConfig
 from slrnet.models.cvlr import CrossViewLowRank, factorize
 from slrnet.ops import factorize as factorization
 
@@ -28,7 +27,7 @@ def gradients(module: nn.Module, views: list[Tensor], logits: list[Tensor]) -> l
 
 def module_and_inputs() -> tuple[CrossViewLowRank, list[Tensor], list[Tensor]]:
     torch.manual_seed(0)
-    module = CrossViewLowRank(6, CvlrConfig(dim=4, num_iters=2))
+    module = CrossViewLowRank(6, dim=4, num_iters=2)
     module.project_out.reset_parameters()
     sizes = ((4, 3), (2, 2))
     views = [torch.randn(2, 6, *size).requires_grad_() for size in sizes]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from slrnet.cli.main import main
-from slrnet.config import Config, CvlrConfig, ModelConfig, apply_overrides
+from slrnet.config import Config, ModelConfig, apply_overrides
 from slrnet.inference.forward import Inference
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import build_encoder
@@ -32,7 +32,7 @@ SMALL = ModelConfig(
 def model_of(**options: Any) -> SLRNet:
     torch.manual_seed(0)
     encoder = build_encoder(SMALL)
-    module = CrossViewLowRank(8, CvlrConfig(dim=6, num_iters=2, **options))
+    module = CrossViewLowRank(8, dim=6, num_iters=2, **options)
     return SLRNet(encoder, SMALL, num_classes=3, cvlr=module).eval()
 
 

@@ -17,7 +17,6 @@ from PIL import Image
 
 from slrnet.checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from slrnet.cli.main import main
-from slrnet.config import CvlrConfig
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.data.manifest import ShardSet
 from slrnet.evaluation.examine import EvaluationTarget, Examination, choose_by_iou, examine, read_examples
@@ -200,7 +199,7 @@ class TestCommand:
     def test_codes_of_atoms_that_are_no_classes(self, target: EvaluationTarget, examination: Examination) -> None:
         model = copy.deepcopy(target.inference.model)
         assert isinstance(model, SLRNet)
-        model.cvlr = CrossViewLowRank(8, CvlrConfig(method="free", dim=6, num_bases=5))
+        model.cvlr = CrossViewLowRank(8, method="free", dim=6, num_bases=5)
         with pytest.raises(ValueError, match="no low-rank module whose atoms are classes.*codes draws"):
             code_figure(replace(target, inference=replace(target.inference, model=model)), examination, number=1)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slrnet.config import Config, CvlrConfig, ModelConfig, ViewsConfig, config_from_dict
+from slrnet.config import Config, ModelConfig, ViewsConfig, config_from_dict
 from slrnet.data.batch import Batch
 from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.models.cvlr import CrossViewLowRank
@@ -42,7 +42,7 @@ def tiny_model(*, cvlr: bool = True, predict_background: bool = False, **options
         Encoder(TinyBackbone(), stages=[["shallow"], ["deep"]], channels=[5, 6], strides=[2, 4]),
         ModelConfig(decoder_dim=8, skip_dim=3, aspp_dilations=(1, 2, 3)),
         num_classes=K,
-        cvlr=CrossViewLowRank(8, CvlrConfig(dim=6, **options)) if cvlr else None,
+        cvlr=CrossViewLowRank(8, dim=6, **options) if cvlr else None,
         predict_background=predict_background,
     )
 
