@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slrnet.config import LossConfig, WeightsConfig
-from slrnet.losses.classification import classification_loss
 from slrnet.losses.consistency import code_consistency, mask_consistency, mask_divergence
 from slrnet.losses.segmentation import weigh
 from slrnet.models.network import Outputs
 from slrnet.ops.cross_entropy import resized_cross_entropy
 
-__all__ = ["Labels", "Objective", "objective"]
+__all__ = ["Labels", "Objective", "classification_loss", "objective"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,20 @@ def objective(
     }
     total = sum((part * factors[name] for name, part in parts.items()), outputs.logits[0].new_zeros(()))
     return Objective(total, parts)
+
+
+def classification_loss(class_scores: Tensor, image_labels: Tensor) -> Tensor:
+    """Binary cross-entropy of each class against the rest (paper Eq. 2).
+
+    Args:
+        class_scores: (N, K - 1) scores before the sigmoid.
+        image_labels: (N, K - 1) multi-hot.
+
+    Returns:
+        (N,) the mean over the classes for each image.
+    """
+    losses = F.binary_cross_entropy_with_logits(class_scores.float(), image_labels.float(), reduction="none")
+    return losses.mean(dim=1)
 
 
 def _segmentation_parts(

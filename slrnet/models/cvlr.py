@@ -30,7 +30,6 @@ __all__ = [
     "Implementation",
     "LowRankViews",
     "apply_linear",
-    "build_projectors",
     "draw_start",
     "factorize",
     "unit",
@@ -155,7 +154,10 @@ class CrossViewLowRank(nn.Module):
         if config.method not in self.methods:
             allowed = ", ".join(self.methods)
             raise ValueError(f"{type(self).__name__} has no method {config.method!r}; allowed are {allowed}")
-        self.project_in, self.project_out = build_projectors(channels, config.dim)
+        self.project_in, self.project_out = nn.Linear(channels, config.dim), nn.Linear(config.dim, channels)
+        nn.init.orthogonal_(self.project_in.weight)
+        for start in (self.project_in.bias, self.project_out.weight, self.project_out.bias):
+            nn.init.zeros_(start)
         self.method = config.method
         self.num_iters = config.num_iters
         self.temperature = config.temperature
@@ -243,15 +245,6 @@ def _to_maps(positions: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Splits (N, c, P) into one map (N, c, h, w) per view, of the sizes of `like`."""
     parts = positions.split([view.shape[-2] * view.shape[-1] for view in like], dim=2)
     return [part.unflatten(2, view.shape[-2:]) for part, view in zip(parts, like, strict=True)]
-
-
-def build_projectors(channels: int, dim: int) -> tuple[nn.Linear, nn.Linear]:
-    """The linear maps into and out of a factorization; the second starts at zero."""
-    inwards, outwards = nn.Linear(channels, dim), nn.Linear(dim, channels)
-    nn.init.orthogonal_(inwards.weight)
-    for start in (inwards.bias, outwards.weight, outwards.bias):
-        nn.init.zeros_(start)
-    return inwards, outwards
 
 
 def draw_start(draw: Callable[..., Tensor], shape: tuple[int, ...], like: Tensor, *, training: bool) -> Tensor:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from slrnet.config import LossConfig, WeightsConfig
-from slrnet.losses.classification import classification_loss
 from slrnet.losses.consistency import code_consistency, mask_consistency, mask_divergence
-from slrnet.losses.objective import Labels, Objective, objective
+from slrnet.losses.objective import Labels, Objective, classification_loss, objective
 from slrnet.losses.segmentation import balanced_cross_entropy, weigh
 from slrnet.models.network import Outputs
 from slrnet.ops.cross_entropy import resized_cross_entropy

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from slrnet.losses.classification import classification_loss
+from slrnet.losses.objective import classification_loss
 
 
 def test_worked_by_hand() -> None:
