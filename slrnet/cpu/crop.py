@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 from collections.abc import Callable
 
@@ -32,14 +31,7 @@ def crop_kernel() -> CropKernel | None:
     """
     if next(_asked) < _FEW:
         return None
-    library = compiled("crop")
-    return None if library is None else _function_of(library)
-
-
-@functools.cache
-def _function_of(library: ctypes.CDLL) -> CropKernel | None:
-    if not library.can_crop():
-        return None
-    function = library.crop
-    function.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_int] * 6, ctypes.c_void_p]
-    return function
+    kernel = getattr(compiled("crop"), "crop", None)
+    if kernel is not None:
+        kernel.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_int] * 6, ctypes.c_void_p]
+    return kernel

@@ -23,17 +23,14 @@
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
 typedef int32_t int_lanes __attribute__((vector_size(4 * LANES)));
-typedef float half __attribute__((vector_size(32)));
-typedef float quarter __attribute__((vector_size(16)));
 
 typedef struct {
     int old_height, old_width, classes, height, width;
     int blocks;            /* of LANES classes */
-    const float *logits;   /* (old_height, old_width, classes), of one image */
+    const float *logits;   /* (old_height, old_width, classes), of one image; at each pixel, the largest one is 0 */
     const int64_t *labels; /* (height, width), below classes */
     const float *weights;  /* (height, width) */
-    float *sums, *own;     /* (height, width): sums of exponentials, and the labels' logits; both of resized logits from
-                              which the largest logit of each pixel of the small map is subtracted */
+    float *sums, *own;     /* (height, width): sums of exponentials, 1 to begin with, and the labels' logits */
 } image;
 
 /* Rows `top` to `bottom` and columns `left` to `right` of the pixels in a cell, which is at `row` and `column`. */
@@ -59,9 +56,6 @@ typedef struct {
     row_weights *weights;
 } workspace;
 
-/* Results of the kernel. Exponentials of logits more than LARGEST_SPREAD below the largest one would underflow. */
-enum { DONE, NO_MEMORY, TOO_FAR, NO_CLASS };
-static const float LARGEST_SPREAD = 80;
 static const float LOG_2_HIGH = 0x1.62e4p-1f, LOG_2_LOW = 0x1.7f7d1cp-20f, ROUNDING = 0x1.8p23f;
 
 static inline lanes all(float value) { return value - (lanes){0}; }
@@ -84,17 +78,11 @@ static inline lanes exponential(lanes x) {
 }
 
 static inline float total(lanes x) {
-#if LANES == 16
-    half parts[2];
-    memcpy(parts, &x, sizeof x);
-    half eight = parts[0] + parts[1];
-#else
-    half eight = x;
-#endif
-    quarter four[2];
-    memcpy(four, &eight, sizeof eight);
-    four[0] += four[1];
-    return (four[0][0] + four[0][1]) + (four[0][2] + four[0][3]);
+    float sums[LANES];
+    memcpy(sums, &x, sizeof x);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+    return sums[0];
 }
 
 /* The first of `count` pixels at or after position `place` of `old`. The last pixel belongs to the last cell. */
@@ -189,13 +177,11 @@ APART void pixels_of_a_cell(const image *of, const workspace *in, cell at) {
     WITH_CONSTANT(n, for (int b = 0; b < blocks; b++) spread(start, b, N, in->weights, at.bottom - at.top, slopes))
 }
 
-/* Whether a pixel of the cell has weight; if none has, the sums are set to 1. */
+/* Whether a pixel of the cell has weight. */
 static int has_weight(const image *of, cell at) {
     for (int y = at.top; y < at.bottom; y++)
         for (int x = at.left; x < at.right; x++)
             if (of->weights[(int64_t)y * of->width + x] != 0) return 1;
-    for (int y = at.top; y < at.bottom; y++)
-        for (int x = at.left; x < at.right; x++) of->sums[(int64_t)y * of->width + x] = 1;
     return 0;
 }
 
@@ -204,7 +190,7 @@ APART void labels_of_a_cell(const image *of, const workspace *in, cell at) {
     int64_t next = (int64_t)of->blocks * LANES, start = at.column * next;
     const float *upper = (const float *)in->neighbors[0] + start, *lower = (const float *)in->neighbors[1] + start;
     float *above = (float *)in->gradients[0] + start, *beneath = (float *)in->gradients[1] + start;
-    float distances[at.right - at.left + 1];
+    float distances[RUN];
     for (int x = at.left; x < at.right; x++)
         distances[x - at.left] = distance_into(at.column, x, of->old_width, of->width);
     for (int y = at.top; y < at.bottom; y++) {
@@ -231,94 +217,56 @@ APART void labels_of_a_cell(const image *of, const workspace *in, cell at) {
     }
 }
 
-/* Copies a pixel's logits less the largest one. Returns whether all are near it; NaN is not. */
-static int shifted(const float *logits, int classes, int blocks, lanes *to) {
-    float *values = (float *)to;
-    memcpy(values, logits, classes * sizeof(float));
-    for (int k = classes; k < blocks * LANES; k++) values[k] = logits[0];
-    lanes most = to[0], least = to[0], sum = to[0] - to[0];
-    for (int b = 0; b < blocks; b++) {
-        most = chosen(to[b] > most, to[b], most);
-        least = chosen(to[b] < least, to[b], least);
-        sum += to[b];
-    }
-    float largest = most[0], smallest = least[0];
-    for (int lane = 1; lane < LANES; lane++) {
-        largest = most[lane] > largest ? most[lane] : largest;
-        smallest = least[lane] < smallest ? least[lane] : smallest;
-    }
-    for (int b = 0; b < blocks; b++) to[b] -= largest;
-    for (int k = classes; k < blocks * LANES; k++) values[k] = -1e4f; /* the exponential is 0 */
-    float check = total(sum);
-    return largest - smallest < LARGEST_SPREAD && check == check;
-}
-
 /* One row of cells; writes `gradient` (2, old_width, classes). */
-static int row_of_cells(const image *of, const workspace *in, int row, float *gradient) {
-    int64_t pixels = 2 * of->old_width, blocks = of->blocks, near = 1;
+static void row_of_cells(const image *of, const workspace *in, int row, float *gradient) {
+    int64_t pixels = 2 * of->old_width, blocks = of->blocks;
     memset(in->gradients[0], 0, pixels * blocks * sizeof(lanes));
     const float *logits = of->logits + (int64_t)row * of->old_width * of->classes;
-    for (int64_t i = 0; i < pixels; i++)
-        near &= shifted(logits + i * of->classes, of->classes, blocks, in->neighbors[0] + i * blocks);
-    if (!near) return TOO_FAR;
+    for (int64_t i = 0; i < pixels; i++) {
+        float *to = memcpy(in->neighbors[0] + i * blocks, logits + i * of->classes, of->classes * sizeof(float));
+        for (int k = of->classes; k < blocks * LANES; k++) to[k] = -1e4f; /* the exponential is 0 */
+    }
     int top = first_in(row, of->old_height, of->height), bottom = first_in(row + 1, of->old_height, of->height);
-    for (int64_t i = (int64_t)top * of->width; i < (int64_t)bottom * of->width; i++)
-        if (of->labels[i] < 0 || of->labels[i] >= of->classes) return NO_CLASS;
     for (int column = 0; column < of->old_width - 1; column++) {
         int end = first_in(column + 1, of->old_width, of->width);
         for (int left = first_in(column, of->old_width, of->width); left < end; left += RUN) {
             cell at = {row, column, top, bottom, left, left + RUN < end ? left + RUN : end};
             if (has_weight(of, at)) pixels_of_a_cell(of, in, at);
+            labels_of_a_cell(of, in, at);
         }
-    }
-    for (int column = 0; column < of->old_width - 1; column++) {
-        int left = first_in(column, of->old_width, of->width), right = first_in(column + 1, of->old_width, of->width);
-        labels_of_a_cell(of, in, (cell){row, column, top, bottom, left, right});
     }
     for (int64_t i = 0; i < pixels; i++)
         memcpy(gradient + i * of->classes, in->gradients[0] + i * blocks, of->classes * sizeof(float));
-    return DONE;
 }
 
-/* Tensors of several images, as `image` describes them. Writes gradients (images, old_height, old_width, classes) and
-   `parts` (images, old_height - 1, 2, old_width, classes): what each row of cells adds to the rows of neighbors above
-   and below it. Heights and widths are at least 2. */
+/* Tensors of several images, as `image` describes them. Writes `gradients` (images, old_height - 1, 2, old_width,
+   classes): what each row of cells adds to the rows of neighbors above and below it. Heights and widths are at least 2.
+   Returns whether there is memory for a few rows. */
 int cross_entropy(
     int threads, int images, int old_height, int old_width, int classes, int height, int width, const float *logits,
-    const int64_t *labels, const float *pixel_weights, float *sums, float *own, float *parts, float *gradients
+    const int64_t *labels, const float *weights, float *sums, float *own, float *gradients
 ) {
-    int blocks = (classes + LANES - 1) / LANES, rows = old_height - 1, result = DONE;
+    int blocks = (classes + LANES - 1) / LANES, rows = old_height - 1, enough = 1;
     size_t most = (height - 1) / rows + 2; /* rows of pixels in a cell */
     int64_t pixels = (int64_t)height * width, line = (int64_t)old_width * classes, wide = (int64_t)old_width * blocks;
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads) reduction(&& : enough)
     {
-        lanes *room = aligned_alloc(sizeof(lanes), sizeof(lanes) * (6 * blocks + 4 * wide)), *end = room + 6 * blocks;
-        row_weights *weights = malloc(most * sizeof(row_weights));
+        size_t places = 6 * blocks + 4 * wide + most * sizeof(row_weights) / sizeof(lanes) + 1;
+        lanes *room = aligned_alloc(sizeof(lanes), sizeof(lanes) * places), *end = room + 6 * blocks;
+        enough = room != NULL;
         run start = {room, room + blocks, room + 2 * blocks, room + 3 * blocks};
         run moving = {room + 4 * blocks, room + 5 * blocks, start.first_ratio, start.ratio_ratio};
-        workspace in = {{end, end + wide}, {end + 2 * wide, end + 3 * wide}, start, moving, weights};
+        workspace in = {{end, end + wide}, {end + 2 * wide, end + 3 * wide}, start, moving, (row_weights *)(end + 4 * wide)};
 #pragma omp for schedule(dynamic)
         for (int i = 0; i < images * rows; i++) {
-            int n = i / rows, ended = NO_MEMORY;
+            int n = i / rows;
             image of = {
                 old_height, old_width, classes, height, width, blocks, logits + n * old_height * line,
-                labels + n * pixels, pixel_weights + n * pixels, sums + n * pixels, own + n * pixels,
+                labels + n * pixels, weights + n * pixels, sums + n * pixels, own + n * pixels,
             };
-            if (room && weights) ended = row_of_cells(&of, &in, i % rows, parts + i * 2 * line);
-            if (ended != DONE) {
-#pragma omp atomic write
-                result = ended;
-            }
+            if (room) row_of_cells(&of, &in, i % rows, gradients + i * 2 * line);
         }
-        free(weights);
         free(room);
-#pragma omp for
-        for (int i = 0; i < images * old_height; i++) {
-            int n = i / old_height, row = i % old_height;
-            const float *below = parts + (int64_t)(n * rows + row) * 2 * line, *above = below - line;
-            for (int64_t j = 0; j < line; j++)
-                gradients[i * line + j] = (row < rows ? below[j] : 0) + (row > 0 ? above[j] : 0);
-        }
     }
-    return result;
+    return enough;
 }

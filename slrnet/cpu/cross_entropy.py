@@ -11,8 +11,8 @@ from slrnet.cpu.compiled import compiled
 
 __all__ = ["sums_and_gradients"]
 
-_NO_MEMORY, _TOO_FAR, _NO_CLASS = 1, 2, 3
-"""Results of the kernel if it fails."""
+_LARGEST_SPREAD = 80.0
+"""Exponentials of logits that are farther below the largest one of their pixel would underflow."""
 
 
 def sums_and_gradients(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -30,18 +30,21 @@ def sums_and_gradients(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple
     library = compiled("cross_entropy")
     if library is None:
         return None
-    maps, labels, weights = logits.permute(0, 2, 3, 1).contiguous(), labels.contiguous(), weights.contiguous()
+    maps = (logits - logits.amax(dim=1, keepdim=True)).permute(0, 2, 3, 1).contiguous()
+    if not maps.amin() > -_LARGEST_SPREAD:  # NaN is not either
+        return None
     images, old_height, old_width, classes = maps.shape
-    sums, own, gradients = torch.empty_like(weights), torch.empty_like(weights), torch.empty_like(maps)
+    lowest, highest = (int(label) for label in labels.aminmax())
+    if lowest < 0 or highest >= classes:
+        raise IndexError(f"labels are {lowest} to {highest}; allowed are 0 to {classes - 1}")
+    labels, weights = labels.contiguous(), weights.contiguous()
+    sums, own, gradients = torch.ones_like(weights), torch.empty_like(weights), torch.empty_like(maps)
     parts = maps.new_empty(images, old_height - 1, 2, old_width, classes)
     sizes = (images, old_height, old_width, classes, *labels.shape[1:])
-    tensors = (maps, labels, weights, sums, own, parts, gradients)
+    tensors = (maps, labels, weights, sums, own, parts)
     pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
-    ended = library.cross_entropy(torch.get_num_threads(), *sizes, *pointers)
-    if ended == _NO_MEMORY:
+    if not library.cross_entropy(torch.get_num_threads(), *sizes, *pointers):
         raise MemoryError("the cross-entropy kernel got no memory for its rows; lower data.batch_size")
-    if ended == _NO_CLASS:
-        raise IndexError(f"labels are {int(labels.min())} to {int(labels.max())}; allowed are 0 to {classes - 1}")
-    if ended == _TOO_FAR:
-        return None
+    gradients[:, 0], gradients[:, -1] = parts[:, 0, 0], parts[:, -1, 1]
+    torch.add(parts[:, 1:, 0], parts[:, :-1, 1], out=gradients[:, 1:-1])
     return (sums.log_() - own).mul_(weights).sum(dim=(1, 2)), gradients.permute(0, 3, 1, 2)
