@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.shard_writer import Item, Sample, check_output, report_problems, verify, write_dataset
+from data_prep.shard_writer import Item, Sample, report_problems, verify, write_dataset
 from data_prep.source_files import read_keys
 from data_prep.workers import ConversionPool
 from slrnet.data.catalog import voc_palette
@@ -139,7 +139,6 @@ def convert_items(
     """
     assert output.name is not None
     assert output.made_by is not None
-    check_output(output.folder)
     known = {item.key for item in items} if output.subsets else set()
     for name, path in output.subsets.items():
         keys = frozenset(read_keys(path))

@@ -173,18 +173,12 @@ def _find_map(root: Path) -> Path:
 
 
 def _train_items(root: Path) -> list[_Item]:
-    """Training images that have an annotation, and what is left out."""
+    """Training images that have an annotation."""
     images, labels = root / "Data" / "DET" / "train", root / "Annotations" / "DET" / "train"
     for folder in (images, labels):
         if not folder.is_dir():
             raise DataError(f"{folder} is no folder; --root is the folder ILSVRC that the DET archive unpacks to")
-    annotated = sorted(_files(labels, ".xml"))
-    without = len(set(_files(images, ".JPEG")) - set(annotated))
-    print(f"train: {len(annotated)} images; left out {without} whose classes nobody listed", flush=True)
-    return [
-        _Item(key=os.path.basename(name), split="train", image=f"{images}/{name}.JPEG", label=f"{labels}/{name}.xml")
-        for name in annotated
-    ]
+    return _items("train", images, labels, ".xml", without="whose classes nobody listed")
 
 
 def _val_items(images: Path, masks: Path) -> list[_Item]:
@@ -192,13 +186,18 @@ def _val_items(images: Path, masks: Path) -> list[_Item]:
     for option, folder in (("--val-images", images), ("--val-masks", masks)):
         if not folder.is_dir():
             raise DataError(f"{option} {folder} is no folder; give that of the L2ID challenge, track 1")
-    labeled = sorted(_files(masks, ".png"))
-    if not labeled:
+    if not next(_files(masks, ".png"), ""):
         raise DataError(f"--val-masks {masks} holds no masks KEY.png; {MASK_REMEDY}")
-    without = len(set(_files(images, ".JPEG")) - set(labeled))
-    print(f"val: {len(labeled)} images; left out {without} without a mask", flush=True)
+    return _items("val", images, masks, ".png", without="without a mask")
+
+
+def _items(split: str, images: Path, labels: Path, suffix: str, *, without: str) -> list[_Item]:
+    """The images that a file of labels belongs to; prints how many are left out."""
+    labeled = sorted(_files(labels, suffix))
+    left_out = len(set(_files(images, ".JPEG")) - set(labeled))
+    print(f"{split}: {len(labeled)} images; left out {left_out} {without}", flush=True)
     return [
-        _Item(key=os.path.basename(name), split="val", image=f"{images}/{name}.JPEG", label=f"{masks}/{name}.png")
+        _Item(key=os.path.basename(name), split=split, image=f"{images}/{name}.JPEG", label=f"{labels}/{name}{suffix}")
         for name in labeled
     ]
 

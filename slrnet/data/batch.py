@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,20 +34,20 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The batch with all tensors on `device`; `non_blocking` copies from pinned memory without waiting."""
-        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in self._tensors().items()}
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return self._with(lambda values: values.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory."""
-        return replace(self, **{name: value.pin_memory() for name, value in self._tensors().items()})  # type: ignore[arg-type]
+        return self._with(Tensor.pin_memory)
 
     def part(self, rows: slice) -> Batch:
         """Some of the images with their labels."""
-        return replace(self, keys=self.keys[rows], **{name: value[rows] for name, value in self._tensors().items()})
+        return replace(self._with(lambda values: values[rows]), keys=self.keys[rows])
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        changed: Any = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,12 +88,10 @@ def balance(lists: ClassLists, *, strength: float, limit: float) -> Balance:
     """
     if not 0 <= strength <= 1 or limit < 1:
         raise ValueError(f"strength is {strength} and limit {limit}; allowed are 0 to 1, and 1 or more")
-    labeled = np.zeros(lists.num_images, dtype=np.bool_)
-    labeled[lists.images] = True
     unbalanced = shares(lists, np.ones(lists.num_images), strength=strength)
     if not len(lists.images) or not strength:
         return unbalanced
-    return shares(lists, _scale(lists, unbalanced.target, labeled, limit), strength=strength)
+    return shares(lists, _scale(lists, unbalanced.target, limit), strength=strength)
 
 
 def shares(lists: ClassLists, draws: Floats, *, strength: float) -> Balance:
@@ -131,7 +129,7 @@ def table(balance: Balance, classes: Sequence[str], *, most: int | None = None) 
     return "\n".join(lines)
 
 
-def _scale(lists: ClassLists, target: Floats, labeled: npt.NDArray[np.bool_], limit: float) -> Floats:
+def _scale(lists: ClassLists, target: Floats, limit: float) -> Floats:
     """Draws whose occurrences have the target's shares: the factors of missed classes grow, step by step."""
     logs = np.zeros(lists.num_classes - 1)
     draws = np.ones(lists.num_images)
@@ -141,7 +139,7 @@ def _scale(lists: ClassLists, target: Floats, labeled: npt.NDArray[np.bool_], li
     crowding = lists.occurrences(sizes) / np.maximum(1, lists.occurrences(draws))
     for _ in range(_ITERATIONS):
         exponents = _sums(lists.images, logs[lists.classes - 1], lists.num_images)
-        draws = _normalize(exponents, labeled, limit)
+        draws = _normalize(exponents, sizes > 0, limit)
         drawn = lists.occurrences(draws)
         ratio = np.log(target[present] * drawn.sum() / np.maximum(drawn[present], 1e-300))
         if np.abs(ratio).max() < _CLOSE_ENOUGH:

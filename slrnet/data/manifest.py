@@ -45,7 +45,6 @@ from slrnet.data.catalog import voc_palette
 from slrnet.data.manifest_rows import (
     MANIFEST_VERSION,
     SCHEMA,
-    SHARD_NAME,
     DataError,
     ManifestRows,
     ManifestWriter,
@@ -317,8 +316,11 @@ def _load(path: Path, location: str, check: bool | None) -> ShardSet:
     info = _read_info(path)
     advice = f"make the data set anew: {info.repair_command(path)}"
     rows = ManifestRows(path / MANIFEST_FILE, num_classes=info.num_classes, advice=advice)
-    if problem := _problem_of(rows.shards, info):
-        raise DataError(f"{path / MANIFEST_FILE} is no manifest of {path / DATASET_FILE}: {problem}; get it anew")
+    if (counts := _counts(rows.shards)) != info.counts:
+        raise DataError(
+            f"{path / MANIFEST_FILE} is no manifest of {path / DATASET_FILE}: it has {counts} samples, {DATASET_FILE} "
+            f"says {info.counts}; get it anew"
+        )
     read = fingerprint(info.classes, rows.shards)
     if read != info.fingerprint:
         raise DataError(
@@ -365,15 +367,6 @@ def save_dataset(
     )
     (Path(folder) / DATASET_FILE).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
     return info
-
-
-def _problem_of(shards: pa.Table, info: DatasetInfo) -> str:
-    """What is wrong with a table of shards; "" where nothing is."""
-    wrong = shards["shard"].filter(pc.invert(pc.match_substring_regex(shards["shard"], SHARD_NAME)))
-    if len(wrong):
-        return f"shard {wrong[0].as_py()!r} is not of the form {SHARD_NAME}"
-    counts = _counts(shards)
-    return "" if counts == info.counts else f"it has {counts} samples, {DATASET_FILE} says {info.counts}"
 
 
 def _counts(shards: pa.Table) -> dict[str, int]:

@@ -21,11 +21,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from slrnet.data.sample_set import Places
+
 __all__ = [
     "MANIFEST_VERSION",
     "SCHEMA",
     "SHARDS",
-    "SHARD_NAME",
     "DataError",
     "ManifestRows",
     "ManifestWriter",
@@ -66,9 +67,8 @@ SHARDS = pa.schema(
 )
 """The table of shards: file name, split, numbers of samples, masks and known image labels, sha256 of the rows."""
 
-SHARD_NAME = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.tar$"
-"""Form of a shard's name: a file within the folder."""
-_FORMS = {"key": r"^[^./\\\x00-\x1f]+$", "shard": SHARD_NAME, "sha256": "^[0-9a-f]{64}$"}
+_SHARD_NAME = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.tar$"  # a file within the folder
+_FORMS = {"key": r"^[^./\\\x00-\x1f]+$", "shard": _SHARD_NAME, "sha256": "^[0-9a-f]{64}$"}
 _RANGES = {"offset": (0, 2**62), "bytes": (1, 2**40), "width": (1, 2**20), "height": (1, 2**20)}
 _SHARDS_KEY = "slrnet.shards"
 _GROUP_ROWS = 1 << 14
@@ -76,8 +76,6 @@ _GROUP_ROWS = 1 << 14
 _GROUPS_KEPT = 4
 _REPETITIVE = ["split", "shard", "subsets.list.element"]
 """Columns whose values repeat, for parquet's dictionaries."""
-
-Places = npt.NDArray[np.int64]
 
 
 class DataError(ValueError):
@@ -136,7 +134,7 @@ class ManifestRows:
         group = int(self._group_firsts.searchsorted(first, side="right")) - 1
         rows = self._group(group).slice(first - int(self._group_firsts[group]), count)
         problem = _problem_of(rows, num_classes=self.num_classes)
-        if not problem and _digest_of(rows) != self.shards["digest"][place].as_py():
+        if not problem and _digest_of(rows).digest() != self.shards["digest"][place].as_py():
             problem = "they are not those of the data set: their sha256 is another"
         if problem:
             name = self.shards["shard"][place].as_py()
@@ -206,8 +204,8 @@ class ManifestWriter:
 
 def fingerprint(classes: Iterable[str], shards: pa.Table) -> str:
     """sha256, as text, of the K class names and a table of shards, independent of how arrow lays them out."""
-    digest = hashlib.sha256(json.dumps([MANIFEST_VERSION, *classes]).encode())
-    return _hash_columns(digest, shards).hexdigest()
+    start = json.dumps([MANIFEST_VERSION, *classes]).encode()
+    return _digest_of(shards, start).hexdigest()
 
 
 def cumulative(values: npt.ArrayLike) -> Places:
@@ -223,7 +221,7 @@ def _describe_shard(rows: pa.Table) -> dict[str, Any]:
         "samples": rows.num_rows,
         "masks": pc.sum(rows["has_mask"]).as_py() or 0,
         "image_labels": pc.sum(rows["has_image_labels"]).as_py() or 0,
-        "digest": _digest_of(rows),
+        "digest": _digest_of(rows).digest(),
     }
 
 
@@ -233,10 +231,9 @@ def _problem_of(rows: pa.Table, *, num_classes: int) -> str:
         column = rows[name]
         if column.null_count or (pa.types.is_list(column.type) and pc.list_flatten(column).null_count):
             return f"column {name} has empty values"
-    for name, form in _FORMS.items():
-        wrong = rows[name].filter(pc.invert(pc.match_substring_regex(rows[name], form)))
-        if len(wrong):
-            return f"{name} {wrong[0].as_py()!r} is not of the form {form}"
+    for name in _FORMS:
+        if problem := _unlike_form(rows, name):
+            return problem
     for name, (low, high) in _RANGES.items():
         least, most = pc.min_max(rows[name]).as_py().values()
         if not low <= least <= most <= high:
@@ -247,12 +244,9 @@ def _problem_of(rows: pa.Table, *, num_classes: int) -> str:
     return ""
 
 
-def _digest_of(rows: pa.Table) -> bytes:
-    return _hash_columns(hashlib.sha256(), rows).digest()
-
-
-def _hash_columns(digest: hashlib._Hash, table: pa.Table) -> hashlib._Hash:
-    """Adds names, lengths and values of a table's columns to a digest; returns it."""
+def _digest_of(table: pa.Table, start: bytes = b"") -> hashlib._Hash:
+    """sha256 of some bytes and the names, lengths and values of a table's columns."""
+    digest = hashlib.sha256(start)
     for name in table.column_names:
         digest.update(f"\n{name} {table.num_rows}\n".encode())
         _hash_values(digest, table[name])
@@ -280,4 +274,12 @@ def _decode_shards(path: Path, footer: bytes | None, advice: str) -> pa.Table:
         raise DataError(f"{path} has no table of shards ({error}); {advice}") from None
     if not shards.schema.equals(SHARDS) or any(column.null_count for column in shards.columns):
         raise DataError(f"{path} has a table of shards with other columns, or empty values; {advice}")
+    if problem := _unlike_form(shards, "shard"):
+        raise DataError(f"{path} is damaged or foreign in the table of shards: {problem}; {advice}")
     return shards
+
+
+def _unlike_form(table: pa.Table, name: str) -> str:
+    """What is wrong with a column of names, "" where nothing is."""
+    wrong = table[name].filter(pc.invert(pc.match_substring_regex(table[name], _FORMS[name])))
+    return f"{name} {wrong[0].as_py()!r} is not of the form {_FORMS[name]}" if len(wrong) else ""

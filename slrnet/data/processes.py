@@ -15,12 +15,10 @@ _WATCH_EVERY = 5.0
 
 
 def helper_context(preload: list[str]) -> BaseContext:
-    """How to start helpers without this process's threads and CUDA context: a fork server, else spawn.
+    """How to start helpers without this process's threads and CUDA context: a fork server.
 
-    The fork server imports the modules in `preload` once, so that helpers start with them.
+    It imports the modules in `preload` once, so that helpers start with them.
     """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(preload)
     return context

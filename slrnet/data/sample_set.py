@@ -46,8 +46,6 @@ class SampleSet:
             return NotImplemented
         return np.array_equal(self.starts, other.starts) and np.array_equal(self.stops, other.stops)
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __and__(self, other: SampleSet) -> SampleSet:
         """Numbers that are in both."""
         return self._combine(other, np.logical_and)
