@@ -225,17 +225,16 @@ def browse(
 
 def _histogram(info: DatasetInfo, surveys: Sequence[SplitSurvey]) -> str:
     """A row for each class: images in each split, share of the pixels of its masks, and a bar for the first split."""
-    head, rows = ["class"], [[name] for name in [*info.classes, "void"]]
+    head, columns = ["class"], [[*info.classes, "void"]]
     for survey in surveys:
         head += [f"{survey.name} images", "pixels"]
-        images = ["", *survey.images.tolist(), ""]
-        for row, number, share in zip(rows, images, [*survey.pixels, survey.void], strict=True):
-            row += [str(number), f"{share:.2%}" if survey.measured else "-"]
-    most = max(1, *surveys[0].images.tolist())
-    for row, number in zip(rows[1:], surveys[0].images.tolist(), strict=False):
-        row.append("#" * round(30 * number / most))
-    columns = ("left", *["right"] * (len(head) - 1), "left")
-    table = tabulate(rows, [*head, ""], tablefmt="simple", colalign=columns, disable_numparse=True)
+        shares = [f"{share:.2%}" if survey.measured else "-" for share in (*survey.pixels, survey.void)]
+        columns += [["", *map(str, survey.images), ""], shares]
+    bars = np.round(30 * surveys[0].images / max(1, surveys[0].images.max())).astype(int)
+    columns.append(["", *("#" * bar for bar in bars), ""])
+    sides = ("left", *["right"] * (len(head) - 1), "left")
+    rows = list(zip(*columns, strict=True))
+    table = tabulate(rows, [*head, ""], tablefmt="simple", colalign=sides, disable_numparse=True)
     measured = ", ".join(f"{survey.measured} of {survey.name}" for survey in surveys)
     return f"{table}\nPixels are those of the masks measured: {measured}."
 

@@ -1,8 +1,4 @@
-"""Draws what the dictionary's atoms stand for: `slrnet codes`.
-
-A picture has a row for each number of iterations (the paper's Fig. 7) and a column for each atom's code map. With CVLR
-an atom is a class, and the classes that the image's mask holds are drawn (Fig. 5); else the most used atoms are.
-"""
+"""Draws what the dictionary's atoms stand for, as in the paper's Fig. 5 and 7: `slrnet codes`."""
 
 from __future__ import annotations
 
@@ -114,11 +110,7 @@ def iterations(module: CrossViewLowRank, num_iters: int) -> Iterator[None]:
 def observe_low_rank(model: Network, views: Sequence[Tensor]) -> tuple[Outputs, tuple[Any, ...], LowRankViews]:
     """Runs a network on views (N, 3, H, W) in [0, 1], in full precision.
 
-    Returns:
-        Its outputs, and the arguments and the result of its low-rank module.
-
-    Raises:
-        ValueError: the network has no low-rank module.
+    Returns its outputs, and the arguments and the result of its low-rank module; raises ValueError if it has none.
     """
     calls: list[tuple[Any, Any]] = []
     with low_rank_module(model).register_forward_hook(lambda _, *call: calls.append(call)):
@@ -155,7 +147,7 @@ def code_maps(inference: Inference, image: npt.NDArray[np.uint8], num_iters: Seq
 def draw_code_maps(
     image: npt.NDArray[np.uint8], maps: CodeMaps, classes: Sequence[str], wanted: Sequence[str] | None = None
 ) -> Image.Image:
-    """Draws an image (H, W, 3) uint8 and its code maps, of the atoms that `CodeMaps.choose_atoms` chooses."""
+    """Draws an image (H, W, 3) uint8 and its code maps: a row for each T, a column for each of `maps.choose_atoms`."""
     atoms = maps.choose_atoms(classes, wanted)
     size = (TILE, round(TILE * image.shape[0] / image.shape[1]))
 

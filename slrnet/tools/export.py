@@ -1,8 +1,4 @@
-"""Exports a network for other programs (`slrnet export`): `torch.export` (network.pt2) and ONNX (network.onnx).
-
-The programs take one view, in any batch and size. Several scales, gating, and the CRF are in `slrnet.load` only. Each
-program is compared with the network at other sizes than that of the export before its file gets its name.
-"""
+"""Exports a network for other programs (`slrnet export`): one view, by `torch.export` and ONNX."""
 
 from __future__ import annotations
 
@@ -69,6 +65,8 @@ class SingleView(nn.Module):
 
 def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> dict[str, Any]:
     """Writes a checkpoint's network into the folder `out`: network.pt2, with `onnx` network.onnx, and export.json.
+
+    Each program takes any batch and size. It is compared with the network before its file gets its name.
 
     Returns:
         The content of export.json: classes, layouts, sizes, and the largest difference of each file's probabilities

@@ -1,8 +1,4 @@
-"""The archive that VOC's evaluation server takes: `slrnet voc-archive`.
-
-The archive (.tgz) holds indexed PNGs of VOC's ids 0 to 20, of the images' own sizes. Before it takes its name it is
-read back and compared with the images: count, names, sizes, ids.
-"""
+"""The archive (.tgz) of indexed PNGs that VOC's evaluation server takes: `slrnet voc-archive`."""
 
 from __future__ import annotations
 
@@ -52,7 +48,7 @@ def list_images(folder: Path, names: Path | None = None) -> dict[str, Path]:
 
 
 def write_voc_archive(predictor: Predictor, images: Mapping[str, Path], out: Path) -> None:
-    """Predicts images by id, and writes and checks the archive; if anything fails there is no file.
+    """Predicts images by id, writes the archive, reads it back, and checks it; if anything fails there is no file.
 
     Raises:
         ValueError: a class is none of VOC's, an image cannot be read, or the check fails.

@@ -1,8 +1,4 @@
-"""Computes what the app shows of an image: mask, refined mask, pseudo label, class scores, and code maps.
-
-You can change T of CVLR, gamma, the refinement's iterations, and the classes; all other settings are the checkpoint's.
-Only what depends on a changed setting is computed again, so a new gamma does not need the network.
-"""
+"""Computes what the app shows of an image: mask, refined mask, pseudo label, class scores, and code maps."""
 
 from __future__ import annotations
 
@@ -37,7 +33,7 @@ Mask = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Controls:
-    """Settings to try."""
+    """Settings to try; all others are the checkpoint's."""
 
     num_iters: int
     """T, >= 1; ignored by a network without a low-rank module."""
@@ -113,7 +109,8 @@ class Analyzer:
     def analyze(self, image: npt.NDArray[np.uint8], controls: Controls) -> Analysis:
         """Analyzes an image (H, W, 3) uint8; see `shrink`.
 
-        What does not depend on a changed control comes from the last call, if `image` is the same, unchanged array.
+        What does not depend on a changed control comes from the last call, if `image` is the same, unchanged array: a
+        new gamma does not need the network.
 
         Raises:
             ValueError: T is below 1, or gamma outside [0, 1].
