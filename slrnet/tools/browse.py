@@ -20,8 +20,8 @@ from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DatasetInfo, ShardSet, load_dataset
 from slrnet.data.samples import SampleIndex, ShardFiles
 from slrnet.storage.files import write_text, written_whole
-from slrnet.viz.grid import Tile, class_legend, draw_grid
 from slrnet.viz.overlay import draw_overlay
+from slrnet.viz.panels import Tile, class_legend, draw_grid
 
 __all__ = ["SplitSurvey", "browse", "contact_sheet", "find_duplicates", "survey_split", "warnings_of"]
 

@@ -23,7 +23,7 @@ from slrnet.models.network import Network, Normalize, Outputs
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import resize
 from slrnet.storage.files import written_whole
-from slrnet.viz.grid import Tile, draw_grid
+from slrnet.viz.panels import Tile, draw_grid
 
 __all__ = [
     "COLORS",

@@ -15,8 +15,8 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from slrnet.data.catalog import voc_palette
 from slrnet.tools.app.analyzer import MAX_SIDE, Analysis, Analyzer, shrink
 from slrnet.tools.codes import heat
-from slrnet.viz.grid import class_legend
 from slrnet.viz.overlay import draw_overlay
+from slrnet.viz.panels import class_legend
 
 __all__ = ["serve"]
 

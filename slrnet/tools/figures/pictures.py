@@ -28,8 +28,8 @@ from slrnet.models.network import Network
 from slrnet.storage.files import written_whole
 from slrnet.tools.codes import COLORS, code_maps, heat, low_rank_module, observe_low_rank
 from slrnet.views.geometry import View, apply_view
-from slrnet.viz.grid import Color, Tile, class_legend
 from slrnet.viz.overlay import Pixels, draw_overlay
+from slrnet.viz.panels import Color, Tile, class_legend
 
 __all__ = ["code_figure", "feature_figure", "iteration_figure", "mask_figure", "write_figure"]
 

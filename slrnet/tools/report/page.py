@@ -15,14 +15,14 @@ from PIL import Image
 
 from slrnet.checkpoints.checkpoint import Checkpoint
 from slrnet.evaluation.examine import Bins, Examination, Example
-from slrnet.evaluation.masks import Quality, protocol_name, quality_metrics
+from slrnet.evaluation.masks import Quality, quality_metrics
 from slrnet.tools.report.charts import HEIGHT, WIDTH, Chart, Drawing, Series, draw_chart
 from slrnet.tools.report.measurements import Measurements, gamma_advice
 from slrnet.tools.report.runs import Run, metrics_by_protocol, training_command, val_key
 from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.provenance import environment_tags
-from slrnet.viz.grid import class_legend
 from slrnet.viz.overlay import draw_overlay
+from slrnet.viz.panels import class_legend
 
 __all__ = ["MAX_BYTES", "render"]
 
@@ -47,7 +47,7 @@ def render(runs: Sequence[Run], measured: Sequence[Measurements], *, max_bytes: 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("slrnet.tools.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["percent"] = _percent
+    environment.filters |= {"percent": _percent, "general": "{:g}".format, "by_protocol": metrics_by_protocol}
     template = environment.get_template("page.html.jinja")
     columns = [_column(run, own) for run, own in zip(runs, measured, strict=True)]
     content = {"columns": columns, "charts": _charts(runs, measured), "made_with": environment_tags()}
@@ -72,9 +72,8 @@ def _column(run: Run, measured: Measurements) -> dict[str, Any]:
     return {
         "run": run,
         "measured": measured,
-        "settings": _settings(checkpoint),
         "command": training_command(checkpoint),
-        "fields": {k: v for k, v in checkpoint.config.flat().items() if not k.startswith("tracking.")},
+        "val_key": means[0],
         "class_rows": [(name, [scores.get(metric_key(*kind, name)) for kind in kinds]) for name in classes],
         "means": [scores.get(key) for key in means],
         "matrix": _matrix(examination),
@@ -84,29 +83,6 @@ def _column(run: Run, measured: Measurements) -> dict[str, Any]:
         },
         "panels": list(_chosen_panels(run)),
         "advice": measured.sweep and gamma_advice(measured.sweep, checkpoint.config.calibration.confidence_threshold),
-        "evaluations": list(_evaluation_rows(run)),
-    }
-
-
-def _settings(checkpoint: Checkpoint) -> dict[str, str]:
-    config, state = checkpoint.config, checkpoint.state
-    views = ", ".join(f"{scale:g}" for scale in config.views.scales)
-    low_rank = f"{config.cvlr.method}, T = {config.cvlr.num_iters}, d = {config.cvlr.dim}"
-    score = state.metrics.get(val_key(config))
-    return {
-        "setting": config.setting,
-        "recipe": config.recipe,
-        "network": f"{config.model.architecture}, {config.model.encoder}, stride {config.model.output_stride}",
-        "low-rank module": low_rank if config.cvlr.enabled else "none",
-        "views": f"scales {views}",
-        "gamma": f"{config.calibration.confidence_threshold:g} (background {config.calibration.background_threshold:g}"
-        f", floor {config.calibration.floor:g})",
-        "lambda_reg": f"{config.weights.consistency:g}",
-        "crop, batch": f"{config.data.crop_size} pixels, {config.train.batch_size} images",
-        "checkpoint": f"epoch {state.epoch} of {config.train.epochs}, step {state.step}",
-        "val mIoU": "not measured" if score is None else f"{_percent(score)} % ({protocol_name(config.evaluation)})",
-        "classes": str(len(state.classes)),
-        "data": f"fingerprint {state.data_fingerprint[:12]}",
     }
 
 
@@ -145,14 +121,6 @@ def _chosen_panels(run: Run) -> Iterator[tuple[str, list[tuple[int, Image.Image]
         epochs = sorted(pictures.items())
         places = np.linspace(0, len(epochs) - 1, min(len(epochs), MAX_EPOCHS)).round().astype(int)
         yield key, [epochs[place] for place in places]
-
-
-def _evaluation_rows(run: Run) -> Iterator[tuple[str, Any, list[float | None]]]:
-    """Protocol and images, epoch, and means of each evaluation."""
-    for record in run.evaluations.values():
-        for protocol, metrics in metrics_by_protocol(record).items():
-            about = f"{protocol}, {record.get('split')}, {record.get('images')} images"
-            yield about, record.get("epoch"), [metrics.get(f"val/{name}") for name in ("miou", "mfdr", "mfnr")]
 
 
 # Charts. Those of one title have the same axes in all runs.

@@ -9,10 +9,9 @@ from PIL import Image
 
 from slrnet.data.catalog import VOC_CLASSES, voc_palette
 from slrnet.data.manifest import DatasetInfo
-from slrnet.viz import grid
-from slrnet.viz.grid import class_legend
+from slrnet.viz import panels
 from slrnet.viz.overlay import draw_overlay
-from slrnet.viz.panels import draw_class_scores, draw_panel
+from slrnet.viz.panels import class_legend, draw_class_scores, draw_panel
 
 PALETTE = voc_palette()
 NAMES = ("background", "cat", "dog", "horse")
@@ -87,7 +86,7 @@ class TestDrawPanel:
     def test_long_legends_wrap_inside_the_page(self) -> None:
         widths = [100.0, 100.0, 100.0, 700.0, 100.0]
         # 20 for swatch and space, 20 behind: entries of 140; the fourth does not fit into 500 and stands alone.
-        assert grid._legend_positions(widths, 500) == [(10, 0), (150, 0), (290, 0), (10, 1), (10, 2)]
+        assert panels._legend_positions(widths, 500) == [(10, 0), (150, 0), (290, 0), (10, 1), (10, 2)]
         ids = np.arange(21).repeat(100).reshape(-1, 60)
         image = grey_image(*ids.shape)
         page = np.asarray(panel_of(image, ids, ids, ids, None, info=VOC))
