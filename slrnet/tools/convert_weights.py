@@ -33,7 +33,7 @@ PREFIXES: dict[str, str] = _NAMES["prefixes"]
 SECOND_NAMES: dict[str, str] = _NAMES["second_names"]
 """Prefixes by which the released network lists some modules a second time, and their first ones."""
 
-STAGE_ONE_ENCODER = re.compile(r"(conv1a|b[2-7](_\d)?|bn7)\.")
+STAGE_ONE_ENCODER = re.compile(r"^(conv1a|b[2-7](_\d)?|bn7)\.")
 """Modules of WideResNet-38 as 1-Stage names them, without `backbone.`."""
 
 CONSTANTS = "_aff."
@@ -53,12 +53,11 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
         ValueError: the file is damaged, holds more than tensors, or does not fit; the message names the tensors that
             are missing, unknown, or of another shape.
     """
-    source = str(path)
-    weights = rename_released(read_tensors(Path(path)), source=source)
+    weights = rename_released(read_tensors(Path(path)), source=str(path))
     outputs = weights["mask_head.classify.weight"].shape[0]
     if outputs not in (len(classes), len(classes) - 1):
         raise ValueError(
-            f"{source} predicts {outputs} classes, {len(classes)} with the background are named; name its classes "
+            f"{path} predicts {outputs} classes, {len(classes)} with the background are named; name its classes "
             "(one more than it predicts, or as many where it predicts the background too)"
         )
     config = _released_config("sss" if outputs == len(classes) else "wsss")
@@ -66,10 +65,9 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
         config = _stage_one(config)
     with torch.device("meta"):
         expected = build_network(config, num_classes=len(classes)).state_dict()
-    misfit = describe_misfit(weights, expected, needed=set(expected))
-    if misfit:
+    if misfit := describe_misfit(weights, expected, needed=set(expected)):
         name = "SLRNet" if config.cvlr.enabled else "1-Stage"
-        raise ValueError(f"{source} does not fit {name} with WideResNet-38; tensors: {misfit}")
+        raise ValueError(f"{path} does not fit {name} with WideResNet-38; tensors: {misfit}")
     state = TrainState(epoch=0, step=0, classes=tuple(classes), data_fingerprint="published", world_size=1)
     return Checkpoint(Path(path), config, state, weights, {})
 
@@ -83,8 +81,7 @@ def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, 
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     if not any(name.startswith("backbone.") for name in tensors):
-        prefixed = {name: f"backbone.{name}" if STAGE_ONE_ENCODER.match(name) else name for name in tensors}
-        tensors = {prefixed[name]: tensor for name, tensor in tensors.items()}
+        tensors = {STAGE_ONE_ENCODER.sub(r"backbone.\g<0>", name): tensor for name, tensor in tensors.items()}
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.startswith(CONSTANTS):

@@ -141,8 +141,7 @@ def log_to_training_run(checkpoint: Checkpoint, name: str, file: Path) -> str:
     Raises:
         ValueError: the run cannot be reached.
     """
-    handle = training_run(checkpoint)
-    if handle is None:
+    if not (handle := training_run(checkpoint)):
         raise ValueError(
             f"the MLflow run of {checkpoint.path} is out of reach: set MLFLOW_TRACKING_URI to its server, or leave "
             "--mlflow out"

@@ -36,8 +36,7 @@ def list_images(folder: Path, names: Path | None = None) -> dict[str, Path]:
     except OSError as error:
         raise ValueError(f"cannot read the list {names}: {error.strerror}") from None
     images = {name: folder / f"{name}.jpg" for name in ids}
-    missing = [name for name, path in images.items() if not path.is_file()]
-    if missing or len(ids) != len(images):
+    if (missing := [name for name, path in images.items() if not path.is_file()]) or len(ids) != len(images):
         raise ValueError(
             f"{names} lists {len(ids)} images, {len(ids) - len(images)} of them twice; {len(missing)} are not in "
             f"{folder}" + (f", for instance {missing[0]}.jpg" if missing else "")
@@ -62,8 +61,7 @@ def write_voc_archive(predictor: Predictor, images: Mapping[str, Path], out: Pat
                 mask = table[predictor(_read(path)).mask]
                 size += archive.write(tar_members({f"{FOLDER}/{name}.png": encode_mask(mask, palette)}))
             archive.write(tar_end(size))
-        problems = check_voc_archive(incoming, images)
-        if problems:
+        if problems := check_voc_archive(incoming, images):
             raise ValueError(f"the archive is not what the server takes: {'; '.join(problems[:5])}")
 
 
@@ -90,8 +88,7 @@ def check_voc_archive(path: Path, images: Mapping[str, Path]) -> list[str]:
                 highest = int(np.asarray(mask).max())
                 if highest >= len(VOC_CLASSES):
                     problems.append(f"{name} has the id {highest}; VOC's are 0 to {len(VOC_CLASSES) - 1}")
-    missing = [name for name in images if name not in seen]
-    if missing:
+    if missing := [name for name in images if name not in seen]:
         problems.append(f"{len(missing)} of {len(images)} masks are missing, for instance {missing[0]}")
     return problems
 

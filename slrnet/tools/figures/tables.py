@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tabulate import tabulate
 
@@ -24,8 +24,7 @@ _NUM_CLASSES = {"COCO": 81, "L2ID": 201}
 _SUPERVISION = {"wsss": "I", "sss_image_labels": "I, P", "sss": "P"}
 
 
-@dataclass(frozen=True)
-class PaperTable:
+class PaperTable(NamedTuple):
     """A table of the paper."""
 
     number: int
