@@ -12,7 +12,7 @@ import torch
 from slrnet.checkpoints.checkpoint import Checkpoint
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.distributed.process import Process
-from slrnet.evaluation.masks import Quality, gating_labels, quality_metrics
+from slrnet.evaluation.masks import Quality, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.launch.prediction import MaskJob, MaskPredictor, open_job
 from slrnet.launch.rank import Report
@@ -69,7 +69,7 @@ def measure(predictor: MaskPredictor, loader: EvalLoader) -> tuple[Quality, ...]
     process, num_classes, images = predictor.process, predictor.inference.model.num_classes, 0
     matrices = {name: ConfusionMatrix(num_classes) for name in predictor.names}
     labeled = (sample for sample in loader if sample.pixel_labels is not None)
-    for predicted in predictor((s, s.image, gating_labels(s, predictor.inference.config)) for s in labeled):
+    for predicted in predictor(labeled):
         truth = predicted.sample.pixel_labels
         assert truth is not None
         for matrix, mask in zip(matrices.values(), predicted.masks, strict=True):

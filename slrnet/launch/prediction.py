@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint, check_classes, load_checkpoint, restore_network
 from slrnet.config import Config, config_from_dict
+from slrnet.data.batch import EvalSample
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.distributed.process import Process
-from slrnet.evaluation.masks import protocol_name
+from slrnet.evaluation.masks import gating_labels, protocol_name
 from slrnet.inference.crf import crf_masks, require_crf
 from slrnet.inference.forward import Inference
 from slrnet.launch.rank import Job
@@ -26,7 +27,6 @@ __all__ = ["Mask", "MaskJob", "MaskPredictor", "PredictedMask", "open_job"]
 
 Mask = npt.NDArray[np.uint8]
 """(H, W) class ids."""
-Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ class MaskJob:
 
 
 @dataclass(frozen=True)
-class PredictedMask(Generic[Sample]):
+class PredictedMask:
     """What is predicted of one image."""
 
-    sample: Sample
-    """What the caller gave with the image."""
+    sample: EvalSample
+    """The image."""
     masks: tuple[Mask, ...]
     """One for each of the predictor's `names`."""
     confidence: npt.NDArray[np.float32]
@@ -107,28 +107,28 @@ class MaskPredictor:
         settings = self.inference.config.evaluation_for(protocol)
         return tuple(protocol_name(settings, name) for name in (("ms",) if protocol == "ms_crf" else ()) + (protocol,))
 
-    def __call__(self, samples: Iterable[tuple[Sample, Tensor, Tensor]]) -> Iterator[PredictedMask[Sample]]:
+    def __call__(self, samples: Iterable[EvalSample]) -> Iterator[PredictedMask]:
         """Predicts masks, in the order of the samples.
 
-        Args:
-            samples: per image something that comes back with its mask, the (3, H, W) uint8 image, and its (K - 1,)
-                image labels, which are used only where the protocol gates by them.
+        Raises:
+            DataError: the protocol gates by image labels, and those of a sample are not known.
         """
-        protocol, device = self.inference.config.evaluation.protocol, self.process.device
-        gated = (
-            (sample, image, self.inference.predict(image.to(device), protocol, labels)[0][0].float())
-            for sample, image, labels in samples
+        config, device = self.inference.config, self.process.device
+        protocol = config.evaluation.protocol
+        predicted = (
+            (s, self.inference.predict(s.image.to(device), protocol, gating_labels(s, config))[0][0].float())
+            for s in samples
         )
         if protocol != "ms_crf":
-            for sample, _, probs in gated:
+            for sample, probs in predicted:
                 mask, confidence = _most_probable(probs)
                 yield PredictedMask(sample, (mask,), confidence)
             return
         pictures = (
-            ((sample, _most_probable(probs)[0]), image.permute(1, 2, 0).contiguous().numpy(), probs.cpu().numpy())
-            for sample, image, probs in gated
+            ((s, _most_probable(probs)[0]), s.image.permute(1, 2, 0).contiguous().numpy(), probs.cpu().numpy())
+            for s, probs in predicted
         )
-        refined = crf_masks(pictures, self.inference.config.crf, processes=self.crf_processes)
+        refined = crf_masks(pictures, config.crf, processes=self.crf_processes)
         for (sample, before), mask, confidence in refined:
             yield PredictedMask(sample, (before, mask), confidence)
 

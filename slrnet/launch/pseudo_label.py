@@ -18,8 +18,8 @@ import json
 import shlex
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,11 +27,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.config import Config
-from slrnet.data.batch import EvalSample
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.images import encode_mask
@@ -60,8 +58,6 @@ WORK = ".work"
 """Folder inside the unfinished one for files that are deleted at the end."""
 _Description: TypeAlias = dict[str, Any]
 """Everything that the masks depend on; two calls that agree in it belong to the same job."""
-_Shard: TypeAlias = tuple[str, str, int]
-"""Split, file name and number of samples."""
 
 
 def launch_pseudo_labels(
@@ -98,10 +94,10 @@ def launch_pseudo_labels(
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ValueError(f"{out} exists and holds no pseudo masks; choose another --out, or remove it first")
         partial = _open_partial(out, described)
-        remaining: list[_Shard] = [
-            (view.name, name, len(view.samples_of(place)))
-            for view in map(job.shards.split, described["splits"])
-            for place, name in enumerate(view.shard_names)
+        remaining = [
+            (split, place)
+            for split in described["splits"]
+            for place, name in enumerate(job.shards.split(split).shard_names)
             if _finished(partial, name) is None
         ]
         options = LaunchOptions(name=WORK, storage=partial, num_workers=num_workers, cpus_per_worker=cpus_per_worker)
@@ -277,35 +273,23 @@ def _command(job: _Description) -> str:
 # On the workers.
 
 
-_Source: TypeAlias = tuple[Mapping[str, Any], EvalSample]
-"""A sample as the data set has it, with its row of the manifest."""
-
-
 def _label(values: dict[str, Any], process: Process, report: Report) -> None:
     predictor, shards = open_job(values, process)
-    mine = values["remaining"][process.rank :: process.world_size]
-    masks = predictor(_samples(shards, mine))
-    for _, name, num_samples in mine:
-        members = islice(masks, num_samples)  # asks for no sample of the next shard before this one is done
-        count = _write_shard(Path(values["folder"]) / name, members, predictor, shards)
-        print(f"{name}: {count} masks", flush=True)
+    mine = [(shards.split(split), place) for split, place in values["remaining"][process.rank :: process.world_size]]
+    loaders = (EvalLoader(shards, split=view.name, indices=view.samples_of(place)) for view, place in mine)
+    masks = predictor(chain.from_iterable(loaders))
+    for view, place in mine:
+        name, rows = view.shard_names[place], view.shard_rows(place).to_pylist()
+        members = islice(masks, len(rows))  # asks for no sample of the next shard before this one is done
+        _write_shard(Path(values["folder"]) / name, zip(rows, members, strict=True), predictor, shards)
+        print(f"{name}: {len(rows)} masks", flush=True)
     report({})
 
 
-def _samples(shards: ShardSet, remaining: Sequence[_Shard]) -> Iterator[tuple[_Source, Tensor, Tensor]]:
-    """The samples of some shards, in order, each with its image and its image labels."""
-    for split, name, _ in remaining:
-        view = shards.split(split)
-        place = view.shard_names.index(name)
-        samples = EvalLoader(shards, split=split, indices=view.samples_of(place))
-        for row, sample in zip(view.shard_rows(place).to_pylist(), samples, strict=True):
-            yield (row, sample), sample.image, sample.image_labels
-
-
 def _write_shard(
-    path: Path, members: Iterable[PredictedMask[_Source]], predictor: MaskPredictor, shards: ShardSet
-) -> int:
-    """Writes a shard and then its notes, each whole or not at all; returns the number of samples."""
+    path: Path, members: Iterable[tuple[Mapping[str, Any], PredictedMask]], predictor: MaskPredictor, shards: ShardSet
+) -> None:
+    """Writes a shard, given its rows of the manifest and their masks, and then its notes; each whole or not at all."""
     classes, palette = shards.info.classes, shards.info.palette_array()
     void_below, name = predictor.inference.config.inference.void_below, predictor.names[-1]
     protocols = (*predictor.names, f"{name}, void below {void_below:g}")
@@ -313,8 +297,8 @@ def _write_shard(
     images = 0
     with written_whole(path) as incoming:
         with incoming.open("wb") as file, ShardWriter(file, path.name) as shard:
-            for predicted in members:
-                (row, sample), mask, confidence = predicted.sample, predicted.masks[-1], predicted.confidence
+            for row, predicted in members:
+                sample, mask, confidence = predicted.sample, predicted.masks[-1], predicted.confidence
                 kept = np.where(confidence < void_below, np.uint8(IGNORE_INDEX), mask)
                 notes = {"protocol": name, "void_below": void_below, **_confidences(mask, confidence, kept, classes)}
                 shard.add(
@@ -335,7 +319,6 @@ def _write_shard(
     counts = {protocol: matrix.counts.tolist() for protocol, matrix in matrices.items()}
     note = {"sha256": digest, "columns": shard.columns, "counts": counts, "images": images}
     write_json(path.parent / WORK / f"{path.name}.json", note)
-    return len(shard.columns["key"])
 
 
 def _confidences(
