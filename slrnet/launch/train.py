@@ -170,10 +170,7 @@ def train_trial(
         MlflowTracker(handle, once=True).log_metrics(notes, 0 if last is None else read_state(last).step)
     driver = training.run(handle, until=until, callbacks=callbacks)
     best = find_checkpoint(checkpoints, which="best")
-    if best is None:
-        driver.finish()
-    else:
-        training.finish(driver, best)
+    driver.finish() if best is None else training.finish(driver, best)
 
 
 def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:

@@ -182,15 +182,15 @@ def train_population(plan: SweepPlan, train_round: Round, *, say: Callable[[str]
     return [_trial_of(plan, member) for member in population.members]
 
 
-def member_name(plan: SweepPlan, index: int) -> str:
-    """Name of a member's run and folder."""
-    return f"{plan.options.name}-{index:02d}"
+def member_name(plan: SweepPlan, index: int | None) -> str:
+    """Name of a member's run and folder; empty for none."""
+    return "" if index is None else f"{plan.options.name}-{index:02d}"
 
 
 def sources_of(plan: SweepPlan, member: Member) -> str:
     """The members that a member took weights over from, and when, as text; empty if there are none."""
-    taken = [(change.source, change.epoch) for change in member.schedule if change.source is not None]
-    return ", ".join(f"{member_name(plan, source)} after epoch {epoch}" for source, epoch in taken)
+    taken = [change for change in member.schedule if change.source is not None]
+    return ", ".join(f"{member_name(plan, change.source)} after epoch {change.epoch}" for change in taken)
 
 
 def _explore(values: Mapping[str, Any], domains: Sequence[Domain], rng: random.Random) -> dict[str, Any]:
@@ -232,12 +232,8 @@ def _trial_of(plan: SweepPlan, member: Member) -> Trial:
         planned=plan.config.train.epochs,
         error=member.error,
         schedule=tuple(
-            {
-                "epoch": c.epoch,
-                "values": dict(c.values),
-                "from": "" if c.source is None else member_name(plan, c.source),
-            }
-            for c in member.schedule
+            {"epoch": change.epoch, "values": dict(change.values), "from": member_name(plan, change.source)}
+            for change in member.schedule
         ),
     )
     return trial.measured(member.rows, plan.options.metrics[0])

@@ -164,20 +164,17 @@ class _Sweep:
     def finish_children(self, trials: Trials) -> None:
         """Ends the runs of trials that were stopped early or killed, and uploads the best one's checkpoint."""
         children, best = runs_below(self.parent), trials.best
-        for trial in trials.all:
-            handle, status = children.get(trial.name, (None, ""))
-            if handle is None:
-                continue
+        for trial in (trial for trial in trials.all if trial.name in children):
+            handle, status = children[trial.name]
             tracker = MlflowTracker(handle)
             if trial.schedule:
                 tracker.log_text(json.dumps(list(trial.schedule), indent=2), "schedule.json")
             tracker.set_tags({"slrnet.trial_status": trial.status})
             if status == "RUNNING":
                 tracker.finish("FAILED" if trial.status == "failed" else "FINISHED", trial.error)
-        if best is not None and best.name in children:
-            checkpoint = find_checkpoint(self.plan.folder / "trials" / best.name / "checkpoints", which="best")
-            if checkpoint is not None:
-                MlflowTracker(children[best.name][0]).log_artifacts(checkpoint, "checkpoint")
+            checkpoints = self.plan.folder / "trials" / trial.name / "checkpoints"
+            if trial is best and (checkpoint := find_checkpoint(checkpoints, which="best")) is not None:
+                tracker.log_artifacts(checkpoint, "checkpoint")
 
     def conclude(self, driver: MlflowTracker, trials: Trials, best: Trial, say: Callable[[str], None]) -> None:
         """Shows the results, and writes them into the sweep's folder and its MLflow run."""
