@@ -25,7 +25,7 @@ from slrnet.config import Config
 from slrnet.data.batch import Batch
 from slrnet.distributed.process import Process
 from slrnet.inference.forward import Inference
-from slrnet.models.network import Network, Normalize
+from slrnet.models.network import Network
 from slrnet.models.slrnet import build_network
 from slrnet.ops import cross_entropy_triton as cross_entropy_gpu
 from slrnet.tools.profile import PREFIX, named_stages
@@ -402,7 +402,6 @@ def _trainer(config: Config, model: Network, images: int) -> Trainer:
     trainer = Trainer.__new__(Trainer)
     trainer.config, trainer.process = config, Process()
     trainer.model = trainer.wrapped = model
-    trainer.normalize = Normalize.of(model.encoder)
     trainer.optimizer = build_optimizer(model, config.optim, batch_size=images)
     for group in trainer.optimizer.param_groups:
         group["foreach"] = True  # PyTorch's choice on GPUs

@@ -14,7 +14,7 @@ from slrnet.cpu import speed_up
 from slrnet.cpu.allocator import spare_memory
 from slrnet.data.batch import Batch
 from slrnet.losses import objective, segmentation
-from slrnet.models.network import Normalize, mixed_precision
+from slrnet.models.network import mixed_precision
 from slrnet.models.slrnet import build_network
 from slrnet.training.optim import build_optimizer
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
@@ -45,7 +45,7 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train()
     optimizer = build_optimizer(model, config.optim, batch_size=len(batch.images))
-    normalize, images = Normalize.of(model.encoder), batch.images.contiguous(memory_format=torch.channels_last)
+    images = batch.images.contiguous(memory_format=torch.channels_last)
     seen = Batch(images, batch.image_labels, batch.has_image_labels, batch.keys, batch.has_pixel_labels)
     count = iter(range(2**31))
 
@@ -61,7 +61,7 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
                 model,
                 seen,
                 config=config,
-                normalize=normalize,
+                encoder=model.encoder,
                 generator=step_generator(number),
                 pseudo_rows=find_pseudo_rows(seen),
             )

@@ -34,7 +34,7 @@ from benchmarks._ours import no_pixel_left_out, our_step, random_batch
 from benchmarks._sides import Seen, run_in_turn, serve_side
 from benchmarks._turns import times_in_turn
 from slrnet.config import Config
-from slrnet.models.network import Normalize, mixed_precision
+from slrnet.models.network import mixed_precision
 from slrnet.models.slrnet import build_network
 from slrnet.recipes import voc_wsss, voc_wsss_lite
 from slrnet.sweeps.space import apply_values
@@ -166,7 +166,7 @@ def share(args: argparse.Namespace) -> bool:
     model = build_network(config, num_classes=num_classes, weights=False).train()
     build_optimizer(model, config.optim, batch_size=8)
     images = batch.floats()
-    inputs, drawn = make_views(images, config.views, Normalize.of(model.encoder), step_generator(0))
+    inputs, drawn = make_views(images, config.views, model.encoder, step_generator(0))
     with torch.no_grad(), mixed_precision("auto", torch.device("cpu")):
         outputs = model(inputs)
 

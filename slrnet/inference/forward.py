@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slrnet.config import Config, EvaluationConfig, Protocol
-from slrnet.models.network import Network, Normalize, Outputs, mixed_precision
+from slrnet.models.network import Network, Outputs, mixed_precision
 from slrnet.ops.maps import resize
 from slrnet.views.geometry import View, align_maps, apply_view, largest_size
 
@@ -55,9 +55,8 @@ class Inference:
     @torch.no_grad()
     def run(self, views: Sequence[Tensor]) -> Outputs:
         """Normalizes views, each (N, 3, H_v, W_v) in [0, 1], and runs the network in `evaluation.precision`."""
-        normalize = Normalize.of(self.model.encoder)
         with mixed_precision(self.config.evaluation.precision, views[0].device):
-            return self.model([normalize(view) for view in views])  # type: ignore[no-any-return]
+            return self.model([self.model.encoder.normalize(view) for view in views])  # type: ignore[no-any-return]
 
     def single_scale(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """Predicts images with one view each."""

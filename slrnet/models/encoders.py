@@ -112,9 +112,14 @@ class Encoder(nn.Module):
         self._freeze_batch_norm = False
 
     def forward(self, images: Tensor) -> EncoderFeatures:
-        """Computes the features of images (N, 3, H, W), normalized with `mean` and `std`."""
+        """Computes the features of images (N, 3, H, W) from `normalize`."""
         features: list[Tensor] = self.backbone(images)
         return EncoderFeatures(deep=features[-1], skip=features[self._skip_index])
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Maps (N, 3, H, W) in [0, 1] to what the backbone was trained on, channels last for fast convolutions."""
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def freeze(self, *, stages: int, batch_norm: bool) -> Self:
         """Freezes the first stages, and optionally the batch norms of all; returns the encoder. Nothing unfreezes them.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slrnet.config import Precision
 from slrnet.models.encoders import Encoder
 
-__all__ = ["Network", "Normalize", "Outputs", "mixed_precision"]
+__all__ = ["Network", "Outputs", "mixed_precision"]
 
 
 @dataclass(frozen=True)
@@ -42,28 +42,8 @@ class Network(nn.Module):
     num_classes: int
 
     def forward(self, views: Sequence[Tensor]) -> Outputs:
-        """Predicts the masks of views: (N, 3, H_v, W_v) images each, normalized with `encoder.mean`, `encoder.std`."""
+        """Predicts the masks of views: (N, 3, H_v, W_v) images each, from `encoder.normalize`."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Normalize:
-    """An encoder's normalization and stride: what images need before they enter the network."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    output_stride: int
-
-    @classmethod
-    def of(cls, encoder: Encoder) -> Normalize:
-        """The normalization and stride of an encoder."""
-        return cls(encoder.mean, encoder.std, encoder.output_stride)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Maps (N, 3, H, W) in [0, 1] to what the encoder was trained on, channels last for fast convolutions."""
-        mean = images.new_tensor(self.mean).view(3, 1, 1)
-        std = images.new_tensor(self.std).view(3, 1, 1)
-        return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 def mixed_precision(precision: Precision, device: torch.device) -> torch.autocast:

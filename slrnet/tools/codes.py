@@ -19,7 +19,7 @@ from slrnet.checkpoints.checkpoint import Checkpoint, restore_network
 from slrnet.inference.forward import Inference
 from slrnet.inference.predictor import rgb_array
 from slrnet.models.cvlr import CrossViewLowRank, LowRankViews
-from slrnet.models.network import Network, Normalize, Outputs
+from slrnet.models.network import Network, Outputs
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import resize
 from slrnet.storage.files import written_whole
@@ -114,7 +114,7 @@ def observe_low_rank(model: Network, views: Sequence[Tensor]) -> tuple[Outputs, 
     """
     calls: list[tuple[Any, Any]] = []
     with low_rank_module(model).register_forward_hook(lambda _, *call: calls.append(call)):
-        outputs = model([Normalize.of(model.encoder)(view) for view in views])
+        outputs = model([model.encoder.normalize(view) for view in views])
     return outputs, *calls[0]
 
 

@@ -15,7 +15,7 @@ from slrnet.checkpoints.checkpoint import Checkpoint, restore_model
 from slrnet.config import Config
 from slrnet.launch.evaluation import training_run
 from slrnet.models.cvlr import CrossViewLowRank
-from slrnet.models.network import Network, Normalize
+from slrnet.models.network import Network
 from slrnet.ops.maps import resize
 from slrnet.storage.files import write_json, written_whole
 from slrnet.tracking.mlflow import log_onnx_model
@@ -42,8 +42,8 @@ class SingleView(nn.Module):
         for module in model.modules():
             if isinstance(module, CrossViewLowRank):
                 module.implementation = "auto"  # plain operators during an export
-        self.normalize = Normalize.of(model.encoder)
-        self.rest = config.data.crop_size % model.encoder.output_stride
+        self.stride = model.encoder.output_stride
+        self.rest = config.data.crop_size % self.stride
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Predicts images (N, 3, H, W) float32 in [0, 1]; H and W are multiples of the output stride, plus `rest`.
@@ -52,14 +52,14 @@ class SingleView(nn.Module):
             (N, K, H, W) probabilities, background first, and (N, K - 1) sigmoids of the class scores, or (N, 0) if the
             network has none.
         """
-        outputs = self.model([self.normalize(images)])
+        outputs = self.model([self.model.encoder.normalize(images)])
         probs = resize(outputs.logits[0].float().softmax(dim=1), images.shape[-2:])
         scores = outputs.class_scores[0].sigmoid() if outputs.class_scores else probs.new_zeros(len(images), 0)
         return probs, scores
 
     def example(self, cells: tuple[int, int] = (6, 7), count: int = 2) -> Tensor:
         """Returns noise (count, 3, H, W) of a size that fits: `cells` times the output stride, plus `rest`."""
-        size = [side * self.normalize.output_stride + self.rest for side in cells]
+        size = [side * self.stride + self.rest for side in cells]
         return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
@@ -79,7 +79,7 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
     if onnx and missing:
         raise ValueError(f"ONNX needs {', '.join(missing)}; run `pip install 'slrnet[export]'`, or give --no-onnx")
     view = SingleView(restore_model(checkpoint), checkpoint.config)
-    stride, rest = view.normalize.output_stride, view.rest
+    stride, rest = view.stride, view.rest
     height, width = (stride * Dim(name, min=2, max=(MOST - rest) // stride) + rest for name in ("h", "w"))
     shapes = ({0: Dim("n", min=1, max=1024), 2: height, 3: width},)
     with torch.no_grad():

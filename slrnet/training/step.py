@@ -17,7 +17,8 @@ from slrnet.config import Config, ViewsConfig
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.losses.objective import Labels, Objective, objective
-from slrnet.models.network import Normalize, Outputs
+from slrnet.models.encoders import Encoder
+from slrnet.models.network import Outputs
 from slrnet.views.color import ColorParams, apply_color, draw_color
 from slrnet.views.geometry import View, align_maps, apply_view, draw_views, largest_size
 
@@ -34,7 +35,7 @@ def step_generator(*numbers: int) -> torch.Generator:
 
 
 def make_views(
-    images: Tensor, config: ViewsConfig, normalize: Normalize, generator: torch.Generator
+    images: Tensor, config: ViewsConfig, encoder: Encoder, generator: torch.Generator
 ) -> tuple[list[Tensor], list[View]]:
     """Draws the views of a batch (N, 3, H, W), float in [0, 1], with a CPU generator.
 
@@ -47,8 +48,8 @@ def make_views(
     for view in views:
         if color is None or config.own_color:
             color = draw_color(len(images), config, generator=generator)
-        warped = apply_view(images, view, stride=normalize.output_stride)
-        inputs.append(normalize(apply_color(warped, color)))
+        warped = apply_view(images, view, stride=encoder.output_stride)
+        inputs.append(encoder.normalize(apply_color(warped, color)))
     return inputs, views
 
 
@@ -81,7 +82,7 @@ def step_losses(
     batch: Batch,
     *,
     config: Config,
-    normalize: Normalize,
+    encoder: Encoder,
     generator: torch.Generator,
     pseudo_rows: PseudoRows | None,
 ) -> Objective:
@@ -91,13 +92,13 @@ def step_losses(
         model: an `SLRNet`, possibly wrapped for distributed training.
         batch: crops and the labels that they grant.
         config: the run's settings.
-        normalize: the normalization of the model's encoder.
+        encoder: the model's encoder.
         generator: a CPU generator for the views.
         pseudo_rows: what `find_pseudo_rows` says of the batch; None leaves out pseudo labels and their loss.
     """
     with record_function("slrnet: views"):
         images = batch.floats()
-        inputs, views = make_views(images, config.views, normalize, generator)
+        inputs, views = make_views(images, config.views, encoder, generator)
     with record_function("slrnet: network"):
         outputs = model(inputs)
     return losses_of(outputs, views, images, batch, config=config, pseudo_rows=pseudo_rows)

@@ -46,7 +46,7 @@ from slrnet.evaluation.masks import (
     quality_metrics,
 )
 from slrnet.inference.forward import Inference
-from slrnet.models.network import Network, Normalize, mixed_precision
+from slrnet.models.network import Network, mixed_precision
 from slrnet.models.slrnet import build_network
 from slrnet.tracking.protocol import metric_key
 from slrnet.training.listener import Listener, loss_key
@@ -79,7 +79,6 @@ class Trainer:
         config, shards, process = self.config, self.shards, self.process
         self.writer = CheckpointWriter(self.folder / "checkpoints", config, upload=self.upload)
         self.model, self.wrapped = _new_network(config, shards.info.num_classes, process)
-        self.normalize = Normalize.of(self.model.encoder)
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
         self.supervision = supervision_of(config, shards)
         self.loader = TrainLoader(
@@ -277,7 +276,7 @@ class Trainer:
                 self.wrapped,
                 batch.to(self.process.device, non_blocking=True),
                 config=self.config,
-                normalize=self.normalize,
+                encoder=self.model.encoder,
                 generator=generator,
                 pseudo_rows=None if pretraining else find_pseudo_rows(batch),
             )

@@ -25,11 +25,11 @@ from slrnet.evaluation.masks import (
 )
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.inference.forward import Inference
-from slrnet.models.network import Normalize
+from slrnet.models.encoders import Encoder
 from slrnet.models.slrnet import Outputs
 
 BLACK, GREEN, BLUE, WHITE = (0, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-PLAIN = Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=16)
+PLAIN = Encoder(nn.Identity(), stages=(), channels=(3, 3), strides=(8, 16), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 CONFIG = apply_overrides(
     Config(
         calibration=CalibrationConfig(

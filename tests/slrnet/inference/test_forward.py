@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from copy import copy
 
 import pytest
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from slrnet.config import Config, ConfigError, EvaluationConfig, apply_overrides
 from slrnet.inference.forward import Inference, gate
-from slrnet.models.network import Normalize, Outputs
+from slrnet.models.encoders import Encoder
+from slrnet.models.network import Outputs
 
-PLAIN = Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=16)
+PLAIN = Encoder(nn.Identity(), stages=(), channels=(3, 3), strides=(8, 16), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 CONFIG = apply_overrides(Config(), ["model.output_stride=16", "data.crop_size=64"])
 
 
@@ -70,7 +71,8 @@ class TestPredictSingleScale:
 
     def test_images_are_normalized(self) -> None:
         network = Recorder()
-        network.encoder = replace(PLAIN, mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.125))
+        network.encoder = copy(PLAIN)
+        network.encoder.mean, network.encoder.std = (0.5, 0.5, 0.5), (0.5, 0.25, 0.125)
         Inference(network, CONFIG).single_scale(torch.full((3, 64, 48), 255, dtype=torch.uint8))  # type: ignore[arg-type]
         assert network.views[0][0, :, 3, 4].tolist() == pytest.approx([1.0, 2.0, 4.0])
 

@@ -17,7 +17,6 @@ from slrnet.config import Config, apply_overrides
 from slrnet.inference import forward
 from slrnet.inference.forward import Inference
 from slrnet.inference.predictor import rgb_array
-from slrnet.models.network import Normalize
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import resize
 from slrnet.tools.predict import load_predictor
@@ -43,7 +42,7 @@ class TestPredictMultiScale:
         expected, scores = [], []
         with torch.no_grad():
             for scale in (1.0, 0.5):
-                inputs = Normalize.of(model.encoder)(Inference(model, config).fit(image, scale))
+                inputs = model.encoder.normalize(Inference(model, config).fit(image, scale))
                 for flip in (False, True):
                     out = model([inputs.flip(-1) if flip else inputs])
                     probs = out.logits[0].softmax(dim=1)

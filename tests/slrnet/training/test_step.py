@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import pytest
@@ -13,14 +14,14 @@ from slrnet.data.batch import Batch
 from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import Encoder
-from slrnet.models.network import Normalize, Outputs
+from slrnet.models.network import Outputs
 from slrnet.models.slrnet import SLRNet
 from slrnet.training import step as step_module
 from slrnet.training.step import align, find_pseudo_rows, make_views, step_generator, step_losses
 from slrnet.views.geometry import View, align_maps
 
 K = 3
-PLAIN = Normalize(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), output_stride=4)
+PLAIN = Encoder(nn.Identity(), stages=(), channels=(3, 3), strides=(2, 4), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
 class TinyBackbone(nn.Module):
@@ -99,11 +100,12 @@ class TestMakeViews:
         assert not torch.allclose(own[0], own[1], atol=1e-3)
 
     def test_normalisation_comes_last(self) -> None:
-        normalize = Normalize(mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2.0), output_stride=4)
+        encoder = copy(PLAIN)
+        encoder.mean, encoder.std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
         plain, _ = self.make(seed=5)
-        inputs, _ = make_views(self.images, ViewsConfig(), normalize, step_generator(5))
+        inputs, _ = make_views(self.images, ViewsConfig(), encoder, step_generator(5))
         for view, raw in zip(inputs, plain, strict=True):
-            for channel, (mean, std) in enumerate(zip(normalize.mean, normalize.std, strict=True)):
+            for channel, (mean, std) in enumerate(zip(encoder.mean, encoder.std, strict=True)):
                 assert torch.allclose(view[:, channel], (raw[:, channel] - mean) / std, atol=1e-6)
 
 
@@ -149,7 +151,7 @@ def losses_of(model: nn.Module, config: Config, *, pretraining: bool, seed: int 
         model,
         batch,
         config=config,
-        normalize=PLAIN,
+        encoder=PLAIN,
         generator=step_generator(seed),
         pseudo_rows=None if pretraining else find_pseudo_rows(batch),
     )
@@ -351,7 +353,7 @@ class TestKindsOfLabels:
                 model,
                 of,
                 config=config,
-                normalize=PLAIN,
+                encoder=PLAIN,
                 generator=step_generator(0),
                 pseudo_rows=find_pseudo_rows(of),
             )

@@ -365,7 +365,7 @@ class TestStep:
                 reference.model,
                 batch.part(part),
                 config=config,
-                normalize=reference.normalize,
+                encoder=reference.model.encoder,
                 generator=step_generator(1),
                 pseudo_rows=find_pseudo_rows(batch.part(part)),
             )

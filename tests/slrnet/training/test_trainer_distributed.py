@@ -153,7 +153,7 @@ def _gradients(config: Config, shards: ShardSet, process: Process) -> dict[str, 
         trainer.wrapped,
         batch,
         config=config,
-        normalize=trainer.normalize,
+        encoder=trainer.model.encoder,
         generator=step_generator(3),
         pseudo_rows=find_pseudo_rows(batch),
     )
@@ -212,7 +212,7 @@ def _error(config: Config, shards: ShardSet, process: Process, folder: Path) -> 
     """Rank 1 alone gets a loss that is not finite."""
     trainer = Trainer(config, shards, process=process, folder=folder / "error")
     if process.rank == 1:
-        trainer.normalize = type(trainer.normalize)((0.0,) * 3, (0.0,) * 3, trainer.normalize.output_stride)
+        trainer.model.encoder.mean = trainer.model.encoder.std = (0.0, 0.0, 0.0)
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
     try:
         trainer.fit(report=lambda metrics: None)
