@@ -18,6 +18,9 @@ RECIPES: dict[str, Callable[[], Config]] = {}
 RELEASED_SSS_THRESHOLDS: dict[str, Any] = {"confidence_threshold": 0.8, "background_threshold": 0.9, "floor": 0.6}
 """Thresholds of the released code for pixel labels and unlabeled images, where no image label rules a class out."""
 
+_STRIDE_16: dict[str, Any] = {"output_stride": 16, "aspp_dilations": (6, 12, 18)}
+"""Half the dilations of stride 8, so the ASPP covers the same part of the image."""
+
 
 def get_recipe(name: str) -> Config:
     """Builds the configuration of a recipe.
@@ -123,13 +126,7 @@ def voc_wsss_lite() -> Config:
     return _derive(
         Config(),
         data={"crop_size": 208, "crop_scale": (0.4, 1.0), "workers": 0},
-        model={
-            "encoder": "efficientnet_lite0",
-            "output_stride": 16,
-            "frozen_stages": 2,
-            "aspp_dilations": (6, 12, 18),
-            "dropout": 0.2,
-        },
+        model=_STRIDE_16 | {"encoder": "efficientnet_lite0", "frozen_stages": 2, "dropout": 0.2},
         cvlr={"centered": True},
         calibration={"refine_stride": 2, "confidence_threshold": 0.5, "background_threshold": 0.5, "floor": 0.4},
         losses={"mask_consistency": "probs"},
@@ -214,15 +211,9 @@ def voc_distill() -> Config:
             "crop_scale": (0.3, 1.0),
         },
         views={"scales": (1.0,)},
-        model={
-            "architecture": "deeplabv3plus",
-            "encoder": "resnet101",
-            "output_stride": 16,
-            "frozen_stages": 0,
-            "freeze_batch_norm": False,
-            "aspp_dilations": (6, 12, 18),
-            "dropout": 0.1,
-        },
+        model=_STRIDE_16
+        | {"architecture": "deeplabv3plus", "encoder": "resnet101"}
+        | {"frozen_stages": 0, "freeze_batch_norm": False, "dropout": 0.1},
         cvlr={"enabled": False},
         weights={"pixel_labels": 1.0, "consistency": 0.0},
         optim={"lr": 1e-3},

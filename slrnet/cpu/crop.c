@@ -19,11 +19,9 @@
 #define AHEAD 4    /* rows to prefetch ahead; twice as many in the result */
 #if defined __AVX512VBMI__ && defined __AVX512VNNI__
 #define AT_ONCE 5 /* pixels whose bytes fill 15 of a register's 16 sums */
-#define REPEATED _mm512_set1_epi32
-typedef __m512i vector;
+#define BOTH(weights) _mm512_set1_epi32(*(const int_pair *)(weights))
 #else
-#define REPEATED _mm256_set1_epi32
-typedef __m256i vector;
+#define BOTH(weights) _mm256_set1_epi32(*(const int_pair *)(weights))
 #endif
 
 typedef int32_t __attribute__((may_alias)) int_pair; /* two weights of 16 bits */
@@ -179,8 +177,6 @@ static void resize_two(const uint8_t *a, const uint8_t *b, const program *p, int
     resize_one(a, b, p, p->pairs, bits, out);
 }
 
-static inline vector both(const int16_t *weights) { return REPEATED(*(const int_pair *)weights); }
-
 /* Makes a row of the result from pairs of rows. */
 INLINE void mix(const uint16_t *const *rows, const int16_t *weights, int pairs, int bits, int count, uint8_t *out) {
     const __m128i shift = _mm_cvtsi32_si128(bits);
@@ -191,7 +187,7 @@ INLINE void mix(const uint16_t *const *rows, const int16_t *weights, int pairs, 
         for (int h = 0; h < 4; h++) sums[h] = _mm512_set1_epi32(1 << (bits - 1));
         for (int q = 0; q < pairs; q++)
             for (int h = 0; h < 4; h++)
-                sums[h] = _mm512_dpwssd_epi32(sums[h], _mm512_loadu_si512(rows[q] + 2 * k + 32 * h), both(weights + 2 * q));
+                sums[h] = _mm512_dpwssd_epi32(sums[h], _mm512_loadu_si512(rows[q] + 2 * k + 32 * h), BOTH(weights + 2 * q));
         for (int h = 0; h < 4; h++) sums[h] = _mm512_srl_epi32(sums[h], shift);
         __m512i words[2] = {_mm512_packus_epi32(sums[0], sums[1]), _mm512_packus_epi32(sums[2], sums[3])};
         __m512i bytes = _mm512_permutexvar_epi32(order, _mm512_packus_epi16(words[0], words[1]));
@@ -202,7 +198,7 @@ INLINE void mix(const uint16_t *const *rows, const int16_t *weights, int pairs, 
         __m256i sum = _mm256_set1_epi32(1 << (bits - 1));
         for (int q = 0; q < pairs; q++) {
             __m256i pair = _mm256_loadu_si256((const __m256i *)(rows[q] + 2 * k));
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pair, both(weights + 2 * q)));
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pair, BOTH(weights + 2 * q)));
         }
         sum = _mm256_srl_epi32(sum, shift);
         __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));

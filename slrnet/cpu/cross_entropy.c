@@ -36,6 +36,7 @@ typedef struct {
 /* Rows `top` to `bottom` and columns `left` to `right` of the pixels in a cell, which is at `row` and `column`. */
 typedef struct {
     int row, column, top, bottom, left, right;
+    float distances[RUN]; /* of the columns from the left neighbors */
 } cell;
 
 /* Exponentials at the first pixel of a run and the `ratio` along its row; the factors of both from row to row. */
@@ -153,12 +154,11 @@ APART void pixels_of_a_cell(const image *of, const workspace *in, cell at) {
         slopes[i / 2][i % 2] = in->gradients[i / 2] + (at.column + i % 2) * blocks;
     }
     float down = (float)(of->old_height - 1) / (of->height - 1), across = (float)(of->old_width - 1) / (of->width - 1);
-    float y = distance_into(at.row, at.top, of->old_height, of->height), distances[RUN];
-    for (int k = 0; k < n; k++) distances[k] = distance_into(at.column, at.left + k, of->old_width, of->width);
+    float y = distance_into(at.row, at.top, of->old_height, of->height);
     for (int b = 0; b < blocks; b++) {
         lanes above = corner[0][1][b] - corner[0][0][b], beneath = corner[1][1][b] - corner[1][0][b];
-        lanes begin = corner[0][0][b] + above * distances[0], twist = beneath - above;
-        lanes step = corner[1][0][b] + beneath * distances[0] - begin;
+        lanes begin = corner[0][0][b] + above * at.distances[0], twist = beneath - above;
+        lanes step = corner[1][0][b] + beneath * at.distances[0] - begin;
         moving->first[b] = start->first[b] = exponential(begin + step * y);
         moving->ratio[b] = start->ratio[b] = exponential((above + twist * y) * across);
         start->first_ratio[b] = exponential(step * down);
@@ -170,29 +170,20 @@ APART void pixels_of_a_cell(const image *of, const workspace *in, cell at) {
         WITH_CONSTANT(n, add_up(moving, blocks, N, of->sums + place))
         for (int k = 0; k < n; k++) {
             own->shares[k] = of->weights[place + k] / of->sums[place + k];
-            own->right[k] = own->shares[k] * distances[k];
+            own->right[k] = own->shares[k] * at.distances[k];
         }
         own->below = distance_into(at.row, line, of->old_height, of->height);
     }
     WITH_CONSTANT(n, for (int b = 0; b < blocks; b++) spread(start, b, N, in->weights, at.bottom - at.top, slopes))
 }
 
-/* Whether a pixel of the cell has weight. */
-static int has_weight(const image *of, cell at) {
-    for (int y = at.top; y < at.bottom; y++)
-        for (int x = at.left; x < at.right; x++)
-            if (of->weights[(int64_t)y * of->width + x] != 0) return 1;
-    return 0;
-}
-
-/* The labels' logits, and the part of the gradient that is due to them; pixels of one label in a row at a time. */
-APART void labels_of_a_cell(const image *of, const workspace *in, cell at) {
+/* The labels' logits, and the part of the gradient that is due to them; pixels of one label in a row at a time. Returns
+   whether a pixel of the cell has weight. */
+APART int labels_of_a_cell(const image *of, const workspace *in, cell at) {
     int64_t next = (int64_t)of->blocks * LANES, start = at.column * next;
     const float *upper = (const float *)in->neighbors[0] + start, *lower = (const float *)in->neighbors[1] + start;
     float *above = (float *)in->gradients[0] + start, *beneath = (float *)in->gradients[1] + start;
-    float distances[RUN];
-    for (int x = at.left; x < at.right; x++)
-        distances[x - at.left] = distance_into(at.column, x, of->old_width, of->width);
+    int weighted = 0;
     for (int y = at.top; y < at.bottom; y++) {
         float below = distance_into(at.row, y, of->old_height, of->height);
         const int64_t *labels = of->labels + (int64_t)y * of->width;
@@ -204,9 +195,10 @@ APART void labels_of_a_cell(const image *of, const workspace *in, cell at) {
             float step = upper[beside] + (lower[beside] - upper[beside]) * below - first;
             float sum = 0, on_right = 0;
             for (; x < at.right && labels[x] == here; x++) {
-                own[x] = first + step * distances[x - at.left];
+                own[x] = first + step * at.distances[x - at.left];
                 sum += weights[x];
-                on_right += weights[x] * distances[x - at.left];
+                on_right += weights[x] * at.distances[x - at.left];
+                weighted |= weights[x] != 0;
             }
             float on_left = sum - on_right;
             beneath[here] -= on_left * below;
@@ -215,6 +207,7 @@ APART void labels_of_a_cell(const image *of, const workspace *in, cell at) {
             above[beside] -= on_right - on_right * below;
         }
     }
+    return weighted;
 }
 
 /* One row of cells; writes `gradient` (2, old_width, classes). */
@@ -230,9 +223,10 @@ static void row_of_cells(const image *of, const workspace *in, int row, float *g
     for (int column = 0; column < of->old_width - 1; column++) {
         int end = first_in(column + 1, of->old_width, of->width);
         for (int left = first_in(column, of->old_width, of->width); left < end; left += RUN) {
-            cell at = {row, column, top, bottom, left, left + RUN < end ? left + RUN : end};
-            if (has_weight(of, at)) pixels_of_a_cell(of, in, at);
-            labels_of_a_cell(of, in, at);
+            cell at = {row, column, top, bottom, left, left + RUN < end ? left + RUN : end, {0}};
+            for (int k = 0; k < RUN; k++)
+                at.distances[k] = distance_into(column, left + k, of->old_width, of->width);
+            if (labels_of_a_cell(of, in, at)) pixels_of_a_cell(of, in, at);
         }
     }
     for (int64_t i = 0; i < pixels; i++)
