@@ -16,7 +16,7 @@ from PIL import Image
 from slrnet.checkpoints.checkpoint import Checkpoint
 from slrnet.evaluation.examine import Bins, Examination, Example
 from slrnet.evaluation.masks import Quality, quality_metrics
-from slrnet.tools.report.charts import HEIGHT, WIDTH, Chart, Drawing, Series, draw_chart
+from slrnet.tools.report.charts import HEIGHT, WIDTH, Chart, Series, draw_chart
 from slrnet.tools.report.measurements import Measurements, gamma_advice
 from slrnet.tools.report.runs import Run, metrics_by_protocol, training_command, val_key
 from slrnet.tracking.protocol import metric_key
@@ -50,7 +50,8 @@ def render(runs: Sequence[Run], measured: Sequence[Measurements], *, max_bytes: 
     environment.filters |= {"percent": _percent, "general": "{:g}".format, "by_protocol": metrics_by_protocol}
     template = environment.get_template("page.html.jinja")
     columns = [_column(run, own) for run, own in zip(runs, measured, strict=True)]
-    content = {"columns": columns, "charts": _charts(runs, measured), "made_with": environment_tags()}
+    charts = [chart for column in columns for charts in column["charts"].values() for chart in charts]
+    content = {"columns": columns, "made_with": environment_tags(), "placed": partial(draw_chart, others=charts)}
     for width in WIDTHS:
         page = template.render(**content, chart_size=(WIDTH, HEIGHT), data_uri=partial(_data_uri, width=width))
         if len(page.encode()) <= max_bytes:
@@ -82,6 +83,7 @@ def _column(run: Run, measured: Measurements) -> dict[str, Any]:
             for title, examples in measured.examples.items()
         },
         "panels": list(_chosen_panels(run)),
+        "charts": {"curves": _curves(run), "balance": _balance(run), "calibration": _calibration(measured)},
         "advice": measured.sweep and gamma_advice(measured.sweep, checkpoint.config.calibration.confidence_threshold),
     }
 
@@ -124,18 +126,6 @@ def _chosen_panels(run: Run) -> Iterator[tuple[str, list[tuple[int, Image.Image]
 
 
 # Charts. Those of one title have the same axes in all runs.
-
-
-def _charts(runs: Sequence[Run], measured: Sequence[Measurements]) -> list[dict[str, list[Drawing]]]:
-    """The charts of each run, by section."""
-    plans = [
-        {"curves": _curves(run), "balance": _balance(run), "calibration": _calibration(own)}
-        for run, own in zip(runs, measured, strict=True)
-    ]
-    every = [chart for plan in plans for charts in plan.values() for chart in charts]
-    return [
-        {section: [draw_chart(chart, every) for chart in charts] for section, charts in plan.items()} for plan in plans
-    ]
 
 
 def _curves(run: Run) -> list[Chart]:
