@@ -87,8 +87,7 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
     differences = {}
     with written_whole(out / "network.pt2") as incoming:
         torch.export.save(program, incoming)
-        loaded = torch.export.load(incoming).module()
-        differences["network.pt2"] = _compare(view, loaded, "network.pt2")
+        differences["network.pt2"] = _compare(view, torch.export.load(incoming).module(), "network.pt2")
     if onnx:
         with written_whole(out / "network.onnx") as incoming:
             differences["network.onnx"] = _write_onnx(view, program, incoming)

@@ -69,15 +69,13 @@ class _Page:
             self.below = ui.column().classes("w-full gap-2")
 
     def _controls(self) -> None:
-        defaults = self.analyzer.defaults
         if self.analyzer.has_codes:
-            self._slider("T", "iterations of CVLR (cvlr.num_iters)", 1, 10, 1, defaults.num_iters, "num_iters")
+            self._slider("T", "iterations of CVLR (cvlr.num_iters)", 1, 10, 1, "num_iters")
         text = "share of a class's maximum that a pixel needs (calibration.confidence_threshold)"
-        self._slider("gamma", text, 0, 1, 0.05, defaults.gamma, "gamma")
-        iterations = max(defaults.refine_iters, 1)
-        switch = ui.switch("refinement", value=defaults.refine_iters > 0).classes("refinement")
+        self._slider("gamma", text, 0, 1, 0.05, "gamma")
+        switch = ui.switch("refinement", value=self.controls.refine_iters > 0).classes("refinement")
         text = "of the refinement (calibration.refine_iters)"
-        slider = self._slider("iterations", text, 1, 30, 1, iterations, "refine_iters")
+        slider = self._slider("iterations", text, 1, 30, 1, "refine_iters")
         slider.bind_enabled_from(switch, "value")
         switch.on_value_change(lambda event: self._change(refine_iters=int(slider.value) if event.value else 0))
         label = "classes of the pseudo label (else: by their scores)"
@@ -85,8 +83,8 @@ class _Page:
         chosen.classes("w-full").props("use-chips clearable dense")
         chosen.on_value_change(lambda event: self._change(classes=tuple(event.value) if event.value else None))
 
-    def _slider(self, name: str, text: str, low: float, high: float, step: float, value: float, control: str) -> Any:
-        kind = type(getattr(self.controls, control))
+    def _slider(self, name: str, text: str, low: float, high: float, step: float, control: str) -> Any:
+        value = max(getattr(self.controls, control), low)
         with ui.row().classes("w-full items-center no-wrap gap-3"):
             shown = ui.label().classes("w-32 shrink-0 text-sm")
             slider = ui.slider(min=low, max=max(high, value), step=step, value=value).classes(f"control-{control}")
@@ -95,7 +93,7 @@ class _Page:
         # Not at every place that it passes: an answer may take a second.
         slider.on(
             "update:model-value",
-            lambda event: self._change(**{control: kind(event.args)}),
+            lambda event: self._change(**{control: type(value)(event.args)}),
             throttle=0.5,
             leading_events=False,
         )
