@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint, restore_network
@@ -22,7 +21,7 @@ from slrnet.data.catalog import voc_palette
 from slrnet.data.images import encode_mask, upright_size
 from slrnet.inference.predictor import Prediction, Predictor, rgb_array
 from slrnet.storage.files import write_json, written_whole
-from slrnet.viz.overlay import draw_overlay
+from slrnet.viz.overlay import Pixels, draw_overlay
 
 __all__ = ["batches", "find_images", "load_predictor", "predict_images"]
 
@@ -104,7 +103,7 @@ def batches(images: Mapping[str, Path], size: int) -> Iterator[list[str]]:
         try:
             with Image.open(path) as file:
                 shape: tuple[int, ...] = upright_size(file)
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError):
+        except (OSError, Image.DecompressionBombError):
             shape = (place,)
         by_size.setdefault(shape, []).append(name)
     for names in by_size.values():
@@ -151,10 +150,10 @@ def predict_images(
     return failed
 
 
-def _read(path: Path) -> npt.NDArray[np.uint8] | None:
+def _read(path: Path) -> Pixels | None:
     try:
         with Image.open(path) as file:
             return rgb_array(file)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, Image.DecompressionBombError) as error:
         print(f"{path} cannot be read and is left out: {error}", file=sys.stderr)
         return None

@@ -6,8 +6,6 @@ import io
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from nicegui import app, events, run, ui
 from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -15,7 +13,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from slrnet.data.catalog import voc_palette
 from slrnet.tools.app.analyzer import MAX_SIDE, Analysis, Analyzer, shrink
 from slrnet.tools.codes import heat
-from slrnet.viz.overlay import draw_overlay
+from slrnet.viz.overlay import Pixels, draw_overlay
 from slrnet.viz.panels import class_legend
 
 __all__ = ["serve"]
@@ -42,7 +40,7 @@ class _Page:
     def __init__(self, analyzer: Analyzer, name: str) -> None:
         self.analyzer, self.name = analyzer, name
         self.controls = analyzer.defaults
-        self.image: npt.NDArray[np.uint8] | None = None
+        self.image: Pixels | None = None
         self.request = 0
         self.pictures: dict[str, Any] = {}
 
@@ -124,7 +122,7 @@ class _Page:
         if request == self.request:
             self._draw(image, analysis)
 
-    def _draw(self, image: npt.NDArray[np.uint8], analysis: Analysis) -> None:
+    def _draw(self, image: Pixels, analysis: Analysis) -> None:
         palette = voc_palette()
         self.pictures["image"].set_source(Image.fromarray(image))
         for key, mask in (("mask", analysis.mask), ("refined", analysis.refined), ("pseudo", analysis.pseudo_labels)):
@@ -140,7 +138,7 @@ class _Page:
             self._draw_scores(analysis)
             self._draw_codes(analysis)
 
-    def _draw_legend(self, analysis: Analysis, palette: npt.NDArray[np.uint8]) -> None:
+    def _draw_legend(self, analysis: Analysis, palette: Pixels) -> None:
         with ui.row().classes("legend gap-4"):
             masks = (analysis.mask, analysis.refined, analysis.pseudo_labels)
             for name, color in class_legend(masks, palette, self.analyzer.classes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -124,7 +123,7 @@ def draw_tiles(
     total = sum(heights) + line * -(-len(legend) // per_line) + (0.4 if scale else 0.1)
     figure = Figure(figsize=(PAGE_WIDTH, total), layout="constrained")
     places = figure.subplots(len(rows), len(rows[0]), squeeze=False, gridspec_kw={"height_ratios": heights})
-    for axes, tile in zip(places.flat, itertools.chain(*rows), strict=True):
+    for axes, tile in zip(places.flat, (tile for row in rows for tile in row), strict=True):
         axes.set(xticks=[], yticks=[], frame_on=False, anchor="N")
         if tile is not None:
             axes.imshow(tile.picture, interpolation="lanczos")

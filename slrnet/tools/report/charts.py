@@ -12,13 +12,11 @@ from typing import NamedTuple
 
 from matplotlib.ticker import MaxNLocator
 
-__all__ = ["HEIGHT", "WIDTH", "Chart", "Drawing", "Line", "Series", "draw_chart"]
+__all__ = ["SIZE", "Chart", "Drawing", "Line", "Series", "draw_chart"]
 
-WIDTH = 420
-"""Width of a chart in its own units, in which its text is 13 high."""
-HEIGHT = 290
-"""Height of a chart in the same units."""
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 14, 44
+SIZE = (420, 290)
+"""Width and height of a chart in its own units, in which its text is 13 high."""
+_ACROSS, _UP = (52, 404), (246, 14)
 _TICKS = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10])
 Limits = tuple[float, float]
 
@@ -78,7 +76,7 @@ def draw_chart(chart: Chart, others: Sequence[Chart] = ()) -> Drawing:
     x_limits, y_limits = (chart.limits or _limits([point[axis] for point in points]) for axis in (0, 1))
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return _scale(x, x_limits, _LEFT, WIDTH - _RIGHT), _scale(y, y_limits, HEIGHT - _BOTTOM, _TOP)
+        return _scale(x, x_limits, *_ACROSS), _scale(y, y_limits, *_UP)
 
     lines = []
     for series in chart.series:

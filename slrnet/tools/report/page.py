@@ -16,7 +16,7 @@ from PIL import Image
 from slrnet.checkpoints.checkpoint import Checkpoint
 from slrnet.evaluation.examine import Bins, Examination, Example
 from slrnet.evaluation.masks import Quality, quality_metrics
-from slrnet.tools.report.charts import HEIGHT, WIDTH, Chart, Series, draw_chart
+from slrnet.tools.report.charts import SIZE, Chart, Series, draw_chart
 from slrnet.tools.report.measurements import Measurements, gamma_advice
 from slrnet.tools.report.runs import Run, metrics_by_protocol, training_command, val_key
 from slrnet.tracking.protocol import metric_key
@@ -53,7 +53,7 @@ def render(runs: Sequence[Run], measured: Sequence[Measurements], *, max_bytes: 
     charts = [chart for column in columns for charts in column["charts"].values() for chart in charts]
     content = {"columns": columns, "made_with": environment_tags(), "placed": partial(draw_chart, others=charts)}
     for width in WIDTHS:
-        page = template.render(**content, chart_size=(WIDTH, HEIGHT), data_uri=partial(_data_uri, width=width))
+        page = template.render(**content, chart_size=SIZE, data_uri=partial(_data_uri, width=width))
         if len(page.encode()) <= max_bytes:
             return page
     raise ValueError(
