@@ -16,7 +16,7 @@ __all__ = ["SIZE", "Chart", "Drawing", "Line", "Series", "draw_chart"]
 
 SIZE = (420, 290)
 """Width and height of a chart in its own units, in which its text is 13 high."""
-_ACROSS, _UP = (52, 404), (246, 14)
+_ACROSS, _UP = (52, 404), (246, 14)  # where the axes begin and end
 _TICKS = MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10])
 Limits = tuple[float, float]
 
