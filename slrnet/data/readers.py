@@ -15,7 +15,6 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from slrnet.data.batch import Batch
@@ -23,7 +22,7 @@ from slrnet.data.manifest import DataError
 from slrnet.data.processes import end_with, helper_context
 from slrnet.data.samples import SampleIndex, SkippedSample
 
-__all__ = ["BatchLoader", "Delivery", "Loader", "share_of"]
+__all__ = ["Deliveries", "Delivery", "Loader", "reader_processes", "share_of"]
 
 _logger = logging.getLogger(__name__)
 
@@ -49,12 +48,12 @@ Deliver: TypeAlias = Callable[[int, int, int], Iterator[Delivery]]
 """What a reader, given its place among them, makes in an epoch from a step on; picklable, may raise `DataError`."""
 
 
-class _Deliveries(IterableDataset[Delivery]):
+class Deliveries(IterableDataset[Delivery]):
     """Runs a reader. A `DataError` travels as a message, because torch wraps exceptions into tracebacks."""
 
-    def __init__(self, deliver: Deliver, epoch_and_start: Tensor) -> None:
+    def __init__(self, deliver: Deliver) -> None:
         self.deliver = deliver
-        self.epoch_and_start = epoch_and_start
+        self.epoch_and_start = torch.zeros(2, dtype=torch.int64).share_memory_()
 
     def __iter__(self) -> Iterator[Delivery]:
         worker = get_worker_info()
@@ -86,54 +85,19 @@ class Loader:
             _logger.warning(text, skipped.shard, skipped.key, skipped.reason, self.index.advice)
 
 
-class BatchLoader(Loader):
-    """A loader whose readers work in this process (no workers) or in processes that stay.
-
-    With `pin_memory` batches come in page-locked memory.
-    """
-
-    def __init__(self, index: SampleIndex, deliver: Deliver, *, workers: int, pin_memory: bool) -> None:
-        super().__init__(index)
-        self._workers = workers
-        self._pin_memory = pin_memory
-        self._epoch_and_start = torch.zeros(2, dtype=torch.int64).share_memory_()
-        self._deliveries = _Deliveries(deliver, self._epoch_and_start)
-        self._loader: DataLoader[Delivery] | None = None
-
-    def close(self) -> None:
-        """Ends the reader processes; the next epoch starts new ones."""
-        self._loader = None
-
-    def _deliver(self, epoch: int, start_step: int) -> Iterator[Batch]:
-        """Yields what the readers send in turn, and collects the samples that they skip."""
-        self._skipped = []
-        self._epoch_and_start.copy_(torch.tensor([epoch, start_step]))
-        for delivery in self._run():
-            for skipped in delivery.skipped:
-                self._report(skipped)
-            if delivery.failure is not None:
-                self.close()  # now: readers that are left to the garbage collector take seconds to end
-                raise DataError(delivery.failure)
-            if delivery.batch is not None:
-                yield delivery.batch
-
-    def _run(self) -> Iterator[Delivery]:
-        if not self._workers:  # torch's loader would take a hundredth of the time and add nothing
-            made = iter(self._deliveries)
-            return map(Delivery.pin_memory, made) if self._pin_memory else made
-        if self._loader is None:
-            self._loader = DataLoader(
-                self._deliveries,
-                batch_size=None,
-                num_workers=self._workers,
-                multiprocessing_context=helper_context(_PRELOAD),
-                persistent_workers=True,
-                pin_memory=self._pin_memory,
-                worker_init_fn=partial(_begin_reader, os.getpid()),
-                # Its own generator: torch would else draw its workers' base seed from the global one.
-                generator=torch.Generator(),
-            )
-        return iter(self._loader)
+def reader_processes(deliveries: Deliveries, *, workers: int, pin_memory: bool) -> DataLoader[Delivery]:
+    """Processes that stay, and whose deliveries come in turn; with `pin_memory` in page-locked memory."""
+    return DataLoader(
+        deliveries,
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=helper_context(_PRELOAD),
+        persistent_workers=True,
+        pin_memory=pin_memory,
+        worker_init_fn=partial(_begin_reader, os.getpid()),
+        # Its own generator: torch would else draw its workers' base seed from the global one.
+        generator=torch.Generator(),
+    )
 
 
 def share_of(number: int, *, rank: int, world_size: int) -> range:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import webdataset as wds
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from slrnet.config import DataConfig
 from slrnet.data.batch import Batch
@@ -25,7 +26,7 @@ from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.counter_random import Bits, key_of, random_bits
 from slrnet.data.epoch_plan import Draws, EpochPlan
 from slrnet.data.manifest import DataError, ShardSet
-from slrnet.data.readers import BatchLoader, Delivery, share_of
+from slrnet.data.readers import Deliveries, Delivery, Loader, reader_processes, share_of
 from slrnet.data.samples import LocatedSample, SampleIndex, ShardFiles, SkippedSample
 from slrnet.data.supervision import Supervision
 from slrnet.data.transforms import Crop, crop_into, crop_mask, draw_crops
@@ -37,7 +38,7 @@ _RECENT = 32
 _SHARDS_NAMED = 5
 
 
-class TrainLoader(BatchLoader):
+class TrainLoader(Loader):
     """Batches of random crops of the training split, for one rank.
 
     The draws of a step are a pure function of (seed, epoch, step) and the data, for any number of ranks and readers.
@@ -95,7 +96,13 @@ class TrainLoader(BatchLoader):
         )
         self.share = len(self.reader.share)
         """Images of a step of this rank."""
-        super().__init__(self.reader.index, self.reader.deliver, workers=config.workers, pin_memory=pin_memory)
+        super().__init__(self.reader.index)
+        self._deliveries, self._pin_memory = Deliveries(self.reader.deliver), pin_memory
+        self._processes: DataLoader[Delivery] | None = None
+
+    def close(self) -> None:
+        """Ends the reader processes; the next epoch starts new ones."""
+        self._processes = None
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Yields the batches of steps start_step, ..., steps_per_epoch - 1; one epoch at a time.
@@ -115,14 +122,31 @@ class TrainLoader(BatchLoader):
     def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
         steps = self.steps_per_epoch - start_step
         batches = samples = 0
-        for batch in self._deliver(epoch, start_step):
-            batches, samples = batches + 1, samples + len(batch.keys)
-            yield batch
+        self._skipped = []
+        self._deliveries.epoch_and_start.copy_(torch.tensor([epoch, start_step]))
+        for delivery in self._deliver():
+            for skipped in delivery.skipped:
+                self._report(skipped)
+            if delivery.failure is not None:
+                self.close()  # now: readers that are left to the garbage collector take seconds to end
+                raise DataError(delivery.failure)
+            if delivery.batch is not None:
+                batches, samples = batches + 1, samples + len(delivery.batch.keys)
+                yield delivery.batch
         if batches != steps or samples != steps * self.share:
             raise DataError(
                 f"epoch {epoch} gave this rank {batches} batches of {samples} samples in all, planned were "
                 f"{steps} batches of {steps * self.share}; {self.index.advice}"
             )
+
+    def _deliver(self) -> Iterator[Delivery]:
+        workers = self.reader.config.workers
+        if not workers:  # torch's loader would take a hundredth of the time and add nothing
+            made = iter(self._deliveries)
+            return map(Delivery.pin_memory, made) if self._pin_memory else made
+        if self._processes is None:
+            self._processes = reader_processes(self._deliveries, workers=workers, pin_memory=self._pin_memory)
+        return iter(self._processes)
 
 
 class _PlannedCrop(NamedTuple):
