@@ -64,7 +64,7 @@ class Member:
 
     index: int
     schedule: tuple[Change, ...]
-    """Its settings in order of time."""
+    """Its settings in order of time: those that it starts with, and one change for each take-over."""
     rows: Mapping[int, Mapping[str, int | float]]  # whole numbers stay whole when they are read back
     """Metrics by epoch of its present weights: after a take-over, those of their former owner."""
     error: str = ""
@@ -91,10 +91,9 @@ class Population:
         """Members without an error."""
         return tuple(member for member in self.members if not member.error)
 
-    def takers(self, epoch: int) -> list[tuple[Member, Change, int]]:
-        """Members that take over weights after an epoch, each with its change and the member it takes them from."""
-        last = [(member, member.schedule[-1]) for member in self.alive]
-        return [(member, c, c.source) for member, c in last if c.epoch == epoch and c.source is not None]
+    def takers(self, epoch: int) -> list[Member]:
+        """Members whose last change is a take-over after an epoch, > 0."""
+        return [member for member in self.alive if member.schedule[-1].epoch == epoch]
 
     def save(self, folder: Path) -> None:
         """Writes the population into a sweep's folder, whole or not at all."""
@@ -171,11 +170,10 @@ def train_population(plan: SweepPlan, train_round: Round, *, say: Callable[[str]
         if until != ends[-1]:
             goal: dict[str, Any] = {"metric": options.metrics[0], "quantile": QUANTILE, "seed": options.seed}
             population = exploit(population, plan.space, epoch=until, **goal)
-            for member, change, source in population.takers(until):
-                taker, giver = member_name(plan, member.index), member_name(plan, source)
-                shown = ", ".join(
-                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in change.values.items()
-                )
+            for member in population.takers(until):
+                taker, giver = member_name(plan, member.index), member_name(plan, member.schedule[-1].source)
+                settings = member.values.items()
+                shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings)
                 say(f"after epoch {until} {taker} continues with the weights of {giver}, with {shown}")
         population = replace(population, rounds=population.rounds + 1)
         population.save(folder)
@@ -189,8 +187,7 @@ def member_name(plan: SweepPlan, index: int | None) -> str:
 
 def sources_of(plan: SweepPlan, member: Member) -> str:
     """The members that a member took weights over from, and when, as text; empty if there are none."""
-    taken = [change for change in member.schedule if change.source is not None]
-    return ", ".join(f"{member_name(plan, change.source)} after epoch {change.epoch}" for change in taken)
+    return ", ".join(f"{member_name(plan, c.source)} after epoch {c.epoch}" for c in member.schedule[1:])
 
 
 def _explore(values: Mapping[str, Any], domains: Sequence[Domain], rng: random.Random) -> dict[str, Any]:
@@ -214,10 +211,9 @@ def _after_round(plan: SweepPlan, population: Population, errors: Mapping[int, s
 
 def _copy_checkpoints(plan: SweepPlan, population: Population, epoch: int) -> None:
     """Copies the checkpoints of the take-overs after an epoch; nobody both gives and takes in the same round."""
-    for member, _, giver in population.takers(epoch):
-        source, target = (
-            plan.folder / "trials" / member_name(plan, index) / "checkpoints" for index in (giver, member.index)
-        )
+    for member in population.takers(epoch):
+        places = member.schedule[-1].source, member.index
+        source, target = (plan.folder / "trials" / member_name(plan, index) / "checkpoints" for index in places)
         incoming = target.with_name(".checkpoints.incoming")
         shutil.rmtree(incoming, ignore_errors=True)
         shutil.copytree(source, incoming)
