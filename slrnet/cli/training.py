@@ -345,7 +345,7 @@ def _plan(options: argparse.Namespace) -> SweepPlan:
 
 
 def _mask_job(options: argparse.Namespace, splits: Callable[[ShardSet], Iterable[str]]) -> MaskJob:
-    """The job of a command with the options of `_add_prediction`, for some of the data set's splits."""
+    """The job of a command with the options of `_prediction`, for some of the data set's splits."""
     from slrnet.checkpoints.checkpoint import load_checkpoint
     from slrnet.data.manifest import load_dataset
     from slrnet.launch.prediction import MaskJob
