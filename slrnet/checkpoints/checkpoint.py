@@ -207,8 +207,7 @@ class CheckpointWriter:
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a checkpoint; nothing in it can run code.
 
-    Args:
-        path: a checkpoint directory, or a run's folder: then its best checkpoint is read.
+    `path` is a checkpoint directory, or a run's folder: then its best checkpoint is read.
 
     Raises:
         CheckpointError: it is missing, of another version, or a file in it is damaged.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -189,10 +190,7 @@ class GammaSweep:
 def examine(target: EvaluationTarget, split: str, *, at_most: int | None = None) -> Examination:
     """Compares a split's masks with the true ones, as the training's validation does.
 
-    Args:
-        target: the network and the data.
-        split: name of the split.
-        at_most: largest number of images, a fixed choice of those with a mask; None for all.
+    `at_most` is the largest number of images, a fixed choice of those with a mask; None for all.
 
     Raises:
         DataError: the split does not exist or has no mask, or an image is damaged.
@@ -223,13 +221,9 @@ def choose_by_iou(scores: Sequence[ImageScore], number: int, *, hardest: bool) -
     """
     known = [score for score in scores if score.main_class and not np.isnan(score.miou)]
     ranked = sorted(known, key=lambda score: (score.miou if hardest else -score.miou, score.key))
-    taken: Counter[int] = Counter()
-    turns = []
-    for score in ranked:
-        turns.append(taken[score.main_class])
-        taken[score.main_class] += 1
-    order = sorted(range(len(ranked)), key=lambda place: turns[place])  # stable: by IoU within a turn
-    return [ranked[place] for place in sorted(order[:number])]
+    turns: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
+    order = sorted((next(turns[score.main_class]), place) for place, score in enumerate(ranked))
+    return [ranked[place] for place in sorted(place for _, place in order[:number])]
 
 
 def read_examples(target: EvaluationTarget, split: str, scores: Sequence[ImageScore]) -> list[Example]:
@@ -271,12 +265,12 @@ def sweep_gamma(target: EvaluationTarget, *, at_most: int | None = None) -> Gamm
             "evaluation.pseudo_mask_images is 0"
         )
     gammas = tuple(sorted({*GAMMAS, config.calibration.confidence_threshold}))
-    matrices = [ConfusionMatrix(target.inference.model.num_classes) for _ in gammas]
+    matrices = {gamma: ConfusionMatrix(target.inference.model.num_classes) for gamma in gammas}
     confidence = Bins()
     loader = EvalLoader(target.shards, split=config.data.train_split, indices=chosen)
     for sample in tqdm(loader, desc="pseudo labels", unit="image", disable=None):
-        _count_sample(target, sample, dict(zip(gammas, matrices, strict=True)), confidence)
-    counts = torch.stack([matrix.counts for matrix in matrices])  # (gammas, true, predicted)
+        _count_sample(target, sample, matrices, confidence)
+    counts = torch.stack([matrix.counts for matrix in matrices.values()])  # (gammas, true, predicted)
     right = counts.diagonal(dim1=1, dim2=2)[:, 1:].sum(dim=1)
     labeled, true = counts[:, :, 1:-1].sum(dim=(1, 2)), counts[:, 1:].sum(dim=(1, 2))
     fidelity, completeness = (tuple((right / total).tolist()) for total in (labeled, true))

@@ -99,17 +99,11 @@ def gated_probs(inference: Inference, sample: EvalSample) -> Tensor:
 def measure_pseudo_masks(
     inference: Inference, samples: Iterable[EvalSample], *, process: Process, show: Callable[[PseudoMask], None]
 ) -> tuple[Quality, Quality]:
-    """Measures the pseudo masks of training images against their true masks, over all ranks.
+    """Measures pseudo masks against true masks, over all ranks, which must all make this call.
 
-    Args:
-        inference: the network and its settings.
-        samples: this rank's share of the fixed subset.
-        process: this rank; every rank must make this call.
-        show: called with each image's masks, for pictures.
-
-    Returns:
-        Quality of the refined masks (the most probable class of every pixel), and of the pseudo labels (undecided
-        pixels are 255: their share is 1 - coverage).
+    `samples` are this rank's share of the fixed subset of training images; `show` gets each image's masks, for
+    pictures. Returns the quality of the refined masks (the most probable class of every pixel), and of the pseudo
+    labels (undecided pixels are 255: their share is 1 - coverage).
     """
     num_classes, images = inference.model.num_classes, 0
     dense, kept = ConfusionMatrix(num_classes), ConfusionMatrix(num_classes)
@@ -121,9 +115,8 @@ def measure_pseudo_masks(
             kept.update(masks.pseudo_labels, sample.pixel_labels)
             images += 1
     protocol = pseudo_mask_protocol(inference.config)
-    named = ((dense, protocol), (kept, f"{protocol}, thresholded"))
-    refined, thresholded = (Quality.over_ranks(matrix, name, images, process) for matrix, name in named)
-    return refined, thresholded
+    refined = Quality.over_ranks(dense, protocol, images, process)
+    return refined, Quality.over_ranks(kept, f"{protocol}, thresholded", images, process)
 
 
 def quality_metrics(prefix: str, quality: Quality, classes: tuple[str, ...]) -> dict[str, float]:

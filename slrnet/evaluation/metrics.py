@@ -65,7 +65,7 @@ class ConfusionMatrix:
 
     def miou(self) -> float:
         """Mean IoU over the classes that occur, background included; NaN if none does."""
-        return _mean(self.iou())
+        return float(self.iou().nanmean())
 
     def fdr(self) -> Tensor:
         """Share of a class's predicted pixels that are not it, (K,); NaN for a class that is never predicted."""
@@ -79,11 +79,11 @@ class ConfusionMatrix:
 
     def mfdr(self) -> float:
         """Mean false discovery rate over the foreground classes (Eq. 10): how unfaithful the masks are."""
-        return _mean(self.fdr()[1:])
+        return float(self.fdr()[1:].nanmean())
 
     def mfnr(self) -> float:
         """Mean false negative rate over the foreground classes (Eq. 11): how incomplete the masks are."""
-        return _mean(self.fnr()[1:])
+        return float(self.fnr()[1:].nanmean())
 
     def coverage(self) -> float:
         """Share of the labeled pixels that have a prediction; NaN without pixels."""
@@ -93,8 +93,3 @@ class ConfusionMatrix:
         counts = self.counts.double()
         square = counts[:, : self.num_classes]
         return square.diagonal(), square.sum(dim=0), counts.sum(dim=1)
-
-
-def _mean(values: Tensor) -> float:
-    known = values[~values.isnan()]
-    return float(known.mean()) if len(known) else float("nan")

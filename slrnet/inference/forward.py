@@ -90,10 +90,8 @@ class Inference:
     ) -> tuple[Tensor, Tensor | None]:
         """Predicts images by a protocol, gating included; the CRF of `ms_crf` is up to the caller.
 
-        Args:
-            image: the images.
-            protocol: `ss` for one scale, `ms` or `ms_crf` for several scales and mirror images.
-            image_labels: (K - 1,) true image labels; used only if `evaluation.gating` is `image_labels`.
+        `ss` takes one scale, `ms` and `ms_crf` several scales and mirror images. `image_labels`, (K - 1,) true image
+        labels, are used only if `evaluation.gating` is `image_labels`.
 
         Raises:
             ValueError: see `gate`.

@@ -89,7 +89,7 @@ class GpuMonitor:
                 lambda: {"power": pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1000},
                 lambda: {"counter": pynvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000},
             ]
-        self._samples: defaultdict[str, list[float]] = defaultdict(list)
+        self._samples: list[dict[str, float]] = []
         self._warnings: dict[str, str] = {}
         self._told: set[str] = set()
         self._lock = threading.Lock()
@@ -100,7 +100,7 @@ class GpuMonitor:
     def begin(self) -> None:
         """Starts an interval with a sample; drops earlier figures and keeps warnings."""
         with self._lock:
-            self._samples = defaultdict(list)
+            self._samples.clear()
         self.sample()
 
     def end(self, images: int) -> tuple[dict[str, float], dict[str, str]]:
@@ -109,15 +109,15 @@ class GpuMonitor:
         with self._lock:
             warnings = {cause: text for cause, text in self._warnings.items() if cause not in self._told}
             self._told |= set(warnings)
-            times = self._samples["time"]
-            whole = {name: tuple(values) for name, values in self._samples.items() if len(values) == len(times)}
+            names = set.intersection(*map(set, self._samples)) if self._samples else set()
+            whole = {name: [sample[name] for sample in self._samples] for name in names}
         figures = {name: fmean(whole[name]) for name in _MEANS if name in whole}
         figures |= {f"{name}_max": max(whole[name]) for name in _MAXIMA if name in whole}
         figures |= {name: whole[name][-1] for name in _STATES if name in whole}
         if "counter" in whole:
             figures["energy"] = whole["counter"][-1] - whole["counter"][0]
         elif "power" in whole:
-            figures["energy"] = float(np.trapezoid(whole["power"], times))
+            figures["energy"] = float(np.trapezoid(whole["power"], whole["time"]))
         if "energy" in figures:
             figures["energy_per_image"] = figures["energy"] / images
         return figures, warnings
@@ -125,7 +125,7 @@ class GpuMonitor:
     def sample(self) -> None:
         """Reads all figures once. A figure that the GPU lacks is not read again; any other NVML error ends sampling."""
         with self._lock:
-            values: dict[str, float] = {}
+            values = {"time": time.monotonic()}
             for read in tuple(self._readers):
                 try:
                     values |= read()
@@ -135,11 +135,10 @@ class GpuMonitor:
                     lost = f"NVML gives no more figures ({error}); look at the kernel log for Xid errors"
                     self._warnings["lost"] = lost
                     self._readers.clear()
-                    self._samples = defaultdict(list)
+                    self._samples.clear()
                     self._closed.set()
                     return
-            for name, value in (values | {"time": time.monotonic()}).items():
-                self._samples[name].append(value)
+            self._samples.append(values)
 
     def close(self) -> None:
         """Ends the thread."""

@@ -301,13 +301,8 @@ def picture_files(client: Any, run_id: str, below: str = "") -> dict[tuple[str, 
 def log_onnx_model(handle: RunHandle, name: str, file: Path) -> str:
     """Logs an ONNX file as an MLflow model, with its inputs' and outputs' names, types and open sizes as signature.
 
-    Args:
-        handle: the run that gets the model.
-        name: the model's name, which becomes a folder of the run's artifacts: letters, digits and `_ - .`.
-        file: the ONNX file; MLflow stores a copy.
-
-    Returns:
-        The model's URI for `mlflow models serve -m URI`, with the store as MLFLOW_TRACKING_URI.
+    MLflow stores a copy in the folder `name` of the run's artifacts: letters, digits and `_ - .`. Returns the model's
+    URI for `mlflow models serve -m URI`, with the store as MLFLOW_TRACKING_URI.
     """
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}", name):
         raise ValueError(f"model name {name!r} is not usable; allowed are up to 100 letters, digits and _ - .")

@@ -71,10 +71,8 @@ class RunLog:
 def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Failure | None:
     """Why the last attempt failed: a hang, else a rank whose process died, else the first error.
 
-    Args:
-        folder: the run's folder.
-        since: seconds since the epoch; earlier records belong to another start of the run.
-        dead: ranks whose process ended without an error.
+    Records before `since`, seconds since the epoch, belong to another start of the run. The process of the ranks `dead`
+    ended without an error.
     """
     after = datetime.fromtimestamp(since, UTC).isoformat(timespec="milliseconds")
     logged = (record for path in sorted((folder / FOLDER).glob("rank-*.jsonl")) for record in read_log(path))

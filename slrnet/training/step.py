@@ -88,13 +88,8 @@ def step_losses(
 ) -> Objective:
     """Runs a batch forward to its loss parts.
 
-    Args:
-        model: an `SLRNet`, possibly wrapped for distributed training.
-        batch: crops and the labels that they grant.
-        config: the run's settings.
-        encoder: the model's encoder.
-        generator: a CPU generator for the views.
-        pseudo_rows: what `find_pseudo_rows` says of the batch; None leaves out pseudo labels and their loss.
+    The model may be wrapped for distributed training; `encoder` is its encoder. The CPU `generator` draws the views.
+    `pseudo_rows` is what `find_pseudo_rows` says of the batch; None leaves out pseudo labels and their loss.
     """
     with record_function("slrnet: views"):
         images = batch.floats()
