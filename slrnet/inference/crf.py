@@ -41,12 +41,9 @@ def require_crf() -> None:
 
 
 def dense_crf(image: npt.NDArray[np.uint8], probs: npt.NDArray[np.float32], config: CrfConfig) -> npt.NDArray[Any]:
-    """Refines the probabilities of one image.
+    """Refines the probabilities of one image (H, W, 3) uint8.
 
-    Args:
-        image: (H, W, 3) uint8.
-        probs: (K, H, W) float32 in [0, 1], as the result; a class that is 0 everywhere cannot come back.
-        config: the CRF's kernels and iterations.
+    They are (K, H, W) float32 in [0, 1], as the result; a class that is 0 everywhere cannot come back.
 
     Raises:
         ValueError: the extra is missing, or the sizes differ.

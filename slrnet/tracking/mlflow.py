@@ -219,14 +219,10 @@ class MlflowTracker(Tracker):
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags; a tag that exists takes the new value."""
-        values = {key: str(value)[:MAX_TAG_LENGTH] for key, value in tags.items()}
-
-        def send(client: Any, run_id: str) -> None:
-            for key, value in values.items():
-                client.set_tag(run_id, key, value)
-
-        if values:
-            self._send(send)
+        tag = load_mlflow().entities.RunTag
+        cut = [tag(key, str(value)[:MAX_TAG_LENGTH]) for key, value in tags.items()]
+        if cut:
+            self._send(lambda client, run_id: client.log_batch(run_id, tags=cut))
 
     def describe(self, result: str) -> None:
         """Writes a result (Markdown) at the end of the run's description, in place of an earlier one."""
