@@ -11,9 +11,14 @@ from slrnet.storage.files import written_whole
 
 def test_a_file_takes_its_name_when_all_went_well(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
-    with pytest.raises(RuntimeError), written_whole(path) as incoming:
-        incoming.write_text("half")
-        raise RuntimeError("stopped")
+
+    def stop_halfway() -> None:
+        with written_whole(path) as incoming:
+            incoming.write_text("half")
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        stop_halfway()
     assert list(path.parent.iterdir()) == []
     with written_whole(path) as incoming:
         incoming.write_text("whole")
