@@ -332,7 +332,7 @@ def _tracking(options: argparse.Namespace) -> list[str]:
 def _plan(options: argparse.Namespace) -> SweepPlan:
     config = load_config(options.config) if options.config else get_recipe(options.recipe)
     data = [f"data.path={options.data}"] if options.data else []
-    config = apply_overrides(config, [*data, *_tracking(options), *options.set])
+    config = apply_overrides(config, [*data, *options.set, *_tracking(options)])
     from slrnet.sweeps.plan import SweepOptions, may_change, plan_sweep
 
     base = get_space(config.recipe) if config.recipe in RECIPES else DEFAULT_SPACE

@@ -15,7 +15,7 @@ from slrnet.data.manifest import load_dataset
 from slrnet.distributed.process import Process, gather_over_ranks
 from slrnet.distributed.watchdog import Hang, Watchdog, dump_stacks, shared_store
 from slrnet.tracking.mlflow import MlflowTracker
-from slrnet.tracking.protocol import RunHandle, Tracker
+from slrnet.tracking.protocol import NullTracker, RunHandle
 from slrnet.tracking.run_log import RunLog
 
 __all__ = ["HANG_EXIT_CODE", "Job", "Report", "train_rank"]
@@ -62,7 +62,7 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
     store = _open_store(values["location"], process)
     folder = Path(values["folder"]) if store is None else store.folder
     log = RunLog(folder, rank=process.rank)
-    tracker = MlflowTracker(handle, once=True) if process.is_main else Tracker()
+    tracker = MlflowTracker(handle, once=True) if process.is_main else NullTracker()
     limit, shared = values["hang_limit"], shared_store(process)
     watchdog = Watchdog(process, limit=limit, store=shared, on_hang=lambda hang: _end_hang(hang, log, store))
     try:

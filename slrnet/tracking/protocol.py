@@ -1,4 +1,4 @@
-"""What a training needs of a tracking backend, how a run is addressed, and the names of metrics and pictures."""
+"""What a training needs of a tracking backend, a backend that records nothing, and names of metrics and pictures."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from slrnet.tracking.location import PORT, SQLITE, WORKFLOW, public
 
-__all__ = ["SAMPLES", "Picture", "RunHandle", "Tracker", "clean_key", "clean_metrics", "metric_key"]
+__all__ = ["SAMPLES", "NullTracker", "Picture", "RunHandle", "Tracker", "clean_key", "clean_metrics", "metric_key"]
 
 Picture: TypeAlias = "Image.Image | np.ndarray[Any, np.dtype[np.uint8]]"
 """A PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8."""
@@ -50,8 +50,8 @@ class RunHandle:
         return f"http://127.0.0.1:{PORT}/{page}?{WORKFLOW} after `{shlex.join(command)}`"
 
 
-class Tracker:
-    """Records the curves, pictures and tags of one training; this one, for ranks other than 0, only checks names."""
+class Tracker(Protocol):
+    """Records the curves, pictures and tags of one training."""
 
     run_id: str = ""
     """The run's id, which checkpoints record; "" for none."""
@@ -62,11 +62,9 @@ class Tracker:
         Raises:
             ValueError: two names become the same key, or a name has no usable character.
         """
-        clean_metrics(metrics)
 
     def log_image(self, key: str, image: Picture, step: int) -> None:
         """Adds a picture to the series `key`, at position `step` >= 0; raises a `ValueError` as `log_metrics` does."""
-        clean_key(key)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags of the run; a tag that exists takes the new value."""
@@ -78,6 +76,21 @@ class Tracker:
     def drain(self) -> int:
         """Delivers what is pending; returns how many records could not be delivered."""
         return 0
+
+
+class NullTracker(Tracker):
+    """Records nothing; for ranks other than 0. It refuses the same metric names as other trackers do."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Checks the names."""
+        clean_metrics(metrics)
+
+    def log_image(self, key: str, image: Picture, step: int) -> None:
+        """Checks the name."""
+        clean_key(key)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Does nothing."""
 
 
 def metric_key(*parts: str) -> str:

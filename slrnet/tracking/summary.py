@@ -20,7 +20,7 @@ MOST_CURVES = 30
 _FEW = 10
 """Rows of a description's table if there are more than `MOST_CURVES` classes."""
 _KINDS = ("iou", "fdr", "fnr")
-_SETTINGS = {"wsss": "image labels", "sss_image_labels": "masks and image labels", "sss": "masks and unlabelled images"}
+_SETTINGS = {"wsss": "image labels", "sss_image_labels": "masks and image labels", "sss": "masks and unlabeled images"}
 
 
 def curves(metrics: Mapping[str, float], classes: tuple[str, ...]) -> dict[str, float]:

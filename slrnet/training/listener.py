@@ -78,7 +78,7 @@ class RunListener(Listener):
     folder: Path
     """The run's folder; pictures go to `panels`."""
     tracker: Tracker
-    """Receives curves and pictures; a plain `Tracker` on ranks other than 0."""
+    """Receives curves and pictures; a `NullTracker` on ranks other than 0."""
     log: RunLog = field(default_factory=lambda: RunLog(None, rank=0))
     watchdog: Watchdog = field(default_factory=lambda: Watchdog(Process(), limit=0, store=None, on_hang=print))
 

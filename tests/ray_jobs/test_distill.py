@@ -51,9 +51,9 @@ def test_a_network_is_distilled(tmp_path: Path) -> None:
     save_checkpoint(teacher / "checkpoints", config=config, state=state, model=model.state_dict(), optimizer={})
 
     common = ("--checkpoint", str(teacher), "--out", str(pseudo), "--protocol", "ss")
-    labelled = run("pseudo_label.py", *common, "--voc-folder", str(tmp_path / "voc"), storage=tmp_path)
-    assert labelled.returncode == 0, labelled.stderr
-    assert "train, ss+gated_by_image_labels, 24 images: miou " in labelled.stdout
+    labeled = run("pseudo_label.py", *common, "--voc-folder", str(tmp_path / "voc"), storage=tmp_path)
+    assert labeled.returncode == 0, labeled.stderr
+    assert "train, ss+gated_by_image_labels, 24 images: miou " in labeled.stdout
     assert len(list((tmp_path / "voc" / "SegmentationClass").glob("*.png"))) == 24
     verified = run("pseudo_label.py", "--verify", str(pseudo), storage=tmp_path)
     assert (verified.returncode, "30 samples are intact" in verified.stdout) == (0, True), verified.stderr

@@ -34,7 +34,7 @@ from slrnet.launch.train import LaunchOptions, launch
 from slrnet.models.slrnet import build_network
 from slrnet.tools.predict import load_predictor
 from slrnet.tracking import gpu_monitor
-from slrnet.tracking.protocol import RunHandle, Tracker
+from slrnet.tracking.protocol import NullTracker, RunHandle
 from slrnet.training.listener import RunListener
 from slrnet.training.trainer import Trainer
 from tests.fixtures.shards import shards_of
@@ -202,7 +202,7 @@ def base(tiny_config: Config, data: ShardSet) -> Config:
     return apply_overrides(tiny_config, [*changes, "evaluation.pseudo_mask_images=0", "evaluation.panel_images=0"])
 
 
-class Log(Tracker):
+class Log(NullTracker):
     """Keeps what is logged."""
 
     def __init__(self) -> None:
@@ -344,7 +344,7 @@ def test_changes_the_interval_of_gpu_samples(
     state = TrainState(epoch=0, step=0, classes=data.info.classes, data_fingerprint="", world_size=1)
     monkeypatch.setattr(gpu_monitor, "open_monitor", lambda device, interval: asked.append(interval))
     for config in (base, override(base, key, CHANGES[key].value), override(base, key, 0.0)):
-        listener = RunListener(config, data.info, process=Process(), folder=tmp_path, tracker=Tracker())
+        listener = RunListener(config, data.info, process=Process(), folder=tmp_path, tracker=NullTracker())
         listener.start(state, total=1)
         listener.close()
     assert asked == [1.0, CHANGES[key].value]

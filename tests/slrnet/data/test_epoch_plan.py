@@ -50,12 +50,12 @@ def test_each_sample_is_drawn_as_often_as_asked(
     counts: list[int], times: int, every: int, window: int, epoch: int
 ) -> None:
     total = sum(counts)
-    labelled = list(range(0, total, every))
-    others = sorted(set(range(total)) - set(labelled))
-    pools = [pool(labelled, times), *([pool(others)] if others else [])]
+    labeled = list(range(0, total, every))
+    others = sorted(set(range(total)) - set(labeled))
+    pools = [pool(labeled, times), *([pool(others)] if others else [])]
     found = plan(pools, counts, epoch=epoch, window=window)
     drawn = Counter(zip(found.samples.tolist(), found.repeats.tolist(), strict=True))
-    expected = {(sample, repeat) for sample in labelled for repeat in range(times)} | {(i, 0) for i in others}
+    expected = {(sample, repeat) for sample in labeled for repeat in range(times)} | {(i, 0) for i in others}
     assert drawn == dict.fromkeys(expected, 1)
 
 
@@ -109,8 +109,8 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 
 def test_two_pools_over_many_shards() -> None:
     counts = [100] * 1000
-    labelled = _set_of(np.arange(0, 100_000, 10))
-    found = plan([Pool(labelled, 5.0), Pool(SampleSet.all(100_000) - labelled, 1.0)], counts, window=1000)
+    labeled = _set_of(np.arange(0, 100_000, 10))
+    found = plan([Pool(labeled, 5.0), Pool(SampleSet.all(100_000) - labeled, 1.0)], counts, window=1000)
     assert len(found.samples) == 140_000
     assert np.bincount(found.samples).tolist() == [5, *[1] * 9] * 10_000
 

@@ -152,8 +152,8 @@ def test_subsets_name_their_samples(folder: Path) -> None:
 
 
 def test_unknown_subset_is_refused_with_the_known_ones(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"no subset 'labelled'; it has: half, odd.*--subset labelled=LISTFILE"):
-        load_dataset(folder).split("train").in_subset("labelled")
+    with pytest.raises(DataError, match=r"no subset 'labeled'; it has: half, odd.*--subset labeled=LISTFILE"):
+        load_dataset(folder).split("train").in_subset("labeled")
     with pytest.raises(DataError, match="it has: none"):
         load_dataset(folder).split("val").in_subset("half")
 

@@ -61,7 +61,7 @@ def test_pixel_and_image_labels(split: SplitView) -> None:
     assert "4 with pixel labels, 5 with image labels; 17 draws per epoch, 70.6 % of them" in found.describe()
 
 
-def test_pixel_labels_and_unlabelled_images(split: SplitView) -> None:
+def test_pixel_labels_and_unlabeled_images(split: SplitView) -> None:
     found = plan(split, "sss", pixel_labeled_subset="pixels")
     assert granted(split, found.pixel_labels) == MASKS
     assert not len(found.image_labels)
@@ -87,7 +87,7 @@ def test_balanced_classes_keep_the_length_of_the_epoch(split: SplitView) -> None
     assert len(set(np.asarray(found.pools[1].draws).tolist())) > 1
 
 
-def test_unlabelled_images_among_others(write_tiny: WriteTiny, tmp_path: Path) -> None:
+def test_unlabeled_images_among_others(write_tiny: WriteTiny, tmp_path: Path) -> None:
     mixed = write_tiny(tmp_path / "mixed", image_labels=lambda key, classes: None if key == "train_8" else classes)
     split = mixed.split("train")
     found = plan(split, "sss_image_labels", pixel_labeled_subset="pixels")
@@ -98,7 +98,7 @@ def test_unlabelled_images_among_others(write_tiny: WriteTiny, tmp_path: Path) -
         plan(nothing, "wsss")
 
 
-def test_pretraining_on_labelled_images_alone(split: SplitView, write_tiny: WriteTiny, tmp_path: Path) -> None:
+def test_pretraining_on_labeled_images_alone(split: SplitView, write_tiny: WriteTiny, tmp_path: Path) -> None:
     settings = DataConfig(pixel_labeled_subset="pixels", pixel_oversampling=3, pretrain_on="labeled")
     found = plan_supervision(split, settings, "sss", pretrain_epochs=2)
     (first,) = found.pools_in(0)

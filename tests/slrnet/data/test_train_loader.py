@@ -92,7 +92,7 @@ def _global_steps(data: ShardSet, world_size: int, *, batch: int = 4, **changes:
 @pytest.mark.parametrize("kinds", [False, True])
 def test_each_global_batch_is_the_same_whatever_the_number_of_ranks(data: ShardSet, kinds: bool) -> None:
     """The same samples in the same places with the same crops; three ranks have shares of 1, 1 and 2."""
-    supervision = _half_labelled(data) if kinds else None
+    supervision = _half_labeled(data) if kinds else None
     alone, *others = (_global_steps(data, world_size, supervision=supervision) for world_size in (1, 2, 3, 4))
     assert len(alone) == (27 if kinds else NUM_TRAIN) // 4
     assert all(len(step) == 4 for step in alone)
@@ -187,10 +187,10 @@ def test_without_a_grant_masks_change_nothing(data: ShardSet, tmp_path: Path) ->
     assert _equal(batches, list(_loader(noise).epoch(0)))
     assert all(batch.pixel_labels is None and not batch.has_pixel_labels.any() for batch in batches)
     with pytest.raises(DataError, match="the mask cannot be decoded as PNG"):
-        list(_loader(noise, supervision=_half_labelled(noise)).epoch(0))
+        list(_loader(noise, supervision=_half_labeled(noise)).epoch(0))
 
 
-def _half_labelled(data: ShardSet, *, image_labels: bool = True) -> Supervision:
+def _half_labeled(data: ShardSet, *, image_labels: bool = True) -> Supervision:
     """Four masks (2, 4, 8, 10), drawn twice; the other 19 samples once: 27 draws."""
     split = data.split("train")
     numbers = np.array([int(split.key(i).removeprefix("train_")) for i in range(NUM_TRAIN)])
@@ -201,7 +201,7 @@ def _half_labelled(data: ShardSet, *, image_labels: bool = True) -> Supervision:
 
 def test_granted_labels_come_with_their_images_and_no_others(data: ShardSet) -> None:
     crops: dict[str, list[torch.Tensor]] = {}
-    for batch in _loader(data, supervision=_half_labelled(data), batch_size=9).epoch(0):
+    for batch in _loader(data, supervision=_half_labeled(data), batch_size=9).epoch(0):
         for i, key in enumerate(batch.keys):
             number = int(key.removeprefix("train_"))
             expected = number % 2 == 0 and number % 3 != 0 and number < 14
@@ -231,7 +231,7 @@ def test_images_that_are_decoded_smaller_stay_on_their_masks(tmp_path: Path, mon
     reductions, decode = set(), samples_module.decode_image
     monkeypatch.setattr(transforms, "_REDUCED_FROM", 1)
     monkeypatch.setattr(samples_module, "decode_image", lambda data, by: reductions.add(by) or decode(data, by))
-    loader = _loader(data, crop_size=4, crop_scale=(0.1, 1.0), supervision=_half_labelled(data))
+    loader = _loader(data, crop_size=4, crop_scale=(0.1, 1.0), supervision=_half_labeled(data))
     for batch in chain.from_iterable(loader.epoch(epoch) for epoch in range(4)):
         for image, mask in zip(batch.images, batch.pixel_labels, strict=True) if batch.pixel_labels is not None else ():
             found = mask != IGNORE_INDEX
@@ -260,7 +260,7 @@ def test_image_labels_that_are_not_granted_stay_unread(data: ShardSet, monkeypat
     def poisoned(view: SplitView, sample: int) -> SampleRow:
         return replace(row(view, sample), classes=("read",))  # type: ignore[arg-type]
 
-    loader = _loader(data, supervision=_half_labelled(data, image_labels=False))
+    loader = _loader(data, supervision=_half_labeled(data, image_labels=False))
     monkeypatch.setattr(SplitView, "row", poisoned)
     for batch in loader.epoch(0):
         assert not batch.has_image_labels.any()

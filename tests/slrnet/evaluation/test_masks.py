@@ -204,8 +204,8 @@ class TestMeasurePseudoMasks:
         dense, _, (shown,) = self.measure([striped], alone)
         assert set(shown.raw.unique().tolist()) == {1, 2}
         assert dense.protocol == "fused 1 views, refined, not gated"
-        _, _, (unlabelled,) = self.measure([replace(striped, has_image_labels=False)])
-        assert unlabelled.raw.equal(shown.raw)
+        _, _, (unlabeled,) = self.measure([replace(striped, has_image_labels=False)])
+        assert unlabeled.raw.equal(shown.raw)
 
     def test_undecided_pixels_are_no_coverage(self) -> None:
         # Dim green: probability of class 1 near a half, under 0.6 of the maximum that the bright stripe sets.

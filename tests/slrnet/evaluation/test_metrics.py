@@ -13,7 +13,7 @@ from torch import Tensor
 from slrnet.evaluation.metrics import ConfusionMatrix
 
 VOID = 255
-# Ten labelled pixels and one void. Class 0: 4 pixels, 3 hit, 1 taken for 1. Class 1: 4 pixels, 2 hit, 1 taken for 0,
+# Ten labeled pixels and one void. Class 0: 4 pixels, 3 hit, 1 taken for 1. Class 1: 4 pixels, 2 hit, 1 taken for 0,
 # 1 undecided. Class 2: 2 pixels, 1 hit, 1 taken for 1.
 TRUE = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, 2, 2, VOID])
 PREDICTED = torch.tensor([0, 0, 0, 1, 1, 1, 0, VOID, 2, 1, 2])
@@ -57,11 +57,11 @@ def test_equals_sets_of_pixels(n: int, num_classes: int, seed: int) -> None:
     predictions, targets = (torch.randint(0, num_classes + 1, (n,), generator=generator) for _ in range(2))
     predictions[predictions == num_classes], targets[targets == num_classes] = VOID, VOID
     matrix = filled(predictions, targets, num_classes)
-    labelled = [(p, t) for p, t in zip(predictions.tolist(), targets.tolist(), strict=True) if t != VOID]
+    labeled = [(p, t) for p, t in zip(predictions.tolist(), targets.tolist(), strict=True) if t != VOID]
     for k in range(num_classes):
-        hits = sum(p == k and t == k for p, t in labelled)
-        false = sum(p == k and t != k for p, t in labelled)
-        missed = sum(p != k and t == k for p, t in labelled)
+        hits = sum(p == k and t == k for p, t in labeled)
+        false = sum(p == k and t != k for p, t in labeled)
+        missed = sum(p != k and t == k for p, t in labeled)
         for value, above, below in (
             (matrix.iou()[k], hits, hits + false + missed),
             (matrix.fdr()[k], false, hits + false),

@@ -82,7 +82,7 @@ class TestTheDataSet:
         assert shards.info.made_by.startswith("python ray_jobs/pseudo_label.py --checkpoint ")
         assert not list(shards.folder.parent.glob(".*"))
 
-    def test_labelled_samples_keep_image_and_labels_and_belong_to_the_subset(
+    def test_labeled_samples_keep_image_and_labels_and_belong_to_the_subset(
         self, made: tuple[ShardSet, Any], tiny_data: ShardSet
     ) -> None:
         before, after = tiny_data.split("train"), made[0].split("train")

@@ -67,7 +67,7 @@ class TestMaskConsistency:
 
     @pytest.mark.parametrize("compare", ["logits", "probs"])
     def test_all_classes_and_the_background_where_labels_are_unknown(self, compare: Any) -> None:
-        """The second image is unlabelled: a mean over its K = 4 classes."""
+        """The second image is unlabeled: a mean over its K = 4 classes."""
         views = random_views(3)
         compared = [view.softmax(dim=1) for view in views] if compare == "probs" else views
         known = pairs_in_loops(compared, lambda n, k: bool(self.image_labels[n, k - 1]), start=1)[0]

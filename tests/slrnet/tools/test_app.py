@@ -44,7 +44,7 @@ def test_an_analysis_has_all_that_the_page_shows(analyzer: Analyzer, image: Pixe
     assert set(analysis.codes) <= set(analyzer.classes)
 
 
-def test_gamma_decides_how_much_is_labelled(analyzer: Analyzer, image: Pixels) -> None:
+def test_gamma_decides_how_much_is_labeled(analyzer: Analyzer, image: Pixels) -> None:
     every = replace(analyzer.defaults, classes=analyzer.classes[1:], refine_iters=0)
     covered = [analyzer.analyze(image, replace(every, gamma=gamma)).coverage for gamma in (0.0, 0.5, 1.0)]
     assert covered[0] != covered[2]
@@ -68,7 +68,7 @@ def load_checkpoint_of(analyzer: Analyzer) -> Any:
     return Checkpoint(Path(), analyzer.config, state, analyzer._inference.model.state_dict(), {})
 
 
-def test_chosen_classes_alone_are_labelled(analyzer: Analyzer, image: Pixels) -> None:
+def test_chosen_classes_alone_are_labeled(analyzer: Analyzer, image: Pixels) -> None:
     chosen = analyzer.analyze(image, replace(analyzer.defaults, classes=(analyzer.classes[2],)))
     assert set(np.unique(chosen.pseudo_labels)) <= {0, 2, 255}
     assert chosen.classes == (analyzer.classes[2],)

@@ -34,7 +34,7 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
 
 @pytest.fixture
 def ours_alone(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """The same of pixel labels and unlabelled images: the heads predict the background."""
+    """The same of pixel labels and unlabeled images: the heads predict the background."""
     return small_network("sss", monkeypatch)
 
 

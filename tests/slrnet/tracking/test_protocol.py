@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slrnet.tracking.mlflow import MlflowTracker
-from slrnet.tracking.protocol import RunHandle, Tracker, metric_key
+from slrnet.tracking.protocol import NullTracker, RunHandle, metric_key
 
 
 class TestKeys:
@@ -32,9 +32,9 @@ class TestKeys:
         _validate_metric_name(key)
 
 
-class TestPlainTracker:
+class TestNullTracker:
     def test_same_interface_without_a_run(self) -> None:
-        tracker = Tracker()
+        tracker = NullTracker()
         tracker.log_metrics({"a": 1.0}, step=1)
         tracker.log_image("k", np.zeros((2, 2, 3), np.uint8), step=1)
         tracker.set_tags({"a": "b"})
@@ -44,9 +44,9 @@ class TestPlainTracker:
 
     def test_it_still_refuses_what_a_tracker_refuses(self) -> None:
         with pytest.raises(ValueError, match="which another metric of this step already has"):
-            Tracker().log_metrics({"a!": 1.0, "a?": 2.0}, step=0)
+            NullTracker().log_metrics({"a!": 1.0, "a?": 2.0}, step=0)
         with pytest.raises(ValueError, match="is no key"):
-            Tracker().log_image("..", np.zeros((2, 2, 3), np.uint8), step=0)
+            NullTracker().log_image("..", np.zeros((2, 2, 3), np.uint8), step=0)
 
 
 def test_how_to_open_hides_credentials() -> None:

@@ -64,7 +64,7 @@ def test_a_description_says_what_was_trained() -> None:
     text = description(
         get_recipe("voc_sss_lite"), data="voc6", labels="150 masks", commit="0123456789abcdef", folder=Path("runs/a")
     )
-    for part in ("**sss** (masks and unlabelled images): 150 masks", "**voc6**", "**efficientnet_lite0**", "runs/a"):
+    for part in ("**sss** (masks and unlabeled images): 150 masks", "**voc6**", "**efficientnet_lite0**", "runs/a"):
         assert part in text
     assert "commit 0123456789ab," in text
 

@@ -281,11 +281,11 @@ class TestStepLosses:
         plain = losses_of(model, settings(), pretraining=True)
         with torch.autocast("cpu", torch.bfloat16):
             low = losses_of(model, settings(), pretraining=True)
-            labelled = losses_of(model, settings(), pretraining=False)
+            labeled = losses_of(model, settings(), pretraining=False)
         assert low.total.dtype == torch.float32
         for name, value in plain.parts.items():
             assert low.parts[name].item() == pytest.approx(value.item(), rel=0.05, abs=0.02)
-        labelled.total.backward()  # type: ignore[no-untyped-call]
+        labeled.total.backward()  # type: ignore[no-untyped-call]
         assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
 
 
@@ -333,7 +333,7 @@ class TestKindsOfLabels:
         losses_of(model, settings(**SEMI["sss"]), pretraining=True, **options).total.backward()  # type: ignore[no-untyped-call]
         assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
 
-    def test_classes_of_unlabelled_images_are_not_restricted(self) -> None:
+    def test_classes_of_unlabeled_images_are_not_restricted(self) -> None:
         """Without image labels the pseudo labels of a half-red image may be of any class; with them only of theirs."""
         model = tiny_model(predict_background=True).train()
         config = settings(**SEMI["sss"])

@@ -478,11 +478,11 @@ class TestMixtures:
 
     @pytest.fixture(scope="class")
     def mixed(self, write_tiny: Callable[..., ShardSet], tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
-        unlabelled = {"train_3", "train_5", "train_8"}
+        unlabeled = {"train_3", "train_5", "train_8"}
         return write_tiny(
             tmp_path_factory.mktemp("mixed") / "shards",
             mask_bytes=lambda sample, png: None if sample.key in {"train_6", "train_8"} else png,
-            image_labels=lambda key, classes: None if key in unlabelled else classes,
+            image_labels=lambda key, classes: None if key in unlabeled else classes,
         )
 
     @pytest.mark.parametrize(

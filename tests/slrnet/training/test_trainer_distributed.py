@@ -42,7 +42,7 @@ from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.inference.forward import Inference
 from slrnet.launch.rank import HANG_EXIT_CODE, Report, train_rank
 from slrnet.tracking.mlflow import client_of, create_run
-from slrnet.tracking.protocol import RunHandle, Tracker
+from slrnet.tracking.protocol import NullTracker, RunHandle
 from slrnet.tracking.run_log import find_failure
 from slrnet.training import trainer as trainer_module
 from slrnet.training.listener import RunListener
@@ -62,7 +62,7 @@ STILL = [f"views.{name}=0" for name in ("brightness", "contrast", "saturation", 
 # --- what each of the two processes does ------------------------------------------------------------------------------
 
 
-class _Log(Tracker):
+class _Log(NullTracker):
     """Names of the pictures that are logged."""
 
     def __init__(self) -> None:
