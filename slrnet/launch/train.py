@@ -127,9 +127,9 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     checkpoints = folder / "checkpoints"
     last, best = find_checkpoint(checkpoints), find_checkpoint(checkpoints, which="best")
     if last is None or best is None:
-        raise TrainingError(
-            f"the training ended without a checkpoint in {checkpoints}; is the folder shared by all nodes?"
-        )
+        cause = f"the training ended without a checkpoint in {checkpoints}; is the folder shared by all nodes?"
+        driver.finish("FAILED", cause)
+        raise TrainingError(cause)
     driver.log_artifacts(best, "checkpoint")
     state = training.finish(driver, best)
     return RunResult(last=last, best=best, state=state, run=handle)

@@ -165,6 +165,18 @@ def test_a_failed_training_is_marked_in_mlflow_with_its_cause(
     assert "the loss is not finite" in run.data.tags["reason"]
 
 
+def test_a_training_that_leaves_no_checkpoint_is_marked_as_failed(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the folder of rank 0 is not the driver's."""
+    monkeypatch.setattr(ray_loop, "train_rank", lambda values, process, report: None)
+    with pytest.raises(TrainingError, match="is the folder shared by all nodes"):
+        start(tiny_config, tmp_path)
+    (run,) = runs(tmp_path)
+    assert run.info.status == "FAILED"
+    assert "without a checkpoint" in run.data.tags["reason"]
+
+
 def test_a_start_says_what_is_trained_on_and_how_classes_are_balanced(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
