@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 
 import jsonschema
@@ -162,6 +163,20 @@ def dependencies_point_down(root: Path) -> list[str]:
             elif HEIGHT.get(room, len(FLOORS)) >= height:
                 violations.append(f"{name} imports slrnet.{room}, which is not below it")
     return violations
+
+
+def the_picture_shows_the_floors(root: Path) -> list[str]:
+    picture = root / "docs" / "architecture.svg"
+    if not picture.is_file():
+        return []  # the page that shows it fails without it
+    shown: dict[int, set[str]] = {}
+    boxes = r'<text x="\d+" y="(\d+)" text-anchor="middle" font-weight="bold">([a-z.]+)</text>'
+    for y, room in re.findall(boxes, picture.read_text(encoding="utf-8")):
+        shown.setdefault(int(y), set()).add(room.removesuffix(".py"))
+    drawn = [shown[y] for y in sorted(shown, reverse=True)]
+    floors = [{"config", "cpu"}, *(set(rooms) for rooms in FLOORS[2:-1])]
+    pairs = enumerate(zip_longest(drawn, floors))
+    return [f"the picture has {a} on floor {floor}, FLOORS has {b}" for floor, (a, b) in pairs if a != b]
 
 
 def functions_are_short(root: Path) -> list[str]:
@@ -335,6 +350,7 @@ def pinned_versions_fit(root: Path) -> list[str]:
 RULES: list[Rule] = [
     one_seam_for_each_framework,
     dependencies_point_down,
+    the_picture_shows_the_floors,
     functions_are_short,
     job_scripts_are_thin,
     public_names_are_documented,
@@ -371,6 +387,18 @@ PLANTED: list[tuple[Rule, str, str, str]] = [
     (one_seam_for_each_framework, "slrnet/config.py", "from ray.util import state", "imports ray"),
     (one_seam_for_each_framework, "slrnet/training/trainer.py", "import pynvml", "imports pynvml"),
     (dependencies_point_down, "slrnet/config.py", "from slrnet.models import x", "imports slrnet.models"),
+    (
+        the_picture_shows_the_floors,
+        "docs/architecture.svg",
+        (ROOT / "docs/architecture.svg").read_text(encoding="utf-8").replace(">views<", ">looks<"),
+        "looks",
+    ),
+    (
+        the_picture_shows_the_floors,
+        "docs/architecture.svg",
+        '<text x="4" y="6" text-anchor="middle" font-weight="bold">cli</text>',
+        "the picture has None on floor 9",
+    ),
     (dependencies_point_down, "slrnet/losses/a.py", "from slrnet import training", "imports slrnet.training"),
     (dependencies_point_down, "slrnet/inference/a.py", "import slrnet.training.b", "imports slrnet.training"),
     (dependencies_point_down, "slrnet/data/a.py", "from slrnet.models.b import c", "imports slrnet.models"),
