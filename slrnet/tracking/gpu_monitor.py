@@ -28,7 +28,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 import pynvml
@@ -65,17 +64,16 @@ class GpuMonitor:
     """Samples one GPU in a thread until it is closed, or until NVML loses the GPU.
 
     Args:
-        uuids: possible names of the GPU in NVML, `GPU-...` or `MIG-...`; the first known one is used.
+        uuid: name of the GPU in NVML, `GPU-...` or `MIG-...`.
         interval: seconds between samples.
     """
 
-    def __init__(self, uuids: Sequence[str], *, interval: float) -> None:
+    def __init__(self, uuid: str, *, interval: float) -> None:
         pynvml.nvmlInit()
-        self._handle = _handle_of(uuids)
-        uuid = pynvml.nvmlDeviceGetUUID(self._handle)
+        self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        self.name = f"{pynvml.nvmlDeviceGetName(self._handle)}, {pynvml.nvmlDeviceGetUUID(self._handle)}"
         partition = uuid.startswith("MIG-")
         self._card = pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self._handle) if partition else self._handle
-        self.name = f"{pynvml.nvmlDeviceGetName(self._handle)}, {uuid}"
         self._readers: list[Callable[[], dict[str, float]]] = [
             self._memory,
             lambda: {"temperature": pynvml.nvmlDeviceGetTemperature(self._card, pynvml.NVML_TEMPERATURE_GPU)},
@@ -238,13 +236,7 @@ def open_monitor(device: torch.device, *, interval: float) -> GpuMonitor | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[index : index + 1]
     parts = [name.strip() for name in visible if name.strip().startswith("MIG-")]
     uuid = torch.cuda.get_device_properties(index).uuid  # PyTorch does not tell a GPU from a part of one
-    with suppress(pynvml.NVMLError):
-        return GpuMonitor([*parts, f"MIG-{uuid}", f"GPU-{uuid}"], interval=interval)
+    for name in (*parts, f"MIG-{uuid}", f"GPU-{uuid}"):
+        with suppress(pynvml.NVMLError):
+            return GpuMonitor(name, interval=interval)
     return None
-
-
-def _handle_of(uuids: Sequence[str]) -> Any:
-    for uuid in uuids:
-        with suppress(pynvml.NVMLError_NotFound, pynvml.NVMLError_InvalidArgument):
-            return pynvml.nvmlDeviceGetHandleByUUID(uuid)
-    raise pynvml.NVMLError_NotFound

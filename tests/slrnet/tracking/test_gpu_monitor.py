@@ -147,7 +147,7 @@ def nvml(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 @pytest.fixture
 def monitor(gpu: Gpu, nvml: FakeNvml, clock: Clock) -> Iterator[GpuMonitor]:
-    monitor = GpuMonitor([gpu.uuid], interval=NEVER)
+    monitor = GpuMonitor(gpu.uuid, interval=NEVER)
     yield monitor
     monitor.close()
 
@@ -250,7 +250,7 @@ class TestFigures:
             return answer(gpu, call, value)
 
         nvml._answer = count  # type: ignore[method-assign]
-        monitor = GpuMonitor([gpu.uuid], interval=0.001)
+        monitor = GpuMonitor(gpu.uuid, interval=0.001)
         assert several.wait(60.0)
         assert monitor._thread.daemon
         monitor.close()
@@ -478,7 +478,7 @@ class TestTraining:
         started: list[GpuMonitor] = []
 
         def start(device: torch.device, interval: float) -> GpuMonitor:
-            started.append(GpuMonitor([gpu.uuid], interval=NEVER))
+            started.append(GpuMonitor(gpu.uuid, interval=NEVER))
             return started[-1]
 
         def counting(handle: Gpu) -> int:
@@ -508,9 +508,7 @@ class TestTraining:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        monkeypatch.setattr(
-            gpu_monitor, "open_monitor", lambda device, interval: GpuMonitor([gpu.uuid], interval=NEVER)
-        )
+        monkeypatch.setattr(gpu_monitor, "open_monitor", lambda device, interval: GpuMonitor(gpu.uuid, interval=NEVER))
         gpu.errors[""] = pynvml.NVMLError_GpuIsLost()
         self.fit(start_trainer(config, tracker=tracker))
         assert [step for step, values in tracker.points if "train/epoch_loss" in values] == [2, 4]
