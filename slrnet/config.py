@@ -17,7 +17,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = [
-    "GATINGS",
     "PROTOCOLS",
     "CalibrationConfig",
     "Config",
@@ -34,7 +33,6 @@ __all__ = [
     "Precision",
     "Protocol",
     "Setting",
-    "TrainConfig",
     "ViewsConfig",
     "WeightsConfig",
     "apply_overrides",
@@ -63,8 +61,6 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 """All protocols."""
 Gating = Literal["none", "scores", "image_labels"]
 """See `evaluation.gating`."""
-GATINGS: tuple[Gating, ...] = get_args(Gating)
-"""All gatings."""
 
 
 class ConfigError(ValueError):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from slrnet.cli.arguments import (
     Argument,
@@ -22,7 +22,7 @@ from slrnet.cli.arguments import (
     option,
     settings,
 )
-from slrnet.config import GATINGS, Config, apply_overrides, load_config
+from slrnet.config import Config, Gating, apply_overrides, load_config
 from slrnet.recipes import RECIPES, get_recipe
 from slrnet.storage.remote import cached
 from slrnet.sweeps.ablations import ABLATIONS
@@ -146,12 +146,11 @@ def tune(options: argparse.Namespace) -> None:
 
 def _prediction(*, protocol: str, gating: str | None) -> tuple[Argument, ...]:
     """The options of commands that predict a split, in this process or on Ray workers."""
+    stated = gating or "as trained"
     return (
         option("--data", metavar="DIR", help="folder with shards (default: what the checkpoint was trained on)"),
         partial(add_protocol, default=protocol),
-        option(
-            "--gating", choices=GATINGS, default=gating, help=f"classes allowed (default: {gating or 'as trained'})"
-        ),
+        option("--gating", choices=get_args(Gating), default=gating, help=f"classes allowed (default: {stated})"),
         settings("change a setting, such as evaluation.scales; repeatable"),
         option("--num-workers", type=int, default=0, metavar="N", help="Ray workers; 0 (default): in this process"),
         option("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)"),
