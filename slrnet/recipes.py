@@ -23,11 +23,7 @@ _STRIDE_16: dict[str, Any] = {"output_stride": 16, "aspp_dilations": (6, 12, 18)
 
 
 def get_recipe(name: str) -> Config:
-    """Builds the configuration of a recipe.
-
-    Raises:
-        ConfigError: there is no recipe of that name; the message names the nearest one.
-    """
+    """Builds the configuration of a recipe; a `ConfigError` for an unknown name says which one is the nearest."""
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}{nearest(name, RECIPES)}; known are {', '.join(RECIPES)}")
     return RECIPES[name]()

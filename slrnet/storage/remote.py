@@ -56,13 +56,9 @@ def cached(location: str) -> Path:
 def open_cached(
     location: str, name: str, *, again: bool = False, check: Callable[[Path], None] = lambda path: None
 ) -> Path:
-    """The copy of a file on this machine, made now if it is missing.
+    """The copy on this machine of a file in the folder `location`, made now if it is missing, or if `again` is true.
 
-    Args:
-        location: the folder in the object store.
-        name: name of the file in it.
-        again: whether to make a new copy even if there is one.
-        check: raises ValueError for a damaged copy, given its path; the copy is then made once more.
+    `check` raises a ValueError for a damaged copy, given its path; the copy is then made once more.
 
     Raises:
         RemoteError: the store does not have the file, or refuses it.

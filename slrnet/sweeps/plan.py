@@ -211,11 +211,7 @@ def plan_sweep(
 
 
 def resume_plan(storage: Path, name: str) -> SweepPlan:
-    """Reads the plan of an earlier sweep.
-
-    Raises:
-        CheckpointError: the storage folder has no sweep of that name.
-    """
+    """Reads the plan of an earlier sweep; raises a `CheckpointError` if the folder `storage` has none of that name."""
     path = storage / name / _RECORD
     if not path.is_file():
         known = sorted(record.parent.name for record in storage.glob(f"*/{_RECORD}"))

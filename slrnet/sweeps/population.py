@@ -25,18 +25,7 @@ from slrnet.sweeps.plan import QUANTILE, SweepPlan
 from slrnet.sweeps.space import Domain
 from slrnet.sweeps.trials import Trial, score_of, trial_rows
 
-__all__ = [
-    "Change",
-    "Member",
-    "Population",
-    "Round",
-    "boundaries",
-    "exploit",
-    "member_name",
-    "sources_of",
-    "start_population",
-    "train_population",
-]
+__all__ = ["Change", "Member", "Population", "exploit", "member_name", "sources_of", "train_population"]
 
 RESAMPLING = 0.25
 """Probability that a setting is drawn anew instead of moving a little."""
@@ -120,20 +109,12 @@ def start_population(domains: Sequence[Domain], *, size: int, first: Mapping[str
 
 
 def exploit(
-    population: Population, domains: Sequence[Domain], *, metric: str, epoch: int, quantile: float, seed: int
+    population: Population, domains: Sequence[Domain], *, metric: str, epoch: int, seed: int, quantile: float = QUANTILE
 ) -> Population:
-    """Lets the worst members take over from the best ones after an epoch that all have finished.
+    """The population of the next round, after an epoch that all have finished; no checkpoint has been copied.
 
-    Args:
-        population: the members.
-        domains: the settings that may change, and their ranges.
-        metric: metric to compare by; a missing value counts as the worst.
-        epoch: the epoch.
-        quantile: share of the members that take over, and share from which they do; between one member and half.
-        seed: the sweep's seed.
-
-    Returns:
-        The population with the settings of the next round. No checkpoint has been copied.
+    The worst members by `metric` (a missing value is the worst of all) take over from the best ones. `quantile` is the
+    share of either, between one member and half. `domains` are the settings that change, and their ranges.
     """
     rng = random.Random(f"{seed}/{epoch}")
     scores = {member.index: score_of(member.rows.get(epoch, {}), metric) for member in population.alive}
@@ -168,8 +149,7 @@ def train_population(plan: SweepPlan, train_round: Round, *, say: Callable[[str]
         errors = train_round(until, {member.index: member for member in population.alive})
         population = _after_round(plan, population, errors, until)
         if until != ends[-1]:
-            goal: dict[str, Any] = {"metric": options.metrics[0], "quantile": QUANTILE, "seed": options.seed}
-            population = exploit(population, plan.space, epoch=until, **goal)
+            population = exploit(population, plan.space, metric=options.metrics[0], epoch=until, seed=options.seed)
             for member in population.takers(until):
                 taker, giver = member_name(plan, member.index), member_name(plan, member.schedule[-1].source)
                 settings = member.values.items()

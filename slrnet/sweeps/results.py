@@ -73,15 +73,9 @@ def ablation_table(ablation: Ablation, rows: Sequence[AblationRow]) -> str:
 def write_results(plan: SweepPlan, trials: Trials, *, replay: Mapping[str, int]) -> str:
     """Writes a sweep's results into its folder `results`, each file whole or not at all.
 
-    They are `trials.json`, `summary.md` and pictures, and for a search `importances.json` and `best_config.json`.
-
-    Args:
-        plan: the sweep.
-        trials: all trials; at least one has the first metric.
-        replay: epochs that early stopping would have given each trial, where all were trained to the end; or empty.
-
-    Returns:
-        The summary, Markdown.
+    They are `trials.json`, `summary.md` and pictures, and for a search `importances.json` and `best_config.json`. At
+    least one of the trials has the first metric. `replay` has the epochs that early stopping would have given each
+    trial, where all were trained to the end, or is empty. Returns the summary, Markdown.
     """
     folder = plan.folder / "results"
     record = {"trials": [asdict(trial) for trial in trials.all], "epochs": trials.epochs()}

@@ -45,11 +45,7 @@ class Domain:
         return value in self.values if self.kind == "choice" else bool(self.values[0] <= value <= self.values[1])
 
     def grid(self) -> list[Any]:
-        """All values.
-
-        Raises:
-            ConfigError: the domain is continuous.
-        """
+        """All values; raises a `ConfigError` if the domain is continuous."""
         if self.kind == "choice":
             return list(self.values)
         if self.kind == "int":
@@ -93,11 +89,7 @@ DEFAULT_SPACE: tuple[Domain, ...] = (
 
 
 def get_space(name: str) -> tuple[Domain, ...]:
-    """The search space of a recipe, which `slrnet tune` tries by default.
-
-    Raises:
-        ConfigError: there is no such recipe.
-    """
+    """The search space of a recipe, which `slrnet tune` tries by default; raises a `ConfigError` for another name."""
     config = get_recipe(name)
     if not config.cvlr.enabled:
         rates = {"optim.lr": (2e-4, 5e-3), "optim.weight_decay": (1e-5, 1e-3)}
@@ -179,11 +171,7 @@ def check_space(config: Config, space: Sequence[Domain]) -> None:
 
 
 def apply_values(config: Config, values: Mapping[str, Any]) -> Config:
-    """Replaces settings of a configuration by plain values.
-
-    Raises:
-        ConfigError: a key is unknown or a value is of the wrong type or range.
-    """
+    """Replaces settings by plain values; raises a `ConfigError` for an unknown key or a wrong type or range."""
     texts = (value if isinstance(value, str) else json.dumps(value) for value in values.values())
     return apply_overrides(config, [f"{key}={text}" for key, text in zip(values, texts, strict=True)])
 

@@ -155,10 +155,9 @@ class Trials:
         return Trials(sorted(front, key=lambda trial: trial.metrics[self.metrics[0]]), self.metrics)
 
     def importances(self) -> dict[str, float]:
-        """The share of the first metric's variance that each setting explains (fANOVA), largest first.
+        """The share of the first metric's variance that each setting explains (fANOVA), largest first; they sum to 1.
 
-        Returns:
-            Shares that sum to 1; empty with fewer than four trials that have the metric, or if it is the same in all.
+        Empty with fewer than four trials that have the metric, or if it is the same in all.
         """
         measured = self.by(1)
         if len(measured.all) < _FEWEST or len({trial.metrics[self.metrics[0]] for trial in measured.all}) == 1:
