@@ -264,10 +264,7 @@ def profile(options: argparse.Namespace) -> None:
     print(f"{table}\n\ntime line: {trace} (open it in https://ui.perfetto.dev)")
 
 
-@command(
-    settings("change one setting of the training; repeatable"),
-    interrupted="interrupted; the cluster is down",
-)
+@command(settings("change one setting of the training; repeatable"), interrupted="interrupted; the cluster is down")
 def demo(options: argparse.Namespace) -> int:
     """Try everything on this machine: `slrnet demo` in a checkout; `make demo` runs it.
 

@@ -16,7 +16,7 @@ from slrnet.evaluation.masks import Quality, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.launch.prediction import MaskJob, MaskPredictor, open_job
 from slrnet.launch.rank import Report
-from slrnet.launch.train import LaunchOptions
+from slrnet.launch.train import LaunchOptions, run_job
 from slrnet.storage.files import write_json
 from slrnet.tracking.mlflow import MlflowTracker
 from slrnet.tracking.protocol import RunHandle, metric_key
@@ -45,7 +45,7 @@ def launch_evaluation(job: MaskJob, options: LaunchOptions) -> dict[str, Any]:
     """
     (split,) = job.splits
     file = options.folder / "evaluation.json"
-    job.run(_evaluate, options, described=job.describe(), split=split, result=str(file))
+    run_job(_evaluate, job.values() | {"described": job.describe(), "split": split, "result": str(file)}, options)
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     figures = {
         metric_key(split, f"{name}_{protocol}"): metrics[f"val/{name}"]

@@ -20,8 +20,6 @@ from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import gating_labels, protocol_name
 from slrnet.inference.crf import crf_masks, require_crf
 from slrnet.inference.forward import Inference
-from slrnet.launch.rank import Job
-from slrnet.launch.train import LaunchOptions, run_job
 
 __all__ = ["Mask", "MaskJob", "MaskPredictor", "PredictedMask", "open_job"]
 
@@ -65,16 +63,10 @@ class MaskJob:
             "crf": self.config.crf.model_dump(mode="json") if settings.protocol == "ms_crf" else None,
         }
 
-    def run(self, work: Job, options: LaunchOptions, **values: Any) -> None:
-        """Runs a job whose processes call `open_job`; see `slrnet.launch.train.run_job`.
-
-        Args:
-            work: what each process runs.
-            options: workers; name and storage give the folder in which Ray keeps its own state.
-            **values: more plain values for the processes.
-        """
-        values |= {"config": self.config.model_dump(mode="json"), "data": self.shards.location}
-        run_job(work, values | {"checkpoint": str(self.checkpoint.path.resolve())}, options)
+    def values(self) -> dict[str, Any]:
+        """What `open_job` needs in the processes, as plain values."""
+        checkpoint, config = str(self.checkpoint.path.resolve()), self.config.model_dump(mode="json")
+        return {"checkpoint": checkpoint, "config": config, "data": self.shards.location}
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,7 @@ class MaskPredictor:
 
 
 def open_job(values: dict[str, Any], process: Process) -> tuple[MaskPredictor, ShardSet]:
-    """Reads the checkpoint and the data set of a `MaskJob` in one of its processes."""
+    """Reads the checkpoint and the data set of a `MaskJob`, given its `values`, in one of its processes."""
     if process.device.type == "cpu":
         from slrnet.cpu.allocator import keep_memory
 

@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.launch.evaluation import track_figures
 from slrnet.launch.prediction import Mask, MaskJob, MaskPredictor, PredictedMask, open_job
 from slrnet.launch.rank import Report
-from slrnet.launch.train import LaunchOptions
+from slrnet.launch.train import LaunchOptions, run_job
 from slrnet.models.deeplab import require_deeplab
 from slrnet.storage.files import sha256_of, write_json, written_whole
 from slrnet.tracking.protocol import metric_key
@@ -56,8 +56,6 @@ RECORD = "pseudo_labels.json"
 
 WORK = ".work"
 """Folder inside the unfinished one for files that are deleted at the end."""
-_Description: TypeAlias = dict[str, Any]
-"""Everything that the masks depend on; two calls that agree in it belong to the same job."""
 
 
 def launch_pseudo_labels(
@@ -102,7 +100,7 @@ def launch_pseudo_labels(
         ]
         options = LaunchOptions(name=WORK, storage=partial, num_workers=num_workers, cpus_per_worker=cpus_per_worker)
         if remaining:
-            job.run(_label, options, folder=str(partial), remaining=remaining)
+            run_job(_label, job.values() | {"folder": str(partial), "remaining": remaining}, options)
         record = _assemble(partial, job.shards, described)
         partial.rename(out)
     elif record["job"] != described:
@@ -175,8 +173,8 @@ def _check_labels(job: MaskJob) -> None:
             )
 
 
-def _open_partial(out: Path, job: _Description) -> Path:
-    """The folder of unfinished work, new or from an earlier call with the same job."""
+def _open_partial(out: Path, job: dict[str, Any]) -> Path:
+    """The folder of unfinished work, new or from an earlier call that agrees in all that the masks depend on."""
     partial = out.with_name(f".{out.name}.partial")
     file = partial / WORK / "job.json"
     try:
@@ -192,7 +190,7 @@ def _open_partial(out: Path, job: _Description) -> Path:
     return partial
 
 
-def _differences(earlier: _Description, job: _Description) -> str:
+def _differences(earlier: dict[str, Any], job: dict[str, Any]) -> str:
     names = [name for name in job if earlier.get(name) != job[name]]
     return "; ".join(f"{name} {earlier.get(name)!r}, now {job[name]!r}" for name in names)[:400]
 
@@ -207,7 +205,7 @@ def _finished(partial: Path, shard: str) -> dict[str, Any] | None:
     return note if note["sha256"] == digest else None
 
 
-def _assemble(partial: Path, shards: ShardSet, job: _Description) -> dict[str, Any]:
+def _assemble(partial: Path, shards: ShardSet, job: dict[str, Any]) -> dict[str, Any]:
     """Turns the folder of finished shards into a data set; returns its record."""
     parts: list[pa.Table] = []
     quality: dict[str, Any] = {}
@@ -257,7 +255,7 @@ def _total_quality(notes: Sequence[Mapping[str, Any]], classes: tuple[str, ...])
     return quality
 
 
-def _command(job: _Description) -> str:
+def _command(job: dict[str, Any]) -> str:
     """The command line that makes these masks."""
     evaluation = job["evaluation"]
     named = ("scales", "scale", "gating_threshold", "gating_top", "background_power")

@@ -310,7 +310,10 @@ def _lost_node_callback() -> Any:
 def _on_worker(arguments: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
-    _silence_reports()
+    # Ray prints all metrics of each report, which the progress lines show; its logger is named after its source file.
+    for name in list(logging.root.manager.loggerDict):
+        if name.endswith("execution/context.py"):
+            logging.getLogger(name).setLevel(logging.WARNING)
     configure_process(arguments["cpus"])
     device = get_device()
     assert isinstance(device, torch.device)
@@ -333,16 +336,6 @@ class _RayReport(Report):
             return ""
         left = "" if info.deadline_ms is None else f" in {max(0.0, info.deadline_ms / 1000 - time.time()):.0f} s"
         return f"the node of rank {', '.join(map(str, info.preempted_ranks))} will be taken away{left}"
-
-
-def _silence_reports() -> None:
-    """Stops Ray from printing all metrics of each report, which the progress lines already show.
-
-    Ray names that logger after its source file.
-    """
-    for name in list(logging.root.manager.loggerDict):
-        if name.endswith("execution/context.py"):
-            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _dead_ranks(error: BaseException) -> list[int]:

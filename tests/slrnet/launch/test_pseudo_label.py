@@ -28,7 +28,7 @@ from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.distributed.process import Process
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.inference.forward import Inference
-from slrnet.launch import prediction
+from slrnet.launch import pseudo_label
 from slrnet.launch.evaluation import launch_evaluation
 from slrnet.launch.prediction import MaskJob
 from slrnet.launch.pseudo_label import RECORD, SUBSET, launch_pseudo_labels
@@ -204,7 +204,7 @@ def test_any_number_of_ranks_writes_the_same_shards(
         for rank in range(world_size):
             job(values | {"cpus": 1}, Process(rank, world_size), lambda metrics: None)
 
-    monkeypatch.setattr(prediction, "run_job", run_ranks)
+    monkeypatch.setattr(pseudo_label, "run_job", run_ranks)
     label(checkpoint, tiny_data, tmp_path / "shards", *GATED)
     assert content(tmp_path / "shards") == content(made[0].folder)
 
