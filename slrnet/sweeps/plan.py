@@ -173,15 +173,9 @@ def plan_sweep(
     seeds: Sequence[int] = (),
     variants: Sequence[str] = (),
 ) -> SweepPlan:
-    """Checks a sweep before anything starts.
+    """Checks a sweep before anything starts; its parts are those of a `SweepPlan`.
 
-    Args:
-        config: settings that all trials share, `data.path` included.
-        options: how the sweep runs.
-        space: what a search tries.
-        ablation: instead of a space, a name of `slrnet.sweeps.ablations`.
-        seeds: seeds of an ablation's trials.
-        variants: labels of an ablation's variants; none: all of them.
+    With the name of an ablation, the space is ignored. `variants` are the paper's labels; none: all variants.
 
     Raises:
         ValueError: a setting, domain, metric or the data does not allow the sweep, or its folder exists.

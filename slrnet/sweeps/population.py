@@ -25,7 +25,7 @@ from slrnet.sweeps.plan import QUANTILE, SweepPlan
 from slrnet.sweeps.space import Domain
 from slrnet.sweeps.trials import Trial, score_of, trial_rows
 
-__all__ = ["Change", "Member", "Population", "exploit", "member_name", "sources_of", "train_population"]
+__all__ = ["Change", "Member", "Population", "exploit", "member_name", "train_population"]
 
 RESAMPLING = 0.25
 """Probability that a setting is drawn anew instead of moving a little."""
@@ -163,11 +163,6 @@ def train_population(plan: SweepPlan, train_round: Round, *, say: Callable[[str]
 def member_name(plan: SweepPlan, index: int | None) -> str:
     """Name of a member's run and folder; empty for none."""
     return "" if index is None else f"{plan.options.name}-{index:02d}"
-
-
-def sources_of(plan: SweepPlan, member: Member) -> str:
-    """The members that a member took weights over from, and when, as text; empty if there are none."""
-    return ", ".join(f"{member_name(plan, c.source)} after epoch {c.epoch}" for c in member.schedule[1:])
 
 
 def _explore(values: Mapping[str, Any], domains: Sequence[Domain], rng: random.Random) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from slrnet.launch.cluster import WorkerPlan, WorkerRequest, cluster_resources
 from slrnet.launch.train import LaunchOptions, TrainingError, train_trial
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.plan import REDUCTION, SweepOptions, SweepPlan
-from slrnet.sweeps.population import Member, member_name, sources_of, train_population
+from slrnet.sweeps.population import Member, member_name, train_population
 from slrnet.sweeps.results import write_results
 from slrnet.sweeps.trials import Mode, Trial, Trials, mode_of, trial_rows
 from slrnet.tracking.location import resolve_uri
@@ -47,12 +47,7 @@ _HEAD_NODE = {"node:__internal_head__": 0.001}
 
 
 def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], None] = print) -> None:
-    """Runs a sweep to its end, or the rest of one, and shows its results.
-
-    Args:
-        plan: the sweep, from `plan_sweep`, or with `resume` from `resume_plan`.
-        resume: continue the sweep in the plan's folder.
-        say: receives the lines to show.
+    """Runs a sweep to its end, or with `resume` the rest of the one in its folder; `say` receives the lines to show.
 
     Raises:
         ValueError: the cluster or the tracking store does not allow it.
@@ -205,7 +200,8 @@ def _trial(
         tags["slrnet.variant"] = ABLATIONS[plan.ablation].variants[values["variant"]].label
     if members is not None:
         member = members[values["member"]]
-        name, values, sources = member_name(plan, member.index), member.values, sources_of(plan, member)
+        name, values = member_name(plan, member.index), member.values
+        sources = ", ".join(f"{member_name(plan, c.source)} after epoch {c.epoch}" for c in member.schedule[1:])
         notes = {f"setting/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
         tags |= {"slrnet.exploited_from": sources} if sources else {}
     train_trial(
@@ -307,7 +303,7 @@ def _replay(plan: SweepPlan, trials: Trials, concurrent: int) -> dict[str, int]:
 def replay_asha(
     curves: Mapping[str, Sequence[float | None]], *, mode: Mode, grace: int, reduction: float, concurrent: int
 ) -> dict[str, int]:
-    """Shows ASHA the curves of complete trials, as if they were training now, all at the same speed.
+    """The epochs that ASHA would have given each trial, if it had seen these curves while all trained at equal speed.
 
     Args:
         curves: a metric after each epoch, by trial, in the order in which trials start; all of one length.
@@ -315,9 +311,6 @@ def replay_asha(
         grace: epochs before a trial may be stopped.
         reduction: one trial in so many continues.
         concurrent: trials at a time.
-
-    Returns:
-        Epochs that each trial would have been trained.
     """
     longest = max(map(len, curves.values()))
     scheduler = ASHAScheduler(
