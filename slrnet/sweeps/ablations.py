@@ -108,11 +108,9 @@ ABLATIONS: dict[str, Ablation] = {
 
 
 def choose_variants(name: str, labels: Sequence[str] = ()) -> tuple[int, ...]:
-    """Indices of variants in an ablation, in the paper's order.
+    """Indices of variants in the ablation `name`, in the paper's order.
 
-    Args:
-        name: the ablation's name.
-        labels: the paper's names, in any case, with or without a leading dash; none: all variants.
+    `labels` are the paper's names, in any case, with or without a leading dash; none: all variants.
 
     Raises:
         ConfigError: there is no such ablation or variant.
