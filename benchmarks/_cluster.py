@@ -1,4 +1,4 @@
-"""What the benchmarks share that train on a private Ray cluster, and let processes die there."""
+"""Helpers for the benchmarks that train on a private Ray cluster and kill processes there."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ NETWORK = (
     "model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.frozen_stages=0", "data.workers=0",
     "train.batch_size=8",
 )  # fmt: skip
-"""Settings of a network so small that a step takes milliseconds."""
+"""Settings of a network small enough that a step takes milliseconds."""
 
 
 def words_of(settings: tuple[str, ...]) -> list[str]:
-    """Settings as arguments of a job."""
+    """Converts settings to a job's command-line arguments."""
     return [word for setting in settings for word in ("--set", setting)]
 
 
 def submission(address: str) -> list[str]:
-    """The command that submits a script to a cluster, less the script."""
+    """Returns the command that submits a script to a cluster; append the script and its arguments."""
     return ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", "python"]
 
 
 def events_of(run: Path, rank: int = 0) -> list[dict[str, Any]]:
-    """What a rank of a run has logged so far."""
+    """Returns the events that a rank has logged so far; empty if its log does not exist yet."""
     path = run / "logs" / f"rank-{rank}.jsonl"
     return list(read_log(path)) if path.is_file() else []
 
 
 def kill_driver(script: str, *words: str) -> None:
-    """Kills (SIGKILL) the process of a job that runs a script with these words among its arguments."""
+    """Kills (SIGKILL) the driver process that runs a script with these words among its arguments."""
     for process in psutil.process_iter(["cmdline"]):
         line = process.info["cmdline"] or []
         if script in line and "submit" not in line and all(word in line for word in words):

@@ -1,4 +1,7 @@
-"""Peaks of this process's resident memory, from Linux' /proc: what getrusage says begins with the parent's peak."""
+"""Peak resident memory of this process, from Linux's /proc.
+
+getrusage does not work here: its peak starts at the parent's.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,13 @@ from pathlib import Path
 
 
 def peak_memory() -> float:
-    """MiB at most since the process began, or since `forget_peak`."""
+    """Returns the peak in MiB since the process started, or since the last `forget_peak`."""
     found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
     if found is None:
-        raise SystemExit("error: memory is measured with /proc/self/status, which this system does not have")
+        raise SystemExit("error: measuring memory needs Linux's /proc/self/status, which this system does not have")
     return int(found[1]) / 1024
 
 
 def forget_peak() -> None:
-    """Lets the peak begin anew with what the process has now."""
+    """Resets the peak to the current memory use."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A training step of this project on random images, as the trainer takes it, without its data and its run."""
+"""A training step of this project on random images: the trainer's step without a loader, checkpoints or logs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 
 
 def random_batch(*, batch: int, crop: int, num_classes: int, present: int) -> Batch:
-    """Images with flat, smooth and noisy parts, each with `present` of the foreground classes."""
+    """Returns images with flat, smooth and noisy parts, each labeled with `present` of the foreground classes."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(batch, 3, 8, 8, generator=generator)
     images = torch.nn.functional.interpolate(coarse, size=(crop, crop), mode="bilinear", align_corners=True)
@@ -35,9 +35,10 @@ def random_batch(*, batch: int, crop: int, num_classes: int, present: int) -> Ba
 
 
 def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], float]:
-    """Takes an optimizer step with pseudo labels on the same batch whenever it is called, and gives the loss.
+    """Returns a function that takes an optimizer step with pseudo labels on the same batch and returns the loss.
 
-    No pixel is left out of the cross entropy, though the pseudo labels of random weights hardly ever count.
+    Every pixel gets a small weight in the cross-entropy. Otherwise the cross-entropy would skip nearly all of them,
+    because pseudo labels from random weights are almost never confident.
     """
     torch.manual_seed(0)
     model = build_network(config, num_classes=num_classes, weights=False)
@@ -46,7 +47,7 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
     model.train()
     optimizer = build_optimizer(model, config.optim, batch_size=len(batch.images))
     images = batch.images.contiguous(memory_format=torch.channels_last)
-    seen = Batch(images, batch.image_labels, batch.has_image_labels, batch.keys, batch.has_pixel_labels)
+    channels_last_batch = Batch(images, batch.image_labels, batch.has_image_labels, batch.keys, batch.has_pixel_labels)
     count = iter(range(2**31))
 
     def step() -> float:
@@ -59,11 +60,11 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
         ):
             losses = step_losses(
                 model,
-                seen,
+                channels_last_batch,
                 config=config,
                 encoder=model.encoder,
                 generator=step_generator(number),
-                pseudo_rows=find_pseudo_rows(seen),
+                pseudo_rows=find_pseudo_rows(channels_last_batch),
             )
         losses.total.backward()
         loss = float(losses.total.detach())
@@ -74,7 +75,7 @@ def our_step(config: Config, batch: Batch, *, num_classes: int) -> Callable[[], 
 
 
 def no_pixel_left_out() -> AbstractContextManager[object]:
-    """While it lasts, every pixel counts a little in the cross entropy, which leaves out what weighs nothing."""
+    """Context manager that gives every pixel a small weight; the cross-entropy skips pixels of weight 0."""
 
     def weigh(*args: Any, **options: Any) -> segmentation.WeighedLabels:
         labels, weights = segmentation.weigh(*args, **options)

@@ -1,4 +1,4 @@
-"""The authors' code (GitHub DesertsP/SLRNet), run from a checkout that the user names and never copied."""
+"""Runs the authors' code (GitHub DesertsP/SLRNet) from a checkout that you provide; nothing of it is copied here."""
 
 from __future__ import annotations
 
@@ -17,37 +17,38 @@ from torch import Tensor, nn
 from slrnet.calibration.refine import DILATIONS
 
 LOSS_WEIGHTS = (1.0, 4.0, 4.0, 1.0)
-"""Of classification, mask and code consistency, and segmentation, in its file for VOC."""
+"""Weights of classification, mask consistency, code consistency and segmentation in the released VOC config."""
 
 
 def released_module(folder: Path, name: str) -> ModuleType:
-    """One of its modules, such as `models.slrnet`."""
+    """Imports a released module, such as `models.slrnet`."""
     file = folder / Path(*name.split(".")).with_suffix(".py")
     if not file.is_file():
-        raise SystemExit(f"{file} does not exist; give the folder of a checkout of DesertsP/SLRNet as --peer-dir")
+        raise SystemExit(f"{file} does not exist; pass a checkout of DesertsP/SLRNet as --peer-dir")
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     package, _, _ = name.rpartition(".")
-    if package == "datasets" and package not in sys.modules:  # whose own start imports what it alone needs
+    if package == "datasets" and package not in sys.modules:  # its __init__ imports packages that nothing here needs
         sys.modules[package] = ModuleType(package)
         sys.modules[package].__path__ = [str(folder / package)]
     return importlib.import_module(name)
 
 
 def released_network(folder: Path, *, num_classes: int = 21, training: bool = True) -> nn.Module:
-    """Its SLRNet with WideResNet-38 and random weights."""
+    """Builds the released SLRNet with WideResNet-38 and random weights."""
     torch.manual_seed(0)
     module = released_module(folder, "models.slrnet")
     network: nn.Module = module.Net(pretrained=None, num_classes=num_classes, scale_factor=0.5)
-    network.train(training)  # which does not return it, there
+    network.train(training)  # the released train() does not return the module
     return network
 
 
 def released_network_lite(folder: Path, *, num_classes: int) -> nn.Module:
-    """Its SLRNet with EfficientNet-Lite0 at stride 16 and random weights: two stages and all batch norms frozen.
+    """Builds the released SLRNet with EfficientNet-Lite0 at stride 16 and random weights.
 
-    The encoder is timm's; where the released layers expect the 256 shallow channels of WideResNet-38, they get as many
-    as this encoder has. Its ASPP has the dilations for this stride.
+    Two stages and all batch norms are frozen. The encoder is timm's. Released layers that expect the 256 shallow
+    channels of WideResNet-38 take this encoder's number of channels instead. The ASPP has the dilations for
+    this stride.
     """
     import timm
 
@@ -68,12 +69,12 @@ def released_network_lite(folder: Path, *, num_classes: int) -> nn.Module:
             return {"conv3": maps[2], "conv6": maps[-1]}
 
     base, mods = released_module(folder, "models.single_stage"), released_module(folder, "models.mods.aspp")
-    kept = base.resnet38d, base.ASPP
+    original = base.resnet38d, base.ASPP
     base.resnet38d, base.ASPP = Backbone, lambda channels, stride, norm: mods.ASPP(channels, 16, norm)
     try:
         network = released_network(folder, num_classes=num_classes)
     finally:
-        base.resnet38d, base.ASPP = kept
+        base.resnet38d, base.ASPP = original
     shallow = int(network.backbone.channels[2])  # type: ignore[index, union-attr]
     network.fc8_skip[0] = nn.Conv2d(shallow, 48, 1, bias=False)  # type: ignore[operator, index]
     network.shallow_mask.fc_skip[0] = nn.Conv2d(shallow, 256, 1, bias=False)  # type: ignore[operator, index, union-attr]
@@ -82,7 +83,7 @@ def released_network_lite(folder: Path, *, num_classes: int) -> nn.Module:
 
 
 def released_step(network: nn.Module, images: Tensor, image_labels: Tensor) -> Callable[[], float]:
-    """A training step of its tools/train_voc_wss.py after pretraining, without the anomaly detection that is on there.
+    """Builds a training step of the released tools/train_voc_wss.py after pretraining, without its anomaly detection.
 
     Args:
         network: in training mode.
@@ -90,7 +91,7 @@ def released_step(network: nn.Module, images: Tensor, image_labels: Tensor) -> C
         image_labels: (N, K - 1) multi-hot.
 
     Returns:
-        Takes a step and gives the loss.
+        A function that takes a step and returns the loss.
     """
     groups = network.parameter_groups()  # type: ignore[operator]
     rate = 1e-6
@@ -121,7 +122,7 @@ def released_step(network: nn.Module, images: Tensor, image_labels: Tensor) -> C
 
 
 def released_refinement(folder: Path) -> Callable[[Tensor, Tensor], Tensor]:
-    """Its refinement of masks (N, K, H, W) by images (N, 3, H, W), 10 iterations."""
+    """Returns the released refinement of masks (N, K, H, W) by images (N, 3, H, W), with 10 iterations."""
     module = released_module(folder, "models.mods.pamr").PAMR(num_iter=10, dilations=list(DILATIONS))
 
     def run(images: Tensor, probs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ways to do one thing, each in a process of its own, run in turn: times, and each one's peak of memory."""
+"""Compares implementations in separate processes: time of alternating runs, and each process's peak memory."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from benchmarks._memory import peak_memory
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one side did.
+class SideResult:
+    """Measurements of one side.
 
     Attributes:
-        seconds: of each run.
-        peak: MiB of resident memory at most, everything that the process has loaded included.
+        seconds: duration of each run.
+        peak: peak resident memory of the process in MiB, including everything it has loaded.
     """
 
     seconds: list[float]
@@ -36,7 +36,7 @@ class Seen:
 
 
 class Side:
-    """A process that does one thing whenever it is told to."""
+    """A process that runs one action on request."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -52,7 +52,7 @@ class Side:
         self._process.wait()
 
     def run(self) -> tuple[float, float]:
-        """Does it once; seconds, and the peak of memory so far in MiB."""
+        """Runs the action once; returns its seconds and the peak memory so far in MiB."""
         assert self._process.stdin is not None
         self._process.stdin.write("run\n")
         self._process.stdin.flush()
@@ -65,11 +65,11 @@ class Side:
             if line.startswith("{"):
                 answer: dict[str, float] = json.loads(line)
                 return answer
-        raise SystemExit(f"error: {' '.join(map(str, self._process.args))} ended; what it said is above")  # type: ignore[arg-type]
+        raise SystemExit(f"error: {' '.join(map(str, self._process.args))} ended; its output is above")  # type: ignore[arg-type]
 
 
 def serve_side(action: Callable[[], object]) -> None:
-    """What the process of a `Side` does: warms up once, then acts for each line that comes."""
+    """Main loop of a `Side`'s process: runs the action once to warm up, then once per line on stdin."""
     action()
     print(json.dumps({}), flush=True)
     for _ in sys.stdin:
@@ -79,8 +79,8 @@ def serve_side(action: Callable[[], object]) -> None:
         print(json.dumps({"seconds": seconds, "peak": peak_memory()}), flush=True)
 
 
-def run_in_turn(commands: Mapping[str, Sequence[str]], *, repeats: int) -> dict[str, Seen]:
-    """Starts one side after the other, warm, and lets them act in turn; others wait meanwhile, without a core."""
+def run_in_turn(commands: Mapping[str, Sequence[str]], *, repeats: int) -> dict[str, SideResult]:
+    """Starts and warms up one side after the other, then alternates their runs; the waiting sides use no CPU."""
     sides = {name: Side(command) for name, command in commands.items()}
     try:
         runs: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
@@ -91,5 +91,6 @@ def run_in_turn(commands: Mapping[str, Sequence[str]], *, repeats: int) -> dict[
         for side in sides.values():
             side.__exit__(None, None, None)
     return {
-        name: Seen([seconds for seconds, _ in taken], max(peak for _, peak in taken)) for name, taken in runs.items()
+        name: SideResult([seconds for seconds, _ in taken], max(peak for _, peak in taken))
+        for name, taken in runs.items()
     }

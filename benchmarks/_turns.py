@@ -1,4 +1,4 @@
-"""Timing of two or more ways to do one thing, in turn, so that a busy machine slows all of them."""
+"""Times alternating runs of two or more implementations, so that a busy machine slows all of them equally."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def parse_turns(description: str | None, *, repeats: int) -> argparse.Namespace:
-    """`repeats` and `threads` from the command line; PyTorch gets that many threads."""
+    """Parses `--repeats` and `--threads`, and sets PyTorch's number of threads."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=repeats)
     parser.add_argument("--threads", type=int, default=2)
@@ -20,7 +20,7 @@ def parse_turns(description: str | None, *, repeats: int) -> argparse.Namespace:
 
 
 def times_in_turn(forms: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run of each form; the caller has run each once before, to warm up."""
+    """Returns the seconds of each run of each implementation. Run each one once before, to warm up."""
     times: dict[str, list[float]] = {name: [] for name in forms}
     for _ in range(repeats):
         for name, form in forms.items():

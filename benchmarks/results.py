@@ -1,10 +1,10 @@
-"""Runs the benchmarks and writes what they print to benchmarks/RESULTS.md: `make bench PEER=FOLDER`.
+"""Runs the benchmarks and writes their output to benchmarks/RESULTS.md: `make bench PEER=FOLDER`.
 
     python benchmarks/results.py [--peer-dir FOLDER] [--only NAME ...]
 
-FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet), for the benchmarks that compare with it. With --only
-the other sections of the file stay as they are, each with the machine and commit that it was measured on. Exit status
-1 where a claim did not hold or a benchmark failed; the file says which.
+FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet), for the benchmarks that compare with it. With
+--only, the other sections of the file do not change; each section names the machine and commit of its measurement. The
+exit status is 1 if a claim does not hold or a benchmark fails; the file says which one.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ NAMES = (
     "loader", "workers", "startup", "scale", "conversion_speed", "conversion_memory", "checkpoint_cost", "ray_overhead",
 )  # fmt: skip
 LONGER = ("chaos", "nodes", "sweep_faults", "fuzz", "cost_model", "gpu")
-"""Not of speed, and minutes each; predictions; in need of a GPU: they run when they are named."""
+"""Run only when named: they take minutes and measure no speed, only make predictions, or need a GPU."""
 WITH_PEER = ("train_step", "evaluate", "refine", "cvlr", "loader")
 FILE, TRIED = ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "TRIED.md"
-OUTCOMES = {0: "ended well", 1: "**a claim did not hold**"}
+OUTCOMES = {0: "succeeded", 1: "**a claim did not hold**"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-dir", type=Path, help="checkout of the authors' code to compare with")
-    parser.add_argument("--only", nargs="+", choices=[*NAMES, *LONGER], metavar="NAME", help="some of the benchmarks")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*NAMES, *LONGER], metavar="NAME", help="run only these benchmarks"
+    )
     options = parser.parse_args()
     peer = [] if options.peer_dir is None else ["--peer-dir", str(options.peer_dir.resolve())]
     sections = read_sections(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
@@ -51,13 +53,13 @@ def main() -> int:
         code, section = run(name, peer if name in WITH_PEER else [])
         codes.append(code)
         sections[name] = section
-        with written_whole(FILE) as incoming:  # after each, so that nothing is lost when the next one is stopped
+        with written_whole(FILE) as incoming:  # after each one, so an interrupt loses no results
             incoming.write_text(document(sections), encoding="utf-8")
     return 1 if any(codes) else 0
 
 
 def run(name: str, arguments: list[str]) -> tuple[int, str]:
-    """Runs a benchmark, its output passed on; its exit status, and its section of the file."""
+    """Runs a benchmark and echoes its output; returns its exit status and its section of the file."""
     script = Path("benchmarks") / f"{name}.py"
     begun, seen = time.perf_counter(), []
     process = subprocess.Popen(
@@ -85,7 +87,7 @@ def run(name: str, arguments: list[str]) -> tuple[int, str]:
 
 def provenance() -> str:
     tags = environment_tags()
-    changed = ", with changes that are not committed" if tags["git_state"] == "dirty" else ""
+    changed = ", with uncommitted changes" if tags["git_state"] == "dirty" else ""
     versions = ", ".join(f"{name} {tags[f'version.{name}']}" for name in ("python", "torch", "ray"))
     memory = psutil.virtual_memory().total / 2**30
     machine = f"{processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
@@ -93,7 +95,7 @@ def provenance() -> str:
 
 
 def processor() -> str:
-    """The processor's name, and the widest vectors that it has."""
+    """Returns the processor's name and its widest vector extension."""
     file = Path("/proc/cpuinfo")
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     name = re.search(r"model name\s*:\s*(.+)", text)
@@ -102,16 +104,16 @@ def processor() -> str:
 
 
 def read_sections(text: str) -> dict[str, str]:
-    """The sections of an earlier file, by the benchmarks' names."""
-    heads = "|".join([*NAMES, *LONGER, "Tried"])  # and no other line that a benchmark may print
+    """Returns the sections of an existing file by benchmark name."""
+    heads = "|".join([*NAMES, *LONGER, "Tried"])  # other lines in a benchmark's output may start with ## too
     parts = re.split(rf"^## (?=(?:{heads})\b)", text, flags=re.MULTILINE)[1:]
     found = {part.split("\n", 1)[0]: part.split("\n", 1)[1].strip() for part in parts}
     return {name: section for name, section in found.items() if name in (*NAMES, *LONGER)}
 
 
 def document(sections: dict[str, str]) -> str:
-    """The file: sections in the order of the benchmarks, and what was tried and did not pay."""
-    head = "# Measured\n\nWritten by `benchmarks/results.py`; do not edit. Each section says where and when it was run."
+    """Returns the file's text: the sections in the order of the benchmarks, then the rejected ideas of TRIED.md."""
+    head = "# Measured\n\nWritten by `benchmarks/results.py`; do not edit. Each section names its machine and date."
     ranked = [f"## {name}\n\n{sections[name]}" for name in (*NAMES, *LONGER) if name in sections]
     return "\n\n".join([head, *ranked, TRIED.read_text(encoding="utf-8").strip()]) + "\n"
 

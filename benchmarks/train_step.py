@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks._claims import at_most
 from benchmarks._ours import no_pixel_left_out, our_step, random_batch
-from benchmarks._sides import Seen, run_in_turn, serve_side
+from benchmarks._sides import SideResult, run_in_turn, serve_side
 from benchmarks._turns import times_in_turn
 from slrnet.config import Config
 from slrnet.models.network import mixed_precision
@@ -88,7 +88,9 @@ def _side(args: argparse.Namespace) -> Callable[[], object]:
     return released_step(build(args.peer_dir, num_classes=args.classes), batch.floats(), batch.image_labels)
 
 
-def _compare(args: argparse.Namespace, sides: dict[str, list[str]], *, repeats: int | None = None) -> dict[str, Seen]:
+def _compare(
+    args: argparse.Namespace, sides: dict[str, list[str]], *, repeats: int | None = None
+) -> dict[str, SideResult]:
     """Runs sides by name; each has its arguments."""
     common = [sys.executable, str(Path(__file__).resolve()), "--threads", str(args.threads)]
     common += [] if args.peer_dir is None else ["--peer-dir", str(args.peer_dir)]
@@ -99,7 +101,7 @@ def _compare(args: argparse.Namespace, sides: dict[str, list[str]], *, repeats: 
     return seen
 
 
-def _against_released(args: argparse.Namespace, encoder: str) -> dict[str, Seen]:
+def _against_released(args: argparse.Namespace, encoder: str) -> dict[str, SideResult]:
     own = ["--side", "slrnet", "--encoder", encoder]
     sides = {"slrnet": own, "slrnet, float32": [*own, "--precision", "fp32"]}
     if args.peer_dir is not None:
@@ -107,7 +109,7 @@ def _against_released(args: argparse.Namespace, encoder: str) -> dict[str, Seen]
     return _compare(args, sides)
 
 
-def _show_float32(seen: dict[str, Seen]) -> None:
+def _show_float32(seen: dict[str, SideResult]) -> None:
     print(f"in float32: time over released {seen['slrnet, float32'].median / seen['released'].median:.3f}", end=", ")
     print(f"peak memory over released {seen['slrnet, float32'].peak / seen['released'].peak:.3f}", flush=True)
 

@@ -1,4 +1,4 @@
-"""Writes the pages settings.md and recipes.md from the code: `python docs/generate.py`. `make docs` runs it."""
+"""Generates the pages settings.md and recipes.md from the code: `python docs/generate.py`. `make docs` runs it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ NOTE = "<!-- Written by docs/generate.py; edit the docstrings in {source} instea
 
 
 def settings_page() -> str:
-    """Every section with its fields: what is allowed, the default, the meaning."""
+    """Returns the settings page: each section's fields with allowed values, default and meaning."""
     schema = Config.model_json_schema()
     lines = [
         NOTE.format(source="slrnet/config.py") + "# Settings\n",
-        "A run is one `Config` (`slrnet/config.py:Config`). `--set section.field=value` changes a field; lists are "
-        "written as `1.0,0.5`. Recipes start from other defaults than these: see [Recipes](recipes.md).\n",
-        "## Of the run\n",
+        "One `Config` (`slrnet/config.py:Config`) describes a run. `--set section.field=value` changes a field; "
+        "write lists as `1.0,0.5`. Recipes override some of these defaults: see [Recipes](recipes.md).\n",
+        "## Run\n",
         *table_of({name: field for name, field in schema["properties"].items() if "$ref" not in field}),
     ]
     for name, field in schema["properties"].items():
@@ -48,7 +48,7 @@ def table_of(fields: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def allowed(field: dict[str, Any]) -> str:
-    """What the schema of a field allows, in words."""
+    """Returns the allowed values of a field in words, from its schema."""
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
     if "anyOf" in field:
@@ -69,17 +69,17 @@ def allowed(field: dict[str, Any]) -> str:
 
 
 def recipes_page() -> str:
-    """Every recipe: its docstring, and the fields in which it departs from the defaults."""
+    """Returns the recipes page: each recipe's docstring and the fields that differ from the defaults."""
     defaults = Config().flat()
     lines = [
         NOTE.format(source="slrnet/recipes.py") + "# Recipes\n",
-        "A recipe is a complete configuration with a name; `--recipe NAME` starts from it. All else is as in "
-        "[Settings](settings.md).\n",
+        "A recipe is a named, complete configuration; `--recipe NAME` starts from it. All other fields have the "
+        "defaults in [Settings](settings.md).\n",
     ]
     for name, recipe in RECIPES.items():
         changed = {key: value for key, value in recipe().flat().items() if value != defaults[key] and key != "recipe"}
         rows = [f"| `{key}` | `{json.dumps(value)}` |" for key, value in changed.items()]
-        table = ["| field | value |", "| --- | --- |", *rows] if rows else ["All fields are the defaults."]
+        table = ["| field | value |", "| --- | --- |", *rows] if rows else ["All fields have their defaults."]
         lines += [f"## {name}\n", inspect.getdoc(recipe) or "", "", *table, ""]
     return "\n".join(lines)
 

@@ -212,7 +212,7 @@ class TestJob:
         assert len(unset) == 7
         assert all("# SET: " in line for line in unset)
         assert [line.strip() for line in lines if "# SET: " in line and line not in unset] == [
-            "resources: # SET: what one of your GPU nodes offers each of its GPUs"
+            "resources: # SET: the resources of your GPU nodes per GPU"
         ]
 
 
