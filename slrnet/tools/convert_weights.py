@@ -36,9 +36,6 @@ SECOND_NAMES: dict[str, str] = _NAMES["second_names"]
 STAGE_ONE_ENCODER = re.compile(r"^(conv1a|b[2-7](_\d)?|bn7)\.")
 """Modules of WideResNet-38 as 1-Stage names them, without `backbone.`."""
 
-CONSTANTS = "_aff."
-"""Prefix of the released refinement's constants."""
-
 
 def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSES) -> Checkpoint:
     """Reads a published `.pth` file; `classes` names its K classes, background first.
@@ -84,7 +81,7 @@ def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, 
         tensors = {STAGE_ONE_ENCODER.sub(r"backbone.\g<0>", name): tensor for name, tensor in tensors.items()}
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if name.startswith(CONSTANTS):
+        if name.startswith("_aff."):  # a constant of the released refinement
             continue
         if first := _replace_prefix(name, SECOND_NAMES):
             if first not in tensors or not torch.equal(tensors[first], tensor):

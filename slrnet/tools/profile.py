@@ -1,8 +1,4 @@
-"""Measures where a training step spends its time (`slrnet profile`): a timeline, and a table of stages.
-
-Stages of the network are its forward pass; the backward pass is one stage. On a GPU the seconds are the device's, and
-may miss what another thread starts in the backward pass (`benchmarks/gpu.py` times that).
-"""
+"""Measures where a training step spends its time: a timeline, and a table of stages; see `slrnet profile --help`."""
 
 from __future__ import annotations
 

@@ -89,18 +89,13 @@ class Analyzer:
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: str | None = None) -> None:
-        self.config = checkpoint.config
-        self.classes = checkpoint.state.classes
+        self.config, self.classes = checkpoint.config, checkpoint.state.classes
         self._inference = Inference(restore_network(checkpoint, device), self.config)
-        self._device, model = self._inference.device, self._inference.model
+        model, calibration, num_iters = self._inference.model, self.config.calibration, self.config.cvlr.num_iters
         self._module = model.cvlr if isinstance(model, SLRNet) else None
         self.has_codes = self._module is not None
-        calibration = self.config.calibration
-        self.defaults = Controls(
-            num_iters=self.config.cvlr.num_iters,
-            gamma=calibration.confidence_threshold,
-            refine_iters=calibration.refine_iters,
-        )
+        gamma, refine_iters = calibration.confidence_threshold, calibration.refine_iters
+        self.defaults = Controls(num_iters=num_iters, gamma=gamma, refine_iters=refine_iters)
         self._lock = Lock()
         self._image: npt.NDArray[np.uint8] | None = None
         self._predictions: dict[int, _Predictions] = {}
@@ -122,7 +117,7 @@ class Analyzer:
                 self._predictions[controls.num_iters] = self._predict(image, controls.num_iters)
             predictions = self._predictions[controls.num_iters]
             classes = self._likely_classes(predictions.scores) if controls.classes is None else controls.classes
-            labels = torch.tensor([[float(name in classes) for name in self.classes[1:]]], device=self._device)
+            labels = torch.tensor([[float(name in classes) for name in self.classes[1:]]]).to(self._inference.device)
             calibrated = self._calibrate(predictions, labels, controls)
             size = (image.shape[0], image.shape[1])
             settings = self.config.calibration.model_copy(update={"confidence_threshold": controls.gamma})
@@ -138,7 +133,7 @@ class Analyzer:
             )
 
     def _predict(self, image: npt.NDArray[np.uint8], num_iters: int) -> _Predictions:
-        pixels, codes = torch.from_numpy(image).permute(2, 0, 1).contiguous().to(self._device), {}
+        pixels, codes = torch.from_numpy(image).permute(2, 0, 1).contiguous().to(self._inference.device), {}
         with nullcontext() if self._module is None else iterations(self._module, num_iters):
             probs, class_scores = self._inference.single_scale(pixels)
             logits, images = self._inference.view_logits(pixels)

@@ -234,12 +234,9 @@ def iteration_figure(
 
 def best_of_each_class(scores: Sequence[ImageScore]) -> dict[int, ImageScore]:
     """Chooses for each foreground class the image on which its IoU is highest, of those whose true mask holds it."""
-    best: dict[int, ImageScore] = {}
-    for score in scores:
-        for index in (np.flatnonzero(score.true_pixels[1:]) + 1).tolist():
-            if index not in best or score.iou[index] > best[index].iou[index]:
-                best[index] = score
-    return dict(sorted(best.items()))
+    classes = np.flatnonzero(np.sum([score.true_pixels[1:] for score in scores], axis=0)) + 1
+    holders = {index: [score for score in scores if score.true_pixels[index]] for index in classes.tolist()}
+    return {index: held[int(np.argmax([score.iou[index] for score in held]))] for index, held in holders.items()}
 
 
 def features_around(model: Network, views: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -59,9 +59,8 @@ class Line(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """A chart with the geometry that a template needs."""
+    """The geometry that a template needs to draw a chart."""
 
-    chart: Chart
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     lines: list[Line]
@@ -86,7 +85,6 @@ def draw_chart(chart: Chart, others: Sequence[Chart] = ()) -> Drawing:
         lines.append(Line(series, _path([(left, top) for left, top, *_ in placed]), placed))
     low, high = max(x_limits[0], y_limits[0]), min(x_limits[1], y_limits[1])
     return Drawing(
-        chart,
         [(place(tick, y_limits[0])[0], f"{tick:g}") for tick in _ticks(x_limits)],
         [(place(x_limits[0], tick)[1], f"{tick:g}") for tick in _ticks(y_limits)],
         lines,
