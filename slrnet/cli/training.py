@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from slrnet.cli.arguments import (
-    Argument,
-    Run,
-    add_protocol,
-    add_storage,
-    add_workers,
-    checkpoint,
-    command,
-    data_location,
-    one_of,
-    option,
-    settings,
-)
+from slrnet.cli.arguments import Argument, Run, add_protocol, checkpoint, command, one_of, option
 from slrnet.config import Config, Gating, apply_overrides, load_config
 from slrnet.recipes import RECIPES, get_recipe
 from slrnet.storage.remote import cached
@@ -34,6 +23,40 @@ if TYPE_CHECKING:
     from slrnet.sweeps.plan import SweepPlan
 
 __all__ = ["demo", "distill", "evaluate", "profile", "pseudo_label", "train", "tune"]
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a training's worker processes."""
+    add = parser.add_argument_group("workers").add_argument
+    count = "training processes (default: one per GPU, else 1), or fewest:most to follow the cluster's size; 0: no Ray"
+    add("--num-workers", type=_worker_count, metavar="N[:MOST]", help=count)
+    add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
+    add("--cpu-only", action="store_true", help="use no GPUs")
+    wait = "time that a cluster which grows on demand has to get the nodes (default: 0, takes it as it is)"
+    add("--wait-for-nodes", dest="wait_minutes", type=float, default=0.0, metavar="MINUTES", help=wait)
+    add("--max-failures", type=int, default=0, metavar="N", help="restarts of failed workers (default: 0)")
+    hang = "time that a worker may stand still before the attempt fails (default: 600; 0: no limit)"
+    add("--hang-limit", type=float, default=600.0, metavar="SECONDS", help=hang)
+
+
+def add_storage(parser: argparse.ArgumentParser, *, remote: bool = False) -> None:
+    """Add the options that say where results go; `remote` allows an object store."""
+    add = parser.add_argument_group("results").add_argument
+    where = "folder for runs, seen by all nodes" + (", or its s3:// or gs:// location" if remote else "")
+    where += " (default: $SLRNET_STORAGE, else ~/slrnet_runs)"
+    usual = os.environ.get("SLRNET_STORAGE", "~/slrnet_runs")
+    add("--storage", type=_storage if remote else _folder, default=usual, metavar="DIR", help=where)
+    add("--tracking-uri", metavar="URI", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
+
+
+def settings(meaning: str = "change one setting; repeatable") -> Argument:
+    """--set, which overrides settings of the configuration."""
+    return option("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=meaning)
+
+
+def data_location(text: str) -> str:
+    """A data set's location; a folder's as an absolute path, which means the same on all nodes."""
+    return text if "://" in text else str(Path(text).expanduser().resolve())
 
 
 def _trains(recipe: str) -> Callable[[Run], Argument]:
@@ -274,6 +297,30 @@ def demo(options: argparse.Namespace) -> int:
     from ray_jobs.demo import run_demo
 
     return run_demo([word for setting in options.set for word in ("--set", setting)])
+
+
+def _worker_count(text: str) -> int | tuple[int, int]:
+    fewest, _, most = text.partition(":")
+    if text.isdecimal():
+        return int(text)
+    if fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most):
+        return int(fewest), int(most)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers; give one, as 4, or fewest:most, as 2:8")
+
+
+def _folder(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder; mount the storage on all nodes and give its path")
+    return Path(text).expanduser().resolve()
+
+
+def _storage(text: str) -> str:
+    """A place for runs: a folder's absolute path, or a location in an object store."""
+    if "://" not in text:
+        return str(_folder(text))
+    if not text.startswith(("s3://", "gs://")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a place for runs; allowed are folders, s3:// and gs://")
+    return text.rstrip("/")
 
 
 def _configure(options: argparse.Namespace) -> Config:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from slrnet.cli.arguments import add_storage, add_workers, data_location, positive, run_argument
+from slrnet.cli.arguments import positive, run_argument
+from slrnet.cli.training import add_storage, add_workers, data_location
 
 
 @pytest.fixture
