@@ -15,14 +15,7 @@ from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.supervision import Supervision, supervision_of
 
 # The network and the trainer are imported where they are used: Ray's controller reads this module and needs neither.
-__all__ = [
-    "check_folder",
-    "check_run",
-    "checkpoint_bytes",
-    "class_balance_table",
-    "resume_config",
-    "with_absolute_paths",
-]
+__all__ = ["balance_table", "check_folder", "check_run", "checkpoint_bytes", "resume_config", "with_absolute_paths"]
 
 
 def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
@@ -96,7 +89,7 @@ def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
     return supervision
 
 
-def class_balance_table(config: Config, shards: ShardSet, supervision: Supervision) -> str:
+def balance_table(config: Config, shards: ShardSet, supervision: Supervision) -> str:
     """Shows how class balancing changes the share of each class among the images that an epoch draws."""
     samples = np.concatenate([pool.samples.array for pool in supervision.pools])
     draws = np.concatenate([np.broadcast_to(pool.draws, len(pool.samples)) for pool in supervision.pools])

@@ -24,7 +24,7 @@ from slrnet.config import Config
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.supervision import Supervision, supervision_of
 from slrnet.distributed.process import Process, configure_process, current_process
-from slrnet.launch.checks import check_folder, check_run, checkpoint_bytes, class_balance_table, with_absolute_paths
+from slrnet.launch.checks import balance_table, check_folder, check_run, checkpoint_bytes, with_absolute_paths
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, await_lost_nodes
 from slrnet.launch.rank import Job, Report, train_rank
 from slrnet.storage.remote import filesystem_of
@@ -114,7 +114,7 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
         f"{workers}, folder {options.location or folder}"
     )
     if config.data.class_balance:
-        say(class_balance_table(config, shards, supervision))
+        say(balance_table(config, shards, supervision))
     say(f"curves and pictures: {handle.how_to_open()}")
     if last is not None:
         state = read_state(last)
