@@ -280,7 +280,6 @@ def profile(options: argparse.Namespace) -> None:
 
     config = apply_overrides(get_recipe(options.recipe), [f"data.path={options.data}", *options.set])
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.out.mkdir(parents=True, exist_ok=True)
     trace = options.out / "trace.json.gz"
     table = stage_table(profile_steps(config, trace, steps=options.steps, device=device))
     write_text(options.out / "stages.md", table + "\n")
