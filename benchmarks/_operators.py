@@ -1,8 +1,8 @@
-"""Counts what the operators of a training step compute and move, by stage, without computing them.
+"""Counts FLOPs and bytes of a training step's operators by stage, without running them.
 
-Tensors are PyTorch's fake ones: shapes and types without memory. The step is the trainer's own; the stages are the
-ranges that it opens for the profiler, and each part of the network going forward. What goes backward is also counted by
-the stage whose gradient it is. Where the code asks for the device, it takes the way of a GPU.
+Tensors are PyTorch's fake tensors: shapes and types without memory. The step is the trainer's own. The stages are its
+profiler ranges and, in the forward pass, each part of the network. Backward operators are also attributed to the stage
+whose gradient they compute. Where the code branches on the device, the count follows the GPU branch.
 """
 
 from __future__ import annotations
@@ -34,51 +34,51 @@ from slrnet.training.optim import build_optimizer
 from slrnet.training.trainer import Trainer
 
 Kind = Literal["bf16", "tf32", "tf32x3", "fp32"]
-"""What a GPU computes an operator with: tensor cores by type (`tf32x3`: three products each), or plain float32."""
+"""Arithmetic that a GPU uses: tensor cores by type (`tf32x3`: three products each), or plain float32."""
 BETWEEN = "between"
-"""The stage of what runs in no range."""
+"""The stage of operators outside all ranges."""
 BACKWARD = "backward"
 
 FREE = {
     "aten::detach", "aten::alias", "aten::lift_fresh", "aten::promote_types", "aten::as_strided_", "aten::_unsafe_view",
     "aten::_local_scalar_dense",
 }  # fmt: skip
-"""Operators that move nothing, beside views and those that only ask for memory (`empty`); checks of single values."""
+"""Operators that move no data, in addition to views and allocations (`empty`); includes reads of single values."""
 OVERWRITES = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::bernoulli_"}
-"""Operators in place that do not read what they write."""
+"""In-place operators that do not read their output tensor."""
 PICKS = {"aten::gather", "aten::index", "aten::index_select"}
-"""Operators that read of their first argument no more than they return."""
+"""Operators that read at most as many bytes of their first argument as they return."""
 READ_TWICE = {"aten::native_batch_norm": ("input",), "aten::native_batch_norm_backward": ("grad_out", "input")}
-"""Arguments that are read for sums over the map, and again for each of its positions."""
+"""Arguments that are read twice: once for the sums over the map, and once for the elementwise pass."""
 PER_ELEMENT = {
     "aten::upsample_bilinear2d": 9, "aten::upsample_bilinear2d_backward": 9, "aten::_softmax": 5,
     "aten::_log_softmax": 5, "aten::_softmax_backward_data": 4, "aten::_log_softmax_backward_data": 4,
     "aten::native_batch_norm": 4, "aten::native_batch_norm_backward": 8, "aten::addcmul_": 2, "aten::lerp": 3,
 }  # fmt: skip
-"""FLOPs for each element of the largest tensor; 1 for other operators."""
+"""FLOPs per element of the largest tensor; 1 for all other operators."""
 COPIES = {
     "copy_", "_to_copy", "clone", "cat", "stack", "fill_", "zero_", "zeros_like", "ones_like", "new_zeros", "flip",
     "gather", "index", "replication_pad2d", "constant_pad_nd", "where", "slice_backward",
 }  # fmt: skip
-"""Names of operators that compute nothing."""
+"""Names of operators that only copy data."""
 CHUNK = 2**24
-"""Elements of a list of tensors that one kernel of PyTorch's `_foreach` operators takes, about."""
+"""Approximate number of tensor elements that one kernel of PyTorch's `_foreach` operators handles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """What one operator costs.
+    """Cost of one operator.
 
     Attributes:
-        name: PyTorch's, with its namespace.
-        stage: innermost range that it ran in, as in `slrnet.tools.profile.Profile.stages`; `BETWEEN` for none.
-        source: the stage going forward whose gradient it belongs to; its own stage if it is none.
-        kind: what computes it.
-        flops: additions and multiplications, each counted.
-        moved: bytes of all tensors that it reads and writes, as if there were no cache.
-        kernels: that it starts, at least.
-        outputs: values of a convolution that tiles share out among a GPU's processors; 0 for what has no such limit:
-            elementwise operators, and products and gradients of weights, whose long sums can be shared out instead.
+        name: PyTorch's name, with its namespace.
+        stage: innermost range that it ran in, as in `slrnet.tools.profile.Profile.stages`; `BETWEEN` if none.
+        source: the forward stage whose gradient it computes; its own stage for forward operators.
+        kind: arithmetic that computes it.
+        flops: number of additions and multiplications, each counted separately.
+        moved: bytes of all tensors that it reads and writes, assuming no cache.
+        kernels: minimum number of kernels that it launches.
+        outputs: output values of a convolution, which are tiled over a GPU's multiprocessors; 0 for operators without
+            this limit: elementwise ones, and matrix products and weight gradients, whose long sums can be split.
     """
 
     name: str
@@ -96,11 +96,11 @@ class Count:
     """The operators of a training step of `images` images on one GPU.
 
     Attributes:
-        operators: in the order in which they ran.
-        images: in the step.
+        operators: the operators in execution order.
+        images: images in the step.
         gradients: bytes of the gradients of all trainable parameters, which ranks exchange.
         parameters: bytes of all parameters.
-        kept: bytes that going forward keeps for going backward, parameters left out.
+        kept: bytes that the forward pass saves for the backward pass, excluding parameters.
     """
 
     operators: tuple[Operator, ...]
@@ -111,18 +111,18 @@ class Count:
 
     @property
     def memory(self) -> int:
-        """Bytes that a step needs at least: parameters, gradients, momentum and what is kept; no workspace."""
+        """Minimum bytes that a step needs: parameters, gradients, momentum and saved tensors, without workspace."""
         return self.parameters + 2 * self.gradients + self.kept
 
 
 class OperatorCounter(TorchDispatchMode):
-    """While it is on, every operator that moves data is noted, with the stage that it belongs to."""
+    """Dispatch mode that records every operator that moves data, with its stage."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operators: list[Operator] = []
         self._open: list[str] = []
-        self._borders: list[tuple[int, str]] = []  # autograd's next number at each change of stage, and the stage
+        self._borders: list[tuple[int, str]] = []  # autograd's next sequence number at each stage change, and the stage
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -130,7 +130,7 @@ class OperatorCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name
         if name == "aten::_local_scalar_dense" and isinstance(args[0], FakeTensor):
-            return 0.0  # a check of values that are not there
+            return 0.0  # fake tensors have no values to check
         out = func(*args, **kwargs)
         if name == "profiler::_record_function_enter_new":
             self._change(lambda: self._open.append(args[0]))
@@ -162,14 +162,14 @@ class OperatorCounter(TorchDispatchMode):
             for moved, outputs in _gradients(args, out):
                 self.operators.append(Operator(name, *ranges, kind, flops, moved, 1, outputs))
             return
-        moved = OWN_BYTES[name](args) if name in OWN_BYTES else moved_bytes(func, args, kwargs, out)
+        moved = CUSTOM_BYTES[name](args) if name in CUSTOM_BYTES else moved_bytes(func, args, kwargs, out)
         if moved:
             outputs = out.numel() if name == "aten::convolution" else 0
             self.operators.append(Operator(name, *ranges, kind, flops, moved, _kernels(name, args), outputs))
 
 
 def moved_bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
-    """Bytes of all tensors that an operator reads and writes."""
+    """Returns the bytes of all tensors that an operator reads and writes."""
     name, schema, total = func._schema.name, func._schema, 0
     for place, argument in enumerate(schema.arguments):
         value = args[place] if place < len(args) else kwargs.get(argument.name)
@@ -186,12 +186,12 @@ def moved_bytes(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out
 
 
 def _trains(name: str, args: tuple[Any, ...]) -> bool:
-    """Whether a batch norm measures its input; its gradients' sums are needed in either case."""
+    """Returns True if a batch norm reads its input twice: in training mode, and always in the backward pass."""
     return name == "aten::native_batch_norm_backward" or bool(args[5])
 
 
 def _gradients(args: tuple[Any, ...], out: tuple[Tensor | None, ...]) -> Iterator[tuple[int, int]]:
-    """Bytes and limiting outputs of the gradients of a convolution's input and weight, each a kernel."""
+    """Yields bytes and limiting outputs of a convolution's input gradient and weight gradient, one kernel each."""
     slopes, inputs, weight = args[:3]
     if out[0] is not None:
         yield _size(slopes) + _size(weight) + _size(out[0]), out[0].numel()
@@ -204,13 +204,13 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _size(tensor: Tensor) -> int:
-    """Bytes in memory; what is repeated by a stride of 0 lies there once."""
+    """Returns the bytes in memory; dimensions of stride 0 are stored once."""
     sides = zip(tensor.shape, tensor.stride(), strict=True)
     return math.prod(side if stride else min(side, 1) for side, stride in sides) * tensor.element_size()
 
 
 def _product(left: Tensor, right: Tensor) -> int:
-    """FLOPs of a matrix product, of any number of matrices."""
+    """Returns the FLOPs of a matrix product, also batched."""
     return 2 * left.numel() * right.shape[-1]
 
 
@@ -224,33 +224,33 @@ MATRICES: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
     "aten::addmm": lambda args, out: _product(args[1], args[2]),
     "aten::baddbmm": lambda args, out: _product(args[1], args[2]),
     "aten::convolution": lambda args, out: _convolution(out, args[1]),
-    "aten::convolution_backward": lambda args, out: _convolution(args[0], args[2]),  # of each
+    "aten::convolution_backward": lambda args, out: _convolution(args[0], args[2]),  # per gradient
     "slrnet::factorize": lambda args, out: (2 * args[2] + 1) * _passes(args),
     "slrnet::factorize_backward": lambda args, out: (7 * len(args[2]) + 3) * _passes(args),
 }
 
 
 def _passes(args: tuple[Any, ...]) -> int:
-    """FLOPs of one product of all features (N, d, P) with all atoms of codes (N, k, P)."""
+    """Returns the FLOPs of one product of all features (N, d, P) with all codes (N, k, P)."""
     return 2 * int(args[0].numel()) * int(args[1].shape[1])
 
 
 def _factorize_bytes(args: tuple[Any, ...]) -> int:
-    """T sums over the positions, the first of which reads the codes, and one more pass that writes both results."""
+    """T sums over the positions, of which the first reads the codes, and a last pass that writes both results."""
     features, codes = _size(args[0]), _size(args[1])
     return (int(args[2]) + 2) * features + 2 * codes
 
 
 def _factorize_backward_bytes(args: tuple[Any, ...]) -> int:
-    """Passes over features, their gradients and codes as `slrnet.ops.factorize_triton.backward` starts them."""
+    """Passes over features, their gradients and codes, as `slrnet.ops.factorize_triton.backward` launches them."""
     features, codes, steps = _size(args[0]), _size(args[1]), len(args[2])
-    last = (2 + 2 + 3) * features + 2 * codes  # sums for the dictionary; for its directions; gradient of the features
+    last = (2 + 2 + 3) * features + 2 * codes  # dictionary sums, direction sums, feature gradient
     earlier = (1 + 3) * features
     return last + (steps - 1) * earlier + 3 * features + 2 * codes
 
 
 def _cross_entropy_work(args: tuple[Any, ...]) -> int:
-    """31 for each class and lane of a program: two blends of four neighbors, exponentials, sums, four gradients."""
+    """31 FLOPs per class and lane of a program: two blends of four neighbors, exponentials, sums, four gradients."""
     (images, classes, *old), new = args[0].shape, args[1].shape[1:]
     pixels, shared = cross_entropy_gpu.plan_of((old[0], old[1]), (new[0], new[1]))
     programs = images * (old[0] - 1) * (old[1] - 1) * shared
@@ -258,12 +258,12 @@ def _cross_entropy_work(args: tuple[Any, ...]) -> int:
 
 
 def _cross_entropy_bytes(args: tuple[Any, ...]) -> int:
-    """Logits, labels and weights are read; four parts of the gradients are written, read and added one by one."""
+    """Reads logits, labels and weights; writes four partial gradients, then reads and adds them one by one."""
     logits, labels, weights = args
     return _size(labels) + _size(weights) + (1 + 4 + 1 + 4 * 3) * _size(logits)
 
 
-OWN_BYTES: dict[str, Callable[[tuple[Any, ...]], int]] = {
+CUSTOM_BYTES: dict[str, Callable[[tuple[Any, ...]], int]] = {
     "slrnet::factorize": _factorize_bytes,
     "slrnet::factorize_backward": _factorize_backward_bytes,
     "slrnet::weighted_cross_entropy": _cross_entropy_bytes,
@@ -284,7 +284,7 @@ def _work(name: str, args: tuple[Any, ...], out: Any) -> tuple[Kind, int]:
 
 
 def _kind(name: str, args: tuple[Any, ...]) -> Kind:
-    """cuDNN takes TF32 for float32, cuBLAS does not unless told to; convolutions of single channels take neither."""
+    """cuDNN uses TF32 for float32; cuBLAS does so only on request. Depthwise convolutions use no tensor cores."""
     if name.startswith("slrnet::"):
         return "tf32x3" if args[0].dtype == torch.float32 else "tf32"
     first = args[1] if name in ("aten::addmm", "aten::baddbmm") else args[0]
@@ -311,14 +311,14 @@ def _kernels(name: str, args: tuple[Any, ...]) -> int:
 def count_step(
     config: Config, *, num_classes: int, images: int, classes_per_image: int, masks_share: float = 0.0
 ) -> Count:
-    """Counts an optimizer step with pseudo labels, in seconds and without memory for its tensors.
+    """Counts an optimizer step with pseudo labels. Takes seconds, and allocates no memory for the tensors.
 
     Args:
-        config: of the run; `train.precision` other than fp32 means bf16 autocast.
-        num_classes: K with the background.
-        images: of the step on one GPU.
-        classes_per_image: foreground classes of each image's label; where labels are unknown all count.
-        masks_share: share of the images that come with a true mask.
+        config: the run's settings; any `train.precision` other than fp32 means bf16 autocast.
+        num_classes: K, including the background.
+        images: images per step on one GPU.
+        classes_per_image: foreground classes in each image's label; images without labels use all classes.
+        masks_share: share of the images that have a ground-truth mask.
     """
     precision = "fp32" if config.train.precision == "fp32" else "bf16"
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
@@ -348,7 +348,7 @@ def count_step(
 
 
 def count_validation(config: Config, *, num_classes: int, size: tuple[int, int]) -> tuple[Operator, ...]:
-    """Counts what one image of `size` = (height, width) costs when masks are measured after an epoch."""
+    """Counts the validation of one image of `size` = (height, width) after an epoch."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         model = build_network(config, num_classes=num_classes, weights=False)
@@ -361,7 +361,7 @@ def count_validation(config: Config, *, num_classes: int, size: tuple[int, int])
 
 
 def count_classifier(model: Callable[[], nn.Module], *, images: int, size: int, bf16: bool) -> tuple[Operator, ...]:
-    """Counts a training step of an image classifier with SGD, for a comparison with figures that others measured."""
+    """Counts a training step of an image classifier with SGD, for comparison with published measurements."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         network = model()
@@ -385,7 +385,7 @@ def _storage(tensor: Tensor) -> int:
 def _batch(
     config: Config, mode: FakeTensorMode, num_classes: int, images: int, classes_per_image: int, masks: int
 ) -> Batch:
-    """Labels that are there, as the code looks at them on the CPU, and images and masks that are not."""
+    """Builds a batch of real labels, because the code reads their values on the CPU, and fake images and masks."""
     size = (images, config.data.crop_size, config.data.crop_size)
     with mode:
         pixels = torch.empty(size[0], 3, *size[1:], dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
@@ -398,20 +398,20 @@ def _batch(
 
 
 def _trainer(config: Config, model: Network, images: int) -> Trainer:
-    """As much of a trainer as takes a step: its constructor asks for data, and moves weights that are not there."""
+    """Builds a trainer that can only take steps; the constructor would need a dataset and real weights."""
     trainer = Trainer.__new__(Trainer)
     trainer.config, trainer.process = config, Process()
     trainer.model = trainer.wrapped = model
     trainer.optimizer = build_optimizer(model, config.optim, batch_size=images)
     for group in trainer.optimizer.param_groups:
-        group["foreach"] = True  # PyTorch's choice on GPUs
+        group["foreach"] = True  # PyTorch's default on GPUs
     trainer.listener = Listener()
     return trainer
 
 
 @contextlib.contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """While it lasts, code that asks for the device of a CPU tensor takes the way that it takes for a GPU's."""
+    """Context manager that makes code that branches on the device take the GPU branch for CPU tensors."""
     with (
         mock.patch("slrnet.models.cvlr._choose", lambda wanted, *_: "triton" if wanted == "auto" else wanted),
         mock.patch("slrnet.calibration.refine.SPARSE_CHANNELS", 2**31),

@@ -1,14 +1,16 @@
-"""A training that is shot at, against the same one left in peace: `make chaos`.
+"""Kills a training's processes at random and compares the result with an undisturbed training: `make chaos`.
 
     python benchmarks/chaos.py [--kills 20] [--seed 0] [--out FOLDER]
 
-Two workers on a private Ray cluster train a small network on the embedded data, with an MLflow server on loopback. The
-second time things die at random moments, each while the training moves: a worker (SIGKILL; Ray starts it again), the
-driver (SIGKILL; the run is submitted again with --resume), the tracking server (SIGKILL; started again some seconds
-later) and the storage (the folder of the checkpoints is gone for some seconds). Claimed: it finishes; the final weights
-equal the undisturbed ones to the bit; MLflow has one run with one value per step, the same ones; the steps that are
-taken again are at most those of two intervals, as a checkpoint may be half written when the next one is due. Printed
-beside it: the seconds until the training moves again. About 15 minutes.
+Two workers on a private Ray cluster train a small network on the embedded data, with an MLflow server on loopback. In
+the second training, faults occur at random moments while steps are being taken: a worker is killed (SIGKILL; Ray
+restarts it), the driver is killed (SIGKILL; the run is resubmitted with --resume), the tracking server is killed
+(SIGKILL; restarted some seconds later), or the storage fails (the checkpoint folder is missing for some seconds).
+
+Claims: the training finishes; its final weights equal the undisturbed ones bit for bit; MLflow has one run with one
+value per step, equal to the undisturbed ones; each fault repeats at most two checkpoint intervals of steps, because a
+checkpoint may be half written when the next one is due. Also printed: the seconds until training continues. Takes about
+15 minutes.
 """
 
 from __future__ import annotations
@@ -47,15 +49,15 @@ SETTINGS = (
     "train.log_every=1", f"train.checkpoint_every={CHECKPOINT_EVERY}",
     "evaluation.pseudo_mask_images=2", "evaluation.panel_images=1",
 )  # fmt: skip
-QUIET = ("speed/images_per_second", "speed/data_wait_fraction")
-"""Curves of the clock."""
+TIMING = ("speed/images_per_second", "speed/data_wait_fraction")
+"""Curves that measure time, which differ between runs."""
 PATIENCE = 240.0
-"""Seconds after which a training that does not move has not survived."""
+"""Seconds without progress after which the training counts as dead."""
 
 
 @dataclass
-class Storm:
-    """A training and what happens to it."""
+class DisturbedRun:
+    """A training and the faults injected into it."""
 
     rng: random.Random
     storage: Path
@@ -63,32 +65,32 @@ class Storm:
     server: Server
     job: subprocess.Popen[bytes] | None = None
     kills: list[tuple[str, int, int, float]] = field(default_factory=list)
-    """Kind, step at the kill, steps taken again, seconds until the training moved."""
+    """Kind, step at the fault, repeated steps, seconds until training continued."""
 
     @property
     def folder(self) -> Path:
         return self.storage / "storm"
 
     def run(self, kills: int) -> None:
-        kinds = list(self.means())
+        kinds = list(self.faults())
         self.job = self.submit("storm", False)
         for index in range(kills):
             self.wait_for_steps(self.rng.randint(2, 3 * CHECKPOINT_EVERY))
             time.sleep(self.rng.random())
             kind = kinds[index % len(kinds)] if index < len(kinds) else self.rng.choice(kinds)
             before, count, begun = self.step(), len(self.events()), time.monotonic()
-            self.means()[kind]()
+            self.faults()[kind]()
             self.await_motion(count, other_process=kind in ("worker", "driver"))
             starts = [event["step"] for event in self.events()[count:] if event["event"] == "start"]
             again = max(0, before - starts[0]) if starts else 0
             self.kills.append((kind, before, again, time.monotonic() - begun))
-            print(f"kill {index + 1}/{kills}: {kind} at step {before}, {again} step(s) again, moving after "
+            print(f"kill {index + 1}/{kills}: {kind} at step {before}, {again} step(s) repeated, continued after "
                   f"{self.kills[-1][-1]:.1f} s", flush=True)  # fmt: skip
         assert self.job is not None
         if self.job.wait(timeout=1200):
             raise SystemExit("the training did not finish")
 
-    def means(self) -> Mapping[str, Callable[[], None]]:
+    def faults(self) -> Mapping[str, Callable[[], None]]:
         return {
             "worker": self.kill_worker,
             "driver": self.kill_driver,
@@ -113,7 +115,7 @@ class Storm:
         self.server.start()
 
     def take_storage(self) -> None:
-        """Where the folder of the checkpoints was, there is a file for a while: nothing can be written."""
+        """Replaces the checkpoint folder by a file for some seconds, so nothing can be written."""
         place, away = self.folder / "checkpoints", self.folder / "checkpoints-away"
         place.rename(away)
         place.touch()
@@ -126,7 +128,7 @@ class Storm:
         self.wait(lambda: self.step() >= reached)
 
     def await_motion(self, count: int, *, other_process: bool) -> None:
-        """Waits for a step after the first `count` lines; of workers that were started since, where those died."""
+        """Waits for a step after the first `count` events; if `other_process`, only new workers' steps count."""
         old = {event["pid"] for event in self.events()[:count]} if other_process else set()
 
         def moves() -> bool:
@@ -138,7 +140,9 @@ class Storm:
         deadline = time.monotonic() + PATIENCE
         while not ready():
             if time.monotonic() > deadline or (self.job is not None and self.job.poll() is not None):
-                raise SystemExit("the training ended or no longer moves; use fewer --kills, or look at its log above")
+                raise SystemExit(
+                    "the training ended or makes no progress; use fewer --kills, or check its log in the --out folder"
+                )
             time.sleep(0.1)
 
     def step(self) -> int:
@@ -188,10 +192,12 @@ class Server:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="default: 20")
-    parser.add_argument("--epochs", type=int, help="of 8 steps (default: 6 for each kill)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and victims (default: 0)")
-    parser.add_argument("--out", type=Path, help="folder for runs (default: a temporary one)")
+    parser.add_argument("--kills", type=int, default=20, help="number of faults (default: 20)")
+    parser.add_argument("--epochs", type=int, help="number of epochs of 8 steps each (default: 6 per kill)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed for the times and kinds of faults (default: 0)"
+    )
+    parser.add_argument("--out", type=Path, help="folder for the runs (default: a temporary one)")
     options = parser.parse_args()
     options.epochs = options.epochs or max(12, 6 * options.kills)
     with tempfile.TemporaryDirectory() as temporary, _surroundings(options, Path(temporary)) as storm:
@@ -208,8 +214,8 @@ def main() -> None:
 
 
 @contextmanager
-def _surroundings(options: argparse.Namespace, temporary: Path) -> Iterator[Storm]:
-    """Data, tracking server and cluster."""
+def _surroundings(options: argparse.Namespace, temporary: Path) -> Iterator[DisturbedRun]:
+    """Creates the data, the tracking server and the cluster, and closes them at the end."""
     from data_prep.demo import build_demo
 
     storage = (options.out or temporary / "runs").resolve()
@@ -231,13 +237,13 @@ def _surroundings(options: argparse.Namespace, temporary: Path) -> Iterator[Stor
                 return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log)
 
         try:
-            yield Storm(random.Random(options.seed), storage, submit, server)
+            yield DisturbedRun(random.Random(options.seed), storage, submit, server)
         finally:
             server.kill()
 
 
-def _report(storm: Storm) -> int:
-    """Prints what is claimed, and whether it holds; returns 1 if it does not."""
+def _report(storm: DisturbedRun) -> int:
+    """Prints each claim and whether it holds; returns 1 if one does not."""
     calm, wild = (find_checkpoint(storm.storage / name / "checkpoints") for name in ("calm", "storm"))
     assert calm is not None
     assert wild is not None
@@ -246,30 +252,32 @@ def _report(storm: Storm) -> int:
         tensor.equal(second.model[name]) for name, tensor in first.model.items()
     )
     runs, curves = _curves(storm.server)
-    known, other = curves["calm"], curves["storm"]
-    repeated = sum(count - 1 for points in other.values() for count in Counter(step for step, _ in points).values())
-    differing = [key for key in known if key not in QUIET and known[key] != other.get(key)]
+    calm_curves, storm_curves = curves["calm"], curves["storm"]
+    repeated = sum(
+        count - 1 for points in storm_curves.values() for count in Counter(step for step, _ in points).values()
+    )
+    differing = [key for key in calm_curves if key not in TIMING and calm_curves[key] != storm_curves.get(key)]
     again = [kill[2] for kill in storm.kills]
     claims = {
-        f"{len(storm.kills)} kills ({dict(Counter(kill[0] for kill in storm.kills))}), and it finished": True,
-        f"final weights after step {second.state.step} equal to the bit": equal,
-        f"one MLflow run ({runs} in all with the undisturbed one)": runs == 2,
-        f"one value per step in each of {len(other)} curves ({repeated} repeated)": repeated == 0,
-        f"the values of the undisturbed run ({len(differing)} curves differ: {differing[:5]})": not differing,
-        f"steps taken again per kill: {max(again)} at most, median {statistics.median(again):g}; a checkpoint every "
+        f"{len(storm.kills)} kills ({dict(Counter(kill[0] for kill in storm.kills))}), and the training finished": True,
+        f"final weights after step {second.state.step} equal bit for bit": equal,
+        f"one MLflow run ({runs} in total with the undisturbed one)": runs == 2,
+        f"one value per step in each of {len(storm_curves)} curves ({repeated} repeated)": repeated == 0,
+        f"same values as the undisturbed run ({len(differing)} curves differ: {differing[:5]})": not differing,
+        f"repeated steps per kill: {max(again)} at most, median {statistics.median(again):g}; a checkpoint every "
         f"{CHECKPOINT_EVERY} steps": max(again) <= 2 * CHECKPOINT_EVERY,
     }
     for claim, holds in claims.items():
         print(f"{'holds' if holds else 'FAILS'}: {claim}")
-    for kind in storm.means():
+    for kind in storm.faults():
         times = [kill[3] for kill in storm.kills if kill[0] == kind]
         if times:
-            print(f"{kind}: moving again after {statistics.median(times):.1f} s (median of {len(times)})")
+            print(f"{kind}: continued after {statistics.median(times):.1f} s (median of {len(times)})")
     return 0 if all(claims.values()) else 1
 
 
 def _curves(server: Server) -> tuple[int, dict[str, dict[str, list[tuple[int, float]]]]]:
-    """Number of runs in the store, and each run's curves by name."""
+    """Returns the number of runs in the store and each run's curves by run name and metric."""
     experiments = server.ask("experiments/search", max_results=100)["experiments"]
     ids = [experiment["experiment_id"] for experiment in experiments]
     runs = server.ask("runs/search", experiment_ids=ids, max_results=100).get("runs", [])

@@ -1,9 +1,9 @@
-"""What checkpoints cost a training: `python benchmarks/checkpoint_cost.py [--recipe voc_wsss_lite]`.
+"""Measures the time that checkpoints cost: `python benchmarks/checkpoint_cost.py [--recipe voc_wsss_lite]`.
 
-In turn, as many optimizer steps with a checkpoint before them and without: the checkpoint is copied in the training's
-thread and written beside it, so that the difference is all it costs. Claimed: at the default interval
-(`train.checkpoint_every` steps) at most 1 % of the time. Crops are small, so that steps are short and the share is an
-upper bound: a checkpoint costs the same whatever the size of the images.
+Alternates between optimizer steps after a checkpoint and the same number of steps without one. The training thread
+copies the checkpoint and a background thread writes it during the steps, so the difference is its full cost. Claim: at
+the default interval (`train.checkpoint_every` steps), checkpoints take at most 1 % of the time. A checkpoint costs the
+same for any image size; small crops keep the steps short, so the measured share is an upper bound.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ GOAL = 0.01
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=RECIPES, default="voc_wsss_lite", help="default: voc_wsss_lite")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change one setting")
-    parser.add_argument("--rounds", type=int, default=7, help="of each kind (default: 7)")
-    parser.add_argument("--steps", type=int, default=4, help="of a round (default: 4)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change a setting; repeatable"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="measurements with and without a checkpoint (default: 7)")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per measurement (default: 4)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         trainer = _trainer(options, Path(temporary))
@@ -44,9 +46,9 @@ def main() -> None:
     every = apply_overrides(Config(), []).train.checkpoint_every
     cost = statistics.median(extra)
     share = cost / (every * step + cost)
-    print(f"{options.recipe}: a step {step:.3f} s (median), a checkpoint of {size / 2**20:.1f} MiB")
+    print(f"{options.recipe}: a step takes {step:.3f} s (median), a checkpoint has {size / 2**20:.1f} MiB")
     print(f"a checkpoint costs {cost:.3f} s (median; {min(extra):.3f} to {max(extra):.3f})")
-    print(f"{'holds' if share <= GOAL else 'FAILS'}: {100 * share:.2f} % of the time at every {every} steps (<= 1 %)")
+    print(f"{'holds' if share <= GOAL else 'FAILS'}: {100 * share:.2f} % of the time, every {every} steps (<= 1 %)")
     sys.exit(share > GOAL)
 
 
@@ -62,11 +64,11 @@ def _trainer(options: argparse.Namespace, folder: Path) -> Trainer:
 
 
 def _measure(trainer: Trainer, rounds: int, steps: int) -> tuple[list[float], float]:
-    """Seconds that each checkpoint cost, and the median seconds of a step without one."""
+    """Returns the extra seconds of each checkpoint and the median seconds of a step without one."""
     trainer.wrapped.train()
     batch = next(iter(trainer.loader.epoch(0)))
     for _ in range(2):
-        trainer._step(batch, 0, pretraining=False)  # to warm up; the second one has momentum
+        trainer._step(batch, 0, pretraining=False)  # warms up; from the second step on momentum exists
     extra, plain = [], []
     for number in range(rounds):
         seconds = {}
@@ -78,7 +80,7 @@ def _measure(trainer: Trainer, rounds: int, steps: int) -> tuple[list[float], fl
             for step in range(steps):
                 trainer._step(batch, step, pretraining=False)
             if saves:
-                trainer.writer.wait()  # what the steps were too short for counts
+                trainer.writer.wait()  # include the rest of the write if the steps were too short to hide it
             if trainer.process.device.type == "cuda":
                 torch.cuda.synchronize()
             seconds[saves] = time.perf_counter() - begun

@@ -1,10 +1,10 @@
-"""How much memory a conversion takes, and by how much it grows with the number of images.
+"""Measures the memory of a dataset conversion and its growth with the number of images.
 
     python benchmarks/conversion_memory.py [--images 100000] [--processes 2] [--folder DIR]
 
-Writes small JPEG images with masks, converts a quarter of them and all of them with `data_prep/folder.py`, and follows
-the resident memory of the parent and of its workers. What grows is the list of images and the manifest, not the images:
-claimed are at most 1.5 kB an image in the parent and nothing in the workers, so that half a million images fit.
+Writes small JPEG images with masks, converts a quarter of them and then all of them with `data_prep/folder.py`, and
+samples the resident memory of the parent and its workers. Only the list of images and the manifest grow, not the image
+data. Claim: the parent grows by at most 1.5 kB per image and the workers do not grow, so half a million images fit.
 """
 
 from __future__ import annotations
@@ -45,23 +45,23 @@ def main() -> None:
             peaks.append((number, parent, worker))
     (few, few_parent, few_worker), (many, many_parent, many_worker) = peaks
     growth = (many_parent - few_parent) / (many - few)
-    print(f"the parent grows by {growth:.0f} bytes an image (claimed: at most {CLAIMED_BYTES})")
-    print(f"a worker grows by {(many_worker - few_worker) / (many - few):.0f} bytes an image")
+    print(f"the parent grows by {growth:.0f} bytes per image (claimed: at most {CLAIMED_BYTES})")
+    print(f"a worker grows by {(many_worker - few_worker) / (many - few):.0f} bytes per image")
     reached = (many_parent + growth * (HALF_A_MILLION - many)) / MEGABYTE
-    print(f"so half a million images take {reached:.0f} MB in the parent")
+    print(f"at this rate, half a million images take {reached:.0f} MB in the parent")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=100_000)
-    parser.add_argument("--size", type=int, default=32, help="side, pixels")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--images", type=int, default=100_000, help="number of images (default: 100000)")
+    parser.add_argument("--size", type=int, default=32, help="side of the square images in pixels")
+    parser.add_argument("--processes", type=int, default=2, help="worker processes of the conversion (default: 2)")
     parser.add_argument("--folder", type=Path, help="where to write the images (default: the system's temporary one)")
     return parser.parse_args()
 
 
 def follow(root: Path, *, processes: int) -> tuple[int, int]:
-    """Converts the images below `root`; largest resident memory of the parent and of any one worker, bytes."""
+    """Converts the images in `root`; returns the peak resident memory of the parent and of any worker, in bytes."""
     script = Path(__file__).resolve().parents[1] / "data_prep" / "folder.py"
     command = [sys.executable, str(script), "--images", str(root / "images"), "--masks", str(root / "masks")]
     command += ["--classes", ",".join(CLASSES), "--out", str(root / "out"), "--processes", str(processes)]

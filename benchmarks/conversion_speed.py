@@ -1,12 +1,12 @@
-"""How fast folders of images and masks become shards.
+"""Measures how fast folders of images and masks are converted to shards.
 
     python benchmarks/conversion_speed.py [--images 10000] [--processes 2] [--folder DIR]
 
-Draws pairs of a 320-pixel JPEG and an indexed PNG mask, converts them with `data_prep/folder.py`, once with masks as
-they are and once with masks in colors, which are decoded and written anew. Beside it stands how fast the same
-processes merely read the pairs, to their last pixel, and hash their bytes: what is broken or cut off is found at the
-conversion, so that is its upper bound. The two run in turn.
-Claimed, with masks as they are: at least 400 images/s on 2 cores, and 80 % of the bound (ratio of the medians).
+Generates pairs of a 320-pixel JPEG and an indexed PNG mask and converts them with `data_prep/folder.py`: once with
+indexed masks, which are copied, and once with color masks, which are decoded and re-encoded. For comparison, the same
+number of processes only decodes all pixels of each pair and hashes its bytes. The conversion must do this to find
+damaged files, so this is its upper bound. The two alternate.
+Claim, with indexed masks: at least 400 images/s on 2 cores, and 80 % of the bound (ratio of the medians).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from slrnet.data.catalog import voc_palette
 CLAIMED_RATE, CLAIMED_SHARE = 400.0, 0.8
 CLASSES = ("cat", "dog", "horse")
 DISTINCT = 200
-"""Pairs that are drawn; the others are copies under other names."""
+"""Number of distinct pairs; the rest are copies under other names."""
 PER_FOLDER = 1000
 
 
@@ -52,7 +52,7 @@ def main() -> int:
         megabytes = sum(path.stat().st_size for pair in pairs for path in pair) / 1e6
         print(f"{len(pairs)} pairs of {args.size} pixels, {megabytes:.0f} MB, {args.processes} process(es)")
         output = partial(Output, processes=args.processes)
-        names = ("reading and hashing", "an eighth a side", "masks as they are")
+        names = ("reading and hashing", "one eighth per side", "indexed masks")
         rates: dict[str, list[float]] = {name: [] for name in names}
         for number in range(args.repeats):
             runs = [partial(read_pairs, pairs, args.processes, whole=whole) for whole in (True, False)]
@@ -62,8 +62,8 @@ def main() -> int:
                 rates[name].append(rate(len(pairs), run))
             shutil.rmtree(root / f"a{number}")
         whole, eighth, copied = (statistics.median(rates[name]) for name in names)
-        print(f"{'reading and hashing':>24}: {whole:7.0f} images/s; an eighth a side {eighth:.0f}")
-        print(f"{'masks as they are':>24}: {copied:7.0f} images/s (claimed: at least {CLAIMED_RATE:.0f} on 2 cores)")
+        print(f"{'reading and hashing':>24}: {whole:7.0f} images/s; at one eighth per side {eighth:.0f}")
+        print(f"{'indexed masks':>24}: {copied:7.0f} images/s (claimed: at least {CLAIMED_RATE:.0f} on 2 cores)")
         color_masks(root / "masks")
         colored = rate(
             len(pairs),
@@ -75,25 +75,25 @@ def main() -> int:
                 palette=root / "palette.txt",
             ),
         )
-        print(f"{'masks in colors':>24}: {colored:7.0f} images/s")
+        print(f"{'color masks':>24}: {colored:7.0f} images/s")
     share = copied / whole
     print(f"conversion over reading and hashing {share:.2f} (claimed: at least {CLAIMED_SHARE})")
-    print(f"over reading and hashing an eighth a side {copied / eighth:.2f}")
+    print(f"conversion over reading at one eighth per side and hashing {copied / eighth:.2f}")
     return int(copied < CLAIMED_RATE or share < CLAIMED_SHARE)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=10000)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--size", type=int, default=320, help="longer side, pixels")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--images", type=int, default=10000, help="number of pairs (default: 10000)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds of alternating runs (default: 3)")
+    parser.add_argument("--size", type=int, default=320, help="longer side of the images in pixels")
+    parser.add_argument("--processes", type=int, default=2, help="worker processes (default: 2)")
     parser.add_argument("--folder", type=Path, help="where to write the images (default: the system's temporary one)")
     return parser.parse_args()
 
 
 def write_pairs(root: Path, number: int, *, size: tuple[int, int]) -> None:
-    """Writes images/ and masks/ below `root`, `PER_FOLDER` pairs to a folder."""
+    """Writes images/ and masks/ in `root`, `PER_FOLDER` pairs per subfolder."""
     random = np.random.default_rng(0)
     drawn = [draw_pair(random, size) for _ in range(min(number, DISTINCT))]
     for index in range(number):
@@ -106,7 +106,7 @@ def write_pairs(root: Path, number: int, *, size: tuple[int, int]) -> None:
 
 
 def draw_pair(random: np.random.Generator, size: tuple[int, int]) -> tuple[bytes, bytes]:
-    """A picture with large forms and fine noise, about as large in bytes as a photograph, and a mask of ellipses."""
+    """Returns a JPEG with large shapes and fine noise, about as many bytes as a photo, and a PNG mask of ellipses."""
     width, height = size
     coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     noise = random.normal(0, 10, (height, width, 1))
@@ -136,7 +136,7 @@ def palette_text() -> str:
 
 
 def color_masks(folder: Path) -> None:
-    """Replaces indexed masks by the same in colors."""
+    """Replaces the indexed masks in a folder with RGB masks."""
     made: dict[bytes, bytes] = {}
     for path in folder.rglob("*.png"):
         data = path.read_bytes()
@@ -152,7 +152,7 @@ def read_pairs(pairs: list[tuple[Path, Path]], processes: int, *, whole: bool) -
 
 
 def read_pair(pair: tuple[Path, Path], *, whole: bool) -> str:
-    """Reads both files to their last pixel, or all of the JPEG for fewer pixels, and hashes their bytes."""
+    """Decodes both files and hashes their bytes; without `whole`, decodes the JPEG at one eighth of its size."""
     digest = hashlib.sha256()
     for path in pair:
         data = path.read_bytes()

@@ -1,15 +1,15 @@
-"""What the paper's runs should cost on GPUs: predictions, from counted operators. Nothing here was measured on a GPU.
+"""Predicts the cost of the paper's runs on GPUs from counted operators. Nothing here was measured on a GPU.
 
     python benchmarks/cost_model.py [--recipe NAME ...] [--out FOLDER]
 
-FLOPs and bytes of every operator of a training step are counted on tensors without memory, by stage, forward and
+The script counts FLOPs and bytes of every operator of a training step on tensors without memory, by stage, forward and
 backward (`benchmarks/_operators.py`). An operator takes as long as the slowest of its arithmetic, its memory traffic
-and its kernels' start (the roofline); operators run one after the other. Gradients go round a ring of all GPUs. Hours
-and dollars follow. All assumptions are constants below, each with its source; docs/cost.md explains them, and
-`benchmarks/gpu.py` measures the same stages where there is a GPU. Claimed, of a network that others measured: ResNet-50
-in mixed precision trains on an A100 within a factor of 1.35 of what the model says.
+and its kernel launches (the roofline model). Operators run one after the other, and gradients are exchanged in a ring
+of all GPUs. Hours and dollars follow from this. All assumptions are constants below, each with its source; docs/cost.md
+explains them, and `benchmarks/gpu.py` measures the same stages on a GPU. Claim, for a network with published
+measurements: ResNet-50 in mixed precision on an A100 is within a factor of 1.35 of the prediction.
 
-Exit status: 0, 1 where the claim fails, or 2 for wrong arguments.
+Exit status: 0, 1 if the claim does not hold, or 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from slrnet.storage.files import written_whole
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, a node of eight of them, and what an hour costs.
+    """A GPU, its node of eight GPUs, and its price.
 
     Attributes:
-        name: of the GPU.
+        name: the GPU's name.
         peak: FLOP/s by kind of arithmetic, without sparsity.
-        bandwidth: bytes/s of its memory.
-        memory: bytes of it.
-        processors: streaming multiprocessors.
-        share: of the peak that convolutions and matrix products reach.
+        bandwidth: memory bandwidth in bytes/s.
+        memory: memory size in bytes.
+        processors: number of streaming multiprocessors.
+        share: share of the peak that convolutions and matrix products reach.
         link: bytes/s in one direction between the GPUs of a node.
-        network: bytes/s that a node sends to other nodes.
-        node: name of the node.
-        price: US dollars for a GPU and hour.
+        network: bytes/s from a node to other nodes.
+        node: name of the node's instance type.
+        price: US dollars per GPU-hour.
     """
 
     name: str
@@ -62,9 +62,9 @@ class Gpu:
 
 
 # Peaks, bandwidths, memory and NVLink (600 and 900 GB/s, both directions together): NVIDIA's data sheets of the A100
-# 80GB SXM and the H100 SXM, without sparsity. `tf32x3` is a third of `tf32`: three products stand for one. Networks:
+# 80GB SXM and the H100 SXM, without sparsity. `tf32x3` is a third of `tf32`: three products replace one. Networks:
 # AWS's lists of instance types, 400 Gb/s for p4de.24xlarge and 3,200 Gb/s for p5.48xlarge. Prices: on-demand list
-# prices of these nodes, 27.45 and 55.04 dollars an hour for eight GPUs, as public copies of the list had them in
+# prices of these nodes, 27.45 and 55.04 dollars per hour for eight GPUs, from public copies of the price list in
 # November 2026.
 A100 = Gpu(
     name="A100", peak={"bf16": 312e12, "tf32": 156e12, "tf32x3": 52e12, "fp32": 19.5e12}, bandwidth=2.039e12,
@@ -77,33 +77,33 @@ H100 = Gpu(
 GPUS = (A100, H100)
 PRICED = "November 2026"
 
-# Assumptions of ours. `share` above: large products alone reach more; convolutions at these sizes, some of them
-# dilated, less, and an H100 falls further behind its peak than an A100.
+# Our assumptions. `share` above: large matrix products alone reach more; convolutions at these sizes, some of them
+# dilated, reach less, and an H100 stays further below its peak than an A100.
 BANDWIDTH_SHARE = 0.85
-"""Of the memory's bandwidth that elementwise operators reach; copies of large tensors reach 0.9."""
+"""Share of the memory bandwidth that elementwise operators reach; copies of large tensors reach 0.9."""
 VECTOR_SHARE = 0.7
-"""Of the peak of plain float32."""
+"""Share of the plain float32 peak that operators reach."""
 LAUNCH = 5e-6
-"""Seconds that a kernel takes at least: PyTorch's eager mode hands over one in 4 to 10 microseconds."""
+"""Minimum seconds per kernel: PyTorch's eager mode launches one every 4 to 10 microseconds."""
 TILE = 128 * 64
-"""Outputs of a convolution that one multiprocessor works on; with fewer tiles than processors, some stand idle."""
+"""Convolution outputs per tile, one tile per multiprocessor; with fewer tiles than processors, some are idle."""
 LINK_SHARE = 0.8
-"""Of the links' speed that an all-reduce of tens of megabytes reaches."""
+"""Share of the link speed that an all-reduce of tens of megabytes reaches."""
 HOP = 10e-6
-"""Seconds from one GPU to the next, whatever the size."""
+"""Latency from one GPU to the next in seconds, independent of the size."""
 BUCKET = 25 * 2**20
 """Bytes of gradients that DistributedDataParallel exchanges at once."""
 NODE = 8
-"""GPUs of a node."""
+"""GPUs per node."""
 VALIDATION_SIZE = (375, 500)
-"""Height and width of a usual image of VOC and COCO, pixels."""
+"""Typical height and width of a VOC or COCO image in pixels."""
 
 MEASURED_RESNET50 = {"mixed precision": 2470.0, "TF32": 938.0}
 """Images/s of one A100 80GB, batch 256: NVIDIA, DeepLearningExamples, ConvNets/resnet50v1.5, PyTorch 21.03. Mixed
-precision has channels last, as the trainer does; TF32 has not, and then layouts are changed back and forth, of which
-the model knows nothing."""
+precision uses channels last, as the trainer does. TF32 does not, so tensors are converted between layouts, which the
+model does not count."""
 CLAIMED_FACTOR = 1.35
-"""Of the first."""
+"""For mixed precision."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ class Workload:
     """The data of a run.
 
     Attributes:
-        classes: K with the background.
-        draws: images of an epoch, repeated draws counted.
-        validation: images that are measured after each epoch, beside `evaluation.pseudo_mask_images`.
-        present: most foreground classes of an image in a batch, for the refinement.
-        masks: share of the draws that come with a true mask.
+        classes: K, including the background.
+        draws: images per epoch, including repeated draws.
+        validation: images evaluated after each epoch, in addition to `evaluation.pseudo_mask_images`.
+        present: most foreground classes of any image in a batch; the refinement processes this many.
+        masks: share of the draws that have a ground-truth mask.
     """
 
     classes: int
@@ -133,20 +133,20 @@ WORKLOADS = {
     "voc_sss_image_labels": Workload(classes=21, draws=SEMI, validation=1449, present=4, masks=5 * 1464 / SEMI),
     "voc_sss": Workload(classes=21, draws=SEMI, validation=1449, present=20, masks=5 * 1464 / SEMI),
 }
-"""The paper's runs. Half of COCO's 82,783 training images; the others as docs/paper.md prepares them."""
+"""The paper's runs: half of COCO's 82,783 training images; the other datasets as docs/paper.md prepares them."""
 SCALES = ((2, 16), (8, 16), (64, 64), (64, 512))
-"""GPUs and global batch. 16 is the paper's; 64 GPUs need at least an image each."""
+"""GPUs and global batch size. 16 is the paper's batch size; 64 GPUs need at least one image each."""
 STAGES = (
     "views", "encoder", "aspp", "fusion", "auxiliary_head", "cvlr", "cue_injection", "gate", "mask_head", "network",
     "alignment", "calibration", "losses", "agreement", "optimizer", "between",
 )  # fmt: skip
 LABELS = {"network": "class scores", "between": "between stages"}
 INNER = STAGES[1:10]
-"""Parts of the network, and what it does between them."""
+"""Parts of the network, and the operators between them."""
 
 
 def seconds_of(operator: Operator, gpu: Gpu) -> float:
-    """What an operator takes: the slowest of arithmetic, memory and start."""
+    """Returns an operator's seconds: the slowest of arithmetic, memory traffic and kernel launches."""
     rate = gpu.peak[operator.kind] * (VECTOR_SHARE if operator.kind == "fp32" else gpu.share)
     if operator.outputs:
         rate *= min(1.0, operator.outputs / (TILE * gpu.processors))
@@ -155,19 +155,22 @@ def seconds_of(operator: Operator, gpu: Gpu) -> float:
 
 
 def seconds(operators: Iterable[Operator], gpu: Gpu) -> float:
-    """What operators take one after the other, or what the start of their kernels takes."""
+    """Returns the seconds of operators that run one after the other."""
     return sum(seconds_of(operator, gpu) for operator in operators)
 
 
 def least_seconds(operators: Iterable[Operator], gpu: Gpu) -> float:
-    """The roofline itself, at the peaks: no program that computes and moves as much can be faster."""
+    """Returns the lower bound from the peaks: no program with the same arithmetic and traffic can be faster."""
     listed = list(operators)
     arithmetic = sum(operator.flops / gpu.peak[operator.kind] for operator in listed)
     return max(arithmetic, sum(operator.moved for operator in listed) / gpu.bandwidth)
 
 
 def all_reduce_seconds(size: int, gpus: int, gpu: Gpu) -> float:
-    """An all-reduce of `size` bytes: twice through the slowest link, less a GPU's own part, and the hops of a tree."""
+    """Returns the seconds of an all-reduce of `size` bytes.
+
+    The data goes twice through the slowest link, except each GPU's own part. Latency is that of a tree.
+    """
     if gpus == 1:
         return 0.0
     speed = gpu.link if gpus <= NODE else min(gpu.link, gpu.network)
@@ -180,10 +183,10 @@ class Step:
     """Seconds of a step on each GPU.
 
     Attributes:
-        forward: all but what goes backward.
-        backward: without the exchange of gradients.
-        exchange: of gradients.
-        images: of the global batch.
+        forward: everything except the backward pass.
+        backward: the backward pass without the gradient exchange.
+        exchange: the gradient exchange.
+        images: size of the global batch.
     """
 
     forward: float
@@ -193,32 +196,32 @@ class Step:
 
     @property
     def hidden(self) -> float:
-        """The exchange runs beside the backward pass."""
+        """Seconds if the gradient exchange overlaps the backward pass."""
         return self.forward + max(self.backward, self.exchange)
 
     @property
     def exposed(self) -> float:
-        """The exchange follows the backward pass."""
+        """Seconds if the gradient exchange follows the backward pass."""
         return self.forward + self.backward + self.exchange
 
 
 def step_of(count: Count, gpus: int, gpu: Gpu) -> Step:
-    """Predicts a step of `gpus` GPUs with `count.images` images each."""
+    """Predicts a step on `gpus` GPUs with `count.images` images each."""
     backward = seconds((operator for operator in count.operators if operator.stage == BACKWARD), gpu)
     exchange = all_reduce_seconds(count.gradients, gpus, gpu)
     return Step(seconds(count.operators, gpu) - backward, backward, exchange, gpus * count.images)
 
 
 def hours_of(config: Config, load: Workload, step: Step, gpus: int, validation: float, *, hidden: bool) -> float:
-    """Hours of a run: all epochs with pseudo labels, each followed by its measurements, which the GPUs share.
+    """Returns the hours of a run: all epochs with pseudo labels, each followed by an evaluation that the GPUs share.
 
     Args:
-        config: of the run.
-        load: its data.
-        step: predicted.
-        gpus: that train.
-        validation: seconds that one GPU takes for an image.
-        hidden: the exchange of gradients runs beside the backward pass.
+        config: the run's settings.
+        load: the run's data.
+        step: the predicted step.
+        gpus: number of GPUs.
+        validation: seconds that one GPU needs to evaluate an image.
+        hidden: True if the gradient exchange overlaps the backward pass.
     """
     taken = step.hidden if hidden else step.exposed
     measured = load.validation + len(config.views.scales) * config.evaluation.pseudo_mask_images
@@ -227,7 +230,7 @@ def hours_of(config: Config, load: Workload, step: Step, gpus: int, validation: 
 
 
 class Counts:
-    """Counted steps and validations of recipes, each made once."""
+    """Counts training steps and validations of recipes, and caches them."""
 
     def __init__(self, get: Callable[[str], Config] = get_recipe, loads: Mapping[str, Workload] = WORKLOADS) -> None:
         self.get, self.loads = get, loads
@@ -256,7 +259,7 @@ class Counts:
 
 
 def by_stage(operators: Iterable[Operator]) -> dict[tuple[str, bool], list[Operator]]:
-    """Operators by the stage that they belong to, and whether they go backward."""
+    """Groups operators by their source stage and by True for the backward pass."""
     found = defaultdict(list)
     for operator in operators:
         found[operator.source if operator.source in STAGES else "between", operator.stage == BACKWARD].append(operator)
@@ -264,7 +267,7 @@ def by_stage(operators: Iterable[Operator]) -> dict[tuple[str, bool], list[Opera
 
 
 def stage_costs(count: Count) -> str:
-    """FLOPs, bytes and kernels of each stage for an image, as a Markdown table."""
+    """Returns a Markdown table of each stage's FLOPs and bytes per image and kernels per step."""
     lines = [
         "| stage | GFLOP forward | MB forward | GFLOP backward | MB backward | kernels of a step |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -273,17 +276,19 @@ def stage_costs(count: Count) -> str:
     for stage in (*STAGES, None):
         cells, kernels = [], 0
         for backward in (False, True):
-            own = [op for key, ops in found.items() if key[1] == backward and stage in (None, key[0]) for op in ops]
-            cells += [f"{sum(operator.flops for operator in own) / count.images / 1e9:.2f}"]
-            cells += [f"{sum(operator.moved for operator in own) / count.images / 1e6:.0f}"]
-            kernels += sum(operator.kernels for operator in own)
+            selected = [
+                op for key, ops in found.items() if key[1] == backward and stage in (None, key[0]) for op in ops
+            ]
+            cells += [f"{sum(operator.flops for operator in selected) / count.images / 1e9:.2f}"]
+            cells += [f"{sum(operator.moved for operator in selected) / count.images / 1e6:.0f}"]
+            kernels += sum(operator.kernels for operator in selected)
         if kernels:
             lines.append(f"| {_label(stage)} | {' | '.join(cells)} | {kernels} |")
     return "\n".join(lines)
 
 
 def stage_seconds(count: Count, gpus: Sequence[Gpu] = GPUS) -> str:
-    """Predicted milliseconds of each stage of a step, forward and backward, as a Markdown table."""
+    """Returns a Markdown table of each stage's predicted milliseconds per step, forward and backward."""
     heads = [f"{gpu.name} {part}" for gpu in gpus for part in ("forward", "backward", "at its peaks")]
     lines = [f"| stage | {' | '.join(heads)} |", "| --- |" + " ---: |" * len(heads)]
     found = by_stage(count.operators)
@@ -311,9 +316,9 @@ def _label(stage: str | None) -> str:
 def runs_table(
     recipe: str, counts: Counts, prices: Mapping[str, float], *, scales: Sequence[tuple[int, int]] = SCALES
 ) -> str:
-    """Predicted speed, hours and dollars of a recipe's run by number of GPUs, as a Markdown table.
+    """Returns a Markdown table of a run's predicted speed, hours and dollars by number of GPUs.
 
-    Each cell has both bounds: the exchange of gradients beside the backward pass, and after it.
+    Cells show two bounds: the gradient exchange overlaps the backward pass, or follows it.
     """
     lines = [
         "| GPUs | global batch (on each) | learning rate | all-reduce, ms | step, ms | images/s | hours | dollars "
@@ -338,12 +343,12 @@ def runs_table(
 
 
 def _bounds(values: Sequence[float], digits: int) -> str:
-    """The lower and the upper bound, or one where they look the same."""
+    """Formats the lower and upper bound, or one number if both print the same."""
     return " to ".join(dict.fromkeys(f"{value:,.{digits}f}" for value in values))
 
 
 def compare_resnet50(gpu: Gpu = A100) -> tuple[str, bool]:
-    """The model against what others measured: a Markdown table, and whether the claim holds."""
+    """Returns a Markdown table of predictions and published measurements, and True if the claim holds."""
     lines = ["| ResNet-50, batch 256, one A100 | predicted, images/s | measured by NVIDIA | ratio |"]
     lines += ["| --- | ---: | ---: | ---: |"]
     ratios = []
@@ -356,7 +361,7 @@ def compare_resnet50(gpu: Gpu = A100) -> tuple[str, bool]:
 
 
 def assumptions() -> str:
-    """The constants as a Markdown table."""
+    """Returns the constants as a Markdown table."""
     rows = [
         ("bf16, TFLOP/s", lambda gpu: f"{gpu.peak['bf16'] / 1e12:g}"),
         ("TF32 (float32 convolutions)", lambda gpu: f"{gpu.peak['tf32'] / 1e12:g}"),
@@ -382,7 +387,7 @@ def report(
     scales: Sequence[tuple[int, int]] = SCALES,
     compare: Callable[[], tuple[str, bool]] = compare_resnet50,
 ) -> tuple[str, bool]:
-    """All tables as Markdown, and whether the claim holds."""
+    """Returns all tables as Markdown, and True if the claim holds."""
     counts = counts or Counts()
     first = counts.step(recipes[0], images)
     config = counts.get(recipes[0])
@@ -391,7 +396,7 @@ def report(
     compared, held = compare()
     parts = [
         "# Predicted cost on GPUs",
-        "Predictions of a model; none of these figures has been measured on a GPU.",
+        "These are model predictions; none of these figures has been measured on a GPU.",
         f"## Assumptions\n\n{assumptions()}",
         f"## Cost of each stage for an image ({step})\n\n{stage_costs(first)}\n\n{volume}",
         f"## Predicted milliseconds of a step ({step})\n\n{stage_seconds(first)}",
@@ -407,7 +412,7 @@ def main(arguments: Sequence[str] | None = None, *, make: Callable[..., tuple[st
         for recipe in options.recipe:
             get_recipe(recipe)
         if not set(options.recipe) <= set(WORKLOADS):
-            raise ConfigError(f"--recipe takes the runs whose data are known: {', '.join(WORKLOADS)}")
+            raise ConfigError(f"--recipe must be one of the runs with a known workload: {', '.join(WORKLOADS)}")
         if options.images < 1 or min(options.a100_price, options.h100_price) < 0:
             raise ConfigError("--images must be at least 1, and prices at least 0")
         if options.out is not None:
@@ -430,12 +435,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--recipe", nargs="+", default=list(WORKLOADS), metavar="NAME", help="runs to predict (default: all five)"
     )
     parser.add_argument(
-        "--images", type=int, default=16, metavar="N", help="on a GPU, in the tables of stages (default: 16)"
+        "--images", type=int, default=16, metavar="N", help="images per GPU in the stage tables (default: 16)"
     )
     for gpu in GPUS:
         parser.add_argument(
             f"--{gpu.name.lower()}-price", type=float, default=gpu.price, metavar="DOLLARS",
-            help=f"for a GPU and hour (default: {gpu.price:.2f}, {gpu.node} on demand in {PRICED})",
+            help=f"price per GPU-hour (default: {gpu.price:.2f}, {gpu.node} on demand in {PRICED})",
         )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write cost.md there")
     return parser.parse_args(arguments)

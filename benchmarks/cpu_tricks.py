@@ -1,15 +1,15 @@
-"""What each part of `slrnet.cpu` saves: training steps, predictions and a pass of the loader with it and without it.
+"""Measures the time that each part of `slrnet.cpu` saves in training steps, predictions and a loader epoch.
 
     python benchmarks/cpu_tricks.py [--only lite classes wide predict loader]
 
-Prints the table of docs/performance.md. All sides act in turn in one process of one thread, and CPU time is compared,
-so other work on the machine hardly matters. `nothing` is the same side twice: the noise.
+Prints the table of docs/performance.md. All variants alternate in one single-threaded process and are compared by CPU
+time, so other work on the machine has little effect. The row `nothing` runs the same code twice and shows the noise.
     lite     a step of the recipe voc_wsss_lite (EfficientNet-Lite0, crop 208, batch 8)
-    classes  the same with 201 classes, as in L2ID
+    classes  the same step with 201 classes, as in L2ID
     wide     a step of the recipe voc_wsss with one image (WideResNet-38, crop 321)
     predict  WideResNet-38 at one scale, 500x375
     loader   crops of 321 from 500x375 JPEGs
-Claimed: each part saves 5 % or more in one of them. Training takes bfloat16 by itself on processors with AMX alone.
+Claim: each part saves 5 % or more in one of them. By default, training uses bfloat16 only on processors with AMX.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CLAIMED = 1.05
 
 @contextlib.contextmanager
 def without_avx512(options: str = "-mno-avx512f") -> Iterator[None]:
-    """The crop's kernel as it is compiled for a processor with AVX2 alone."""
+    """Context manager that uses the crop kernel compiled for a processor with AVX2 only."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
         compiler = Path(folder) / "cc"
         compiler.write_text(f'#!/bin/sh\nexec {compiled._compiler()} "$@" {options}\n')
@@ -103,12 +103,14 @@ WORK: dict[str, tuple[tuple[str, ...], Callable[[str], contextlib.AbstractContex
     "predict": (("Winograd convolutions",), lambda precision: contextlib.nullcontext(prediction(precision))),
     "loader": (("crop kernel", "crop kernel's AVX-512"), lambda precision: loader_pass()),
 }
-"""What is switched off in each piece of work, and the work by its precision."""
+"""Workloads: the parts to switch off in each one, and its builder by precision."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=WORK, default=list(WORK), help="some of the work (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", choices=WORK, default=list(WORK), help="run only these workloads (default: all)"
+    )
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -130,10 +132,10 @@ def main() -> int:
 
 
 def compare(work: Callable[[], object], parts: tuple[str, ...], repeats: int) -> dict[str, tuple[float, float, str]]:
-    """For each part, the median CPU seconds without it, the median ratio to those with all, and the ratios' spread."""
+    """Returns for each part the median CPU seconds without it, their median ratio to all parts on, and its range."""
     ratios: dict[str, list[float]] = {part: [] for part in parts}
     seconds: dict[str, list[float]] = {part: [] for part in parts}
-    for turn in range(repeats + 1):  # the first one warms up
+    for turn in range(repeats + 1):  # the first turn warms up
         base = cpu_seconds(work)
         for part in parts:
             with OFF[part]():

@@ -1,12 +1,12 @@
-"""Time and memory of the factorization: `recompute` against plain autograd, and the module against the released one.
+"""Compares the factorization in time and memory: `recompute` with plain autograd, the module with the released one.
 
     python benchmarks/cvlr.py --peer-dir FOLDER
 
 FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet); its factorization is imported from
-`models/slrnet.py`. Both sides run in turn; ratios are of median times, forward and backward together. Claimed, for
+`models/slrnet.py`. Both sides alternate; ratios compare median times of forward and backward together. Claims, for
 features (2, 256, 8242): `recompute` takes at most 1.15 times as long as `reference` and, at k = 201 and T = 6, a third
-of its memory; what it keeps for the backward pass grows by a dictionary and its code masses an iteration. For four
-images the module is at least 1.3 times as fast as the released one.
+of its memory; the tensors that it saves for the backward pass grow by one dictionary and its code masses per iteration.
+For four images the module is at least 1.3 times as fast as the released one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> int:
         *compare_peaks(args.threads),
         *(compare_released(args.peer_dir, args.repeats) if args.peer_dir else []),
     ]
-    print("every claim held" if not missed else f"missed: {', '.join(missed)}")
+    print("all claims hold" if not missed else f"missed: {', '.join(missed)}")
     return int(bool(missed))
 
 
@@ -55,7 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peer-dir", type=Path, help="checkout of the authors' code to compare with")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peak", choices=["reference", "recompute"], help="print this one's peak memory and stop")
+    parser.add_argument(
+        "--peak", choices=["reference", "recompute"], help="print the peak memory of this implementation and exit"
+    )
     return parser.parse_args()
 
 
@@ -81,7 +83,7 @@ def compare_kept() -> list[str]:
         kept = {num_iters: kept_bytes(k, num_iters) for num_iters in ITERATIONS}
         allowed = CLAIMED_KEPT * kept[1] + 5 * N * DIM * k * 4
         print(
-            f"k {k:>3}: kept for the backward pass {kept[1] / 2**20:.2f} MiB at T 1, {kept[6] / 2**20:.2f} MiB at T 6 "
+            f"k {k:>3}: saved for the backward pass {kept[1] / 2**20:.2f} MiB at T 1, {kept[6] / 2**20:.2f} MiB at T 6 "
             f"(claimed: at most {allowed / 2**20:.2f})"
         )
         missed += [f"kept bytes at k {k}"] if kept[6] > allowed else []
@@ -95,8 +97,8 @@ def compare_peaks(threads: int) -> list[str]:
         peaks[name] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     ratio = peaks["recompute"] / peaks["reference"]
     print(
-        f"k 201, T 6: a step needs {peaks['reference']:.0f} MiB by reference and "
-        f"{peaks['recompute']:.0f} MiB by recompute above its inputs, outputs and gradients, ratio {ratio:.2f} "
+        f"k 201, T 6: a step needs {peaks['reference']:.0f} MiB with reference and "
+        f"{peaks['recompute']:.0f} MiB with recompute in addition to inputs, outputs and gradients, ratio {ratio:.2f} "
         f"(claimed: at most {CLAIMED_MEMORY:.2f})"
     )
     return ["peak memory"] if ratio > CLAIMED_MEMORY else []
@@ -147,11 +149,11 @@ def kept_bytes(k: int, num_iters: int) -> int:
 
 
 def step_memory(implementation: Implementation) -> float:
-    """MiB that a step at k = 201 and T = 6 needs at most above inputs, outputs and their gradients."""
+    """Returns the peak MiB of a step at k = 201 and T = 6 in addition to inputs, outputs and their gradients."""
     k = 201
-    step_of(implementation, k, 6, positions=100)()  # what libraries set up at their first use is not the step's
+    step_of(implementation, k, 6, positions=100)()  # exclude what libraries allocate on first use
     step = step_of(implementation, k, 6)
-    results = [tensor.detach().clone() for tensor in inputs(k) * 2]  # as large as what comes out, and allocated once
+    results = [tensor.detach().clone() for tensor in inputs(k) * 2]  # allocates memory of the outputs' size in advance
     forget_peak()
     before = peak_memory()
     del results
@@ -197,7 +199,7 @@ def training_step(module: nn.Module, views: list[Tensor], run: Callable[[], list
 
 
 def measure(forms: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each form."""
+    """Returns the median seconds of each implementation."""
     for form in forms.values():
         form()
     return {name: statistics.median(times) for name, times in times_in_turn(forms, repeats=repeats).items()}

@@ -1,14 +1,14 @@
-"""Speed of the evaluation protocols against the released inference code, with the same network and weights.
+"""Compares the evaluation protocols in speed with the released inference code, with the same network and weights.
 
     python benchmarks/evaluate.py --peer-dir FOLDER
 
-FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet); its network (WideResNet-38, random weights) and the
-loop of its tools/infer_voc.py run here on the CPU, its weights are read into ours by slrnet.tools.convert_weights.
-Timed from the decoded image to the mask: `ss` (one scale, not mirrored) and `ms` (five scales, each also mirrored), by
-both codes in turn, each in a process of its own as its commands run it. Without the option only this project's times
-are printed. Ours runs in float32, as it does unless told otherwise, and by `evaluation.precision=auto`, which is
-bfloat16 where the processor multiplies matrices of it. Claimed: `ms` takes at most 0.6 of the released time, and in
-float32 the networks' probabilities are equal within 1e-4.
+FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet). Its network (WideResNet-38, random weights) and the
+loop of its tools/infer_voc.py run here on the CPU; slrnet.tools.convert_weights loads its weights into our network. The
+script times `ss` (one scale, not mirrored) and `ms` (five scales, each also mirrored) from the decoded image to the
+mask. Both codes alternate, each in its own process, set up as by its own commands. Without --peer-dir, it times only
+this project. Ours runs in float32, which is the default, and with `evaluation.precision=auto`, which chooses bfloat16
+if the processor has bfloat16 matrix instructions. Claims: `ms` takes at most 0.6 of the released time, and in float32
+the networks' probabilities are equal within 1e-4.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> int:
     if args.side:
         serve_side(side(args))
         return 0
-    print(f"one image of {args.width} x {args.height}, {args.threads} thread(s), {args.repeats} runs in turn")
+    print(f"one image of {args.width} x {args.height}, {args.threads} thread(s), {args.repeats} alternating runs")
     held = args.peer_dir is None or compare(args.peer_dir)
     for protocol in args.protocols:
         seen = run_in_turn({name: command(args, name, protocol) for name in sides(args)}, repeats=args.repeats)
@@ -86,27 +86,27 @@ def sides(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def command(args: argparse.Namespace, name: str, protocol: str) -> list[str]:
-    """What runs one side in a process of its own."""
-    own = ["--side", name, "--protocols", protocol, "--threads", str(args.threads)]
+    """Returns the command that runs one side in its own process."""
+    arguments = ["--side", name, "--protocols", protocol, "--threads", str(args.threads)]
     size = ["--height", str(args.height), "--width", str(args.width)]
     peer = [] if args.peer_dir is None else ["--peer-dir", str(args.peer_dir)]
-    return [sys.executable, __file__, *own, *size, *peer]
+    return [sys.executable, __file__, *arguments, *size, *peer]
 
 
 def side(args: argparse.Namespace) -> Callable[[], object]:
-    """What one side does: it predicts the image."""
+    """Returns the action of one side: predicting the image."""
     image = np.random.default_rng(0).integers(0, 256, (args.height, args.width, 3), dtype=np.uint8)
     (protocol,) = args.protocols
     if args.side == "released":
         infer = released(released_network(args.peer_dir, training=False), protocol)
     else:
-        keep_memory()  # as the commands do that predict
+        keep_memory()  # as the prediction commands do
         infer = ours(our_checkpoint(None), protocol, OURS[args.side])
     return lambda: infer(image)
 
 
 def compare(peer_dir: Path) -> bool:
-    """Whether both networks' probabilities agree, on one view of a size that both take as it is."""
+    """Returns True if both networks' probabilities agree on one view, of a size that neither has to resize."""
     peer = released_network(peer_dir, training=False)
     images = torch.randn(1, 3, 97, 97, generator=torch.Generator().manual_seed(0))
     model = restore_model(our_checkpoint(peer)).eval()
@@ -120,7 +120,7 @@ def compare(peer_dir: Path) -> bool:
 
 
 def our_checkpoint(peer: nn.Module | None) -> Checkpoint:
-    """The released network's weights as ours; without it, random ones in the same network."""
+    """Returns a checkpoint with the released network's weights; without `peer`, with random weights."""
     from slrnet.checkpoints.checkpoint import TrainState
     from slrnet.models.slrnet import build_network
     from slrnet.tools.convert_weights import _released_config
@@ -144,7 +144,7 @@ def ours(checkpoint: Checkpoint, protocol: Protocol, precision: str) -> Infer:
 
 
 def released(peer: nn.Module, protocol: Protocol) -> Infer:
-    """What the released loop computes for one image: bicubic scales, mirror images, gating by scores, background^3."""
+    """Returns the released inference for one image: bicubic scales, mirroring, gating by scores, background^3."""
     mean, std = (np.array(values, dtype=np.float32) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
     def view(image: Picture, scale: float) -> Tensor:

@@ -1,11 +1,11 @@
-"""Wrong input of all kinds: `python benchmarks/fuzz.py [--cases 12000] [--seed 0]`.
+"""Fuzzes configurations, manifests and shards: `python benchmarks/fuzz.py [--cases 12000] [--seed 0]`.
 
-Configurations, override texts, dataset.json, manifest.parquet and tars of a small data set are changed at random:
-values of other types, sizes out of range, missing and foreign fields, flipped, cut and repeated bytes, and most of the
-manifests with a fingerprint that fits, as a stranger with bad intent would make it. Claimed: each case ends in a clear
-error (ConfigError, DataError) or in a right run - a configuration that survives writing and reading, samples that equal
-the original ones or were reported as skipped - and never in another exception, a crash, or more than 20 seconds. Data
-sets are read in processes of their own, as a crash would end this one.
+Randomly changes configurations, override strings, dataset.json, manifest.parquet and tars of a small dataset: values of
+wrong types, sizes out of range, missing and unknown fields, and flipped, truncated and repeated bytes. Most changed
+manifests get a matching fingerprint, as an attacker would make it. Claim: each case ends in a clear error (ConfigError,
+DataError) or a correct result, and never in another exception, a crash, or more than 20 seconds. A result is correct if
+a configuration survives writing and reading, and samples equal the original ones or are reported as skipped. Datasets
+are read in separate processes, because a crash would end this one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from slrnet.data.manifest_rows import ManifestWriter, fingerprint  # noqa: E402
 from slrnet.recipes import RECIPES  # noqa: E402
 
 LIMIT = 20
-"""Seconds that a case may take."""
+"""Time limit per case in seconds."""
 CHUNK = 50
 JUNK: tuple[Any, ...] = (
     None, True, -1, 0, 1, 10**30, -(2**63), 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "../../etc/passwd",
@@ -53,9 +53,13 @@ Outcome = str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=12_000, help="default: 12,000, a third of each kind")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one for each core")
+    parser.add_argument(
+        "--cases", type=int, default=12_000, help="number of cases, a third of each kind (default: 12,000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first case (default: 0)")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="worker processes (default: one per core)"
+    )
     options = parser.parse_args()
     begun = time.monotonic()
     found: Counter[tuple[str, Outcome]] = Counter()
@@ -77,7 +81,7 @@ def main() -> None:
         print(f"{kind}: {outcome} {count}")
     for failure in failures[:5]:
         print(failure)
-    print(f"{'FAILS' if failures else 'holds'}: {len(failures)} of {sum(found.values())} cases without a clear end")
+    print(f"{'FAILS' if failures else 'holds'}: {len(failures)} of {sum(found.values())} cases without a proper end")
     print(f"{time.monotonic() - begun:.0f} s")
     sys.exit(bool(failures))
 
@@ -98,7 +102,7 @@ def _chunk(job: tuple[str, str, int, int]) -> tuple[str, Counter[Outcome], list[
     outcomes: Counter[Outcome] = Counter()
     wrong = []
     signal.signal(signal.SIGALRM, _too_long)
-    logging.disable(logging.WARNING)  # skipped samples are counted here
+    logging.disable(logging.WARNING)  # the outcomes already count skipped samples
     for seed in range(first, first + count):
         signal.alarm(LIMIT)
         try:
@@ -156,7 +160,7 @@ def _tar(rng: random.Random, original: Path) -> Outcome:
 
 
 def _read(folder: Path, original: Path, *, on_error: Any) -> Outcome:
-    """Reads all samples; those that come must be the original ones, unless the manifest itself was changed."""
+    """Reads all samples and checks that they equal the original ones, unless the manifest was changed."""
     known = _known(original)
     manifest = (folder / MANIFEST_FILE).read_bytes() == (original / MANIFEST_FILE).read_bytes()
     try:
@@ -165,7 +169,7 @@ def _read(folder: Path, original: Path, *, on_error: Any) -> Outcome:
         for split in shards.splits:
             loader = EvalLoader(shards, split=split, on_error=on_error)
             for sample in loader:
-                assert not manifest or sample.image.equal(known[sample.key].image), "other pixels, unnoticed"
+                assert not manifest or sample.image.equal(known[sample.key].image), "wrong pixels without an error"
             skipped += len(loader.skipped)
     except DataError as error:
         return _refused(error)
@@ -186,7 +190,7 @@ def _refused(error: ValueError) -> Outcome:
 
 
 def _changed(rng: random.Random, values: Any) -> Any:
-    """A copy with some fields replaced, removed, renamed or added."""
+    """Returns a copy with some fields replaced, removed, renamed or added."""
     values = json.loads(json.dumps(values))
     for _ in range(rng.randint(1, 3)):
         place = values
@@ -217,7 +221,7 @@ def _scrambled(rng: random.Random, text: str) -> str:
 
 
 def _change_rows(rng: random.Random, folder: Path, *, fitting: bool) -> None:
-    """Other values in the manifest; `fitting` ones come with the table of shards and the fingerprint that belong."""
+    """Changes values in the manifest; `fitting` also updates the table of shards and the fingerprint to match."""
     table = pq.read_table(folder / MANIFEST_FILE)
     columns = table.to_pydict()
     for _ in range(rng.randint(1, 3)):

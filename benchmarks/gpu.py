@@ -1,11 +1,11 @@
-"""Stages of a training step on a GPU, measured beside what the cost model predicts: `python benchmarks/gpu.py`.
+"""Measures the stages of a training step on a GPU and compares them with the cost model: `python benchmarks/gpu.py`.
 
     python benchmarks/gpu.py [--recipe voc_wsss] [--images 16] [--crop 321] [--like A100|H100] [--out FOLDER]
 
-Takes optimizer steps of a recipe for image labels, with random weights, on a small data set that is drawn for it, and
-times the stages by CUDA events: going forward each part of the network, going backward all of it. Prints measured and
-predicted milliseconds with their ratio, images/s, and the peak of the GPU's memory. What it needs: one NVIDIA GPU that
-PyTorch can use, and the model's constants of that GPU (`benchmarks/cost_model.py`); --like takes another one's.
+Takes optimizer steps of a recipe for image labels, with random weights, on a small generated dataset. CUDA events time
+the stages: each part of the network in the forward pass, and the backward pass as a whole. Prints measured and
+predicted milliseconds with their ratio, images/s, and peak GPU memory. You need one NVIDIA GPU that PyTorch can use,
+and the cost model's constants for it (`benchmarks/cost_model.py`); --like uses the constants of another GPU.
 No claim: nobody has run this on a GPU yet.
 
 Exit status: 0, or 2 without a GPU or for wrong arguments.
@@ -42,19 +42,19 @@ from slrnet.tools.profile import PREFIX, named_stages
 from slrnet.training.trainer import Trainer
 
 WARM_UP = 5
-"""Steps that are not measured: libraries choose their kernels, and Triton compiles its own."""
+"""Unmeasured steps, in which libraries choose their kernels and Triton compiles its own."""
 RANGES = ("slrnet.training.step", "slrnet.training.trainer", "slrnet.tools.profile")
-"""Modules whose ranges for the profiler are the stages."""
+"""Modules whose profiler ranges are the stages."""
 PARTS = tuple(stage for stage in INNER if stage != "network")
 
 
 @dataclass(frozen=True)
 class Clock:
-    """How moments are noted, and what lies between two of them.
+    """Records time stamps and measures the time between them.
 
     Attributes:
-        now: notes a moment.
-        between: seconds from one to another; asked when all work is done.
+        now: records a time stamp.
+        between: returns the seconds between two time stamps; called after all work is done.
     """
 
     now: Callable[[], Any]
@@ -62,7 +62,7 @@ class Clock:
 
 
 def cuda_clock() -> Clock:
-    """CUDA events: moments of the GPU's stream, not of the processor that runs ahead of it."""
+    """Returns a clock of CUDA events, which time the GPU's stream; the CPU runs ahead of it."""
 
     def now() -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
@@ -81,7 +81,7 @@ PROCESSOR_CLOCK = Clock(time.perf_counter, lambda first, last: last - first)
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of each stage and of a whole step, on average and in the median, and bytes of GPU memory at most."""
+    """Mean seconds of each stage, median seconds of a step, and peak GPU memory in bytes."""
 
     stages: dict[str, float]
     step: float
@@ -89,7 +89,7 @@ class Measured:
 
 
 class Stopwatch:
-    """Stands in for the profiler's `record_function`, and times the ranges."""
+    """Replaces the profiler's `record_function` and times the ranges."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -109,7 +109,7 @@ class Stopwatch:
 
 
 def measure(config: Config, *, steps: int, device: str, clock: Clock, warm_up: int = WARM_UP) -> Measured:
-    """Takes steps after some that warm up, and times them and their stages."""
+    """Takes `warm_up` unmeasured steps, then times `steps` steps and their stages."""
     watch = Stopwatch(clock)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         for module in RANGES:
@@ -129,7 +129,10 @@ def measure(config: Config, *, steps: int, device: str, clock: Clock, warm_up: i
 
 
 def predict(count: Count, gpu: Gpu) -> dict[str, float]:
-    """Seconds of each stage as the stopwatch sees them: the network's with its parts, going backward as a whole."""
+    """Returns the predicted seconds of each stage as the stopwatch measures them.
+
+    The network includes its parts, and the backward pass is one stage.
+    """
     found = defaultdict(list)
     for operator in count.operators:
         found[operator.stage].append(operator)
@@ -139,7 +142,7 @@ def predict(count: Count, gpu: Gpu) -> dict[str, float]:
 
 
 def comparison(measured: Measured, predicted: Mapping[str, float], count: Count, gpu: Gpu, *, name: str) -> str:
-    """A Markdown table of stages, and lines about speed and memory."""
+    """Returns a Markdown table of stages, and lines with speed and memory."""
     lines = [f"| stage | predicted for {gpu.name}, ms | measured on {name}, ms | measured / predicted |"]
     lines += ["| --- | ---: | ---: | ---: |"]
     order = ["views", "network", *PARTS, "alignment", "calibration", "losses", BACKWARD, "agreement", "optimizer"]
@@ -165,28 +168,33 @@ def _row(label: str, predicted: float, measured: float) -> str:
 
 
 def configuration(recipe: str, *, crop: int, images: int, data: Path, changes: Sequence[str] = ()) -> Config:
-    """The recipe at a crop and batch, with random weights.
+    """Returns the recipe with this crop and batch size and random weights.
 
     Raises:
-        ConfigError: the recipe is unknown or asks for masks, or a number does not fit.
+        ConfigError: the recipe is unknown or needs masks, or a number is out of range.
     """
     config = get_recipe(recipe)
     if config.setting != "wsss":
-        raise ConfigError(f"recipe {recipe!r} needs masks; this measures recipes for image labels, such as voc_wsss")
-    own = [f"data.path={data}", f"data.crop_size={crop}", f"train.batch_size={images}", "model.encoder_weights=none"]
-    return apply_overrides(config, [*own, "evaluation.pseudo_mask_images=0", *changes])
+        raise ConfigError(f"recipe {recipe!r} needs masks; use a recipe for image labels, such as voc_wsss")
+    settings = [
+        f"data.path={data}",
+        f"data.crop_size={crop}",
+        f"train.batch_size={images}",
+        "model.encoder_weights=none",
+    ]
+    return apply_overrides(config, [*settings, "evaluation.pseudo_mask_images=0", *changes])
 
 
 def model_of(name: str, like: str | None) -> Gpu:
-    """The model's constants for a GPU of this name.
+    """Returns the cost model's constants for the GPU of this name.
 
     Raises:
-        ValueError: the model has none, and `like` names no other.
+        ValueError: the model does not have this GPU, and `like` names no other.
     """
     known = [gpu for gpu in GPUS if (like or name).find(gpu.name) >= 0]
     if not known:
         names = " or ".join(gpu.name for gpu in GPUS)
-        raise ValueError(f"the cost model knows nothing of {name}; compare it with --like {names}")
+        raise ValueError(f"the cost model has no constants for {name}; compare it with --like {names}")
     return known[0]
 
 
@@ -194,8 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if not torch.cuda.is_available():
         print(
-            "error: no GPU here: torch.cuda.is_available() is False. This measures on an NVIDIA GPU, with driver 580 "
-            "or newer for PyTorch's CUDA 13; benchmarks/cost_model.py prints the predictions without one",
+            "error: no GPU here: torch.cuda.is_available() is False. This script needs an NVIDIA GPU with driver 580 "
+            "or newer for PyTorch's CUDA 13; benchmarks/cost_model.py prints the predictions without a GPU",
             file=sys.stderr,
         )
         return 2
@@ -226,11 +234,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="voc_wsss", metavar="NAME", help="for image labels (default: voc_wsss)")
-    parser.add_argument("--images", type=int, default=16, metavar="N", help="of a step (default: 16)")
-    parser.add_argument("--crop", type=int, default=321, metavar="PIXELS", help="side of the crops (default: 321)")
-    parser.add_argument("--steps", type=int, default=10, metavar="N", help="that are measured (default: 10)")
-    parser.add_argument("--like", choices=[gpu.name for gpu in GPUS], help="predict for this GPU, whatever is here")
+    parser.add_argument(
+        "--recipe", default="voc_wsss", metavar="NAME", help="a recipe for image labels (default: voc_wsss)"
+    )
+    parser.add_argument("--images", type=int, default=16, metavar="N", help="images per step (default: 16)")
+    parser.add_argument("--crop", type=int, default=321, metavar="PIXELS", help="crop size (default: 321)")
+    parser.add_argument("--steps", type=int, default=10, metavar="N", help="measured steps (default: 10)")
+    parser.add_argument(
+        "--like", choices=[gpu.name for gpu in GPUS], help="predict for this GPU instead of the one in this machine"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="also write gpu.md there")
     return parser.parse_args(arguments)
 

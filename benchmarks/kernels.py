@@ -1,13 +1,13 @@
-"""Registers, spills, shared memory and traffic of the Triton kernels, for GPUs that need not be there.
+"""Registers, spills, shared memory and memory traffic of the Triton kernels; needs no GPU.
 
     python benchmarks/kernels.py
 
-Every kernel of the factorization is compiled for each compute capability, (d, k), type of features and tile that a
-launch could choose, that of the cross-entropy for each capability. Claimed: no kernel spills a register at (256, 21),
-(256, 81) and (512, 201), and going forwards the bytes that the factorization moves are at most 1.15 times the least
-possible: each pass reads the features once, and the last writes the reconstruction and the
-codes. What is counted goes to or comes from the GPU's memory; dictionaries, which all programs read, and the features
-that neighboring programs read at the same time come from the L2 cache after the first time.
+Compiles every factorization kernel for each compute capability, (d, k), feature type and tile that a launch can choose,
+and the cross-entropy kernel for each capability. Claims: no kernel spills a register at (256, 21), (256, 81) and
+(512, 201), and the forward pass of the factorization moves at most 1.15 times the minimum bytes: each pass reads the
+features once, and the last one writes the reconstruction and the codes. The count covers traffic to and from the GPU's
+memory. Dictionaries, which all programs read, and features that neighboring programs read at the same time come from
+the L2 cache after the first read.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ OF_FEATURES = {"features", "values", "codes", "source", "grad_codes", "reconstru
 
 
 FIGURES = (r"Used (\d+) registers", r"(\d+) bytes spill")
-"""What ptxas says of a kernel: registers of a thread, bytes that it stores and loads for want of registers."""
+"""Patterns in ptxas' log: registers per thread, and bytes of register spills (stores and loads)."""
 
 
 Launch = tuple[str, Any, dict[str, Any], triton.Config]
-"""A kernel's name, the kernel, its constants, and the tile and warps that it is started with."""
+"""A kernel's name, the kernel, its constants, and the tile and warps of the launch."""
 
 
 class Resources(NamedTuple):
@@ -66,7 +66,7 @@ def main() -> int:
     spilling += sum(show(of_cross_entropy(), "-", torch.float32, cc) for cc in args.capability)
     print(f"kernels that spill: {spilling} (claimed: 0)\n")
     print(
-        f"{'N':>3}{'(d, k)':>12}{'type':>6}{'splits':>8}{'T=1':>8}{'T=3':>8}{'T=6':>8}   bytes moved / least, forwards"
+        f"{'N':>3}{'(d, k)':>12}{'type':>6}{'splits':>8}{'T=1':>8}{'T=3':>8}{'T=6':>8}   bytes moved / minimum, forward"
     )
     worst = 0.0
     for n in (2, 4, 16):
@@ -81,8 +81,14 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, nargs="+", default=[80, 90, 100], help="of the GPUs, times ten")
-    parser.add_argument("--shape", type=pair, nargs="+", default=SHAPES, metavar="D,K", help="sizes of dictionaries")
+    parser.add_argument(
+        "--capability",
+        type=int,
+        nargs="+",
+        default=[80, 90, 100],
+        help="compute capabilities times ten (default: 80 90 100)",
+    )
+    parser.add_argument("--shape", type=pair, nargs="+", default=SHAPES, metavar="D,K", help="dictionary sizes")
     return parser.parse_args()
 
 
@@ -92,7 +98,7 @@ def pair(text: str) -> tuple[int, int]:
 
 
 def show(launch: Launch, shape: str, dtype: torch.dtype, capability: int) -> bool:
-    """Prints what a kernel takes; whether it spills."""
+    """Prints a kernel's resources; returns True if it spills."""
     name, kernel, constants, config = launch
     found = compile_kernel(kernel, constants, config, dtype, capability)
     print(
@@ -110,7 +116,7 @@ def of_cross_entropy() -> Launch:
 
 
 def launches(d: int, k: int, dtype: torch.dtype) -> Iterator[Launch]:
-    """Every kernel with its constants, once for each tile that may be chosen."""
+    """Yields every kernel with its constants, once per tile that a launch can choose."""
     plan = kernels.plan_of(16, d, k, POSITIONS, dtype)
     sums = plan.tile() | {"ROWS": plan.rows}
     wide = plan.tile() | {"WIDE": plan.wide}
@@ -158,16 +164,20 @@ def compile_kernel(
     )
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(io.StringIO()) as said:
-        triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True  # a cached one has no log
+        triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = (
+            True  # a cached kernel has no log
+        )
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     log = said.getvalue()
     if "Used" not in log:
-        raise SystemExit(f"ptxas did not say what {kernel.__name__} uses; this script needs another version of Triton")
+        raise SystemExit(
+            f"ptxas did not report the registers of {kernel.__name__}; this script needs another version of Triton"
+        )
     return Resources(*(sum(map(int, re.findall(pattern, log))) for pattern in FIGURES), compiled.metadata.shared)
 
 
 def traffic(n: int, d: int, k: int, dtype: torch.dtype, num_iters: int) -> float:
-    """Bytes moved going forwards over the least possible."""
+    """Returns the bytes that the forward pass moves, divided by the minimum."""
     plan = kernels.plan_of(n, d, k, POSITIONS, dtype)
     features, codes = n * d * POSITIONS * dtype.itemsize, n * k * POSITIONS * dtype.itemsize
     least = (num_iters + 1) * features + codes + features + codes  # reads, first codes; reconstruction, last codes

@@ -381,7 +381,7 @@ class TestMeasuring:
     def test_which_gpu(self) -> None:
         assert gpu.model_of("NVIDIA H100 80GB HBM3", None) is H100
         assert gpu.model_of("NVIDIA L4", "A100") is A100
-        with pytest.raises(ValueError, match="knows nothing of NVIDIA L4; compare it with --like A100 or H100"):
+        with pytest.raises(ValueError, match="has no constants for NVIDIA L4; compare it with --like A100 or H100"):
             gpu.model_of("NVIDIA L4", None)
 
     def test_which_recipe(self, tmp_path: Path) -> None:
