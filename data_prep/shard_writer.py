@@ -132,7 +132,7 @@ def write_dataset(
 
     Raises:
         DataError: the output folder is not empty, a key is unfit or occurs twice, a class id is outside the classes,
-            or a split has fewer samples than shards. Nothing is left behind, then or upon any other failure.
+            or a split has fewer samples than shards. No failure leaves anything behind.
     """
     target = check_output(out)
     _check_samples(samples, len(classes))
@@ -257,7 +257,7 @@ def _deal(
 
 @contextmanager
 def _appears_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name at the end, or is removed upon any failure."""
+    """A temporary folder beside `target` that takes its name at the end, or is removed on failure."""
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     try:
@@ -311,7 +311,7 @@ def _verify_shard(task: tuple[Path, list[SampleRow]]) -> list[Damage]:
 
 
 def _is_intact(data: bytes, key: str, digest: str) -> bool:
-    """Whether the bytes of one sample are what was written: contents by digest, headers and padding by writing anew."""
+    """Whether the bytes of one sample are what was written: contents by digest, headers and padding by writing them again."""
     files = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:

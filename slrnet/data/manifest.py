@@ -116,7 +116,7 @@ class DatasetInfo:
         return colors
 
     def repair_command(self, folder: Path) -> str:
-        """The command line that makes a folder of this data set anew."""
+        """The command line that rebuilds a folder of this data set."""
         return f"rm -r {shlex.quote(str(folder))} && {self.made_by} --out {shlex.quote(str(folder))}"
 
 
@@ -269,7 +269,7 @@ class ShardSet:
 
     @property
     def repair_command(self) -> str:
-        """The command line that makes the folder anew."""
+        """The command line that rebuilds the folder."""
         return self.info.repair_command(self.folder)
 
     @property
@@ -314,12 +314,12 @@ def load_dataset(folder: str | os.PathLike[str], *, check: bool | None = None) -
 
 def _load(path: Path, location: str, check: bool | None) -> ShardSet:
     info = _read_info(path)
-    advice = f"make the data set anew: {info.repair_command(path)}"
+    advice = f"rebuild the data set: {info.repair_command(path)}"
     rows = ManifestRows(path / MANIFEST_FILE, num_classes=info.num_classes, advice=advice)
     if (counts := _counts(rows.shards)) != info.counts:
         raise DataError(
             f"{path / MANIFEST_FILE} is no manifest of {path / DATASET_FILE}: it has {counts} samples, {DATASET_FILE} "
-            f"says {info.counts}; get it anew"
+            f"says {info.counts}; copy or rebuild it"
         )
     read = fingerprint(info.classes, rows.shards)
     if read != info.fingerprint:
@@ -376,7 +376,7 @@ def _counts(shards: pa.Table) -> dict[str, int]:
 
 def _read_info(path: Path) -> DatasetInfo:
     file = path / DATASET_FILE
-    remake = "make the data set anew with the scripts of data_prep/"
+    remake = "rebuild the data set with the scripts of data_prep/"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

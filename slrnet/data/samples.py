@@ -67,7 +67,7 @@ class SampleIndex:
     def advice(self) -> str:
         """The commands that find and repair damage."""
         verify, repair = self.shard_set.verify_command, self.shard_set.repair_command
-        return f"find all damage with `{verify}`, make the data set anew with `{repair}`"
+        return f"find all damage with `{verify}`, rebuild the data set with `{repair}`"
 
     def image_labels(self, rows: Sequence[SampleRow | None]) -> Tensor:
         """Image labels of n samples, (n, K-1) float32 of 0 and 1; a None, whose labels stay unread, gives 0."""

@@ -234,7 +234,7 @@ class _BatchMaker:
         self._recent: deque[_PlannedCrop] = deque(maxlen=_RECENT)
 
     def batches(self, planned: Iterator[list[_PlannedCrop]]) -> Iterator[Batch]:
-        """Batches of crops in the order planned; recent good samples, cropped anew, replace damaged ones.
+        """Batches of crops in the order planned; recent good samples, cropped again, replace damaged ones.
 
         Raises:
             DataError: a sample is damaged and `on_error` is "stop", or all samples are damaged.
@@ -296,7 +296,7 @@ class _BatchMaker:
         )
 
     def _stand_in(self, key: int, out: Tensor) -> tuple[_PlannedCrop, Tensor | None]:
-        """A recent good sample, cropped anew to `out`, and the mask's crop."""
+        """A recent good sample, cropped again to `out`, and the mask's crop."""
         recent = self._recent[key % len(self._recent)]
         assert isinstance(recent.sample, LocatedSample)
         (crop,) = self._reader.draw_crops([recent.sample], np.array([key], dtype=np.uint64))

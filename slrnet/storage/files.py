@@ -16,7 +16,7 @@ __all__ = ["sha256_of", "write_json", "write_text", "written_whole"]
 def written_whole(path: Path) -> Iterator[Path]:
     """Gives a path beside `path`, of the same suffix, to write to; it takes the place of `path` when all went well.
 
-    Upon an error it is removed; what a killed process left there is written over. The folder is made if missing.
+    An error removes it, and the next write replaces what a killed process left there. Creates the folder if missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     incoming = path.with_name(f".incoming.{path.name}")

@@ -5,7 +5,7 @@ the settings changed a little, and all train on. The decisions depend only on me
 before anything is copied, so a killed sweep resumes with the same outcome.
 
 Ray Tune's own `PopulationBasedTraining` copies the checkpoints that trials report to Tune, but these belong to Ray
-Train's workers. `Tuner.restore` does not bring back its state, and it waits forever if the last of a round dies.
+Train's workers. `Tuner.restore` does not bring back its state, and it waits forever if the last trial of a round dies.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from slrnet.sweeps.trials import Trial, score_of, trial_rows
 __all__ = ["Change", "Member", "Population", "exploit", "member_name", "train_population"]
 
 RESAMPLING = 0.25
-"""Probability that a setting is drawn anew instead of moving a little."""
+"""Probability that a setting is drawn again instead of moving a little."""
 _RECORD = "population.json"
 
 Round: TypeAlias = Callable[[int, Mapping[int, "Member"]], Mapping[int, str]]

@@ -200,7 +200,7 @@ def test_description_with_a_field_missing_is_refused(folder: Path) -> None:
 def test_manifest_of_other_data_is_refused(folder: Path, tmp_path: Path) -> None:
     _save(tmp_path / "other", sha256=["11" * 32] * 6)
     (folder / "manifest.parquet").write_bytes((tmp_path / "other" / "manifest.parquet").read_bytes())
-    with pytest.raises(DataError, match=r"does not belong to .*make the data set anew: rm -r .*data_prep/demo.py"):
+    with pytest.raises(DataError, match=r"does not belong to .*rebuild the data set: rm -r .*data_prep/demo.py"):
         load_dataset(folder)
 
 
@@ -409,14 +409,14 @@ def test_damaged_rows_are_found_when_they_are_read(in_groups: Path) -> None:
     split = load_dataset(in_groups, check=False).split("train")
     assert split.key(0) == "k0"
     for use in (lambda: split.row(20), lambda: split.keys, lambda: load_dataset(in_groups)):
-        with pytest.raises(DataError, match=r"cannot read .*manifest.parquet: .*make the data set anew: rm -r"):
+        with pytest.raises(DataError, match=r"cannot read .*manifest.parquet: .*rebuild the data set: rm -r"):
             use()
 
 
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("classes", [2, 3], "not those of the data set: their sha256 is another; make the data set anew: rm -r"),
+        ("classes", [2, 3], "not those of the data set: their sha256 is another; rebuild the data set: rm -r"),
         ("has_mask", False, "not those of the data set: their sha256 is another"),
         ("key", "../k20", r"key '\.\./k20' is not of the form"),
         ("width", None, "column width has empty values"),
@@ -439,7 +439,7 @@ def test_changed_rows_are_found_when_they_are_read(in_groups: Path, column: str,
 def test_a_manifest_without_a_good_table_of_shards_is_refused(folder: Path, footer: Any) -> None:
     file = folder / "manifest.parquet"
     _rewrite_rows(file, pq.read_table(file), _footer(file)[:-40] if footer == "cut" else footer)
-    with pytest.raises(DataError, match="has no table of shards .*make the data set anew"):
+    with pytest.raises(DataError, match="has no table of shards .*rebuild the data set"):
         load_dataset(folder)
 
 
@@ -454,7 +454,7 @@ def test_groups_that_do_not_end_where_shards_end_are_refused(folder: Path) -> No
     file = folder / "manifest.parquet"
     kept = {b"slrnet.shards": _footer(file)}
     pq.write_table(pq.read_table(file).replace_schema_metadata(kept), file, row_group_size=3)
-    with pytest.raises(DataError, match="groups of rows that do not end where shards end; make the data set anew"):
+    with pytest.raises(DataError, match="groups of rows that do not end where shards end; rebuild the data set"):
         load_dataset(folder)
 
 

@@ -142,7 +142,7 @@ def test_damage_and_missing_shards_are_told_with_the_remedy(tmp_path: Path, caps
     data[520:540] = bytes(20)
     path.write_bytes(data)
     assert main(["browse", str(tmp_path / "shards"), "--out", str(tmp_path / "seen")]) == 2
-    assert "make the data set anew" in capsys.readouterr().err
+    assert "rebuild the data set" in capsys.readouterr().err
     assert not (tmp_path / "seen").exists()
     assert main(["browse", str(tmp_path), "--out", str(tmp_path / "seen")]) == 2
     assert "no shards in" in capsys.readouterr().err
