@@ -44,7 +44,7 @@ def add_storage(parser: argparse.ArgumentParser, *, remote: bool = False) -> Non
     add = parser.add_argument_group("results").add_argument
     where = "folder for runs, seen by all nodes" + (", or its s3:// or gs:// location" if remote else "")
     where += " (default: $SLRNET_STORAGE, else ~/slrnet_runs)"
-    usual = os.environ.get("SLRNET_STORAGE", "~/slrnet_runs")
+    usual = os.environ.get("SLRNET_STORAGE") or "~/slrnet_runs"
     add("--storage", type=_storage if remote else _folder, default=usual, metavar="DIR", help=where)
     add("--tracking-uri", metavar="URI", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
 

@@ -19,7 +19,7 @@ DATABASE = "mlflow.db"
 
 def default_storages() -> list[Path]:
     """Returns the folders in which to look for runs: the default storage, then the demo's folder `runs`."""
-    usual = Path(os.environ.get("SLRNET_STORAGE", "") or "~/slrnet_runs").expanduser().absolute()
+    usual = Path(os.environ.get("SLRNET_STORAGE") or "~/slrnet_runs").expanduser().absolute()
     return [usual, Path("runs").absolute()]
 
 
