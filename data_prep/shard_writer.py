@@ -311,7 +311,7 @@ def _verify_shard(task: tuple[Path, list[SampleRow]]) -> list[Damage]:
 
 
 def _is_intact(data: bytes, key: str, digest: str) -> bool:
-    """Whether the bytes of one sample are what was written: contents by digest, headers and padding by writing them again."""
+    """Whether the bytes of one sample are what was written: contents by digest, the rest by writing it again."""
     files = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
