@@ -1,13 +1,13 @@
-"""Speed of the loader: from shards to batches of crops, on one core.
+"""Measures the speed of the loader, from shards to batches of crops, on one core.
 
     python benchmarks/loader.py --peer-dir FOLDER
 
-FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet), whose data set class and transforms read the same
-images from files. Images are 500x375 JPEGs with the bytes of photographs, crops 321x321, each shard's samples in random
-order; all sides use one thread, in turn. Also shown: the loader together with the changes of color, which the training
-step makes in batch on its device, and the released class makes image by image. Claimed: at least 4 times the images of
-the released class, and 80 % of what decoding the same bytes alone would give. Photographs of a million pixels and more
-are decoded to a part of their size: the time that this takes of what whole ones take.
+FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet); its dataset class and transforms read the same
+images from files. Images are 500x375 JPEGs with as many bytes as photos, crops are 321x321, and each shard's samples
+come in random order. All sides use one thread and alternate. Also shown: the loader with color augmentation, which the
+training step applies per batch on its device and the released class applies per image. Claims: at least 4 times the
+images/s of the released class, and 80 % of the speed of decoding the same bytes alone. The loader decodes photos of a
+million pixels or more at reduced size; the script prints the time of this relative to decoding them whole.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ LARGE_SIZES = (1280, 960), (1920, 1440), (4000, 3000)
 def main() -> int:
     args = parse_arguments()
     torch.set_num_threads(1)
-    gc.freeze()  # as a training's reader processes do
+    gc.freeze()  # as reader processes do in training
     with tempfile.TemporaryDirectory(prefix="loader-") as temporary:
         folder = Path(temporary)
         images = write_shards(folder, args.images, SIZE)
         size = statistics.mean(len(data) for data in images) / 1e3
         print(f"{len(images)} images of {SIZE[0]} x {SIZE[1]}, {size:.0f} kB each, one thread")
         loader = open_loader(folder)
-        views = [memoryview(bytearray(data)) for data in images]  # which need no copy to be decoded
+        views = [memoryview(bytearray(data)) for data in images]  # decodable without a copy
         fast: dict[str, Callable[[], object]] = {
             "decoding alone": lambda: exhaust(decode_image(view) for view in views),
             "loader": lambda: exhaust(loader.epoch(0)),
@@ -68,7 +68,7 @@ def main() -> int:
         if args.peer_dir is not None:
             released = released_dataset(args.peer_dir, folder, images)
             slow["released class"] = lambda: exhaust(released[index] for index in range(len(images)))
-        rates = rates_in_turn(fast, 5 * args.repeats, len(images))  # between turns of seconds the machine changes
+        rates = rates_in_turn(fast, 5 * args.repeats, len(images))  # more turns, because they are short
         share = rates["loader"] / rates["decoding alone"]
         rates = rates_in_turn(slow, args.repeats, len(images))
         for side in LARGE_SIZES:
@@ -78,13 +78,13 @@ def main() -> int:
     if args.peer_dir is not None:
         ratio = rates["loader"] / rates["released class"]
         print(f"loader over the released class {ratio:.1f} (claimed: at least {CLAIMED_RATIO:.0f})")
-        print(f"with colors on the CPU too {rates['loader and colors'] / rates['released class']:.1f}")
+        print(f"loader and colors over the released class {rates['loader and colors'] / rates['released class']:.1f}")
         held = held and ratio >= CLAIMED_RATIO
     return 0 if held else 1
 
 
 def large_photographs(folder: Path, size: tuple[int, int], repeats: int) -> None:
-    """Prints the time that the loader takes for a batch of them, over that with whole ones."""
+    """Prints the loader's time for a batch of large photos, relative to decoding them whole."""
     folder.mkdir()
     write_shards(folder, BATCH, size)
     loader = open_loader(folder)
@@ -98,7 +98,7 @@ def large_photographs(folder: Path, size: tuple[int, int], repeats: int) -> None
         form()
     times = times_in_turn(forms, repeats=repeats)
     reduced, full = (1e3 * statistics.median(times[name]) / BATCH for name in forms)
-    print(f"{size[0]} x {size[1]}: {reduced:.1f} ms an image, {full:.1f} decoded whole, ratio {reduced / full:.2f}")
+    print(f"{size[0]} x {size[1]}: {reduced:.1f} ms per image, {full:.1f} decoded whole, ratio {reduced / full:.2f}")
 
 
 def open_loader(folder: Path) -> TrainLoader:
@@ -108,7 +108,7 @@ def open_loader(folder: Path) -> TrainLoader:
 
 
 def rates_in_turn(forms: dict[str, Callable[[], object]], repeats: int, count: int) -> dict[str, float]:
-    """Prints and returns the images a second of each form, medians of its turns."""
+    """Prints and returns the median images/s of each implementation."""
     for form in forms.values():
         form()
     times = times_in_turn(forms, repeats=repeats)
@@ -119,7 +119,7 @@ def rates_in_turn(forms: dict[str, Callable[[], object]], repeats: int, count: i
 
 
 def exhaust(made: Iterable[object]) -> None:
-    """Takes everything and keeps nothing: memory for each is there already, as it is in a training."""
+    """Consumes all items and keeps none, so memory is reused as in training."""
     for _ in made:
         pass
 
@@ -127,13 +127,20 @@ def exhaust(made: Iterable[object]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-dir", type=Path, help="checkout of the authors' code to compare with")
-    parser.add_argument("--images", type=int, default=960, help=f"a multiple of {BATCH} (default: 960)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns with the slow sides, a fifth of those without")
+    parser.add_argument(
+        "--images", type=int, default=960, help=f"number of images, a multiple of {BATCH} (default: 960)"
+    )
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=5,
+        help="turns of the comparison with the released class; the one with decoding alone has 5 times as many",
+    )
     return parser.parse_args()
 
 
 def write_shards(folder: Path, count: int, size: tuple[int, int]) -> list[bytes]:
-    """Writes the images as shards, each with a mask that says its class; returns their bytes."""
+    """Writes generated images and masks, as shards and as files; returns the images' bytes."""
     random = np.random.default_rng(0)
     pairs = [draw_pair(random, size) for _ in range(count)]
     samples = [
@@ -157,20 +164,20 @@ def write_shards(folder: Path, count: int, size: tuple[int, int]) -> list[bytes]
 
 
 def colors(batch: Batch) -> torch.Tensor:
-    """What one view's colors cost: those that the released class changes too."""
+    """Applies one view's color augmentation, which the released class applies too."""
     drawn = draw_color(len(batch.images), ViewsConfig(), generator=torch.Generator().manual_seed(0))
     return apply_color(batch.floats(), drawn)
 
 
 def released_dataset(peer: Path, folder: Path, images: list[bytes]) -> torch.utils.data.Dataset[object]:
-    """Its training set over these files; its constructor takes VOC's own lists alone."""
+    """Returns the released training set for these files; skips its constructor, which only takes VOC's lists."""
     from benchmarks._released import released_module
 
-    vars(Image).setdefault("CUBIC", Image.Resampling.BICUBIC)  # its name in older versions of Pillow
+    vars(Image).setdefault("CUBIC", Image.Resampling.BICUBIC)  # the name in older Pillow versions
     module, transforms = (released_module(peer, f"datasets.{name}") for name in ("pascal_voc", "transforms"))
 
     class Normalise(transforms.MaskNormalise):  # type: ignore[misc, name-defined]
-        """With the mask's conversion as NumPy 2 allows it."""
+        """Converts the mask in a way that NumPy 2 supports."""
 
         def _MaskNormalise__toByteTensor(self, mask: Image.Image) -> torch.Tensor:
             return torch.from_numpy(np.asarray(mask, np.int32))

@@ -1,12 +1,12 @@
-"""A training on a Ray cluster whose nodes come and go: `python benchmarks/nodes.py`.
+"""Trains on a Ray cluster that loses and gains nodes: `python benchmarks/nodes.py`.
 
-A head without work on it and nodes of one core each, as processes of this machine. A training with `--num-workers 1:2`
-and a checkpoint every three steps loses a node with notice (drained, then killed), gets another one, loses that without
-notice (SIGKILL), and then loses the head and all nodes; on a new cluster it is submitted again with --resume. Claimed:
-after each of these it goes on with as many workers as there are nodes, at the price of one failure for each node that
-goes (`--max-failures 2`), takes at most two intervals of steps again (with
-notice none that was finished when the notice was heard), ends at its last step, and MLflow has one value per step.
-About 6 minutes on two cores.
+The cluster is a head without workers and nodes of one core each, all processes on this machine. A training with
+`--num-workers 1:2` and a checkpoint every three steps loses a node with notice (drained, then killed), gains another,
+loses it without notice (SIGKILL), and then loses the head and all nodes; it is resubmitted with --resume on a new
+cluster. Claims: after each event, training continues with one worker per node; each lost node costs one failure
+(`--max-failures 2`); at most two checkpoint intervals of steps are repeated (with notice, no step that was finished
+when the notice arrived); training ends at its last step; MLflow has one value per step. Takes about 6 minutes on two
+cores.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from slrnet.tracking.reader import metric_history  # noqa: E402
 
 CHECKPOINT_EVERY = 3
 PATIENCE = 300.0
-"""Seconds within which a training must move after something happened to it."""
+"""Seconds within which training must continue after an event."""
 SETTINGS = (
     *NETWORK, "model.decoder_dim=8", "data.crop_size=64", "train.pretrain_epochs=1", "train.log_every=1",
     f"train.checkpoint_every={CHECKPOINT_EVERY}", "evaluation.every=1000", "train.epochs=100000",
@@ -49,7 +49,7 @@ LIST_NODES = "import json, ray; ray.init(logging_level='error'); print(json.dump
 
 @dataclass
 class Machines:
-    """A cluster of processes; `close` loses it."""
+    """A Ray cluster of local processes; `close` kills all of its nodes."""
 
     folder: Path
     port: int = 0
@@ -74,10 +74,10 @@ class Machines:
         while "Ray runtime started" not in (self.folder / f"{name}.log").read_text(encoding="utf-8"):
             if time.monotonic() > deadline or self.nodes[name].poll() is not None:
                 raise SystemExit(f"node {name} did not start:\n{(self.folder / f'{name}.log').read_text()[-2000:]}")
-            time.sleep(0.2)  # one at a time: two that start together may take the same sockets
+            time.sleep(0.2)  # one at a time: two nodes that start together may use the same sockets
 
     def identity(self, name: str) -> str:
-        """Ray's name of a node."""
+        """Returns Ray's id of a node."""
         address = {"RAY_ADDRESS": f"127.0.0.1:{self.port}"}
         command = [sys.executable, "-c", LIST_NODES]
         listed = subprocess.run(command, env=self.environment | address, cwd=ROOT, capture_output=True, text=True)
@@ -85,14 +85,14 @@ class Machines:
         return next(node["NodeID"] for node in nodes if name in node["Resources"] and node["Alive"])
 
     def drain(self, name: str, seconds: int) -> None:
-        """What a cloud does that takes a spot node away: tells when."""
+        """Announces a node's removal and its deadline, as a cloud does before it reclaims a spot node."""
         command = ["ray", "drain-node", "--address", f"127.0.0.1:{self.port}", "--node-id", self.identity(name)]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away"]
         command += ["--deadline-remaining-seconds", str(seconds)]
         subprocess.run(command, env=self.environment, cwd=ROOT, check=True)
 
     def kill(self, name: str) -> None:
-        """All processes of a node at once, as when its power goes."""
+        """Kills all processes of a node at once, as in a power failure."""
         node = self.nodes.pop(name)
         for process in psutil.process_iter():
             if session_of(process.pid) == node.pid:
@@ -107,8 +107,8 @@ class Machines:
 
 
 @dataclass
-class Story:
-    """A training and what happens to it."""
+class Scenario:
+    """A training and the events that it must survive."""
 
     machines: Machines
     storage: Path
@@ -117,7 +117,7 @@ class Story:
     findings: dict[str, bool] = field(default_factory=dict)
 
     def submit(self, *arguments: str) -> None:
-        # Not through the job server: nodes of one machine would unpack the project over each other.
+        # Bypasses the job server: nodes on one machine would overwrite each other's copy of the project.
         command = [sys.executable, "ray_jobs/train.py", "--storage", str(self.storage), "--num-workers", "1:2"]
         command += ["--cpus-per-worker", "1", "--cpu-only", "--max-failures", "2", *arguments]
         with (self.storage / "job.log").open("a") as log:
@@ -131,7 +131,7 @@ class Story:
         return max((event["step"] for event in self.events() if event["event"] == "step"), default=0)
 
     def await_workers(self, what: str, workers: int, act: Callable[[], None], *, lost: int) -> None:
-        """Does something, and waits until a group of that size has taken four steps."""
+        """Calls `act` and waits until a group of `workers` workers has taken four steps."""
         count, before, begun = len(self.events()), self.step(), time.monotonic()
         act()
         self.wait(lambda: self._moves(count, workers), what)
@@ -139,7 +139,7 @@ class Story:
         start = [event for event in new if event["event"] == "start"][-1]["step"]
         reached = max([before, *(event["step"] for event in new[: _first_start(new)] if event["event"] == "step")])
         self.findings[
-            f"{what}: {workers} worker(s), going on after step {start} of {reached}, {time.monotonic() - begun:.0f} s"
+            f"{what}: {workers} worker(s), continued after step {start} of {reached}, {time.monotonic() - begun:.0f} s"
         ] = reached - start <= lost
 
     def _moves(self, count: int, workers: int) -> bool:
@@ -155,15 +155,16 @@ class Story:
             ended = self.job is not None and self.job.poll() is not None
             if time.monotonic() > deadline or ended:
                 log = (self.storage / "job.log").read_text(encoding="utf-8")[-6000:]
-                raise SystemExit(f"FAILS: {what}: the training {'ended' if ended else 'does not move'}:\n{log}")
+                raise SystemExit(f"FAILS: {what}: the training {'ended' if ended else 'makes no progress'}:\n{log}")
             time.sleep(0.2)
 
     def take_node(self, name: str) -> None:
-        """With notice: the node goes some seconds after the training has heard of it."""
+        """Removes a node with notice: kills it some seconds after the training has received the notice."""
         heard = len([event for event in self.events() if event["event"] == "notice"])
         self.machines.drain(name, 40)
         self.wait(
-            lambda: len([event for event in self.events() if event["event"] == "notice"]) > heard, "the notice is heard"
+            lambda: len([event for event in self.events() if event["event"] == "notice"]) > heard,
+            "receiving the notice",
         )
         time.sleep(3)
         self.machines.kill(name)
@@ -190,50 +191,50 @@ def main() -> None:
         folder = Path(temporary)
         machines = Machines(folder)
         try:
-            story = _tell(machines, folder)
+            scenario = _run_scenario(machines, folder)
         finally:
             machines.close()
-        story.findings |= _end(story)
-    for finding, holds in story.findings.items():
+        scenario.findings |= _final_claims(scenario)
+    for finding, holds in scenario.findings.items():
         print(f"{'holds' if holds else 'FAILS'}: {finding}")
-    sys.exit(not all(story.findings.values()))
+    sys.exit(not all(scenario.findings.values()))
 
 
-def _tell(machines: Machines, folder: Path) -> Story:
+def _run_scenario(machines: Machines, folder: Path) -> Scenario:
     from data_prep.demo import build_demo
 
     build_demo(folder / "data", num_train=64, num_val=4, image_size=72, samples_per_shard=8)
-    story = Story(machines, folder / "runs", folder / "data")
-    story.storage.mkdir()
+    scenario = Scenario(machines, folder / "runs", folder / "data")
+    scenario.storage.mkdir()
     machines.open()
     for name in ("a", "b"):
         machines.add(name)
-    first = ["--recipe", "demo", "--data", str(story.data), "--name", "nodes", "--wait-for-nodes", "3"]
+    first = ["--recipe", "demo", "--data", str(scenario.data), "--name", "nodes", "--wait-for-nodes", "3"]
     first += words_of(SETTINGS)
     at_most = 2 * CHECKPOINT_EVERY
-    story.await_workers("two nodes", 2, lambda: story.submit(*first), lost=0)
-    story.await_workers("a node is taken away with notice", 1, lambda: story.take_node("b"), lost=at_most)
-    story.await_workers("a node comes", 2, lambda: machines.add("c"), lost=at_most)
-    story.await_workers("a node is lost", 1, lambda: machines.kill("c"), lost=at_most)
-    story.await_workers("the head is lost with all nodes", 2, story.restart_head, lost=at_most)
-    assert story.job is not None
-    if story.job.wait(timeout=PATIENCE):
+    scenario.await_workers("two nodes", 2, lambda: scenario.submit(*first), lost=0)
+    scenario.await_workers("a node is removed with notice", 1, lambda: scenario.take_node("b"), lost=at_most)
+    scenario.await_workers("a node joins", 2, lambda: machines.add("c"), lost=at_most)
+    scenario.await_workers("a node is killed", 1, lambda: machines.kill("c"), lost=at_most)
+    scenario.await_workers("the head and all nodes are lost", 2, scenario.restart_head, lost=at_most)
+    assert scenario.job is not None
+    if scenario.job.wait(timeout=PATIENCE):
         raise SystemExit("FAILS: the training did not finish")
-    return story
+    return scenario
 
 
-def _end(story: Story) -> dict[str, bool]:
-    """What is claimed of the finished run."""
-    last = find_checkpoint(story.storage / "nodes" / "checkpoints")
+def _final_claims(scenario: Scenario) -> dict[str, bool]:
+    """Returns the claims about the finished run."""
+    last = find_checkpoint(scenario.storage / "nodes" / "checkpoints")
     assert last is not None
     checkpoint = load_checkpoint(last)
     steps = 8 * checkpoint.config.train.epochs
     handle = RunHandle(
-        uri=f"sqlite:///{story.storage / 'mlflow.db'}", run_id=checkpoint.state.run_id, experiment_id="1"
+        uri=f"sqlite:///{scenario.storage / 'mlflow.db'}", run_id=checkpoint.state.run_id, experiment_id="1"
     )
     counts = Counter(step for step, _ in metric_history(handle, "train/loss"))
     return {
-        f"it ends at step {checkpoint.state.step}": checkpoint.state.step == steps,
+        f"training ends at step {checkpoint.state.step}": checkpoint.state.step == steps,
         f"MLflow has {len(counts)} of {steps} steps, each once": counts == Counter(range(1, steps + 1)),
     }
 

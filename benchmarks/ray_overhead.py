@@ -1,13 +1,12 @@
-"""Measures what Ray costs: two workers of Ray Train against the same loop under torchrun.
+"""Measures Ray's overhead: two workers under Ray Train against the same loop under torchrun.
 
     python benchmarks/ray_overhead.py
 
-Both sides train the same network on the embedded data with two processes of one thread each (gloo), in turn: one on a
-private Ray cluster, one without Ray. An epoch lasts from one report to the next; the first epoch does not count. Claim
-for the form `a core to spare`, in which the training processes of both sides use all cores but one: the images per
-second through Ray are at least 0.98 of those under torchrun (ratio of the medians over all epochs). `every core` is
-shown without a claim: Ray's own processes need a sixth of a core, and on a machine without spare cores they take it
-from the workers.
+Both sides alternate and train the same network on the embedded data with two processes of one thread each (gloo): one
+on a private Ray cluster, one without Ray. An epoch lasts from one report to the next; the first epoch is excluded.
+Claim for `a core to spare`, where the training processes of both sides use all cores but one: the images/s under Ray
+are at least 0.98 of those under torchrun (ratio of the medians over all epochs). `every core` is shown without a claim:
+Ray's own processes need a sixth of a core, and on a machine without spare cores they take it from the workers.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from slrnet.recipes import demo  # noqa: E402
 GOAL = 0.98
 SIDES = ("ray", "torchrun")
 IMAGES = 256
-"""Images per epoch; the workers report once per epoch, and wait for each other."""
+"""Images per epoch; the workers synchronize and report once per epoch."""
 SETTINGS = (
     *NETWORK, "model.decoder_dim=32", "data.crop_size=128", "train.pretrain_epochs=1", "train.checkpoint_every=0",
     "train.precision=fp32",
@@ -47,9 +46,9 @@ SETTINGS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="of both sides (default: 3)")
-    parser.add_argument("--epochs", type=int, default=5, help="of 32 steps each, in each round (default: 5)")
-    parser.add_argument("--workers", type=int, default=2, help="processes of one thread (default: 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds of both sides (default: 3)")
+    parser.add_argument("--epochs", type=int, default=5, help="epochs of 32 steps per round (default: 5)")
+    parser.add_argument("--workers", type=int, default=2, help="single-threaded training processes (default: 2)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--cores", type=int, help=argparse.SUPPRESS)
@@ -72,7 +71,7 @@ def _compare(rounds: int, epochs: int, workers: int) -> int:
 
     all_cores = len(os.sched_getaffinity(0))
     if all_cores < 2:
-        raise SystemExit("error: this process may use one core; two are needed, one of them for Ray's own processes")
+        raise SystemExit("error: this process may use only one core; it needs two, one of them for Ray's own processes")
     forms = {"a core to spare": all_cores - 1, "every core": all_cores}
     speeds: dict[str, dict[str, list[list[float]]]] = {form: {side: [] for side in SIDES} for form in forms}
     with tempfile.TemporaryDirectory() as temporary:
@@ -90,7 +89,7 @@ def _compare(rounds: int, epochs: int, workers: int) -> int:
 
 @contextmanager
 def _start_of(side: str, workers: int) -> Iterator[tuple[list[str], Mapping[str, str]]]:
-    """The command before the script, and its environment; for Ray's side also a cluster that lives as long."""
+    """Yields the command prefix and its environment; for Ray, also runs a cluster meanwhile."""
     if side == "ray":
         with local_cluster("--num-cpus=2") as (address, environment):
             yield submission(address), environment
@@ -100,7 +99,7 @@ def _start_of(side: str, workers: int) -> Iterator[tuple[list[str], Mapping[str,
 
 
 def _speeds(command: list[str], environment: Mapping[str, str], folder: Path, what: str) -> list[float]:
-    """Images per second in each epoch of one run."""
+    """Returns the images per second of each epoch of one run."""
     ended = subprocess.run(
         command, env={**environment, "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True
     )
@@ -108,8 +107,8 @@ def _speeds(command: list[str], environment: Mapping[str, str], folder: Path, wh
         raise SystemExit(f"{what} failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}")
     seen = json.loads((folder / "speeds.json").read_text(encoding="utf-8"))
     print(
-        f"{what}: {statistics.median(seen['speeds']):.2f} images/s, {seen['reporting']:.3f} s for a report, "
-        f"rank 0 busy for {seen['busy']:.1f} s",
+        f"{what}: {statistics.median(seen['speeds']):.2f} images/s, {seen['reporting']:.3f} s per report, "
+        f"rank 0 used {seen['busy']:.1f} s of CPU time",
         flush=True,
     )
     speeds: list[float] = seen["speeds"]
@@ -128,7 +127,7 @@ def _report(speeds: Mapping[str, Mapping[str, list[list[float]]]]) -> int:
         failed |= claimed and ratio < GOAL
         said = f"{'holds' if ratio >= GOAL else 'FAILS'} (>= {GOAL})" if claimed else "no claim"
         print(
-            f"{form}: Ray {ours:.2f}, torchrun {theirs:.2f} images/s (medians); ratio {ratio:.3f}, of the rounds "
+            f"{form}: Ray {ours:.2f}, torchrun {theirs:.2f} images/s (medians); ratio {ratio:.3f}, per round "
             f"{min(pairs):.3f} to {max(pairs):.3f}: {said}"
         )
     return int(failed)
@@ -139,7 +138,7 @@ def _config(folder: Path, epochs: int) -> Config:
 
 
 def train(values: dict[str, Any], process: Any, report: Any) -> None:
-    """The loop of both sides."""
+    """Runs the training loop of both sides."""
     from slrnet.config import config_from_dict
     from slrnet.data.manifest import load_dataset
     from slrnet.training.trainer import Trainer
@@ -160,13 +159,14 @@ def train(values: dict[str, Any], process: Any, report: Any) -> None:
     trainer = Trainer(config, shards, process=process, folder=folder)
     trainer.fit(report=note)
     if process.is_main:
-        speeds = [IMAGES / (end - begin) for begin, end in pairwise(times[:-1])]  # the last one is measured too
+        times = times[:-1]  # the last epoch also runs an evaluation
+        speeds = [IMAGES / (end - begin) for begin, end in pairwise(times)]
         record = {"speeds": speeds, "reporting": statistics.median(spent), "busy": time.process_time() - begun}
         (folder / "speeds.json").write_text(json.dumps(record), encoding="utf-8")
 
 
 def _keep_to(cores: int) -> None:
-    """Pins all threads of this process, Ray's included, to the machine's last `cores` cores."""
+    """Pins all threads of this process, including Ray's, to the machine's last `cores` cores."""
     chosen = sorted(os.sched_getaffinity(0))[-cores:]
     for thread in Path("/proc/self/task").iterdir():
         os.sched_setaffinity(int(thread.name), chosen)

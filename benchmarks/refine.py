@@ -1,13 +1,13 @@
-"""Speed, memory and agreement of the refinement against the released one, on the same masks.
+"""Compares the mask refinement with the released one: speed, memory and results on the same masks.
 
     python benchmarks/refine.py --peer-dir FOLDER
 
 FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet); its `models/mods/pamr.py` is imported from there.
-Both run in turn, so that a busy machine slows both; ratios are of median times. Memory is what a process of its own
-takes at most above what it had before. Without the option only this project is measured.
-Claimed, at (4, 21, 81, 81), ten iterations: at most 0.04 of the released time, 0.015 where only 3 classes are present,
-and 0.1 of its memory; results equal within 1e-5. At a whole image's size (1, K, 321, 321), 4 classes present of K = 81
-and of 201: it runs in less than 200 MiB, where the released form would need the stated gibibytes.
+Both alternate, so that a busy machine slows both; ratios compare median times. Memory is the increase of a separate
+process's peak. Without --peer-dir, the script measures only this project.
+Claims, at (4, 21, 81, 81) with ten iterations: at most 0.04 of the released time, or 0.015 if only 3 classes are
+present, and 0.1 of its memory; results equal within 1e-5. At the size of a whole image (1, K, 321, 321), with 4 classes
+present of K = 81 or 201: it needs less than 200 MiB, while the released code would need the printed number of GiB.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--classes", type=int, default=21)
     parser.add_argument(
-        "--present", type=int, default=3, help="channels that image labels leave, for the second figure"
+        "--present", type=int, default=3, help="classes present in the image labels, for the second figure"
     )
     parser.add_argument("--size", type=int, default=81)
     parser.add_argument("--peak", choices=("slrnet", "released"), help=argparse.SUPPRESS)
@@ -96,16 +96,16 @@ def _at_full_size(args: argparse.Namespace) -> bool:
     times = times_in_turn({"refine": partial(refine, images, probs)}, repeats=args.repeats)["refine"]
     print(f"(1, {FULL_PRESENT} present, {FULL_SIZE}, {FULL_SIZE}): median {statistics.median(times):.3f} s")
     for classes in (81, 201):
-        # Its neighbors of all classes, (1, K, 48, H, W), once gathered and once weighted.
+        # The neighbors of all classes, (1, K, 48, H, W), stored once gathered and once weighted.
         gathered = 2 * classes * 8 * len(DILATIONS) * FULL_SIZE**2 * 4 / 2**30
-        print(f"the released form of {classes} classes: its neighbors of all classes are {gathered:.1f} GiB")
+        print(f"the released code at {classes} classes: the neighbors of all classes take {gathered:.1f} GiB")
     return at_most("memory at that size, MiB", peak, CLAIMED_FULL_SIZE)
 
 
 def _measure_peak(
     args: argparse.Namespace, name: str, classes: int, *, batch: int | None = None, size: int = 0
 ) -> float:
-    """MiB that a refinement adds to the peak of a process of its own."""
+    """Returns the MiB that a refinement adds to the peak memory of a separate process."""
     command = [sys.executable, str(Path(__file__).resolve()), "--peak", name, "--classes", str(classes)]
     command += ["--batch", str(batch or args.batch), "--size", str(size or args.size), "--threads", str(args.threads)]
     command += [] if args.peer_dir is None else ["--peer-dir", str(args.peer_dir)]
@@ -115,7 +115,7 @@ def _measure_peak(
 def _peak(args: argparse.Namespace) -> float:
     form = refine if args.peak == "slrnet" else released_refinement(args.peer_dir)
     images, probs = make_inputs(args.batch, args.classes, args.size)
-    form(*make_inputs(1, 2, 24))  # loads what it needs
+    form(*make_inputs(1, 2, 24))  # loads libraries and kernels
     forget_peak()
     before = peak_memory()
     form(images, probs)
@@ -123,7 +123,7 @@ def _peak(args: argparse.Namespace) -> float:
 
 
 def make_inputs(batch: int, classes: int, size: int) -> tuple[Tensor, Tensor]:
-    """Pictures with flat, smooth and noisy parts, and random masks."""
+    """Returns images with flat, smooth and noisy parts, and random masks."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(batch, 3, 6, 6, generator=generator)
     images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)

@@ -1,19 +1,19 @@
-"""The data side at the size of a large cluster, by simulation: `python benchmarks/scale.py [--rows 100000000]`.
+"""Simulates data loading at the scale of a large cluster: `python benchmarks/scale.py [--rows 100000000]`.
 
-Measured, each in a process of its own, so that peaks of memory are its own:
+Measures each of the following in a separate process, so that peak memory is its own:
 
-- Planning an epoch of 100,000 shards of a thousand samples on one of 1,024 ranks with 8 readers and 16 images a step:
-  the time until the first batch is known, and that of all draws that the rank makes in the epoch. Claimed: under 1 s
-  and under 200 MB, Python and libraries included; neither grows with the number of ranks.
-- Every sample exactly once: for all ranks and readers of a smaller epoch, through the loader's own division, and at
-  full size on slices that are joined. Ranks differ by no sample where the global batch is a multiple of their number,
-  and by at most one a step otherwise.
-- Opening a manifest of `--rows` rows, which is written first, part by part. Claimed: under 5 s and under 400 MB, and
-  less than a tenth of the file's bytes are read. Printed: what reading the rows of a shard costs after that.
+- Planning an epoch of 100,000 shards of 1,000 samples on one of 1,024 ranks with 8 readers and 16 images per step: the
+  time until the first batch is known, and the time of all draws of the rank in the epoch. Claim: under 1 s and under
+  200 MB, including Python and libraries; neither grows with the number of ranks.
+- Drawing every sample exactly once: for all ranks and readers of a smaller epoch, with the loader's own division, and
+  at full size on consecutive slices. Ranks draw equally many samples if the global batch is a multiple of their number,
+  and differ by at most one per step otherwise.
+- Opening a manifest of `--rows` rows, which the script first writes in parts. Claim: under 5 s and under 400 MB, and
+  less than a tenth of the file's bytes are read. Also printed: the time to read a shard's rows afterwards.
 
-Seconds are those of the processor, as all of this is one thread's work and other programs may run beside; those on the
-wall are printed too. With `--out` the growth of each with shards, samples, ranks and rows is drawn: scale.png and
-scale.svg. Exit status: 0, or 1 where a claim does not hold.
+Seconds are CPU time, because all of this is single-threaded and other programs may run at the same time; wall-clock
+time is printed too. `--out` plots the scaling with shards, samples, ranks and rows: scale.png and scale.svg. Exit
+status: 0, or 1 if a claim does not hold.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CLAIMED_SECONDS, CLAIMED_MEGABYTES = 1.0, 200.0
 OPENING_SECONDS, OPENING_MEGABYTES, OPENING_SHARE = 5.0, 400.0, 0.1
 SLICE = 1 << 20
 FEW_STEPS = 500
-"""Steps whose planning is timed for the pictures."""
+"""Number of steps to plan for the plots."""
 
 Figures = dict[str, float]
 
@@ -63,16 +63,18 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=10_000_000, help="of the largest manifest (default: 10 million)")
-    parser.add_argument("--shards", type=int, default=SHARDS, help="of the full check (default: 100,000)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to draw the growth")
+    parser.add_argument(
+        "--rows", type=int, default=10_000_000, help="rows of the largest manifest (default: 10 million)"
+    )
+    parser.add_argument("--shards", type=int, default=SHARDS, help="shards of the full-size check (default: 100,000)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the plots there")
     parser.add_argument("--folder", type=Path, help="where to write manifests (default: the system's temporary one)")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def measured(name: str, **arguments: Any) -> Figures:
-    """What a measure prints in a process of its own, with that process's peak."""
+    """Runs a measurement in a separate process and returns its figures, including that process's peak memory."""
     command = [sys.executable, str(Path(__file__).resolve()), "--measure", name, json.dumps(arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -90,16 +92,16 @@ def claims_of_planning() -> list[tuple[bool, str]]:
     print(
         f"planning, {SHARDS:,} shards of {SAMPLES:,} on one of {RANKS:,} ranks with {READERS} readers: first batch "
         f"after {1e3 * found['first']:.0f} ms, all {found['steps']:.0f} steps {found['seconds']:.2f} s "
-        f"({found['wall']:.2f} s on the wall), peak {found['peak']:.0f} MB, of which {found['before']:.0f} MB before",
+        f"({found['wall']:.2f} s wall-clock), peak {found['peak']:.0f} MB, of which {found['before']:.0f} MB at start",
         flush=True,
     )
     others = {ranks: measured("plan", ranks=ranks, steps=FEW_STEPS) for ranks in (1, 32, RANKS)}
     for ranks, other in others.items():
-        print(f"  of {ranks:,} ranks: first batch after {1e3 * other['first']:.0f} ms, peak {other['peak']:.0f} MB")
+        print(f"  with {ranks:,} ranks: first batch after {1e3 * other['first']:.0f} ms, peak {other['peak']:.0f} MB")
     peaks = [other["peak"] for other in others.values()]
     return [
-        (found["seconds"] < CLAIMED_SECONDS, f"an epoch is planned in {found['seconds']:.2f} s (claimed: under 1 s)"),
-        (found["peak"] < CLAIMED_MEGABYTES, f"it takes {found['peak']:.0f} MB at most (claimed: under 200 MB)"),
+        (found["seconds"] < CLAIMED_SECONDS, f"planning an epoch takes {found['seconds']:.2f} s (claimed: under 1 s)"),
+        (found["peak"] < CLAIMED_MEGABYTES, f"planning takes at most {found['peak']:.0f} MB (claimed: under 200 MB)"),
         (
             max(other["first"] for other in others.values()) < CLAIMED_SECONDS and max(peaks) - min(peaks) < 20,
             f"the number of ranks changes the peak by {max(peaks) - min(peaks):.0f} MB (claimed: under 20 MB)",
@@ -113,30 +115,30 @@ def claims_of_exactness(shards: int) -> list[tuple[bool, str]]:
         found = measured("division", shards=1000, samples=100, ranks=ranks, readers=READERS, batch=batch)
         text = (
             f"{ranks} ranks of {READERS} readers, batch {batch}: {found['drawn']:.0f} draws and {found['left']:.0f} "
-            f"left over of 100,000, {found['twice']:.0f} twice; a rank has {found['least']:.0f} to {found['most']:.0f}"
+            f"left over of 100,000, {found['twice']:.0f} twice; per rank {found['least']:.0f} to {found['most']:.0f}"
         )
         spread = found["most"] - found["least"]
         exact = found["twice"] == 0 and found["drawn"] + found["left"] == 100_000 and found["left"] < batch
         claims.append((exact and spread <= (found["steps"] if batch % ranks else 0), text))
     found = measured("slices", shards=shards)
     total = shards * SAMPLES
-    text = f"of {total:,} samples {found['missing']:.0f} are missing and {found['twice']:.0f} come twice"
+    text = f"of {total:,} samples {found['missing']:.0f} are missing and {found['twice']:.0f} are drawn twice"
     claims.append((found["missing"] == found["twice"] == 0, f"{text} ({found['seconds']:.0f} s for all slices)"))
     shares = [SHARE * RANKS * (rank + 1) // RANKS - SHARE * RANKS * rank // RANKS for rank in range(RANKS)]
     spread = (max(shares) - min(shares)) * (total // (SHARE * RANKS))
-    claims.append((spread == 0, f"of {RANKS:,} ranks each has as many samples as the others, up to {spread}"))
+    claims.append((spread == 0, f"the numbers of samples of {RANKS:,} ranks differ by at most {spread}"))
     return claims
 
 
 def measure_opening(rows: int, folder: Path) -> Figures:
-    """Writes and opens a manifest."""
+    """Writes and opens a manifest; prints and returns the figures."""
     place = folder / str(rows)
     written = measured("write", folder=str(place), rows=rows)
     found = measured("open", folder=str(place))
     print(
         f"manifest of {rows:,} rows ({written['bytes'] / 1e6:,.0f} MB, written in {written['wall']:.0f} s with "
-        f"{written['peak']:.0f} MB at most): opened in {found['seconds']:.2f} s ({found['wall']:.2f} s on the wall), "
-        f"peak {found['peak']:.0f} MB, of which {found['before']:.0f} MB before; {100 * found['share']:.1f} % of it "
+        f"at most {written['peak']:.0f} MB): opened in {found['seconds']:.2f} s ({found['wall']:.2f} s wall-clock), "
+        f"peak {found['peak']:.0f} MB, of which {found['before']:.0f} MB at start; {100 * found['share']:.1f} % of it "
         f"read; a shard's rows take {1e3 * found['shard']:.1f} ms",
         flush=True,
     )
@@ -150,14 +152,14 @@ def claims_of_opening(opened: Mapping[int, Figures]) -> list[tuple[bool, str]]:
     return [
         (
             found["seconds"] < OPENING_SECONDS,
-            f"{rows:,} rows are opened in {found['seconds']:.2f} s (claimed: under 5 s)",
+            f"opening {rows:,} rows takes {found['seconds']:.2f} s (claimed: under 5 s)",
         ),
-        (found["peak"] < OPENING_MEGABYTES, f"that takes {found['peak']:.0f} MB at most (claimed: under 400 MB)"),
-        (found["share"] < OPENING_SHARE, f"{100 * found['share']:.1f} % of the file are read (claimed: under 10 %)"),
+        (found["peak"] < OPENING_MEGABYTES, f"opening takes at most {found['peak']:.0f} MB (claimed: under 400 MB)"),
+        (found["share"] < OPENING_SHARE, f"{100 * found['share']:.1f} % of the file is read (claimed: under 10 %)"),
     ]
 
 
-# What is measured, each in its own process.
+# The measurements, each in its own process.
 
 
 def plan(
@@ -185,7 +187,7 @@ def plan(
 
 
 def division(*, shards: int, samples: int, ranks: int, readers: int, batch: int) -> Figures:
-    """All draws of all readers of all ranks, by the loader's own reader."""
+    """Counts the draws of all readers of all ranks, using the loader's own reader."""
     from slrnet.config import DataConfig
     from slrnet.data.epoch_plan import Pool
     from slrnet.data.sample_set import SampleSet
@@ -236,7 +238,7 @@ def slices(*, shards: int) -> Figures:
 
 
 def write(*, folder: str, rows: int) -> Figures:
-    """Writes a manifest of shards of a thousand rows, each by itself."""
+    """Writes a manifest of shards of 1,000 rows, one shard at a time."""
     import pyarrow as pa
 
     from slrnet.data.catalog import voc_palette
@@ -253,7 +255,7 @@ def write(*, folder: str, rows: int) -> Figures:
 
 
 def shard_rows(pa: Any, shard: int, rng: np.random.Generator) -> Any:
-    """The rows of one shard; arrays are made from buffers, as lists of Python's objects would take minutes."""
+    """Returns the rows of one shard. Builds arrays from buffers, because lists of Python objects would take minutes."""
     from slrnet.data.manifest import SCHEMA
 
     def texts(data: bytes, length: int) -> Any:
@@ -284,13 +286,13 @@ def shard_rows(pa: Any, shard: int, rng: np.random.Generator) -> Any:
 
 
 def open_manifest(*, folder: str) -> Figures:
-    """Opens a manifest as a training does, plans its supervision, and then reads the rows of some shards."""
+    """Opens a manifest as training does, finds its labeled samples, and then reads the rows of some shards."""
     import psutil
     import pyarrow as pa
 
     from slrnet.data.manifest import load_dataset
 
-    pa.table({"a": [0]}).take(np.arange(1))  # arrow imports much when it is first used, which reads files too
+    pa.table({"a": [0]}).take(np.arange(1))  # on first use Arrow imports modules, which would count as bytes read
     process = psutil.Process()
     before, wall, begun = peak(), time.perf_counter(), time.process_time()
     read = process.io_counters().read_chars
@@ -306,7 +308,7 @@ def open_manifest(*, folder: str) -> Figures:
 
 
 def peak() -> float:
-    """Largest resident memory of this process so far, MB."""
+    """Returns the peak resident memory of this process in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -319,37 +321,37 @@ MEASURES: dict[str, Callable[..., Figures]] = {
 }
 
 
-# Pictures.
+# Plots.
 
 
 def draw(out: Path, opened: Mapping[int, Figures]) -> None:
-    """Seconds and memory against shards, samples and ranks of a plan, and rows of a manifest."""
+    """Plots seconds and memory over shards, samples and ranks for planning, and over rows for a manifest."""
     from matplotlib.figure import Figure
 
     grown = {
         "shards": {n: measured("plan", shards=n, steps=FEW_STEPS) for n in (100, 1000, 10_000, SHARDS)},
-        "samples a shard": {n: measured("plan", samples=n, steps=FEW_STEPS) for n in (10, 100, 1000, 10_000)},
+        "samples per shard": {n: measured("plan", samples=n, steps=FEW_STEPS) for n in (10, 100, 1000, 10_000)},
         "ranks": {n: measured("plan", ranks=n, steps=FEW_STEPS) for n in (1, 32, RANKS, 4 * RANKS)},
     }
     figure = Figure(figsize=(13, 6), layout="constrained")
     axes = figure.subplots(2, 4, sharey="row")
     for column, (name, found) in enumerate(grown.items()):
-        plot(axes[0, column], found, {"until the first batch": "first", "a step": "step"})
-        axes[0, column].set_title(f"planning against {name}")
-        plot(axes[1, column], found, {"peak": "peak", "before": "before"})
+        plot(axes[0, column], found, {"first batch": "first", "one step": "step"})
+        axes[0, column].set_title(f"planning over {name}")
+        plot(axes[1, column], found, {"peak": "peak", "at start": "before"})
         axes[1, column].set_xlabel(name)
     plot(axes[0, 3], opened, {"opening": "seconds", "a shard's rows": "shard"})
-    axes[0, 3].set_title("a manifest against rows")
-    plot(axes[1, 3], opened, {"peak": "peak", "before": "before"})
+    axes[0, 3].set_title("opening a manifest over rows")
+    plot(axes[1, 3], opened, {"peak": "peak", "at start": "before"})
     axes[1, 3].set_xlabel("rows")
     axes[0, 0].set_yscale("log")
-    axes[0, 0].set_ylabel("seconds of the processor")
+    axes[0, 0].set_ylabel("CPU seconds")
     axes[1, 0].set_ylabel("memory, MB")
     axes[1, 0].set_ylim(bottom=0)
     out.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "svg"):
         figure.savefig(out / f"scale.{suffix}")
-    print(f"in {out}: scale.png, scale.svg")
+    print(f"wrote scale.png and scale.svg to {out}")
 
 
 def plot(axis: Any, found: Mapping[int, Figures], lines: Mapping[str, str]) -> None:

@@ -4,10 +4,10 @@
 
 On a private Ray cluster, a small network trains on the embedded data: four trials, two at a time. In the second sweep
 one trial's worker is killed (SIGKILL), and once the trial has continued, the driver; then the sweep is resumed. The
-third sweep allows no retry and loses a worker. Claims: the disturbed sweep ends with the same trials, settings and
-metrics as the undisturbed one, and with one MLflow run per trial under one parent; the killed trial continues from a
-checkpoint; no finished trial is trained again; without a retry, the trial is recorded with its error and the others
-finish. Exit status 1 if a claim does not hold. Takes 11 minutes on two cores that also did other work.
+third sweep allows no retries, and one of its workers is killed. Claims: the disturbed sweep ends with the same trials,
+settings and metrics as the undisturbed one, and with one MLflow run per trial under one parent; the killed trial
+continues from a checkpoint; no finished trial is trained again; without a retry, the trial is recorded with its error
+and the others finish. Exit status 1 if a claim does not hold. Takes 11 minutes on two busy cores.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SETTINGS = (
     "train.log_every=1", "train.checkpoint_every=1", "evaluation.pseudo_mask_images=4",
     "evaluation.panel_images=0", "evaluation.background_power=8",
 )  # fmt: skip
-"""Without the background power, so short a training predicts only background, and all trials have the same score."""
+"""Without `background_power`, such short trainings predict only background, and all trials get the same score."""
 SPACES = {
     "none": ("optim.lr=choice:0.005,0.01,0.02,0.04", "weights.consistency=fixed", "cvlr.num_iters=fixed",
              "cvlr.dim=fixed", "calibration.confidence_threshold=fixed"),
@@ -83,7 +83,7 @@ class Bench:
         return [event for event in events_of(trial) if event["event"] == kind]
 
     def moving(self, name: str, steps: int) -> Path | None:
-        """A running trial of a sweep that has taken at least `steps` steps and is not near its end."""
+        """Returns a running trial that has taken at least `steps` steps and is not near its end, or None."""
         for trial in sorted((self.storage / name / "trials").glob("*")):
             taken = self.events(trial, "step")
             if (
@@ -95,7 +95,7 @@ class Bench:
         return None
 
     def done(self, name: str) -> bool:
-        """Whether a trial, or a population's first round, has ended."""
+        """Returns True if a trial, or a population's first round, has ended."""
         folder = self.storage / name
         if self.scheduler == "pbt":
             record = folder / "population.json"
@@ -103,8 +103,8 @@ class Bench:
         return any(len(self.events(trial, "epoch")) == EPOCHS for trial in (folder / "trials").glob("*"))
 
     def kill_worker(self, name: str) -> tuple[Path, int]:
-        """Kills a trial's worker; returns the trial, and the step that it was in."""
-        trial = wait(lambda: self.moving(name, 4), "a trial that moves")
+        """Kills a trial's worker; returns the trial and its last step."""
+        trial = wait(lambda: self.moving(name, 4), "a trial that makes progress")
         last = self.events(trial, "step")[-1]
         os.kill(last["pid"], signal.SIGKILL)
         print(f"{name}: killed the worker of {trial.name} at step {last['step']}", flush=True)
@@ -119,12 +119,12 @@ class Bench:
         return list(json.loads(path.read_text(encoding="utf-8"))["trials"]) if path.is_file() else []
 
     def children(self, name: str) -> list[str]:
-        """Statuses of the trials' runs in MLflow; the sweep must have exactly one parent run."""
+        """Returns the statuses of the trials' MLflow runs; fails unless the sweep has exactly one parent run."""
         below = "SELECT status FROM runs JOIN tags USING (run_uuid) WHERE key = 'mlflow.parentRunId' AND value = ?"
         with sqlite3.connect(f"file:{self.storage / 'mlflow.db'}?mode=ro", uri=True) as database:
             parents = database.execute("SELECT run_uuid FROM runs WHERE name = ?", (name,)).fetchall()
             if len(parents) != 1:
-                raise SystemExit(f"error: MLflow has {len(parents)} runs of the name {name}")
+                raise SystemExit(f"error: MLflow has {len(parents)} runs named {name}; there must be exactly one")
             return sorted(status for (status,) in database.execute(below, parents[0]))
 
 
@@ -134,11 +134,11 @@ def wait(ready: Callable[[], Any], what: str) -> Any:
         if value := ready():
             return value
         time.sleep(0.5)
-    raise SystemExit(f"error: {what} did not come in {PATIENCE:.0f} s")
+    raise SystemExit(f"error: waited {PATIENCE:.0f} s for {what}")
 
 
 def outcome(trials: list[dict[str, Any]], sweep: str) -> list[str]:
-    """Trials as texts to compare: settings, status, metrics and schedule, without the sweep's name."""
+    """Returns the trials as comparable strings: settings, status, metrics and schedule, without the sweep's name."""
     kept = ("values", "status", "epochs", "metrics", "curve", "schedule", "error")
     texts = [json.dumps({key: trial[key] for key in kept}, sort_keys=True) for trial in trials]
     return sorted(re.sub(rf"\b{sweep}-", "", text) for text in texts)
@@ -149,9 +149,9 @@ def disturbed(bench: Bench) -> dict[str, bool]:
     job = bench.start("storm")
     trial, step = bench.kill_worker("storm")
     again = wait(lambda: bench.events(trial, "start")[1:], f"the second start of {trial.name}")[0]
-    wait(lambda: bench.events(trial, "step")[-1]["step"] > step, "a step after it")
-    wait(lambda: bench.done("storm"), "a trial or a round that has ended")
-    wait(lambda: bench.moving("storm", 1), "a trial that moves beside it")
+    wait(lambda: bench.events(trial, "step")[-1]["step"] > step, "a step after the restart")
+    wait(lambda: bench.done("storm"), "a finished trial or round")
+    wait(lambda: bench.moving("storm", 1), "another running trial")
     ended = {path for path in trial.parent.glob("*") if len(bench.events(path, "epoch")) == EPOCHS}
     bench.kill_driver("storm")
     job.wait(timeout=PATIENCE)
@@ -160,21 +160,23 @@ def disturbed(bench: Bench) -> dict[str, bool]:
     calm, storm = (outcome(bench.trials(name), name) for name in ("calm", "storm"))
     children = bench.children("storm")
     return {
-        "the resumed sweep ends well": code == 0,
-        f"the killed trial goes on from a checkpoint (killed at step {step}, on from {again['step']})": (
+        "the resumed sweep succeeds": code == 0,
+        f"the killed trial continues from a checkpoint (killed at step {step}, continued from {again['step']})": (
             again["step"] > 0 and step - 2 <= again["step"] <= step + 1
         ),
         "finished trials are not trained again": all(
             len(bench.events(path, "start")) == n for path, n in starts.items()
         ),
-        f"the same trials with the same figures as undisturbed ({len(storm)} of {len(calm)})": calm == storm != [],
-        f"one child run a trial ({len(children)} of {TRIALS})": len(children) == len(bench.children("calm")) == TRIALS,
+        f"same trials and metrics as the undisturbed sweep ({len(storm)} of {len(calm)})": calm == storm != [],
+        f"one child run per trial ({len(children)} of {TRIALS})": (
+            len(children) == len(bench.children("calm")) == TRIALS
+        ),
         "all child runs are finished": set(children) == {"FINISHED"},
     }
 
 
 def without_retry(bench: Bench) -> dict[str, bool]:
-    """Kills a worker of the sweep `spent`, whose trials are not started again."""
+    """Kills a worker of the sweep `spent`, which allows no retries."""
     job = bench.start("spent", retries=0)
     killed, _ = bench.kill_worker("spent")
     code = job.wait(timeout=PATIENCE)
@@ -183,11 +185,11 @@ def without_retry(bench: Bench) -> dict[str, bool]:
     children = bench.children("spent")
     print(f"spent: {killed.name} is recorded as {lost['status']}: {lost['error']}", flush=True)
     return {
-        "without a retry the sweep goes on": code == 0 and [t["status"] for t in others.values()] == ["finished"] * 3,
+        "without a retry the sweep continues": code == 0 and [t["status"] for t in others.values()] == ["finished"] * 3,
         "the lost trial is recorded with its error and no score": (
             lost["status"] == "failed" and "died" in lost["error"] and not lost["metrics"]
         ),
-        f"one child run a trial, one of them failed ({len(children)} of {TRIALS})": (
+        f"one child run per trial, one of them failed ({len(children)} of {TRIALS})": (
             children == ["FAILED", *["FINISHED"] * 3]
         ),
     }
@@ -195,8 +197,10 @@ def without_retry(bench: Bench) -> dict[str, bool]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scheduler", choices=list(SPACES), default="none", help="of the sweeps (default: none)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep everything there (default: a temporary one)")
+    parser.add_argument(
+        "--scheduler", choices=list(SPACES), default="none", help="scheduler of the sweeps (default: none)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="keep all files there (default: a temporary folder)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary, local_cluster() as (address, environment):
         storage = (args.out or Path(temporary)).resolve()

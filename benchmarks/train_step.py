@@ -1,18 +1,18 @@
-"""Time and memory of a whole training step, against the released code with the same encoder.
+"""Compares a whole training step in time and memory with the released code, with the same encoder.
 
     python benchmarks/train_step.py --peer-dir FOLDER [--only wide|lite|classes|views|share]
 
 FOLDER is a checkout of the authors' code (GitHub DesertsP/SLRNet). A step is views, network, calibration, losses,
-backward and optimizer, on random images and weights; each side is a process of its own with two threads, and they act
-in turn. Ratios are of median times and of peaks of resident memory. Without the option only this project is measured.
-It trains in the precision that it chooses by itself, bfloat16 where the processor multiplies matrices of it; shown too
-is what it takes in float32, in which the released code computes.
-Claimed, each with image labels alone:
+backward and optimizer, on random images and weights. Each side runs in its own process with two threads, and they
+alternate. Ratios compare median times and peak resident memory. Without --peer-dir, the script measures only this
+project. It trains in its default precision: bfloat16 if the processor has bfloat16 matrix instructions. Also shown: its
+time and memory in float32, which the released code uses.
+Claims, each with image labels only:
     wide     WideResNet-38, crop 321, batch 2: at most 0.75 of the released time and 0.7 of its memory
     lite     EfficientNet-Lite0, crop 192, batch 8: at most 0.5 of the released time
-    classes  the same at 201 classes of which 4 are present: at most 1.15 times the step at 21 classes
-    views    a third view: at most 1.05 times what the pixels of all views ask for
-    share    alignment, calibration and losses, forward and backward, are less than 10 % of the lite step
+    classes  the lite step at 201 classes of which 4 are present: at most 1.15 times the step at 21 classes
+    views    a third view: at most 1.05 times the time predicted from the number of pixels of all views
+    share    alignment, calibration and losses, forward and backward, take less than 10 % of the lite step
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-dir", type=Path, help="checkout of the authors' code to compare with")
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="some of the claims (default: all)")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="check only these claims (default: all)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--side", choices=("slrnet", "released"), help=argparse.SUPPRESS)
@@ -91,19 +91,19 @@ def _side(args: argparse.Namespace) -> Callable[[], object]:
 def _compare(
     args: argparse.Namespace, sides: dict[str, list[str]], *, repeats: int | None = None
 ) -> dict[str, SideResult]:
-    """Runs sides by name; each has its arguments."""
+    """Alternates the sides and prints and returns their results; `sides` maps names to arguments."""
     common = [sys.executable, str(Path(__file__).resolve()), "--threads", str(args.threads)]
     common += [] if args.peer_dir is None else ["--peer-dir", str(args.peer_dir)]
     seen = run_in_turn({name: [*common, *options] for name, options in sides.items()}, repeats=repeats or args.repeats)
     width = max(map(len, seen))
-    for name, one in seen.items():
-        print(f"{name:>{width}}: {one}", flush=True)
+    for name, result in seen.items():
+        print(f"{name:>{width}}: {result}", flush=True)
     return seen
 
 
 def _against_released(args: argparse.Namespace, encoder: str) -> dict[str, SideResult]:
-    own = ["--side", "slrnet", "--encoder", encoder]
-    sides = {"slrnet": own, "slrnet, float32": [*own, "--precision", "fp32"]}
+    ours = ["--side", "slrnet", "--encoder", encoder]
+    sides = {"slrnet": ours, "slrnet, float32": [*ours, "--precision", "fp32"]}
     if args.peer_dir is not None:
         sides["released"] = ["--side", "released", "--encoder", encoder]
     return _compare(args, sides)
@@ -141,7 +141,7 @@ def classes(args: argparse.Namespace) -> bool:
         for name in names
         for count in (21, 201)
     }
-    # What is claimed is a small part of a step, so a few turns would measure the machine's mood.
+    # The claimed difference is a small part of a step, so a few turns would only measure noise.
     seen = _compare(args, sides, repeats=3 * args.repeats)
     growth = {name: seen[f"{name}, 201 classes"].median / seen[f"{name}, 21 classes"].median for name in names}
     if "released" in growth:
@@ -154,14 +154,14 @@ def views(args: argparse.Namespace) -> bool:
     seen = _compare(args, {f"{n} views": ["--side", "slrnet", "--views", str(n)] for n in SCALES})
     pixels = {n: sum(scale**2 for scale in scales) for n, scales in SCALES.items()}
     return at_most(
-        "time over what the pixels ask for",
+        "time over the pixels' share",
         seen["3 views"].median / seen["2 views"].median / (pixels[3] / pixels[2]),
         1.05,
     )
 
 
 def share(args: argparse.Namespace) -> bool:
-    """From the network's outputs to their gradients, as leaves; against the whole step."""
+    """Compares the part from the network's outputs to their gradients with the whole step."""
     print("\nEfficientNet-Lite0, crop 192, batch 8: alignment, calibration and losses, forward and backward")
     config, num_classes = _config("lite"), 21
     batch = random_batch(batch=8, crop=192, num_classes=num_classes, present=2)
@@ -176,9 +176,9 @@ def share(args: argparse.Namespace) -> bool:
         leaves = replace(
             outputs,
             **{
-                name: [one.detach().requires_grad_() for one in value]
+                name: [tensor.detach().requires_grad_() for tensor in value]
                 for name, value in vars(outputs).items()
-                if isinstance(value, list) and all(isinstance(one, Tensor) for one in value)
+                if isinstance(value, list) and all(isinstance(tensor, Tensor) for tensor in value)
             },
         )
         rows = find_pseudo_rows(batch)

@@ -1,11 +1,11 @@
-"""Two workers against one, and how long they wait for data: `python benchmarks/workers.py`.
+"""Compares two workers with one, and measures how long they wait for data: `python benchmarks/workers.py`.
 
-The recipe `voc_wsss_lite` at crop 192 with workers of one thread each (gloo), round after round in turn, on generated
-photographs of 500x375 pixels. Speeds are those that the trainer logs for an epoch with pseudo labels. Claimed: two
-workers of 8 images each are at least 1.85 times as fast as one of 8 (ratio of the medians of the images per second),
-and wait for data at most 2 % of the time. Each side, with its readers of data, is kept to as many cores as it has
-workers. Shown too: two workers that share a batch of 8, whose steps do half the work at the same price of each step:
-conversions of weights, sums of gradients, the optimizer.
+Trains the recipe `voc_wsss_lite` at crop 192 on generated 500x375 images, with workers of one thread each (gloo). The
+sides alternate in rounds. Speeds are those that the trainer logs for an epoch with pseudo labels. Claims: two workers
+with 8 images each are at least 1.85 times as fast as one worker with 8 (ratio of the median images/s), and wait for
+data at most 2 % of the time. Each side, including its data readers, is pinned to as many cores as it has workers. Also
+shown: two workers that share a batch of 8. Their steps do half the work, but the fixed costs per step are the same:
+weight conversion, gradient exchange and the optimizer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 CLAIMED_RATIO, CLAIMED_WAIT = 1.85, 0.02
 IMAGES = 64
 SIDES = {"one worker": (1, 8), "two workers": (2, 16), "two workers, a shared batch": (2, 8)}
-"""Workers, and images of a step over all of them."""
+"""Number of workers and global batch size."""
 SETTINGS = (
     "data.crop_size=192", "model.encoder_weights=none", "train.pretrain_epochs=0", "train.checkpoint_every=0",
     "evaluation.every=1000", "evaluation.pseudo_mask_images=1", "evaluation.panel_images=0",
@@ -35,9 +35,14 @@ SETTINGS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="of all sides (default: 3)")
-    parser.add_argument("--epochs", type=int, default=3, help=f"of {IMAGES} images, in each round (default: 3)")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto", help="of the training")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds of all sides (default: 3)")
+    parser.add_argument("--epochs", type=int, default=3, help=f"epochs of {IMAGES} images per round (default: 3)")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp32"),
+        default="auto",
+        help="precision of the training (default: auto)",
+    )
     parser.add_argument("--side", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -61,7 +66,7 @@ def _compare(options: argparse.Namespace) -> int:
     speeds = {side: _median(seen, "images_per_second") for side, seen in found.items()}
     waits = {side: _median(seen, "data_wait_fraction") for side, seen in found.items()}
     for side, speed in speeds.items():
-        every = [one["speed/images_per_second"] for one in found[side]]
+        every = [epoch["speed/images_per_second"] for epoch in found[side]]
         print(f"{side}: {speed:.2f} images/s ({min(every):.2f} to {max(every):.2f}), waiting {waits[side]:.2%}")
     one, two, shared = SIDES
     ratio = speeds[two] / speeds[one]
@@ -72,14 +77,14 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _measure(side: str, folder: Path, options: argparse.Namespace) -> list[dict[str, float]]:
-    """What the trainer logs of each epoch."""
+    """Runs one side and returns what the trainer logs for each epoch."""
     workers, batch = SIDES[side]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     command += [str(Path(__file__).resolve()), "--side", str(folder), "--batch", str(batch)]
     command += ["--epochs", str(options.epochs), "--precision", options.precision]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(cores)[:workers])  # what is started inherits it
+    os.sched_setaffinity(0, sorted(cores)[:workers])  # child processes inherit this
     try:
         ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     finally:
@@ -91,11 +96,11 @@ def _measure(side: str, folder: Path, options: argparse.Namespace) -> list[dict[
 
 
 def _median(seen: list[dict[str, float]], name: str) -> float:
-    return statistics.median(one[f"speed/{name}"] for one in seen)
+    return statistics.median(epoch[f"speed/{name}"] for epoch in seen)
 
 
 def _train(folder: Path, options: argparse.Namespace) -> None:
-    """What each process does."""
+    """Trains in one worker process and writes the logged speeds."""
     import torch
     import torch.distributed as dist
 
@@ -108,16 +113,16 @@ def _train(folder: Path, options: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     configure_process(1)
     process, data = current_process(torch.device("cpu")), folder.parent / "shards"
-    own = [f"train.epochs={options.epochs + 1}", f"train.batch_size={options.batch}", f"data.path={data}"]
-    own.append(f"train.precision={options.precision}")
-    config = apply_overrides(voc_wsss_lite(), [*SETTINGS, *own])
+    settings = [f"train.epochs={options.epochs + 1}", f"train.batch_size={options.batch}", f"data.path={data}"]
+    settings.append(f"train.precision={options.precision}")
+    config = apply_overrides(voc_wsss_lite(), [*SETTINGS, *settings])
     seen: list[dict[str, float]] = []
 
     def note(metrics: Mapping[str, float]) -> None:
         seen.append({name: value for name, value in metrics.items() if name.startswith("speed/")})
 
     trainer = Trainer(config, load_dataset(data), process=process, folder=folder)
-    trainer.fit(report=note, until=options.epochs)  # not to the end, which would be measured too
+    trainer.fit(report=note, until=options.epochs)  # stops before the last epoch, which also runs an evaluation
     if process.is_main:
         (folder / "seen.json").write_text(json.dumps(seen[1:]), encoding="utf-8")  # the first epoch warms up
     dist.destroy_process_group()
