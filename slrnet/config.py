@@ -33,6 +33,7 @@ __all__ = [
     "Precision",
     "Protocol",
     "Setting",
+    "TrainConfig",
     "ViewsConfig",
     "WeightsConfig",
     "apply_overrides",

@@ -157,13 +157,14 @@ def tune(options: argparse.Namespace) -> None:
     and gamma change while the trials train. The exit status is 1 when no trial could be trained.
     """
     from slrnet.sweeps.plan import resume_plan
-    from slrnet.sweeps.run import run_sweep
 
     plan = resume_plan(options.storage, options.resume) if options.resume else _plan(options)
     print(plan.describe(), flush=True)
     if options.dry_run:
         print(plan.estimate(price_per_hour=options.price_per_hour))
         return
+    from slrnet.sweeps.run import run_sweep  # imports Ray Tune, which a dry run does not need
+
     run_sweep(plan, resume=bool(options.resume))
 
 

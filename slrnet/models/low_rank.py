@@ -32,8 +32,7 @@ class SeparateLowRank(CrossViewLowRank):
 
     def forward(self, features: Sequence[Tensor], logits: Sequence[Tensor]) -> LowRankViews:
         """As `CrossViewLowRank.forward`, with the dictionaries of all views side by side, (N, V, d, k)."""
-        slices = [slice(view, view + 1) for view in range(len(features))]
-        views = [super(SeparateLowRank, self).forward(features[view], logits[view]) for view in slices]
+        views = [super(SeparateLowRank, self).forward([x], [z]) for x, z in zip(features, logits, strict=True)]
         return LowRankViews(
             [view.features[0] for view in views],
             [view.codes[0] for view in views],
