@@ -32,7 +32,8 @@ class SeparateLowRank(CrossViewLowRank):
 
     def forward(self, features: Sequence[Tensor], logits: Sequence[Tensor]) -> LowRankViews:
         """As `CrossViewLowRank.forward`, with the dictionaries of all views side by side, (N, V, d, k)."""
-        views = [super(SeparateLowRank, self).forward([x], [z]) for x, z in zip(features, logits, strict=True)]
+        alone = [[view] for view in logits] if self.class_codes else [[]] * len(features)
+        views = [super(SeparateLowRank, self).forward([x], z) for x, z in zip(features, alone, strict=True)]
         return LowRankViews(
             [view.features[0] for view in views],
             [view.codes[0] for view in views],

@@ -143,12 +143,17 @@ def test_separate_is_cvlr_on_each_view_alone() -> None:
         assert torch.allclose(out.dictionary[:, index], alone.dictionary, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["separate", "emau"])
 @pytest.mark.parametrize("number", [1, 3])
-def test_views_and_logits_must_be_equally_many(method: str, number: int) -> None:
+def test_views_and_logits_must_be_equally_many(number: int) -> None:
     features, logits = views_of(*SIZES[:2])
     with pytest.raises(ValueError, match="zip"):
-        module_of(method)(features, (2 * logits)[:number])
+        module_of("separate")(features, (2 * logits)[:number])
+
+
+@pytest.mark.parametrize("method", ["free", "emau", "nmf", "vq", "cd"])
+def test_free_atoms_need_no_logits(method: str) -> None:
+    features, _ = views_of(*SIZES)
+    assert [view.shape for view in module_of(method)(features, []).features] == [view.shape for view in features]
 
 
 def test_free_atoms_start_at_random() -> None:
