@@ -42,9 +42,9 @@ from data_prep.source_files import (
     check_size,
     checked_ids,
     measure_mask,
-    read_lines,
     read_objects,
 )
+from data_prep.text_files import read_lines
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo

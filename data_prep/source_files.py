@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import io
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
+from data_prep.text_files import Readable, read_lines, read_xml
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.images import EXIF_ORIENTATION, as_rgb, upright_rgb, upright_size
 from slrnet.data.manifest import DataError
@@ -41,17 +40,6 @@ __all__ = [
 ]
 
 JPEG_QUALITY = 95
-
-
-class Readable(Protocol):
-    """A `Path`, or something else that opens and reads like one, such as a file within a tar."""
-
-    @property
-    def name(self) -> str: ...
-
-    def open(self, mode: Any = ...) -> Any: ...
-
-    def read_bytes(self) -> bytes: ...
 
 
 @contextmanager
@@ -191,18 +179,9 @@ def check_size(
         )
 
 
-def read_lines(path: str | Path, what: str) -> list[str]:
-    """Lines of a text file; raises `DataError`, saying `what` it should have been, if it cannot be read as text."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise DataError(f"cannot read the {what} {path}: {reason}; it holds one image a line") from None
-
-
 def read_keys(path: Path) -> list[str]:
     """Keys in a list file, one image a line: its key, or the path of its file."""
-    names = [Path(line.strip()).name for line in read_lines(path, "list file") if line.strip()]
+    names = [Path(line.strip()).name for line in read_lines(path, "list of images") if line.strip()]
     return [name.rpartition(".")[0] or name for name in names]
 
 
@@ -212,10 +191,7 @@ def read_objects(path: Path, *, remedy: str) -> set[str]:
     Raises:
         DataError: the file cannot be read as XML; the message ends in `remedy`.
     """
-    try:
-        objects = ElementTree.parse(path).getroot().findall("object")
-    except (ElementTree.ParseError, OSError) as error:
-        raise DataError(f"{path} is not readable XML: {error}; {remedy}") from None
+    objects = read_xml(path, "annotation", remedy=remedy).findall("object")
     return {(entry.findtext("name") or "").strip() for entry in objects}
 
 

@@ -40,10 +40,10 @@ from data_prep.source_files import (
     checked_ids,
     copied,
     measure_mask,
-    read_lines,
     read_objects,
     split_words,
 )
+from data_prep.text_files import read_lines
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, VOC_CLASSES, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
@@ -198,7 +198,7 @@ def read_list(path: str | Path) -> list[str]:
         DataError: the file is missing or empty, or a line holds something else.
     """
     keys = []
-    for number, line in enumerate(read_lines(path, "list file"), start=1):
+    for number, line in enumerate(read_lines(path, "list of images"), start=1):
         first, *others = line.split() or [""]
         if any("/" not in other for other in others):
             raise DataError(f"{path}, line {number}: {line!r} has more than an image id; keep one id a line")
@@ -288,7 +288,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
     path = root / "labels.txt"
     if not path.is_file():
         return VOC_CLASSES
-    names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    names = tuple(line.strip() for line in read_lines(path, "list of classes") if line.strip())
     if len(set(names)) < len(names) or not 2 <= len(names) <= IGNORE_INDEX or names[0] != BACKGROUND:
         raise DataError(
             f"{path} has {len(names)} names {list(names[:3])}...; it must have 2 to {IGNORE_INDEX} different names, "

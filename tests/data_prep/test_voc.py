@@ -386,7 +386,11 @@ def test_labels_file_without_background(voc: VocBuilder, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "is empty"), ("a\nb -1\n", r"line 2: 'b -1' has more than an image id"), (None, "cannot read the list file")],
+    [
+        ("", "is empty"),
+        ("a\nb -1\n", r"line 2: 'b -1' has more than an image id"),
+        (None, "cannot read the list of images"),
+    ],
 )
 def test_list_files_that_cannot_be_used(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "list.txt"
