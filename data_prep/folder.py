@@ -26,8 +26,6 @@ and their masks by nearest pixels: crops of 321 pixels gain little from a camera
 from __future__ import annotations
 
 import argparse
-import csv
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +46,9 @@ from data_prep.conversion import (
     parse_named_files,
     required,
 )
+from data_prep.found_files import find_images, mask_of, read_keys, read_splits
+from data_prep.label_table import LabelTable, read_label_table
+from data_prep.palettes import Palette, read_palette
 from data_prep.shard_writer import Item, Sample, check_output
 from data_prep.source_files import (
     ImageForm,
@@ -58,16 +59,14 @@ from data_prep.source_files import (
     drawn_split,
     measure_mask,
     opened,
-    read_lines,
     split_words,
 )
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
-__all__ = ["LabelTable", "Palette", "add_arguments", "convert", "make", "read_label_table", "read_palette"]
+__all__ = ["add_arguments", "convert", "make"]
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 REMEDY = "replace it or take it away"
 
 
@@ -119,7 +118,7 @@ def convert(
         colors=colors,
         form=ImageForm(upright=True, longest_side=longest_side or None, remedy=REMEDY),
     )
-    paths = _find_images(images)
+    paths = find_images(images)
     split_of = _splits(paths, table, splits or {}, val_fraction, output.seed)
     items = _items(source, table, paths, split_of, unlabeled=unlabeled)
     del paths, split_of  # they would take memory for every image until the end
@@ -135,92 +134,7 @@ def convert(
         "--longest-side": longest_side,
     }
     output = output.named("folder", "data_prep/folder.py", words)
-    return convert_items(source, items, output, read_keys=_read_keys)
-
-
-@dataclass(frozen=True)
-class Palette:
-    """Classes by color: `names` (background first), `colors` (K, 3) uint8, `void` (3,) or None."""
-
-    names: tuple[str, ...]
-    colors: npt.NDArray[np.uint8]
-    void: npt.NDArray[np.uint8] | None
-
-    def ids(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """(H, W) class ids of a mask in colors, (H, W, 3) uint8.
-
-        Raises:
-            DataError: it has a color that is not in the palette.
-        """
-        codes = _codes(pixels)
-        ids = np.full(codes.shape, -1, dtype=np.int16)
-        ids[codes == _codes(self.void)] = IGNORE_INDEX if self.void is not None else -1
-        for label, code in enumerate(_codes(self.colors)):
-            ids[codes == code] = label
-        if (ids < 0).any():
-            row, column = np.argwhere(ids < 0)[0]
-            color = "#" + bytes(pixels[row, column].tolist()).hex()
-            raise DataError(f"has the color {color} at row {row}, column {column}, which the palette file lacks")
-        return ids.astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class LabelTable:
-    """What a CSV file says: `labels` by image name, and `splits` by image name where it has that column."""
-
-    path: Path
-    labels: Mapping[str, tuple[str, ...]]
-    splits: Mapping[str, str] | None
-
-
-def read_palette(path: str | Path) -> Palette:
-    """Reads a palette file; the module's docstring has its form.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not of that form, or a name or color occurs twice.
-    """
-    names: list[str] = []
-    colors: list[tuple[int, int, int]] = []
-    void = None
-    for number, line in enumerate(read_lines(path, "palette file"), start=1):
-        words = line.split()
-        if not words or line.lstrip().startswith("//"):
-            continue
-        color = _color(words[1:])
-        if color is None:
-            raise DataError(f"{path}, line {number}: {line!r} is not `name #rrggbb` or `name r g b` with 0 to 255")
-        if words[0] == "void":
-            void = np.array(color, dtype=np.uint8)
-            continue
-        names.append(words[0])
-        colors.append(color)
-    every = [*colors, *([] if void is None else [tuple(void.tolist())])]
-    if len(set(names)) < len(names) or len(set(every)) < len(every):
-        raise DataError(f"{path} has a name or a color twice; each class needs its own")
-    if not 2 <= len(names) <= IGNORE_INDEX or names[0] != BACKGROUND:
-        raise DataError(f"{path} names {len(names)} classes; it needs {BACKGROUND!r} first and 1 to 254 others")
-    return Palette(tuple(names), np.array(colors, dtype=np.uint8), void)
-
-
-def read_label_table(path: str | Path) -> LabelTable:
-    """Reads a CSV file of labels; the module's docstring has its form.
-
-    Raises:
-        DataError: the file cannot be read, lacks a column, or has an image twice.
-    """
-    reader = csv.DictReader(read_lines(path, "table of labels"))
-    columns = reader.fieldnames or []
-    if missing := [column for column in ("image", "labels") if column not in columns]:
-        raise DataError(f"{path} has the columns {list(columns)}; {missing} must be among them")
-    labels: dict[str, tuple[str, ...]] = {}
-    splits: dict[str, str] = {}
-    for number, row in enumerate(reader, start=2):
-        key = _key(Path((row["image"] or "").strip()))
-        if not key or key in labels:
-            raise DataError(f"{path}, line {number}: image {row['image']!r} is empty or occurs twice")
-        labels[key] = tuple(dict.fromkeys(name.strip() for name in (row["labels"] or "").split(";") if name.strip()))
-        splits[key] = (row.get("split") or "").strip() or "train"
-    return LabelTable(Path(path), labels, splits if "split" in columns else None)
+    return convert_items(source, items, output, read_keys=read_keys)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,12 +186,9 @@ class _Folder(Source[_Item]):
             return image, copied(mask_path, remedy=REMEDY)
         return image, encode_mask(self._read_mask(mask_path)[0], self.palette)
 
-    def mask_path(self, image: Path) -> Path | None:
+    def mask_of(self, image: Path) -> Path | None:
         """Path of an image's mask; None where there are no masks, or none of this image."""
-        if self.masks is None:
-            return None
-        path = (self.masks / image.relative_to(self.images)).with_suffix(".png")
-        return path if path.is_file() else None
+        return None if self.masks is None else mask_of(image, self.images, self.masks)
 
     def _read_mask(self, path: Path) -> tuple[npt.NDArray[np.uint8], bool]:
         """Ids of a mask in the shards, and whether its file is copied into them."""
@@ -332,7 +243,7 @@ def _items(
 ) -> list[_Item]:
     items = []
     for key, path in paths.items():
-        labels, mask = None if table is None else table.labels.get(key), source.mask_path(path)
+        labels, mask = None if table is None else table.labels.get(key), source.mask_of(path)
         if labels is None and not unlabeled and mask is None:
             without = f"{path} has no mask" + ("" if table is None else f" and no line in {table.path}")
             raise DataError(f"{without}; add it, or take such images as unlabeled ones with --unlabeled")
@@ -357,66 +268,8 @@ def _splits(
             f"{table.path} lists {len(strangers)} image(s) that are not there, such as {strangers[:3]}; "
             "remove their lines"
         )
-    named = _read_splits(splits, paths) | dict((table and table.splits) or {})
+    named = read_splits(splits, paths) | dict((table and table.splits) or {})
     return {key: named.get(key) or drawn_split(key, val_fraction, seed) for key in paths}
-
-
-def _find_images(folder: Path) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise DataError(f"--images {folder} is no folder")
-    names = (os.path.join(place, name) for place, _, files in os.walk(folder) for name in files)
-    paths = sorted(Path(name) for name in names if os.path.splitext(name)[1].lower() in SUFFIXES)
-    if not paths:
-        raise DataError(f"--images {folder} holds no images; known are {', '.join(sorted(SUFFIXES))}")
-    by_key: dict[str, Path] = {}
-    for path in paths:
-        key = _key(path.relative_to(folder))
-        if key in by_key:
-            raise DataError(f"{path} and {by_key[key]} would both be {key!r}; rename one of them")
-        by_key[key] = path
-    return by_key
-
-
-def _read_splits(splits: Mapping[str, Path], known: Mapping[str, Path]) -> dict[str, str]:
-    split_of: dict[str, str] = {}
-    for name, path in splits.items():
-        for key in _read_keys(path):
-            if key not in known:
-                raise DataError(f"{path} lists {key!r}, which is not among the images; remove it from the list")
-            if key in split_of:
-                raise DataError(f"image {key!r} is in the splits {split_of[key]!r} and {name!r}; keep one")
-            split_of[key] = name
-    return split_of
-
-
-def _read_keys(path: Path) -> list[str]:
-    return [_key(Path(line.strip())) for line in read_lines(path, "list file") if line.strip()]
-
-
-def _key(path: Path) -> str:
-    """`a/b.c.jpg` as `a_b_c`: tar readers cut names at the first dot."""
-    stem = path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
-    return "_".join(stem.parts).replace(".", "_").replace(" ", "_")
-
-
-def _color(words: Sequence[str]) -> tuple[int, int, int] | None:
-    try:
-        if len(words) == 1 and len(words[0]) == 7 and words[0][0] == "#":
-            red, green, blue = bytes.fromhex(words[0][1:])
-        else:
-            red, green, blue = (int(word) for word in words)
-    except ValueError:
-        return None
-    return (red, green, blue) if all(0 <= value <= 255 for value in (red, green, blue)) else None
-
-
-def _codes(colors: npt.NDArray[np.uint8] | None) -> npt.NDArray[np.int64]:
-    """One number per color (..., 3); none for None."""
-    if colors is None:
-        return np.array(-1)
-    wide = colors.astype(np.int64)
-    codes: npt.NDArray[np.int64] = (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
-    return codes
 
 
 # Command line.
@@ -433,6 +286,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--split", action="append", default=[], metavar="NAME=FILE", help="list of a split; repeatable")
     add("--val-fraction", type=float, default=0.0, metavar="X", help="share of the images for `val`")
     add("--unlabeled", action="store_true", help="take images with neither a mask nor a line as unlabeled ones")
+    add("--unlabelled", action="store_true", dest="unlabeled", help=argparse.SUPPRESS)
     add_longest_side(parser, default=0)
     add_common_arguments(parser, name="folder")
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from data_prep.conversion import Output
-from data_prep.folder import convert, read_palette
+from data_prep.folder import convert
 from slrnet.cli.main import main
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, load_dataset
@@ -152,6 +152,17 @@ def test_unlabeled_images_say_so_in_the_manifest(photos: Path) -> None:
         "more_four": ([], True, True),
     }
     assert "--unlabeled" in shards.info.made_by
+
+
+def test_the_british_spelling_is_an_alias_that_help_does_not_list(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--images", str(photos / "images"), "--out", str(photos / "out"), "--classes", "cat", "--processes", "1"]
+    assert main(["prepare", "folder", *words, "--unlabelled"]) == 0
+    assert "--unlabeled" in load_dataset(photos / "out").info.made_by
+    with pytest.raises(SystemExit):
+        main(["prepare", "folder", "--help"])
+    assert "--unlabelled" not in capsys.readouterr().out
 
 
 def test_images_alone(photos: Path) -> None:
@@ -301,18 +312,3 @@ class TestRefusals:
         self.refuse(photos, "is in the splits 'val' and 'test'", splits=lists, **named)
         (photos / "a.txt").write_text("nine\n")
         self.refuse(photos, "lists 'nine', which is not among the images", splits={"val": photos / "a.txt"}, **named)
-
-    @pytest.mark.parametrize(
-        ("text", "match"),
-        [
-            ("background #000000\ncat red\n", "line 2: 'cat red' is not"),
-            ("background 0 0 0\ncat 0 0 256\n", "line 2"),
-            ("background #000000\ncat #000000\n", "a name or a color twice"),
-            ("background #000000\ncat #ff0000\nvoid #ff0000\n", "a name or a color twice"),
-            ("cat #ff0000\ndog #00ff00\n", "needs 'background' first"),
-        ],
-    )
-    def test_palettes(self, text: str, match: str, tmp_path: Path) -> None:
-        (tmp_path / "palette.txt").write_text(text)
-        with pytest.raises(DataError, match=match):
-            read_palette(tmp_path / "palette.txt")
