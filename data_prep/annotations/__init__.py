@@ -1,4 +1,4 @@
-"""Exports of annotation tools, read in one form: labelme, CVAT, Label Studio, COCO, Supervisely.
+"""Exports of annotation tools, read in one form: labelme, CVAT, Label Studio, Supervisely.
 
 `read_annotations` reads an export, `rasterize` makes the mask of one of its images. Each tool has a module, whose
 docstring says what is an area, what is a label, what is left out, and which of two shapes lies on top.
@@ -21,7 +21,7 @@ from slrnet.data.manifest import DataError
 
 __all__ = ["AnnotationExport", "ImageAnnotation", "Tool", "rasterize", "read_annotations", "reserved_id"]
 
-Tool = Literal["labelme", "cvat", "label-studio", "coco", "supervisely"]
+Tool = Literal["labelme", "cvat", "label-studio", "supervisely"]
 HEAD = 1 << 16
 """Bytes by which the form of a file is known."""
 READERS: Mapping[Tool, Callable[[Path], AnnotationExport]] = {
@@ -58,7 +58,7 @@ def _tool(path: Path) -> Tool:
     for file in find_files(path, ".json"):
         if (tool := _form(file)) is not None:
             return tool
-    if find_files(path, ".xml"):
+    if any(file.suffix.lower() == ".xml" for file in find_files(path, ".xml")):
         return "cvat"
     raise DataError(
         f"--annotations {path} holds no JSON or XML file of a known form; known are {', '.join(get_args(Tool))}: give "
@@ -75,4 +75,4 @@ def _form(file: Path) -> Tool | None:
         return "label-studio"
     if text.startswith("{") and re.search(r'"(shapes|imagePath)"\s*:', text):
         return "labelme"
-    return "coco" if text.startswith("{") and re.search(r'"(images|annotations|categories)"\s*:', text) else None
+    return None
