@@ -101,6 +101,9 @@ class DataConfig(_Section):
     """Smallest and largest share of the image's area that a crop covers."""
     flip: Fraction = 0.5
     """Probability that a training crop is mirrored before the views are made."""
+    crop_filter: Literal["bilinear", "bicubic"] = "bilinear"
+    """How crops are resized, with antialiasing. The paper does not say. The released VOC data set is `bicubic`
+    (datasets/transforms.py); those of COCO and L2ID are bilinear."""
     shuffle_buffer: PositiveInt = 1000
     """Samples held in memory to shuffle their order; 1 keeps the order of the (permuted) shards."""
     workers: NonNegativeInt = 2
@@ -124,7 +127,14 @@ class ViewsConfig(_Section):
     flip: bool = True
     """Each view mirrors each image with probability 1/2. Off: no view is mirrored."""
     own_color: bool = True
-    """Each view draws its own color distortion. Off: all views of an image share one."""
+    """Each view draws its own color distortion (paper Sec. 4.6). Off: the crop's colors are distorted once, before the
+    views are made (released datasets/pascal_voc.py)."""
+    sizes: Literal["fitted", "truncated"] = "fitted"
+    """`fitted`: the side nearest to scale * crop that fits the output stride as the crop does. `truncated`: scale *
+    crop rounded down (released models/slrnet.py). The paper does not say. At scale 0.5, crop 321 gives 161 or 160."""
+    unwarp: Literal["logits", "probs"] = "logits"
+    """Where fusion or Eq. 4 take probabilities: the softmax of un-warped logits (paper Eq. 3 un-warps the masks), or
+    un-warped probabilities (released models/slrnet.py)."""
     brightness: Fraction = 0.3
     """Largest change b of brightness; factors lie in [1 - b, 1 + b]."""
     contrast: Fraction = 0.3
@@ -158,6 +168,9 @@ class CvlrConfig(_Section):
     factorizing. Off: factorize the features as they are (Algorithm 1)."""
     implementation: Implementation = "auto"
     """How the factorization and its gradient are computed; the numbers are the same. `triton` needs a GPU."""
+    start: Literal["identity", "default"] = "identity"
+    """First projectors. `identity`: an orthogonal one in, zeros out, so the module starts as the identity. `default`:
+    PyTorch's random default for both (released models/slrnet.py). The paper does not say."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -193,6 +206,12 @@ class ModelConfig(_Section):
     """Dropout probability after the ASPP and in the heads; one fifth of it before the mask classifier."""
     gate_rate: FractionBelowOne = 0.3
     """Share of shallow features that the stochastic gate mixes in."""
+    bias_start: Literal["zero", "default"] = "zero"
+    """First biases of the new convolutions: zero, or PyTorch's random default (released models/single_stage.py). The
+    paper does not say."""
+    auxiliary_views: Literal["all", "first"] = "all"
+    """Views that the auxiliary head sees, in its losses and its batch norm: all (paper Alg. 1, codes of all views), or
+    view 1 (released models/slrnet.py), which needs `cvlr.form = "released"`."""
     focal_power: NonNegativeFloat = 3.0
     """p of the focal mask penalty (1 - m)^p log(c + m) in the class scores."""
     focal_floor: PositiveFloat = 0.01
@@ -207,6 +226,12 @@ class CalibrationConfig(_Section):
     view's; `kl`: its own, with a Kullback-Leibler divergence between the views' masks."""
     fusion: Literal["logits", "probs"] = "logits"
     """Average the un-warped logits and then apply softmax (Eq. 3), or average probabilities (released code)."""
+    background_power: PositiveFloat = 1.0
+    """Exponent on the background's fused probability before refinement. Paper Eq. 3 has none; the released code of
+    setting `sss` cubes it (models/slrnet_semi_wo_cls.py)."""
+    refine_image: Literal["crop", "distorted"] = "crop"
+    """Image whose colors guide the refinement: the crop (paper Eq. 3, image I), or the crop with its distorted colors
+    (released tools/train_voc_wss.py), which needs `views.own_color = false`."""
     refine_iters: NonNegativeInt = 10
     """Iterations of the pixel-adaptive refinement; 0 turns it off."""
     refine_dilations: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 4, 8, 12, 24)
@@ -230,6 +255,12 @@ class LossConfig(_Section):
     """Compute Eq. 9 on all codes (paper), or set all but each pixel's maximum to 0 first (released code)."""
     pixel_balance: bool = False
     """Balance the classes in the loss of true masks too (released code). Off: plain cross-entropy (paper)."""
+    pixel_validity: bool = False
+    """Ignore an image with a true mask too if its crop misses one of its image labels (released
+    models/slrnet_semi.py). Off: true masks always count (paper Sec. 4.4)."""
+    mask_background: bool = True
+    """Where image labels are unknown, Eq. 4 compares the background too. Off: the foreground alone (released
+    models/slrnet_semi_wo_cls.py). With image labels it never does."""
 
 
 class WeightsConfig(_Section):
@@ -239,6 +270,12 @@ class WeightsConfig(_Section):
     """lambda_seg. Pseudo labels count after pretraining, true masks from the beginning."""
     pixel_labels: NonNegativeFloat = 2.0
     """Factor on the segmentation loss of samples with true masks (paper Sec. 4.4), in addition to lambda_seg."""
+    pixel_pretraining: NonNegativeFloat | None = None
+    """The same factor during pretraining; null: `pixel_labels` (paper). The released training has 1, then 2, because
+    these losses also take the place of the classification loss (tools/train_voc_semi.py)."""
+    pixel_mean: NonNegativeFloat = 0.0
+    """Factor, in addition to lambda_seg, on these losses' mean over the samples with masks instead of the whole batch,
+    added to the above. The paper has none; the released training has 1 (tools/train_voc_semi.py)."""
     classification: NonNegativeFloat = 1.0
     """lambda_cls."""
     consistency: NonNegativeFloat = 4.0
@@ -271,6 +308,9 @@ class TrainConfig(_Section):
     """Passes over the training split."""
     pretrain_epochs: NonNegativeInt = 5
     """Number of first epochs that use no pseudo labels and a constant learning rate; fewer than `epochs`."""
+    cosine_epochs: PositiveInt | None = None
+    """Epochs from the end of pretraining until the cosine reaches 0; null: all that remain. The paper names no
+    schedule; the released training stops one epoch earlier than its cosine (tools/train_voc_wss.py)."""
     batch_size: PositiveInt = 16
     """Global batch: images per optimizer step over all workers and accumulation steps."""
     accumulation: PositiveInt = 1
@@ -290,6 +330,12 @@ class TrainConfig(_Section):
             raise ValueError(
                 f"pretrain_epochs is {self.pretrain_epochs} of {self.epochs} epochs; it must be smaller than epochs, "
                 "else no epoch has pseudo labels"
+            )
+        rest = self.epochs - self.pretrain_epochs
+        if self.cosine_epochs is not None and self.cosine_epochs < rest:
+            raise ValueError(
+                f"cosine_epochs is {self.cosine_epochs} and {rest} epochs follow pretraining; a cosine that ends "
+                f"earlier would rise again, so use {rest} or more, or null"
             )
         return self
 
@@ -311,8 +357,8 @@ class EvaluationConfig(_Section):
     precision: Precision = "fp32"
     """As `train.precision`, for predictions; bf16 is faster where supported and changes the last digit of scores."""
     scale: PositiveFloat = 1.0
-    """Scale at which whole images enter the network; 1 is their own size. Where training crops shrink their images
-    (crop_size below the image's side), use the same scale here."""
+    """Scale at which whole images enter the network; 1 is about their own size (see `resizing`). Where training
+    crops shrink their images (crop_size below the image's side), use the same scale here."""
     gating: Gating = "none"
     """Classes that may be predicted. `none`: all; `scores`: those with high class scores; `image_labels`: those that
     the image shows (the result says so)."""
@@ -322,6 +368,10 @@ class EvaluationConfig(_Section):
     """Most classes that `gating = "scores"` keeps."""
     background_power: PositiveFloat = 1.0
     """Exponent on the background's probability before the arg max; the released code uses 3 for WSSS."""
+    resizing: Literal["fitted", "released"] = "fitted"
+    """How an image enters the network at a scale. `fitted`: bilinear, to the nearest size that fits the output stride
+    as the training crop does. `released`: bicubic and rounded to bytes, to round(scale * side); probabilities go to
+    that size, then to the image's (tools/infer_voc.py). The paper does not say."""
 
 
 class CrfConfig(_Section):
@@ -416,6 +466,21 @@ class Config(_Section):
             raise ValueError(
                 f"data.class_balance is {self.data.class_balance} and reads image labels, which setting 'sss' does not "
                 "grant; set it to 0"
+            )
+        if self.calibration.refine_image == "distorted" and self.views.own_color:
+            raise ValueError(
+                "calibration.refine_image 'distorted' needs one distortion per crop, and views.own_color draws one per "
+                "view; set views.own_color=false, or refine_image to 'crop'"
+            )
+        if self.views.unwarp == "probs" and "probs" not in (self.calibration.fusion, self.losses.mask_consistency):
+            raise ValueError(
+                "views.unwarp 'probs' has no effect, because neither calibration.fusion nor losses.mask_consistency is "
+                "'probs'; set one of them, or unwarp to 'logits'"
+            )
+        if self.model.auxiliary_views == "first" and self.cvlr.form != "released":
+            raise ValueError(
+                f"model.auxiliary_views 'first' gives CVLR no codes of other views, which cvlr.form {self.cvlr.form!r} "
+                "needs; set cvlr.form=released, or auxiliary_views to 'all'"
             )
         if self.model.architecture == "deeplabv3plus" and (setting != "sss" or self.cvlr.enabled):
             raise ValueError(

@@ -2,7 +2,8 @@
 
 Calibration averages the un-warped logits of all views, applies softmax and refines the masks by appearance; thresholds
 then make pseudo labels. Classes that the image labels rule out never appear, and only channels that can appear are
-refined. The released code averages probabilities instead of logits; `calibration.fusion=probs` does that.
+refined. The released code averages probabilities instead of logits (`calibration.fusion=probs`) and, without image
+labels, cubes the background's (`calibration.background_power=3`).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Calibrated:
 
 
 def calibrate_views(
-    logits: Sequence[Tensor],
+    masks: Sequence[Tensor],
     images: Tensor,
     image_labels: Tensor,
     config: CalibrationConfig,
@@ -44,7 +45,8 @@ def calibrate_views(
     """Fuses the views' masks and refines them (Eq. 3). No gradient flows.
 
     Args:
-        logits: per view (N, K, h, w), un-warped to one size, background first.
+        masks: per view (N, K, h, w), un-warped to one size, background first: what `config.fusion` says, logits or
+            probabilities.
         images: (N, 3, H, W) float in [0, 1]; masks are refined at 1 / `config.refine_stride` of their size, rounded up.
         image_labels: (N, K - 1) multi-hot, the classes that each image may show.
         config: how to fuse and refine.
@@ -56,11 +58,12 @@ def calibrate_views(
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         height, width = (-(-side // config.refine_stride) for side in images.shape[-2:])
         images = resize(images, (height, width))
-        views = [view.float() for view in logits]
+        views = [view.float() for view in masks]
+        probs = sum(views[1:], views[0]) / len(views)
         if config.fusion == "logits":
-            probs = class_probs(sum(views[1:], views[0]) / len(views))
-        else:
-            probs = torch.stack([class_probs(view) for view in views]).mean(dim=0)
+            probs = class_probs(probs)
+        if config.background_power != 1:
+            probs = torch.cat([probs[:, :1] ** config.background_power, probs[:, 1:]], dim=1)
         classes = _present_classes(image_labels, max_classes=max_classes)
         channels = classes.clamp_min(0)[:, :, None, None].expand(-1, -1, *probs.shape[-2:])
         raw = resize(probs.gather(1, channels) * (classes >= 0)[:, :, None, None], images.shape[-2:])

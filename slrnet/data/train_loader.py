@@ -272,10 +272,10 @@ class _BatchMaker:
 
     def _crop(self, sample: LocatedSample, crop: Crop, out: Tensor) -> Tensor | None:
         """Writes the image's crop to `out`, (3, S, S); returns the mask's, (S, S), if there is one."""
-        index, contents = self._reader.index, self._files.contents(sample)
-        crop_into(out, index.decode(sample.row, contents, crop.reduction), crop)
+        index, contents, config = self._reader.index, self._files.contents(sample), self._reader.config
+        crop_into(out, index.decode(sample.row, contents, crop.reduction), crop, mode=config.crop_filter)
         mask = index.decode_mask(sample.row, contents)
-        return None if mask is None else crop_mask(mask, crop, size=self._reader.config.crop_size)
+        return None if mask is None else crop_mask(mask, crop, size=config.crop_size)
 
     def _complete(self, planned: list[_PlannedCrop], images: Tensor, masks: list[Tensor | None]) -> Batch:
         """The batch, with stand-ins for lost crops."""

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -115,18 +115,20 @@ def draw_crops(
     return list(map(Crop, *parts, (mirrored[:, 0] < flip).tolist(), reductions.tolist()))
 
 
-def crop_into(out: Tensor, image: Tensor, crop: Crop) -> None:
-    """Cuts the box out and resizes it, bilinear with antialiasing; the same bytes with and without the compiled kernel.
+def crop_into(out: Tensor, image: Tensor, crop: Crop, *, mode: Literal["bilinear", "bicubic"] = "bilinear") -> None:
+    """Cuts the box out and resizes it with antialiasing; the same bytes with and without the compiled kernel.
 
     Args:
         out: (3, S, S) uint8, where the result goes: a part of a batch.
         image: (3, H, W) uint8, as decoded with the crop's reduction.
         crop: the box within the image.
+        mode: interpolation; the compiled kernel is bilinear.
 
     Raises:
         MemoryError: the compiled kernel got no memory.
     """
-    if kernels.wanted() and all(one.is_cpu and one.stride() == (1, 3 * one.shape[-1], 3) for one in (image, out)):
+    compact = all(one.is_cpu and one.stride() == (1, 3 * one.shape[-1], 3) for one in (image, out))
+    if mode == "bilinear" and compact and kernels.wanted():
         from slrnet.cpu.crop import crop_kernel
 
         if (kernel := crop_kernel()) is not None:
@@ -134,16 +136,16 @@ def crop_into(out: Tensor, image: Tensor, crop: Crop) -> None:
             if kernel(*source, *crop.on_decoded(), out.shape[-1], crop.mirrored, out.data_ptr()):
                 raise MemoryError("the crop's kernel got no memory for its rows; lower data.workers")
             return
-    out.copy_(_crop_by_operators(image, crop, out.shape[-1]))
+    out.copy_(_crop_by_operators(image, crop, out.shape[-1], mode))
 
 
-def _crop_by_operators(image: Tensor, crop: Crop, size: int) -> Tensor:
+def _crop_by_operators(image: Tensor, crop: Crop, size: int, mode: str = "bilinear") -> Tensor:
     top, left, height, width = crop.on_decoded()
     box = image[:, top : top + height, left : left + width]
     # A batch of one whose strides say channels last, where the image is, as decoded ones are: PyTorch resizes and
     # mirrors these without rearranging them. Indexing with None would give it strides from which that cannot be told.
     pixels = box.as_strided((1, *box.shape), (image.numel(), *box.stride()))
-    resized = F.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+    resized = F.interpolate(pixels, size=(size, size), mode=mode, antialias=True)
     return (resized.flip(-1) if crop.mirrored else resized)[0]
 
 

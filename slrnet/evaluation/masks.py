@@ -1,8 +1,9 @@
 """Measures masks during and after training: predicted masks of a split, and pseudo masks of training images.
 
-Every figure names its protocol: a score is comparable only with scores of the same name. `ss` is one view at the
-image's own size, no flip, no CRF. Pseudo masks are the refined, fused masks of all configured views, without flip and
-color distortion. Image labels gate them, as in the paper's Table 1, if the training has those labels.
+Every figure names its protocol: a score is comparable only with scores of the same name. `ss` is one view, no flip, no
+CRF, at the size nearest to the image's own that fits the output stride: 377 x 497 for 375 x 500 after crops of 321 (see
+`evaluation.resizing`). Pseudo masks are the refined, fused masks of all configured views, without flip and color
+distortion. Image labels gate them, as in the paper's Table 1, if the training has those labels.
 """
 
 from __future__ import annotations
@@ -148,10 +149,10 @@ def calibrate_sample(inference: Inference, sample: EvalSample) -> Calibrated:
         Probabilities of one image at the refinement's resolution, of the classes that it may show.
     """
     config = inference.config
-    logits, images = inference.view_logits(sample.image.to(inference.device))
+    masks, images = inference.view_masks(sample.image.to(inference.device))
     known = torch.tensor([sample.has_image_labels and config.setting != "sss"])
     labels = possible_classes(sample.image_labels[None], known)
-    return calibrate_views(logits, images, labels.to(images.device), config.calibration, max_classes=int(labels.sum()))
+    return calibrate_views(masks, images, labels.to(images.device), config.calibration, max_classes=int(labels.sum()))
 
 
 def _pseudo_mask(inference: Inference, sample: EvalSample) -> PseudoMask:
@@ -171,6 +172,8 @@ def protocol_name(config: EvaluationConfig, protocol: str = "ss") -> str:
         name += f"+scales_{','.join(f'{scale:g}' for scale in config.scales)}"
     if config.scale != 1:
         name += f"+scale_{config.scale:g}"
+    if config.resizing != "fitted":
+        name += f"+resizing_{config.resizing}"
     if config.gating != "none":
         name += f"+gated_by_{config.gating}"
     if config.background_power != 1:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slrnet.config import Config, EvaluationConfig, Protocol
 from slrnet.models.network import Network, Outputs, mixed_precision
-from slrnet.ops.maps import resize
+from slrnet.ops.maps import class_probs, resize
 from slrnet.views.geometry import View, align_maps, apply_view, largest_size
 
 __all__ = ["Inference", "gate"]
@@ -39,18 +40,21 @@ class Inference:
         return next(self.model.parameters()).device
 
     def fit(self, image: Tensor, scale: float = 1.0) -> Tensor:
-        """Scales images by `evaluation.scale` times `scale`, to a size like those that the network was trained on.
+        """Scales images by `evaluation.scale` times `scale`, as `evaluation.resizing` says.
 
         Returns:
-            (N, 3, H', W') in [0, 1]. H' and W' modulo the output stride equal the training crop's side modulo the
-            stride.
+            (N, 3, H', W') in [0, 1]. Of fitted images, H' and W' modulo the output stride equal the training crop's
+            side modulo the stride.
         """
+        scale = scale * self.config.evaluation.scale
+        images = image[None] if image.ndim == 3 else image
+        if self.config.evaluation.resizing == "released":
+            height, width = (max(1, round(side * scale)) for side in image.shape[-2:])
+            return _resize_bytes(images, (height, width)).float() / 255
         stride = self.config.model.output_stride
         rest = self.config.data.crop_size % stride
-        scale = scale * self.config.evaluation.scale
-        size = [max(1, round((side * scale - rest) / stride)) * stride + rest for side in image.shape[-2:]]
-        images = image[None] if image.ndim == 3 else image
-        return resize(images.float() / 255, (size[0], size[1]))
+        height, width = (max(1, round((side * scale - rest) / stride)) * stride + rest for side in image.shape[-2:])
+        return resize(images.float() / 255, (height, width))
 
     @torch.no_grad()
     def run(self, views: Sequence[Tensor]) -> Outputs:
@@ -60,9 +64,10 @@ class Inference:
 
     def single_scale(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """Predicts images with one view each."""
-        outputs = self.run([self.fit(image)])
+        images = self.fit(image)
+        outputs = self.run([images])
         scores = outputs.class_scores[0] if outputs.class_scores else None
-        return resize(outputs.logits[0].float().softmax(dim=1), image.shape[-2:]), scores
+        return self._at_size_of(image, outputs.logits[0].float().softmax(dim=1), images), scores
 
     @torch.no_grad()
     def multi_scale(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -79,11 +84,17 @@ class Inference:
             outputs = [self.run([part]) for part in both.split(1 if alone else len(both))]
             logits = torch.cat([part.logits[0] for part in outputs])
             straight, mirrored = logits.float().softmax(dim=1).chunk(2)
-            maps = resize((straight + mirrored.flip(-1)) / (2 * len(scales)), image.shape[-2:])
+            maps = self._at_size_of(image, (straight + mirrored.flip(-1)) / (2 * len(scales)), upright)
             probs = probs + maps
             for views in zip(*(part.class_scores for part in outputs), strict=True):
                 scores.append(torch.stack(torch.cat(views).float().chunk(2)).mean(dim=0))
         return probs, torch.stack(scores).mean(dim=0) if scores else None
+
+    def _at_size_of(self, image: Tensor, probs: Tensor, images: Tensor) -> Tensor:
+        """Resizes probabilities to the image's size; the released code, by way of that of the network's input."""
+        if self.config.evaluation.resizing == "released":
+            probs = resize(probs, images.shape[-2:])
+        return resize(probs, image.shape[-2:])
 
     def predict(
         self, image: Tensor, protocol: Protocol, image_labels: Tensor | None = None
@@ -100,16 +111,28 @@ class Inference:
         return gate(probs, scores, image_labels, self.config.evaluation_for(protocol)), scores
 
     @torch.no_grad()
-    def view_logits(self, image: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-        """Computes the logits of images in all views of the run, aligned; no flip, no color distortion.
+    def view_masks(self, image: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """Computes the masks of images in all views of the run, aligned; no flip, no color distortion.
 
         Returns:
-            Per view (N, K, h, w), and the images as the network saw them, (N, 3, H', W') in [0, 1].
+            Per view (N, K, h, w), logits or probabilities as `calibration.fusion` averages them, and the images as the
+            network saw them, (N, 3, H', W') in [0, 1].
         """
-        images = self.fit(image)
-        views = [View(scale=scale, flip=None) for scale in self.config.views.scales]
-        logits = self.run([apply_view(images, view, stride=self.model.encoder.output_stride) for view in views]).logits
-        return align_maps(logits, views, size=largest_size(logits)), images
+        images, settings = self.fit(image), self.config.views
+        views = [View(scale=scale, flip=None) for scale in settings.scales]
+        stride = self.model.encoder.output_stride if settings.sizes == "fitted" else None
+        outputs = self.run([apply_view(images, view, stride=stride) for view in views])
+        fuse_probs, unwarp_probs = self.config.calibration.fusion == "probs", settings.unwarp == "probs"
+        masks = outputs.probs if fuse_probs and unwarp_probs else outputs.logits
+        aligned = align_maps(masks, views, size=largest_size(masks))
+        return [class_probs(view) for view in aligned] if fuse_probs and not unwarp_probs else aligned, images
+
+
+def _resize_bytes(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes (N, 3, H, W) uint8 bicubically with antialiasing; on the CPU, which has Pillow's arithmetic for bytes."""
+    if tuple(images.shape[-2:]) == size:
+        return images
+    return F.interpolate(images.cpu(), size=size, mode="bicubic", antialias=True).to(images.device)
 
 
 def gate(probs: Tensor, class_scores: Tensor | None, image_labels: Tensor | None, config: EvaluationConfig) -> Tensor:

@@ -3,7 +3,7 @@
 All sum over unordered pairs of views. The paper's ordered pairs count each distance twice, a factor that lambda_reg can
 absorb; two views then give the released code's scale. As in that code, the mean is over images, classes and pixels.
 If an image's labels are known, only its foreground classes are compared. Otherwise all classes are, including the
-background, which the released code leaves out.
+background, which `losses.mask_background=false` leaves out as the released code does.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from slrnet.ops.maps import class_probs
-
 __all__ = ["code_consistency", "mask_consistency", "mask_divergence"]
 
 
@@ -25,15 +23,16 @@ def mask_consistency(
     image_labels: Tensor,
     *,
     has_image_labels: Tensor | None = None,
-    compare: Literal["logits", "probs"] = "logits",
+    background: bool = True,
 ) -> Tensor:
     """Eq. 4: distance between the masks of the views, over the classes that the image has.
 
     Args:
-        masks: per view (N, K, h, w) logits, un-warped to one size, background first.
+        masks: per view (N, K, h, w), un-warped to one size, background first: logits (paper) or probabilities
+            (released code).
         image_labels: (N, K - 1) multi-hot.
         has_image_labels: (N,) bool, whether an image's labels are known; None: all are.
-        compare: the logits themselves (paper) or their probabilities (released code).
+        background: whether to compare the background too where the labels are unknown.
 
     Returns:
         (N,) sum over pairs of views of the mean over compared classes and pixels; 0 with a graph for a single view.
@@ -41,10 +40,11 @@ def mask_consistency(
     known = image_labels.new_ones(len(image_labels)) if has_image_labels is None else has_image_labels
     known = known.to(masks[0].dtype)[:, None]
     labels = image_labels.to(masks[0].dtype)
-    compared = torch.cat([1 - known, labels * known + (1 - known)], dim=1)  # (N, K)
-    maps = [view if compare == "logits" else class_probs(view) for view in masks]
-    weights = compared * masks[0].shape[1] / (masks[0].shape[1] - known)  # a mean over K or K - 1 classes
-    return (_sum_of_pairs(maps) * weights).mean(dim=1)
+    with_background = (1 - known) * background  # (N, 1)
+    compared = torch.cat([with_background, labels * known + (1 - known)], dim=1)  # (N, K)
+    num_classes = masks[0].shape[1]
+    weights = compared * num_classes / (num_classes - 1 + with_background)  # a mean over K or K - 1 classes
+    return (_sum_of_pairs(masks) * weights).mean(dim=1)
 
 
 def code_consistency(codes: Sequence[Tensor], *, compare: Literal["all", "maximum"] = "all") -> Tensor:

@@ -75,10 +75,10 @@ def objective(
         )
         parts["classification"] = _with_auxiliary(main, auxiliary, weights.auxiliary)
     parts["mask_consistency"] = mask_consistency(
-        outputs.logits,
+        outputs.logits if losses.mask_consistency == "logits" else outputs.probs,
         labels.image_labels,
         has_image_labels=torch.zeros_like(labels.has_pixel_labels) if known is None else known,
-        compare=losses.mask_consistency,
+        background=losses.mask_background,
     ).mean()
     if divergence:
         parts["mask_divergence"] = mask_divergence(outputs.logits).mean()
@@ -90,7 +90,7 @@ def objective(
         "mask_divergence": weights.consistency,
         "code_consistency": weights.consistency,
         "segmentation": weights.segmentation,
-        "pixel_segmentation": weights.segmentation * weights.pixel_labels,
+        "pixel_segmentation": weights.segmentation * _pixel_factor(labels, weights),
     }
     total = sum((part * factors[name] for name, part in parts.items()), outputs.logits[0].new_zeros(()))
     return Objective(total, parts)
@@ -110,6 +110,17 @@ def classification_loss(class_scores: Tensor, image_labels: Tensor) -> Tensor:
     return losses.mean(dim=1)
 
 
+def _pixel_factor(labels: Labels, weights: WeightsConfig) -> Tensor | float:
+    """Factor on the sum over the images with true masks, divided by the number of images in the batch."""
+    factor = weights.pixel_labels
+    if labels.pseudo_labels is None and weights.pixel_pretraining is not None:
+        factor = weights.pixel_pretraining
+    if not weights.pixel_mean:
+        return factor
+    of = labels.has_pixel_labels
+    return factor + weights.pixel_mean * len(of) / of.sum().clamp_min(1)
+
+
 def _segmentation_parts(
     outputs: Outputs, labels: Labels, weights: WeightsConfig, losses: LossConfig
 ) -> dict[str, Tensor]:
@@ -120,7 +131,9 @@ def _segmentation_parts(
     if targets is None:
         return {}
     known = labels.has_image_labels
-    checked = torch.zeros_like(labels.has_pixel_labels) if known is None else known & ~labels.has_pixel_labels
+    checked = torch.zeros_like(labels.has_pixel_labels) if known is None else known
+    if not losses.pixel_validity:
+        checked = checked & ~labels.has_pixel_labels
     plain = None if losses.pixel_balance else labels.has_pixel_labels
     balance = partial(
         weigh, num_classes=outputs.logits[0].shape[1], image_labels=labels.image_labels, checked=checked, plain=plain
@@ -128,7 +141,7 @@ def _segmentation_parts(
     views = len(outputs.logits)
     weighed = [balance(targets)] * views if targets.ndim == 3 else [balance(own) for own in targets.unbind()[:views]]
     main, auxiliary = (
-        [resized_cross_entropy(view, *own) for view, own in zip(maps, weighed, strict=bool(maps))]
+        [resized_cross_entropy(view, *own) for view, own in zip(maps, weighed, strict=False)]
         for maps in (outputs.logits, outputs.auxiliary_logits)
     )
     parts = {

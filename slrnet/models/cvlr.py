@@ -127,9 +127,9 @@ class LowRankViews(NamedTuple):
 class CrossViewLowRank(nn.Module):
     """CVLR with its projectors and skip connection (paper Sec. 3.3, "Detailed CVLR Module Design").
 
-    The output projection starts at zero, so the module starts as the identity. Features after a ReLU share a large
-    mean: their weighted means are then nearly the same vector, the codes are uniform, and the reconstruction adds the
-    same vector to every position. `centered` avoids that.
+    By default, the output projection starts at zero, so the module starts as the identity. Features after a ReLU share
+    a large mean: their weighted means are then nearly the same vector, the codes are uniform, and the reconstruction
+    adds the same vector to every position. `centered` avoids that.
 
     Args:
         channels: C, channels of the feature maps that come in and go out.
@@ -155,9 +155,10 @@ class CrossViewLowRank(nn.Module):
             allowed = ", ".join(self.methods)
             raise ValueError(f"{type(self).__name__} has no method {config.method!r}; allowed are {allowed}")
         self.project_in, self.project_out = nn.Linear(channels, config.dim), nn.Linear(config.dim, channels)
-        nn.init.orthogonal_(self.project_in.weight)
-        for start in (self.project_in.bias, self.project_out.weight, self.project_out.bias):
-            nn.init.zeros_(start)
+        if config.start == "identity":
+            nn.init.orthogonal_(self.project_in.weight)
+            for start in (self.project_in.bias, self.project_out.weight, self.project_out.bias):
+                nn.init.zeros_(start)
         self.method = config.method
         self.num_iters = config.num_iters
         self.temperature = config.temperature

@@ -13,8 +13,8 @@ timm provides all backbones but the WideResNet-38, which it does not have. `mode
 | `efficientnet_lite0`, 1, 2 | conv_stem, bn1, blocks.0 | blocks.1 | blocks.2 | blocks.3-4 | blocks.5-6 | |
 | `timm:NAME` | up to its first feature level | second level | ... | | | |
 
-Differences from the released code: freezing is a setting; frozen batch norms also have frozen affine parameters; every
-tensor of a weights file must fit the encoder, where the released code ignores those that do not.
+Differences from the released code: freezing is a setting; every tensor of a weights file must fit the encoder, where
+the released code ignores those that do not.
 """
 
 from __future__ import annotations

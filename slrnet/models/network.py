@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from slrnet.config import Precision
 from slrnet.models.encoders import Encoder
+from slrnet.ops.maps import class_probs
 
 __all__ = ["Network", "Outputs", "mixed_precision"]
 
@@ -28,6 +29,13 @@ class Outputs:
     """(N, K - 1) pooled scores of the auxiliary head; empty if the heads predict the background."""
     codes: list[Tensor]
     """(N, K, h, w) codes of CVLR; empty if there are no auxiliary logits."""
+    unwarped_probs: list[Tensor] = field(default_factory=list)
+    """(N, K, h, w) probabilities, un-warped after the softmax; empty unless `views.unwarp` asks for them."""
+
+    @property
+    def probs(self) -> list[Tensor]:
+        """(N, K, h, w) probabilities: those un-warped after the softmax if there are any, else the logits' softmax."""
+        return self.unwarped_probs or [class_probs(view) for view in self.logits]
 
 
 class Network(nn.Module):

@@ -57,13 +57,14 @@ class SLRNet(Network):
         self.auxiliary_head: AuxiliaryHead | None = None
         if cvlr is not None and cvlr.class_codes:
             self.auxiliary_head = AuxiliaryHead(dim, dropout=dropout, **head)
+        self.auxiliary_views = config.auxiliary_views
         self.cvlr = cvlr
         self.cue_injection = GlobalCueInjection(encoder.skip_channels, dim=dim)
         self.gate = StochasticGate(config.gate_rate)
         self.mask_head = MaskHead(dim, dropout=dropout, **head)
         for part in (self.aspp, self.fusion, self.auxiliary_head, self.cue_injection, self.mask_head):
             if part is not None:
-                _initialize(part)
+                _initialize(part, zero_biases=config.bias_start == "zero")
 
     def forward(self, views: Sequence[Tensor]) -> Outputs:
         """Predicts masks and class scores; see `Network.forward`."""
@@ -72,13 +73,17 @@ class SLRNet(Network):
             encoded = self.encoder(view)
             features.append(self.fusion(self.aspp(encoded.deep), encoded.skip))
             skips.append(encoded.skip)
-        auxiliary = [self.auxiliary_head(view) for view in features] if self.auxiliary_head is not None else []
+        auxiliary = [] if self.auxiliary_head is None else [self.auxiliary_head(view) for view in self._seen(features)]
         codes: list[Tensor] = []
         if self.cvlr is not None:
             low_rank = self.cvlr(features, auxiliary)
             features, codes = low_rank.features, low_rank.codes if self.cvlr.class_codes else []
         logits = [self._decode(deep, skip) for deep, skip in zip(features, skips, strict=True)]
         return Outputs(logits, self._score(logits), auxiliary, self._score(auxiliary), codes)
+
+    def _seen(self, features: list[Tensor]) -> list[Tensor]:
+        """The views that the auxiliary head sees."""
+        return features if self.auxiliary_views == "all" else features[:1]
 
     def _decode(self, features: Tensor, skip: Tensor) -> Tensor:
         return self.mask_head(self.gate(features, self.cue_injection(skip, features)))  # type: ignore[no-any-return]
@@ -117,9 +122,9 @@ def build_network(config: Config, *, num_classes: int, weights: bool = True) -> 
     )
 
 
-def _initialize(part: nn.Module) -> None:
+def _initialize(part: nn.Module, *, zero_biases: bool) -> None:
     for module in part.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
-            if module.bias is not None:
+            if module.bias is not None and zero_biases:
                 nn.init.zeros_(module.bias)

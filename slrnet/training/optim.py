@@ -45,7 +45,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, batch_size: int) -
 
 
 def rate_factor(step: int, *, pretrain_steps: int, total_steps: int) -> float:
-    """Share of the full rate at a step: 1 while pretraining, then half a cosine that reaches 0 after the last step."""
+    """Share of the full rate at a step: 1 while pretraining, then half a cosine that reaches 0 at `total_steps`."""
     if step < pretrain_steps:
         return 1.0
     return 0.5 * (1 + math.cos(math.pi * (step - pretrain_steps) / (total_steps - pretrain_steps)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,19 @@ from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.models.encoders import Encoder
 from slrnet.models.network import Outputs
-from slrnet.views.color import ColorParams, apply_color, draw_color
+from slrnet.views.color import apply_color, draw_color
 from slrnet.views.geometry import View, align_maps, apply_view, draw_views, largest_size
 
-__all__ = ["PseudoRows", "align", "find_pseudo_rows", "losses_of", "make_views", "step_generator", "step_losses"]
+__all__ = [
+    "PseudoRows",
+    "ViewsOfBatch",
+    "align",
+    "find_pseudo_rows",
+    "losses_of",
+    "make_views",
+    "step_generator",
+    "step_losses",
+]
 
 
 def step_generator(*numbers: int) -> torch.Generator:
@@ -34,29 +44,39 @@ def step_generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(state % 2**63)
 
 
-def make_views(
-    images: Tensor, config: ViewsConfig, encoder: Encoder, generator: torch.Generator
-) -> tuple[list[Tensor], list[View]]:
-    """Draws the views of a batch (N, 3, H, W), float in [0, 1], with a CPU generator.
+class ViewsOfBatch(NamedTuple):
+    """The views of a batch of N crops."""
 
-    Returns:
-        Per view the normalized images (N, 3, H_v, W_v), and how to undo the view.
-    """
+    inputs: list[Tensor]
+    """Per view (N, 3, H_v, W_v) normalized images."""
+    views: list[View]
+    """How to undo each view."""
+    crops: Tensor
+    """(N, 3, H, W) the crops in [0, 1]; their colors are distorted if all views share one distortion."""
+
+
+def make_views(images: Tensor, config: ViewsConfig, encoder: Encoder, generator: torch.Generator) -> ViewsOfBatch:
+    """Draws the views of a batch (N, 3, H, W), float in [0, 1], with a CPU generator."""
     views = draw_views(len(images), config, generator=generator)
-    inputs = []
-    color: ColorParams | None = None
-    for view in views:
-        if color is None or config.own_color:
-            color = draw_color(len(images), config, generator=generator)
-        warped = apply_view(images, view, stride=encoder.output_stride)
-        inputs.append(encoder.normalize(apply_color(warped, color)))
-    return inputs, views
+    stride = encoder.output_stride if config.sizes == "fitted" else None
+
+    def distort(colors: Tensor) -> Tensor:
+        return apply_color(colors, draw_color(len(images), config, generator=generator))
+
+    if not config.own_color:
+        images = distort(images)
+    warped = (apply_view(images, view, stride=stride) for view in views)
+    inputs = [encoder.normalize(distort(view) if config.own_color else view) for view in warped]
+    return ViewsOfBatch(inputs, views, images)
 
 
-def align(outputs: Outputs, views: Sequence[View]) -> Outputs:
-    """Un-warps all maps to the frame of the crop, at the size of the largest view's maps."""
+def align(outputs: Outputs, views: Sequence[View], *, unwarp: Literal["logits", "probs"] = "logits") -> Outputs:
+    """Un-warps all maps to the frame of the crop, at the size of the largest view's maps; see `views.unwarp`."""
     size, names = largest_size(outputs.logits), ("logits", "auxiliary_logits", "codes")
-    return replace(outputs, **{name: align_maps(getattr(outputs, name), views, size=size) for name in names})
+    aligned = {name: align_maps(getattr(outputs, name), views, size=size) for name in names}
+    if unwarp == "probs":
+        aligned["unwarped_probs"] = align_maps(outputs.probs, views, size=size)
+    return replace(outputs, **aligned)
 
 
 @dataclass(frozen=True)
@@ -93,9 +113,10 @@ def step_losses(
     """
     with record_function("slrnet: views"):
         images = batch.floats()
-        inputs, views = make_views(images, config.views, encoder, generator)
+        inputs, views, distorted = make_views(images, config.views, encoder, generator)
     with record_function("slrnet: network"):
         outputs = model(inputs)
+    images = distorted if config.calibration.refine_image == "distorted" else images
     return losses_of(outputs, views, images, batch, config=config, pseudo_rows=pseudo_rows)
 
 
@@ -110,7 +131,7 @@ def losses_of(
 ) -> Objective:
     """Computes the loss parts from the outputs for all views of the crops `images`, (N, 3, H, W) float in [0, 1]."""
     with record_function("slrnet: alignment"):
-        aligned = align(outputs, views)
+        aligned = align(outputs, views, unwarp=config.views.unwarp)
     with record_function("slrnet: calibration"):
         pseudo_labels = None if pseudo_rows is None else _pseudo_labels(aligned, images, batch, config, pseudo_rows)
     with record_function("slrnet: losses"):
@@ -145,7 +166,8 @@ def _pseudo_labels(aligned: Outputs, images: Tensor, batch: Batch, config: Confi
         labels = make_pseudo_labels(calibrated, settings, size=size)
         return labels if rows is None else void.index_copy(0, rows, labels)
 
+    masks = aligned.logits if settings.fusion == "logits" else aligned.probs
     if settings.supervision == "mvmc":
-        return make(aligned.logits)
-    own = [make([view]) for view in aligned.logits]
+        return make(masks)
+    own = [make([view]) for view in masks]
     return torch.stack(own if settings.supervision == "kl" else [*own[1:], own[0]])

@@ -284,9 +284,11 @@ class Trainer:
 
     def _set_rate(self, step: int) -> float:
         """Sets the rates of a step; returns the first group's."""
-        epochs, steps = self.config.train.epochs, self.loader.steps_per_epoch
-        pretrain_steps = self.config.train.pretrain_epochs * steps
-        set_rate(self.optimizer, rate_factor(step, pretrain_steps=pretrain_steps, total_steps=epochs * steps))
+        settings, steps = self.config.train, self.loader.steps_per_epoch
+        first = settings.pretrain_epochs
+        last = first + settings.cosine_epochs if settings.cosine_epochs else settings.epochs
+        factor = rate_factor(step, pretrain_steps=first * steps, total_steps=last * steps)
+        set_rate(self.optimizer, factor)
         return float(self.optimizer.param_groups[0]["lr"])
 
     def _measure(self, epoch: int) -> dict[str, float]:

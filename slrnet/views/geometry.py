@@ -2,6 +2,7 @@
 
 A view resizes the crops by a scale (bilinear, align_corners=True) and mirrors each image with probability 1/2. The
 released code has one fixed second view, of half the size and never mirrored; here any number of views has any scales.
+`views.sizes=truncated` gives the released sizes.
 """
 
 from __future__ import annotations
@@ -36,20 +37,23 @@ def draw_views(n: int, config: ViewsConfig, *, generator: torch.Generator) -> li
     return [View(scale, torch.rand(n, generator=generator) < 0.5 if config.flip else None) for scale in config.scales]
 
 
-def view_size(size: tuple[int, int], scale: float, *, stride: int) -> tuple[int, int]:
+def view_size(size: tuple[int, int], scale: float, *, stride: int | None) -> tuple[int, int]:
     """Height and width of a view.
 
-    At scale 1 it is `size`. Otherwise each side is the allowed number nearest to scale * side, the larger of two
-    equally near. Allowed are numbers from one stride up that leave the same remainder as `side` modulo `stride`, or if
-    that is neither 0 nor 1, that leave one of these. At stride 8 and scale 0.5, 321 gives 161 and 192 gives 96.
+    At scale 1 it is `size`. Without a stride, each side is scale * side rounded down. With one, it is the allowed
+    number nearest to scale * side, the larger of two equally near. Allowed are numbers from one stride up that leave
+    the same remainder as `side` modulo `stride`, or if that is neither 0 nor 1, that leave one of these. At stride 8
+    and scale 0.5, 321 gives 161 and 192 gives 96.
 
     Args:
         size: (H, W) in pixels.
         scale: side of the view relative to the crop, above 0.
-        stride: output stride of the encoder, in pixels, at least 1.
+        stride: output stride of the encoder, in pixels, at least 1; None to fit no stride (released code).
     """
     if scale == 1.0:
         return size
+    if stride is None:
+        return int(size[0] * scale), int(size[1] * scale)
     return _side(size[0], scale, stride), _side(size[1], scale, stride)
 
 
@@ -62,7 +66,7 @@ def _side(side: int, scale: float, stride: int) -> int:
     return min(candidates, key=lambda value: (abs(value - target), -value))
 
 
-def apply_view(images: Tensor, view: View, *, stride: int) -> Tensor:
+def apply_view(images: Tensor, view: View, *, stride: int | None) -> Tensor:
     """Makes the view of a batch: resizes images (N, C, H, W), then mirrors those that the view mirrors.
 
     Returns:
@@ -95,11 +99,11 @@ def align_maps(maps: Sequence[Tensor], views: Sequence[View], *, size: tuple[int
     """Un-warps maps to the frame of the crop (paper Eq. 3); differentiable.
 
     Args:
-        maps: per view (N, C, h, w); an empty sequence gives an empty list.
+        maps: per view (N, C, h, w); fewer than views are those of the first ones.
         views: the view that each map was computed on.
         size: (H, W) of the results, per view (N, C, H, W).
     """
-    return [invert_view(view_maps, view, size=size) for view_maps, view in zip(maps, views, strict=bool(maps))]
+    return [invert_view(view_maps, view, size=size) for view_maps, view in zip(maps, views, strict=False)]
 
 
 def _mirror(maps: Tensor, flip: Tensor | None) -> Tensor:

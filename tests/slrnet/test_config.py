@@ -194,6 +194,21 @@ class TestFit:
         with pytest.raises(ConfigError, match=re.escape(message)):
             override(*texts)
 
+    @pytest.mark.parametrize(
+        ("text", "cure", "message"),
+        [
+            ("views.unwarp=probs", "calibration.fusion=probs", "views.unwarp 'probs' has no effect, because neither"),
+            ("views.unwarp=probs", "losses.mask_consistency=probs", "views.unwarp 'probs' has no effect"),
+            ("calibration.refine_image=distorted", "views.own_color=false", "needs one distortion per crop"),
+            ("model.auxiliary_views=first", "cvlr.form=released", "model.auxiliary_views 'first' gives CVLR no codes"),
+            ("train.cosine_epochs=14", "train.epochs=19", "cosine_epochs is 14 and 15 epochs follow pretraining"),
+        ],
+    )
+    def test_what_needs_another_setting_is_refused_without(self, text: str, cure: str, message: str) -> None:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            override(text)
+        assert override(text, cure) != Config()
+
     @pytest.mark.parametrize("setting", ["sss_image_labels", "sss"])
     def test_the_heads_predict_the_background_where_there_are_no_image_labels(self, setting: str) -> None:
         config = override(f"setting={setting}", "data.pixel_labeled_subset=some")

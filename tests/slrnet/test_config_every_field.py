@@ -71,6 +71,7 @@ CHANGES: dict[str, Change] = {
     "data.crop_size": change_weights(80),
     "data.crop_scale": change_weights([0.3, 0.4]),
     "data.flip": change_weights(1.0, given=("data.flip=0.0",)),
+    "data.crop_filter": change_weights("bicubic"),
     "data.shuffle_buffer": change_weights(1, given=REORDERED),
     "data.train_subset": change_weights("few", given=REORDERED),
     "data.pixel_labeled_subset": change_weights("few", given=SEMI),
@@ -85,6 +86,8 @@ CHANGES: dict[str, Change] = {
     "views.scales": change_weights([1.0, 0.75]),
     "views.flip": change_weights(False),
     "views.own_color": change_weights(False),
+    "views.sizes": change_weights("truncated", given=("data.crop_size=65",)),
+    "views.unwarp": change_weights("probs", given=("calibration.fusion=probs",)),
     "views.brightness": change_weights(0.0),
     "views.contrast": change_weights(0.0),
     "views.saturation": change_weights(0.0),
@@ -97,6 +100,7 @@ CHANGES: dict[str, Change] = {
     "cvlr.num_iters": change_weights(2),
     "cvlr.temperature": change_weights(0.5),
     "cvlr.centered": change_weights(True),
+    "cvlr.start": Change("default", "first weights"),
     "cvlr.implementation": Change("reference", "graph"),
     "model.architecture": change_size("deeplabv3plus", given=ALONE),
     "model.encoder": change_size("timm:test_resnet"),
@@ -109,10 +113,14 @@ CHANGES: dict[str, Change] = {
     "model.aspp_dilations": change_weights([2, 3, 4]),
     "model.dropout": change_weights(0.1),
     "model.gate_rate": change_weights(0.6),
+    "model.bias_start": Change("default", "first weights"),
+    "model.auxiliary_views": change_weights("first", given=("cvlr.form=released",)),
     "model.focal_power": change_weights(1.0),
     "model.focal_floor": change_weights(0.1),
     "calibration.supervision": change_weights("cps"),
     "calibration.fusion": change_weights("probs"),
+    "calibration.background_power": change_weights(3.0),
+    "calibration.refine_image": change_weights("distorted", given=("views.own_color=false",)),
     "calibration.refine_iters": change_weights(0),
     "calibration.refine_dilations": change_weights([3, 4]),
     "calibration.refine_stride": change_weights(1),
@@ -122,8 +130,12 @@ CHANGES: dict[str, Change] = {
     "losses.mask_consistency": change_weights("probs"),
     "losses.code_consistency": change_weights("maximum"),
     "losses.pixel_balance": change_weights(True, given=SEMI),
+    "losses.pixel_validity": change_weights(True, given=(*SEMI, "data.crop_scale=[0.1,0.1]")),
+    "losses.mask_background": change_weights(False, given=("setting=sss", *SEMI[1:])),
     "weights.segmentation": change_weights(0.0),
     "weights.pixel_labels": change_weights(1.0, given=SEMI),
+    "weights.pixel_pretraining": change_weights(1.0, given=SEMI),
+    "weights.pixel_mean": change_weights(1.0, given=SEMI),
     "weights.classification": change_weights(0.5),
     "weights.consistency": change_weights(1.0),
     "weights.auxiliary": change_weights(0.0),
@@ -135,6 +147,7 @@ CHANGES: dict[str, Change] = {
     "optim.weight_decay": change_weights(0.0),
     "train.epochs": Change(3, "checkpoints"),
     "train.pretrain_epochs": change_weights(0),
+    "train.cosine_epochs": change_weights(5, given=LONG),
     "train.batch_size": change_weights(3),
     "train.accumulation": change_weights(2),
     "train.precision": change_weights("bf16"),
@@ -146,6 +159,7 @@ CHANGES: dict[str, Change] = {
     "evaluation.panel_images": Change(1, "pictures", given=("evaluation.pseudo_mask_images=2",)),
     "evaluation.protocol": Change("ms", "prediction"),
     "evaluation.scales": Change([1.0, 0.5], "prediction", given=MS),
+    "evaluation.resizing": Change("released", "prediction", given=MS),
     "evaluation.precision": Change("bf16", "validation"),
     "evaluation.scale": Change(0.5, "validation"),
     "evaluation.gating": Change("image_labels", "validation"),
@@ -168,7 +182,8 @@ CHANGES: dict[str, Change] = {
     "tracking.gpu_interval": Change(0.5, "gpu samples"),
 }
 
-MEASURED_TOO = [key for key in CHANGES if key.startswith("calibration.") and key != "calibration.supervision"]
+TRAINING_ALONE = ("calibration.supervision", "calibration.refine_image")
+MEASURED_TOO = [key for key in CHANGES if key.startswith("calibration.") and key not in TRAINING_ALONE]
 """Fields that rule the training's pseudo labels and the measured ones alike."""
 
 

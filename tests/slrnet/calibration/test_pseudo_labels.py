@@ -146,7 +146,8 @@ class TestCalibrate:
     @pytest.mark.parametrize("fusion", ["logits", "probs"])
     def test_equals_the_fusion_of_all_classes(self, fusion: Any) -> None:
         """Leaving classes out saves work and changes nothing for those that stay: softmax runs over all K."""
-        fused = self.run(fusion=fusion, refine_iters=2)
+        masks = self.views if fusion == "logits" else [view.softmax(dim=1) for view in self.views]
+        fused = self.run(masks, fusion=fusion, refine_iters=2)
         if fusion == "logits":
             probs = torch.softmax((self.views[0] + self.views[1] + self.views[2]) / 3, dim=1)
         else:
@@ -167,7 +168,8 @@ class TestCalibrate:
         values = {}
         for fusion in ("logits", "probs"):
             config = CalibrationConfig(fusion=fusion)  # type: ignore[arg-type]
-            out = calibrate_views(views, torch.zeros(1, 3, 1, 1), torch.ones(1, 1), config, max_classes=1)
+            masks = views if fusion == "logits" else [view.softmax(dim=1) for view in views]
+            out = calibrate_views(masks, torch.zeros(1, 3, 1, 1), torch.ones(1, 1), config, max_classes=1)
             values[fusion] = float(out.raw[0, 0])
         assert values["logits"] == pytest.approx(0.98201379, abs=1e-6)
         assert values["probs"] == pytest.approx(0.5 * (0.5 + 0.99966465), abs=1e-6)
@@ -187,6 +189,16 @@ class TestCalibrate:
         assert out.raw.shape == (3, 1, 7, 9)
         labels = threshold(out.refined, confidence_threshold=0.6, background_threshold=0.7, floor=0.0)
         assert set(to_class_ids(labels, out.classes).flatten().tolist()) == {0, VOID}
+
+    def test_the_background_gets_its_power_before_refinement(self) -> None:
+        """Probabilities .5, .2 and .3 become .5^3 = .125, .2 and .3; refinement spreads those, not their sources."""
+        probs = torch.tensor([0.5, 0.2, 0.3]).view(1, 3, 1, 1).expand(1, 3, 4, 4).clone()
+        config = CalibrationConfig(fusion="probs", background_power=3.0, refine_stride=1, refine_iters=1)
+        out = calibrate_views([probs], torch.rand(1, 3, 4, 4), torch.ones(1, 2), config, max_classes=2)
+        for maps in (out.raw, out.refined):
+            assert maps[0, :, 1, 2].tolist() == pytest.approx([0.125, 0.2, 0.3], abs=1e-6)
+        labels = threshold(out.raw, confidence_threshold=0.9, background_threshold=0.9, floor=0.25)
+        assert labels.unique().tolist() == [2]
 
     def test_one_view_and_no_refinement(self) -> None:
         out = self.run(self.views[:1], refine_iters=0)

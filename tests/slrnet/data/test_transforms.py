@@ -134,6 +134,20 @@ def test_cropping_without_resizing_copies_the_box() -> None:
     assert torch.equal(crop_mask(image[0], mirrored, size=4), image[0, 1:5, 2:6].flip(-1))
 
 
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [20, 90])
+def test_crops_are_those_of_pillow(mode: Any, size: int) -> None:
+    """Smaller and larger than their box of 35 x 50 pixels; the two filters differ."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 61, 3), dtype=np.uint8)
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
+    found = crop_image(image, Crop(3, 4, 35, 50, mirrored=False), size=size, mode=mode)
+    box = Image.fromarray(pixels).crop((4, 3, 54, 38)).resize((size, size), Image.Resampling[mode.upper()])
+    expected = torch.from_numpy(np.array(box)).permute(2, 0, 1)
+    torch.testing.assert_close(found.int(), expected.int(), atol=1, rtol=0.0)
+    other = crop_image(image, Crop(3, 4, 35, 50, mirrored=False), size=size)
+    assert torch.equal(found, other) == (mode == "bilinear")
+
+
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_mask_and_image_stay_aligned(mirrored: bool) -> None:
     """A picture of two flat halves and its mask: away from the edge, each pixel keeps the id of its colour."""

@@ -161,6 +161,7 @@ class TestGating:
         ({"background_power": 3.0}, "ss+background_power_3"),
         ({"gating": "scores", "background_power": 1.5}, "ss+gated_by_scores+background_power_1.5"),
         ({"scale": 0.75}, "ss+scale_0.75"),
+        ({"resizing": "released"}, "ss+resizing_released"),
         ({"scales": (1.0, 2.0)}, "ss"),
     ],
 )

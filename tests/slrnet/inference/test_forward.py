@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from slrnet.config import Config, ConfigError, EvaluationConfig, apply_overrides
 from slrnet.inference.forward import Inference, gate
@@ -68,6 +71,35 @@ class TestPredictSingleScale:
         probs, _ = Inference(network, config).single_scale(image)  # type: ignore[arg-type]
         assert [view.shape[-2:] for view in network.views] == [expected]
         assert probs.shape == (1, 3, 70, 100)
+
+    @pytest.mark.parametrize("scale", [1.0, 0.5, 1.5])
+    def test_released_sizes_are_bicubic_and_fit_no_stride(self, scale: float) -> None:
+        """As by Pillow."""
+        network, image = Recorder(), noise(37, 53)
+        config = apply_overrides(CONFIG, [f"evaluation.scale={scale}", "evaluation.resizing=released"])
+        Inference(network, config).single_scale(image)  # type: ignore[arg-type]
+        size = (round(53 * scale), round(37 * scale))
+        pixels = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, Image.Resampling.BICUBIC)
+        expected = torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None]
+        torch.testing.assert_close(network.views[0] * 255, expected.float(), atol=1.01, rtol=0.0)
+        assert float((network.views[0] * 255 - expected).abs().mean()) < 0.02
+
+    def test_released_probabilities_take_two_steps(self) -> None:
+        config = apply_overrides(CONFIG, ["evaluation.resizing=released", "evaluation.scale=0.5"])
+        logits = torch.zeros(1, 3, 3, 3)
+        logits[0, 1, 1, 1] = 4.0
+
+        class Coarse(Recorder):
+            def forward(self, views: Sequence[Tensor]) -> Outputs:
+                return Outputs([logits], [torch.ones(1, 2)], [], [], [])
+
+        probs, _ = Inference(Coarse(), config).single_scale(noise(8, 10))  # type: ignore[arg-type]
+        steps = logits.softmax(dim=1)
+        for side in ((4, 5), (8, 10)):
+            steps = interpolate(steps, side, mode="bilinear", align_corners=True)
+        torch.testing.assert_close(probs, steps)
+        at_once = interpolate(logits.softmax(dim=1), (8, 10), mode="bilinear", align_corners=True)
+        assert float((probs - at_once).abs().max()) > 0.01
 
     def test_images_are_normalized(self) -> None:
         network = Recorder()

@@ -44,7 +44,7 @@ class TestMaskConsistency:
         views = random_views(count)
         compared = [view.softmax(dim=1) for view in views] if compare == "probs" else views
         expected = pairs_in_loops(compared, lambda n, k: bool(self.image_labels[n, k - 1]), start=1)
-        out = mask_consistency(views, self.image_labels, compare=compare)
+        out = mask_consistency(compared, self.image_labels)
         assert out.tolist() == pytest.approx(expected, abs=1e-5)
 
     def test_worked_by_hand(self) -> None:
@@ -54,7 +54,7 @@ class TestMaskConsistency:
         assert mask_consistency([first, second], torch.tensor([[1, 0]])).item() == pytest.approx(1.5)
         odds = [math.exp(value) for value in (7, 1, 3, 0, 4, 9)]
         expected = abs(odds[1] / sum(odds[:3]) - odds[4] / sum(odds[3:])) / 2
-        probs = mask_consistency([first, second], torch.tensor([[1, 0]]), compare="probs")
+        probs = mask_consistency([first.softmax(1), second.softmax(1)], torch.tensor([[1, 0]]))
         assert probs.tolist() == [pytest.approx(expected, abs=1e-6)]
 
     def test_background_and_absent_classes_have_no_say(self) -> None:
@@ -73,8 +73,12 @@ class TestMaskConsistency:
         known = pairs_in_loops(compared, lambda n, k: bool(self.image_labels[n, k - 1]), start=1)[0]
         unknown = pairs_in_loops(compared, lambda n, k: True, start=0)[1]
         labels = torch.tensor([[1, 0, 1], [0, 0, 0]])
-        out = mask_consistency(views, labels, has_image_labels=torch.tensor([True, False]), compare=compare)
-        assert out.tolist() == pytest.approx([known, unknown], abs=1e-5)
+        some = {"has_image_labels": torch.tensor([True, False])}
+        assert mask_consistency(compared, labels, **some).tolist() == pytest.approx([known, unknown], abs=1e-5)
+        alone = pairs_in_loops(compared, lambda n, k: True, start=1)[1]  # a mean over the K - 1 = 3 foreground classes
+        out = mask_consistency(compared, labels, **some, background=False)
+        assert out.tolist() == pytest.approx([known, alone], abs=1e-5)
+        assert alone != pytest.approx(unknown, rel=1e-3)
 
     def test_images_without_classes_are_zero(self) -> None:
         assert mask_consistency(random_views(2), torch.zeros(2, 3)).tolist() == [0.0, 0.0]

@@ -156,7 +156,7 @@ def test_what_the_distances_compare_is_a_setting(choice: dict[str, Any], part: s
     changed = objective(out, labels_of(None), weights=WeightsConfig(), losses=LossConfig(**choice))
     compare = next(iter(choice.values()))
     if part == "mask_consistency":
-        expected = mask_consistency(out.logits, IMAGE_LABELS, compare=compare).mean()
+        expected = mask_consistency([view.softmax(dim=1) for view in out.logits], IMAGE_LABELS).mean()
     else:
         expected = code_consistency(out.codes, compare=compare).mean()
     assert changed.parts[part].item() == pytest.approx(expected.item())
@@ -211,6 +211,38 @@ class TestKindsOfLabels:
                 for scores, factor in views
             )
             assert run(out, labels).parts["classification"].item() == pytest.approx(expected, abs=1e-5)
+
+    @pytest.mark.parametrize("pretraining", [True, False])
+    def test_the_released_training_counts_true_masks_three_times(self, pretraining: bool) -> None:
+        """Of c = .5 and images 1 (a mask) and 2 (none): in the classification's place c L / 2, as the mean over masks
+        c L, and after pretraining c L / 2 again."""
+        out, masks = outputs(2), true_masks()
+        pseudo = None if pretraining else pseudo_labels()
+        labels = labels_of(pseudo, pixel_labels=masks, has_pixel_labels=torch.tensor(SECOND))
+        weights = WeightsConfig(segmentation=0.5, pixel_labels=2.0, pixel_pretraining=1.0, pixel_mean=1.0)
+        entropy = self.entropy(out, masks, 1, plain=torch.tensor(BOTH))
+        expected = 0.5 * entropy / 2 + 0.5 * entropy + (0 if pretraining else 0.5 * entropy / 2)
+        result = objective(out, labels, weights=weights, losses=LossConfig())
+        parts = dict(result.parts)
+        rest = parts["classification"] + 4 * (parts["mask_consistency"] + parts["code_consistency"])
+        rest = rest + 0.5 * parts.get("segmentation", 0)
+        assert (result.total - rest).item() == pytest.approx(expected, abs=1e-5)
+
+    def test_the_mean_over_no_mask_is_zero(self) -> None:
+        labels = labels_of(None, pixel_labels=torch.full((2, 6, 6), 255))
+        with_mean, without = (run(outputs(2), labels, pixel_mean=mean).total.item() for mean in (1.0, 0.0))
+        assert with_mean == without
+
+    def test_true_masks_may_have_to_show_all_classes_too(self) -> None:
+        """Image 1 has classes 1 and 3; its mask shows class 2 and the background, so it does not count."""
+        out = outputs(2)
+        labels = labels_of(None, pixel_labels=true_masks(), has_pixel_labels=torch.tensor(SECOND))
+        complete = labels_of(None, pixel_labels=pseudo_labels(), has_pixel_labels=torch.tensor(SECOND))
+        for given, counts in ((labels, False), (complete, True)):
+            losses = LossConfig(pixel_validity=True)
+            part = objective(out, given, weights=WeightsConfig(), losses=losses).parts["pixel_segmentation"].item()
+            assert (part > 0) == counts
+            assert run(out, given).parts["pixel_segmentation"].item() > 0
 
     def test_without_image_labels_there_is_no_classification_and_all_classes_are_compared(self) -> None:
         out = replace(outputs(2), class_scores=[], auxiliary_class_scores=[])

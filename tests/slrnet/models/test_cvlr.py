@@ -354,6 +354,14 @@ class TestCrossViewLowRank:
         assert module.project_out.weight.grad is not None
         assert bool(module.project_out.weight.grad.any())
 
+    def test_may_start_with_two_default_projectors(self) -> None:
+        """PyTorch's default is uniform up to 1 / sqrt(inputs), for weights and biases."""
+        module = CrossViewLowRank(64, dim=16, start="default")
+        for layer, inputs in ((module.project_in, 64), (module.project_out, 16)):
+            for tensor in (layer.weight, layer.bias):
+                assert float(tensor.detach().abs().max()) <= inputs**-0.5
+                assert float(tensor.detach().std()) == pytest.approx((3 * inputs) ** -0.5, rel=0.4)
+
     @pytest.mark.parametrize("views", [1, 2, 3])
     @pytest.mark.parametrize(("num_iters", "temperature"), [(1, 1.0), (3, 0.5)])
     def test_released_form_equals_loops(self, views: int, num_iters: int, temperature: float) -> None:

@@ -36,14 +36,21 @@ def tiny_encoder() -> Encoder:
     return Encoder(TinyBackbone(), stages=[["shallow"], ["deep"]], channels=[5, 6], strides=[2, 4])
 
 
-def tiny_model(*, cvlr: bool = True, seed: int = 0, predict_background: bool = False, **options: Any) -> SLRNet:
+def tiny_model(
+    *,
+    cvlr: bool = True,
+    seed: int = 0,
+    predict_background: bool = False,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
+) -> SLRNet:
     torch.manual_seed(seed)
     module = CrossViewLowRank(8, dim=6, **options) if cvlr else None
     if module is not None:
         module.project_out.reset_parameters()  # it starts at zero, where views would not meet
     return SLRNet(
         tiny_encoder(),
-        ModelConfig(decoder_dim=8, skip_dim=3, aspp_dilations=(1, 2, 3)),
+        ModelConfig(decoder_dim=8, skip_dim=3, aspp_dilations=(1, 2, 3), **(settings or {})),
         num_classes=K,
         cvlr=module,
         predict_background=predict_background,
@@ -128,12 +135,29 @@ def test_training_mode_leaves_the_aspp_statistics_alone() -> None:
     assert not any(name.startswith("aspp.") for name in changed)
 
 
-def test_new_convolutions_start_without_bias() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize(("start", "zero"), [("zero", True), ("default", False)])
+def test_new_convolutions_start_with_or_without_bias(start: str, zero: bool) -> None:
+    model = tiny_model(settings={"bias_start": start})
     for part in (model.auxiliary_head, model.mask_head):
         assert part is not None
         assert part.classify.bias is not None
-        assert not part.classify.bias.any()
+        assert bool(part.classify.bias.any()) != zero
+        assert float(part.classify.bias.detach().abs().max()) <= 8**-0.5  # uniform up to 1 / sqrt(inputs)
+
+
+def test_the_auxiliary_head_may_see_the_first_view_alone() -> None:
+    """Then the second view changes neither its outputs nor the statistics of its batch norm."""
+    first, second, other = images(17, 9, 9)
+    seen = []
+    for views in ([first, second], [first, other * 5 + 1]):
+        model = tiny_model(settings={"auxiliary_views": "first"}, form="released")
+        assert model.auxiliary_head is not None
+        out = model.train()(views)
+        assert (len(out.logits), len(out.class_scores), len(out.codes)) == (2, 2, 2)
+        assert (len(out.auxiliary_logits), len(out.auxiliary_class_scores)) == (1, 1)
+        seen.append((out.auxiliary_logits[0], model.auxiliary_head.conv[1].running_mean))
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert torch.equal(seen[0][1], seen[1][1])
 
 
 def test_build_network_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,17 @@ def test_constant_and_then_half_a_cosine(step: int, expected: float) -> None:
     assert rate_factor(step, pretrain_steps=4, total_steps=12) == pytest.approx(expected)
 
 
+def test_the_released_cosine_has_one_epoch_more_than_the_training() -> None:
+    """Of 30 epochs of 7 steps, 6 keep the rate; PyTorch's schedule of 25 epochs then takes 24 of them."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 25 * 7)
+    for step in range(6 * 7, 30 * 7):
+        expected = optimizer.param_groups[0]["lr"]
+        assert rate_factor(step, pretrain_steps=6 * 7, total_steps=(6 + 25) * 7) == pytest.approx(expected, abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
 def test_the_rate_never_rises() -> None:
     factors = [rate_factor(step, pretrain_steps=0, total_steps=50) for step in range(51)]
     assert factors[0] == 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import Encoder
 from slrnet.models.network import Outputs
 from slrnet.models.slrnet import SLRNet
+from slrnet.ops.maps import resize
 from slrnet.training import step as step_module
-from slrnet.training.step import align, find_pseudo_rows, make_views, step_generator, step_losses
+from slrnet.training.step import ViewsOfBatch, align, find_pseudo_rows, make_views, step_generator, step_losses
 from slrnet.views.geometry import View, align_maps
 
 K = 3
@@ -69,11 +71,11 @@ class TestStepGenerator:
 class TestMakeViews:
     images = torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(1))
 
-    def make(self, seed: int = 0, **options: Any) -> tuple[list[Tensor], list[View]]:
+    def make(self, seed: int = 0, **options: Any) -> ViewsOfBatch:
         return make_views(self.images, ViewsConfig(**options), PLAIN, step_generator(seed))
 
     def test_the_generator_decides(self) -> None:
-        (first, views), (again, same_views), (other, _) = self.make(0), self.make(0), self.make(1)
+        (first, views, _), (again, same_views, _), (other, _, _) = self.make(0), self.make(0), self.make(1)
         assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
         for left, right in zip(views, same_views, strict=True):
             assert left.scale == right.scale
@@ -83,27 +85,43 @@ class TestMakeViews:
         assert not torch.equal(first[0], other[0])
 
     def test_sizes_follow_scales_and_stride(self) -> None:
-        inputs, views = self.make(scales=(1.0, 0.5, 1.5))
+        inputs, views, crops = self.make(scales=(1.0, 0.5, 1.5))
+        assert crops is self.images
         assert [tuple(view.shape) for view in inputs] == [(3, 3, 24, 24), (3, 3, 12, 12), (3, 3, 36, 36)]
         assert [view.scale for view in views] == [1.0, 0.5, 1.5]
 
     def test_plain_views_are_the_images(self) -> None:
         off = {"flip": False, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
-        inputs, _ = self.make(scales=(1.0,), **off)
+        inputs, _, _ = self.make(scales=(1.0,), **off)
         assert torch.equal(inputs[0], self.images)
 
     def test_own_color(self) -> None:
-        shared, _ = self.make(scales=(1.0, 1.0), flip=False, own_color=False)
-        own, _ = self.make(scales=(1.0, 1.0), flip=False, own_color=True)
+        shared, _, crops = self.make(scales=(1.0, 1.0), flip=False, own_color=False)
+        own, _, _ = self.make(scales=(1.0, 1.0), flip=False, own_color=True)
         assert torch.equal(shared[0], shared[1])
+        assert torch.equal(crops, shared[0])
         assert not torch.equal(shared[0], self.images)
         assert not torch.allclose(own[0], own[1], atol=1e-3)
+
+    def test_one_distortion_comes_before_the_views(self) -> None:
+        (whole, half), _, crops = self.make(scales=(1.0, 0.5), flip=False, own_color=False)
+        assert torch.equal(whole, crops)
+        assert torch.equal(half, resize(crops, (12, 12)))
+
+    @pytest.mark.parametrize(("side", "fitted", "truncated"), [(33, 17, 16), (35, 17, 17), (24, 12, 12), (41, 21, 20)])
+    def test_sizes_fit_the_stride_or_are_truncated(self, side: int, fitted: int, truncated: int) -> None:
+        images, encoder = torch.rand(1, 3, side, side), copy(PLAIN)
+        encoder.output_stride = 4
+        for sizes, expected in (("fitted", fitted), ("truncated", truncated)):
+            config = ViewsConfig(scales=(1.0, 0.5), sizes=sizes)  # type: ignore[arg-type]
+            whole, half = make_views(images, config, encoder, step_generator(0)).inputs
+            assert (whole.shape[-1], half.shape[-1]) == (side, expected)
 
     def test_normalisation_comes_last(self) -> None:
         encoder = copy(PLAIN)
         encoder.mean, encoder.std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
-        plain, _ = self.make(seed=5)
-        inputs, _ = make_views(self.images, ViewsConfig(), encoder, step_generator(5))
+        plain, _, _ = self.make(seed=5)
+        inputs, _, _ = make_views(self.images, ViewsConfig(), encoder, step_generator(5))
         for view, raw in zip(inputs, plain, strict=True):
             for channel, (mean, std) in enumerate(zip(encoder.mean, encoder.std, strict=True)):
                 assert torch.allclose(view[:, channel], (raw[:, channel] - mean) / std, atol=1e-6)
@@ -126,6 +144,22 @@ class TestAlign:
         ):
             expected = align_maps(own, views, size=(6, 6))
             assert all(torch.equal(left, right) for left, right in zip(maps, expected, strict=True))
+
+    def test_probabilities_follow_the_unwarping_or_come_before_it(self) -> None:
+        """Of one row of two pixels with logits (0, 4) and (0, -4), the middle is .5 or a half of .982 and .018 alike;
+        with (0, 4) and (0, 0), it is the softmax of 2 or the mean of .982 and .5."""
+        views, out = [View(1.0), View(0.5)], outputs_of([torch.rand(1, 2, 1, 3), torch.zeros(1, 2, 1, 2)])
+        out.logits[1][0, 1, 0, 0] = 4.0
+        late, early = align(out, views), align(out, views, unwarp="probs")
+        assert late.unwarped_probs == []
+        middle = [float(aligned.probs[1][0, 1, 0, 1]) for aligned in (late, early)]
+        assert middle == pytest.approx([0.88079708, (0.98201379 + 0.5) / 2], abs=1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(late.logits, early.logits, strict=True))
+
+    def test_maps_of_the_first_view_alone(self) -> None:
+        out = outputs_of([torch.rand(1, 3, 4, 4), torch.rand(1, 3, 2, 2)])
+        aligned = align(replace(out, auxiliary_logits=out.auxiliary_logits[:1]), [View(1.0), View(0.5)])
+        assert [view.shape for view in aligned.auxiliary_logits] == [(1, 3, 4, 4)]
 
     def test_scores_pass_and_missing_maps_stay_missing(self) -> None:
         out = outputs_of([torch.rand(1, 3, 4, 4), torch.rand(1, 3, 2, 2)], cvlr=False)
