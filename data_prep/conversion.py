@@ -115,6 +115,10 @@ class Source(ABC, Generic[AnyItem]):
     def encode(self, sample: Sample) -> tuple[bytes, bytes | None]:
         """Bytes of one sample's JPEG and of its indexed PNG mask, None where there is none."""
 
+    def notes(self, samples: Sequence[Sample]) -> list[str]:
+        """Lines to print about the samples that are written; none unless a source has something to say."""
+        return []
+
 
 def convert_items(
     source: Source[AnyItem],
@@ -154,6 +158,8 @@ def convert_items(
             kept = [sample for sample in samples if sample.classes != ()]
             print(f"left out {len(samples) - len(kept)} images that show none of the chosen classes", flush=True)
             samples = kept
+        for note in source.notes(samples):
+            print(note, flush=True)
         return write_dataset(
             output.folder,
             samples,

@@ -17,7 +17,18 @@ from typing import Any, Protocol
 
 from slrnet.data.manifest import DataError
 
-__all__ = ["Readable", "parse_json", "read_json", "read_lines", "read_text", "read_xml", "text_encoding"]
+__all__ = [
+    "GUESS",
+    "Readable",
+    "check_regular",
+    "parse_json",
+    "read_json",
+    "read_lines",
+    "read_text",
+    "read_xml",
+    "say_guess",
+    "text_encoding",
+]
 
 MARKS = {
     b"\xef\xbb\xbf": "utf-8-sig",
@@ -102,13 +113,12 @@ def parse_json(text: str) -> Any:
 def read_xml(path: Path, what: str, *, remedy: str) -> ElementTree.Element:
     """The root of an XML file, in the encoding that it declares, else as `read_text` reads it.
 
+    Entities of other files are never read, and expat stops at entities that grow without end.
+
     Raises:
-        DataError: the file cannot be read as XML, or declares entities, which may stand for other files or grow without
-            end; the message ends in `remedy`.
+        DataError: the file cannot be read as XML; the message ends in `remedy`.
     """
     data = _read_bytes(path, what)
-    if b"<!ENTITY" in data.replace(b"\0", b""):  # in UTF-16, too
-        raise DataError(f"{path} declares entities, which are not read; {remedy}")
     try:
         try:
             return ElementTree.fromstring(data)
@@ -132,11 +142,26 @@ def text_encoding(data: bytes) -> str | None:
     return None
 
 
+def check_regular(path: Path, what: str) -> None:
+    """Raises `DataError` for a folder, a pipe or a device; `OSError` if there is nothing."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError(f"cannot read the {what} {path}: it is a folder, pipe or device; give a file")
+
+
+def say_guess(name: str, example: str) -> None:
+    """Prints that a file is read as Windows-1252, with an example of what that gives."""
+    print(
+        f"{name} is not UTF-8: read as Windows-1252 (Latin-1), such as {example}; if that is wrong, save it as UTF-8",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def _read_bytes(path: str | Readable, what: str) -> bytes:
     path = Path(path) if isinstance(path, str) else path
     try:
-        if isinstance(path, Path) and not stat.S_ISREG(path.stat().st_mode):
-            raise DataError(f"cannot read the {what} {path}: it is a folder, pipe or device; give a file")
+        if isinstance(path, Path):
+            check_regular(path, what)
         with path.open("rb") as file:
             data: bytes = file.read(LONGEST + 1)
     except OSError as error:
@@ -155,23 +180,16 @@ def _decoded(data: bytes, name: str) -> str:
         except UnicodeDecodeError:
             continue
         if control := CONTROL.search(text):
-            line = text.count("\n", 0, control.start()) + 1
-            raise DataError(f"{name} is no text file: line {line} holds the byte {control.group()!r}; save it as UTF-8")
+            number = text.count("\n", 0, control.start()) + 1
+            raise DataError(
+                f"{name} is no text file: line {number} holds the byte {control.group()!r}; save it as UTF-8"
+            )
         if encoding == GUESS:
-            _say_guess(text, name)
+            lines = enumerate(text.splitlines(), start=1)
+            number, line = next((number, line) for number, line in lines if not line.isascii())
+            say_guess(name, f"{line.strip()[:60]!r} in line {number}")
         return text
     raise DataError(f"{name} is neither UTF-8, UTF-16 nor Windows-1252 text; save it as UTF-8")
-
-
-def _say_guess(text: str, name: str) -> None:
-    lines = enumerate(text.splitlines(), start=1)
-    number, line = next((number, line.strip()) for number, line in lines if not line.isascii())
-    print(
-        f"{name} is not UTF-8: read as Windows-1252 (Latin-1), such as {line[:60]!r} in line {number}; "
-        "if that is wrong, save it as UTF-8",
-        file=sys.stderr,
-        flush=True,
-    )
 
 
 def _no_number(text: str) -> float:

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import data_prep.coco
-from data_prep.coco import _elements, _JsonReader, class_mask, convert, read_annotations
+from data_prep.coco import convert
 from data_prep.conversion import Output
 from data_prep.shard_writer import verify
 from slrnet.cli.main import main
@@ -140,33 +138,6 @@ def test_classes_labels_and_masks(coco: CocoBuilder, tmp_path: Path) -> None:
     assert files(tmp_path / "out")["000000000001.jpg"] == image.read_bytes()
 
 
-def test_all_forms_of_segmentations_cover_the_same_pixels() -> None:
-    from pycocotools import mask as coco_mask
-
-    inside = np.zeros((HEIGHT, WIDTH), dtype=np.uint8)
-    inside[3:8, 5:11] = 1
-    packed = coco_mask.encode(np.asfortranarray(inside))
-    packed["counts"] = packed["counts"].decode()
-    forms = ([box(5, 3, 11, 8)], [box(5, 3, 8, 8), box(8, 3, 11, 8)], runs(inside), packed)
-    for form in forms:
-        mask = class_mask([{"id": 1, "category_id": 4, "segmentation": form}], HEIGHT, WIDTH, {4: 9})
-        np.testing.assert_array_equal(mask, 9 * inside)
-
-
-def test_crowds_follow_the_rule_of_areas_and_ties_the_rule_of_ids() -> None:
-    def annotation(number: int, category: int, polygon: list[float], crowd: int = 0) -> dict[str, Any]:
-        return {"id": number, "category_id": category, "segmentation": [polygon], "iscrowd": crowd}
-
-    whole, half = box(0, 0, 20, 12), box(0, 0, 10, 12)
-    small_crowd = class_mask([annotation(1, 4, whole), annotation(2, 4, half, crowd=1)], HEIGHT, WIDTH, {4: 1})
-    assert (small_crowd[:, :10] == 255).all()
-    assert (small_crowd[:, 10:] == 1).all()
-    large_crowd = class_mask([annotation(1, 4, whole, crowd=1), annotation(2, 4, half)], HEIGHT, WIDTH, {4: 1})
-    assert (large_crowd[:, :10] == 1).all()
-    tie = [annotation(5, 4, half), annotation(2, 6, half)]
-    assert (class_mask(tie, HEIGHT, WIDTH, {4: 1, 6: 2})[:, :10] == 1).all()
-
-
 def test_polygons_of_less_than_three_points_cover_nothing(coco: CocoBuilder, tmp_path: Path) -> None:
     coco.image("train", 5, {"category_id": 7, "segmentation": [[1, 1, 9, 9]]}, {"category_id": 3, "segmentation": []})
     convert(coco.write(), Output(tmp_path / "out"))
@@ -202,38 +173,253 @@ def test_subsets_and_the_folder_images(coco: CocoBuilder, tmp_path: Path) -> Non
     assert shards.split("train").keys.filter(shards.split("train").in_subset("few")).to_pylist() == ["000000000002"]
 
 
-# The reader of annotation files.
+# Exports of annotation tools, and names of files.
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
+def shape(number: int = 1, **fields: Any) -> dict[str, Any]:
+    return {"id": number, "image_id": 1, "category_id": 1, "segmentation": [box(4, 2, 8, 6)]} | fields
 
 
-@given(st.dictionaries(st.text(), JSON, min_size=1, max_size=4), st.integers(1, 40), st.sampled_from([None, 2]))
-def test_piecewise_reading_equals_reading_the_whole(content: dict[str, Any], chunk: int, indent: int | None) -> None:
-    data = json.dumps(content, ensure_ascii=False, indent=indent).encode("utf-8", "surrogatepass")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_JsonReader, "CHUNK", chunk)
-        found = list(_elements(io.BytesIO(data)))
-    expected = [(name, value) for name, values in content.items() if isinstance(values, list) for value in values]
-    assert len(found) == len(expected)
-    for (name, start, length, _), (_, value) in zip(found, expected, strict=True):
-        assert json.loads(data[start : start + length].decode("utf-8", "surrogatepass")) == value
-        assert name.encode("latin-1").decode("utf-8", "surrogatepass") in content
+def export(folder: Path, path: str, *names: str, **fields: Any) -> Path:
+    """Writes an annotation file of images (20 wide, 12 high), each with a cat in columns 4 to 7 and rows 2 to 5."""
+    images = [
+        {"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT}
+        for number, name in enumerate(names, start=1)
+    ]
+    annotations = [shape(number, image_id=number) for number in range(1, len(names) + 1)]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "cat"}]} | fields
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_text(json.dumps(content))
+    return folder
+
+
+def picture(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (200, 90, 30)).save(path, **options)
+    return path
+
+
+def cat(columns: slice = slice(4, 8), lines: slice = slice(2, 6), shape: tuple[int, int] = (HEIGHT, WIDTH)) -> Array:
+    mask = np.zeros(shape, dtype=np.uint8)
+    mask[lines, columns] = 1
+    return mask
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", '{"a": 1 2}', '{"images": [{}', '{"images": [{"id": 1}]}', '{"annotations": [1]}', '{"a": [1x]}'],
+    ("path", "places"),
+    [
+        ("annotations/instances_{}.json", {"train2014": "train2014", "val2014": "images/val2014"}),
+        ("annotations/instances_{}.json", {"Train": "images/Train", "Validation": "images", "Test": "Test"}),
+        ("{}/_annotations.coco.json", {"train": "train", "valid": "valid", "test": "test"}),
+        ("annotations/instances_{}.json", {"default": "images"}),
+        ("annotations/instances_{}.json", {"default": "images/default"}),
+        ("annotations/instances_{}.json", {"val": "."}),
+        ("_annotations.coco.json", {"default": "."}),
+    ],
 )
-def test_files_that_are_no_annotations_are_refused(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "instances.json"
-    path.write_text(text)
-    with pytest.raises(DataError, match=r"instances.json is no file of COCO's instance annotations .*fetch it again"):
-        read_annotations(path)
+def test_layouts_of_exports(tmp_path: Path, path: str, places: dict[str, str]) -> None:
+    root = tmp_path / "export"
+    for name, folder in places.items():
+        export(root, path.format(name), f"{name} 1.jpg")
+        picture(root / folder / f"{name} 1.jpg")
+    convert(root, Output(tmp_path / "out"))
+    splits = {"default": "train", "valid": "val"}
+    expected = {
+        f"{name}_1": (splits.get(name, name.lower().removesuffix("2014").replace("validation", "val")), [1], True)
+        for name in places
+    }
+    assert rows(tmp_path / "out") == expected
+    for mask in masks(tmp_path / "out").values():
+        np.testing.assert_array_equal(mask, cat())
+
+
+def test_one_file_with_its_images(tmp_path: Path) -> None:
+    names = [f"{number}.jpg" for number in range(40)]
+    export(tmp_path, "my labels.json", *names)
+    for name in names:
+        picture(tmp_path / "photos" / name)
+    given: dict[str, Any] = {"images": tmp_path / "photos", "json": tmp_path / "my labels.json"}
+    convert(None, Output(tmp_path / "a"), **given)
+    assert {row[0] for row in rows(tmp_path / "a").values()} == {"train"}
+    convert(None, Output(tmp_path / "b"), **given, val_fraction=0.3)
+    drawn = {key for key, row in rows(tmp_path / "b").items() if row[0] == "val"}
+    assert 4 <= len(drawn) <= 20
+    assert len(rows(tmp_path / "b")) == 40
+    with pytest.raises(DataError, match="give --root .*, or --images and --json together"):
+        convert(tmp_path, Output(tmp_path / "c"), **given)
+    with pytest.raises(DataError, match="give --root .*, or --images and --json together"):
+        convert(None, Output(tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "key"),
+    [
+        ("IMG_00_jpg.rf.0a1b2c.jpg", None, "IMG_00_jpg_rf_0a1b2c"),
+        ("my photo 1.JPG", None, "my_photo_1"),
+        ("a/b/c.jpg", None, "a_b_c"),
+        ("a\\b\\c.jpg", "a/b/c.jpg", "a_b_c"),
+        ("./c.png", "c.png", "c"),
+        ("caf\u00e9.jpg", "cafe\u0301.jpg", "caf\u00e9"),
+        ("photo", None, "photo"),
+        ("images/c.jpg", "c.jpg", "images_c"),
+    ],
+)
+def test_names_of_files(tmp_path: Path, name: str, stored: str | None, key: str) -> None:
+    root = export(tmp_path / "cvat", "annotations/instances_default.json", name)
+    picture(root / "images" / (stored or name), format="PNG" if name.endswith("png") else "JPEG")
+    (tmp_path / "few.txt").write_text(f"{name}\r\n")
+    convert(root, Output(tmp_path / "out", subsets={"few": tmp_path / "few.txt"}))
+    assert list(rows(tmp_path / "out")) == [key]
+    view = load_dataset(tmp_path / "out").split("train")
+    assert view.keys.filter(view.in_subset("few")).to_pylist() == [key]
+    np.testing.assert_array_equal(masks(tmp_path / "out")[key], cat())
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "/etc/a.jpg", "..", "C:\\a.jpg", "a/../../b.jpg", "."])
+def test_names_of_files_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
+    root = export(tmp_path / "cvat", "annotations/instances_default.json", name)
+    picture(root / "images" / "a.jpg")
+    with pytest.raises(DataError, match=r"has the image name .*; paths of files in .*images are allowed"):
+        convert(root, Output(tmp_path / "out"))
+
+
+def test_layouts_that_leave_a_choice_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = export(tmp_path / "cvat", "annotations/instances_train.json", "a.jpg", "b.jpg")
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        picture(root / "images" / name)
+    export(root, "annotations/instances_batch7.json", "a.jpg")
+    convert(root, Output(tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert "instances_batch7.json: 'batch7' is none of train, training, default, val" in printed
+    assert f"left out 1 images that no annotation file lists: {root / 'images' / 'c.jpg'}" in printed
+    export(root, "annotations/instances_val.json", "a.jpg")
+    with pytest.raises(DataError, match=r"images/a.jpg is in the splits 'train' and 'val'; keep one"):
+        convert(root, Output(tmp_path / "again"))
+    export(root, "annotations/instances_default.json", "a.jpg")
+    with pytest.raises(
+        DataError, match=r"instances_default.json and .*instances_train.json are both the split 'train'"
+    ):
+        convert(root, Output(tmp_path / "again"))
+    root = export(tmp_path / "other", "annotations/instances_batch7.json", "a.jpg")
+    with pytest.raises(DataError, match="none of the annotation files of .* is of train, val or test"):
+        convert(root, Output(tmp_path / "again"))
+    root = export(tmp_path / "twice", "annotations/instances_train.json", "a b.jpg", "a_b.jpg")
+    picture(root / "images" / "a b.jpg")
+    with pytest.raises(DataError, match=r"images/a b.jpg and .*images/a_b.jpg, which would both be 'a_b'; rename"):
+        convert(root, Output(tmp_path / "again"))
+
+
+def test_categories_of_roboflow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its category 0 has the project's name and no annotations; the others have it as their supercategory."""
+    categories = [
+        {"id": 0, "name": "cat", "supercategory": "none"},
+        {"id": 1, "name": "cat", "supercategory": "cat"},
+        {"id": 2, "name": "unused dog", "supercategory": "cat"},
+    ]
+    root = export(tmp_path / "robo", "train/_annotations.coco.json", "a.jpg", categories=categories)
+    picture(root / "train" / "a.jpg")
+    assert convert(root, Output(tmp_path / "a")).classes == ("background", "cat", "unused dog")
+    assert "left out the category 'cat' (id 0): it has no annotations" in capsys.readouterr().out
+    np.testing.assert_array_equal(masks(tmp_path / "a")["a"], cat())
+
+
+def test_category_0_and_background(tmp_path: Path) -> None:
+    categories: list[dict[str, Any]] = [{"id": 0, "name": "background"}, {"id": "1", "name": "cat"}]
+    root = export(tmp_path / "c", "annotations/instances_default.json", "a.jpg", categories=categories)
+    picture(root / "images" / "a.jpg")
+    assert convert(root, Output(tmp_path / "a")).classes == ("background", "cat")
+    shapes = [shape(category_id=0, iscrowd=0), shape(2, segmentation=[box(0, 0, 2, 2)])]
+    export(root, "annotations/instances_default.json", "a.jpg", categories=categories, annotations=shapes)
+    with pytest.raises(
+        DataError, match="has annotations of a category 'background', which is what no annotation covers"
+    ):
+        convert(root, Output(tmp_path / "b"))
+    categories[0]["name"] = "dog"
+    export(root, "annotations/instances_default.json", "a.jpg", categories=categories, annotations=shapes)
+    assert convert(root, Output(tmp_path / "b")).classes == ("background", "dog", "cat")
+    np.testing.assert_array_equal(masks(tmp_path / "b")["a"], cat() + 2 * cat(slice(0, 2), slice(0, 2)))
+    categories[0]["name"] = "cat"
+    export(root, "annotations/instances_default.json", "a.jpg", categories=categories, annotations=shapes)
+    with pytest.raises(DataError, match=r"has 2 categories, \['cat'\] more than once"):
+        convert(root, Output(tmp_path / "c2"))
+
+
+def test_boxes_alone_give_labels_and_no_mask(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    boxes = [shape(image_id=1), shape(2, image_id=1, segmentation=[], bbox=[1, 1, 5, 5]), shape(3, image_id=2)]
+    root = export(tmp_path / "c", "annotations/instances_default.json", "a.jpg", "b.jpg", annotations=boxes)
+    for name in ("a.jpg", "b.jpg"):
+        picture(root / "images" / name)
+    convert(root, Output(tmp_path / "out"))
+    assert rows(tmp_path / "out") == {"a": ("train", [1], False), "b": ("train", [1], True)}
+    assert "1 images have boxes without polygons or run lengths: they get image labels and no mask" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "orientation", "given", "found"),
+    [
+        ((12, 20), 6, "auto", "upright"),
+        ((12, 20), 8, "stored", "upright"),  # the size tells
+        ((20, 12), 6, "auto", "stored"),
+        ((20, 12), 6, "upright", "stored"),
+        ((20, 12), 1, "upright", "stored"),
+        ((20, 12), 3, "auto", None),
+        ((20, 12), 3, "upright", "upright"),
+        ((20, 12), 2, "stored", "stored"),
+        ((20, 12), 99, "auto", "stored"),
+    ],
+)
+def test_images_that_exif_data_turn(
+    tmp_path: Path, size: tuple[int, int], orientation: int, given: Any, found: str | None
+) -> None:
+    root = export(tmp_path / "c", "annotations/instances_default.json", "a.jpg")
+    content = json.loads((root / "annotations/instances_default.json").read_text())
+    content["images"][0] |= {"width": size[0], "height": size[1]}
+    (root / "annotations/instances_default.json").write_text(json.dumps(content))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((12, 20, 3), dtype=np.uint8)
+    pixels[:6] = 255  # the upper half as stored
+    (root / "images").mkdir()
+    Image.fromarray(pixels).save(root / "images" / "a.jpg", exif=exif)
+    if found is None:
+        with pytest.raises(
+            DataError, match=r"a.jpg is turned by its EXIF data \(orientation 3\).*; choose with --orien"
+        ):
+            convert(root, Output(tmp_path / "out"), orientation=given)
+        return
+    convert(root, Output(tmp_path / "out"), orientation=given)
+    np.testing.assert_array_equal(masks(tmp_path / "out")["a"], cat(shape=size[::-1]))
+    image = Image.open(io.BytesIO(files(tmp_path / "out")["a.jpg"]))
+    assert image.size == size
+    shown = np.asarray(image.convert("L")).astype(int)
+    upper, right = shown[: size[1] // 2].mean(), shown[:, size[0] // 2 :].mean()
+    bright = {
+        "stored": upper,
+        "upright": 255 - upper if orientation == 3 else {6: right, 8: 255 - right}.get(orientation),
+    }
+    assert bright[found] > 250
+
+
+def test_damaged_annotations_cost_their_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = [
+        shape(1, segmentation=[[0, 0, float("nan"), 0, 5, 5]]),
+        shape(2, image_id=2, segmentation={"size": [HEIGHT, WIDTH], "counts": "PPPP"}),
+        shape(3, image_id=3),
+        shape(4, image_id=4, segmentation=[[0, 0, 1e9, 1e9, 5, 5]]),
+    ]
+    names = [f"{number}.jpg" for number in range(1, 5)]
+    root = export(tmp_path / "c", "annotations/instances_default.json", *names, annotations=bad)
+    for name in names:
+        picture(root / "images" / name)
+    with pytest.raises(
+        DataError, match=r"3 problem\(s\) in (.*\n)*.*annotation 1 of image 1 \(20x12 pixels\) has a polygon"
+    ):
+        convert(root, Output(tmp_path / "out"))
+    convert(root, Output(tmp_path / "out", skip_damaged=True))
+    assert rows(tmp_path / "out") == {"3": ("train", [1], True)}
+    assert "left out 3 damaged images, 1 remain" in capsys.readouterr().out
 
 
 # Refusals: each names file, value and remedy, and nothing is written.
@@ -248,8 +434,12 @@ def refused(coco: CocoBuilder, out: Path, message: str, **options: Any) -> None:
 def test_options_and_folders(coco: CocoBuilder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     refused(coco, out, r"--fraction is 1.5; allowed are shares above 0", fraction=1.5)
-    refused(coco, out, r"cannot read .*instances_train2014.json", year=2014)
-    with pytest.raises(DataError, match="has no annotations/instances_train2014.json or"):
+    refused(coco, out, r"has no annotations of 2014, only .*instances_train2017.json", year=2014)
+    refused(coco, out, r"--val-fraction draws from train, but there are validation images", val_fraction=0.5)
+    with pytest.raises(
+        DataError,
+        match=r"has no annotations/instances_train2017.json or the like .*, and no train/_annotations.coco.json",
+    ):
         convert(tmp_path, Output(out))
     (coco.root / "annotations" / "instances_train2014.json").write_text("{}")
     refused(coco, out, "has annotations of both years; choose with --year")
@@ -263,11 +453,11 @@ def test_options_and_folders(coco: CocoBuilder, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"segmentation": {"size": [9, 9], "counts": [81]}}, r"annotation 2 of image 1 has a segmentation that is nei"),
-        ({"segmentation": {"size": [HEIGHT, WIDTH], "counts": [81]}}, "neither polygons nor run lengths of a 20x12"),
-        ({"segmentation": [[1, 2, 3, 4, 5, 6, 7]]}, "neither polygons"),
-        ({"segmentation": [["a"] * 6]}, "neither polygons"),
-        ({"segmentation": None}, "neither polygons"),
+        (
+            {"segmentation": {"size": [9, 9], "counts": [81]}},
+            r"annotation 2 of image 1 \(20x12 pixels\) has run lengths fo",
+        ),
+        ({"segmentation": None}, "has the segmentation None"),
         ({"category_id": 5}, r"annotations of the categories \[5\], which it does not list"),
         ({"image_id": 77}, r"annotations of the images \[77\], which it does not list"),
     ],
