@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
@@ -15,8 +16,9 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from tabulate import tabulate
 
-from data_prep.shard_writer import Item, Sample, report_problems, verify, write_dataset
+from data_prep.shard_writer import Item, Sample, deal, report_problems, verify, write_dataset
 from data_prep.source_files import read_keys
 from data_prep.workers import ConversionPool
 from slrnet.data.catalog import voc_palette
@@ -57,6 +59,8 @@ class Output:
     """Leave out images whose files are damaged or do not fit, naming each, instead of refusing them all."""
     processes: int = 1
     """Worker processes; the output is the same for any number."""
+    dry_run: bool = False
+    """Read and check everything, say what was understood, and write nothing."""
     made_by: str | None = None
     """The command that makes the data set, without `--out`; None for that of the converter's arguments."""
 
@@ -65,7 +69,8 @@ class Output:
         """The output that the options of `add_common_arguments` ask for."""
         names = ("name", "samples_per_shard", "shards", "seed", "skip_damaged", "processes")
         options = {name: getattr(args, name) for name in names}
-        return cls(args.out, subsets=parse_named_files("--subset", args.subset), **options)
+        options |= {"dry_run": getattr(args, "dry_run", False), "subsets": parse_named_files("--subset", args.subset)}
+        return cls(args.out or Path(), **options)
 
     def named(self, name: str, script: str, words: Mapping[str, Any]) -> Output:
         """With a name, and the command that makes it; what changes no byte, such as --processes, is left out of that.
@@ -110,6 +115,19 @@ class Source(ABC, Generic[AnyItem]):
         Raises:
             DataError: something is wrong with them.
         """
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Compares what `scan` found in all images; raises `DataError` if it does not fit together."""
+
+    def row(self, sample: Sample) -> dict[str, str]:
+        """A sample as a row of the table that a dry run prints."""
+        labels = None if sample.classes is None else ", ".join(self.class_names[label] for label in sample.classes)
+        return {
+            "key": sample.key,
+            "split": sample.split,
+            "size": f"{sample.width}x{sample.height}",
+            "labels": "unknown" if labels is None else labels or "none",
+        }
 
     @abstractmethod
     def encode(self, sample: Sample) -> tuple[bytes, bytes | None]:
@@ -158,8 +176,11 @@ def convert_items(
             kept = [sample for sample in samples if sample.classes != ()]
             print(f"left out {len(samples) - len(kept)} images that show none of the chosen classes", flush=True)
             samples = kept
+        source.check(samples)
         for note in source.notes(samples):
             print(note, flush=True)
+        if output.dry_run:
+            return _understood(source, samples, output)
         return write_dataset(
             output.folder,
             samples,
@@ -173,6 +194,34 @@ def convert_items(
             seed=output.seed,
             workers=workers,
         )
+
+
+def _understood(source: Source[AnyItem], samples: Sequence[Sample], output: Output) -> DatasetInfo:
+    """Prints what would be written; returns its description, without a fingerprint."""
+    names = source.class_names
+    deal(
+        samples, len(names), samples_per_shard=output.samples_per_shard, shards=output.shards, seed=output.seed
+    )  # raises what writing would raise
+    splits = Counter(sample.split for sample in samples)
+    labeled = [sample.classes for sample in samples if sample.classes is not None]
+    images = Counter(label for classes in labeled for label in classes)
+    counts = {names[label]: str(images[label]) for label in range(1, len(names))}
+    counts |= {
+        "none of them": str(sum(not classes for classes in labeled)),
+        "unknown": str(len(samples) - len(labeled)),
+    }
+    print(f"images: {len(samples)}: " + ", ".join(f"{splits[split]} {split}" for split in sorted(splits)))
+    if subsets := Counter(name for sample in samples for name in sample.subsets):
+        print("subsets: " + ", ".join(f"{subsets[name]} {name}" for name in sorted(subsets)))
+    print("images by label: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    rows = [source.row(sample) for sample in sorted(samples, key=lambda sample: sample.key)[:5]]
+    print(tabulate(rows, headers="keys", tablefmt="simple"), flush=True)
+    palette = tuple((int(red), int(green), int(blue)) for red, green, blue in source.palette[: len(names)])
+    assert output.name is not None
+    assert output.made_by is not None
+    return DatasetInfo(
+        name=output.name, classes=names, palette=palette, counts=splits, fingerprint="", made_by=output.made_by
+    )
 
 
 def _scanned(
@@ -207,18 +256,22 @@ def add_longest_side(parser: argparse.ArgumentParser, *, default: int) -> None:
     parser.add_argument("--longest-side", type=int, default=default, metavar="N", help=text)
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -> None:
+def add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = None, dry_run: bool = False) -> None:
     """Adds the options that all converters share.
 
     Args:
         parser: the parser to extend.
         name: the data set's default name; None for a converter that draws its own images.
+        dry_run: whether there is `--dry-run`, which needs no `--out`.
     """
-    target = parser.add_mutually_exclusive_group(required=True)
+    target = parser.add_mutually_exclusive_group(required=not dry_run)
     target.add_argument("--out", type=Path, metavar="DIR", help="folder to make; must not exist or be empty")
     target.add_argument(
         "--verify", type=Path, metavar="DIR", help="compare the shards of DIR with its manifest instead"
     )
+    if dry_run:
+        text = "read and check all input, say what was understood, and write nothing"
+        parser.add_argument("--dry-run", action="store_true", help=text)
     parser.set_defaults(interrupted="interrupted; nothing was written")
     add, cores = parser.add_argument, os.cpu_count() or 1
     add("--processes", type=int, default=cores, metavar="N", help="worker processes (default: all cores)")
@@ -251,7 +304,13 @@ def run_conversion(options: argparse.Namespace, make: Callable[[argparse.Namespa
     """
     if options.verify is not None:
         return print_verification(options.verify, processes=options.processes)
+    dry_run = getattr(options, "dry_run", False)
+    if options.out is None and not dry_run:
+        raise DataError("--out is missing; give the folder to make, or --dry-run to write none")
     info = make(options)
+    if dry_run:
+        print("wrote nothing, as --dry-run asks")
+        return 0
     counts = ", ".join(f"{count} {split}" for split, count in info.counts.items())
     print(f"wrote {options.out}: {counts} samples, {info.num_classes} classes, fingerprint {info.fingerprint[:12]}")
     print(f"look at it: slrnet browse {shlex.quote(str(options.out))}")

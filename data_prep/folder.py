@@ -26,6 +26,7 @@ and their masks by nearest pixels: crops of 321 pixels gain little from a camera
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ import numpy.typing as npt
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.class_folders import labels_of_folders
+from data_prep.class_names import given_classes, read_classes
 from data_prep.conversion import (
     Output,
     Source,
@@ -46,21 +49,15 @@ from data_prep.conversion import (
     parse_named_files,
     required,
 )
-from data_prep.found_files import find_images, mask_of, read_keys, read_splits
-from data_prep.label_table import LabelTable, read_label_table
+from data_prep.found_files import find_pictures, paths_by_key
+from data_prep.image_names import ImageNames
+from data_prep.label_table import ImageLabels, read_label_table
+from data_prep.mask_files import MaskReader, MaskValues, check_masks
+from data_prep.mask_pairs import masks_among, pair_masks
 from data_prep.palettes import Palette, read_palette
-from data_prep.shard_writer import Item, Sample, check_output
-from data_prep.source_files import (
-    ImageForm,
-    check_fraction,
-    check_size,
-    checked_ids,
-    copied,
-    drawn_split,
-    measure_mask,
-    opened,
-    split_words,
-)
+from data_prep.shard_writer import Item, Sample, check_output, listed
+from data_prep.source_files import ImageForm, check_fraction, check_size, checked_ids, copied, split_words
+from data_prep.splits import checked_splits, splits_of
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
@@ -76,11 +73,15 @@ def convert(
     *,
     masks: str | Path | None = None,
     labels: str | Path | None = None,
+    labels_from_folders: bool = False,
     palette: str | Path | None = None,
+    binary_masks: bool = False,
     classes: Sequence[str] | None = None,
+    classes_file: str | Path | None = None,
     splits: Mapping[str, Path] | None = None,
     val_fraction: float = 0.0,
     unlabeled: bool = False,
+    skip_unmatched: bool = False,
     longest_side: int = 0,
 ) -> DatasetInfo:
     """Makes shards of a folder of images.
@@ -88,53 +89,79 @@ def convert(
     Args:
         images: Folder with the images.
         output: What to write.
-        masks: Folder with the masks.
-        labels: CSV file with image labels.
+        masks: Folder with the masks; it may be the same, or lie in it.
+        labels: Table of image labels, CSV or .xlsx.
+        labels_from_folders: Whether the folders below `images` are the image labels.
         palette: File with the colors and names of the classes, for masks in colors.
+        binary_masks: Whether each value of a mask other than 0 is the only class.
         classes: Names of the foreground classes in the order of their ids; not with `palette`. Without masks they may
-            be left out: then they are the names in `labels`, sorted.
-        splits: List files of splits other than `train`.
+            be left out: then they are the names of the image labels.
+        classes_file: File with these names, one a line, instead.
+        splits: List files of splits.
         val_fraction: Share of the images that becomes `val`, chosen by key and seed; not with other ways to split.
-        unlabeled: Whether images with neither a mask nor a line in `labels` are taken, as unlabeled ones.
+        unlabeled: Whether images with neither a mask nor image labels are taken, as unlabeled ones.
+        skip_unmatched: Whether images, masks and names in tables and lists that nothing else belongs to are left out.
         longest_side: Larger images are scaled down to it, pixels; 0 keeps all sizes.
 
     Raises:
         DataError: something about the folders, the files or the options is refused; nothing is written then.
     """
-    check_output(output.folder)
-    if masks is None and labels is None and not unlabeled:
+    if not output.dry_run or Path(output.folder) != Path():
+        check_output(output.folder)
+    if masks is None and labels is None and not unlabeled and not labels_from_folders:
         raise DataError(
-            "neither --masks nor --labels is given; one of them must say what the images show, or --unlabeled that "
-            "nothing is known of them"
+            "neither --masks nor --labels is given; one of them must say what the images show, or "
+            "--labels-from-folders that their folders do, or --unlabeled that nothing is known of them"
         )
+    check_fraction(val_fraction)
+    checked_splits(dict.fromkeys(splits or {}, "a name"), "--split")
     images = Path(images).absolute()
+    masks = None if masks is None else Path(masks).absolute()
     colors = read_palette(palette) if palette is not None else None
-    table = read_label_table(labels) if labels is not None else None
+    chosen = _chosen_classes(classes, classes_file, colors)
+    if labels is not None and labels_from_folders:
+        raise DataError("--labels and --labels-from-folders both give image labels; use one of the two")
+    table = None if labels is None else read_label_table(labels, chosen)
+    files = _find_files(images, masks)
+    names = ImageNames(files.images, skip_unmatched=skip_unmatched)
+    stated = table.of_images(names) if table is not None else None
+    if labels_from_folders:
+        stated = labels_of_folders(files.images, chosen)
     source = _Folder(
         place=str(images),
+        class_names=_class_names(chosen, stated, has_masks=masks is not None, binary_masks=binary_masks),
         images=images,
-        masks=None if masks is None else Path(masks).absolute(),
-        class_names=_class_names(classes, colors, table, has_masks=masks is not None),
-        colors=colors,
+        masks=masks,
+        reader=MaskReader(palette=colors, binary=binary_masks),
         form=ImageForm(upright=True, longest_side=longest_side or None, remedy=REMEDY),
     )
-    paths = find_images(images)
-    split_of = _splits(paths, table, splits or {}, val_fraction, output.seed)
-    items = _items(source, table, paths, split_of, unlabeled=unlabeled)
-    del paths, split_of  # they would take memory for every image until the end
+    split_of = splits_of(
+        files.images,
+        lists=names.read_splits(splits) if splits else None,
+        stated=None if stated is None else stated.splits,
+        stated_by="" if stated is None else stated.what,
+        val_fraction=val_fraction,
+        seed=output.seed,
+    )
+    mask_of = _masks_of(files, skip_unmatched=skip_unmatched)
+    items = _items(source, files.images, mask_of, stated, split_of, unlabeled=unlabeled, skip_unmatched=skip_unmatched)
     words = {
         "--images": images,
-        "--masks": source.masks,
+        "--masks": masks,
         "--labels": None if labels is None else Path(labels),
+        "--labels-from-folders": labels_from_folders,
         "--palette": None if palette is None else Path(palette),
+        "--binary-masks": binary_masks,
         "--classes": None if classes is None else ",".join(classes),
+        "--classes-file": None if classes_file is None else Path(classes_file),
         "--split": splits,
         "--val-fraction": val_fraction,
         "--unlabeled": unlabeled,
+        "--skip-unmatched": skip_unmatched,
         "--longest-side": longest_side,
     }
     output = output.named("folder", "data_prep/folder.py", words)
-    return convert_items(source, items, output, read_keys=read_keys)
+    return convert_items(source, items, output, read_keys=names.read_keys)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,34 +177,47 @@ class _Item(Item):
 class _Folder(Source[_Item]):
     images: Path
     masks: Path | None
-    colors: Palette | None
+    reader: MaskReader
     form: ImageForm
 
     @property
     def palette(self) -> npt.NDArray[np.uint8]:
         colors = voc_palette()
-        if self.colors is not None:
-            colors[: len(self.colors.colors)] = self.colors.colors
+        if self.reader.palette is not None:
+            colors[: len(self.reader.palette.colors)] = self.reader.palette.colors
         return colors
 
     def scan(self, item: _Item) -> Sample:
         path = Path(item.path)
         size, image_as_is = self.form.measure(path)
-        mask_as_is = False
+        mask_as_is, values = False, None
         classes: tuple[int, ...] | None = None
         if item.mask is not None:
             mask_path = Path(item.mask)
-            mask, mask_as_is = self._read_mask(mask_path)
+            mask, mask_as_is, colors = self._read_mask(mask_path)
             check_size(mask_path, mask, path, size, remedy="make them of one size, the image seen upright")
             present = checked_ids(mask_path, mask, len(self.class_names), remedy="see --classes")
             classes = tuple(label for label in present if 0 < label < IGNORE_INDEX)
+            values = MaskValues(bytes(present), b"" if colors is None else colors[present].tobytes())
         if item.labels is not None:
             classes = tuple(sorted(self.class_names.index(name) for name in item.labels))
-        files = (item.path, item.mask)
+        files = (item.path, item.mask, values)
         return Sample.of(item, size, classes, source=files, image_as_is=image_as_is, mask_as_is=mask_as_is)
 
+    def check(self, samples: Sequence[Sample]) -> None:
+        if self.reader.palette is None and not self.reader.binary:
+            masks = ((sample.source[1], sample.source[2]) for sample in samples if sample.source[1] is not None)
+            check_masks(masks, len(self.class_names))
+
+    def row(self, sample: Sample) -> dict[str, str]:
+        path, mask, _ = sample.source
+        files = {"image": os.path.relpath(path, self.images)}
+        if self.masks is not None:
+            files["mask"] = "none" if mask is None else os.path.relpath(mask, self.masks)
+        return files | super().row(sample)
+
     def encode(self, sample: Sample) -> tuple[bytes, bytes | None]:
-        path, mask = sample.source
+        path, mask, _ = sample.source
         image = self.form.jpeg(Path(path), as_is=sample.image_as_is)
         if mask is None:
             return image, None
@@ -186,90 +226,113 @@ class _Folder(Source[_Item]):
             return image, copied(mask_path, remedy=REMEDY)
         return image, encode_mask(self._read_mask(mask_path)[0], self.palette)
 
-    def mask_of(self, image: Path) -> Path | None:
-        """Path of an image's mask; None where there are no masks, or none of this image."""
-        return None if self.masks is None else mask_of(image, self.images, self.masks)
-
-    def _read_mask(self, path: Path) -> tuple[npt.NDArray[np.uint8], bool]:
-        """Ids of a mask in the shards, and whether its file is copied into them."""
-        stored, as_is = self._read_ids(path)
+    def _read_mask(self, path: Path) -> tuple[npt.NDArray[np.uint8], bool, npt.NDArray[np.uint8] | None]:
+        """Ids of a mask in the shards, whether its file is copied into them, and the colors of its own palette."""
+        stored, as_is, colors = self.reader.read(path)
         ids = self.form.mask(stored)
-        return ids, as_is and ids is stored
-
-    def _read_ids(self, path: Path) -> tuple[npt.NDArray[np.uint8], bool]:
-        if self.colors is None:
-            return measure_mask(path, remedy="make it so, or name its colors with --palette FILE")
-        with opened(path, remedy="make it again") as image:
-            pixels = np.asarray(image.convert("RGB"))
-        try:
-            return self.colors.ids(pixels), False
-        except DataError as error:
-            raise DataError(f"{path} {error}") from None
+        return ids, as_is and ids is stored, colors
 
 
 # Finding things.
 
 
-def _class_names(
-    classes: Sequence[str] | None, colors: Palette | None, table: LabelTable | None, *, has_masks: bool
-) -> tuple[str, ...]:
-    if colors is not None and classes is not None:
-        raise DataError("--classes and --palette both name the classes; give one of the two")
-    named = set() if table is None else {name for labels in table.labels.values() for name in labels}
+@dataclass(frozen=True)
+class _Files:
+    """Paths below their folders: images by key, and masks."""
+
+    images: Mapping[str, str]
+    masks: Sequence[str]
+    mask_folder: Path | None
+
+
+def _find_files(images: Path, masks: Path | None) -> _Files:
+    found = find_pictures(images, "--images", apart=masks)
+    if masks is None:
+        if like_masks := sorted(masks_among(found)):
+            print(
+                f"--images: {len(like_masks)} image(s) have names of masks: {listed(like_masks)}; they are taken as "
+                "images, as --masks is not given",
+                flush=True,
+            )
+        return _Files(paths_by_key(images, found), (), None)
+    if masks.is_dir() and os.path.samefile(images, masks):
+        mixed = masks_among(found)
+        print(f"--masks is --images: {len(mixed)} of {len(found)} files are masks by their names", flush=True)
+        return _Files(paths_by_key(images, [path for path in found if path not in mixed]), sorted(mixed), masks)
+    return _Files(paths_by_key(images, found), find_pictures(masks, "--masks", apart=images), masks)
+
+
+def _chosen_classes(
+    classes: Sequence[str] | None, classes_file: str | Path | None, colors: Palette | None
+) -> tuple[str, ...] | None:
+    """Names of the foreground classes by options; None if none names them."""
+    given = {"--classes": classes, "--classes-file": classes_file, "--palette": colors}
+    options = [option for option, value in given.items() if value is not None]
+    if len(options) > 1:
+        raise DataError(f"{' and '.join(options)} name the classes; give one of them")
     if colors is not None:
-        names = colors.names
-    elif classes is not None:
-        names = (BACKGROUND, *classes)
-    elif table is not None and not has_masks:
-        names = (BACKGROUND, *sorted(named))
-    else:
+        return colors.names[1:]
+    if classes_file is not None:
+        return given_classes(read_classes(classes_file), f"--classes-file {classes_file}")
+    return None if classes is None else given_classes(classes, "--classes")
+
+
+def _class_names(
+    chosen: tuple[str, ...] | None, stated: ImageLabels | None, *, has_masks: bool, binary_masks: bool
+) -> tuple[str, ...]:
+    if chosen is None and (stated is None or has_masks):
         raise DataError(
             "nothing names the classes; name the classes 1, 2, ... with --classes (or --palette for masks in colors)"
         )
-    if len(set(names)) < len(names) or not 2 <= len(names) <= IGNORE_INDEX:
-        raise DataError(f"there are {len(names) - 1} classes {list(names[1:4])}...; 1 to 254 different ones are needed")
-    if table is not None and (unknown := sorted(named - set(names[1:]))):
-        raise DataError(f"{table.path} has the labels {unknown[:5]}; the classes are {', '.join(names[1:])}")
-    return names
+    names = stated.class_names if chosen is None and stated is not None else chosen or ()
+    if not 1 <= len(names) < IGNORE_INDEX:
+        what = "the image labels" if stated is None else stated.what
+        raise DataError(f"{what} names {len(names)} classes beside the background; 1 to 254 are allowed: see --classes")
+    if binary_masks and len(names) != 1:
+        raise DataError(f"--binary-masks is for one class; {len(names)} are named: {listed(list(names))}")
+    return (BACKGROUND, *names)
+
+
+def _masks_of(files: _Files, *, skip_unmatched: bool) -> dict[str, str]:
+    """Paths of masks by the key of their image."""
+    pairs, strangers = pair_masks(files.images, files.masks)
+    if strangers:
+        remedy = "name each as its image (a/b.png for a/b.jpg), take them away, or leave them out with --skip-unmatched"
+        if not skip_unmatched:
+            raise DataError(f"--masks has {len(strangers)} mask(s) of no image: {listed(strangers)}; {remedy}")
+        print(f"--masks: left out {len(strangers)} mask(s) of no image: {listed(strangers)}", flush=True)
+    return {key: f"{files.mask_folder}/{mask}" for key, mask in pairs.items()}
 
 
 def _items(
     source: _Folder,
-    table: LabelTable | None,
-    paths: Mapping[str, Path],
+    paths: Mapping[str, str],
+    mask_of: Mapping[str, str],
+    stated: ImageLabels | None,
     split_of: Mapping[str, str],
     *,
     unlabeled: bool,
+    skip_unmatched: bool,
 ) -> list[_Item]:
-    items = []
+    items, without = [], []
     for key, path in paths.items():
-        labels, mask = None if table is None else table.labels.get(key), source.mask_of(path)
-        if labels is None and not unlabeled and mask is None:
-            without = f"{path} has no mask" + ("" if table is None else f" and no line in {table.path}")
-            raise DataError(f"{without}; add it, or take such images as unlabeled ones with --unlabeled")
-        place = None if mask is None else str(mask)
-        items.append(_Item(key=key, path=str(path), mask=place, split=split_of[key], labels=labels))
+        labels, mask = None if stated is None else stated.labels.get(key), mask_of.get(key)
+        if labels is None and mask is None and not unlabeled:
+            without.append(path)
+            continue
+        place = f"{source.images}/{path}"
+        items.append(_Item(key=key, path=place, mask=mask, split=split_of[key], labels=labels))
+    if without:
+        sources = [] if source.masks is None else ["no mask"]
+        sources += [] if stated is None else [f"no label in {stated.what}"]
+        text = f"{len(without)} image(s) have {' and '.join(sources)}: {listed(without)}"
+        if not skip_unmatched:
+            raise DataError(
+                f"{text}; add them, take such images as unlabeled ones with --unlabeled, or leave them out with "
+                "--skip-unmatched"
+            )
+        print(f"--images: left out: {text}", flush=True)
     return items
-
-
-def _splits(
-    paths: Mapping[str, Path],
-    table: LabelTable | None,
-    splits: Mapping[str, Path],
-    val_fraction: float,
-    seed: int,
-) -> dict[str, str]:
-    """Splits of all images, by list, table or draw."""
-    if sum([bool(splits), val_fraction > 0, table is not None and table.splits is not None]) > 1:
-        raise DataError("splits are given in several ways; use one of --split, --val-fraction and the column `split`")
-    check_fraction(val_fraction)
-    if table is not None and (strangers := sorted(set(table.labels) - set(paths))):
-        raise DataError(
-            f"{table.path} lists {len(strangers)} image(s) that are not there, such as {strangers[:3]}; "
-            "remove their lines"
-        )
-    named = read_splits(splits, paths) | dict((table and table.splits) or {})
-    return {key: named.get(key) or drawn_split(key, val_fraction, seed) for key in paths}
 
 
 # Command line.
@@ -279,23 +342,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     add = parser.add_argument
     add("--images", type=Path, metavar="DIR", help="folder with the images")
-    add("--masks", type=Path, metavar="DIR", help="folder with PNG masks of the same paths")
-    add("--labels", type=Path, metavar="FILE", help="CSV file with image labels")
+    add("--masks", type=Path, metavar="DIR", help="folder with masks of the same paths")
+    add("--labels", type=Path, metavar="FILE", help="table of image labels, CSV or .xlsx")
+    add("--labels-from-folders", action="store_true", help="the folders of the images are their labels")
     add("--palette", type=Path, metavar="FILE", help="colors of the classes, for masks in colors")
+    add("--binary-masks", action="store_true", help="each value of a mask other than 0 is the only class")
     add("--classes", metavar="A,B", help="names of the classes 1, 2, ...")
-    add("--split", action="append", default=[], metavar="NAME=FILE", help="list of a split; repeatable")
+    add("--classes-file", type=Path, metavar="FILE", help="file with these names, one a line")
+    add("--split", action="append", default=[], metavar="NAME=FILE", help="list of train, val or test; repeatable")
     add("--val-fraction", type=float, default=0.0, metavar="X", help="share of the images for `val`")
-    add("--unlabeled", action="store_true", help="take images with neither a mask nor a line as unlabeled ones")
+    add("--unlabeled", action="store_true", help="take images with neither a mask nor labels as unlabeled ones")
     add("--unlabelled", action="store_true", dest="unlabeled", help=argparse.SUPPRESS)
+    text = "leave out images, masks and names in tables that nothing else belongs to, naming them, instead of stopping"
+    add("--skip-unmatched", action="store_true", help=text)
     add_longest_side(parser, default=0)
-    add_common_arguments(parser, name="folder")
+    add_common_arguments(parser, name="folder", dry_run=True)
 
 
 def make(args: argparse.Namespace) -> DatasetInfo:
     """Makes the data set that the options ask for."""
     required(args, "images")
-    names = ("masks", "labels", "palette", "val_fraction", "unlabeled", "longest_side")
-    options = {name: getattr(args, name) for name in names}
+    names = "masks labels labels_from_folders palette binary_masks classes_file val_fraction unlabeled skip_unmatched"
+    options = {name: getattr(args, name) for name in (*names.split(), "longest_side")}
     options |= {"classes": split_words(args.classes), "splits": parse_named_files("--split", args.split)}
     return convert(args.images, Output.of_arguments(args), **options)
 

@@ -36,6 +36,8 @@ __all__ = [
     "Item",
     "Sample",
     "check_output",
+    "deal",
+    "listed",
     "report_problems",
     "verify",
     "write_dataset",
@@ -94,7 +96,7 @@ class Damage:
 
     def __str__(self) -> str:
         """One line for people."""
-        return f"{self.shard}: {self.reason}" + (f": {_listed(self.keys, ', ')}" if self.keys else "")
+        return f"{self.shard}: {self.reason}" + (f": {listed(self.keys, ', ')}" if self.keys else "")
 
 
 Encode = Callable[[Sample], tuple[bytes, bytes | None]]
@@ -135,8 +137,7 @@ def write_dataset(
             or a split has fewer samples than shards. No failure leaves anything behind.
     """
     target = check_output(out)
-    _check_samples(samples, len(classes))
-    plan = _deal(samples, samples_per_shard=samples_per_shard, shards=shards, seed=seed)
+    plan = deal(samples, len(classes), samples_per_shard=samples_per_shard, shards=shards, seed=seed)
     with _appears_whole(target) as folder:
         write, weights = partial(_write_shard, folder, encode), [len(members) for _, members in plan]
         parts = (workers or ConversionPool(1)).map(write, plan, weights=weights, label="writing")
@@ -196,7 +197,7 @@ def report_problems(problems: Sequence[str], what: str, *, advice: str | None = 
     """
     if problems:
         end = "" if advice is None else f"\n{advice}"
-        raise DataError(f"{len(problems)} problem(s) in {what}:\n  " + _listed(problems, "\n  ") + end)
+        raise DataError(f"{len(problems)} problem(s) in {what}:\n  " + listed(problems, "\n  ") + end)
 
 
 # Writing.
@@ -233,10 +234,16 @@ def _unfit_key(key: str) -> str | None:
     return None
 
 
-def _deal(
-    samples: Sequence[Sample], *, samples_per_shard: int, shards: int | None, seed: int
+def deal(
+    samples: Sequence[Sample], num_classes: int, *, samples_per_shard: int, shards: int | None, seed: int
 ) -> list[tuple[str, list[Sample]]]:
-    """Shard names and their samples: sorted by key, shuffled by the seed, cut into nearly equal runs."""
+    """Shard names and their samples: sorted by key, shuffled by the seed, cut into nearly equal runs.
+
+    Raises:
+        DataError: a key is unfit or occurs twice, a class id is outside the classes, or a split has fewer samples than
+            shards.
+    """
+    _check_samples(samples, num_classes)
     if samples_per_shard < 1 or (shards is not None and shards < 1):
         raise DataError(f"--samples-per-shard {samples_per_shard} and --shards {shards} must be at least 1")
     plan = []
@@ -328,7 +335,7 @@ def _is_intact(data: bytes, key: str, digest: str) -> bool:
 # Messages.
 
 
-def _listed(texts: Sequence[str], separator: str) -> str:
-    """The first texts, and how many more there are."""
+def listed(texts: Sequence[str], separator: str = ", ") -> str:
+    """The first ten texts, and how many more there are."""
     more = len(texts) - MAX_LISTED
     return separator.join([*texts[:MAX_LISTED], *([f"... and {more} more"] if more > 0 else [])])

@@ -30,6 +30,7 @@ __all__ = [
     "checked_ids",
     "copied",
     "drawn_split",
+    "mask_ids",
     "measure_mask",
     "opened",
     "read_keys",
@@ -40,6 +41,8 @@ __all__ = [
 ]
 
 JPEG_QUALITY = 95
+LOSSY = {"JPEG", "MPO", "JPEG2000", "AVIF"}
+"""Formats, by Pillow's names, in which masks lose their ids."""
 
 
 @contextmanager
@@ -141,15 +144,50 @@ def measure_mask(path: Readable, *, remedy: str) -> tuple[npt.NDArray[np.uint8],
     """Ids of an indexed or gray mask, (H, W) uint8, and whether the file can go into a shard as it is.
 
     Raises:
-        DataError: the file is missing, damaged, or in colors; the message ends in `remedy`.
+        DataError: the file is missing, damaged, in colors, or its values are no ids; the message ends in `remedy`.
     """
     with opened(path, remedy=remedy) as image:
-        if image.mode not in ("P", "L", "1"):
-            raise DataError(
-                f"{path} is a {image.mode} image; masks must be indexed (mode P) or gray (L) with class ids as values: "
-                f"{remedy}"
-            )
-        return np.asarray(image).astype(np.uint8, copy=False), image.format == "PNG" and image.mode in ("P", "L")
+        return mask_ids(image, path, remedy=remedy)
+
+
+def mask_ids(image: Image.Image, path: Readable, *, remedy: str) -> tuple[npt.NDArray[np.uint8], bool]:
+    """Ids of an open mask, as `measure_mask` returns them: the values as the file has them, of any number of bits.
+
+    Raises:
+        DataError: the file is in colors, its values are no ids, or its compression changes them.
+    """
+    if image.format in LOSSY:
+        raise DataError(
+            f"{path} is a {image.format} file, whose compression changes class ids; save it as PNG: {remedy}"
+        )
+    if image.mode in ("P", "L", "1"):
+        top = _top_value(image)
+        ids = np.asarray(image).astype(np.uint8, copy=False)
+        if top < 255:
+            return (ids * (top / 255)).round().astype(np.uint8), False
+        return ids, image.format == "PNG" and image.mode != "1"
+    if not image.mode.startswith("I"):
+        raise DataError(
+            f"{path} is a {image.mode} image; masks must be indexed (mode P) or gray (L) with class ids as values: "
+            f"{remedy}"
+        )
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 255:
+        raise DataError(
+            f"{path} is a {image.mode} image with values from {values.min()} to {values.max()}; class ids are 0 to "
+            f"255: {remedy}"
+        )
+    return values.astype(np.uint8), False
+
+
+def _top_value(image: Image.Image) -> int:
+    """The greatest value that a gray file can hold: Pillow spreads those of less than 8 bits over 0 to 255."""
+    tile = getattr(image, "tile", None)
+    arguments = tile[0].args if tile and image.mode == "L" else ""
+    if image.format == "PPM":
+        return int(arguments[1]) if isinstance(arguments, tuple) else 255
+    raw_mode = arguments if isinstance(arguments, str) else arguments[0]
+    return {"L;2": 3, "L;4": 15, "L;2I": 3, "L;4I": 15}.get(raw_mode, 255)
 
 
 def checked_ids(path: Readable, mask: npt.NDArray[np.uint8], num_classes: int, *, remedy: str) -> list[int]:
@@ -163,8 +201,10 @@ def checked_ids(path: Readable, mask: npt.NDArray[np.uint8], num_classes: int, *
     present: list[int] = np.unique(np.append(pixels[ends], pixels[-1:])).tolist()
     unknown = [label for label in present if label >= num_classes and label != IGNORE_INDEX]
     if unknown:
+        more = f" and {len(unknown) - 10} others" if len(unknown) > 10 else ""
         raise DataError(
-            f"{path} has ids {unknown}; allowed are 0 to {num_classes - 1} and {IGNORE_INDEX} (void); {remedy}"
+            f"{path} has ids {unknown[:10]}{more}; allowed are 0 to {num_classes - 1} and {IGNORE_INDEX} (void); "
+            f"{remedy}"
         )
     return present
 
