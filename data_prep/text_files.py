@@ -113,12 +113,13 @@ def parse_json(text: str) -> Any:
 def read_xml(path: Path, what: str, *, remedy: str) -> ElementTree.Element:
     """The root of an XML file, in the encoding that it declares, else as `read_text` reads it.
 
-    Entities of other files are never read, and expat stops at entities that grow without end.
-
     Raises:
-        DataError: the file cannot be read as XML; the message ends in `remedy`.
+        DataError: the file cannot be read as XML, or declares entities, which may stand for other files or grow without
+            end; the message ends in `remedy`.
     """
     data = _read_bytes(path, what)
+    if b"<!ENTITY" in data.replace(b"\0", b""):  # in UTF-16, too
+        raise DataError(f"{path} declares entities, which are not read; {remedy}")
     try:
         try:
             return ElementTree.fromstring(data)

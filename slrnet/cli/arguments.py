@@ -7,12 +7,28 @@ import functools
 import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-__all__ = ["DEVICE", "Argument", "add_protocol", "checkpoint", "command", "describe", "one_of", "option", "positive"]
+from slrnet.storage.ray_job import lasting, uploaded
+
+__all__ = [
+    "DEVICE",
+    "Argument",
+    "add_protocol",
+    "checkpoint",
+    "command",
+    "data_location",
+    "describe",
+    "input_file",
+    "one_of",
+    "option",
+    "place",
+    "positive",
+]
 
 Argument = Callable[[Any], object]
 """Adds an argument, or several that belong together, to a parser or to a group of one."""
+Value = TypeVar("Value")
 Run = Callable[[argparse.Namespace], int | None]
 """Does a subcommand's work; returns the exit status, or None for 0."""
 _EXIT_STATUS = (
@@ -85,11 +101,39 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def checked(read: Callable[[str], Value]) -> Callable[[str], Value]:
+    """Make a function an argument's `type` that keeps the messages of its errors, which argparse would replace."""
+
+    def convert(text: str) -> Value:
+        try:
+            return read(text)
+        except (ValueError, OSError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+@checked
+def place(text: str) -> Path:
+    """A folder or file of results or data, which Ray's copy of the project cannot hold."""
+    return lasting(Path(text).expanduser())
+
+
+@checked
+def data_location(text: str) -> str:
+    """A data set's location; a folder's as an absolute path, which means the same on all nodes."""
+    return text if "://" in text else str(lasting(Path(text).expanduser().resolve()))
+
+
+@checked
+def input_file(text: str) -> Path:
+    """A file to read at once; a missing one that Ray's copy of the project lacks is refused with the reason."""
+    return uploaded(Path(text).expanduser())
+
+
+@checked
 def run_argument(text: str) -> Path:
     """A run or a checkpoint; one in an object store is copied to this machine."""
     from slrnet.checkpoints.run_store import local_run
 
-    try:
-        return local_run(text) if "://" in text else Path(text).expanduser()
-    except (ValueError, OSError) as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return local_run(text) if "://" in text else lasting(Path(text).expanduser())

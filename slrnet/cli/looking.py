@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
-from slrnet.cli.arguments import DEVICE, add_protocol, checkpoint, command, option, positive
+from slrnet.cli.arguments import DEVICE, add_protocol, checkpoint, command, option, place, positive
 from slrnet.tools.figures import FIGURES
 
 __all__ = ["app", "codes", "dashboard", "figures", "predict", "report"]
@@ -16,7 +15,7 @@ __all__ = ["app", "codes", "dashboard", "figures", "predict", "report"]
 @command(
     checkpoint(),
     option("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns"),
-    option("--out", type=Path, required=True, metavar="DIR", help="folder for the masks"),
+    option("--out", type=place, required=True, metavar="DIR", help="folder for the masks"),
     add_protocol,
     DEVICE,
     option("--batch-size", type=positive, default=1, metavar="N", help="images at a time (default: 1)"),
@@ -44,8 +43,8 @@ def predict(options: argparse.Namespace) -> int:
 
 @command(
     checkpoint("runs", nargs="+", metavar="RUN_OR_CHECKPOINT"),
-    option("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: %(default)s"),
-    option("--data", type=Path, metavar="DIR", help="folder with shards (default: that of each training)"),
+    option("--out", type=place, default="report.html", metavar="FILE", help="default: %(default)s"),
+    option("--data", type=place, metavar="DIR", help="folder with shards (default: that of each training)"),
     option("--images", type=positive, default=4, metavar="N", help="best, worst images, code maps each (default: 4)"),
     option("--measured", type=positive, metavar="N", help="images to measure at most (default: all)"),
     DEVICE,
@@ -71,8 +70,8 @@ def report(options: argparse.Namespace) -> None:
 @command(
     option("what", choices=(*FIGURES, "tables"), help="what to make"),
     checkpoint("checkpoints", nargs="+", metavar="CHECKPOINT"),
-    option("--data", type=Path, metavar="DIR", help="folder with shards (default: that of the training)"),
-    option("--out", type=Path, required=True, metavar="DIR", help="folder for PNG and PDF, or for tables.md"),
+    option("--data", type=place, metavar="DIR", help="folder with shards (default: that of the training)"),
+    option("--out", type=place, required=True, metavar="DIR", help="folder for PNG and PDF, or for tables.md"),
     option("--images", type=positive, metavar="N", help=f"images, rows or classes (default: {FIGURES})"),
     option("--measured", type=positive, metavar="N", help="images to choose from (default: all)"),
     option(
@@ -111,7 +110,7 @@ def figures(options: argparse.Namespace) -> None:
 @command(
     checkpoint(),
     option("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns"),
-    option("--out", type=Path, required=True, metavar="DIR", help="folder for the pictures"),
+    option("--out", type=place, required=True, metavar="DIR", help="folder for the pictures"),
     option("--num-iters", type=int, nargs="+", metavar="T", help="default: the checkpoint's"),
     option("--classes", nargs="+", metavar="NAME", help="default: those that the mask holds"),
 )
@@ -161,7 +160,7 @@ def app(options: argparse.Namespace) -> None:
 
 
 @command(
-    option("--storage", type=Path, metavar="DIR", help="folder of runs (default: see above)"),
+    option("--storage", type=place, metavar="DIR", help="folder of runs (default: see above)"),
     option("--port", type=int, default=5000, metavar="N", help="port on 127.0.0.1 (default: %(default)s)"),
 )
 def dashboard(options: argparse.Namespace) -> int:

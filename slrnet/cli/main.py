@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import FrameType
 
+from slrnet.storage.ray_job import unset_variables
 from slrnet.version import __version__
 
 __all__ = ["COMMANDS", "build_parser", "exit_code", "main"]
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complete(arguments or ())
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = build_parser(words).parse_args(words)
+    if note := unset_variables():
+        print(note, flush=True)
     return exit_code(lambda: options.run(options), interrupted=options.interrupted)
 
 

@@ -6,14 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
-from slrnet.cli.arguments import DEVICE, add_protocol, checkpoint, command, one_of, option
+from slrnet.cli.arguments import DEVICE, add_protocol, checkpoint, command, one_of, option, place
 
 __all__ = ["convert_weights", "export", "voc_archive"]
 
 
 @command(
     checkpoint(),
-    option("--out", type=Path, required=True, metavar="DIR", help="folder for network.pt2, network.onnx, export.json"),
+    option("--out", type=place, required=True, metavar="DIR", help="folder for network.pt2, network.onnx, export.json"),
     one_of(
         option("--no-onnx", action="store_true", help="torch.export alone, without the extra `export`"),
         option("--mlflow", metavar="NAME", help="also log the ONNX file to the training's run"),
@@ -45,7 +45,7 @@ def export(options: argparse.Namespace) -> None:
 
 @command(
     option("file", type=Path, help="published .pth file"),
-    option("--out", type=Path, required=True, metavar="DIR", help="new folder for the run, with its checkpoint in it"),
+    option("--out", type=place, required=True, metavar="DIR", help="new folder for the run, with its checkpoint in it"),
     option("--classes", metavar="A,B", help="comma-separated names, background first (default: VOC's 21)"),
 )
 def convert_weights(options: argparse.Namespace) -> None:
@@ -70,7 +70,7 @@ def convert_weights(options: argparse.Namespace) -> None:
     checkpoint(),
     option("images", type=Path, help="folder with ID.jpg, for instance VOC's JPEGImages"),
     option("--list", type=Path, metavar="FILE", help="an id a line, such as test.txt (default: all images)"),
-    option("--out", type=Path, required=True, metavar="FILE", help="archive to write, for instance results.tgz"),
+    option("--out", type=place, required=True, metavar="FILE", help="archive to write, for instance results.tgz"),
     add_protocol,
     DEVICE,
 )

@@ -10,7 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from slrnet.cli.arguments import Argument, Run, add_protocol, checkpoint, command, one_of, option
+from slrnet.cli.arguments import (
+    Argument,
+    Run,
+    add_protocol,
+    checkpoint,
+    command,
+    data_location,
+    input_file,
+    one_of,
+    option,
+    place,
+)
 from slrnet.config import Config, Gating, apply_overrides, load_config
 from slrnet.recipes import RECIPES, get_recipe
 from slrnet.storage.remote import cached
@@ -54,11 +65,6 @@ def settings(meaning: str = "change one setting; repeatable") -> Argument:
     return option("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=meaning)
 
 
-def data_location(text: str) -> str:
-    """A data set's location; a folder's as an absolute path, which means the same on all nodes."""
-    return text if "://" in text else str(Path(text).expanduser().resolve())
-
-
 def _trains(recipe: str) -> Callable[[Run], Argument]:
     """The arguments of a command that trains; `recipe` when none is named."""
     names = f"named configuration (default: {recipe}): {', '.join(RECIPES)}"
@@ -66,9 +72,11 @@ def _trains(recipe: str) -> Callable[[Run], Argument]:
     return command(
         one_of(
             option("--recipe", metavar="NAME", help=names),
-            option("--config", type=Path, metavar="FILE", help="configuration, such as another run's config.json"),
+            option(
+                "--config", type=input_file, metavar="FILE", help="configuration, such as another run's config.json"
+            ),
         ),
-        option("--data", metavar="DIR", help=data),
+        option("--data", type=data_location, metavar="DIR", help=data),
         settings(),
         add_workers,
         one_of(
@@ -108,7 +116,7 @@ def distill(options: argparse.Namespace) -> None:
 @command(
     one_of(
         option("--recipe", default="voc_wsss", metavar="NAME", help=f"{', '.join(RECIPES)} (default: voc_wsss)"),
-        option("--config", type=Path, metavar="FILE", help="a configuration file instead of a recipe"),
+        option("--config", type=input_file, metavar="FILE", help="a configuration file instead of a recipe"),
     ),
     option("--data", type=data_location, metavar="DIR", help="folder with shards, or its s3:// or gs:// location"),
     settings("change one setting of all trials; repeatable"),
@@ -172,7 +180,9 @@ def _prediction(*, protocol: str, gating: str | None) -> tuple[Argument, ...]:
     """The options of commands that predict a split, in this process or on Ray workers."""
     stated = gating or "as trained"
     return (
-        option("--data", metavar="DIR", help="folder with shards (default: what the checkpoint was trained on)"),
+        option(
+            "--data", type=data_location, metavar="DIR", help="shards (default: what the checkpoint was trained on)"
+        ),
         partial(add_protocol, default=protocol),
         option("--gating", choices=get_args(Gating), default=gating, help=f"classes allowed (default: {stated})"),
         settings("change a setting, such as evaluation.scales; repeatable"),
@@ -184,7 +194,7 @@ def _prediction(*, protocol: str, gating: str | None) -> tuple[Argument, ...]:
 @command(
     checkpoint("--checkpoint", metavar="RUN", required=True),
     option("--split", default="val", metavar="NAME", help="split to measure (default: val)"),
-    option("--out", type=Path, metavar="DIR", help="folder for evaluation.json (default: beside the checkpoint)"),
+    option("--out", type=place, metavar="DIR", help="folder for evaluation.json (default: beside the checkpoint)"),
     *_prediction(protocol="ss", gating=None),
 )
 def evaluate(options: argparse.Namespace) -> None:
@@ -217,10 +227,10 @@ def evaluate(options: argparse.Namespace) -> None:
 
 @command(
     checkpoint("--checkpoint", metavar="RUN"),
-    option("--out", type=Path, metavar="DIR", help="folder to make"),
+    option("--out", type=place, metavar="DIR", help="folder to make"),
     option("--splits", default="train", metavar="A,B", help="or all (default: train); others are copied"),
-    option("--voc-folder", type=Path, metavar="DIR", help="also write a folder in VOC's layout"),
-    option("--verify", type=Path, metavar="DIR", help="instead: compare the shards of DIR with its manifest"),
+    option("--voc-folder", type=place, metavar="DIR", help="also write a folder in VOC's layout"),
+    option("--verify", type=place, metavar="DIR", help="instead: compare the shards of DIR with its manifest"),
     *_prediction(protocol="ms", gating="image_labels"),
     interrupted="interrupted; run the same command again to continue",
 )
@@ -258,9 +268,9 @@ def pseudo_label(options: argparse.Namespace) -> int:
 
 @command(
     option("--recipe", required=True, metavar="NAME", help="named configuration"),
-    option("--data", required=True, metavar="DIR", help="folder with shards from `slrnet prepare`"),
+    option("--data", type=data_location, required=True, metavar="DIR", help="folder with shards from `slrnet prepare`"),
     settings(),
-    option("--out", type=Path, required=True, metavar="FOLDER", help="folder for the time line and the table"),
+    option("--out", type=place, required=True, metavar="FOLDER", help="folder for the time line and the table"),
     option("--steps", type=int, default=5, metavar="N", help="steps to profile (default: 5)"),
     option("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU"),
 )
@@ -311,7 +321,7 @@ def _worker_count(text: str) -> int | tuple[int, int]:
 def _folder(text: str) -> Path:
     if "://" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder; mount the storage on all nodes and give its path")
-    return Path(text).expanduser().resolve()
+    return place(text).resolve()
 
 
 def _storage(text: str) -> str:
@@ -336,12 +346,13 @@ def _configure(options: argparse.Namespace) -> Config:
         config = resume_config(storage, options.resume, remote=remote)
     else:
         config = load_config(options.config) if options.config else get_recipe(options.recipe or options.default_recipe)
-    data = options.data or config.data.path
-    if not data:
+    data = [f"data.path={options.data}"] if options.data else []
+    config = apply_overrides(config, [*data, *options.set, *_tracking(options)])
+    if not config.data.path:
         from data_prep.demo import demo_data
 
-        data = str(demo_data(storage))
-    return apply_overrides(config, [f"data.path={data_location(data)}", *options.set, *_tracking(options)])
+        config = apply_overrides(config, [f"data.path={demo_data(storage)}"])
+    return config
 
 
 def _launch(options: argparse.Namespace, config: Config) -> None:

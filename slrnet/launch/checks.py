@@ -13,6 +13,8 @@ from slrnet.config import Config, load_config
 from slrnet.data.class_balance import ClassLists, shares, table
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.supervision import Supervision, supervision_of
+from slrnet.storage.ray_job import lasting
+from slrnet.storage.remote import is_remote
 
 # The network and the trainer are imported where they are used: Ray's controller reads this module and needs neither.
 __all__ = ["balance_table", "check_folder", "check_run", "checkpoint_bytes", "resume_config", "with_absolute_paths"]
@@ -57,12 +59,16 @@ def with_absolute_paths(config: Config) -> tuple[Config, ShardSet]:
     """Resolves the paths of a configuration, as Ray's workers run in other folders; returns the data set too.
 
     Raises:
-        ValueError: there is no such data set, or the encoder's weights are missing.
+        ValueError: there is no such data set, the encoder's weights are missing, or either is in Ray's copy of the
+            project.
     """
     from slrnet.models.encoders import resolve_weights
 
-    shards = load_dataset(config.data.path)
+    path = config.data.path
+    shards = load_dataset(path if is_remote(path) else lasting(Path(path).expanduser(), setting="data.path"))
     weights = resolve_weights(config.model.encoder, config.model.encoder_weights)
+    if weights not in ("auto", "none"):
+        lasting(Path(weights), setting="model.encoder_weights")
     changes = {
         "data": config.data.model_copy(update={"path": shards.location}),
         "model": config.model.model_copy(update={"encoder_weights": weights}),

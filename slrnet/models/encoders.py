@@ -38,6 +38,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from slrnet.config import ModelConfig, nearest
 from slrnet.models.frozen_norm import freeze_batch_norms
 from slrnet.models.wide_resnet38 import WideResNet38
+from slrnet.storage.ray_job import in_copy
 
 __all__ = ["Encoder", "EncoderFeatures", "build_encoder", "describe_misfit", "read_tensors", "resolve_weights"]
 
@@ -160,9 +161,9 @@ class Encoder(nn.Module):
 def build_encoder(config: ModelConfig) -> Encoder:
     """Builds an encoder with its weights, in training mode.
 
-    For `encoder_weights="auto"`, `wide_resnet38` reads the published file in the folder `$SLRNET_WEIGHTS`, or in
-    `weights` in the working directory. ResNets and timm models download their weights once into a cache.
-    EfficientNet-Lites read a file of an installed package.
+    For `encoder_weights="auto"`, `wide_resnet38` reads the published file in the folder `$SLRNET_WEIGHTS`; if unset,
+    in `weights` in the working directory or in `~/slrnet_weights`. ResNets and timm models download their weights
+    once into a cache. EfficientNet-Lites read a file of an installed package.
 
     Args:
         config: names the encoder, its weights, its stride and what is frozen.
@@ -286,14 +287,31 @@ def _auto_tensors(name: str, model: str | None) -> tuple[dict[str, Tensor], str]
 
 
 def _wide_resnet38_file() -> Path:
-    path = Path(os.environ.get(WEIGHTS_FOLDER_VARIABLE, "weights")) / WIDE_RESNET38_FILE
-    if not path.is_file():
-        raise ValueError(
-            f"the ImageNet weights of wide_resnet38 are missing: no file {path.absolute()} (402 MB). The READMEs of "
-            "1-Stage (visinf/1-stage-wseg) and SLRNet (DesertsP/SLRNet) link to it; put it there or into a folder "
-            f"named by ${WEIGHTS_FOLDER_VARIABLE}, or set model.encoder_weights to its path, or to none for random ones"
+    named = os.environ.get(WEIGHTS_FOLDER_VARIABLE)
+    folders = [named] if named else ["weights", "~/slrnet_weights"]
+    paths = [Path(folder).expanduser().absolute() / WIDE_RESNET38_FILE for folder in folders]
+    for path in paths:
+        if path.is_file():
+            return path
+    raise ValueError(_missing_weights(paths))
+
+
+def _missing_weights(paths: Sequence[Path]) -> str:
+    """Says where the weights of wide_resnet38 were looked for, and how they get there."""
+    no_file = f"no file {' or '.join(map(str, paths))} (402 MB)"
+    own = "set model.encoder_weights to its path, or to none for random ones"
+    if in_copy(Path()):
+        return (
+            f"the ImageNet weights of wide_resnet38 did not reach this job: {no_file}. Ray uploads no *.pth of your "
+            f"folder and passes no variables of your terminal; put the file into {paths[-1].parent} on all nodes, or "
+            f"name its folder with `ray job submit --runtime-env-json "
+            f"""'{{"env_vars": {{"{WEIGHTS_FOLDER_VARIABLE}": "/FOLDER"}}}}'`, or {own}"""
         )
-    return path
+    return (
+        f"the ImageNet weights of wide_resnet38 are missing: {no_file}. The READMEs of 1-Stage (visinf/1-stage-wseg) "
+        "and SLRNet (DesertsP/SLRNet) link to it; put it there or into a folder named by "
+        f"${WEIGHTS_FOLDER_VARIABLE}, or {own}"
+    )
 
 
 def _efficientnet_lite_file(name: str) -> Path:

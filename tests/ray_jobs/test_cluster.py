@@ -80,6 +80,23 @@ def test_the_cluster_turns_strangers_away(cluster: tuple[str, dict[str, str]]) -
     assert refusal.value.code in (401, 403)
 
 
+def test_a_job_refuses_what_lies_in_rays_copy_of_the_project(
+    submit: Submit, cluster: tuple[str, dict[str, str]], data: Path
+) -> None:
+    arguments = ("ray_jobs/train.py", "--recipe", "voc_wsss", "--data", str(data), "--storage")
+    refused = submit(*arguments, "lost_runs")
+    assert "lost_runs would be in Ray's copy of the project" in refused.stdout
+    assert "exit code 2" in refused.stdout + refused.stderr
+    assert not (ROOT / "lost_runs").exists()
+    cluster[1]["SLRNET_WEIGHTS"] = "/weights"  # of the terminal alone
+    try:
+        missing = submit(*arguments, str(data.parent / "runs"))
+    finally:
+        del cluster[1]["SLRNET_WEIGHTS"]
+    assert "the ImageNet weights of wide_resnet38 did not reach this job" in missing.stdout
+    assert "this job does not have the variables" in missing.stdout
+
+
 def test_a_killed_worker_is_named_and_the_run_goes_on(submit: Submit, data: Path, tmp_path: Path) -> None:
     """Two workers, one of which is killed in the middle of an epoch; then the same run, resumed by one process."""
     settings = [word for setting in (*TINY, *EVERY_STEP) for word in ("--set", setting)]

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from slrnet.cli.training import add_storage, add_workers, data_location
+from slrnet.cli.arguments import data_location
+from slrnet.cli.main import build_parser
+from slrnet.cli.training import add_storage, add_workers
 
 
 @pytest.fixture
@@ -56,3 +58,41 @@ def test_a_data_set_keeps_its_place_on_other_nodes(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     assert data_location("shards") == str(tmp_path / "shards")
     assert data_location("s3://bucket/shards") == "s3://bucket/shards"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train --storage",
+        "train --data",
+        "train --config",
+        "distill --storage",
+        "distill --data",
+        "tune --storage",
+        "tune --data",
+        "tune --config",
+        "evaluate --checkpoint",
+        "evaluate --checkpoint /run --data",
+        "evaluate --checkpoint /run --out",
+        "pseudo-label --checkpoint",
+        "pseudo-label --checkpoint /run --out",
+        "pseudo-label --checkpoint /run --out /out --voc-folder",
+        "pseudo-label --verify",
+        "profile --recipe demo --data /data --out",
+        "export /run --out",
+        "predict /run /images --out",
+    ],
+)
+def test_a_relative_path_in_rays_copy_of_the_project_is_refused(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(SystemExit) as ended:
+        build_parser(words.split()).parse_args([*words.split(), "own"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert f"argument {words.split()[-1]}: own " in error
+    assert "such as $PWD/own in the terminal that submits" in error
+    build_parser(words.split()).parse_args([*words.split(), str(tmp_path / "own")])

@@ -338,12 +338,38 @@ def test_wide_resnet38_finds_the_published_file(tmp_path: Path, monkeypatch: pyt
     assert resolve_weights("wide_resnet38", "auto") == str(path)
 
 
+@pytest.mark.parametrize("folder", ["weights", "home/slrnet_weights"])
+def test_where_wide_resnet38_looks_for_its_file(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLRNET_WEIGHTS", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / folder / "ilsvrc-cls_rna-a1_cls1000_ep-0001.pth"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert resolve_weights("wide_resnet38", "auto") == str(path)
+
+
+@pytest.mark.parametrize(("variable", "searched"), [("", "_ray_pkg_1/weights"), ("/other", "no file /other")])
+def test_a_job_says_why_the_terminals_weights_did_not_reach_it(
+    variable: str, searched: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    monkeypatch.setenv("SLRNET_WEIGHTS", variable)
+    with pytest.raises(ValueError, match="did not reach this job: no file .*Ray uploads no .*pth") as refusal:
+        resolve_weights("wide_resnet38", "auto")
+    assert searched in str(refusal.value)
+    assert """`ray job submit --runtime-env-json '{"env_vars": {"SLRNET_WEIGHTS": "/FOLDER"}}'`""" in str(refusal.value)
+
+
 def test_wide_resnet38_without_its_file_says_where_it_comes_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SLRNET_WEIGHTS", raising=False)
     monkeypatch.chdir(tmp_path)
-    expected = f"no file {tmp_path}/weights/ilsvrc-cls_rna-a1_cls1000_ep-0001.pth .402 MB.*1-Stage.*SLRNet.*SLRNET_WEIG"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    expected = f"are missing: no file {tmp_path}/weights/ilsvrc-.*_ep-0001.pth or .*1-Stage.*SLRNet.*SLRNET_WEIGHTS"
     for call in (
         lambda: resolve_weights("wide_resnet38", "auto"),
         lambda: _build("wide_resnet38", encoder_weights="auto"),
