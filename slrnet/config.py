@@ -458,7 +458,7 @@ class Config(_Section):
         if setting != "wsss" and not subset:
             raise ValueError(
                 f"setting {setting!r} trains on masks; name the subset whose masks it may see in "
-                "data.pixel_labeled_subset (data_prep makes subsets with --subset NAME=LISTFILE)"
+                "data.pixel_labeled_subset (`slrnet prepare` makes subsets with --subset NAME=LISTFILE)"
             )
         if setting == "sss" and self.evaluation.gating == "scores":
             raise ValueError("evaluation.gating 'scores' needs class scores, and setting 'sss' has none; use none")
@@ -546,7 +546,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """For messages about unknown names: "; the nearest one is 'NAME'", or empty text if none of the known is close."""
     known = list(known)
     leaf = name.rsplit(".", 1)[-1]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    same = [other for other in known if leaf and other.rsplit(".", 1)[-1] == leaf]  # `lr` is `optim.lr`, not `cvlr`
+    close = difflib.get_close_matches(name, same or known, n=1, cutoff=0.4) or same
     close = close or [other for other in known if leaf and leaf in other.rsplit(".", 1)[-1]]
     return f"; the nearest one is {close[0]!r}" if close else ""
 
@@ -592,8 +593,9 @@ def apply_overrides(config: Config, overrides: Iterable[str]) -> Config:
     values = config.model_dump(mode="json")
     for text in overrides:
         key, equals, raw = (part.strip() for part in text.partition("="))
-        if not equals:
-            raise ConfigError(f"--set {text!r} has no '='; write section.field=value, for instance optim.lr=0.001")
+        if not equals or not key:
+            lacks = "'='" if key else "name"
+            raise ConfigError(f"--set {text!r} has no {lacks}; write section.field=value, for instance optim.lr=0.001")
         parent, dot, field = key.rpartition(".")
         section = values.get(parent) if dot else values
         if not isinstance(section, dict) or field not in section:

@@ -41,7 +41,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import TypeAdapter, ValidationError
 
+from slrnet.config import nearest
 from slrnet.data.catalog import voc_palette
+from slrnet.data.foreign_folder import how_to_make_shards
 from slrnet.data.manifest_rows import (
     MANIFEST_VERSION,
     SCHEMA,
@@ -227,8 +229,8 @@ class SplitView:
         if name not in self.subset_names:
             known = ", ".join(self.subset_names) or "none"
             raise DataError(
-                f"split {self.name!r} of {self.folder} has no subset {name!r}; it has: {known}; "
-                f"data_prep makes one with --subset {name}=LISTFILE"
+                f"split {self.name!r} of {self.folder} has no subset {name!r}; it has: {known}"
+                f"{nearest(name, self.subset_names)}; `slrnet prepare` makes one with --subset {name}=LISTFILE"
             )
         subsets, member = self.column("subsets"), np.zeros(self.num_samples, dtype=np.bool_)
         member[pc.list_parent_indices(subsets).filter(pc.equal(pc.list_flatten(subsets), name))] = True
@@ -280,7 +282,8 @@ class ShardSet:
     def split(self, name: str) -> SplitView:
         """The samples of one split; raises a `DataError` that names all splits if there is no such one."""
         if name not in self.splits:
-            raise DataError(f"{self.folder} has no split {name!r}; it has: {', '.join(self.splits)}")
+            have = f"it has: {', '.join(self.splits)}{nearest(name, self.splits)}"
+            raise DataError(f"{self.location} has no split {name!r}; {have}")
         return SplitView(name, self.rows)
 
 
@@ -376,20 +379,18 @@ def _counts(shards: pa.Table) -> dict[str, int]:
 
 def _read_info(path: Path) -> DatasetInfo:
     file = path / DATASET_FILE
-    remake = "rebuild the data set with the scripts of data_prep/"
+    remake = "rebuild the data set with `slrnet prepare`"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"no shards in {path}; make them with "
-            f"`slrnet prepare voc --root VOCdevkit/VOC2012 --out {path}`, "
-            f"or the embedded synthetic data set with `slrnet prepare demo --out {path}`"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"no shards in {path}: {how_to_make_shards(path, marker=DATASET_FILE)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {file}: {error}; {remake}") from None
     version = values.get("version") if isinstance(values, dict) else None
     if version != MANIFEST_VERSION:
-        raise DataError(f"{file} has format version {version}, this program reads version {MANIFEST_VERSION}; {remake}")
+        newer = isinstance(version, int) and version > MANIFEST_VERSION
+        advice = f"install the newer slrnet that made it, or {remake}" if newer else remake
+        raise DataError(f"{file} has format version {version}, this program reads version {MANIFEST_VERSION}; {advice}")
     try:
         return TypeAdapter(DatasetInfo).validate_python(values)
     except ValidationError as error:

@@ -88,7 +88,7 @@ def plan_supervision(
     if setting == "wsss" and not len(names & members):
         raise DataError(
             f"no sample of split {split.name!r} of {split.folder} that is trained on has image labels, and setting "
-            "'wsss' needs them; prepare the data with labels, or train on masks with setting=sss"
+            "'wsss' needs them; prepare the data with --labels or --masks, whose classes are the image labels too"
         )
     pools = tuple(
         Pool(samples, _draws(split, samples, config) * times)

@@ -9,9 +9,9 @@ import torch
 
 from slrnet.checkpoints.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from slrnet.checkpoints.run_store import CONFIG, RunStore
-from slrnet.config import Config, load_config
+from slrnet.config import Config, load_config, nearest
 from slrnet.data.class_balance import ClassLists, shares, table
-from slrnet.data.manifest import ShardSet, load_dataset
+from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.data.supervision import Supervision, supervision_of
 from slrnet.storage.ray_job import lasting
 from slrnet.storage.remote import is_remote
@@ -85,7 +85,7 @@ def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
     from slrnet.training.trainer import check_batch
 
     check_batch(config, world_size)
-    shards.split(config.data.val_split)
+    _check_splits(config, shards)
     supervision = supervision_of(config, shards)
     if supervision.draws < config.train.batch_size:
         raise ValueError(
@@ -93,6 +93,19 @@ def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
             f"train.batch_size {config.train.batch_size}; use a batch of {supervision.draws} or less"
         )
     return supervision
+
+
+def _check_splits(config: Config, shards: ShardSet) -> None:
+    """Raises a `DataError` that says what a missing split is for and how to get one."""
+    for field, purpose in (("train_split", "trains on"), ("val_split", "is measured on")):
+        name: str = getattr(config.data, field)
+        if name not in shards.splits:
+            raise DataError(
+                f"{shards.location} has no split {name!r}, which a training {purpose}; it has: "
+                f"{', '.join(shards.splits)}{nearest(name, shards.splits)}. Name another one with --set "
+                f"data.{field}=NAME, or make the data again with one: `slrnet prepare folder` takes "
+                f"--val-fraction 0.1, --split {name}=LISTFILE or a column `split` in the table"
+            )
 
 
 def balance_table(config: Config, shards: ShardSet, supervision: Supervision) -> str:

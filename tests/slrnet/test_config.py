@@ -73,6 +73,8 @@ class TestOverrides:
             ("crop_size=64", "data.crop_size"),
             ("encoder=resnet50", "model.encoder"),
             ("aspp=1", "model.aspp_dilations"),
+            ("lr=1", "optim.lr"),
+            ("modle.dim=8", "cvlr.dim"),
             ("train.epochs.more=3", "train.epochs"),
         ],
     )

@@ -102,7 +102,11 @@ def test_resuming_needs_a_run_and_names_those_that_there_are(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("data.val_split=test", "'test'"),
+        ("data.val_split=test", "'test', which a training is measured on; it has: .*data.val_split=NAME.*--val-frac"),
+        (
+            "data.train_split=trian",
+            "'trian', which a training trains on; .*nearest one is 'train'.*data.train_split=NAME",
+        ),
         ("data.path=/nowhere/at/all", "slrnet prepare"),
         ("data.train_subset=half", "no subset 'half'; it has: few, pixels"),
         ("setting=sss", "name the subset whose masks it may see in data.pixel_labeled_subset"),
