@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ from data_prep.shard_writer import Item, Sample, deal, report_problems, verify, 
 from data_prep.source_files import read_keys
 from data_prep.workers import ConversionPool
 from slrnet.data.catalog import voc_palette
+from slrnet.data.depth import Depth
+from slrnet.data.images import open_image
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 
 __all__ = [
@@ -108,6 +110,19 @@ class Source(ABC, Generic[AnyItem]):
         """(256, 3) uint8 RGB by id."""
         return voc_palette()
 
+    @property
+    def depth(self) -> Depth:
+        """How images of more than 8 bits become 8-bit ones."""
+        return Depth()
+
+    def prepared(self, items: Sequence[AnyItem], workers: ConversionPool) -> Self:
+        """The source after what must be known of all images before the first one is read; by default itself.
+
+        Raises:
+            DataError: the images do not go together.
+        """
+        return self
+
     @abstractmethod
     def scan(self, item: AnyItem) -> Sample:
         """Reads and checks all files of one image.
@@ -171,6 +186,7 @@ def convert_items(
             )
         items = [replace(item, subsets=(*item.subsets, name)) if item.key in keys else item for item in items]
     with ConversionPool(output.processes) as workers:
+        source = source.prepared(items, workers)
         samples = _scanned(source, items, workers, skip_damaged=output.skip_damaged)
         if not keep_background:
             kept = [sample for sample in samples if sample.classes != ()]
@@ -184,11 +200,12 @@ def convert_items(
         return write_dataset(
             output.folder,
             samples,
-            source.encode,
+            partial(_encode, source),
             name=output.name,
             classes=source.class_names,
             palette=source.palette,
             made_by=output.made_by,
+            depth=str(source.depth),
             samples_per_shard=output.samples_per_shard,
             shards=output.shards,
             seed=output.seed,
@@ -245,6 +262,22 @@ def _scan(source: Source[AnyItem], item: AnyItem) -> Sample | str:
         return source.scan(item)
     except DataError as error:
         return str(error)
+
+
+def _encode(source: Source[AnyItem], sample: Sample) -> tuple[bytes, bytes | None]:
+    """What `source` encodes; raises `DataError` unless it has the sample's size, as the headers of both files say."""
+    image, mask = source.encode(sample)
+    for data, what, kind in ((image, "image", "JPEG"), (mask, "mask", "PNG")):
+        if data is None:
+            continue
+        with open_image(data, name=f"the {what} written for {sample.key!r}", formats=(kind,)) as written:
+            width, height = written.size
+        if (width, height) != (sample.width, sample.height):
+            raise DataError(
+                f"the {what} written for {sample.key!r} has {width} x {height} pixels, the manifest would say "
+                f"{sample.width} x {sample.height}; if its file changed meanwhile, run the command again"
+            )
+    return image, mask
 
 
 # Command line.

@@ -21,6 +21,13 @@ from the table's column, from list files (--split NAME=FILE, one image a line; t
 JPEG files are copied as they are, unless their EXIF data turn them; other images become JPEG files of quality 95.
 Masks are copied too, unless they are in colors. With --longest-side N images beyond N pixels are scaled down to it,
 and their masks by nearest pixels: crops of 321 pixels gain little from a camera's 4,000, which are read in every epoch.
+
+Images of more than 8 bits a sample (16-bit PNG and TIFF, floats) are scaled to 8 bits by one range for the whole set.
+--depth names it: bits (`--depth 12`: 4095 becomes white), values (`--depth=-160..240`), values by type of sample
+(`--depth uint16=12,float32=0..1`), or `percentiles` (`percentiles:1..99`) of all images. By default (`auto`) it is the
+smallest of 8, 10, 12, 14 and 16 bits (0..1, 0..255 or 0..65535 for floats) that holds all values; sets that this would
+leave nearly black, white or flat, and those with negative values or several types, are refused. dataset.json records
+the range, and trained networks scale by it what they predict. A TIFF's fourth band is left out.
 """
 
 from __future__ import annotations
@@ -29,8 +36,9 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +57,7 @@ from data_prep.conversion import (
     parse_named_files,
     required,
 )
+from data_prep.depths import AUTO, check_depth, choose_depth
 from data_prep.found_files import find_pictures, paths_by_key
 from data_prep.image_names import ImageNames
 from data_prep.label_table import ImageLabels, read_label_table
@@ -58,7 +67,9 @@ from data_prep.palettes import Palette, read_palette
 from data_prep.shard_writer import Item, Sample, check_output, listed
 from data_prep.source_files import ImageForm, check_fraction, check_size, checked_ids, copied, split_words
 from data_prep.splits import checked_splits, splits_of
+from data_prep.workers import ConversionPool
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
+from slrnet.data.depth import Depth
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 
@@ -83,6 +94,7 @@ def convert(
     unlabeled: bool = False,
     skip_unmatched: bool = False,
     longest_side: int = 0,
+    depth: str = AUTO,
 ) -> DatasetInfo:
     """Makes shards of a folder of images.
 
@@ -102,6 +114,7 @@ def convert(
         unlabeled: Whether images with neither a mask nor image labels are taken, as unlabeled ones.
         skip_unmatched: Whether images, masks and names in tables and lists that nothing else belongs to are left out.
         longest_side: Larger images are scaled down to it, pixels; 0 keeps all sizes.
+        depth: How images of more than 8 bits become 8-bit ones, see `data_prep.depths`.
 
     Raises:
         DataError: something about the folders, the files or the options is refused; nothing is written then.
@@ -113,6 +126,7 @@ def convert(
             "neither --masks nor --labels is given; one of them must say what the images show, or "
             "--labels-from-folders that their folders do, or --unlabeled that nothing is known of them"
         )
+    check_depth(depth)
     check_fraction(val_fraction)
     checked_splits(dict.fromkeys(splits or {}, "a name"), "--split")
     images = Path(images).absolute()
@@ -133,6 +147,7 @@ def convert(
         images=images,
         masks=masks,
         reader=MaskReader(palette=colors, binary=binary_masks),
+        chosen_depth=depth,
         form=ImageForm(upright=True, longest_side=longest_side or None, remedy=REMEDY),
     )
     split_of = splits_of(
@@ -159,6 +174,7 @@ def convert(
         "--unlabeled": unlabeled,
         "--skip-unmatched": skip_unmatched,
         "--longest-side": longest_side,
+        "--depth": None if depth == AUTO else depth,
     }
     output = output.named("folder", "data_prep/folder.py", words)
     return convert_items(source, items, output, read_keys=names.read_keys)
@@ -179,6 +195,15 @@ class _Folder(Source[_Item]):
     masks: Path | None
     reader: MaskReader
     form: ImageForm
+    chosen_depth: str
+
+    @property
+    def depth(self) -> Depth:
+        return self.form.depth
+
+    def prepared(self, items: Sequence[_Item], workers: ConversionPool) -> Self:
+        depth = choose_depth(self.chosen_depth, [item.path for item in items], workers)
+        return replace(self, form=replace(self.form, depth=depth))
 
     @property
     def palette(self) -> npt.NDArray[np.uint8]:
@@ -356,6 +381,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "leave out images, masks and names in tables that nothing else belongs to, naming them, instead of stopping"
     add("--skip-unmatched", action="store_true", help=text)
     add_longest_side(parser, default=0)
+    add("--depth", default=AUTO, metavar="DEPTH", help="of images of more than 8 bits (default: %(default)s)")
     add_common_arguments(parser, name="folder", dry_run=True)
 
 
@@ -363,7 +389,7 @@ def make(args: argparse.Namespace) -> DatasetInfo:
     """Makes the data set that the options ask for."""
     required(args, "images")
     names = "masks labels labels_from_folders palette binary_masks classes_file val_fraction unlabeled skip_unmatched"
-    options = {name: getattr(args, name) for name in (*names.split(), "longest_side")}
+    options = {name: getattr(args, name) for name in (*names.split(), "longest_side", "depth")}
     options |= {"classes": split_words(args.classes), "splits": parse_named_files("--split", args.split)}
     return convert(args.images, Output.of_arguments(args), **options)
 

@@ -15,19 +15,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from data_prep.shard_writer import listed
+from slrnet.data.images import IMAGE_SUFFIXES
 from slrnet.data.manifest import DataError
 
-__all__ = ["SUFFIXES", "find_pictures", "key_of", "paths_by_key"]
+__all__ = ["find_pictures", "key_of", "paths_by_key"]
 
 HEIC = {".heic", ".heif", ".hif"}
-# fmt: off
-SUFFIXES = frozenset((
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".tif", ".tiff", ".webp", ".bmp", ".gif", ".ppm", ".pgm",
-    ".pbm", ".pnm", ".pfm", ".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c", ".avif", ".avifs", ".pcx", ".qoi", ".tga",
-    *HEIC,
-))
-# fmt: on
-"""Suffixes of images, in lower case."""
 TOOL_FILES = {"@eadir", "__macosx", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 TOOL_FILES |= {"thumbs.db", "desktop.ini", "__pycache__", "icon\r"}
 """Names, in lower case, that systems and tools put into folders; hidden ones begin with a dot."""
@@ -57,7 +50,7 @@ def find_pictures(folder: Path, option: str, *, apart: Path | None = None) -> li
         raise DataError(f"{option} {folder} is no folder")
     found: dict[str, list[str]] = {}
     for path, reason in _entries(folder, "", apart, ()):
-        kind = reason or ("" if os.path.splitext(path)[1].lower() in SUFFIXES else "no images by their suffix")
+        kind = reason or ("" if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES else "no images by their suffix")
         found.setdefault(kind, []).append(path)
     if links := found.get(_BROKEN):
         raise DataError(
@@ -68,7 +61,7 @@ def find_pictures(folder: Path, option: str, *, apart: Path | None = None) -> li
     for reason, names in found.items():
         print(f"{option}: left out {len(names)} file(s) or folder(s) that are {reason}: {listed(names)}", flush=True)
     if not paths:
-        raise DataError(f"{option} {folder} holds no images; known are {', '.join(sorted(SUFFIXES))}")
+        raise DataError(f"{option} {folder} holds no images; known are {', '.join(sorted(IMAGE_SUFFIXES))}")
     photos = [path for path in paths if os.path.splitext(path)[1].lower() in HEIC]
     if photos and find_spec("pillow_heif") is None:
         raise DataError(
@@ -138,7 +131,7 @@ def paths_by_key(folder: Path, paths: Sequence[str]) -> dict[str, str]:
 def key_of(path: str) -> str:
     """`a/b.c.jpg` as `a_b_c`: tar readers cut names at the first dot. Long names end in a digest."""
     stem, suffix = os.path.splitext(unicodedata.normalize("NFC", path))
-    name = stem if suffix.lower() in SUFFIXES else stem + suffix
+    name = stem if suffix.lower() in IMAGE_SUFFIXES else stem + suffix
     key = re.sub(r"[\s/\\.\x00-\x1f]", "_", name)
     data = key.encode("utf-8", "replace")
     if len(data) <= KEY_BYTES:

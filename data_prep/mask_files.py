@@ -12,8 +12,9 @@ from PIL import Image
 
 from data_prep.palettes import Palette
 from data_prep.shard_writer import listed
-from data_prep.source_files import LOSSY, mask_ids, opened
+from data_prep.source_files import LOSSY, mask_ids
 from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.data.images import open_image
 from slrnet.data.manifest import DataError
 
 __all__ = ["MaskReader", "MaskValues", "check_masks"]
@@ -47,7 +48,7 @@ class MaskReader:
         Raises:
             DataError: the file is missing or damaged, or its values or colors are no ids.
         """
-        with opened(path, remedy="make it again") as image:
+        with open_image(path, remedy="make it again") as image:
             if self.palette is not None:
                 return _ids_of_colors(image, path, self.palette), False, None
             if self.binary:

@@ -112,6 +112,7 @@ def write_dataset(
     classes: Sequence[str],
     palette: npt.NDArray[np.uint8],
     made_by: str,
+    depth: str = "",
     samples_per_shard: int = 128,
     shards: int | None = None,
     seed: int = 0,
@@ -127,6 +128,7 @@ def write_dataset(
         classes: Names of all K classes, background first.
         palette: (256, 3) uint8 RGB by id.
         made_by: The command that makes the data set, without `--out`; errors name it as the way to repair.
+        depth: How images of more than 8 bits became 8-bit ones, see `DatasetInfo.depth`.
         samples_per_shard: Samples that a shard holds at most, when `shards` is not given.
         shards: Number of shards of every split.
         seed: Seed of the order in which samples are dealt to shards.
@@ -141,7 +143,7 @@ def write_dataset(
     with _appears_whole(target) as folder:
         write, weights = partial(_write_shard, folder, encode), [len(members) for _, members in plan]
         parts = (workers or ConversionPool(1)).map(write, plan, weights=weights, label="writing")
-        return save_dataset(folder, parts, name=name, classes=classes, palette=palette, made_by=made_by)
+        return save_dataset(folder, parts, name=name, classes=classes, palette=palette, made_by=made_by, depth=depth)
 
 
 def verify(folder: str | os.PathLike[str], *, processes: int = 1) -> list[Damage]:

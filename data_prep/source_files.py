@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from data_prep.text_files import Readable, read_lines, read_xml
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.data.images import EXIF_ORIENTATION, as_rgb, upright_rgb, upright_size
+from slrnet.data.depth import Depth, ImageError
+from slrnet.data.images import MOST_PIXELS, ORIENTATION, as_rgb, open_image, turned_upright
 from slrnet.data.manifest import DataError
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "drawn_split",
     "mask_ids",
     "measure_mask",
-    "opened",
     "read_keys",
     "read_lines",
     "read_objects",
@@ -41,26 +39,10 @@ __all__ = [
 ]
 
 JPEG_QUALITY = 95
+MOST_SIDE = 65_500
+"""Pixels of a side of a JPEG, as libjpeg writes it."""
 LOSSY = {"JPEG", "MPO", "JPEG2000", "AVIF"}
 """Formats, by Pillow's names, in which masks lose their ids."""
-
-
-@contextmanager
-def opened(path: Readable, *, remedy: str = "fetch it again") -> Iterator[Image.Image]:
-    """An open image file; pixels may be read within.
-
-    Raises:
-        DataError: the file is missing or damaged; the message ends in `remedy`.
-    """
-    try:
-        with path.open("rb") as file, Image.open(file) as image:
-            yield image
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; {remedy}") from None
-    except UnidentifiedImageError:
-        raise DataError(f"{path} cannot be read: no image, or of an unknown kind; {remedy}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read: {error}; {remedy}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +53,8 @@ class ImageForm:
     """Whether EXIF orientation is applied; not where masks belong to the pixels as they are stored."""
     longest_side: int | None = None
     """Larger images are scaled down to it, pixels."""
+    depth: Depth = field(default_factory=Depth)
+    """How images with more than 8 bits become 8-bit ones."""
     remedy: str = "fetch it again, or drop it from the list"
     """What to do about a file that is missing or damaged."""
 
@@ -86,14 +70,15 @@ class ImageForm:
         Raises:
             DataError: the file is missing or damaged.
         """
-        with opened(path, remedy=self.remedy) as image:
-            size = self._size(image)
-            fitting = self._fit(size)
+        with open_image(path, remedy=self.remedy) as image:
             plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not self._turned(image)
+            if not plain or self._fit(image.size) != image.size:
+                return _storable(self._pixels(image)).size, False
+            size = _storable(image).size
             # A JPEG is read to its end for the smallest picture too, in two thirds of the time.
             image.draft("L", (1, 1))
             image.load()
-            return fitting, plain and fitting == size
+            return size, True
 
     def jpeg(self, path: Readable, *, as_is: bool) -> bytes:
         """Bytes of the image as a JPEG file: the file's own if `measure` said `as_is`, else converted.
@@ -103,13 +88,9 @@ class ImageForm:
         """
         if as_is:
             return copied(path, remedy=self.remedy)
-        with opened(path, remedy=self.remedy) as image:
-            size = self._size(image)
-            rgb = upright_rgb(image) if self.upright else as_rgb(image)
-            if self._fit(size) != size:
-                rgb = rgb.resize(self._fit(size), Image.Resampling.LANCZOS)
+        with open_image(path, remedy=self.remedy) as image:
             buffer = io.BytesIO()
-            rgb.save(buffer, "JPEG", quality=JPEG_QUALITY)
+            self._pixels(image).save(buffer, "JPEG", quality=JPEG_QUALITY)
             return buffer.getvalue()
 
     def mask(self, ids: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -120,16 +101,36 @@ class ImageForm:
         return np.asarray(Image.fromarray(ids).resize(self._fit(size), Image.Resampling.NEAREST))
 
     def _turned(self, image: Image.Image) -> bool:
-        return self.upright and image.getexif().get(EXIF_ORIENTATION, 1) != 1
+        return self.upright and image.getexif().get(ORIENTATION, 1) != 1
 
-    def _size(self, image: Image.Image) -> tuple[int, int]:
-        return upright_size(image) if self.upright else image.size
+    def _pixels(self, image: Image.Image) -> Image.Image:
+        """The image in this form, RGB; a large one is scaled down as early as its mode allows."""
+        size = self._fit(image.size)
+        smaller: Image.Image = image
+        if size != image.size:
+            image.draft(None, (2 * size[0], 2 * size[1]))  # decodes a JPEG at a half, a quarter or an eighth
+            if image.mode in ("1", "L") and "transparency" not in image.info:
+                smaller = image.convert("L").resize(size, Image.Resampling.LANCZOS)
+        rgb = as_rgb(smaller, self.depth)
+        if rgb.size != size:
+            rgb = rgb.resize(size, Image.Resampling.LANCZOS)
+        return turned_upright(rgb, image) if self.upright else rgb
 
     def _fit(self, size: tuple[int, int]) -> tuple[int, int]:
         if self.longest_side is None or max(size) <= self.longest_side:
             return size
         scale = self.longest_side / max(size)
         return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def _storable(image: Image.Image) -> Image.Image:
+    """The image; raises `DataError` if it is too large for a shard."""
+    if image.width * image.height > MOST_PIXELS or max(image.size) > MOST_SIDE:
+        raise ImageError(
+            f"it has {image.width} x {image.height} pixels; shards hold up to {MOST_PIXELS:,}, and {MOST_SIDE:,} "
+            "a side: scale large images down with --longest-side"
+        )
+    return image
 
 
 def copied(path: Readable, *, remedy: str) -> bytes:
@@ -146,7 +147,7 @@ def measure_mask(path: Readable, *, remedy: str) -> tuple[npt.NDArray[np.uint8],
     Raises:
         DataError: the file is missing, damaged, in colors, or its values are no ids; the message ends in `remedy`.
     """
-    with opened(path, remedy=remedy) as image:
+    with open_image(path, remedy=remedy) as image:
         return mask_ids(image, path, remedy=remedy)
 
 

@@ -92,6 +92,8 @@ class TrainState:
     """Loss parts summed over the finished steps of the current epoch; empty at the end of an epoch."""
     untracked: tuple[tuple[NonNegativeInt, Mapping[str, float]], ...] = ()
     """Step and figures that MLflow had not taken when this was saved."""
+    depth: str = ""
+    """How the data's images of more than 8 bits became 8-bit ones (`DatasetInfo.depth`); predictions do the same."""
 
     @property
     def name(self) -> str:

@@ -98,6 +98,8 @@ class DatasetInfo:
     """sha256 over the classes and the content of the manifest: equal for equal data in equal shards."""
     made_by: str
     """The command that makes the data set, without its `--out`."""
+    depth: str = ""
+    """How images of more than 8 bits became 8-bit ones, a text of `slrnet.data.depth`; empty if there are none."""
     version: int = MANIFEST_VERSION
     """Format version of the files."""
 
@@ -344,6 +346,7 @@ def save_dataset(
     classes: Sequence[str],
     palette: npt.NDArray[np.uint8],
     made_by: str,
+    depth: str = "",
 ) -> DatasetInfo:
     """Writes `manifest.parquet` and `dataset.json` into an existing folder that holds the shards; returns the latter.
 
@@ -355,6 +358,7 @@ def save_dataset(
         classes: names of all K classes, background first.
         palette: (K or more, 3) uint8 RGB by id.
         made_by: the command that makes the data set, without `--out`.
+        depth: how images of more than 8 bits became 8-bit ones, see `DatasetInfo.depth`.
     """
     writer = ManifestWriter(Path(folder) / MANIFEST_FILE)
     for part in parts:
@@ -367,6 +371,7 @@ def save_dataset(
         counts=_counts(shards),
         fingerprint=fingerprint(classes, shards),
         made_by=made_by,
+        depth=depth,
     )
     (Path(folder) / DATASET_FILE).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
     return info

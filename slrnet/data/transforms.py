@@ -8,29 +8,27 @@ JPEG is decoded at a reduced size if that still has the crop's pixels.
 
 from __future__ import annotations
 
-import io
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import struct
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from slrnet.data.counter_random import Bits, uniform
+from slrnet.data.images import MOST_PIXELS, check_scans, open_image
 from slrnet.data.manifest import DataError
 from slrnet.ops import kernels
 
 __all__ = [
     "ASPECT_RATIOS",
-    "MOST_PIXELS",
     "Crop",
     "crop_into",
     "crop_mask",
@@ -42,15 +40,14 @@ __all__ = [
 ASPECT_RATIOS = (3.0 / 4.0, 4.0 / 3.0)
 """Narrowest and widest width / height of a crop before it is resized to a square."""
 
-MOST_PIXELS = 178_000_000
-"""Pixels of the largest image or mask that is decoded; a hostile file of a few kB may claim billions."""
-_JPEG_EXPANSION = 1000
-"""Upper bound of the pixels that one byte of a JPEG holds."""
+_MARKER = re.compile(rb"\xff+[^\x00\xff]", re.DOTALL)
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+_WITHOUT_LENGTH = frozenset((0x01, *range(0xD0, 0xDA)))
+"""Markers of a JPEG: of frames, whose headers have its size, of those in several scans, and such without a length."""
 _REDUCED_FROM = 2**20
 """Pixels from which decoding at a reduced size pays, although the library that does it is a little slower."""
 _REDUCTIONS = (1, 2, 4, 8)
-_UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for bytes that are no image or a damaged one."""
 _LOG_RATIOS = tuple(math.log(ratio) for ratio in ASPECT_RATIOS)
 _ATTEMPTS = 10
 _NUMBERS = np.arange(1 + 4 * _ATTEMPTS)
@@ -181,11 +178,9 @@ def decode_image(data: bytes | memoryview, reduction: int = 1) -> Tensor:
     """
     if not data:
         raise DataError("the image is empty")
-    if len(data) * _JPEG_EXPANSION > MOST_PIXELS:  # a smaller one cannot hold as many; its header need not be read
-        with _opened(data, "image", "JPEG"):
-            pass
+    _check_jpeg(data)
     if reduction > 1:  # torchvision's operator decodes whole images alone
-        with _opened(data, "image", "JPEG") as small:
+        with open_image(data, formats=("JPEG",)) as small:
             small.draft(None, (small.width // reduction, small.height // reduction))
             pixels = np.array(small if small.mode == "RGB" else small.convert("RGB"))
             return torch.from_numpy(pixels).permute(2, 0, 1)
@@ -204,21 +199,26 @@ def decode_mask(data: bytes | memoryview) -> Tensor:
     Raises:
         DataError: the bytes are no PNG, or one whose pixels are not single ids.
     """
-    with _opened(data, "mask", "PNG") as mask:
+    with open_image(data, name="the mask", formats=("PNG",), max_pixels=MOST_PIXELS) as mask:
         if mask.mode not in ("P", "L"):
             raise DataError(f"the mask has mode {mask.mode}; allowed are indexed (P) and gray (L) PNGs")
         return torch.from_numpy(np.array(mask, dtype=np.uint8))
 
 
-@contextmanager
-def _opened(data: bytes | memoryview, what: str, kind: str) -> Iterator[Image.Image]:
-    """A file of at most `MOST_PIXELS`, opened by Pillow; errors of its decoding come as `DataError`."""
-    try:
-        with Image.open(io.BytesIO(data), formats=[kind]) as image:
-            if image.width * image.height > MOST_PIXELS:
-                raise DataError(f"the {what} has {image.width} x {image.height} pixels; at most {MOST_PIXELS} are read")
-            yield image
-    except DataError:
-        raise
-    except _UNREADABLE as error:
-        raise DataError(f"the {what} cannot be decoded as {kind}: {error}") from None
+def _check_jpeg(data: bytes | memoryview) -> None:
+    """Raises `DataError` if a JPEG's frame has more than `MOST_PIXELS`, or more scans than are read.
+
+    Reads the markers up to the frame as libjpeg does, which takes microseconds; what is no JPEG is left to the decoder.
+    """
+    place = 2
+    while (marker := _MARKER.search(data, place)) is not None and len(data) >= marker.end() + 7:
+        kind, place = data[marker.end() - 1], marker.end()
+        if kind in _FRAMES:
+            height, width = struct.unpack_from(">HH", data, place + 3)
+            if width * height > MOST_PIXELS:
+                raise DataError(f"the image has {width} x {height} pixels; at most {MOST_PIXELS:,} are read")
+            if kind in _PROGRESSIVE:
+                check_scans(bytes(data))
+            return
+        if kind not in _WITHOUT_LENGTH:
+            place += int.from_bytes(data[place : place + 2], "big")

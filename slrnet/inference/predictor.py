@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from slrnet.config import PROTOCOLS, Config, Protocol
-from slrnet.data.images import upright_rgb
+from slrnet.data.depth import Depth
+from slrnet.data.images import rgb_pixels, upright_rgb
 from slrnet.inference.crf import dense_crf, require_crf
 from slrnet.inference.forward import Inference
 from slrnet.inference.tiles import predict_tiles
@@ -42,6 +43,7 @@ class Predictor:
         config: settings of the run that trained the network.
         classes: names of the K classes, background first.
         protocol: `ss`, `ms` or `ms_crf`; None for `config.evaluation.protocol`.
+        depth: how images of more than 8 bits are scaled, as they were for the training; without they are refused.
 
     Raises:
         ValueError: the protocol is unknown, the extra for `ms_crf` is missing, or the settings gate by true image
@@ -49,8 +51,15 @@ class Predictor:
     """
 
     def __init__(
-        self, model: Network, *, config: Config, classes: tuple[str, ...], protocol: Protocol | None = None
+        self,
+        model: Network,
+        *,
+        config: Config,
+        classes: tuple[str, ...],
+        protocol: Protocol | None = None,
+        depth: Depth | None = None,
     ) -> None:
+        self.depth = depth or Depth()
         self.config = config
         self.protocol: Protocol = protocol or config.evaluation.protocol
         if self.protocol not in PROTOCOLS:
@@ -73,13 +82,13 @@ class Predictor:
                 `inference.tile_above` pixels is predicted in overlapping tiles.
 
         Raises:
-            ValueError: the array has another shape or type.
+            ValueError: the array has another shape or type, or the image more than 8 bits that no depth scales.
         """
         return self.predict_batch([image])[0]
 
     def predict_batch(self, images: Sequence[Image.Image | npt.NDArray[np.uint8]]) -> list[Prediction]:
         """Predicts images, as `__call__` does; those of one size go through the network together."""
-        pixels = [rgb_array(image) for image in images]
+        pixels = [rgb_array(image, self.depth) for image in images]
         predictions: dict[int, Prediction] = {}
         for size in dict.fromkeys(image.shape for image in pixels):
             places = [place for place, image in enumerate(pixels) if image.shape == size]
@@ -117,15 +126,16 @@ class Predictor:
         return Prediction(mask, None, np.stack(scores).max(axis=0) if scores else None)
 
 
-def rgb_array(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+def rgb_array(image: Image.Image | npt.NDArray[np.uint8], depth: Depth | None = None) -> npt.NDArray[np.uint8]:
     """Converts an image to (H, W, 3) uint8.
 
     Args:
         image: a PIL image of any mode, or (H, W, 3) uint8, which comes back unchanged. The EXIF orientation is applied,
-            transparent parts become white, and 16-bit gray is scaled to 8 bit.
+            and transparent parts become white.
+        depth: how more than 8 bits are scaled.
 
     Raises:
-        ValueError: the array has another shape or type.
+        ValueError: the array has another shape or type, or the image more than 8 bits that no depth scales.
     """
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -134,4 +144,4 @@ def rgb_array(image: Image.Image | npt.NDArray[np.uint8]) -> npt.NDArray[np.uint
                 "or a PIL image"
             )
         return image
-    return np.asarray(upright_rgb(image)).copy()
+    return rgb_pixels(upright_rgb(image, depth))

@@ -224,7 +224,8 @@ def _assemble(partial: Path, shards: ShardSet, job: dict[str, Any]) -> dict[str,
         leftover.unlink()
     rows, name, classes = pa.concat_tables(parts), f"{shards.info.name}-pseudo", shards.info.classes
     palette = shards.info.palette_array()
-    save_dataset(partial, [rows], name=name, classes=classes, palette=palette, made_by=_command(job))
+    made = {"made_by": _command(job), "depth": shards.info.depth}
+    save_dataset(partial, [rows], name=name, classes=classes, palette=palette, **made)
     record = {"job": job, "quality": quality, "environment": environment_tags()}
     write_json(partial / RECORD, record)
     return record

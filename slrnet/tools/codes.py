@@ -16,6 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint, restore_network
+from slrnet.data.depth import Depth
+from slrnet.data.images import open_image
 from slrnet.inference.forward import Inference
 from slrnet.inference.predictor import rgb_array
 from slrnet.models.cvlr import CrossViewLowRank, LowRankViews
@@ -184,8 +186,8 @@ def write_code_maps(
     """
     inference = Inference(restore_network(checkpoint, "cpu"), checkpoint.config)
     for name, path in images.items():
-        with Image.open(path) as file:
-            pixels = rgb_array(file)
+        with open_image(path) as file:
+            pixels = rgb_array(file, Depth.parse(checkpoint.state.depth))
         maps = code_maps(inference, pixels, num_iters)
         picture = draw_code_maps(pixels, maps, checkpoint.state.classes, classes)
         with written_whole(out / f"{name}.codes.png") as incoming:

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -18,15 +17,24 @@ from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint, restore_n
 from slrnet.checkpoints.run_store import local_run
 from slrnet.config import Protocol
 from slrnet.data.catalog import voc_palette
-from slrnet.data.images import encode_mask, upright_size
-from slrnet.inference.predictor import Prediction, Predictor, rgb_array
+from slrnet.data.depth import Depth
+from slrnet.data.images import (
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    encode_mask,
+    left_out,
+    open_image,
+    rgb_pixels,
+    upright_rgb,
+    upright_size,
+)
+from slrnet.data.manifest import DataError
+from slrnet.inference.predictor import Prediction, Predictor
 from slrnet.storage.files import write_json, written_whole
 from slrnet.viz.overlay import Pixels, draw_overlay
 
 __all__ = ["batches", "find_images", "load_predictor", "predict_images"]
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
-"""Suffixes of the files in a folder that count as images."""
 OVERLAY_PIXELS = 6_000_000
 """Larger images get a smaller overlay, because drawing takes about twenty times the image's memory."""
 
@@ -50,7 +58,8 @@ def load_predictor(
         where = local_run(str(checkpoint)) if "://" in str(checkpoint) else Path(checkpoint).expanduser()
         checkpoint = load_checkpoint(where)
     model = restore_network(checkpoint, device)
-    return Predictor(model, config=checkpoint.config, classes=checkpoint.state.classes, protocol=protocol)
+    state, depth = checkpoint.state, Depth.parse(checkpoint.state.depth)
+    return Predictor(model, config=checkpoint.config, classes=state.classes, protocol=protocol, depth=depth)
 
 
 def find_images(places: Sequence[str]) -> dict[str, Path]:
@@ -63,11 +72,11 @@ def find_images(places: Sequence[str]) -> dict[str, Path]:
     for place in places:
         path = Path(place).expanduser()
         if path.is_dir():
-            images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         else:
             images = [path] if path.is_file() else sorted(Path(name) for name in glob.glob(place, recursive=True))
         if not images:
-            known = ", ".join(sorted(SUFFIXES))
+            known = ", ".join(sorted(IMAGE_SUFFIXES))
             raise ValueError(f"{place} is no file, no folder with images and matches nothing; images end with {known}")
         for image in map(Path.resolve, images):
             if named.setdefault(name := image.stem, image) != image:
@@ -78,7 +87,7 @@ def find_images(places: Sequence[str]) -> dict[str, Path]:
 def _summarize(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
     """An image's entry in predictions.json. The background has no score; in setting `sss` no class has."""
     height, width = prediction.mask.shape
-    counts = np.bincount(prediction.mask.ravel(), minlength=len(classes))
+    counts = Image.fromarray(prediction.mask).histogram()  # np.bincount would take eight bytes a pixel
     scores: list[float | None] = [None] * len(classes)
     if prediction.class_scores is not None:
         scores[1:] = [round(float(score), 4) for score in prediction.class_scores]
@@ -86,7 +95,7 @@ def _summarize(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]
         "height": height,
         "width": width,
         "classes": {
-            name: {"area": round(int(counts[i]) / prediction.mask.size, 6), "score": scores[i]}
+            name: {"area": round(counts[i] / prediction.mask.size, 6), "score": scores[i]}
             for i, name in enumerate(classes)
             if counts[i]
         },
@@ -101,9 +110,9 @@ def batches(images: Mapping[str, Path], size: int) -> Iterator[list[str]]:
     by_size: dict[tuple[int, ...], list[str]] = {}
     for place, (name, path) in enumerate(images.items()):
         try:
-            with Image.open(path) as file:
+            with open_image(path, max_pixels=sys.maxsize) as file:
                 shape: tuple[int, ...] = upright_size(file)
-        except (OSError, Image.DecompressionBombError):
+        except DataError:
             shape = (place,)
         by_size.setdefault(shape, []).append(name)
     for names in by_size.values():
@@ -111,7 +120,14 @@ def batches(images: Mapping[str, Path], size: int) -> Iterator[list[str]]:
 
 
 def predict_images(
-    predictor: Predictor, images: Mapping[str, Path], out: Path, *, source: Path, batch_size: int = 1
+    predictor: Predictor,
+    images: Mapping[str, Path],
+    out: Path,
+    *,
+    source: Path,
+    batch_size: int = 1,
+    depth: Depth | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> int:
     """Writes masks and predictions.json (the classes of each image, their share of the pixels, and their scores).
 
@@ -121,6 +137,8 @@ def predict_images(
         out: folder to write to.
         source: the checkpoint that predictions.json names.
         batch_size: images of one size to predict at a time, >= 1.
+        depth: how images of more than 8 bits are scaled; None as those that the checkpoint was trained on.
+        max_pixels: larger images are left out.
 
     Returns:
         How many images could not be read; a line on stderr names each.
@@ -133,7 +151,8 @@ def predict_images(
     palette, failed = voc_palette(), 0
     with tqdm(total=len(images), unit="image", disable=None) as bar:
         for batch in batches(images, batch_size):
-            pixels = {name: image for name in batch if (image := _read(images[name])) is not None}
+            read = {name: _read(images[name], depth or predictor.depth, max_pixels) for name in batch}
+            pixels = {name: image for name, image in read.items() if image is not None}
             failed += len(batch) - len(pixels)
             for name, prediction in zip(pixels, predictor.predict_batch(list(pixels.values())), strict=True):
                 step = math.ceil(math.sqrt(prediction.mask.size / OVERLAY_PIXELS))
@@ -150,10 +169,12 @@ def predict_images(
     return failed
 
 
-def _read(path: Path) -> Pixels | None:
+def _read(path: Path, depth: Depth, max_pixels: int) -> Pixels | None:
     try:
-        with Image.open(path) as file:
-            return rgb_array(file)
-    except (OSError, Image.DecompressionBombError) as error:
-        print(f"{path} cannot be read and is left out: {error}", file=sys.stderr)
+        with open_image(path, remedy="it is left out", max_pixels=max_pixels) as file:
+            if (clause := left_out(file)) is not None:
+                print(f"{path} {clause}", file=sys.stderr)
+            return rgb_pixels(upright_rgb(file, depth))
+    except DataError as error:
+        print(error, file=sys.stderr)
         return None

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import gzip
-import io
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from tqdm import tqdm
 
 from slrnet.data.catalog import VOC_CLASSES, voc_ids, voc_palette
-from slrnet.data.images import encode_mask
+from slrnet.data.images import as_rgb, encode_mask, open_image, rgb_pixels
 from slrnet.data.tars import tar_end, tar_members
 from slrnet.inference.predictor import Predictor
 from slrnet.storage.files import written_whole
@@ -79,7 +77,7 @@ def check_voc_archive(path: Path, images: Mapping[str, Path]) -> list[str]:
             if name in seen:
                 problems.append(f"{name} is there twice")
             seen.add(name)
-            with Image.open(io.BytesIO(content.read())) as mask, Image.open(images[name]) as photo:
+            with open_image(content.read(), name=member.name) as mask, open_image(images[name]) as photo:
                 if mask.mode != "P":
                     problems.append(f"{name} has mode {mask.mode}, not P")
                 if mask.size != photo.size:
@@ -95,8 +93,5 @@ def check_voc_archive(path: Path, images: Mapping[str, Path]) -> list[str]:
 
 def _read(path: Path) -> npt.NDArray[np.uint8]:
     """Reads the image as it is stored: true masks ignore the EXIF orientation."""
-    try:
-        with Image.open(path) as file:
-            return np.asarray(file.convert("RGB")).copy()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+    with open_image(path) as file:
+        return rgb_pixels(as_rgb(file))

@@ -97,6 +97,7 @@ class Trainer:
             classes=shards.info.classes,
             data_fingerprint=shards.info.fingerprint,
             world_size=process.world_size,
+            depth=shards.info.depth,
         )
 
     def resume(self) -> bool:

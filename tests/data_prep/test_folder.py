@@ -328,3 +328,60 @@ class TestRefusals:
             splits={"val": photos / "a.txt"},
             **named,
         )
+
+
+class TestDepth:
+    """Images of more than 8 bits."""
+
+    def make(self, tmp_path: Path, images: dict[str, Array], **options: Any) -> dict[str, Array]:
+        """Pixels that are written, by key."""
+        (tmp_path / "images").mkdir()
+        for name, image in images.items():
+            Image.fromarray(image).save(tmp_path / "images" / name)
+        convert(tmp_path / "images", Output(tmp_path / "out", shards=1), unlabeled=True, classes=["a"], **options)
+        shards = load_dataset(tmp_path / "out")
+        return {sample.key: np.asarray(sample.image[0]) for sample in EvalLoader(shards, split="train")}
+
+    def test_one_range_serves_the_whole_set_and_is_recorded(self, tmp_path: Path) -> None:
+        ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+        written = self.make(tmp_path, {"a.tif": ramp, "b.png": ramp // 2})
+        assert abs(int(written["a"].max()) - 255) <= 3
+        assert abs(int(written["b"].max()) - 128) <= 3
+        info = load_dataset(tmp_path / "out").info
+        assert info.depth == "uint16=12"
+        assert "--depth" not in info.made_by
+
+    def test_the_option_is_part_of_the_record(self, tmp_path: Path) -> None:
+        ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+        written = self.make(tmp_path, {"a.tif": ramp}, depth="0..8190")
+        assert abs(int(written["a"].max()) - 128) <= 3
+        info = load_dataset(tmp_path / "out").info
+        assert info.depth == "0..8190"
+        assert "--depth 0..8190" in info.made_by
+
+    def test_a_value_that_is_no_number_is_named_and_can_be_left_out(self, tmp_path: Path, capsys: Any) -> None:
+        ramp = np.linspace(0, 1, 4096, dtype=np.float32).reshape(64, 64)
+        spoilt = ramp.copy()
+        spoilt[3, 4] = np.nan
+        with pytest.raises(DataError, match=r"b\.tif cannot be read: 1 of its 4096 values are NaN or infinite"):
+            self.make(tmp_path, {"a.tif": ramp, "b.tif": spoilt})
+        output = Output(tmp_path / "out", shards=1, skip_damaged=True)
+        assert convert(tmp_path / "images", output, unlabeled=True, classes=["a"]).counts == {"train": 1}
+        assert "b.tif cannot be read: 1 of its 4096 values" in capsys.readouterr().err
+
+    def test_a_wrong_option_is_refused_before_files_are_read(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="the depth 'twelve' is neither bits from 8 to 32 nor"):
+            convert(tmp_path / "none", Output(tmp_path / "out"), unlabeled=True, classes=["a"], depth="twelve")
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp", "avif"])
+def test_turned_images_of_every_format_have_the_size_that_the_manifest_says(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(0, height=20, width=30).save(tmp_path / "images" / f"a.{kind}", exif=exif)
+    Image.fromarray(stripes([0, 1], height=30, width=20)).save(tmp_path / "masks" / "a.png")
+    make(tmp_path, masks=tmp_path / "masks", classes=["cat"])
+    (sample,) = EvalLoader(load_dataset(tmp_path / "out"), split="train")
+    assert sample.image.shape == (3, 30, 20)

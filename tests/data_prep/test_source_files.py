@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -64,3 +65,25 @@ def test_files_that_are_cut_off_are_found_wherever_they_end(tmp_path: Path, prog
 def test_a_file_that_has_gone_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.jpg was there a moment ago and cannot be read: .*; fetch it again"):
         copied(tmp_path / "gone.jpg", remedy="fetch it again")
+
+
+def test_images_too_large_for_a_shard_are_refused_unless_scaled_down(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("1", (66_000, 3)).save(path)
+    with pytest.raises(DataError, match=r"a\.png cannot be read: it has 66000 x 3 pixels; .* --longest-side"):
+        ImageForm().measure(path)
+    assert ImageForm(longest_side=660).measure(path) == ((660, 1), False)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "P", "CMYK"])
+def test_scaling_down_early_changes_little(tmp_path: Path, mode: str) -> None:
+    ramp = Image.fromarray(np.add.outer(np.arange(400), np.arange(600)).clip(0, 255).astype(np.uint8))
+    kind = "jpg" if mode in ("L", "RGB", "CMYK") else "png"
+    ramp.convert("RGB").convert(mode).save(tmp_path / f"a.{kind}")
+    form = ImageForm(longest_side=60)
+    assert form.measure(tmp_path / f"a.{kind}") == ((60, 40), False)
+    with Image.open(io.BytesIO(form.jpeg(tmp_path / f"a.{kind}", as_is=False))) as image:
+        small = np.asarray(image.convert("L")).astype(int)
+    with Image.open(tmp_path / f"a.{kind}") as image:
+        whole = np.asarray(image.convert("RGB").convert("L").resize((60, 40), Image.Resampling.BOX)).astype(int)
+    assert np.abs(small - whole).mean() < 6

@@ -17,6 +17,7 @@ from torch import Tensor
 from slrnet.calibration.pseudo_labels import Calibrated, calibrate_views, make_pseudo_labels, to_class_ids
 from slrnet.checkpoints.checkpoint import Checkpoint, restore_network
 from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.data.depth import Depth
 from slrnet.inference.forward import Inference, gate
 from slrnet.inference.predictor import rgb_array
 from slrnet.models.slrnet import SLRNet
@@ -84,12 +85,14 @@ class Analyzer:
 
     Attributes:
         classes: names of the K classes, background first.
+        depth: how images of more than 8 bits are scaled, as they were for the training.
         has_codes: whether the network has a low-rank module.
         defaults: the checkpoint's own settings.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, device: str | None = None) -> None:
         self.config, self.classes = checkpoint.config, checkpoint.state.classes
+        self.depth = Depth.parse(checkpoint.state.depth)
         self._inference = Inference(restore_network(checkpoint, device), self.config)
         model, calibration, num_iters = self._inference.model, self.config.calibration, self.config.cvlr.num_iters
         self._module = model.cvlr if isinstance(model, SLRNet) else None
@@ -164,8 +167,11 @@ class Analyzer:
         return tuple(name for name in best if scores[name] > settings.gating_threshold) or (best[0],)
 
 
-def shrink(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Turns an image of any mode upright and scales it down to `MAX_SIDE` pixels a side; returns (H, W, 3) uint8."""
-    picture = Image.fromarray(rgb_array(image))
+def shrink(image: Image.Image, depth: Depth | None = None) -> npt.NDArray[np.uint8]:
+    """Turns an image of any mode upright and scales it down to `MAX_SIDE` pixels a side; returns (H, W, 3) uint8.
+
+    `depth` scales more than 8 bits; an image that it does not fit raises `DataError`.
+    """
+    picture = Image.fromarray(rgb_array(image, depth))
     picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS, reducing_gap=None)
     return np.asarray(picture).copy()

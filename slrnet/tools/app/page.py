@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from slrnet.data.catalog import voc_palette
+from slrnet.data.images import open_image
 from slrnet.tools.app.analyzer import MAX_SIDE, Analysis, Analyzer, shrink
 from slrnet.tools.codes import heat
 from slrnet.viz.overlay import Pixels, draw_overlay
@@ -20,6 +20,8 @@ __all__ = ["serve"]
 
 MAX_BYTES = 50_000_000
 """Of an uploaded file."""
+MAX_PIXELS = 100_000_000
+"""Of an uploaded image; it takes about ten bytes a pixel for a moment."""
 _MOST_SCORES = 10
 _STRIPES = "repeating-linear-gradient(135deg, #fafafa 0 4px, #969696 4px 8px)"
 """CSS of the legend's swatch for undecided pixels."""
@@ -100,12 +102,15 @@ class _Page:
     async def _upload(self, event: events.UploadEventArguments) -> None:
         event.sender.reset()
         try:
-            with Image.open(io.BytesIO(await event.file.read())) as file:
-                self.image = await run.io_bound(shrink, file)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            ui.notify(f"{event.file.name} cannot be read as an image: {error}", type="negative")
+            self.image = await run.io_bound(self._read, await event.file.read(), event.file.name)
+        except ValueError as error:
+            ui.notify(str(error), type="negative")
             return
         await self._show()
+
+    def _read(self, data: bytes, name: str) -> Pixels:
+        with open_image(data, name=name, remedy="try another image", max_pixels=MAX_PIXELS) as file:
+            return shrink(file, self.analyzer.depth)
 
     async def _change(self, **changes: Any) -> None:
         self.controls = replace(self.controls, **changes)

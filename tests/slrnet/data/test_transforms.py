@@ -65,9 +65,9 @@ def test_masks_give_ids_not_colours() -> None:
 def test_masks_of_another_kind_are_refused() -> None:
     with pytest.raises(DataError, match=r"mode RGB; allowed are indexed \(P\)"):
         decode_mask(_bytes(_picture(), "PNG"))
-    with pytest.raises(DataError, match="cannot be decoded as PNG"):
+    with pytest.raises(DataError, match="the mask cannot be read"):
         decode_mask(b"garbage")
-    with pytest.raises(DataError, match="cannot be decoded as PNG"):
+    with pytest.raises(DataError, match="the mask cannot be read"):
         decode_mask(_bytes(Image.fromarray(np.zeros((90, 90), dtype=np.uint8)), "PNG")[:60])
 
 
@@ -219,7 +219,7 @@ def test_a_crop_of_a_reduced_image_is_that_of_the_whole_one(mirrored: bool, redu
 
 @pytest.mark.parametrize("data", [b"no picture", _bytes(_picture(), "JPEG")[:-100], _bytes(_picture(), "PNG")])
 def test_what_is_no_complete_jpeg_is_not_reduced_either(data: bytes) -> None:
-    with pytest.raises(DataError, match="the image cannot be decoded as JPEG"):
+    with pytest.raises(DataError, match="the image cannot be read"):
         decode_image(data, 2)
 
 
@@ -236,7 +236,7 @@ def _png_that_claims(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize(("width", "height"), [(2**16, 2**16), (2**31 - 1, 2**31 - 1), (14_000, 14_000)])
 def test_a_small_file_that_claims_a_huge_mask_is_refused_undecoded(width: int, height: int) -> None:
-    with pytest.raises(DataError, match=r"pixels|decoded as PNG|decompression bomb"):
+    with pytest.raises(DataError, match=r"pixels|sequence"):
         decode_mask(_png_that_claims(width, height))
 
 

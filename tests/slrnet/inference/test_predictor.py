@@ -14,6 +14,7 @@ from torch import Tensor
 import slrnet
 from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError, restore_model
 from slrnet.config import Config, apply_overrides
+from slrnet.data.depth import Depth
 from slrnet.inference import forward
 from slrnet.inference.forward import Inference
 from slrnet.inference.predictor import rgb_array
@@ -203,6 +204,8 @@ class TestRgbArray:
         assert rgb_array(palette)[0, 0].tolist() == [200, 100, 50]
         assert rgb_array(Image.new("CMYK", (5, 4), (0, 255, 255, 0)))[0, 0].tolist() == [255, 0, 0]
 
-    def test_sixteen_bits_are_scaled_and_not_clipped(self) -> None:
-        image = Image.fromarray(np.array([[0, 257 * 128, 65535]], dtype=np.uint16))
-        assert rgb_array(image)[0, :, 0].tolist() == [0, 128, 255]
+    def test_sixteen_bits_are_scaled_by_the_depth(self) -> None:
+        image = Image.fromarray(np.array([[0, 2056, 4095]], dtype=np.uint16))
+        assert rgb_array(image, Depth.parse("12"))[0, :, 0].tolist() == [0, 128, 255]
+        with pytest.raises(ValueError, match="uint16 samples, here from 0 to 4095: say which values become black"):
+            rgb_array(image)
