@@ -54,10 +54,10 @@ from data_prep.coco_masks import class_mask, drawable, is_box_alone
 from data_prep.conversion import Output, Source, add_common_arguments, convert_items
 from data_prep.found_files import key_of
 from data_prep.shard_writer import Item, Sample, check_output
-from data_prep.source_files import ImageForm, check_fraction, drawn_split, opened, seeded_share
+from data_prep.source_files import ImageForm, check_fraction, drawn_split, seeded_share
 from data_prep.text_files import read_lines
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
-from slrnet.data.images import encode_mask
+from slrnet.data.images import encode_mask, open_image
 from slrnet.data.manifest import DataError, DatasetInfo
 
 __all__ = ["Annotations", "add_arguments", "class_mask", "convert", "make", "read_annotations"]
@@ -203,9 +203,9 @@ class _CocoFolder(Source[_Item]):
 
     def _form(self, item: _Item, *, annotated: bool) -> tuple[str, bool]:
         """The form of the image that its annotations belong to, and whether EXIF data turn the image."""
-        with opened(Path(item.path), remedy=REMEDY) as image:
+        with open_image(Path(item.path), remedy=REMEDY) as image:
             orientation, stored = image.getexif().get(Base.Orientation, 1), image.size
-        if orientation not in range(2, 9):
+        if image.format == "TIFF" or orientation not in range(2, 9):  # a TIFF is turned as it is read
             return "stored", False
         upright = stored[::-1] if orientation >= 5 else stored
         if stored != upright and item.size in (stored, upright):
