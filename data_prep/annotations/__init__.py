@@ -43,10 +43,10 @@ def read_annotations(path: str | Path, tool: Tool | Literal["auto"] = "auto") ->
         DataError: there is no such file, it cannot be read, or it has the form of no tool.
     """
     path = Path(path)
-    if path.suffix.lower() in (".zip", ".tar", ".gz"):
-        raise DataError(f"--annotations {path} is an archive; unpack it and give the folder")
     if not path.exists():
         raise DataError(f"--annotations {path} is missing; give the exported file, or the folder with the export")
+    if path.suffix.lower() in (".zip", ".tar", ".gz"):
+        raise DataError(f"--annotations {path} is an archive; unpack it and give the folder")
     return READERS[_tool(path) if tool == "auto" else tool](path)
 
 
