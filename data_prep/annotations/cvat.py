@@ -24,7 +24,7 @@ from data_prep.annotations.export import (
     ordered_names,
     size_of,
 )
-from data_prep.annotations.shapes import Polygons, RunLengths, Shape, box, ellipse, points_of, turned
+from data_prep.annotations.shapes import Box, Polygons, RunLengths, Shape, box, ellipse, points_of, turned
 from data_prep.text_files import read_xml
 from slrnet.data.manifest import DataError
 
@@ -113,4 +113,5 @@ def _shape(element: Element, number: int) -> Shape | str:
     else:
         left, top, right, bottom = (float(values[name]) for name in ("xtl", "ytl", "xbr", "ybr"))
         outline = turned(box(left, top, right, bottom), ((left + right) / 2, (top + bottom) / 2), rotation)
-    return Polygons(label=label, number=number, outlines=(outline,))
+    form = Box if element.tag == "box" else Polygons
+    return form(label=label, number=number, outlines=(outline,))

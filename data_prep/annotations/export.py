@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.annotations.shapes import Shape, draw
-from data_prep.text_files import read_text
+from data_prep.text_files import SURROGATE, read_text
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
 from slrnet.data.manifest import DataError
 
@@ -163,7 +163,11 @@ def read_json(path: Path, what: str, *, hook: Callable[[dict[str, Any]], Any] | 
         DataError: the file cannot be read, or is no JSON.
     """
     try:
-        return json.loads(read_text(path, what), object_hook=hook)
+        text = read_text(path, what)
+        value = json.loads(text, object_hook=hook)
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False, default=repr).encode()  # half a character is a ValueError
+        return value
     except (ValueError, RecursionError) as error:
         if isinstance(error, DataError):
             raise

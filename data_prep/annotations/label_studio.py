@@ -29,7 +29,7 @@ from data_prep.annotations.export import (
     read_json,
     size_of,
 )
-from data_prep.annotations.shapes import Bitmap, Bits, Points, Polygons, Shape, box, ellipse, points_of, turned
+from data_prep.annotations.shapes import Bitmap, Bits, Box, Points, Polygons, Shape, box, ellipse, points_of, turned
 from slrnet.data.manifest import DataError
 
 __all__ = ["read_label_studio"]
@@ -69,11 +69,11 @@ def _is_export(content: Any) -> bool:
 
 def _packed(entry: dict[str, Any]) -> dict[str, Any]:
     """With the bytes of a brush as bytes: a list of numbers takes eight times as much memory."""
-    if isinstance(entry.get("rle"), list):
+    if "rle" in entry:
         try:
-            entry["rle"] = bytes(entry["rle"])
+            entry["rle"] = bytes(entry["rle"] if isinstance(entry["rle"], list) else ())
         except (TypeError, ValueError):
-            entry["rle"] = None
+            entry["rle"] = b""  # too short for any image
     return entry
 
 
@@ -174,12 +174,13 @@ class _Parts:
             raise ValueError("lacks original_width and original_height")
         common: dict[str, Any] = {"label": label_of(labels[0]), "number": number}
         if kind == "brush":
-            return _Brush(**common, rle=value.get("rle") or b"")
+            return _Brush(**common, rle=value.get("rle", b""))
         if kind == "bitmask":
             return Bitmap(**common, column=0, row=0, png=value["imageDataURL"].partition("base64,")[2])
         if value.get("closed") is False:
             return "polygons that are not closed"
-        return Polygons(**common, outlines=(_outline(kind, value, self.size),))
+        form = Box if kind == "rectangle" else Polygons
+        return form(**common, outlines=(_outline(kind, value, self.size),))
 
 
 def _kind(result: Mapping[str, Any]) -> str:

@@ -24,7 +24,7 @@ from data_prep.annotations.export import (
     read_json,
     size_of,
 )
-from data_prep.annotations.shapes import Bitmap, Points, Polygons, Shape, box, ellipse, points_of
+from data_prep.annotations.shapes import Bitmap, Box, Points, Polygons, Shape, box, ellipse, points_of
 from slrnet.data.manifest import DataError
 
 __all__ = ["read_labelme"]
@@ -92,7 +92,8 @@ def _shape(entry: Mapping[str, Any], number: int) -> Shape | str:
     if kind == "mask":
         column, row = points[0].round().astype(int).tolist()
         return Bitmap(label=label, number=number, column=column, row=row, png=entry["mask"])
-    return Polygons(label=label, number=number, outlines=(_outline(kind, points),))
+    form = Box if kind in ("rectangle", "oriented_rectangle") else Polygons
+    return form(label=label, number=number, outlines=(_outline(kind, points),))
 
 
 def _outline(kind: str, points: Points) -> Points:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-__all__ = ["Bitmap", "Bits", "Points", "Polygons", "RunLengths", "Shape", "box", "draw", "ellipse", "points_of"]
+__all__ = ["Bitmap", "Bits", "Box", "Points", "Polygons", "RunLengths", "Shape", "box", "draw", "ellipse", "points_of"]
 
 Points = npt.NDArray[np.float64]
 """(P, 2) x and y of the corners of a polygon, pixels."""
@@ -33,6 +33,8 @@ Size = tuple[int, int]
 """Width and height, pixels."""
 
 ELLIPSE_CORNERS = 180
+FAR = 1 << 40
+"""Pixels that no image has; greater numbers may not even be floats."""
 LONGEST_PNG = 1 << 26
 """Bytes that a compressed bitmap may unpack to."""
 
@@ -75,6 +77,11 @@ class Polygons(Shape):
             return 0, 0, np.zeros((0, 0), dtype=np.bool_)
         window = (left, top, right - left, bottom - top)
         return left, top, _filled(self.outlines, window) & ~_filled(self.holes, window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Box(Polygons):
+    """A rectangle, upright or turned: it may hold more than the object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,7 +212,9 @@ def _check_ring(ring: Points, size: Size) -> None:
 def _check_window(column: int, row: int, window: Size, size: Size) -> None:
     if min(window) < 1:
         raise ValueError(f"is {window[0]}x{window[1]} pixels; it needs one at least")
-    _check_reach((column, row), (column + window[0], row + window[1]), size)
+    edges = (column, row, column + window[0], row + window[1])
+    left, top, right, bottom = (max(-FAR, min(edge, FAR)) for edge in edges)
+    _check_reach((left, top), (right, bottom), size)
 
 
 def _check_reach(least: Sequence[float], greatest: Sequence[float], size: Size) -> None:

@@ -24,7 +24,7 @@ from data_prep.annotations.export import (
     read_json,
     size_of,
 )
-from data_prep.annotations.shapes import Bitmap, Polygons, Shape, box, points_of
+from data_prep.annotations.shapes import Bitmap, Box, Polygons, Shape, box, points_of
 from slrnet.data.manifest import DataError
 
 __all__ = ["read_supervisely"]
@@ -94,6 +94,7 @@ def _shape(kind_of: Mapping[str, str], entry: Mapping[str, Any], number: int) ->
     exterior = points_of(entry["points"]["exterior"])
     if kind == "rectangle":
         (left, top), (right, bottom) = exterior.min(axis=0), exterior.max(axis=0)
-        exterior = box(left, top, right + 1, bottom + 1)  # the last column and row belong to it
+        # The last column and row belong to it.
+        return Box(label=label, number=number, outlines=(box(left, top, right + 1, bottom + 1),))
     holes = tuple(points_of(hole) for hole in entry["points"].get("interior") or ())
     return Polygons(label=label, number=number, outlines=(exterior,), holes=holes)
