@@ -1,4 +1,4 @@
-"""Exports of annotation tools, read in one form: labelme, CVAT, Label Studio, Supervisely.
+"""Exports of annotation tools, read in one form: labelme, CVAT, Label Studio, COCO, Supervisely.
 
 `read_annotations` reads an export, `rasterize` makes the mask of one of its images. Each tool has a module, whose
 docstring says what is an area, what is a label, what is left out, and which of two shapes lies on top.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
+from data_prep.annotations.coco import read_coco
 from data_prep.annotations.cvat import read_cvat
 from data_prep.annotations.export import AnnotationExport, ImageAnnotation, find_files, rasterize, reserved_id
 from data_prep.annotations.label_studio import read_label_studio
@@ -21,13 +22,14 @@ from slrnet.data.manifest import DataError
 
 __all__ = ["AnnotationExport", "ImageAnnotation", "Tool", "rasterize", "read_annotations", "reserved_id"]
 
-Tool = Literal["labelme", "cvat", "label-studio", "supervisely"]
+Tool = Literal["labelme", "cvat", "label-studio", "coco", "supervisely"]
 HEAD = 1 << 16
 """Bytes by which the form of a file is known."""
 READERS: Mapping[Tool, Callable[[Path], AnnotationExport]] = {
     "labelme": read_labelme,
     "cvat": read_cvat,
     "label-studio": read_label_studio,
+    "coco": read_coco,
     "supervisely": read_supervisely,
 }
 
@@ -75,4 +77,4 @@ def _form(file: Path) -> Tool | None:
         return "label-studio"
     if text.startswith("{") and re.search(r'"(shapes|imagePath)"\s*:', text):
         return "labelme"
-    return None
+    return "coco" if text.startswith("{") and re.search(r'"(images|annotations|categories)"\s*:', text) else None

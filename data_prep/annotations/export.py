@@ -62,7 +62,7 @@ class AnnotationExport:
     """All that is read of an export."""
 
     tool: str
-    """`labelme`, `cvat`, `label-studio` or `supervisely`."""
+    """`labelme`, `cvat`, `label-studio`, `coco` or `supervisely`."""
     class_names: tuple[str, ...]
     """Foreground classes: those of shapes, or of image labels in an export without shapes."""
     images: tuple[ImageAnnotation, ...]

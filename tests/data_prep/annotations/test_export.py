@@ -14,6 +14,10 @@ from slrnet.data.manifest import DataError
 LABELME = '{"version": "5.5.0", "flags": {}, "shapes": [], "imagePath": "a.jpg", "imageData": null}'
 CVAT = '<annotations><image name="a.jpg" width="10" height="8"/></annotations>'
 LABEL_STUDIO = '[{"id": 1, "data": {"image": "a.jpg"}, "annotations": []}]'
+COCO = (
+    '{"images": [{"id": 1, "file_name": "a.jpg", "width": 10, "height": 8}], '
+    '"categories": [{"id": 1, "name": "cat"}], "annotations": []}'
+)
 PROJECT = {
     "meta.json": '{"classes": [{"title": "cat", "shape": "polygon"}]}',
     "ds/ann/a.jpg.json": '{"size": {"width": 10, "height": 8}, "objects": []}',
@@ -28,6 +32,7 @@ PROJECT = {
         ("cvat", {"annotations.xml": CVAT}),
         ("cvat", {"annotations.xml": CVAT, "note.json": '{"made": "today"}'}),
         ("label-studio", {"project-1.json": LABEL_STUDIO}),
+        ("coco", {"train/_annotations.coco.json": COCO}),
         ("supervisely", PROJECT),
     ],
 )
