@@ -119,7 +119,8 @@ def test_broken_areas_are_refused_with_file_image_and_number(tmp_path: Path, seg
 def test_files_that_are_not_of_instances_are_named(tmp_path: Path) -> None:
     write(tmp_path / "instances_val.json")
     (tmp_path / "captions_val.json").write_text('{"images": [], "annotations": []}')
-    assert read(tmp_path).left_out == {"JSON files that are not named instances_*": [str(tmp_path / "captions_val.json")]}
+    left_out = {"JSON files that are not named instances_*": [str(tmp_path / "captions_val.json")]}
+    assert read(tmp_path).left_out == left_out
     (tmp_path / "instances_val.json").write_text('{"images": [')
     with pytest.raises(DataError, match=r"instances_val\.json is no file of COCO's"):
         read_annotations(tmp_path)
