@@ -237,7 +237,7 @@ class _KeyReader:
 
     def __call__(self, path: Path) -> list[str]:
         names = [Path(line.strip().replace("\\", "/")) for line in read_lines(path, "list of images") if line.strip()]
-        return [key if (key := key_of(name)) in self.known else key_of(Path(name.name)) for name in names]
+        return [key if (key := key_of(str(name))) in self.known else key_of(name.name) for name in names]
 
 
 # Finding things.
@@ -296,7 +296,7 @@ def _items(part: Part, content: Annotations) -> list[_Item]:
         rows = content.of_image(place)
         categories = sorted(set(content.category_places[rows].tolist()))
         item = _Item(
-            key=key_of(Path(part.relative(image.file_name))),
+            key=key_of(str(part.relative(image.file_name))),
             split=part.split,
             path=str(part.image_path(image.file_name)),
             size=(image.width, image.height),

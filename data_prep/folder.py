@@ -3,6 +3,7 @@
 
     slrnet prepare folder --images DIR --masks DIR --classes cat,dog --val-fraction 0.1 --out DIR
     slrnet prepare folder --images DIR --labels labels.csv --split val=val.txt --out DIR
+    slrnet prepare folder --images DIR --annotations EXPORT --val-fraction 0.1 --out DIR
     slrnet prepare folder --images DIR --masks DIR --classes cat,dog --unlabeled --out DIR
 
 Images are all files of the folder and the folders in it; an image's key is its path without suffix, `a/b.jpg` being
@@ -11,6 +12,12 @@ Images are all files of the folder and the folders in it; an image's key is its 
 - indexed or gray, with class ids as values: 0 is the background, 1, 2, ... are --classes in their order, 255 is void;
 - or in colors, with --palette FILE: a line `name #rrggbb` (or `name r g b`) per class, the background first, and a
   line `void #rrggbb` where there is void. The file then names the classes.
+
+In place of masks, --annotations takes what labelme, CVAT (for images 1.1), Label Studio (JSON), Supervisely and tools
+that write COCO's JSON export; `data_prep.annotations` has a module for each, which says what is read. Images are found
+by the path or file name that the tool gives. An image that it lists without shapes is background, one that it does not
+list has no annotation. Tags, flags and choices are image labels. Labels `background`, `void` and `ignore` are no
+classes: the first is class 0, the pixels of the others are void.
 
 --labels is a CSV file with the columns `image` (path below --images, or key) and `labels` (names separated by `;`), and
 `split` if wanted. Image labels come from it where it is given, else from the classes in the mask. An image that has
@@ -37,8 +44,9 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +54,8 @@ import numpy.typing as npt
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_prep.annotated_images import annotation_mask, match_annotations
+from data_prep.annotations import AnnotationExport, ImageAnnotation, Tool, read_annotations
 from data_prep.class_folders import labels_of_folders
 from data_prep.class_names import given_classes, read_classes
 from data_prep.conversion import (
@@ -85,6 +95,9 @@ def convert(
     masks: str | Path | None = None,
     labels: str | Path | None = None,
     labels_from_folders: bool = False,
+    annotations: str | Path | None = None,
+    annotation_tool: Tool | Literal["auto"] = "auto",
+    other_labels_void: bool = False,
     palette: str | Path | None = None,
     binary_masks: bool = False,
     classes: Sequence[str] | None = None,
@@ -104,6 +117,9 @@ def convert(
         masks: Folder with the masks; it may be the same, or lie in it.
         labels: Table of image labels, CSV or .xlsx.
         labels_from_folders: Whether the folders below `images` are the image labels.
+        annotations: What an annotation tool exported, a file or an unpacked folder; not with `masks`.
+        annotation_tool: Which tool; "auto" for the one whose form the files have.
+        other_labels_void: Whether the pixels of annotated shapes whose label is not among the classes become void.
         palette: File with the colors and names of the classes, for masks in colors.
         binary_masks: Whether each value of a mask other than 0 is the only class.
         classes: Names of the foreground classes in the order of their ids; not with `palette`. Without masks they may
@@ -121,9 +137,9 @@ def convert(
     """
     if not output.dry_run or Path(output.folder) != Path():
         check_output(output.folder)
-    if masks is None and labels is None and not unlabeled and not labels_from_folders:
+    if masks is None and labels is None and annotations is None and not unlabeled and not labels_from_folders:
         raise DataError(
-            "neither --masks nor --labels is given; one of them must say what the images show, or "
+            "neither --masks nor --labels nor --annotations is given; one of them must say what the images show, or "
             "--labels-from-folders that their folders do, or --unlabeled that nothing is known of them"
         )
     check_depth(depth)
@@ -141,6 +157,16 @@ def convert(
     stated = table.of_images(names) if table is not None else None
     if labels_from_folders:
         stated = labels_of_folders(files.images, chosen)
+    annotated = None
+    if annotations is not None:
+        annotated = match_annotations(
+            _read_annotations(annotations, annotation_tool, has_masks=masks is not None),
+            names,
+            stated.class_names if chosen is None and stated is not None else chosen,
+            skip_unmatched=skip_unmatched,
+            other_labels_void=other_labels_void,
+        )
+        stated = _joined(stated, annotated.labels, splits_given=bool(splits) or val_fraction > 0)
     source = _Folder(
         place=str(images),
         class_names=_class_names(chosen, stated, has_masks=masks is not None, binary_masks=binary_masks),
@@ -148,6 +174,7 @@ def convert(
         masks=masks,
         reader=MaskReader(palette=colors, binary=binary_masks),
         chosen_depth=depth,
+        class_ids={} if annotated is None else annotated.class_ids,
         form=ImageForm(upright=True, longest_side=longest_side or None, remedy=REMEDY),
     )
     split_of = splits_of(
@@ -158,13 +185,16 @@ def convert(
         val_fraction=val_fraction,
         seed=output.seed,
     )
-    mask_of = _masks_of(files, skip_unmatched=skip_unmatched)
+    mask_of = _masks_of(files, skip_unmatched=skip_unmatched) if annotated is None else annotated.drawn
     items = _items(source, files.images, mask_of, stated, split_of, unlabeled=unlabeled, skip_unmatched=skip_unmatched)
     words = {
         "--images": images,
         "--masks": masks,
         "--labels": None if labels is None else Path(labels),
         "--labels-from-folders": labels_from_folders,
+        "--annotations": None if annotations is None else Path(annotations),
+        "--annotation-tool": None if annotation_tool == "auto" else annotation_tool,
+        "--other-labels-void": other_labels_void,
         "--palette": None if palette is None else Path(palette),
         "--binary-masks": binary_masks,
         "--classes": None if classes is None else ",".join(classes),
@@ -185,7 +215,7 @@ class _Item(Item):
     """An image; paths are text, as those go to the worker processes and back faster."""
 
     path: str
-    mask: str | None
+    mask: str | ImageAnnotation | None
     labels: tuple[str, ...] | None
 
 
@@ -194,6 +224,8 @@ class _Folder(Source[_Item]):
     images: Path
     masks: Path | None
     reader: MaskReader
+    class_ids: Mapping[str, int]
+    """Class id by label of annotated shapes."""
     form: ImageForm
     chosen_depth: str
 
@@ -217,7 +249,11 @@ class _Folder(Source[_Item]):
         size, image_as_is = self.form.measure(path)
         mask_as_is, values = False, None
         classes: tuple[int, ...] | None = None
-        if item.mask is not None:
+        if isinstance(item.mask, ImageAnnotation):
+            drawn = self._drawn(item.path, item.mask)
+            check_size(path, drawn, path, size, remedy="turn the image upright and save it again")
+            classes = tuple(label for label in np.unique(drawn).tolist() if 0 < label < IGNORE_INDEX)
+        elif item.mask is not None:
             mask_path = Path(item.mask)
             mask, mask_as_is, colors = self._read_mask(mask_path)
             check_size(mask_path, mask, path, size, remedy="make them of one size, the image seen upright")
@@ -231,13 +267,15 @@ class _Folder(Source[_Item]):
 
     def check(self, samples: Sequence[Sample]) -> None:
         if self.reader.palette is None and not self.reader.binary:
-            masks = ((sample.source[1], sample.source[2]) for sample in samples if sample.source[1] is not None)
+            masks = ((sample.source[1], sample.source[2]) for sample in samples if sample.source[2] is not None)
             check_masks(masks, len(self.class_names))
 
     def row(self, sample: Sample) -> dict[str, str]:
         path, mask, _ = sample.source
         files = {"image": os.path.relpath(path, self.images)}
-        if self.masks is not None:
+        if isinstance(mask, ImageAnnotation):
+            files["mask"] = f"{len(mask.shapes)} shapes"
+        elif self.masks is not None:
             files["mask"] = "none" if mask is None else os.path.relpath(mask, self.masks)
         return files | super().row(sample)
 
@@ -246,10 +284,16 @@ class _Folder(Source[_Item]):
         image = self.form.jpeg(Path(path), as_is=sample.image_as_is)
         if mask is None:
             return image, None
+        if isinstance(mask, ImageAnnotation):
+            return image, encode_mask(self._drawn(path, mask), self.palette)
         mask_path = Path(mask)
         if sample.mask_as_is:
             return image, copied(mask_path, remedy=REMEDY)
         return image, encode_mask(self._read_mask(mask_path)[0], self.palette)
+
+    def _drawn(self, path: str, annotation: ImageAnnotation) -> npt.NDArray[np.uint8]:
+        """Ids of an annotated image's mask in the shards."""
+        return self.form.mask(annotation_mask(Path(path), annotation, self.class_ids))
 
     def _read_mask(self, path: Path) -> tuple[npt.NDArray[np.uint8], bool, npt.NDArray[np.uint8] | None]:
         """Ids of a mask in the shards, whether its file is copied into them, and the colors of its own palette."""
@@ -285,6 +329,26 @@ def _find_files(images: Path, masks: Path | None) -> _Files:
         print(f"--masks is --images: {len(mixed)} of {len(found)} files are masks by their names", flush=True)
         return _Files(paths_by_key(images, [path for path in found if path not in mixed]), sorted(mixed), masks)
     return _Files(paths_by_key(images, found), find_pictures(masks, "--masks", apart=images), masks)
+
+
+def _read_annotations(path: str | Path, tool: Tool | Literal["auto"], *, has_masks: bool) -> AnnotationExport:
+    if has_masks:
+        raise DataError("--masks and --annotations both say which pixels are what; give one of them")
+    if find_spec("pycocotools") is None:
+        raise DataError("--annotations needs pycocotools, which is not installed; run `pip install 'slrnet[coco]'`")
+    return read_annotations(path, tool)
+
+
+def _joined(stated: ImageLabels | None, annotated: ImageLabels, *, splits_given: bool) -> ImageLabels:
+    """Labels by table or folders where there are any, else by annotations; splits alike."""
+    if splits_given and annotated.splits is not None:
+        print(f"{annotated.what}: its splits are left out, as options give others", flush=True)
+        annotated = replace(annotated, splits=None)
+    if stated is None:
+        return annotated
+    splits = annotated.splits if stated.splits is None else stated.splits
+    what = f"{stated.what} and {annotated.what}"
+    return replace(stated, what=what, labels={**annotated.labels, **stated.labels}, splits=splits)
 
 
 def _chosen_classes(
@@ -332,7 +396,7 @@ def _masks_of(files: _Files, *, skip_unmatched: bool) -> dict[str, str]:
 def _items(
     source: _Folder,
     paths: Mapping[str, str],
-    mask_of: Mapping[str, str],
+    mask_of: Mapping[str, str | ImageAnnotation],
     stated: ImageLabels | None,
     split_of: Mapping[str, str],
     *,
@@ -370,6 +434,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--masks", type=Path, metavar="DIR", help="folder with masks of the same paths")
     add("--labels", type=Path, metavar="FILE", help="table of image labels, CSV or .xlsx")
     add("--labels-from-folders", action="store_true", help="the folders of the images are their labels")
+    text = "file or folder that an annotation tool exported: labelme, CVAT, Label Studio, COCO, Supervisely"
+    add("--annotations", type=Path, metavar="PATH", help=text)
+    text = "which tool (default: by the form of the files)"
+    add("--annotation-tool", choices=["auto", *get_args(Tool)], default="auto", help=text)
+    text = "make shapes of labels that --classes does not name void, instead of stopping"
+    add("--other-labels-void", action="store_true", help=text)
     add("--palette", type=Path, metavar="FILE", help="colors of the classes, for masks in colors")
     add("--binary-masks", action="store_true", help="each value of a mask other than 0 is the only class")
     add("--classes", metavar="A,B", help="names of the classes 1, 2, ...")
@@ -388,8 +458,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def make(args: argparse.Namespace) -> DatasetInfo:
     """Makes the data set that the options ask for."""
     required(args, "images")
-    names = "masks labels labels_from_folders palette binary_masks classes_file val_fraction unlabeled skip_unmatched"
-    options = {name: getattr(args, name) for name in (*names.split(), "longest_side", "depth")}
+    names = "masks labels labels_from_folders palette binary_masks classes_file val_fraction unlabeled skip_unmatched "
+    names += "longest_side depth annotations annotation_tool other_labels_void"
+    options = {name: getattr(args, name) for name in names.split()}
     options |= {"classes": split_words(args.classes), "splits": parse_named_files("--split", args.split)}
     return convert(args.images, Output.of_arguments(args), **options)
 

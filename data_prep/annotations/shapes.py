@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import math
-import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from slrnet.data.images import open_image
 
 __all__ = ["Bitmap", "Bits", "Box", "Points", "Polygons", "RunLengths", "Shape", "box", "draw", "ellipse", "points_of"]
 
@@ -97,11 +97,11 @@ class Bitmap(Shape):
             data = base64.b64decode(str(self.png).encode(), validate=True)
             if not data.startswith(b"\x89PNG"):
                 data = zlib.decompressobj().decompress(data, LONGEST_PNG)
-            with Image.open(io.BytesIO(data)) as image:
-                _check_window(self.column, self.row, image.size, size)
-                return self.column, self.row, _set_pixels(image)
-        except (binascii.Error, zlib.error, OSError, EOFError, SyntaxError, struct.error) as error:
+        except (binascii.Error, zlib.error) as error:
             raise ValueError(f"has a bitmap that cannot be read: {error}") from None
+        with open_image(data, name="has a bitmap that") as image:
+            _check_window(self.column, self.row, image.size, size)
+            return self.column, self.row, _set_pixels(image)
 
 
 @dataclass(frozen=True, kw_only=True)
