@@ -572,12 +572,17 @@ def load_config(path: str | Path) -> Config:
     """
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name the file, such as config.json of a run's folder") from None
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}; name a config.json") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}; a run writes its config as config.json") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}; a config file holds one JSON object")
+    if values and not values.keys() & Config.model_fields.keys():
+        known = ", ".join(list(values)[:5])
+        raise ConfigError(f"{path} is no configuration, its keys are {known}; a run writes its own as config.json")
     return config_from_dict(values)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -65,6 +66,12 @@ def settings(meaning: str = "change one setting; repeatable") -> Argument:
     return option("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=meaning)
 
 
+def _run_name(text: str) -> str:
+    if not re.fullmatch(r"(?!\.+$)[A-Za-z0-9_.-]{1,200}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not usable; allowed are up to 200 letters, digits and _ - .")
+    return text
+
+
 def _trains(recipe: str) -> Callable[[Run], Argument]:
     """The arguments of a command that trains; `recipe` when none is named."""
     names = f"named configuration (default: {recipe}): {', '.join(RECIPES)}"
@@ -80,7 +87,7 @@ def _trains(recipe: str) -> Callable[[Run], Argument]:
         settings(),
         add_workers,
         one_of(
-            option("--name", metavar="NAME", help="unique name of the run (default: recipe and time)"),
+            option("--name", type=_run_name, metavar="NAME", help="unique name of the run (default: recipe and time)"),
             option("--resume", metavar="NAME", help="continue the run of that name from its last checkpoint"),
         ),
         partial(add_storage, remote=True),
@@ -145,7 +152,7 @@ def distill(options: argparse.Namespace) -> None:
     option("--max-concurrent", type=int, metavar="N", help="trials at a time (default: as many as fit)"),
     option("--max-failures", type=int, default=1, metavar="N", help="restarts of a failed trial (default: 1)"),
     one_of(
-        option("--name", metavar="NAME", help="unique name of the sweep (default: recipe and time)"),
+        option("--name", type=_run_name, metavar="NAME", help="unique name of the sweep (default: recipe and time)"),
         option("--resume", metavar="NAME", help="continue the sweep of that name"),
     ),
     add_storage,

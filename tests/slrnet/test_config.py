@@ -252,6 +252,13 @@ class TestDictionaries:
         with pytest.raises(ConfigError, match=r"cannot read the config file .*config\.json: No such file"):
             load_config(path)
         path.write_bytes(b"\xff\xfe{}")
+        with pytest.raises(ConfigError, match=rf"{tmp_path} is a folder; name the file, such as config\.json"):
+            load_config(tmp_path)
+        (tmp_path / "dataset.json").write_text('{"classes": [], "made_by": ""}')
+        with pytest.raises(
+            ConfigError, match=r"dataset\.json is no configuration, its keys are classes, made_by; a run"
+        ):
+            load_config(tmp_path / "dataset.json")
         with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
             load_config(path)
         path.write_text("[1]")

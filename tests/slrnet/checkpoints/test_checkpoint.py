@@ -362,6 +362,18 @@ class TestChoice:
         prune_checkpoints(tmp_path / "missing")
         assert find_checkpoint(tmp_path) is None
 
+    def test_pruning_reads_no_weights_and_loading_does(self, tmp_path: Path) -> None:
+        """A checkpoint that was damaged on the disk is found when it is used, not at each later write."""
+        paths = [save(tmp_path, epoch, score) for epoch, score in ((1, 0.9), (2, 0.1), (3, 0.2), (4, 0.3))]
+        with (paths[3] / "model.safetensors").open("r+b") as file:
+            file.write(b"damaged!")
+        (paths[2] / "trainer.pt").unlink()
+        prune_checkpoints(tmp_path)
+        assert names(tmp_path) == {"checkpoint-0001", "checkpoint-0002", "checkpoint-0004"}
+        assert find_checkpoint(tmp_path) == paths[1]
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+            load_checkpoint(paths[3])
+
     def test_pruning_keeps_everything_where_nothing_is_whole(self, tmp_path: Path) -> None:
         path = save(tmp_path, 1)
         (path / "config.json").unlink()

@@ -60,6 +60,17 @@ def test_a_data_set_keeps_its_place_on_other_nodes(tmp_path: Path, monkeypatch: 
     assert data_location("s3://bucket/shards") == "s3://bucket/shards"
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a b", "a/b", "a" * 201])
+@pytest.mark.parametrize("command", ["train", "distill", "tune"])
+def test_a_name_that_is_no_folder_is_refused_before_a_folder_is_made(
+    name: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        build_parser([command]).parse_args([command, "--name", name])
+    assert f"argument --name: {name!r} is not usable; allowed are" in capsys.readouterr().err
+    assert build_parser([command]).parse_args([command, "--name", "v1.2-a_b"]).name == "v1.2-a_b"
+
+
 @pytest.mark.parametrize(
     "words",
     [
