@@ -221,9 +221,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         whole = _whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
         best = _choose(whole, "best")
         if best is None:
+            runs = sorted(str(folder.parent) for folder in path.glob("*/checkpoints"))
+            known = f"; runs in it: {', '.join(runs[:10])}" if runs else ""
             raise CheckpointError(
                 f"{path} holds no checkpoint; give a directory with {STATE}, or the folder of a run that has finished "
-                "an epoch"
+                f"an epoch{known}"
             )
         path, state = best, dict(whole)[best]
     try:

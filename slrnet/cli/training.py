@@ -115,6 +115,8 @@ def distill(options: argparse.Namespace) -> None:
     """
     from slrnet.launch.pseudo_label import check_distillation
 
+    if not (options.data or options.config or options.resume):
+        raise ValueError("give --data PSEUDO, the folder that `slrnet pseudo-label` made")
     config = _configure(options)
     print(check_distillation(config), flush=True)
     _launch(options, config)
@@ -394,6 +396,8 @@ def _plan(options: argparse.Namespace) -> SweepPlan:
     config = load_config(options.config) if options.config else get_recipe(options.recipe)
     data = [f"data.path={options.data}"] if options.data else []
     config = apply_overrides(config, [*data, *options.set, *_tracking(options)])
+    if not config.data.path:
+        raise ValueError("give --data DIR, a folder with shards; `slrnet prepare demo --out DIR` makes one to try with")
     from slrnet.sweeps.plan import SweepOptions, may_change, plan_sweep
 
     base = get_space(config.recipe) if config.recipe in RECIPES else DEFAULT_SPACE

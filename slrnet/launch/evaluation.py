@@ -11,6 +11,7 @@ import torch
 
 from slrnet.checkpoints.checkpoint import Checkpoint
 from slrnet.data.eval_loader import EvalLoader
+from slrnet.data.manifest import DataError
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix
@@ -40,10 +41,15 @@ def launch_evaluation(job: MaskJob, options: LaunchOptions) -> dict[str, Any]:
         if the run's store cannot be reached.
 
     Raises:
-        ValueError: the cluster has too few resources.
+        ValueError: the split has no masks, or the cluster has too few resources.
         TrainingError: a worker failed.
     """
     (split,) = job.splits
+    if not len(job.shards.split(split).with_masks):
+        raise DataError(
+            f"split {split!r} of {job.shards.location} has no masks to compare with; name another one with --split, or "
+            "prepare the data with --masks"
+        )
     file = options.folder / "evaluation.json"
     run_job(_evaluate, job.values() | {"described": job.describe(), "split": split, "result": str(file)}, options)
     result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

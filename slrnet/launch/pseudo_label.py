@@ -33,7 +33,7 @@ from slrnet.config import Config
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.images import encode_mask
-from slrnet.data.manifest import SCHEMA, DataError, ShardSet, SplitView, save_dataset
+from slrnet.data.manifest import SCHEMA, DataError, ShardSet, SplitView, load_dataset, save_dataset
 from slrnet.data.tars import ShardWriter
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality, quality_metrics
@@ -144,6 +144,7 @@ def check_distillation(config: Config) -> str:
     require_deeplab()
     record = read_record(Path(config.data.path))
     if record is None:
+        load_dataset(config.data.path)  # says what is there if it is no data set at all
         raise ValueError(
             f"{config.data.path} holds no pseudo masks; make some with `slrnet pseudo-label --checkpoint RUN --data "
             f"{config.data.path} --out PSEUDO`, or train on true masks with `slrnet train`"

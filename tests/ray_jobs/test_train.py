@@ -34,7 +34,10 @@ def run_job(script: str, *arguments: str) -> int:
         ("train.py", ("--resume", "nothing"), "no run 'nothing' in"),
         ("evaluate.py", ("--checkpoint", "nowhere"), "holds no checkpoint"),
         ("pseudo_label.py", ("--checkpoint", "nowhere", "--out", "x"), "holds no checkpoint"),
-        ("distill.py", ("--data", "x"), "holds no pseudo masks; make some with `slrnet pseudo-label"),
+        ("evaluate.py", ("--checkpoint", "."), "holds no checkpoint"),
+        ("tune.py", (), "give --data DIR, a folder with shards; `slrnet prepare demo --out DIR` makes one"),
+        ("distill.py", (), "give --data PSEUDO, the folder that `slrnet pseudo-label` made"),
+        ("distill.py", ("--data", "x"), "no shards in"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_code_2(

@@ -92,6 +92,10 @@ class TestRoundTrip:
     def test_a_folder_without_checkpoints_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"holds no checkpoint; give a directory with state\.json, or"):
             load_checkpoint(tmp_path)
+        for name in ("b", "a"):
+            save(tmp_path / name / "checkpoints", 1)
+        with pytest.raises(CheckpointError, match=f"an epoch; runs in it: {tmp_path}/a, {tmp_path}/b$"):
+            load_checkpoint(tmp_path)
 
 
 class TestAtomic:

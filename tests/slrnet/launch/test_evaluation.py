@@ -12,7 +12,7 @@ import torch
 from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, restore_model
 from slrnet.config import Config, apply_overrides
 from slrnet.data.eval_loader import EvalLoader
-from slrnet.data.manifest import ShardSet
+from slrnet.data.manifest import DataError, ShardSet
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality
 from slrnet.evaluation.metrics import ConfusionMatrix
@@ -55,6 +55,15 @@ def test_figures_are_those_of_the_predictor(
     assert record["data_fingerprint"] == tiny_data.info.fingerprint
     assert record["environment"]["git_commit"]
     assert (record["crf"] is None) == (protocol != "ms_crf")
+
+
+def test_a_split_without_masks_is_refused(
+    checkpoint: Checkpoint, write_tiny: Any, tiny_config: Config, tmp_path: Path
+) -> None:
+    data = write_tiny(tmp_path / "data", mask_bytes=lambda sample, png: None)
+    with pytest.raises(DataError, match=f"split 'val' of {tmp_path}/data has no masks to compare with; .*--masks"):
+        evaluate(checkpoint, data, tiny_config, tmp_path)
+    assert not (tmp_path / "evaluation").exists()
 
 
 def test_protocols_differ(checkpoint: Checkpoint, tiny_data: ShardSet, tiny_config: Config, tmp_path: Path) -> None:
