@@ -77,10 +77,6 @@ def one_of(*options: Argument) -> Argument:
     return add
 
 
-DEVICE = option("--device", metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
-"""--device."""
-
-
 def checkpoint(name: str = "checkpoint", **properties: Any) -> Argument:
     """A checkpoint or run, or several."""
     return option(name, **{"type": run_argument, "help": "checkpoint, or a run's folder for its best one"} | properties)
@@ -129,6 +125,23 @@ def data_location(text: str) -> str:
 def input_file(text: str) -> Path:
     """A file to read at once; a missing one that Ray's copy of the project lacks is refused with the reason."""
     return uploaded(Path(text).expanduser())
+
+
+@checked
+def device(text: str) -> str:
+    """A device of PyTorch that computes here; others are refused."""
+    import torch
+
+    try:
+        torch.ones(1, device=text).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        raise ValueError(f"there is no device {text!r} here; there are {', '.join(['cpu', *gpus])}") from None
+    return text
+
+
+DEVICE = option("--device", type=device, metavar="NAME", help="cpu, cuda, ... (default: a GPU if there is one)")
+"""--device."""
 
 
 @checked

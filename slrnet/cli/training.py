@@ -22,6 +22,7 @@ from slrnet.cli.arguments import (
     one_of,
     option,
     place,
+    positive,
 )
 from slrnet.config import Config, Gating, apply_overrides, load_config
 from slrnet.recipes import RECIPES, get_recipe
@@ -42,7 +43,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("workers").add_argument
     count = "training processes (default: one per GPU, else 1), or fewest:most to follow the cluster's size; 0: no Ray"
     add("--num-workers", type=_worker_count, metavar="N[:MOST]", help=count)
-    add("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)")
+    add("--cpus-per-worker", type=positive, metavar="N", help="CPU cores each (default: an equal share)")
     add("--cpu-only", action="store_true", help="use no GPUs")
     wait = "time that a cluster which grows on demand has to get the nodes (default: 0, takes it as it is)"
     add("--wait-for-nodes", dest="wait_minutes", type=float, default=0.0, metavar="MINUTES", help=wait)
@@ -130,7 +131,7 @@ def distill(options: argparse.Namespace) -> None:
     option("--data", type=data_location, metavar="DIR", help="folder with shards, or its s3:// or gs:// location"),
     settings("change one setting of all trials; repeatable"),
     option("--search", action="append", default=[], metavar="SECTION.FIELD=KIND:VALUES", help="see above; repeatable"),
-    option("--num-samples", type=int, default=20, metavar="N", help="trials (default: 20)"),
+    option("--num-samples", type=positive, default=20, metavar="N", help="trials (default: 20)"),
     option(
         "--metric", default="val/miou", metavar="A,B", help="val/ or pseudo_mask/ miou, mfdr, mfnr (default: val/miou)"
     ),
@@ -144,14 +145,18 @@ def distill(options: argparse.Namespace) -> None:
         "--scheduler", choices=["asha", "pbt", "none"], default="asha", help="stop poor trials (default), or take over"
     ),
     option("--grace-epochs", type=int, metavar="N", help="epochs before that (default: pretraining + 1)"),
-    option("--perturb-every", type=int, default=1, metavar="N", help="epochs between take-overs of pbt (default: 1)"),
+    option(
+        "--perturb-every", type=positive, default=1, metavar="N", help="epochs between take-overs of pbt (default: 1)"
+    ),
     option("--seed", type=int, default=0, metavar="N", help="seed of the searcher (default: 0)"),
     option("--ablation", choices=ABLATIONS, default="", help="a figure or table of the paper instead of a search"),
     option("--variants", nargs="+", default=[], metavar="LABEL", help="some of an ablation's variants (default: all)"),
     option("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="seeds of an ablation (default: 0 1)"),
-    option("--num-workers", type=int, default=1, metavar="N", help="training processes of each trial (default: 1)"),
-    option("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)"),
-    option("--max-concurrent", type=int, metavar="N", help="trials at a time (default: as many as fit)"),
+    option(
+        "--num-workers", type=positive, default=1, metavar="N", help="training processes of each trial (default: 1)"
+    ),
+    option("--cpus-per-worker", type=positive, metavar="N", help="CPU cores each (default: an equal share)"),
+    option("--max-concurrent", type=positive, metavar="N", help="trials at a time (default: as many as fit)"),
     option("--max-failures", type=int, default=1, metavar="N", help="restarts of a failed trial (default: 1)"),
     one_of(
         option("--name", type=_run_name, metavar="NAME", help="unique name of the sweep (default: recipe and time)"),
@@ -196,7 +201,7 @@ def _prediction(*, protocol: str, gating: str | None) -> tuple[Argument, ...]:
         option("--gating", choices=get_args(Gating), default=gating, help=f"classes allowed (default: {stated})"),
         settings("change a setting, such as evaluation.scales; repeatable"),
         option("--num-workers", type=int, default=0, metavar="N", help="Ray workers; 0 (default): in this process"),
-        option("--cpus-per-worker", type=int, metavar="N", help="CPU cores each (default: an equal share)"),
+        option("--cpus-per-worker", type=positive, metavar="N", help="CPU cores each (default: an equal share)"),
     )
 
 
@@ -280,7 +285,7 @@ def pseudo_label(options: argparse.Namespace) -> int:
     option("--data", type=data_location, required=True, metavar="DIR", help="folder with shards from `slrnet prepare`"),
     settings(),
     option("--out", type=place, required=True, metavar="FOLDER", help="folder for the time line and the table"),
-    option("--steps", type=int, default=5, metavar="N", help="steps to profile (default: 5)"),
+    option("--steps", type=positive, default=5, metavar="N", help="steps to profile (default: 5)"),
     option("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU"),
 )
 def profile(options: argparse.Namespace) -> None:

@@ -72,6 +72,27 @@ def test_a_name_that_is_no_folder_is_refused_before_a_folder_is_made(
 
 
 @pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("predict /run x --out m --device gpu", "there is no device 'gpu' here; there are cpu"),
+        ("predict /run x --out m --device cuda:99", "there is no device 'cuda:99' here; there are cpu"),
+        ("predict /run x --out m --device meta", "there is no device 'meta' here"),
+        ("tune --num-samples 0", "'0' is not a whole number from 1"),
+        ("tune --max-concurrent -1", "'-1' is not a whole number from 1"),
+        ("tune --num-workers 0", "'0' is not a whole number from 1"),
+        ("train --cpus-per-worker 0", "'0' is not a whole number from 1"),
+        ("profile --recipe demo --data x --out p --steps 0", "'0' is not a whole number from 1"),
+    ],
+)
+def test_devices_and_counts_that_do_no_work_are_refused(
+    words: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        build_parser(words.split()).parse_args(words.split())
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "words",
     [
         "train --storage",
