@@ -19,6 +19,8 @@ __all__ = ["app", "codes", "dashboard", "figures", "predict", "report"]
     add_protocol,
     DEVICE,
     option("--batch-size", type=positive, default=1, metavar="N", help="images at a time (default: 1)"),
+    option("--depth", metavar="DEPTH", help="of images of more than 8 bits (default: that of the training data)"),
+    option("--max-pixels", type=positive, metavar="N", help="larger images are left out (default: 500 million)"),
     option("--overwrite", action="store_true", help="replace masks that exist"),
 )
 def predict(options: argparse.Namespace) -> int:
@@ -27,16 +29,22 @@ def predict(options: argparse.Namespace) -> int:
     IMAGE is a file, a folder (its images, not those of folders in it) or a quoted pattern such as 'photos/**/*.jpg'.
     Each image NAME gives NAME.png, a palette PNG of class ids, NAME.overlay.jpg for people, and an entry in
     predictions.json: its classes, their share of the pixels and their scores. The exit status is 1 when an image could
-    not be read.
+    not be read. Large images are predicted in tiles, up to --max-pixels, with about 12 bytes of memory for each pixel.
+    Images of more than 8 bits are scaled as those of the training data were; --depth (12, 0..1, uint16=0..4095) names
+    another range, or the one that a checkpoint does not know.
     """
+    from slrnet.data.depth import Depth
+    from slrnet.data.images import MAX_PIXELS
     from slrnet.tools.predict import find_images, load_predictor, predict_images
 
+    depth = None if options.depth is None else Depth.parse(options.depth)
     images = find_images(options.images)
     existing = [path for name in images if (path := options.out / f"{name}.png").exists()]
     if existing and not options.overwrite:
         raise ValueError(f"{existing[0]} exists; give another --out, or allow it with --overwrite")
     predictor = load_predictor(options.checkpoint, protocol=options.protocol, device=options.device)
-    failed = predict_images(predictor, images, options.out, source=options.checkpoint, batch_size=options.batch_size)
+    limits = {"batch_size": options.batch_size, "depth": depth, "max_pixels": options.max_pixels or MAX_PIXELS}
+    failed = predict_images(predictor, images, options.out, source=options.checkpoint, **limits)
     print(f"{len(images) - failed} masks in {options.out}" + (f", {failed} images could not be read" if failed else ""))
     return 1 if failed else 0
 

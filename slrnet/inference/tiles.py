@@ -3,7 +3,7 @@
 Each tile is predicted like an image of its own. Where tiles overlap, one fades linearly into the next: the tiles'
 weights sum to 1 at each pixel. Maps are summed in a band as high as a tile, and rows that no later tile reaches leave
 the band as class ids. So the band is all that memory holds besides the image, its mask, and the network's pass over one
-tile: K classes x tile x width x 4 bytes, 0.5 GB for 21 classes, tiles of 768 and a width of 8,000 pixels.
+tile: K classes x tile x shorter side x 4 bytes, 0.5 GB for 21 classes, tiles of 768 and a shorter side of 8,000 pixels.
 """
 
 from __future__ import annotations
@@ -74,6 +74,15 @@ def predict_tiles(
         (H, W) uint8 class ids.
     """
     height, width = image.shape[:2]
+    if width > height:  # the band lies along the shorter side, or a long strip would take more than any other image
+        turned = predict_tiles(
+            image.transpose(1, 0, 2),
+            lambda part: predict(part.transpose(1, 0, 2)).transpose(0, 2, 1),
+            num_classes=num_classes,
+            tile=tile,
+            overlap=overlap,
+        )
+        return np.ascontiguousarray(turned.T)
     rows, columns = (tile_starts(side, tile=tile, overlap=overlap) for side in (height, width))
     row_weights, column_weights = (
         fading_weights(side, starts, tile=tile) for side, starts in ((height, rows), (width, columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 from typing import Any
 
@@ -91,3 +92,18 @@ def test_rows_are_handed_over_between_bands() -> None:
 
     mask = predict_tiles(image, predict, num_classes=5, tile=32, overlap=15)
     np.testing.assert_array_equal(mask, (np.arange(90)[:, None] + np.arange(80)) % 5)
+
+
+def test_the_band_lies_along_the_shorter_side() -> None:
+    """A strip as long as an image may be takes no more memory than other images of its pixels."""
+
+    def predict(tile: Image) -> Maps:
+        return np.stack([tile[..., 0] == number for number in range(20)]).astype(np.float32)
+
+    image = np.zeros((2, 1_000_000, 3), dtype=np.uint8)
+    image[0, 400_000:], image[1, 700_000:] = 7, 19
+    tracemalloc.start()
+    mask = predict_tiles(image, predict, num_classes=20, tile=10_000, overlap=100)
+    assert tracemalloc.get_traced_memory()[1] < 60e6, "along the strip, a row of the band has 80 MB"
+    tracemalloc.stop()
+    np.testing.assert_array_equal(mask, image[..., 0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from PIL import Image
 
 from slrnet import load
-from slrnet.checkpoints.checkpoint import TrainState, save_checkpoint
+from slrnet.checkpoints.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from slrnet.cli.main import main
 from slrnet.config import Config
 from slrnet.data.catalog import voc_palette
 from slrnet.models.slrnet import build_network
-from slrnet.tools.predict import batches, find_images
+from slrnet.tools.predict import batches, find_images, load_predictor
 
 CLASSES = ("background", "ant", "bee", "cat")
 
@@ -104,6 +105,35 @@ def test_an_unreadable_image_is_named_and_the_others_are_done(
     assert re.search(r"a\.jpg cannot be read: no image, .*; it is left out\n", capsys.readouterr().err)
     assert (tmp_path / "masks" / "b.png").exists()
     assert not list((tmp_path / "masks").glob(".incoming*"))
+
+
+def test_images_beyond_the_limits_are_named_and_the_others_are_done(
+    checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for old in photos.iterdir():
+        old.unlink()
+    Image.new("RGB", (30, 20)).save(photos / "small.png")
+    Image.new("RGB", (40, 20)).save(photos / "large.png")
+    Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30)).save(photos / "deep.png")
+    (photos / "damaged.png").write_bytes(b"P5\n32 ")
+
+    def predicted(out: str, *options: str) -> tuple[set[str], str]:
+        command = ["predict", str(checkpoint), str(photos), "--out", str(tmp_path / out), "--device", "cpu"]
+        assert main([*command, *options]) == 1
+        return {path.stem for path in (tmp_path / out).glob("*.png")}, capsys.readouterr().err
+
+    done, said = predicted("masks", "--max-pixels", "600")
+    assert done == {"small"}
+    assert re.search(r"large\.png cannot be read: it has 40 x 20 pixels; at most 600 are read; it is left out", said)
+    assert re.search(r"deep\.png cannot be read: it has uint16 samples, here from 0 to 599: say .* --depth", said)
+    assert re.search(r"damaged\.png cannot be read: ", said)
+    assert predicted("more", "--depth", "10")[0] == {"small", "large", "deep"}
+
+
+def test_a_checkpoint_knows_the_depth_of_its_data(checkpoint: Path) -> None:
+    loaded = load_checkpoint(checkpoint)
+    deep = replace(loaded, state=replace(loaded.state, depth="uint16=12"))
+    assert str(load_predictor(deep, device="cpu").depth) == "uint16=12"
 
 
 def test_mistakes_are_refused_before_anything_is_written(
