@@ -84,12 +84,12 @@ class Depth:
         Raises:
             DataError: there is no range for this type, or a value is not finite or beyond the range.
         """
+        check_finite(values)
         chosen = self.ranges.get(kind) or self.ranges.get("")
         if chosen is None:
             known = f"; known is the depth {self}" if self.ranges else ""
-            least, most = np.nanmin(values), np.nanmax(values)
-            raise ImageError(f"it has {kind} samples, here from {least:g} to {most:g}{known}: {_REMEDY}")
-        check_finite(values)
+            ends = f"{values.min():g} to {values.max():g}"
+            raise ImageError(f"it has {kind} samples, here from {ends}{known}: {_REMEDY}")
         if not chosen.clip and (values.max() > chosen.high or values.min() < chosen.low):
             raise ImageError(
                 f"its {kind} samples go from {values.min():g} to {values.max():g}, beyond the depth {chosen} "

@@ -45,6 +45,7 @@ def test_other_texts_are_refused(text: str) -> None:
         ("float32=0..1", np.uint16([[3, 9]]), r"known is the depth float32=0\.\.1: say"),
         ("12", np.uint16([[3, 4096]]), r"go from 3 to 4096, beyond the depth 12 \(0 to 4095\)"),
         ("12", np.int16([[-1, 9]]), r"go from -1 to 9, beyond"),
+        ("", np.float32([[0, np.inf]]), "1 of its 2 values are NaN or infinite"),
         ("0..1", np.float32([[0, np.nan, np.inf, 1]]), "2 of its 4 values are NaN or infinite"),
     ],
 )

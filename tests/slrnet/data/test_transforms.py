@@ -240,6 +240,21 @@ def test_a_small_file_that_claims_a_huge_mask_is_refused_undecoded(width: int, h
         decode_mask(_png_that_claims(width, height))
 
 
+@pytest.mark.parametrize("fill", [b"", b"\xff\xff\xff", b"\x00\x01"])
+def test_a_small_progressive_image_of_many_pixels_is_refused_undecoded(
+    monkeypatch: pytest.MonkeyPatch, fill: bytes
+) -> None:
+    """A scan may say in a few bytes that all blocks are empty; fill and stray bytes before a marker are legal."""
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(file, "JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff\xc0" * 30)
+    data = file.getvalue()
+    place = data.index(b"\xff\xc2", 80)
+    claim = data[: place + 5] + struct.pack(">HH", 30_000, 30_000) + data[place + 9 :]
+    monkeypatch.setattr(transforms, "_decode_jpeg", lambda *arguments, **named: pytest.fail("it was decoded"))
+    with pytest.raises(DataError, match="30000 x 30000 pixels; at most 178,000,000 are read"):
+        decode_image(claim[:place] + fill + claim[place:])
+
+
 def test_a_file_that_claims_a_huge_image_is_refused_undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
     Image.new("RGB", (64, 64)).save(file, "JPEG")
