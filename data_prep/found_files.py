@@ -128,9 +128,9 @@ def paths_by_key(folder: Path, paths: Sequence[str]) -> dict[str, str]:
     return by_key
 
 
-def key_of(path: str) -> str:
+def key_of(path: str | os.PathLike[str]) -> str:
     """`a/b.c.jpg` as `a_b_c`: tar readers cut names at the first dot. Long names end in a digest."""
-    stem, suffix = os.path.splitext(unicodedata.normalize("NFC", path))
+    stem, suffix = os.path.splitext(unicodedata.normalize("NFC", os.fspath(path)))
     name = stem if suffix.lower() in IMAGE_SUFFIXES else stem + suffix
     key = re.sub(r"[\s/\\.\x00-\x1f]", "_", name)
     data = key.encode("utf-8", "replace")

@@ -99,7 +99,7 @@ def test_folders_without_images(tmp_path: Path) -> None:
     ],
 )
 def test_keys(path: str, key: str) -> None:
-    assert key_of(path) == key
+    assert key_of(path) == key_of(Path(path)) == key
 
 
 def test_long_keys_stay_apart_and_fit_a_header() -> None:
