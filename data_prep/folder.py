@@ -1,17 +1,20 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Your own images as tar shards: with masks, with a table of labels, with both, or with neither.
+"""Your own images as tar shards: with masks, with image labels, with both, or with neither.
 
     slrnet prepare folder --images DIR --masks DIR --classes cat,dog --val-fraction 0.1 --out DIR
     slrnet prepare folder --images DIR --labels labels.csv --split val=val.txt --out DIR
     slrnet prepare folder --images DIR --annotations EXPORT --val-fraction 0.1 --out DIR
+    slrnet prepare folder --images DIR --labels-from-folders --dry-run
     slrnet prepare folder --images DIR --masks DIR --classes cat,dog --unlabeled --out DIR
 
-Images are all files of the folder and the folders in it; an image's key is its path without suffix, `a/b.jpg` being
-`a_b`. Its mask has the same path below --masks, ending in .png:
+Images are all image files of the folder and the folders in it; links are followed. An image's key is its path without
+suffix, `a/b.jpg` being `a_b`. Its mask has the same path below --masks, ending in .png; masks that tools name otherwise
+(`b_mask.png`, `b.jpg.png`, `B.PNG`, `b.tif`) are found where one mask and one image fit, which is said. Masks are
 
 - indexed or gray, with class ids as values: 0 is the background, 1, 2, ... are --classes in their order, 255 is void;
-- or in colors, with --palette FILE: a line `name #rrggbb` (or `name r g b`) per class, the background first, and a
-  line `void #rrggbb` where there is void. The file then names the classes.
+- or in colors, with --palette FILE: a line `name #rrggbb` (or `name r g b`) per class, one of them `background`, and a
+  line `void #rrggbb` where there is void; or CVAT's labelmap.txt. The file then names the classes;
+- or of one class, with --binary-masks: each value other than 0 is the class.
 
 In place of masks, --annotations takes what labelme, CVAT (for images 1.1), Label Studio (JSON), Supervisely and tools
 that write COCO's JSON export; `data_prep.annotations` has a module for each, which says what is read. Images are found
@@ -19,15 +22,21 @@ by the path or file name that the tool gives. An image that it lists without sha
 list has no annotation. Tags, flags and choices are image labels. Labels `background`, `void` and `ignore` are no
 classes: the first is class 0, the pixels of the others are void.
 
---labels is a CSV file with the columns `image` (path below --images, or key) and `labels` (names separated by `;`), and
-`split` if wanted. Image labels come from it where it is given, else from the classes in the mask. An image that has
-neither a mask nor a line in the table is refused; with --unlabeled it is taken as an unlabeled image. Splits come
-from the table's column, from list files (--split NAME=FILE, one image a line; the rest is `train`), or by
---val-fraction. --subset NAME=FILE marks images, for instance those whose masks a semi-supervised training may see.
+--labels is a table, CSV or .xlsx, with the columns `image` (path below --images, or key) and `labels` (names separated
+by `;`), or one column of 0 and 1 for each class, and `split` if wanted. With --labels-from-folders the first folders
+are the labels, below folders `train`, `val` and `test` if all lie in those. Image labels come from there, else from the
+classes in the mask. An image that has neither is refused; with --unlabeled it is taken as an unlabeled image, with
+--skip-unmatched left out. Splits are train, val and test: from the table or the folders, from list files
+(--split NAME=FILE, one image a line; the rest is `train`), or by --val-fraction. --subset NAME=FILE marks images, for
+instance those whose masks a semi-supervised training may see.
+
+What is left out is counted and named. --dry-run reads and checks everything, says what was understood, and writes
+nothing.
 
 JPEG files are copied as they are, unless their EXIF data turn them; other images become JPEG files of quality 95.
-Masks are copied too, unless they are in colors. With --longest-side N images beyond N pixels are scaled down to it,
-and their masks by nearest pixels: crops of 321 pixels gain little from a camera's 4,000, which are read in every epoch.
+Masks are copied too, where they are PNG files of ids. With --longest-side N images beyond N pixels are scaled down to
+it, and their masks by nearest pixels: crops of 321 pixels gain little from a camera's 4,000, which are read in every
+epoch.
 
 Images of more than 8 bits a sample (16-bit PNG and TIFF, floats) are scaled to 8 bits by one range for the whole set.
 --depth names it: bits (`--depth 12`: 4095 becomes white), values (`--depth=-160..240`), values by type of sample
@@ -315,6 +324,8 @@ class _Files:
 
 
 def _find_files(images: Path, masks: Path | None) -> _Files:
+    if masks is not None and not masks.is_dir():
+        raise DataError(f"--masks {masks} is no folder")
     found = find_pictures(images, "--images", apart=masks)
     if masks is None:
         if like_masks := sorted(masks_among(found)):
@@ -324,7 +335,7 @@ def _find_files(images: Path, masks: Path | None) -> _Files:
                 flush=True,
             )
         return _Files(paths_by_key(images, found), (), None)
-    if masks.is_dir() and os.path.samefile(images, masks):
+    if os.path.samefile(images, masks):
         mixed = masks_among(found)
         print(f"--masks is --images: {len(mixed)} of {len(found)} files are masks by their names", flush=True)
         return _Files(paths_by_key(images, [path for path in found if path not in mixed]), sorted(mixed), masks)

@@ -9,11 +9,11 @@ from data_prep.shard_writer import listed
 from data_prep.source_files import drawn_split
 from slrnet.data.manifest import DataError
 
-__all__ = ["SPLITS", "checked_splits", "meant_split", "splits_of"]
+__all__ = ["OTHER_NAMES", "SPLITS", "checked_splits", "meant_split", "splits_of"]
 
 SPLITS = ("train", "val", "test")
 """Names that a split may have: training and evaluation look for them."""
-_OTHER_NAMES = {
+OTHER_NAMES = {
     "valid": "val",
     "validation": "val",
     "dev": "val",
@@ -26,10 +26,10 @@ _OTHER_NAMES = {
 def meant_split(name: str) -> str | None:
     """The split that a name probably means, in any case and form: `val` for `Validation`; None if it means none."""
     word = name.strip().lower()
-    if word in SPLITS or word in _OTHER_NAMES:
-        return word if word in SPLITS else _OTHER_NAMES[word]
-    nearest = difflib.get_close_matches(word, [*SPLITS, *_OTHER_NAMES], n=1, cutoff=0.75)
-    return _OTHER_NAMES.get(nearest[0], nearest[0]) if nearest else None
+    if word in SPLITS or word in OTHER_NAMES:
+        return word if word in SPLITS else OTHER_NAMES[word]
+    nearest = difflib.get_close_matches(word, [*SPLITS, *OTHER_NAMES], n=1, cutoff=0.75)
+    return OTHER_NAMES.get(nearest[0], nearest[0]) if nearest else None
 
 
 def checked_splits(names: Mapping[str, str], what: str) -> None:

@@ -49,6 +49,7 @@ from data_prep.source_files import (
     measure_mask,
     split_words,
 )
+from data_prep.splits import OTHER_NAMES, SPLITS
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
@@ -252,9 +253,17 @@ class _Tars(Source[_Item]):
 
 
 def _split_of(path: Path) -> str:
-    """The split that a tar's name states; `train` if it states none."""
-    match = re.search(r"(?:^|[-_.])(train|val|test)(?:[-_.]?\d+)?$", path.stem)
-    return match.group(1) if match else "train"
+    """The split that a tar's name states; `train` if it states none.
+
+    Raises:
+        DataError: the name states another split in other words.
+    """
+    match = re.search(r"(?:^|[-_.])([A-Za-z]+)(?:[-_.]?\d+)?$", path.stem)
+    word = match.group(1) if match else ""
+    meant = OTHER_NAMES.get(word.lower(), word.lower())
+    if word not in SPLITS and meant in ("val", "test"):
+        raise DataError(f"{path} seems to hold the split {meant!r}; rename it, {word!r} as {meant!r}")
+    return word if word in SPLITS else "train"
 
 
 # Command line.

@@ -19,6 +19,7 @@ from data_prep.folder import convert
 from slrnet.cli.main import main
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, load_dataset
+from tests.fixtures.gray_png import gray_png
 from tests.fixtures.shards import table_of
 
 Array = npt.NDArray[Any]
@@ -254,6 +255,154 @@ def test_a_fraction_depends_on_keys_and_seed_alone(tmp_path: Path) -> None:
     assert val("d") == first - {"00"}
 
 
+def palette_png(ids: Array, colors: Sequence[int], path: Path) -> None:
+    image = Image.fromarray(ids)
+    image.putpalette(colors)
+    image.save(path)
+
+
+def masks_in(folder: Path) -> dict[str, Array]:
+    with tarfile.open(folder / "train-000000.tar") as archive:
+        files = {name: archive.extractfile(name).read() for name in archive.getnames()}  # type: ignore[union-attr]
+    return {
+        name[:-4]: np.asarray(Image.open(io.BytesIO(data))) for name, data in files.items() if name.endswith(".png")
+    }
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """Two images and an empty folder for masks."""
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for place, name in enumerate(("a.jpg", "b.jpg")):
+        noise(place, 6, 8).save(tmp_path / "images" / name)
+    return tmp_path
+
+
+def test_masks_of_0_and_255_are_refused_or_taken_by_a_flag(pair: Path) -> None:
+    shape = np.zeros((6, 8), dtype=np.uint8)
+    shape[2:5, 3:6] = 255
+    shape[0, 0] = 40
+    Image.fromarray(shape * (shape == 255)).save(pair / "masks" / "a.png")
+    Image.fromarray(shape * 0).save(pair / "masks" / "b.png")
+    with pytest.raises(DataError, match=r"1 mask\(s\) hold no value but 0 and 255, such as .*a.png.*--binary-masks"):
+        make(pair, masks=pair / "masks", classes=["object"])
+    Image.fromarray(shape).save(pair / "masks" / "a.png")
+    found = make(pair, masks=pair / "masks", classes=["object"], binary_masks=True)
+    assert found == {"a": ("train", [1], True), "b": ("train", [], True)}
+    assert masks_in(pair / "out")["a"].tolist() == (shape > 0).astype(int).tolist()
+    assert " --binary-masks " in load_dataset(pair / "out").info.made_by + " "
+
+
+def test_gray_masks_of_two_bits_keep_their_values(pair: Path) -> None:
+    ids = np.array([[0, 1, 2, 3] * 2] * 6, dtype=np.uint8)
+    for name in ("a.png", "b.png"):
+        (pair / "masks" / name).write_bytes(gray_png(ids, 2))
+    found = make(pair, masks=pair / "masks", classes=["x", "y", "z"])
+    assert found["a"] == ("train", [1, 2, 3], True)
+    assert masks_in(pair / "out")["a"].tolist() == ids.tolist()
+
+
+def test_palettes_that_differ_are_refused_and_colors_are_the_way_out(pair: Path) -> None:
+    black, red, blue = (0, 0, 0), (255, 0, 0), (0, 0, 255)
+    palette_png(stripes([0, 1], 6, 8), [*black, *red, *blue], pair / "masks" / "a.png")
+    palette_png(stripes([0, 1], 6, 8), [*black, *blue, *red], pair / "masks" / "b.png")
+    with pytest.raises(DataError, match="id 1 is #ff0000 in .*a.png and #0000ff in .*b.png; .* --palette FILE"):
+        make(pair, masks=pair / "masks", classes=["cat", "dog"])
+    (pair / "palette.txt").write_text(PALETTE)
+    found = make(pair, masks=pair / "masks", palette=pair / "palette.txt")
+    assert found == {"a": ("train", [1], True), "b": ("train", [2], True)}
+
+
+@pytest.mark.parametrize("place", ["beside", "below"])
+def test_masks_may_lie_among_the_images(place: str, pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks = pair / "images" if place == "beside" else pair / "images" / "masks"
+    masks.mkdir(exist_ok=True)
+    Image.fromarray(stripes([0, 1], 6, 8)).save(masks / "a.png")
+    Image.fromarray(stripes([2], 6, 8)).save(masks / "b_mask.png")
+    found = make(pair, masks=masks, classes=["cat", "dog"])
+    assert found == {"a": ("train", [1], True), "b": ("train", [2], True)}
+    assert "b_mask.png for b.jpg" in capsys.readouterr().out
+
+
+def test_masks_of_no_image_are_refused(pair: Path) -> None:
+    for name in ("a.png", "b.png", "c.png"):
+        Image.fromarray(stripes([1], 6, 8)).save(pair / "masks" / name)
+    with pytest.raises(DataError, match=r"--masks has 1 mask\(s\) of no image: c.png; .*--skip-unmatched"):
+        make(pair, masks=pair / "masks", classes=["cat"])
+
+
+def test_what_nothing_belongs_to_can_be_left_out(pair: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.fromarray(stripes([1], 6, 8)).save(pair / "masks" / "c.png")
+    (pair / "labels.csv").write_text("image,labels\na.jpg,cat\nnine.jpg,cat\n")
+    given: dict[str, Any] = {"masks": pair / "masks", "labels": pair / "labels.csv", "classes": ["cat"]}
+    found = make(pair, **given, skip_unmatched=True)
+    assert found == {"a": ("train", [1], False)}
+    out = capsys.readouterr().out
+    assert "left out 1 name(s) of no image: 'nine.jpg' (line 3)" in out
+    assert "--masks: left out 1 mask(s) of no image: c.png" in out
+    assert "--images: left out: 1 image(s) have no mask and no label in" in out
+
+
+def test_folders_of_classes(tmp_path: Path) -> None:
+    for place, path in enumerate(("train/cat/1.jpg", "train/hot dog/1.jpg", "val/cat/2.jpg", "val/background/1.jpg")):
+        (tmp_path / "images" / path).parent.mkdir(parents=True, exist_ok=True)
+        noise(place, 6, 8).save(tmp_path / "images" / path)
+    found = make(tmp_path, labels_from_folders=True)
+    assert found == {
+        "train_cat_1": ("train", [1], False),
+        "train_hot_dog_1": ("train", [2], False),
+        "val_cat_2": ("val", [1], False),
+        "val_background_1": ("val", [], False),
+    }
+    info = load_dataset(tmp_path / "out").info
+    assert info.classes == ("background", "cat", "hot dog")
+    assert info.made_by.count("--labels-from-folders") == 1
+
+
+def test_class_names_from_a_file_may_have_commas(pair: Path) -> None:
+    (pair / "classes.txt").write_text("background\nbig, old tree\ncat\n")
+    (pair / "labels.csv").write_text('image,labels\na.jpg,"cat, big, old tree"\nb.jpg,"Big, old tree"\n')
+    with pytest.raises(DataError, match="no class: 'big'"):
+        make(pair, labels=pair / "labels.csv", classes_file=pair / "classes.txt")
+    (pair / "labels.csv").write_text('image,labels\na.jpg,"cat; big, old tree"\nb.jpg,"Big, old tree"\n')
+    found = make(pair, labels=pair / "labels.csv", classes_file=pair / "classes.txt")
+    assert found == {"a": ("train", [1, 2], False), "b": ("train", [1], False)}
+    assert load_dataset(pair / "out").info.classes == ("background", "big, old tree", "cat")
+
+
+def test_a_dry_run_says_what_it_understood_and_writes_nothing(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photos / "images" / "notes.txt").touch()
+    (photos / "val.txt").write_text("two\n")
+    words = [
+        "prepare",
+        "folder",
+        "--images",
+        str(photos / "images"),
+        "--masks",
+        str(photos / "masks"),
+        "--processes",
+        "1",
+    ]
+    words += ["--split", f"val={photos / 'val.txt'}"]
+    before = sorted(photos.rglob("*"))
+    assert main([*words, "--classes", "cat,traffic light", "--dry-run"]) == 0
+    assert sorted(photos.rglob("*")) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert "--images: left out 1 file(s) or folder(s) that are no images by their suffix: notes.txt" in lines
+    assert "images: 4: 3 train, 1 val" in lines
+    assert "images by label: 2 cat, 2 traffic light, 1 none of them, 0 unknown" in lines
+    assert "more/three.v2.webp  more/three.v2.png  more_three_v2  train    30x20   cat, traffic light" in lines
+    assert lines[-1] == "wrote nothing, as --dry-run asks"
+    assert main([*words, "--classes", "cat", "--dry-run", "--out", str(photos / "out")]) == 2
+    assert "has ids [2]; allowed are 0 to 1" in capsys.readouterr().err
+    assert main([*words, "--classes", "cat,dog", "--dry-run", "--shards", "3"]) == 2
+    assert "split 'val' has 1 samples, fewer than the 3 shards" in capsys.readouterr().err
+    assert main([*words, "--classes", "cat,dog"]) == 2
+    assert "--out is missing" in capsys.readouterr().err
+    assert sorted(photos.rglob("*")) == before
+
+
 class TestRefusals:
     def refuse(self, photos: Path, match: str, **options: Any) -> None:
         with pytest.raises(DataError, match=match):
@@ -282,6 +431,14 @@ class TestRefusals:
             photos, "3 image.* have no label in .*: more/four.jpg, .*--unlabeled", labels=table, classes=["cat"]
         )
         self.refuse(photos, "nothing names the classes", unlabeled=True)
+        self.refuse(photos, "--masks .*nowhere is no folder", masks=photos / "nowhere", classes=["cat"])
+        self.refuse(
+            photos, "--binary-masks is for one class; 2 are named", masks=masks, classes=["a", "b"], binary_masks=True
+        )
+        self.refuse(photos, "both give image labels", labels=table, labels_from_folders=True)
+        self.refuse(
+            photos, r"--split has the splits 'valid' \(a name: write 'val'\)", labels=table, splits={"valid": table}
+        )
         self.refuse(photos, "--longest-side is -1", masks=masks, classes=["cat", "dog"], longest_side=-1)
         few = {"few": photos / "palette.txt"}
         self.refuse(photos, r"lists 4 image\(s\) that are not there", masks=masks, classes=["cat", "dog"], subsets=few)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +13,9 @@ from PIL import Image
 from data_prep.mask_files import MaskReader, MaskValues, check_masks
 from data_prep.palettes import read_palette
 from slrnet.data.manifest import DataError
+from tests.fixtures.gray_png import gray_png
 
 IDS = np.array([[0, 1, 2, 3], [3, 2, 1, 0]], dtype=np.uint8)
-
-
-def gray_png(ids: npt.NDArray[np.uint8], bits: int) -> bytes:
-    """A gray PNG of 1, 2, 4 or 16 bits, which Pillow does not write."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = b""
-    for row in ids:
-        text = "".join(f"{value:0{bits}b}" for value in row)
-        text += "0" * (-len(text) % 8)
-        rows += b"\0" + int(text, 2).to_bytes(len(text) // 8, "big")
-    size = struct.pack(">IIBBBBB", ids.shape[1], ids.shape[0], bits, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])

@@ -109,6 +109,12 @@ def test_the_split_is_the_one_that_the_tars_name_states(tmp_path: Path, name: st
     assert rows["a"]["split"] == split
 
 
+@pytest.mark.parametrize(("name", "meant"), [("validation-000000.tar", "val"), ("photos_Test.tar", "test")])
+def test_other_words_for_a_split_are_refused(tmp_path: Path, name: str, meant: str) -> None:
+    with pytest.raises(DataError, match=f"seems to hold the split '{meant}'; rename it"):
+        _convert(tmp_path, {"a.jpg": _jpeg(), "a.cls": b"0"}, name=name)
+
+
 def test_a_fraction_deals_the_samples_of_all_tars(tmp_path: Path) -> None:
     files = {f"k{i}.{kind}": content for i in range(40) for kind, content in (("jpg", _jpeg()), ("cls", b"0"))}
     rows = _convert(tmp_path, files, val_fraction=0.25)
