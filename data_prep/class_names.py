@@ -120,7 +120,8 @@ def _as_names(labels: Mapping[str, str], what: str) -> dict[str, str]:
             raise DataError(f"{what} spells a label in several ways: {one}; write it in one, or give --classes")
     whole = set(spellings)
     for label, where in labels.items():
-        if _SEPARATORS.search(label) or (" " in label and all(word in whole for word in folded(label).split(" "))):
+        words = re.split(r"[ +&:]+", folded(label))
+        if _SEPARATORS.search(label) or (len(words) > 1 and whole.issuperset(words)):
             suggestion = ",".join(_single(labels))
             raise DataError(
                 f"{what}, {where}: {label!r} may be one label or several; separate labels by `;`, or name the classes: "

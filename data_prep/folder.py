@@ -388,6 +388,8 @@ def _class_names(
     if not 1 <= len(names) < IGNORE_INDEX:
         what = "the image labels" if stated is None else stated.what
         raise DataError(f"{what} names {len(names)} classes beside the background; 1 to 254 are allowed: see --classes")
+    if chosen is None and stated is not None:
+        print(f"{stated.what} names the classes: {listed(list(names))}", flush=True)
     if binary_masks and len(names) != 1:
         raise DataError(f"--binary-masks is for one class; {len(names)} are named: {listed(list(names))}")
     return (BACKGROUND, *names)

@@ -19,6 +19,10 @@ _MASK_WORDS = (
     "masks?|segmentations?|segmented|seg|labels?|lbl|gt|ground[_-]?truth|annotations?|ann|gtfine_labelids|labelids"
 )
 _IMAGE_WORDS = "images?|img|leftimg8bit|rgb|sat|photo"
+_MASK_FOLDERS = re.compile(
+    r"(?i)masks?|labels?|annotations?|gt|gtfine|ground_?truth|seg|segmentations?|segmentationclass"
+)
+_IMAGE_FOLDERS = re.compile(r"(?i)images?|imgs?|jpegimages|photos?|leftimg8bit|rgb")
 _Form = Callable[[str], str]
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".heic", ".heif", ".hif", ".webp", ".avif")
@@ -54,12 +58,14 @@ def pair_masks(images: Mapping[str, str], masks: Sequence[str]) -> tuple[dict[st
 
 
 def masks_among(paths: Sequence[str]) -> set[str]:
-    """Of images and masks in one folder, the masks: named as an image with a word such as `_mask`, or beside a photo
-    of the same name."""
+    """Of images and masks in one folder, the masks: named as an image with a word such as `_mask`, beside a photo of
+    the same name, or in a folder `masks` beside a folder `images`."""
     stems: dict[str, list[str]] = {}
     for path in paths:
         stems.setdefault(_stem(path), []).append(path)
-    masks = set()
+    apart = {path for path in paths if any(map(_MASK_FOLDERS.fullmatch, path.split("/")[:-1]))}
+    images = {_image_place(path) for path in paths if path not in apart}
+    masks = {path for path in apart if _mask_place(path) in images}
     for stem, same in stems.items():
         photos = [path for path in same if path.lower().endswith(PHOTO_SUFFIXES)]
         if (plain := _without(stem, _MASK_WORDS)) != stem and _names_image(plain, stems):
@@ -117,6 +123,18 @@ def _plain_image(path: str) -> str:
     return _without(_nfc(path), _IMAGE_WORDS)
 
 
+def _image_place(path: str) -> str:
+    """`train/images/a.jpg` as `train/a`."""
+    *folders, name = _plain_image(path).split("/")
+    return "/".join([*(folder for folder in folders if not _IMAGE_FOLDERS.fullmatch(folder)), name])
+
+
+def _mask_place(path: str) -> str:
+    """`train/masks/a.png` as `train/a`."""
+    *folders, name = _plain_mask(path).split("/")
+    return "/".join([*(folder for folder in folders if not _MASK_FOLDERS.fullmatch(folder)), name])
+
+
 def _loose(path: str) -> str:
     return re.sub(r"[\s_.\-]+", "_", path.casefold())
 
@@ -133,6 +151,7 @@ _WAYS: tuple[tuple[str, _Form, _Form], ...] = (
     *(("with a word such as `_mask` in their names", *forms) for forms in _FORMS[1:]),
     *(("in another case", _then(str.casefold, image), _then(str.casefold, mask)) for image, mask in _FORMS),
     *(("with other separators", _then(_loose, image), _then(_loose, mask)) for image, mask in _FORMS),
+    ("in a folder of masks beside that of images", _image_place, _mask_place),
     *(("in another folder", _then(os.path.basename, image), _then(os.path.basename, mask)) for image, mask in _FORMS),
 )
 """Ways of naming, the strictest first: what is said of such masks, the form of an image's path, that of a mask's."""

@@ -159,7 +159,7 @@ def mask_ids(image: Image.Image, path: Readable, *, remedy: str) -> tuple[npt.ND
     """
     if image.format in LOSSY:
         raise DataError(
-            f"{path} is a {image.format} file, whose compression changes class ids; save it as PNG: {remedy}"
+            f"{path} is a {image.format} file, whose compression changes class ids; make masks anew, as PNG files"
         )
     if image.mode in ("P", "L", "1"):
         top = _top_value(image)

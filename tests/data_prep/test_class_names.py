@@ -81,6 +81,7 @@ def test_other_spellings_of_classes_are_said(capsys: pytest.CaptureFixture[str])
         (["cat|dog", "cat"], None, "line 1: 'cat|dog' may be one label or several.*--classes 'cat,dog'"),
         (["cat, dog", "bird"], None, "--classes 'bird,cat,dog'"),
         (["cat", "dog", "cat dog"], None, "line 3: 'cat dog' may be one"),
+        (["cat+dog", "dog", "cat"], None, "line 1: 'cat.dog' may be one"),
         (["cat", "nan"], None, "line 2: the label 'nan' looks like an empty cell"),
         (["0", "1"], None, "the numbers 0, 1 as labels"),
     ],

@@ -112,11 +112,12 @@ def test_masks_in_colors(photos: Path) -> None:
     assert np.array_equal(np.asarray(samples["two"].pixel_labels), stripes([2, 255]))
 
 
-def test_a_table_gives_labels_and_splits(photos: Path) -> None:
+def test_a_table_gives_labels_and_splits(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (photos / "labels.csv").write_text(
         "image,labels,split\none.jpg,cat,train\ntwo,dog; cat,val\nmore/three.v2.webp,,\nmore/four.jpg,dog,test\n"
     )
     found = make(photos, labels=photos / "labels.csv")
+    assert "labels.csv names the classes: cat, dog\n" in capsys.readouterr().out
     assert found == {
         "one": ("train", [1], False),
         "two": ("val", [1, 2], False),

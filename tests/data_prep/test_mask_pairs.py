@@ -35,6 +35,7 @@ def pairs(images: list[str], masks: list[str]) -> tuple[dict[str, str], list[str
         ("IMG_1.jpg", "img_1.png"),
         ("IMG_1.jpg", "IMG-1.png"),
         ("train/a.jpg", "a.png"),
+        ("train/images/a.jpg", "train/masks/a.png"),
         ("a.jpg", "deep/a_mask.png"),
         (unicodedata.normalize("NFD", "caf\u00e9.jpg"), unicodedata.normalize("NFC", "caf\u00e9.png")),
     ],
@@ -69,3 +70,9 @@ def test_what_could_be_wrong_is_left(images: list[str], masks: list[str], left: 
 def test_masks_beside_their_images() -> None:
     paths = ["a.jpg", "a.png", "b.png", "b_mask.png", "c_image.png", "c_mask.png", "d.png", "gas_mask.png", "e.tif"]
     assert masks_among(paths) == {"a.png", "b_mask.png", "c_mask.png"}
+    folders = ["train/images/a.png", "train/masks/a.png", "val/images/a.jpg", "val/masks/a_mask.png", "masks/b.jpg"]
+    assert masks_among(folders) == {"train/masks/a.png", "val/masks/a_mask.png"}
+    images = {path: path for path in folders if "images" in path}
+    found, strangers = pair_masks(images, sorted(masks_among(folders)))
+    assert found == dict(zip(images, ("train/masks/a.png", "val/masks/a_mask.png"), strict=True))
+    assert not strangers
