@@ -63,13 +63,14 @@ class ImageNames:
             what: What lists them, for messages.
 
         Raises:
-            DataError: there are names of no image, and those are not to be left out.
+            DataError: there are names of no image, and those are not to be left out; or different ones may mean one.
         """
         found = {name: self.find(name) for name in names}
         ways: dict[str, list[str]] = {}
         for name, key in found.items():
             if key is not None and key[1]:
                 ways.setdefault(key[1], []).append(f"{name} as {self.paths[key[0]]}")
+        _refuse_same(found, what)
         for way, texts in ways.items():
             print(f"{what}: {len(texts)} name(s) are those of images {way}: {listed(texts)}", flush=True)
         if unknown := [f"{name!r} (line {names[name]})" for name, key in found.items() if key is None]:
@@ -102,6 +103,21 @@ class ImageNames:
                     raise DataError(f"image {key!r} is in the splits {split_of[key]!r} and {split!r}; keep one")
                 split_of[key] = split
         return split_of
+
+
+def _refuse_same(found: Mapping[str, tuple[str, str] | None], what: str) -> None:
+    """Raises `DataError` if a name means the image of another one, and not as it is: two files may be meant."""
+    names: dict[str, list[str]] = {}
+    for name, key in found.items():
+        if key is not None:
+            names.setdefault(key[0], []).append(name)
+    loose = {name for name, key in found.items() if key is not None and key[1]}
+    same = [" and ".join(several) for several in names.values() if len(several) > 1 and not loose.isdisjoint(several)]
+    if same:
+        raise DataError(
+            f"{what} has different names that could mean one image: {listed(same)}; write each as its path below "
+            "--images"
+        )
 
 
 def _unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,13 @@ def test_pipes_are_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_folder_that_is_apart(tmp_path: Path) -> None:
     put(tmp_path, "a.jpg", "masks/a.png")
     assert find_pictures(tmp_path, "--images", apart=tmp_path / "masks") == ["a.jpg"]
+
+
+def test_heic_photos_need_their_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, "a.jpg", "b.HEIC")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as if it were not installed
+    with pytest.raises(DataError, match=r"has 1 HEIC photo\(s\): b.HEIC; run `pip install 'slrnet\[heic\]'`"):
+        find_pictures(tmp_path, "--images")
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_not_found(names: ImageNames, name: str) -> None:
 
 
 def test_lists(names: ImageNames, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "val.txt").write_text("img\\a.jpg\r\n\r\n cats/1.jpg \r\na\r\n", encoding="utf-16")
+    (tmp_path / "val.txt").write_text("img\\a.jpg\r\n\r\n cats/1.jpg \r\ncats/1\r\n", encoding="utf-16")
     assert names.read_keys(tmp_path / "val.txt") == ["a", "cats_1"]
     out = capsys.readouterr().out
     assert r"val.txt: 1 name(s) are those of images without the folders before it: img\a.jpg as a.jpg" in out
@@ -64,6 +64,14 @@ def test_lists_of_what_is_not_there(names: ImageNames, tmp_path: Path, capsys: p
     (tmp_path / "val.txt").write_text("\n")
     with pytest.raises(DataError, match="val.txt is empty"):
         names.read_keys(tmp_path / "val.txt")
+
+
+def test_two_files_are_not_taken_for_one(names: ImageNames) -> None:
+    assert names.find_all({"a": 2, "a.jpg": 3}, "l.csv") == {"a": "a", "a.jpg": "a"}
+    with pytest.raises(DataError, match="could mean one image: x/a.jpg and y/a.jpg; write each as its path"):
+        names.find_all({"x/a.jpg": 2, "y/a.jpg": 3}, "l.csv")
+    with pytest.raises(DataError, match="could mean one image: a.jpg and A.jpg"):
+        names.find_all({"a.jpg": 2, "A.jpg": 3}, "l.csv")
 
 
 def test_splits(names: ImageNames, tmp_path: Path) -> None:
