@@ -414,7 +414,7 @@ class TestRefusals:
         masks, table = photos / "masks", photos / "labels.csv"
         table.write_text("image,labels,split\none.jpg,cat,val\n")
         (photos / "palette.txt").write_text(PALETTE)
-        self.refuse(photos, "neither --masks nor --labels is given")
+        self.refuse(photos, "neither --masks nor --labels nor --annotations is given")
         self.refuse(photos, "name the classes 1, 2, ... with --classes", masks=masks)
         self.refuse(
             photos,
