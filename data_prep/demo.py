@@ -1,15 +1,18 @@
 # PYTHON_ARGCOMPLETE_OK
 """The embedded demo data set: synthetic pictures of fish, kites, ladybirds and mushrooms, drawn from a seed.
 
-    slrnet prepare demo --out DIR [--voc-folder DIR] [--train 240] [--val 60] [--image-size 128] [--seed 0]
+    slrnet prepare demo --out DIR [--voc-folder DIR] [--train 240] [--val 60] [--image-size 128] [--hard] [--seed 0]
 
-Nothing is downloaded: numpy draws textured clutter and, on it, one to four objects that overlap, vary in size and may
-be cut by the border. Each class has a larger body whose outline, colors and texture another class shares (fish with
-kite: stripes; ladybird with mushroom: spots) and a small part that is its own (eye and fins; bows on a tail; head with
-feelers; stem). A classifier needs the small part alone, so its class activation covers too little, as it does on
-photographs, and a method that grows it has something to do. Masks are exact at pixel centers.
+Nothing is downloaded: numpy draws a textured ground and, on it, one to four objects that overlap and vary in size. Each
+class has its own range of colors and its own texture (fish: stripes; kite: quarters; ladybird: spots; mushroom: plain),
+and most pictures show one object. So a few minutes of training are enough for masks that anyone would call right.
 
-The pictures are written in VOC's folder layout and take the same road into shards as VOC itself.
+With `--hard` the classes share colors, outlines and textures, and the ground holds scraps that imitate their bodies.
+A class then differs from the others by a small part alone (eye and fins; bows on a tail; head with feelers; stem), so
+its class activation covers too little, as it does on photographs. Objects are smaller and may be cut by the border.
+
+Masks are exact at pixel centers. The pictures are written in VOC's folder layout and take the same road into shards as
+VOC itself.
 """
 
 from __future__ import annotations
@@ -56,12 +59,39 @@ GROUNDS = (
 )
 """Pairs of colors between which the ground varies: grass, sand, sky, soil, meadow."""
 
+CLASS_COLORS = {
+    1: ((40, 96, 176), (58, 130, 196), (34, 132, 160)),
+    2: ((232, 196, 52), (240, 172, 44), (222, 210, 96)),
+    3: ((204, 40, 34), (186, 30, 56), (220, 70, 48)),
+    4: ((132, 66, 150), (158, 80, 140), (104, 70, 160)),
+}
+"""Colors of the bodies of each class: blue fish, yellow kites, red ladybirds, violet mushrooms."""
+
 BODY_COLORS = ((206, 52, 40), (226, 122, 36), (222, 178, 48), (52, 112, 186), (60, 152, 120), (150, 70, 150))
-"""Colors of bodies of all classes, and of the clutter that imitates them."""
+"""Colors of the bodies of all classes of the hard set, and of the scraps that imitate them."""
 
 DARK, LIGHT = np.array([34.0, 30.0, 36.0]), np.array([244.0, 240.0, 228.0])
 
 MAX_OBJECTS = 4
+
+
+@dataclass(frozen=True)
+class Scenery:
+    """What distinguishes the two sets."""
+
+    shared_looks: bool
+    """Whether all classes share their colors, pairs of classes a texture, and scraps on the ground imitate both."""
+    more_objects: tuple[float, ...]
+    """Probabilities of 0, 1, ... objects beside the first one."""
+    scales: tuple[float, float]
+    """Smallest and largest scale of an object, as shares of the picture's side."""
+    margin: float
+    """Share of the side that an object's center keeps from the border."""
+
+
+EASY = Scenery(shared_looks=False, more_objects=(0.6, 0.3, 0.08, 0.02), scales=(0.22, 0.4), margin=0.25)
+HARD = Scenery(shared_looks=True, more_objects=(0.3, 0.4, 0.2, 0.1), scales=(0.17, 0.42), margin=0.08)
+
 REACH = 1.75
 """How far from its center an object's parts may lie, in its own units; nothing is painted beyond."""
 SMALLEST_SHARE = 0.015
@@ -77,6 +107,7 @@ def build_demo(
     num_train: int = 240,
     num_val: int = 60,
     image_size: int = 128,
+    hard: bool = False,
     voc_folder: str | Path | None = None,
     samples_per_shard: int = 32,
     shards: int | None = None,
@@ -90,6 +121,7 @@ def build_demo(
         num_train: Pictures of the split `train`.
         num_val: Pictures of the split `val`.
         image_size: Side of the square pictures, pixels.
+        hard: Whether classes share colors and textures; see the module's docstring.
         voc_folder: Where to keep the pictures in VOC's layout; None keeps the shards only.
         samples_per_shard: Samples that a shard holds at most, when `shards` is not given.
         shards: Number of shards of every split.
@@ -100,13 +132,12 @@ def build_demo(
     """
     check_output(out)
     sizes = {"seed": seed, "train": num_train, "val": num_val, "image-size": image_size}
-    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))] + ["--hard"] * hard
     words += ["--samples-per-shard", str(samples_per_shard)] if shards is None else ["--shards", str(shards)]
     with tempfile.TemporaryDirectory(prefix="demo-") as temporary:
         root = Path(temporary) if voc_folder is None else check_output(voc_folder)
-        write_voc_folder(
-            root, seed=seed, num_train=num_train, num_val=num_val, image_size=image_size, processes=processes
-        )
+        counts = {"num_train": num_train, "num_val": num_val}
+        write_voc_folder(root, seed=seed, **counts, image_size=image_size, hard=hard, processes=processes)
         output = Output(
             out,
             name="demo",
@@ -119,7 +150,14 @@ def build_demo(
 
 
 def write_voc_folder(
-    root: Path, *, seed: int, num_train: int, num_val: int, image_size: int, processes: int = 1
+    root: Path,
+    *,
+    seed: int,
+    num_train: int,
+    num_val: int,
+    image_size: int,
+    hard: bool = False,
+    processes: int = 1,
 ) -> None:
     """Draws all pictures into a folder in VOC's layout, with masks, XML annotations, lists and labels.txt.
 
@@ -140,7 +178,7 @@ def write_voc_folder(
         (root / "ImageSets" / "Segmentation" / f"{split}.txt").write_text("\n".join(keys) + "\n", encoding="utf-8")
         pictures += [(key, (seed, split == "val", index)) for index, key in enumerate(keys)]
     with ConversionPool(processes) as workers:
-        workers.map(partial(_write_picture, root, image_size), pictures, label="drawing")
+        workers.map(partial(_write_picture, root, image_size, hard), pictures, label="drawing")
 
 
 def demo_data(storage: Path) -> Path:
@@ -154,7 +192,7 @@ def demo_data(storage: Path) -> Path:
 
 
 def draw_scene(
-    random: np.random.Generator, size: int, *, first_class: int
+    random: np.random.Generator, size: int, *, first_class: int, hard: bool = False
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     """Draws one picture, (size, size, 3) uint8 RGB, and its mask, (size, size) uint8 of class ids.
 
@@ -162,15 +200,18 @@ def draw_scene(
         random: Source of everything that varies.
         size: Side of the picture, pixels.
         first_class: Id 1..K-1 of a class that is shown for certain; the others come by chance.
+        hard: Whether classes share colors and textures; see the module's docstring.
     """
-    canvas = _draw_clutter(random, size)
+    scenery = HARD if hard else EASY
+    canvas = _draw_ground(random, size, scenery)
     mask = np.zeros((size, size), dtype=np.uint8)
     owners = np.zeros((size, size), dtype=np.int64)
     areas = [0]
-    wanted = [first_class, *random.integers(1, len(CLASSES), random.choice(MAX_OBJECTS, p=(0.3, 0.4, 0.2, 0.1)))]
+    others = random.choice(MAX_OBJECTS, p=scenery.more_objects)
+    wanted = [first_class, *random.integers(1, len(CLASSES), others)]
     for label in wanted:
         for _ in range(12):  # places are tried until one fits
-            trial, covered = _draw_object(random, canvas, DRAWERS[label])
+            trial, covered = _draw_object(random, canvas, label, scenery)
             remaining = np.bincount(owners[~covered], minlength=len(areas))
             hidden = any(remaining[n] < SMALLEST_VISIBLE * areas[n] for n in range(1, len(areas)))
             if covered.mean() >= SMALLEST_SHARE and not hidden:
@@ -181,10 +222,10 @@ def draw_scene(
     return _finish(random, canvas), mask
 
 
-def _write_picture(root: Path, size: int, picture: tuple[str, tuple[int, int, int]]) -> None:
+def _write_picture(root: Path, size: int, hard: bool, picture: tuple[str, tuple[int, int, int]]) -> None:
     key, seeds = picture
     first_class = 1 + seeds[-1] % (len(CLASSES) - 1)
-    image, mask = draw_scene(np.random.default_rng(seeds), size, first_class=first_class)
+    image, mask = draw_scene(np.random.default_rng(seeds), size, first_class=first_class, hard=hard)
     Image.fromarray(image).save(root / "JPEGImages" / f"{key}.jpg", quality=92)
     (root / "SegmentationClass" / f"{key}.png").write_bytes(encode_mask(mask, voc_palette()))
     names = [CLASSES[label] for label in np.unique(mask) if label]
@@ -211,6 +252,10 @@ class Brush:
     """Pixels per unit of the object's frame."""
     random: np.random.Generator
     """What varies within the object."""
+    colors: tuple[tuple[int, int, int], ...]
+    """Main colors to choose from."""
+    shared_looks: bool
+    """Whether its texture is one that another class has too."""
     covered: npt.NDArray[np.bool_]
     """(h, w) pixels whose center lies within something painted; filled in place."""
 
@@ -225,6 +270,8 @@ class Brush:
         angle: float,
         mirror: float = 1.0,
         margin: float = 0.0,
+        colors: tuple[tuple[int, int, int], ...] = BODY_COLORS,
+        shared_looks: bool = True,
     ) -> Brush:
         """A brush for an object at a random place.
 
@@ -236,6 +283,8 @@ class Brush:
             angle: Direction of the object's right, radians, clockwise.
             mirror: -1 to mirror it left to right, else 1.
             margin: Share of the side that its center keeps from the border.
+            colors: Main colors of a body.
+            shared_looks: Whether its texture is one that another class has too.
         """
         size = canvas.shape[0]
         cx, cy = random.uniform(margin, 1.0 - margin, 2) * size
@@ -251,6 +300,8 @@ class Brush:
             y=-across * np.sin(angle) + down * np.cos(angle),
             scale=scale,
             random=random,
+            colors=colors,
+            shared_looks=shared_looks,
             covered=covered[top:bottom, left:right],
         )
 
@@ -299,12 +350,13 @@ def _lens(x: Floats, y: Floats) -> Floats:
     return np.maximum(np.hypot(x, y - 0.55) - 1.05, np.hypot(x, y + 0.55) - 1.05)
 
 
-# Textures that bodies share.
+# Textures of bodies.
 
 
-def _body_colors(random: np.random.Generator) -> tuple[Floats, Floats]:
+def _body_colors(brush: Brush) -> tuple[Floats, Floats]:
     """Main color and the color of what is drawn on it."""
-    main = np.array(BODY_COLORS[random.integers(len(BODY_COLORS))]) + random.normal(0, 10, 3)
+    random = brush.random
+    main = np.array(brush.colors[random.integers(len(brush.colors))]) + random.normal(0, 10, 3)
     return main, (DARK if random.random() < 0.5 else LIGHT) * random.uniform(0.85, 1.0)
 
 
@@ -335,12 +387,22 @@ def _striped(brush: Brush, main: Floats, other: Floats) -> Floats:
     return np.asarray(_rounded(brush.x, brush.y, main) * (1 - share) + other * share)
 
 
+def _quartered(brush: Brush, main: Floats, other: Floats) -> Floats:
+    """Two opposite quarters in the main color, two in a darker shade."""
+    share = (brush.x * brush.y > 0)[..., None]
+    return _rounded(brush.x, brush.y, main) * np.where(share, 1.0, 0.72)
+
+
+def _plain(brush: Brush, main: Floats, other: Floats) -> Floats:
+    return _rounded(brush.x, brush.y, main)
+
+
 # Objects.
 
 
 def _draw_fish(brush: Brush) -> None:
     x, y = brush.x, brush.y
-    main, other = _body_colors(brush.random)
+    main, other = _body_colors(brush)
     fin = 0.75 * main + 20
     for side in (-1.0, 1.0):
         brush.paint(_polygon(x, y, ((-0.6, 0.0), (-1.0, 0.0), (-1.2, 0.46 * side), (-1.0, 0.5 * side))), fin)
@@ -355,7 +417,7 @@ def _draw_fish(brush: Brush) -> None:
 
 def _draw_kite(brush: Brush) -> None:
     x, y = brush.x, brush.y
-    main, other = _body_colors(brush.random)
+    main, other = _body_colors(brush)
     sail = ((0.85, 0.0), (0.1, 0.52), (-0.62, 0.0), (0.1, -0.52))
     phase = brush.random.uniform(0, 2 * np.pi)
     line = [(-0.62 - 0.1 * step, 0.13 * np.sin(1.1 * step + phase) * min(step, 2) / 2) for step in range(8)]
@@ -366,15 +428,15 @@ def _draw_kite(brush: Brush) -> None:
         for side in (-1.0, 1.0):
             corners = ((cx, cy), (cx - 0.1, cy + side * 0.19), (cx + 0.1, cy + side * 0.19))
             brush.paint(_polygon(x, y, corners), bow)
-    body = _polygon(x, y, sail)
-    brush.paint(body, _striped(brush, main, other))
+    texture = _striped if brush.shared_looks else _quartered
+    brush.paint(_polygon(x, y, sail), texture(brush, main, other))
     for start, end in ((sail[0], sail[2]), (sail[1], sail[3])):
         brush.paint(_segment(x, y, start, end, 0.022), 0.6 * main)
 
 
 def _draw_ladybird(brush: Brush) -> None:
     x, y = brush.x, brush.y
-    main, other = _body_colors(brush.random)
+    main, other = _body_colors(brush)
     for foot in (-0.45, 0.0, 0.4):
         for side in (-1.0, 1.0):
             brush.paint(_segment(x, y, (foot, 0.4 * side), (foot + 0.08, 0.82 * side), 0.04), DARK)
@@ -390,7 +452,7 @@ def _draw_ladybird(brush: Brush) -> None:
 
 def _draw_mushroom(brush: Brush) -> None:
     x, y = brush.x, brush.y
-    main, other = _body_colors(brush.random)
+    main, other = _body_colors(brush)
     # It lies in the same frame as the others: the cap to the right, the stem to the left.
     stem = np.array([226.0, 210.0, 176.0]) * brush.random.uniform(0.85, 1.05)
     brush.paint(_polygon(x, y, ((0.1, -0.17), (0.1, 0.17), (-0.85, 0.24), (-0.85, -0.24))), _rounded(x, 2 * y, stem))
@@ -398,7 +460,8 @@ def _draw_mushroom(brush: Brush) -> None:
     brush.paint(_ellipse(x, y, (-0.22, 0.0), (0.07, 0.3)), 0.86 * stem)
     cap = np.maximum(_ellipse(x, y, (0.0, 0.0), (0.85, 0.8)), -(x + 0.02))
     brush.paint(_ellipse(x, y, (0.0, 0.0), (0.14, 0.74)), 0.72 * stem)
-    brush.paint(cap, _spotted(brush, main, other))
+    texture = _spotted if brush.shared_looks else _plain
+    brush.paint(cap, texture(brush, main, other))
 
 
 DRAWERS: dict[int, Callable[[Brush], None]] = {1: _draw_fish, 2: _draw_kite, 3: _draw_ladybird, 4: _draw_mushroom}
@@ -408,18 +471,28 @@ UPRIGHT = {_draw_mushroom: -np.pi / 2, _draw_kite: -np.pi / 3, _draw_fish: 0.0}
 
 
 def _draw_object(
-    random: np.random.Generator, canvas: Floats, draw: Callable[[Brush], None]
+    random: np.random.Generator, canvas: Floats, label: int, scenery: Scenery
 ) -> tuple[Floats, npt.NDArray[np.bool_]]:
     """Draws one object at a random place onto a copy of the canvas; returns the copy and what the object covers."""
-    size = canvas.shape[0]
+    size, draw = canvas.shape[0], DRAWERS[label]
     # Sizes spread evenly over their logarithm: small ones are as frequent as large ones.
-    scale = size * float(np.exp(random.uniform(np.log(0.17), np.log(0.42))))
+    scale = size * float(np.exp(random.uniform(*np.log(scenery.scales))))
     angle = random.uniform(-np.pi, np.pi)
     if draw in UPRIGHT:
         angle = UPRIGHT[draw] + random.normal(0, 0.35)
     mirror = 1.0 if random.random() < 0.5 else -1.0
     canvas, covered = canvas.copy(), np.zeros((size, size), dtype=np.bool_)
-    brush = Brush.place(canvas, covered, random, scale=scale, angle=angle, mirror=mirror, margin=0.08)
+    brush = Brush.place(
+        canvas,
+        covered,
+        random,
+        scale=scale,
+        angle=angle,
+        mirror=mirror,
+        margin=scenery.margin,
+        colors=BODY_COLORS if scenery.shared_looks else CLASS_COLORS[label],
+        shared_looks=scenery.shared_looks,
+    )
     brush.shade(_ellipse(brush.x, brush.y, (0.0, 0.0), (1.1, 0.85)), 0.6, 0.35)
     draw(brush)
     return canvas, covered
@@ -435,8 +508,8 @@ def _noise(random: np.random.Generator, size: int, cells: int) -> Floats:
     return np.asarray(large, dtype=np.float64)
 
 
-def _draw_clutter(random: np.random.Generator, size: int) -> Floats:
-    """Ground of two colors, with blades, pebbles and patches that have the colors and textures of bodies."""
+def _draw_ground(random: np.random.Generator, size: int, scenery: Scenery) -> Floats:
+    """Ground of two colors, with blades and pebbles, and with scraps that imitate bodies where looks are shared."""
     first, second = (np.array(color, dtype=np.float64) for color in GROUNDS[random.integers(len(GROUNDS))])
     field_ = sum(_noise(random, size, cells) / weight for cells, weight in ((3, 1.0), (9, 1.6), (26, 2.2), (60, 3.0)))
     share = np.clip(0.5 + 0.45 * np.asarray(field_), 0, 1)[..., None]
@@ -444,11 +517,13 @@ def _draw_clutter(random: np.random.Generator, size: int) -> Floats:
     covered = np.zeros((size, size), dtype=np.bool_)
     for _ in range(random.integers(8, 22)):
         scale, angle = size * random.uniform(0.03, 0.16), random.uniform(-np.pi, np.pi)
-        _draw_scrap(Brush.place(canvas, covered, random, scale=scale, angle=angle), first, second)
+        _draw_scrap(
+            Brush.place(canvas, covered, random, scale=scale, angle=angle), first, second, imitate=scenery.shared_looks
+        )
     return canvas
 
 
-def _draw_scrap(brush: Brush, first: Floats, second: Floats) -> None:
+def _draw_scrap(brush: Brush, first: Floats, second: Floats, *, imitate: bool) -> None:
     """One blade, pebble, or scrap with the colors and texture of bodies, sometimes with their outline too."""
     random, x, y = brush.random, brush.x, brush.y
     ground = (first if random.random() < 0.5 else second) * random.uniform(0.6, 1.25)
@@ -456,7 +531,7 @@ def _draw_scrap(brush: Brush, first: Floats, second: Floats) -> None:
     if kind < 0.45:
         brush.paint(_segment(x, y, (-1.4, 0.0), (1.4, random.uniform(-0.6, 0.6)), 0.1), ground)
         return
-    if kind < 0.72:
+    if kind < 0.72 or not imitate:
         brush.paint(_ellipse(x, y, (0, 0), (random.uniform(0.4, 0.9), random.uniform(0.3, 0.7))), ground)
         return
     texture = _spotted if random.random() < 0.5 else _striped
@@ -466,7 +541,7 @@ def _draw_scrap(brush: Brush, first: Floats, second: Floats) -> None:
         _lens(x, y),
     )
     outline = outlines[random.choice(len(outlines), p=(0.7, 0.15, 0.15))]
-    brush.paint(outline, 0.35 * ground + 0.65 * texture(brush, *_body_colors(random)))
+    brush.paint(outline, 0.35 * ground + 0.65 * texture(brush, *_body_colors(brush)))
 
 
 def _finish(random: np.random.Generator, canvas: Floats) -> npt.NDArray[np.uint8]:
@@ -486,6 +561,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", type=int, default=240, metavar="N", help="training pictures (default: %(default)s)")
     parser.add_argument("--val", type=int, default=60, metavar="N", help="validation pictures (default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=128, metavar="N", help="side, pixels (default: %(default)s)")
+    parser.add_argument("--hard", action="store_true", help="classes that share colors and textures, among clutter")
     parser.add_argument("--voc-folder", type=Path, metavar="DIR", help="also keep the pictures in VOC's folder layout")
     add_common_arguments(parser)
     parser.set_defaults(samples_per_shard=32)
@@ -493,7 +569,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def make(args: argparse.Namespace) -> DatasetInfo:
     """Makes the data set that the options ask for."""
-    names = ("seed", "image_size", "voc_folder", "samples_per_shard", "shards", "processes")
+    names = ("seed", "image_size", "hard", "voc_folder", "samples_per_shard", "shards", "processes")
     options = {name: getattr(args, name) for name in names}
     return build_demo(args.out, num_train=args.train, num_val=args.val, **options)
 

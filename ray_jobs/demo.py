@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from slrnet.tools.figures.progress import write_pictures
 from slrnet.tracking.provenance import environment_tags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,14 +153,11 @@ def free_ports(count: int) -> list[int]:
 
 
 def conclude(name: str) -> None:
-    """Copies the first panel of the last epoch to a plain place and says where everything is."""
-    panels = sorted((RUNS / name / "panels").glob("*.png"), key=lambda path: (path.stem.rsplit("-", 1)[1], path.stem))
-    if panels:
-        last = panels[-1].stem.rsplit("-", 1)[1]
-        first = next(path for path in panels if path.stem.endswith(last))
-        overlay = RUNS / name / "overlay.png"
-        shutil.copyfile(first, overlay)
-        print(f"picture (image, raw, refined, pseudo label, truth): {overlay}")
+    """Draws what the run learned and says where everything is."""
+    validation, *history = write_pictures(RUNS / name)
+    print(f"validation images, masks and truth: {validation}")
+    for path in history:
+        print(f"pseudo labels of training images, epoch by epoch: {path}")
     python = Path(sys.executable)
     shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
     print(f"MLflow page: {shown} -m slrnet dashboard --storage {RUNS}")

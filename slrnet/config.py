@@ -192,6 +192,8 @@ class ModelConfig(_Section):
     """`auto` (the encoder's usual ImageNet weights), `none` (random), or the path of a weights file."""
     output_stride: Literal[8, 16, 32] = 8
     """Pixels of the image per pixel of the deepest features."""
+    skip_stride: Literal[0, 2, 4, 8, 16] = 0
+    """Pixels of the image per pixel of the shallow features, and so of the masks; 0: half of `output_stride`."""
     frozen_stages: NonNegativeInt = 1
     """Number of encoder stages, from the image on, whose weights do not train."""
     freeze_batch_norm: bool = True
@@ -200,6 +202,9 @@ class ModelConfig(_Section):
     """Channels of the ASPP output, the fused features and the decoder."""
     skip_dim: PositiveInt = 48
     """Channels of the shallow features after the skip projection."""
+    skip_share: FractionBelowOne = 0.0
+    """Share of the fused features' variance that the shallow features have at the start, whatever the encoder. 0: fuse
+    both as they come (released code), which can leave the shallow ones under 1 %, and masks without detail."""
     aspp_dilations: tuple[PositiveInt, PositiveInt, PositiveInt] = (12, 24, 36)
     """Dilations of the three 3x3 branches of the ASPP, in pixels of the deepest features."""
     dropout: FractionBelowOne = 0.5
@@ -253,6 +258,12 @@ class LossConfig(_Section):
     """Compute Eq. 4 on the output logits (paper) or on probabilities (released code)."""
     code_consistency: Literal["all", "maximum"] = "all"
     """Compute Eq. 9 on all codes (paper), or set all but each pixel's maximum to 0 first (released code)."""
+    pseudo_balance: Literal["balanced", "sqrt", "plain"] = "balanced"
+    """Weights of the classes in the loss of pseudo labels: `balanced`, (total - own pixels) / (1 + total), which makes
+    rare classes spread; `sqrt`, its root; `plain`, 1 for all, with which masks shrink."""
+    validity: Literal["whole_image", "present_classes", "soft"] = "whole_image"
+    """What counts of a pseudo label that misses a class of its image: nothing (`whole_image`, released code), the
+    pixels of foreground classes alone (`present_classes`), or all, by the share of the classes it shows (`soft`)."""
     pixel_balance: bool = False
     """Balance the classes in the loss of true masks too (released code). Off: plain cross-entropy (paper)."""
     pixel_validity: bool = False

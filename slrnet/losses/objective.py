@@ -18,6 +18,9 @@ from slrnet.ops.cross_entropy import resized_cross_entropy
 
 __all__ = ["Labels", "Objective", "classification_loss", "objective"]
 
+BALANCE_POWERS = {"balanced": 1.0, "sqrt": 0.5, "plain": 0.0}
+"""Exponents on the weights of classes, by `losses.pseudo_balance`."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -25,6 +28,9 @@ class Objective:
 
     total: Tensor
     parts: dict[str, Tensor]
+    valid_share: Tensor | None = None
+    """Share of the images with pseudo labels whose label shows all their classes, 0 if the batch has no such image;
+    None in pretraining."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def objective(
         mean over the views, `mask_consistency` (Eq. 4) and `code_consistency` (Eq. 9). Each part is a sum over its
         images, divided by the number of images in the batch. Parts that the setting or the epoch lacks are missing.
     """
-    parts = _segmentation_parts(outputs, labels, weights, losses)
+    parts, valid_share = _segmentation_parts(outputs, labels, weights, losses)
     known = labels.has_image_labels
     if known is not None:
         counted = (known & ~labels.has_pixel_labels).float()
@@ -93,7 +99,7 @@ def objective(
         "pixel_segmentation": weights.segmentation * _pixel_factor(labels, weights),
     }
     total = sum((part * factors[name] for name, part in parts.items()), outputs.logits[0].new_zeros(()))
-    return Objective(total, parts)
+    return Objective(total, parts, valid_share)
 
 
 def classification_loss(class_scores: Tensor, image_labels: Tensor) -> Tensor:
@@ -123,36 +129,48 @@ def _pixel_factor(labels: Labels, weights: WeightsConfig) -> Tensor | float:
 
 def _segmentation_parts(
     outputs: Outputs, labels: Labels, weights: WeightsConfig, losses: LossConfig
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The parts of Eq. 1, and the share of valid pseudo labels."""
     targets = labels.pixel_labels
     if labels.pseudo_labels is not None:
         true = labels.has_pixel_labels[:, None, None]
         targets = labels.pseudo_labels if targets is None else torch.where(true, targets, labels.pseudo_labels)
     if targets is None:
-        return {}
+        return {}, None
     known = labels.has_image_labels
     checked = torch.zeros_like(labels.has_pixel_labels) if known is None else known
     if not losses.pixel_validity:
         checked = checked & ~labels.has_pixel_labels
     plain = None if losses.pixel_balance else labels.has_pixel_labels
     balance = partial(
-        weigh, num_classes=outputs.logits[0].shape[1], image_labels=labels.image_labels, checked=checked, plain=plain
+        weigh,
+        num_classes=outputs.logits[0].shape[1],
+        image_labels=labels.image_labels,
+        checked=checked,
+        plain=plain,
+        power=BALANCE_POWERS[losses.pseudo_balance],
+        validity=losses.validity,
     )
     views = len(outputs.logits)
     weighed = [balance(targets)] * views if targets.ndim == 3 else [balance(own) for own in targets.unbind()[:views]]
     main, auxiliary = (
-        [resized_cross_entropy(view, *own) for view, own in zip(maps, weighed, strict=False)]
+        [resized_cross_entropy(view, own.labels, own.weights) for view, own in zip(maps, weighed, strict=False)]
         for maps in (outputs.logits, outputs.auxiliary_logits)
     )
     parts = {
         "segmentation": (labels.pseudo_labels, ~labels.has_pixel_labels),
         "pixel_segmentation": (labels.pixel_labels, labels.has_pixel_labels),
     }
-    return {
+    losses_of = {
         name: _with_auxiliary([loss * of for loss in main], [loss * of for loss in auxiliary], weights.auxiliary)
         for name, (exists, of) in parts.items()
         if exists is not None
     }
+    if labels.pseudo_labels is None:
+        return losses_of, None
+    pseudo = ~labels.has_pixel_labels
+    valid = torch.stack([own.complete & pseudo for own in weighed]).float().mean(dim=0)
+    return losses_of, valid.sum() / pseudo.sum().clamp_min(1)
 
 
 def _with_auxiliary(main: Sequence[Tensor], auxiliary: Sequence[Tensor], weight: float) -> Tensor:

@@ -7,6 +7,7 @@ statistics (mean 0, variance 1) and so act as an affine map, and the background'
 
 from __future__ import annotations
 
+import math
 from typing import Self
 
 import torch
@@ -18,6 +19,8 @@ from slrnet.ops.maps import resize
 __all__ = ["ASPP", "GlobalCueInjection", "MaskHead", "SkipFusion", "StochasticGate", "conv_norm", "conv_norm_relu"]
 
 BATCH_NORM_MOMENTUM = 0.05
+RECTIFIED_VARIANCE = 0.5 - 0.5 / math.pi
+"""Variance of max(x, 0) for a standard normal x."""
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int, *, dilation: int = 1, affine: bool = True) -> nn.Sequential:
@@ -75,16 +78,24 @@ class SkipFusion(nn.Module):
         dim: channels of the ASPP output and of the result.
         skip_channels: channels of the shallow encoder features.
         skip_dim: channels of the shallow features after their projection.
+        skip_share: share of the variance of what is fused that the shallow features have at the start: batch norms
+            bring both to a known variance, and a fixed factor weighs them. 0: no such norm and factor.
     """
 
-    def __init__(self, dim: int, *, skip_channels: int, skip_dim: int) -> None:
+    def __init__(self, dim: int, *, skip_channels: int, skip_dim: int, skip_share: float = 0.0) -> None:
         super().__init__()
         self.project = conv_norm_relu(skip_channels, skip_dim, 1)
+        self.normalize: nn.Module = nn.Identity()
+        self.gain = 1.0
+        if skip_share:
+            self.normalize = nn.BatchNorm2d(dim, momentum=BATCH_NORM_MOMENTUM, affine=False)
+            self.gain = math.sqrt(skip_share / (1 - skip_share) * dim / (skip_dim * RECTIFIED_VARIANCE))
         self.fuse = conv_norm_relu(dim + skip_dim, dim, 3)
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
         """(N, dim, h, w) and (N, skip_channels, H, W) to (N, dim, H, W)."""
-        return self.fuse(torch.cat([resize(deep, skip.shape[-2:]), self.project(skip)], dim=1))  # type: ignore[no-any-return]
+        shallow = self.project(skip) * self.gain
+        return self.fuse(torch.cat([resize(self.normalize(deep), skip.shape[-2:]), shallow], dim=1))  # type: ignore[no-any-return]
 
 
 class GlobalCueInjection(nn.Module):

@@ -1,8 +1,9 @@
 """Encoders: image networks that return deep features and shallower skip features (paper Sec. 3.1 and 4.2).
 
 One class serves every backbone. A backbone is a module that returns the features of its stages. The deep features are
-the last ones, at `output_stride`; the skip features are the last ones at half that stride. At output stride 8 these
-are the layers of the released code: conv6 and conv3 of WideResNet-38, `layer4` and `layer1` of ResNets.
+the last ones, at `output_stride`; the skip features are the last ones at `skip_stride`, which is half of that unless
+the settings say otherwise. At output stride 8 these are the layers of the released code: conv6 and conv3 of
+WideResNet-38, `layer4` and `layer1` of ResNets.
 
 timm provides all backbones but the WideResNet-38, which it does not have. `model.frozen_stages` counts these stages:
 
@@ -72,14 +73,16 @@ class Encoder(nn.Module):
         strides: pixels of the image per pixel of each stage's features.
         mean: mean of each channel (red, green, blue), to subtract from images in [0, 1].
         std: standard deviation of each channel, to divide by afterwards.
+        skip_stride: stride of the skip features; 0 for half of the last stage's.
 
     Attributes:
         out_channels: channels of the deep features.
         skip_channels: channels of the skip features.
-        output_stride: stride of the deep features; that of the skip features, `skip_stride`, is half of it.
+        output_stride: stride of the deep features.
+        skip_stride: stride of the skip features.
 
     Raises:
-        ValueError: no stage has half the last one's stride.
+        ValueError: no stage has the stride of the skip features.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Encoder(nn.Module):
         strides: Sequence[int],
         mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
+        skip_stride: int = 0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -98,11 +102,11 @@ class Encoder(nn.Module):
         self.channels = tuple(channels)
         self.strides = tuple(strides)
         self.output_stride = strides[-1]
-        self.skip_stride = self.output_stride // 2
+        self.skip_stride = skip_stride or self.output_stride // 2
         if self.skip_stride not in strides:
             raise ValueError(
-                f"the backbone's feature strides are {tuple(strides)}; the skip features need one of "
-                f"{self.skip_stride}, half of the last"
+                f"the backbone's features have the strides {tuple(strides)}, and none has {self.skip_stride}, that of "
+                "the skip features; set model.skip_stride to one of them, or use another model.encoder"
             )
         self._skip_index = max(i for i, stride in enumerate(strides) if stride == self.skip_stride)
         self.out_channels = channels[-1]
@@ -176,9 +180,15 @@ def build_encoder(config: ModelConfig) -> Encoder:
     model = _timm_name(name)
     if model is None:
         network = WideResNet38(output_stride=config.output_stride)
-        encoder = Encoder(network, stages=network.stages, channels=network.channels, strides=network.strides)
+        encoder = Encoder(
+            network,
+            stages=network.stages,
+            channels=network.channels,
+            strides=network.strides,
+            skip_stride=config.skip_stride,
+        )
     else:
-        encoder = _build_timm(model, config.output_stride)
+        encoder = _build_timm(model, config.output_stride, config.skip_stride)
     if weights == "auto":
         _load(encoder.backbone, model, *_auto_tensors(name, model))
     elif weights != "none":
@@ -213,7 +223,7 @@ def _timm_name(name: str) -> str | None:
     raise ValueError(f"unknown encoder {name!r}{nearest(name, known)}; known are {', '.join(known)}")
 
 
-def _build_timm(model: str, output_stride: int) -> Encoder:
+def _build_timm(model: str, output_stride: int, skip_stride: int) -> Encoder:
     if not timm.is_model(model):
         raise ValueError(
             f"timm has no model {model!r}{nearest(model, timm.list_models())}; timm.list_models() lists all"
@@ -240,6 +250,7 @@ def _build_timm(model: str, output_stride: int) -> Encoder:
         strides=strides,
         mean=tuple(backbone.pretrained_cfg["mean"]),
         std=tuple(backbone.pretrained_cfg["std"]),
+        skip_stride=skip_stride,
     )
 
 

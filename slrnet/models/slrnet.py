@@ -53,7 +53,9 @@ class SLRNet(Network):
         dim, dropout = config.decoder_dim, config.dropout
         head: dict[str, Any] = {"num_classes": num_classes, "predict_background": predict_background}
         self.aspp = ASPP(encoder.out_channels, dim=dim, dilations=config.aspp_dilations, dropout=dropout)
-        self.fusion = SkipFusion(dim, skip_channels=encoder.skip_channels, skip_dim=config.skip_dim)
+        self.fusion = SkipFusion(
+            dim, skip_channels=encoder.skip_channels, skip_dim=config.skip_dim, skip_share=config.skip_share
+        )
         self.auxiliary_head: AuxiliaryHead | None = None
         if cvlr is not None and cvlr.class_codes:
             self.auxiliary_head = AuxiliaryHead(dim, dropout=dropout, **head)

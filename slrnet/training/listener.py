@@ -23,9 +23,13 @@ from slrnet.tracking.progress import Progress
 from slrnet.tracking.protocol import SAMPLES, Tracker
 from slrnet.tracking.run_log import RunLog
 from slrnet.tracking.summary import class_quality, curves
+from slrnet.viz.overlay import draw_overlay
 from slrnet.viz.panels import draw_class_scores, draw_panel
 
-__all__ = ["Listener", "RunListener", "loss_key"]
+__all__ = ["VALID_SHARE", "Listener", "RunListener", "loss_key"]
+
+VALID_SHARE = "valid_share"
+"""Name beside the loss parts of the share of images whose pseudo label shows all their classes."""
 
 
 class Listener:
@@ -76,7 +80,7 @@ class RunListener(Listener):
     _: KW_ONLY
     process: Process
     folder: Path
-    """The run's folder; pictures go to `panels`."""
+    """The run's folder; pictures go to `panels` and `history`."""
     tracker: Tracker
     """Receives curves and pictures; a `NullTracker` on ranks other than 0."""
     log: RunLog = field(default_factory=lambda: RunLog(None, rank=0))
@@ -127,20 +131,22 @@ class RunListener(Listener):
             self.log.write("notice", step=step, message=text)
 
     def measured(self, masks: PseudoMask, epoch: int) -> None:
-        """Draws the image into the run's folder, on whichever rank has it."""
+        """Draws the image into the run's folder, on whichever rank has it: all stages, and the pseudo label alone."""
         sample = masks.sample
         stages = {"raw mask": masks.raw, "refined mask": masks.refined, "pseudo label": masks.pseudo_labels}
         if sample.pixel_labels is not None:
             stages["ground truth"] = sample.pixel_labels
+        image = sample.image.permute(1, 2, 0).contiguous().numpy()
         panel = draw_panel(
-            sample.image.permute(1, 2, 0).numpy(),
+            image,
             {caption: mask.numpy() for caption, mask in stages.items()},
             self.info,
             title=f"{sample.key}, after epoch {epoch + 1}",
         )
-        path = self.folder / "panels" / f"{sample.key}{_panel_ending(epoch)}"
-        with written_whole(path) as incoming:
-            panel.save(incoming, format="PNG")
+        small = draw_overlay(image, stages["pseudo label"].numpy(), self.info.palette_array())
+        for kind, picture in (("panels", panel), ("history", small)):
+            with written_whole(self.folder / kind / f"{sample.key}{_panel_ending(epoch)}") as incoming:
+                picture.save(incoming, format="PNG")
 
     def epoch(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Adds the epoch's figures to curves and log; then the pictures of all ranks, and one per kind of mask."""
@@ -181,8 +187,8 @@ def _panel_ending(epoch: int) -> str:
 
 
 def loss_key(name: str, prefix: str = "") -> str:
-    """MLflow's name of a loss part; `loss` is the total."""
-    return f"train/{prefix}loss" if name == "loss" else f"train/{prefix}loss_{name}"
+    """MLflow's name of a loss part or of the share of valid pseudo labels; `loss` is the total."""
+    return f"train/{prefix}{name}" if name in ("loss", VALID_SHARE) else f"train/{prefix}loss_{name}"
 
 
 def _first_step_line(seconds: float, process: Process) -> str:

@@ -14,10 +14,37 @@ from data_prep.shard_writer import verify
 from slrnet.data.manifest import DataError, load_dataset
 from tests.fixtures.shards import table_of
 
+Scenes = list[tuple[np.ndarray, np.ndarray]]
+
+
+def drawn(*, hard: bool) -> Scenes:
+    return [draw_scene(np.random.default_rng((0, 0, n)), 96, first_class=1 + n % 4, hard=hard) for n in range(40)]
+
 
 @pytest.fixture(scope="module")
-def scenes() -> list[tuple[np.ndarray, np.ndarray]]:
-    return [draw_scene(np.random.default_rng((0, 0, n)), 96, first_class=1 + n % 4) for n in range(40)]
+def easy() -> Scenes:
+    return drawn(hard=False)
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    """Of the hard set."""
+    return drawn(hard=True)
+
+
+def spread_of_colors(scenes: Scenes) -> tuple[float, float]:
+    """Standard deviation of the mean color: of a class between pictures, and between the classes' means."""
+    means: dict[int, list[np.ndarray]] = {label: [] for label in (1, 2, 3, 4)}
+    for image, mask in scenes:
+        for label in np.unique(mask):
+            if label:
+                means[int(label)].append(image[mask == label].mean(axis=0))
+    within = np.mean([np.std(values, axis=0) for values in means.values()])
+    return float(within), float(np.std([np.mean(values, axis=0) for values in means.values()], axis=0).mean())
+
+
+def touches_border(mask: np.ndarray) -> bool:
+    return bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
 
 
 def test_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(tmp_path: Path) -> None:
@@ -55,7 +82,7 @@ def test_splits_show_different_pictures(tmp_path: Path) -> None:
     assert len(pictures) == len(set(pictures)) == 12
 
 
-def test_every_class_is_frequent_and_pictures_show_several(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def test_every_class_is_frequent_and_pictures_show_several(scenes: Scenes) -> None:
     classes = [set(np.unique(mask).tolist()) - {0} for _, mask in scenes]
     counts = Counter(label for present in classes for label in present)
     assert set(counts) == {1, 2, 3, 4}
@@ -64,34 +91,42 @@ def test_every_class_is_frequent_and_pictures_show_several(scenes: list[tuple[np
     assert all(classes)
 
 
-def test_sizes_vary_and_the_background_prevails(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def test_sizes_vary_and_the_background_prevails(scenes: Scenes) -> None:
     shares = [float((mask == label).mean()) for _, mask in scenes for label in np.unique(mask) if label]
     assert min(shares) < 0.04
     assert max(shares) > 0.16
     assert 0.6 < np.mean([mask == 0 for _, mask in scenes]) < 0.95
 
 
-def test_objects_overlap_and_are_cut_by_the_border(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
+def test_objects_overlap_and_are_cut_by_the_border(scenes: Scenes) -> None:
     touching = 0
     for _, mask in scenes:
         left, right = mask[:, :-1], mask[:, 1:]
         touching += bool(((left != right) & (left > 0) & (right > 0)).any())
     assert touching >= 5
-    assert (
-        sum(bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()) for _, mask in scenes) >= 10
-    )
+    assert sum(touches_border(mask) for _, mask in scenes) >= 10
 
 
-def test_color_alone_does_not_tell_the_classes(scenes: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Between pictures, a class's mean color varies more than the classes' means differ."""
-    means: dict[int, list[np.ndarray]] = {label: [] for label in (1, 2, 3, 4)}
-    for image, mask in scenes:
-        for label in np.unique(mask):
-            if label:
-                means[int(label)].append(image[mask == label].mean(axis=0))
-    within = np.mean([np.std(values, axis=0) for values in means.values()])
-    between = np.std([np.mean(values, axis=0) for values in means.values()], axis=0).mean()
+def test_color_alone_does_not_tell_the_hard_classes(scenes: Scenes) -> None:
+    within, between = spread_of_colors(scenes)
     assert between < within
+
+
+def test_color_tells_the_easy_classes_and_most_pictures_show_one_object(easy: Scenes) -> None:
+    within, between = spread_of_colors(easy)
+    assert between > 1.5 * within
+    classes = [set(np.unique(mask).tolist()) - {0} for _, mask in easy]
+    assert {label for present in classes for label in present} == {1, 2, 3, 4}
+    assert sum(len(present) == 1 for present in classes) > len(classes) / 2
+    assert sum(touches_border(mask) for _, mask in easy) < len(easy) / 3
+
+
+def test_the_hard_set_has_other_pictures_and_says_so(tmp_path: Path) -> None:
+    for name, hard in (("easy", False), ("hard", True)):
+        build_demo(tmp_path / name, num_train=2, num_val=1, image_size=32, hard=hard)
+    infos = {name: load_dataset(tmp_path / name).info for name in ("easy", "hard")}
+    assert infos["easy"].fingerprint != infos["hard"].fingerprint
+    assert [name for name, info in infos.items() if "--hard" in info.made_by.split()] == ["hard"]
 
 
 def test_mask_is_what_was_painted() -> None:
