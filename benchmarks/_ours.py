@@ -78,7 +78,7 @@ def no_pixel_left_out() -> AbstractContextManager[object]:
     """Context manager that gives every pixel a small weight; the cross-entropy skips pixels of weight 0."""
 
     def weigh(*args: Any, **options: Any) -> segmentation.WeighedLabels:
-        labels, weights = segmentation.weigh(*args, **options)
-        return segmentation.WeighedLabels(labels, weights + 1e-3)
+        weighed = segmentation.weigh(*args, **options)
+        return weighed._replace(weights=weighed.weights + 1e-3)
 
     return mock.patch.object(objective, "weigh", weigh)

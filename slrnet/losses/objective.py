@@ -28,9 +28,9 @@ class Objective:
 
     total: Tensor
     parts: dict[str, Tensor]
-    valid_share: Tensor | None = None
-    """Share of the images with pseudo labels whose label shows all their classes, 0 if the batch has no such image;
-    None in pretraining."""
+    figures: dict[str, Tensor]
+    """What else to show: the outputs' figures, and after pretraining `valid_share`, the share of the images with pseudo
+    labels whose label shows all their classes (0 if the batch has no such image)."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ def objective(
         "pixel_segmentation": weights.segmentation * _pixel_factor(labels, weights),
     }
     total = sum((part * factors[name] for name, part in parts.items()), outputs.logits[0].new_zeros(()))
-    return Objective(total, parts, valid_share)
+    figures = outputs.figures if valid_share is None else outputs.figures | {"valid_share": valid_share}
+    return Objective(total, parts, figures)
 
 
 def classification_loss(class_scores: Tensor, image_labels: Tensor) -> Tensor:

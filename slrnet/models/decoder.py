@@ -87,15 +87,27 @@ class SkipFusion(nn.Module):
         self.project = conv_norm_relu(skip_channels, skip_dim, 1)
         self.normalize: nn.Module = nn.Identity()
         self.gain = 1.0
+        self.dim = dim
         if skip_share:
-            self.normalize = nn.BatchNorm2d(dim, momentum=BATCH_NORM_MOMENTUM, affine=False)
+            # Deep features of untrained weights can be tiny; PyTorch's usual eps would leave them so.
+            self.normalize = nn.BatchNorm2d(dim, eps=1e-8, momentum=BATCH_NORM_MOMENTUM, affine=False)
             self.gain = math.sqrt(skip_share / (1 - skip_share) * dim / (skip_dim * RECTIFIED_VARIANCE))
         self.fuse = conv_norm_relu(dim + skip_dim, dim, 3)
 
     def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
         """(N, dim, h, w) and (N, skip_channels, H, W) to (N, dim, H, W)."""
-        shallow = self.project(skip) * self.gain
-        return self.fuse(torch.cat([resize(self.normalize(deep), skip.shape[-2:]), shallow], dim=1))  # type: ignore[no-any-return]
+        return self.fuse(self.join(deep, skip))  # type: ignore[no-any-return]
+
+    def join(self, deep: Tensor, skip: Tensor) -> Tensor:
+        """What is fused: (N, dim + skip_dim, H, W), the deep features first."""
+        grown = self.normalize(resize(deep, skip.shape[-2:]))  # in this order, for resizing smooths
+        return torch.cat([grown, self.project(skip) * self.gain], dim=1)
+
+    @torch.no_grad()
+    def shallow_share(self, joined: Tensor) -> Tensor:
+        """Share of the variance of `joined` over images and pixels that its shallow channels have; a scalar."""
+        variance = joined.float().var(dim=(0, 2, 3), correction=0)
+        return variance[self.dim :].sum() / variance.sum().clamp_min(1e-12)
 
 
 class GlobalCueInjection(nn.Module):

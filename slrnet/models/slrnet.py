@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from slrnet.config import Config, ModelConfig
@@ -70,18 +71,22 @@ class SLRNet(Network):
 
     def forward(self, views: Sequence[Tensor]) -> Outputs:
         """Predicts masks and class scores; see `Network.forward`."""
-        features, skips = [], []
+        features, skips, shares = [], [], []
         for view in views:
             encoded = self.encoder(view)
-            features.append(self.fusion(self.aspp(encoded.deep), encoded.skip))
+            joined = self.fusion.join(self.aspp(encoded.deep), encoded.skip)
+            features.append(self.fusion.fuse(joined))
             skips.append(encoded.skip)
+            if self.training:
+                shares.append(self.fusion.shallow_share(joined))
         auxiliary = [] if self.auxiliary_head is None else [self.auxiliary_head(view) for view in self._seen(features)]
         codes: list[Tensor] = []
         if self.cvlr is not None:
             low_rank = self.cvlr(features, auxiliary)
             features, codes = low_rank.features, low_rank.codes if self.cvlr.class_codes else []
         logits = [self._decode(deep, skip) for deep, skip in zip(features, skips, strict=True)]
-        return Outputs(logits, self._score(logits), auxiliary, self._score(auxiliary), codes)
+        figures = {"skip_share": torch.stack(shares).mean()} if shares else {}
+        return Outputs(logits, self._score(logits), auxiliary, self._score(auxiliary), codes, figures=figures)
 
     def _seen(self, features: list[Tensor]) -> list[Tensor]:
         """The views that the auxiliary head sees."""

@@ -26,10 +26,10 @@ from slrnet.tracking.summary import class_quality, curves
 from slrnet.viz.overlay import draw_overlay
 from slrnet.viz.panels import draw_class_scores, draw_panel
 
-__all__ = ["VALID_SHARE", "Listener", "RunListener", "loss_key"]
+__all__ = ["Listener", "RunListener", "loss_key"]
 
-VALID_SHARE = "valid_share"
-"""Name beside the loss parts of the share of images whose pseudo label shows all their classes."""
+NO_PARTS = ("loss", "skip_share", "valid_share")
+"""What a step tells beside the parts of its loss."""
 
 
 class Listener:
@@ -187,8 +187,8 @@ def _panel_ending(epoch: int) -> str:
 
 
 def loss_key(name: str, prefix: str = "") -> str:
-    """MLflow's name of a loss part or of the share of valid pseudo labels; `loss` is the total."""
-    return f"train/{prefix}{name}" if name in ("loss", VALID_SHARE) else f"train/{prefix}loss_{name}"
+    """MLflow's name of a loss part; the total and what are no parts keep their names."""
+    return f"train/{prefix}{name}" if name in NO_PARTS else f"train/{prefix}loss_{name}"
 
 
 def _first_step_line(seconds: float, process: Process) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def make_views(images: Tensor, config: ViewsConfig, encoder: Encoder, generator:
 def align(outputs: Outputs, views: Sequence[View], *, unwarp: Literal["logits", "probs"] = "logits") -> Outputs:
     """Un-warps all maps to the frame of the crop, at the size of the largest view's maps; see `views.unwarp`."""
     size, names = largest_size(outputs.logits), ("logits", "auxiliary_logits", "codes")
-    aligned = {name: align_maps(getattr(outputs, name), views, size=size) for name in names}
+    aligned: dict[str, Any] = {name: align_maps(getattr(outputs, name), views, size=size) for name in names}
     if unwarp == "probs":
         aligned["unwarped_probs"] = align_maps(outputs.probs, views, size=size)
     return replace(outputs, **aligned)

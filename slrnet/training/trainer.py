@@ -49,7 +49,7 @@ from slrnet.inference.forward import Inference
 from slrnet.models.network import Network, mixed_precision
 from slrnet.models.slrnet import build_network
 from slrnet.tracking.protocol import metric_key
-from slrnet.training.listener import VALID_SHARE, Listener, loss_key
+from slrnet.training.listener import Listener, loss_key
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 
@@ -281,8 +281,7 @@ class Trainer:
                 generator=generator,
                 pseudo_rows=None if pretraining else find_pseudo_rows(batch),
             )
-        shares = {} if result.valid_share is None else {VALID_SHARE: result.valid_share}
-        return {"loss": result.total, **result.parts, **shares}
+        return {"loss": result.total, **result.parts, **result.figures}
 
     def _set_rate(self, step: int) -> float:
         """Sets the rates of a step; returns the first group's."""

@@ -177,8 +177,10 @@ class TestKindsOfLabels:
     def entropy(self, out: Outputs, labels: Tensor, image: int, **options: Any) -> float:
         """Eq. 1 of one image, by the losses' own functions: views 1 and 2, the auxiliary head at 0.4."""
         weighed = weigh(labels, 4, **options)
-        main = sum(resized_cross_entropy(view, *weighed)[image].item() for view in out.logits)
-        side = sum(resized_cross_entropy(view, *weighed)[image].item() for view in out.auxiliary_logits)
+        main = sum(resized_cross_entropy(view, weighed.labels, weighed.weights)[image].item() for view in out.logits)
+        side = sum(
+            resized_cross_entropy(view, weighed.labels, weighed.weights)[image].item() for view in out.auxiliary_logits
+        )
         return main + 0.4 * side / 2
 
     @pytest.mark.parametrize("balance", [True, False])

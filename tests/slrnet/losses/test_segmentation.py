@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -153,15 +154,40 @@ def test_only_checked_images_need_all_their_classes() -> None:
     classes = torch.tensor([[1, 1], [1, 1], [1, 0]])
     alone = balanced_cross_entropy(logits, labels)
     weighed = weigh(labels, 3, image_labels=classes, checked=torch.tensor([True, False, True]))
-    out = resized_cross_entropy(logits, *weighed)
+    out = resized_cross_entropy(logits, weighed.labels, weighed.weights)
+    assert weighed.complete.tolist() == [False, True, True]
     assert out.tolist() == pytest.approx([0.0, alone[1].item(), alone[2].item()], rel=1e-6)
+
+
+@pytest.mark.parametrize(("power", "expected"), [(1.0, [0.25, 0.5]), (0.5, [0.5, 0.5**0.5]), (0.0, [1.0, 1.0])])
+def test_the_power_softens_the_balance(power: float, expected: list[float]) -> None:
+    """Pixels 0, 0, 1, void: the classes weigh 1/4 and 2/4."""
+    labels = torch.tensor([[[0, 0], [1, VOID]]])
+    weights = weigh(labels, 2, power=power).weights.flatten().tolist()
+    assert weights == pytest.approx([expected[0], expected[0], expected[1], 0.0])
+
+
+@pytest.mark.parametrize(
+    ("validity", "expected"),
+    [
+        ("whole_image", [[0, 0, 0], [0.25, 0.25, 0.5]]),
+        ("present_classes", [[0, 0, 0.5], [0.25, 0.25, 0.5]]),
+        ("soft", [[1 / 6, 1 / 6, 1 / 3], [0.25, 0.25, 0.5]]),
+    ],
+)
+def test_what_counts_of_a_label_that_misses_a_class(validity: Any, expected: list[list[float]]) -> None:
+    """Pixels 0, 0, 1 twice; the first image shows two of its three classes, the second both of its two."""
+    labels = torch.tensor([[[0, 0, 1]], [[0, 0, 1]]])
+    weighed = weigh(labels, 3, image_labels=torch.tensor([[1, 1], [1, 0]]), validity=validity)
+    assert torch.allclose(weighed.weights[:, 0], torch.tensor(expected))
+    assert weighed.complete.tolist() == [False, True]
 
 
 def test_plain_images_weigh_all_classes_alike() -> None:
     """Four pixels: 0, 0, 1, void; each of three costs log 2 at equal logits, and a single class counts too."""
     labels = torch.tensor([[[0, 0], [1, VOID]], [[0, 0], [1, VOID]], [[0, 0], [0, 0]]])
     weighed = weigh(labels, 2, plain=torch.tensor([True, False, True]))
-    loss = resized_cross_entropy(torch.zeros(3, 2, 2, 2), *weighed)
+    loss = resized_cross_entropy(torch.zeros(3, 2, 2, 2), weighed.labels, weighed.weights)
     assert loss.tolist() == pytest.approx([3 * math.log(2) / 4, math.log(2) / 4, math.log(2)], abs=1e-6)
     void = torch.full((1, 2, 2), VOID)
     assert not weigh(void, 2, plain=torch.tensor([True])).weights.any()

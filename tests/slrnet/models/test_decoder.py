@@ -118,6 +118,23 @@ def test_skip_fusion_equals_its_formula() -> None:
     assert torch.allclose(fusion(deep, skip), expected, atol=1e-4)
 
 
+def test_skip_share_is_that_of_the_fused_variance() -> None:
+    fusion = SkipFusion(32, skip_channels=64, skip_dim=24, skip_share=0.3)
+    deep, skip = 40 * random_maps(4, 32, 8, 8) + 7, random_maps(4, 64, 16, 16, seed=1)
+    joined = fusion.join(deep, skip)
+    variance = joined.transpose(0, 1).flatten(1).var(dim=1, correction=0)
+    assert variance[:32].mean().item() == pytest.approx(1, abs=0.01)
+    share = (variance[32:].sum() / variance.sum()).item()
+    assert share == pytest.approx(0.3, abs=0.03)
+    assert fusion.shallow_share(joined).item() == pytest.approx(share, abs=1e-5)
+
+
+def test_without_a_share_nothing_is_added() -> None:
+    """Then published weights fit."""
+    names = {name.split(".")[0] for name in SkipFusion(4, skip_channels=5, skip_dim=2).state_dict()}
+    assert names == {"project", "fuse"}
+
+
 def test_global_cue_injection_equals_its_formula() -> None:
     injection = GlobalCueInjection(5, dim=3)
     shake(injection).eval()

@@ -87,6 +87,23 @@ def test_strides_and_channels_at_even_and_odd_sizes(
                 assert feature.shape == (2, channels, -(-height // stride), -(-width // stride))
 
 
+@pytest.mark.parametrize(("stride", "channels"), [(0, 40), (4, 24), (8, 40), (2, 16)])
+def test_skip_features_come_from_the_stride_that_is_asked_for(stride: int, channels: int) -> None:
+    with torch.device("meta"):
+        encoder = _build("efficientnet_lite0", output_stride=16, skip_stride=stride)
+        skip = encoder(torch.empty(2, 3, 64, 64)).skip
+    assert encoder.skip_stride == (stride or 8)
+    assert skip.shape == (2, channels, 64 // encoder.skip_stride, 64 // encoder.skip_stride)
+
+
+def test_a_stride_that_no_stage_has_is_refused() -> None:
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match=r"\(2, 4, 8, 8, 8\), and none has 16.*model.skip_stride"),
+    ):
+        _build("efficientnet_lite0", output_stride=8, skip_stride=16)
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.usefixtures("small")
 def test_memory_format_changes_the_layout_and_not_the_values(name: str) -> None:
@@ -521,5 +538,5 @@ def test_what_cannot_be_built_is_refused(options: dict[str, Any], message: str) 
 
 
 def test_a_backbone_without_skip_level_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"strides are \(4, 16\); the skip features need one of 8"):
+    with pytest.raises(ValueError, match=r"the strides \(4, 16\), and none has 8"):
         Encoder(nn.Identity(), stages=[("",)], channels=(8, 16), strides=(4, 16))

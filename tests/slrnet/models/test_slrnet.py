@@ -15,6 +15,7 @@ from slrnet.models.encoders import Encoder
 from slrnet.models.heads import class_scores
 from slrnet.models.slrnet import SLRNet, build_network
 from slrnet.ops.maps import class_probs
+from slrnet.recipes import RECIPES
 
 K = 4
 
@@ -60,6 +61,23 @@ def tiny_model(
 def images(*sides: int, n: int = 2) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(n, 3, side, side + 4, generator=generator) for side in sides]
+
+
+@pytest.mark.parametrize(
+    "name", sorted({of.model.encoder for of in (recipe() for recipe in RECIPES.values()) if of.cvlr.enabled})
+)
+def test_shallow_features_have_their_share_of_what_is_fused_whatever_the_encoder(name: str) -> None:
+    config = ModelConfig(
+        encoder=name, encoder_weights="none", output_stride=16, decoder_dim=32, skip_dim=8, dropout=0.0
+    )
+    torch.manual_seed(0)
+    shares = {}
+    for share in (0.0, 0.33):
+        model = build_network(Config(model=config.model_copy(update={"skip_share": share})), num_classes=3)
+        shares[share] = model([torch.rand(2, 3, 64, 64)]).figures["skip_share"].item()
+    assert 0.1 < shares[0.33] < 0.5
+    assert shares[0.33] != pytest.approx(shares[0.0], rel=0.05)
+    assert not model.eval()([torch.rand(1, 3, 64, 64)]).figures
 
 
 @pytest.mark.parametrize("training", [True, False])
