@@ -420,7 +420,10 @@ def _draw_kite(brush: Brush) -> None:
     main, other = _body_colors(brush)
     sail = ((0.85, 0.0), (0.1, 0.52), (-0.62, 0.0), (0.1, -0.52))
     phase = brush.random.uniform(0, 2 * np.pi)
-    line = [(-0.62 - 0.1 * step, 0.13 * np.sin(1.1 * step + phase) * min(step, 2) / 2) for step in range(8 if brush.shared_looks else 3)]
+    line = [
+        (-0.62 - 0.1 * step, 0.13 * np.sin(1.1 * step + phase) * min(step, 2) / 2)
+        for step in range(8 if brush.shared_looks else 3)
+    ]
     for start, end in pairwise(line):
         brush.paint(_segment(x, y, start, end, 0.028), DARK)
     bow = np.array(BODY_COLORS[brush.random.integers(len(BODY_COLORS))], dtype=np.float64)

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import psutil
 
-from slrnet.tools.figures.progress import write_pictures
 from slrnet.tracking.provenance import environment_tags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,6 +153,8 @@ def free_ports(count: int) -> list[int]:
 
 def conclude(name: str) -> None:
     """Draws what the run learned and says where everything is."""
+    from slrnet.tools.figures.progress import write_pictures  # PyTorch is not needed before
+
     validation, *history = write_pictures(RUNS / name)
     print(f"validation images, masks and truth: {validation}")
     for path in history:

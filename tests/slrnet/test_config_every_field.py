@@ -132,9 +132,7 @@ CHANGES: dict[str, Change] = {
     "losses.mask_consistency": change_weights("probs"),
     "losses.code_consistency": change_weights("maximum"),
     "losses.pseudo_balance": change_weights("sqrt"),
-    "losses.validity": change_weights(
-        "soft", given=("losses.pseudo_balance=plain", "calibration.background_threshold=1.0")
-    ),
+    "losses.validity": change_weights("soft", given=("losses.pseudo_balance=plain", "calibration.floor=0.25")),
     "losses.pixel_balance": change_weights(True, given=SEMI),
     "losses.pixel_validity": change_weights(True, given=(*SEMI, "data.crop_scale=[0.1,0.1]")),
     "losses.mask_background": change_weights(False, given=("setting=sss", *SEMI[1:])),

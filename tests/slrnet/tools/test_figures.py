@@ -33,7 +33,9 @@ from slrnet.tools.figures.pictures import (
     iteration_figure,
     mask_figure,
 )
+from slrnet.tools.figures.progress import draw_history, draw_validation, write_pictures
 from slrnet.tools.figures.tables import PAPER_TABLES, read_results, write_tables
+from slrnet.viz.overlay import draw_overlay
 
 
 @pytest.fixture(scope="module")
@@ -300,3 +302,42 @@ class TestTables:
             "| SLRNet | ResNet101 | 72.9 | paper |",
         ):
             assert line in text
+
+
+class TestProgress:
+    def test_validation_images_are_the_first_by_the_best_checkpoint(
+        self, target: EvaluationTarget, two_epochs: Path, tiny_data: ShardSet
+    ) -> None:
+        number = min(2, tiny_data.split("val").num_samples)
+        picture = np.asarray(draw_validation(two_epochs, number=number))
+        scores = sorted(examine(target, "val").scores, key=lambda score: score.index)[:number]
+        for example in read_examples(target, "val", scores):
+            for shown in (example.image, *(overlay(m, example, tiny_data) for m in (example.mask, example.truth))):
+                assert holds(picture, shown)
+
+    def test_history_has_a_row_for_each_image_and_a_column_for_each_epoch(self, tmp_path: Path) -> None:
+        shades = {("a", 1): 40, ("a", 2): 80, ("b", 1): 120, ("b", 2): 160}
+        (tmp_path / "history").mkdir()
+        for (key, epoch), shade in shades.items():
+            Image.new("RGB", (30, 20), (shade, 0, 0)).save(tmp_path / "history" / f"{key}-epoch-{epoch:03d}.png")
+        picture = draw_history(tmp_path)
+        assert picture is not None
+        red = np.asarray(picture)[..., 0] * (np.asarray(picture)[..., 1] == 0)
+        places = {of: np.argwhere(red == shade).min(axis=0) for of, shade in shades.items()}
+        assert places["a", 1][0] == places["a", 2][0] < places["b", 1][0] == places["b", 2][0]
+        assert places["a", 1][1] == places["b", 1][1] < places["a", 2][1] == places["b", 2][1]
+
+    def test_a_run_without_pseudo_labels_has_one_picture(self, two_epochs: Path) -> None:
+        assert write_pictures(two_epochs) == [two_epochs / "validation.png"]
+        assert Image.open(two_epochs / "validation.png").size[0] > 0
+
+
+def overlay(mask: np.ndarray, example: Any, data: ShardSet) -> np.ndarray:
+    return np.asarray(draw_overlay(example.image, mask, data.info.palette_array()))
+
+
+def holds(picture: np.ndarray, part: np.ndarray) -> bool:
+    """Whether a picture shows another one somewhere, pixel for pixel."""
+    height, width = part.shape[:2]
+    corners = np.argwhere((picture[: -height + 1 or None, : -width + 1 or None] == part[0, 0]).all(axis=2))
+    return any(np.array_equal(picture[y : y + height, x : x + width], part) for y, x in corners)

@@ -280,6 +280,7 @@ class TestWhatIsLogged:
         assert len(keys) == 2
         assert all(re.fullmatch(r"train_\d", key) for key in keys)
         assert files == sorted(f"{key}-epoch-{epoch:03d}.png" for key in keys for epoch in (1, 2))
+        assert sorted(path.name for path in (trainer.folder / "history").iterdir()) == files
         # Steps count measurements from 0, at which MLflow's sliders stand.
         logged = [(key, step) for key, step, _ in tracker.pictures if key.startswith("samples/")]
         assert sorted(logged) == sorted((f"samples/{key}", step) for key in keys for step in (0, 1))
