@@ -53,7 +53,7 @@ from data_prep.coco_layout import YEARS, Part, find_parts, unlisted_images
 from data_prep.coco_masks import class_mask, drawable, is_box_alone
 from data_prep.conversion import Output, Source, add_common_arguments, convert_items
 from data_prep.found_files import key_of
-from data_prep.shard_writer import Item, Sample, check_output
+from data_prep.shard_writer import Item, Sample, check_output, listed
 from data_prep.source_files import ImageForm, check_fraction, drawn_split, seeded_share
 from data_prep.text_files import read_lines
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
@@ -320,8 +320,8 @@ def _say_unlisted(parts: Sequence[Part], items: Sequence[_Item]) -> None:
         if split_of.setdefault(item.path, item.split) != item.split:
             raise DataError(f"{item.path} is in the splits {split_of[item.path]!r} and {item.split!r}; keep one")
     if unlisted := unlisted_images(parts, map(Path, split_of)):
-        shown = ", ".join(map(str, unlisted[:10])) + (f" and {len(unlisted) - 10} more" if len(unlisted) > 10 else "")
-        print(f"left out {len(unlisted)} images that no annotation file lists: {shown}", flush=True)
+        paths = listed(list(map(str, unlisted)))
+        print(f"left out {len(unlisted)} images that no annotation file lists: {paths}", flush=True)
 
 
 def _dealt(items: Sequence[_Item], fraction: float, val_fraction: float, seed: int) -> list[_Item]:

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from PIL import Image
-
+from slrnet.data.images import IMAGE_SUFFIXES
 from slrnet.data.manifest import DataError
 
 __all__ = ["YEARS", "Part", "find_parts", "unlisted_images"]
@@ -143,4 +142,4 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in Image.registered_extensions()
+    return path.suffix.lower() in IMAGE_SUFFIXES

@@ -36,6 +36,7 @@ if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.conversion import Output, Source, add_common_arguments, add_longest_side, convert_items, required
+from data_prep.found_files import key_of
 from data_prep.shard_writer import Item, Sample, check_output
 from data_prep.source_files import (
     ImageForm,
@@ -194,10 +195,16 @@ def _val_items(images: Path, masks: Path) -> list[_Item]:
 def _items(split: str, images: Path, labels: Path, suffix: str, *, without: str) -> list[_Item]:
     """The images that a file of labels belongs to; prints how many are left out."""
     labeled = sorted(_files(labels, suffix))
-    left_out = len(set(_files(images, ".JPEG")) - set(labeled))
-    print(f"{split}: {len(labeled)} images; left out {left_out} {without}", flush=True)
+    left_out = sorted(set(_files(images, ".JPEG")) - set(labeled))
+    such = f", such as {', '.join(left_out[:3])}" if left_out else ""
+    print(f"{split}: {len(labeled)} images; left out {len(left_out)} {without}{such}", flush=True)
     return [
-        _Item(key=os.path.basename(name), split=split, image=f"{images}/{name}.JPEG", label=f"{labels}/{name}{suffix}")
+        _Item(
+            key=key_of(os.path.basename(name)),
+            split=split,
+            image=f"{images}/{name}.JPEG",
+            label=f"{labels}/{name}{suffix}",
+        )
         for name in labeled
     ]
 

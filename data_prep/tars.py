@@ -13,8 +13,9 @@ name up to its first dot:
   name or by id, or is null where they are not known;
 - KEY.cls, where there is one: the image's only class as a number, counted from 0 among --classes.
 
-Other files are ignored. Image labels come from the JSON or .cls file, else from the classes in the mask. A sample with
-none of the three is refused; with --unlabeled it is taken as an unlabeled image.
+Other files are left out, and named: also those with more dots in their names, such as `000.left.jpg`, which WebDataset
+takes for another kind of file of the sample `000`. Image labels come from the JSON or .cls file, else from the classes
+in the mask. A sample with none of the three is refused; with --unlabeled it is taken as an unlabeled image.
 
 The split comes from the tar's name: `train-000000.tar`, `photos_val_07.tar` and `test.tar` hold samples of `train`,
 `val` and `test`; tars of other names hold samples of `train`. With --val-fraction the samples of all tars are dealt to
@@ -26,19 +27,20 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import re
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.conversion import Output, Source, add_common_arguments, add_longest_side, convert_items
-from data_prep.shard_writer import Item, Sample, check_output
+from data_prep.found_files import key_of
+from data_prep.shard_writer import Item, Sample, check_output, listed
 from data_prep.source_files import (
     ImageForm,
     check_fraction,
@@ -50,6 +52,7 @@ from data_prep.source_files import (
     split_words,
 )
 from data_prep.splits import OTHER_NAMES, SPLITS
+from data_prep.text_files import read_json, read_text
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
@@ -58,6 +61,7 @@ __all__ = ["PackedFile", "add_arguments", "convert", "make", "read_tar"]
 
 SUFFIXES = {"jpg": "jpg", "jpeg": "jpg", "png": "png", "json": "json", "cls": "cls"}
 """Files that are read, by suffix, and what they are."""
+KNOWN_FILES = ", ".join(f"KEY.{suffix}" for suffix in SUFFIXES)
 REMEDY = "write the tar again, or leave its samples out with --skip-damaged"
 
 
@@ -91,7 +95,8 @@ def convert(
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise DataError(f"--tars {folder} holds no files *.tar; give the folder that holds them")
-    samples = [(path, key, files) for path in paths for key, files in read_tar(path)]
+    left_out = [path.name for path in sorted(folder.iterdir()) if path not in paths]
+    samples = [(path, key, files) for path in paths for key, files in read_tar(path, left_out)]
     items = [
         _Item(
             key=key,
@@ -101,6 +106,7 @@ def convert(
         )
         for path, key, files in samples
     ]
+    _report(folder, items, left_out)
     form = ImageForm(longest_side=longest_side or None, remedy=REMEDY)
     source = _Tars(place=str(folder), class_names=names, unlabeled=unlabeled, form=form)
     words = {
@@ -141,10 +147,14 @@ class PackedFile:
             return file.read(self.size)
 
 
-def read_tar(path: Path) -> Iterator[tuple[str, dict[str, PackedFile]]]:
+def read_tar(path: Path, left_out: list[str]) -> Iterator[tuple[str, dict[str, PackedFile]]]:
     """Yields key and files of each sample of a tar; the files by what they are: `jpg`, `png`, `json`, `cls`.
 
     A folder in a name becomes a part of the key: `a/b.jpg` has the key `a_b`.
+
+    Args:
+        path: The tar.
+        left_out: Gets the names of other members.
 
     Raises:
         DataError: the tar is damaged or cut off, or has two files of a kind for a sample.
@@ -157,9 +167,10 @@ def read_tar(path: Path) -> Iterator[tuple[str, dict[str, PackedFile]]]:
                 parent, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 kind = SUFFIXES.get(suffix.lower())
-                if not member.isfile() or kind is None:
+                if not member.isfile() or member.issparse() or kind is None or not stem:
+                    left_out.extend([] if member.isdir() else [f"{path.name}: {member.name}"])
                     continue
-                own = "_".join([*Path(parent).parts, stem]).replace(".", "_")
+                own = key_of(str(PurePosixPath(parent.lstrip("/"), stem)))
                 if own != key and files:
                     yield key, files
                     files = {}
@@ -222,21 +233,18 @@ class _Tars(Source[_Item]):
     def _labels(self, item: _Item) -> tuple[int, ...] | None:
         """Classes that a sample's JSON or .cls file names, ascending; None where none is known."""
         if (file := item.files.get("json")) is not None:
-            try:
-                record = json.loads(file.read_bytes())
-            except ValueError as error:
-                raise DataError(f"{file} is not JSON: {error}; {REMEDY}") from None
+            record = read_json(file, "labels")
             classes = record.get("classes") if isinstance(record, dict) else None
             if classes is not None:
                 if not isinstance(classes, list):
-                    raise DataError(f"{file} has the classes {classes!r}; a list of names or ids is allowed")
+                    raise DataError(f"{file} has the classes {classes!r:.40}; a list of names or ids is allowed")
                 return tuple(sorted({self._class_id(file, value) for value in classes}))
         if (file := item.files.get("cls")) is not None:
-            text = file.read_bytes().decode("ascii", "replace").strip()
-            if not text.isdecimal() or int(text) >= len(self.class_names) - 1:
+            text = read_text(file, "class").strip()
+            if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= len(self.class_names) - 1:
                 raise DataError(
-                    f"{file} has the class {text!r}; allowed are 0 to {len(self.class_names) - 2}, the place among "
-                    "--classes"
+                    f"{file} has the class {text[:40]!r}; allowed are 0 to {len(self.class_names) - 2}, the place "
+                    "among --classes"
                 )
             return (int(text) + 1,)
         return None
@@ -247,8 +255,24 @@ class _Tars(Source[_Item]):
         if isinstance(value, str) and value in self.class_names[1:]:
             return self.class_names.index(value)
         raise DataError(
-            f"{file} has the class {value!r}; allowed are the names {', '.join(self.class_names[1:])} and their ids "
-            f"1 to {len(self.class_names) - 1}"
+            f"{file} has the class {value!r:.40}; allowed are the names {', '.join(self.class_names[1:])} and their "
+            f"ids 1 to {len(self.class_names) - 1}"
+        )
+
+
+def _report(folder: Path, items: Sequence[_Item], left_out: Sequence[str]) -> None:
+    """Says what no sample has; raises `DataError` for keys that occur twice, or if there are none."""
+    if left_out:
+        print(f"left out {len(left_out)} files that are no {KNOWN_FILES}: {listed(left_out)}", flush=True)
+    if not items:
+        raise DataError(f"the tars of {folder} hold no {KNOWN_FILES}")
+    counts = Counter((item.split, item.key) for item in items)
+    twice = [key for (_, key), count in counts.items() if count > 1]
+    if twice:
+        files = [str(file) for item in items if item.key == twice[0] for file in item.files.values()]
+        raise DataError(
+            f"the tars of {folder} have {len(twice)} keys in several places: {listed(files)}; the files of "
+            "a sample lie side by side in one tar, and each has its own name up to the first dot: write the tars again"
         )
 
 

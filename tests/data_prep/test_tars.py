@@ -65,8 +65,52 @@ def test_files_belong_together_by_the_name_up_to_the_first_dot(tmp_path: Path, f
         "c.cls": b"6",
     }
     path = _tar(tmp_path / "tars" / "x.tar", files, form)
-    read = [(key, {kind: file.read_bytes() for kind, file in files.items()}) for key, files in read_tar(path)]
+    left_out: list[str] = []
+    read = [(key, {kind: file.read_bytes() for kind, file in files.items()}) for key, files in read_tar(path, left_out)]
     assert read == [("a_b", {"jpg": b"1", "png": b"3"}), ("a_c", {"jpg": b"5"}), ("c", {"cls": b"6"})]
+    assert left_out == ["x.tar: ./a/b.seg.png", "x.tar: readme"]
+
+
+def test_files_of_no_sample_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "old.tar.gz").write_bytes(b"")
+    files = {"a b.jpg": _jpeg(), "a b.cls": b"0\r\n", "IMG.v2.jpg": b"", ".jpg": b""}
+    files |= {f"notes{number:02}.txt": b"" for number in range(9)}
+    assert list(_convert(tmp_path, files)) == ["a_b"]
+    printed = capsys.readouterr().out
+    assert (
+        "left out 12 files that are no KEY.jpg, KEY.jpeg, KEY.png, KEY.json, KEY.cls: old.tar.gz, "
+        "train-000000.tar: IMG.v2.jpg, train-000000.tar: .jpg, train-000000.tar: notes00.txt"
+    ) in printed
+    assert "train-000000.tar: notes06.txt, ... and 2 more\n" in printed
+
+
+def test_links_and_sparse_files_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = _tar(tmp_path / "tars" / "train.tar", {"a.jpg": _jpeg(), "a.cls": b"0"})
+    with tarfile.open(path, "a", format=tarfile.GNU_FORMAT) as archive:
+        for name, kind in (("b.jpg", tarfile.SYMTYPE), ("c", tarfile.DIRTYPE), ("d.jpg", tarfile.FIFOTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            archive.addfile(member)
+    convert(tmp_path / "tars", Output(tmp_path / "out"), classes=["cat"])
+    assert "left out 2 files that are no" in (printed := capsys.readouterr().out)
+    assert "train.tar: b.jpg, train.tar: d.jpg\n" in printed
+
+
+def test_keys_in_several_places_are_refused(tmp_path: Path) -> None:
+    sample = {"a.jpg": _jpeg(), "a.cls": b"0"}
+    _tar(tmp_path / "tars" / "val-0.tar", sample)
+    rows = _convert(tmp_path, sample | {"b.jpg": _jpeg(), "b.cls": b"0"})
+    assert len(rows) == 2  # a key of train may be one of val
+    _tar(tmp_path / "tars" / "train-1.tar", sample)
+    with pytest.raises(DataError, match=r"have 1 keys in several places: .*train-0.*.tar: a.jpg, .*train-1.tar: a.jpg"):
+        convert(tmp_path / "tars", Output(tmp_path / "again"), classes=["cat"])
+
+
+def test_labels_of_any_encoding(tmp_path: Path) -> None:
+    label = json.dumps({"classes": ["dog"]}).encode("utf-16")
+    files = {"a.jpg": _jpeg(), "a.json": label, "b.jpg": _jpeg(), "b.cls": b"\xef\xbb\xbf1"}
+    assert [row["classes"] for row in _convert(tmp_path, files).values()] == [[2], [2]]
 
 
 def test_labels_come_from_json_or_cls_else_from_the_mask(tmp_path: Path) -> None:

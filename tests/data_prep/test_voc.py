@@ -244,6 +244,79 @@ def test_incomplete_sbd_with_vocs_full_lists_is_refused(lists: dict[str, list[st
         train_aug_keys(lists["train"], lists["val"], sbd[1:] if sbd[0] not in lists["val"] else sbd[:-1])
 
 
+# Folders as other tools make them.
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_masks_in_vocs_colors(voc: VocBuilder, tmp_path: Path, mode: str) -> None:
+    path = voc.mask("t2", [CAT, 0, DOG, VOID])
+    Image.open(path).convert(mode).save(path)
+    convert(voc.root, Output(tmp_path / "out"))
+    np.testing.assert_array_equal(decode(_file(tmp_path / "out", "t2.png")), stripes([CAT, 0, DOG, VOID]))
+    assert _labels(tmp_path / "out")["t2"] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_labels_file_in_any_encoding(voc: VocBuilder, tmp_path: Path, encoding: str, end: str) -> None:
+    names = ["background", *(f"größe {n}" for n in range(1, 16))]
+    (voc.root / "labels.txt").write_bytes((end.join(names) + end).encode(encoding))
+    voc.annotation("t1", ["größe 8"])
+    assert convert(voc.root, Output(tmp_path / "out"), classes=["größe 8"]).classes == ("background", "größe 8")
+    assert _labels(tmp_path / "out") == {"t1": ["größe 8"], "t2": ["größe 8"]}
+
+
+@pytest.mark.parametrize(("present", "absent"), [("val", "train"), ("train", "val")])
+def test_one_list_is_enough(
+    voc: VocBuilder, tmp_path: Path, capsys: pytest.CaptureFixture[str], present: str, absent: str
+) -> None:
+    (voc.root / "ImageSets" / "Segmentation" / f"{absent}.txt").unlink()
+    info = convert(voc.root, Output(tmp_path / "out"))
+    assert info.counts == {present: 2 if present == "val" else 3}
+    with pytest.raises(DataError, match=f"has no split '{absent}'; it has: {present}"):
+        load_dataset(tmp_path / "out").split(absent)
+    said = "train: 0 images (no train.txt: a data set to evaluate on, which no training takes); val: 2 images"
+    assert (said in capsys.readouterr().out) is (present == "val")
+
+
+def test_no_list_at_all(voc: VocBuilder, tmp_path: Path) -> None:
+    lists = voc.root / "ImageSets" / "Segmentation"
+    (lists / "val.txt").unlink()
+    (lists / "train.txt").rename(lists / "trainval.txt")
+    _refused(voc, tmp_path / "out", r"has neither train.txt nor val.txt, only \['trainval.txt'\]; name the lists so")
+    (lists / "trainval.txt").rename(lists / "default.txt")
+    assert convert(voc.root, Output(tmp_path / "out")).counts == {"train": 3}
+
+
+def test_lists_of_any_form(voc: VocBuilder, tmp_path: Path) -> None:
+    for old, new in {"t1": "IMG_1.rf.0a", "t2": "my photo 1", "t3": "cafe\u0301"}.items():
+        (voc.root / "JPEGImages" / f"{old}.jpg").rename(voc.root / "JPEGImages" / f"{new}.jpg")
+        (voc.root / "SegmentationClass" / f"{old}.png").rename(voc.root / "SegmentationClass" / f"{new}.png")
+    text = "JPEGImages\\IMG_1.rf.0a.jpg\r\nmy photo 1\r\n\r\ncaf\u00e9 1\r\n"
+    (voc.root / "ImageSets" / "Segmentation" / "train.txt").write_bytes(text.encode("utf-16"))
+    voc.split("val", ["JPEGImages/v1.jpg SegmentationClass/v1.png", "v2  1"])
+    (tmp_path / "some.txt").write_bytes("my photo 1.jpg\r\nv1\r\n".encode("utf-8-sig"))
+    convert(voc.root, Output(tmp_path / "out", subsets={"some": tmp_path / "some.txt"}))
+    assert _labels(tmp_path / "out") == {
+        "IMG_1_rf_0a": ["cat"],
+        "my_photo_1": ["cat", "dog"],
+        "caf\u00e9": ["person"],
+        "v1": ["dog"],
+        "v2": ["person"],
+    }
+    assert _subsets(tmp_path / "out")["my_photo_1"] == ["some", "voc_train"]
+
+
+def test_images_of_other_suffixes(voc: VocBuilder, tmp_path: Path) -> None:
+    images = voc.root / "JPEGImages"
+    (images / "t1.jpg").rename(images / "t1.JPG")
+    Image.new("RGB", (12, 8)).save(images / "t2.png")
+    (images / "t2.jpg").unlink()
+    convert(voc.root, Output(tmp_path / "out"))
+    assert _file(tmp_path / "out", "t1.jpg") == (images / "t1.JPG").read_bytes()
+    assert Image.open(io.BytesIO(_file(tmp_path / "out", "t2.jpg"))).size == (12, 8)
+
+
 # Refusals: each names file, value and remedy, and nothing is written.
 
 
@@ -255,9 +328,15 @@ def _refused(voc: VocBuilder, out: Path, message: str, **options: Any) -> None:
     assert not list(out.parent.glob("*.partial"))
 
 
-def test_rgb_masks(voc: VocBuilder, tmp_path: Path) -> None:
-    voc.mask("t1", [0, CAT], mode="RGB")
-    _refused(voc, tmp_path / "out", r"SegmentationClass/t1.png is a RGB image; masks must be indexed")
+def test_masks_in_other_colors(voc: VocBuilder, tmp_path: Path) -> None:
+    path = voc.mask("t1", [0, CAT])
+    pixels = np.array(Image.open(path).convert("RGB"))
+    pixels[3, 4] = (1, 2, 3)
+    Image.fromarray(pixels).save(path)
+    message = r"SegmentationClass/t1.png has 1 pixel.* that the palette lacks, first #010203 at row 3, .*; take"
+    _refused(voc, tmp_path / "out", message)
+    Image.new("RGBA", (12, 8)).save(path)
+    _refused(voc, tmp_path / "out", r"t1.png has transparent pixels")
 
 
 def test_ids_outside_the_classes(voc: VocBuilder, tmp_path: Path) -> None:
@@ -302,11 +381,12 @@ def test_image_that_is_no_jpeg_becomes_one(voc: VocBuilder, tmp_path: Path) -> N
         assert np.abs(np.asarray(image).astype(int) - (9, 200, 9)).max() <= 3
 
 
-def test_keys_with_dots(voc: VocBuilder, tmp_path: Path) -> None:
-    voc.image("t.4")
-    voc.mask("t.4", [CAT])
-    voc.split("train", ["t1", "t.4"])
-    _refused(voc, tmp_path / "out", r"key 't.4' has a dot.*rename")
+def test_names_that_become_one_key(voc: VocBuilder, tmp_path: Path) -> None:
+    for name in ("t.4", "t 4"):
+        voc.image(name)
+        voc.mask(name, [CAT])
+    voc.split("train", ["t1", "t.4", "t 4"])
+    _refused(voc, tmp_path / "out", r"key 't_4' occurs twice in split 'train'")
 
 
 def test_more_shards_than_samples(voc: VocBuilder, tmp_path: Path) -> None:
