@@ -22,13 +22,13 @@ __all__ = ["convert_weights", "export", "voc_archive"]
 def export(options: argparse.Namespace) -> None:
     """Write a network for other programs: `slrnet export RUN --out FOLDER`.
 
-    Writes `torch.export` (network.pt2) and ONNX (network.onnx, the extra `export`) of one view: images in [0, 1] in,
-    probabilities and class scores out, batch and size open. Both are compared with the network itself at other sizes
-    than that of the export, before the files take their names. `--mlflow` also logs the ONNX file to the training's
-    run, as a model that `mlflow models serve` serves.
+    Writes `torch.export` (network.pt2) and ONNX (network.onnx, the extra `export`) of one view: RGB images in [0, 1] of
+    any size in, probabilities and class scores out, batch and size open. The program normalizes and resizes by itself.
+    Both files are compared with the network at several sizes before they take their names. `--mlflow` also logs the
+    ONNX file to the training's run, as a model that `mlflow models serve` serves.
 
-    Sizes: the sides of the images are multiples of the output stride, or one more when the training crop was;
-    export.json says which. Several scales, gating and the CRF stay with `slrnet.load`.
+    Several scales, gating, the power of the background, tiles and the CRF are not in the programs: they need several
+    passes or a CPU. `slrnet.load` has them. export.json and the last line name those that the run's settings use.
     """
     from slrnet.checkpoints.checkpoint import load_checkpoint
     from slrnet.tools.export import export_network, log_to_training_run
@@ -40,6 +40,9 @@ def export(options: argparse.Namespace) -> None:
         uri = log_to_training_run(checkpoint, options.mlflow, options.out / "network.onnx")
         served = f"; serve it: mlflow models serve -m {uri} --env-manager local"
     print(json.dumps(record["largest_difference"]))
+    if record["left_out"]:
+        settings = ", ".join(f"{name}={value}" for name, value in record["left_out"].items())
+        print(f"left out: {settings}; slrnet.load applies it")
     print(f"written to {options.out}{served}")
 
 

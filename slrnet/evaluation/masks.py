@@ -24,6 +24,7 @@ from slrnet.calibration.pseudo_labels import (
 )
 from slrnet.config import Config, EvaluationConfig
 from slrnet.data.batch import EvalSample
+from slrnet.data.catalog import class_keys
 from slrnet.data.epoch_plan import choose_subset
 from slrnet.data.manifest import DataError, SplitView
 from slrnet.data.supervision import Supervision
@@ -31,7 +32,6 @@ from slrnet.distributed.process import Process, sum_over_ranks
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.inference.forward import Inference
 from slrnet.ops.maps import resize
-from slrnet.tracking.protocol import metric_key
 
 __all__ = [
     "PseudoMask",
@@ -121,14 +121,15 @@ def measure_pseudo_masks(
 
 
 def quality_metrics(prefix: str, quality: Quality, classes: tuple[str, ...]) -> dict[str, float]:
-    """Names the figures of a confusion matrix: PREFIX/miou, mfdr, mfnr and iou/CLASS, fdr/CLASS, fnr/CLASS.
+    """Names the figures of a confusion matrix: PREFIX/miou, mfdr, mfnr and iou/KEY, fdr/KEY, fnr/KEY.
 
-    All are shares in [0, 1]. Classes that occur nowhere are left out.
+    KEY is the class's from `class_keys`. All are shares in [0, 1]. Classes that occur nowhere are left out.
     """
     matrix = quality.matrix
     values = {f"{prefix}/miou": matrix.miou(), f"{prefix}/mfdr": matrix.mfdr(), f"{prefix}/mfnr": matrix.mfnr()}
     for kind, shares in (("iou", matrix.iou()), ("fdr", matrix.fdr()), ("fnr", matrix.fnr())):
-        values |= {metric_key(prefix, kind, name): float(share) for name, share in zip(classes, shares, strict=True)}
+        names = (f"{prefix}/{kind}/{key}" for key in class_keys(classes))
+        values |= {name: float(share) for name, share in zip(names, shares, strict=True)}
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
 

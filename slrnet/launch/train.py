@@ -33,7 +33,7 @@ from slrnet.tracking.mlflow import MlflowTracker, create_run
 from slrnet.tracking.protocol import RunHandle
 from slrnet.tracking.provenance import environment_tags
 from slrnet.tracking.run_log import find_failure
-from slrnet.tracking.summary import description, result_text
+from slrnet.tracking.summary import class_tags, description, result_text
 
 __all__ = ["LaunchOptions", "RunResult", "TrainingError", "launch", "run_job", "train_trial"]
 
@@ -217,6 +217,7 @@ class _Training:
             "slrnet.recipe": config.recipe,
             "slrnet.folder": options.location or str(options.folder),
         }
+        tags |= class_tags(data.classes)
         uri = resolve_uri(config.tracking.uri, options.remote or options.storage) if parent is None else parent.uri
         run: dict[str, Any] = {"params": config.flat(), "tags": tags, "resume": resume, "parent": parent}
         run["description"] = description(config, folder=options.folder, **about)

@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from timm.layers import Conv2dSame
+from timm.layers.padding import pad_same_arg
 from torch import Tensor, nn
 from torch.export import Dim
 
 from slrnet.checkpoints.checkpoint import Checkpoint, restore_model
-from slrnet.config import Config
+from slrnet.config import Config, EvaluationConfig
+from slrnet.inference.forward import Inference
 from slrnet.launch.evaluation import training_run
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.network import Network
-from slrnet.ops.maps import resize
+from slrnet.models.slrnet import SLRNet
 from slrnet.storage.files import write_json, written_whole
 from slrnet.tracking.mlflow import log_onnx_model
 
 __all__ = ["SingleView", "export_network", "log_to_training_run"]
 
-TOLERANCE = 1e-4
-"""Largest difference of a probability between an exported network and the network itself."""
+TOLERANCE = {"network.pt2": 1e-6, "network.onnx": 1e-4}
+"""Largest difference of an output between an exported network and the network itself."""
 MOST = 4096
 """Largest side of an image that the exported programs take, pixels."""
+MOST_IMAGES = 1024
+"""Largest batch that the exported programs take."""
+
+Run = Callable[[Tensor], Sequence[Tensor]]
 
 
 class SingleView(nn.Module):
-    """A network for one view: images in, probabilities and class scores out.
+    """A network for one view, as `Inference.single_scale` runs it: images in, probabilities and class scores out.
 
     Args:
-        model: the network; its evaluation mode is turned on, and its low-rank module set to plain operators.
+        model: the network. This class turns its evaluation mode on, sets its low-rank module to plain operators, and
+            fixes the padding of its convolutions.
         config: settings of the network's run.
+
+    Attributes:
+        outputs: names of the outputs, in order.
     """
 
     def __init__(self, model: Network, config: Config) -> None:
@@ -44,23 +57,30 @@ class SingleView(nn.Module):
                 module.implementation = "auto"  # plain operators during an export
         self.stride = model.encoder.output_stride
         self.rest = config.data.crop_size % self.stride
+        self.scale = config.evaluation.scale
+        _fix_padding(model, self.rest)
+        has_scores = isinstance(model, SLRNet) and not model.predict_background
+        self.outputs = ["probabilities", *(["class_scores"] if has_scores else [])]
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicts images (N, 3, H, W) float32 in [0, 1]; H and W are multiples of the output stride, plus `rest`.
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Predicts images (N, 3, H, W) float32 in [0, 1] of any size.
 
         Returns:
-            (N, K, H, W) probabilities, background first, and (N, K - 1) sigmoids of the class scores, or (N, 0) if the
-            network has none.
+            (N, K, H, W) probabilities, background first; and (N, K - 1) sigmoids of the class scores, if the network
+            has any.
         """
-        outputs = self.model([self.model.encoder.normalize(images)])
-        probs = resize(outputs.logits[0].float().softmax(dim=1), images.shape[-2:])
-        scores = outputs.class_scores[0].sigmoid() if outputs.class_scores else probs.new_zeros(len(images), 0)
-        return probs, scores
+        size = images.shape[-2:]
+        fitted = _resize(images, (self._fit(size[0]), self._fit(size[1])))
+        outputs = self.model([self.model.encoder.normalize(fitted)])
+        probs = _resize(outputs.logits[0].float().softmax(dim=1), size)
+        return probs, *(scores.sigmoid() for scores in outputs.class_scores)
 
-    def example(self, cells: tuple[int, int] = (6, 7), count: int = 2) -> Tensor:
-        """Returns noise (count, 3, H, W) of a size that fits: `cells` times the output stride, plus `rest`."""
-        size = [side * self.stride + self.rest for side in cells]
-        return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(0))
+    def _fit(self, side: int) -> int:
+        """The side that the network sees, as `Inference.fit` computes it, by operators that a program can hold."""
+        exact = (torch.scalar_tensor(side, dtype=torch.float64) * self.scale - self.rest) / self.stride
+        cells: Any = exact.round().clamp(min=1).long().item()
+        torch._check(cells >= 1)
+        return cells * self.stride + self.rest  # type: ignore[no-any-return]
 
 
 def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> dict[str, Any]:
@@ -69,47 +89,77 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
     Each program takes any batch and size. It is compared with the network before its file gets its name.
 
     Returns:
-        The content of export.json: classes, layouts, sizes, and the largest difference of each file's probabilities
-        from the network's.
+        The content of export.json: classes, input with its preprocessing, outputs, what the run's protocol adds and the
+        programs leave out, and the largest difference of each file's outputs from the network's.
 
     Raises:
-        ValueError: the extra is missing, or a file disagrees with the network.
+        ValueError: the extra is missing, PyTorch cannot export the network, or a file disagrees with the network.
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if onnx and missing:
         raise ValueError(f"ONNX needs {', '.join(missing)}; run `pip install 'slrnet[export]'`, or give --no-onnx")
-    view = SingleView(restore_model(checkpoint), checkpoint.config)
-    stride, rest = view.stride, view.rest
-    height, width = (stride * Dim(name, min=2, max=(MOST - rest) // stride) + rest for name in ("h", "w"))
-    shapes = ({0: Dim("n", min=1, max=1024), 2: height, 3: width},)
-    with torch.no_grad():
-        program = torch.export.export(view, (view.example(),), dynamic_shapes=shapes, strict=False)
+    model, config = restore_model(checkpoint).eval(), checkpoint.config
+    samples = _samples(model, config)
+    view = SingleView(model, config)
+    sides = [Dim(name, min=1, max=MOST) for name in ("height", "width")]
+    shapes = ({0: Dim("images", min=1, max=MOST_IMAGES), 2: sides[0], 3: sides[1]},)
+    with torch.no_grad(), _explained(f"torch.export cannot trace {config.model.encoder}"):
+        program = torch.export.export(view, (samples[0][0],), dynamic_shapes=shapes, strict=False)
     differences = {}
     with written_whole(out / "network.pt2") as incoming:
         torch.export.save(program, incoming)
-        differences["network.pt2"] = _compare(view, torch.export.load(incoming).module(), "network.pt2")
+        differences["network.pt2"] = _compare(samples, torch.export.load(incoming).module(), "network.pt2")
     if onnx:
         with written_whole(out / "network.onnx") as incoming:
-            differences["network.onnx"] = _write_onnx(view, program, incoming)
-    record = {
-        "checkpoint": str(checkpoint.path.resolve()),
-        "classes": checkpoint.state.classes,
-        "input": {
-            "layout": "(N, 3, H, W) float32 RGB in [0, 1]",
-            "side": {"multiple_of": stride, "plus": rest, "at_most": MOST},
-        },
-        "outputs": ["probabilities (N, K, H, W)", "sigmoids of the class scores (N, K - 1)"],
-        "largest_difference": differences,
-    }
+            run = _write_onnx(program, view.outputs, incoming)
+            differences["network.onnx"] = _compare(samples, run, "network.onnx")
+    record = _describe(checkpoint, view.outputs) | {"largest_difference": differences}
     write_json(out / "export.json", record)
     return record
 
 
-def _write_onnx(view: SingleView, program: torch.export.ExportedProgram, path: Path) -> float:
+def _describe(checkpoint: Checkpoint, outputs: Sequence[str]) -> dict[str, Any]:
+    plain, evaluation = EvaluationConfig(), checkpoint.config.evaluation
+    names = ("protocol", "gating", "background_power")
+    layouts = {
+        "probabilities": "(N, K, H, W) float32, sum to 1 over the K classes, background first",
+        "class_scores": "(N, K - 1) float32, sigmoids for the foreground classes",
+    }
+    return {
+        "checkpoint": str(checkpoint.path.resolve()),
+        "classes": checkpoint.state.classes,
+        "input": {
+            "name": "images",
+            "layout": "(N, 3, H, W) float32 RGB in [0, 1]",
+            "preprocessing": "Divide 8-bit values by 255. Subtract no mean and do not resize: the program does both.",
+            "at_most": {"images": MOST_IMAGES, "side": MOST},
+        },
+        "outputs": {name: layouts[name] for name in outputs},
+        "left_out": {
+            f"evaluation.{name}": getattr(evaluation, name)
+            for name in names
+            if getattr(evaluation, name) != getattr(plain, name)
+        },
+    }
+
+
+def _samples(model: Network, config: Config) -> list[tuple[Tensor, list[Tensor]]]:
+    """Noise of several sizes and batches in [0, 1], and the network's outputs in full precision."""
+    full = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"precision": "fp32"})})
+    noise, samples = torch.Generator().manual_seed(0), []
+    for shape in ((2, 3, 101, 78), (1, 3, 64, 96), (3, 3, 7, 145)):
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise)
+        probs, scores = Inference(model, full).single_scale(images)
+        samples.append((images.float() / 255, [probs, *([] if scores is None else [scores.sigmoid()])]))
+    return samples
+
+
+def _write_onnx(program: torch.export.ExportedProgram, outputs: list[str], path: Path) -> Run:
     import onnxruntime
 
-    names = {"input_names": ["images"], "output_names": ["probabilities", "class_scores"]}
-    written = torch.onnx.export(program, (), **names, dynamo=True, verbose=False)  # type: ignore[arg-type]
+    names = {"input_names": ["images"], "output_names": outputs}
+    with _explained("PyTorch cannot write the network as ONNX"):
+        written = torch.onnx.export(program, (), **names, dynamo=True, verbose=False)  # type: ignore[arg-type]
     assert written is not None
     written.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -117,21 +167,72 @@ def _write_onnx(view: SingleView, program: torch.export.ExportedProgram, path: P
     def run(images: Tensor) -> list[Tensor]:
         return [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
 
-    return _compare(view, run, "network.onnx")
+    return run
 
 
-def _compare(view: SingleView, other: Callable[[Tensor], Any], name: str) -> float:
-    """Returns the largest difference of probabilities, also at sizes and batches other than the example's."""
-    largest = 0.0
+def _compare(samples: Sequence[tuple[Tensor, list[Tensor]]], run: Run, name: str) -> float:
+    """Returns the largest difference of an output from the expected one; raises ValueError above the tolerance."""
     with torch.no_grad():
-        for cells, count in (((6, 7), 2), ((9, 5), 1), ((3, 12), 3)):
-            images = view.example(cells, count)
-            largest = max(largest, float((other(images)[0] - view(images)[0]).abs().max()))
-    if not largest <= TOLERANCE:
+        pairs = [pair for images, expected in samples for pair in zip(run(images), expected, strict=True)]
+    largest = max(float((output - expected).abs().max()) for output, expected in pairs)
+    if not largest <= TOLERANCE[name]:
         raise ValueError(
-            f"{name} differs from the network by {largest:.1e}, more than {TOLERANCE:.0e}; use slrnet.load"
+            f"{name} differs from the network by {largest:.1e}, more than {TOLERANCE[name]:.0e}; use slrnet.load"
         )
     return largest
+
+
+@contextmanager
+def _explained(failure: str) -> Iterator[None]:
+    """Turns whatever PyTorch's exporters raise into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise ValueError(f"{failure} ({type(error).__name__}: {reason}); use slrnet.load") from error
+
+
+def _fix_padding(model: Network, rest: int) -> None:
+    """Replaces convolutions that compute their padding from the image's size by ones with constant padding.
+
+    The network sees sides of `rest` plus a multiple of its output stride. The padding depends only on the remainder, so
+    it is the same for all of them. The formula for any size would take an export hours.
+    """
+    paddings: dict[str, list[int]] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(conv: Conv2dSame, arguments: tuple[Tensor]) -> None:
+            fixed = (list(values) for values in (conv.kernel_size, conv.stride, conv.dilation))
+            paddings[name] = pad_same_arg(list(arguments[0].shape[-2:]), *fixed)
+
+        return hook
+
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, Conv2dSame)}
+    hooks = [conv.register_forward_pre_hook(note(name)) for name, conv in convs.items()]
+    side = 4 * model.encoder.output_stride + rest
+    with torch.no_grad():
+        model.encoder(torch.zeros(1, 3, side, side))
+    for hook in hooks:
+        hook.remove()
+    for name, padding in paddings.items():
+        model.set_submodule(name, _PaddedConv2d(convs[name], padding))
+
+
+class _PaddedConv2d(nn.Conv2d):
+    """A convolution after constant padding (left, right, top, bottom)."""
+
+    def __init__(self, conv: nn.Conv2d, sides: list[int]) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(conv.__dict__)
+        self.sides = sides
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, self.sides))
+
+
+def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """As `ops.maps.resize`, but also resizes to the same size: a program cannot ask whether it is the same."""
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 def log_to_training_run(checkpoint: Checkpoint, name: str, file: Path) -> str:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from slrnet.config import Config
-from slrnet.tracking.protocol import metric_key
+from slrnet.data.catalog import class_keys
 
-__all__ = ["MOST_CURVES", "class_quality", "curves", "description", "quality_table", "result_text"]
+__all__ = ["MOST_CURVES", "class_quality", "class_tags", "curves", "description", "quality_table", "result_text"]
 
 MOST_CURVES = 30
 """Most classes that each get a curve of their IoU: MLflow's page draws a chart for each, and hangs with thousands."""
@@ -27,14 +28,21 @@ def curves(metrics: Mapping[str, float], classes: tuple[str, ...]) -> dict[str, 
     """The figures of an epoch that become curves: no counts of images; of classes only the IoU, up to `MOST_CURVES`."""
     groups = ("pseudo_mask", "val")
     hidden = _KINDS if len(classes) > MOST_CURVES else _KINDS[1:]
-    left_out = {metric_key(group, kind, name) for group in groups for kind in hidden for name in classes}
+    left_out = {f"{group}/{kind}/{key}" for group in groups for kind in hidden for key in class_keys(classes)}
     left_out |= {f"{group}/images" for group in groups}
     return {key: value for key, value in metrics.items() if key not in left_out}
 
 
+def class_tags(classes: Sequence[str]) -> dict[str, str]:
+    """Tags `class.KEY` that tell a class's name, for classes whose key in the names of metrics is another."""
+    pairs = zip(class_keys(classes), classes, strict=True)
+    return {f"class.{key}": name for key, name in pairs if key != name}
+
+
 def class_quality(metrics: Mapping[str, float], group: str, classes: tuple[str, ...]) -> dict[str, list[float]]:
     """IoU, FDR and FNR as shares, in the order of the classes; NaN if not measured. `group`: `pseudo_mask` or `val`."""
-    return {kind: [metrics.get(metric_key(group, kind, name), math.nan) for name in classes] for kind in _KINDS}
+    keys = class_keys(classes)
+    return {kind: [metrics.get(f"{group}/{kind}/{key}", math.nan) for key in keys] for kind in _KINDS}
 
 
 def description(config: Config, *, data: str, labels: str, commit: str, folder: Path) -> str:
@@ -54,14 +62,14 @@ def result_text(metrics: Mapping[str, float], classes: tuple[str, ...], *, epoch
 
     Of very many classes, the table has those with the lowest IoU. `data` is the location of the data set.
     """
-    shown, which = classes, ""
+    shown, which = [*range(len(classes))], ""
     if len(classes) > MOST_CURVES:
         groups = [class_quality(metrics, group, classes)["iou"] for group in ("val", "pseudo_mask")]
         iou = next((scores for scores in groups if not all(map(math.isnan, scores))), [])
         known = sorted((score, place) for place, score in enumerate(iou) if score == score)
-        shown = tuple(classes[place] for _, place in known[:_FEW]) or classes[:1]
+        shown = [place for _, place in known[:_FEW]] or [0]
         which = f" The {len(shown)} classes with the lowest IoU of {len(classes)}; all are in the pictures `quality`."
-    table = quality_table(metrics, shown)
+    table = quality_table(metrics, classes, shown)
     run, where = shlex.quote(str(folder)), shlex.quote(data)
     return (
         f"Best checkpoint: epoch {epoch}.{which}\n\n```text\n{table}\n```\n\nNext:\n\n```sh\n"
@@ -70,23 +78,33 @@ def result_text(metrics: Mapping[str, float], classes: tuple[str, ...], *, epoch
     )
 
 
-def quality_table(metrics: Mapping[str, float], classes: tuple[str, ...]) -> str:
+def quality_table(metrics: Mapping[str, float], classes: tuple[str, ...], shown: Sequence[int] | None = None) -> str:
     """Formats IoU, FDR and FNR of pseudo masks and validation masks per class, in percent; no empty columns.
 
-    `tabulate` has no headings over several columns, so the table is formatted here.
+    `shown` are the ids of the classes that get a row; None for all. `tabulate` has no headings over several columns, so
+    the table is formatted here.
     """
     groups = [name for name in ("pseudo_mask", "val") if any(key.startswith(name + "/") for key in metrics)]
-    width = max(len("mean"), *(len(name) for name in classes))
+    named = [
+        (classes[place], class_keys(classes)[place]) for place in (range(len(classes)) if shown is None else shown)
+    ]
+    width = max(len("mean"), *(_columns(name) for name, _ in named))
     head = " " * width + "".join(f"  {group:^22}" for group in groups)
     units = f"{'%':<{width}}" + "  {:>6}  {:>6}  {:>6}".format("IoU", "FDR", "FNR") * len(groups)
 
     def row(name: str, keys: list[str]) -> str:
         cells = (f"{100 * metrics[key]:.1f}" if key in metrics else "-" for key in keys)
-        return f"{name:<{width}}" + "".join(f"  {cell:>6}" for cell in cells)
+        return name + " " * (width - _columns(name)) + "".join(f"  {cell:>6}" for cell in cells)
 
-    rows = [row(name, [metric_key(group, kind, name) for group in groups for kind in _KINDS]) for name in classes]
+    rows = [row(name, [f"{group}/{kind}/{key}" for group in groups for kind in _KINDS]) for name, key in named]
     miou = {group: next((key for key in metrics if key.startswith(f"{group}/miou")), "") for group in groups}
     means = row("mean", [key for group in groups for key in (miou[group], f"{group}/mfdr", f"{group}/mfnr")])
     rule = "-" * len(units)
     note = "means of FDR and FNR are over the foreground classes (paper Eq. 10, 11)"
     return "\n".join([head.rstrip(), units, rule, *rows, rule, means, note])
+
+
+def _columns(text: str) -> int:
+    """Columns that a text takes on a terminal: two for each wide letter, none for an accent of its own."""
+    wide = sum(unicodedata.east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(unicodedata.combining(char) > 0 for char in text)

@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 from slrnet.checkpoints.checkpoint import Checkpoint
+from slrnet.data.catalog import class_keys
 from slrnet.evaluation.examine import Bins, Examination, Example
 from slrnet.evaluation.masks import Quality, quality_metrics
 from slrnet.tools.report.charts import SIZE, Chart, Series, draw_chart
 from slrnet.tools.report.measurements import Measurements, gamma_advice
 from slrnet.tools.report.runs import Run, metrics_by_protocol, training_command, val_key
-from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.provenance import environment_tags
 from slrnet.viz.overlay import draw_overlay
 from slrnet.viz.panels import class_legend
@@ -68,14 +68,17 @@ def render(runs: Sequence[Run], measured: Sequence[Measurements], *, max_bytes: 
 def _column(run: Run, measured: Measurements) -> dict[str, Any]:
     checkpoint, examination = run.checkpoint, measured.examination
     classes, scores = checkpoint.state.classes, _scores(checkpoint, examination)
-    kinds = (("val", "iou"), ("val", "fdr"), ("val", "fnr"), ("pseudo_mask", "iou"))
+    kinds = ("val/iou", "val/fdr", "val/fnr", "pseudo_mask/iou")
     means = (val_key(checkpoint.config), "val/mfdr", "val/mfnr", "pseudo_mask/miou")
     return {
         "run": run,
         "measured": measured,
         "command": training_command(checkpoint),
         "val_key": means[0],
-        "class_rows": [(name, [scores.get(metric_key(*kind, name)) for kind in kinds]) for name in classes],
+        "class_rows": [
+            (name, [scores.get(f"{kind}/{key}") for kind in kinds])
+            for name, key in zip(classes, class_keys(classes), strict=True)
+        ],
         "means": [scores.get(key) for key in means],
         "matrix": _matrix(examination),
         "examples": {

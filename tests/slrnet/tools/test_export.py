@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -11,69 +12,149 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint, restore_model
+from slrnet.checkpoints.checkpoint import Checkpoint, TrainState, load_checkpoint, restore_model, save_checkpoint
 from slrnet.cli.main import main
 from slrnet.config import Config, apply_overrides
+from slrnet.inference.forward import Inference
 from slrnet.launch.train import LaunchOptions, launch
-from slrnet.ops.maps import resize
+from slrnet.models.network import Network
+from slrnet.models.slrnet import build_network
+from slrnet.recipes import RECIPES, get_recipe
 from slrnet.tools import export
 from slrnet.tools.export import SingleView, export_network
 
+onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 
 
-@pytest.fixture(scope="module")
-def exported(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("export")
-    return out, export_network(checkpoint, out)
+CLASSES = ("background", "ant", "bee", "cat")
+
+
+def _distinct_networks() -> list[Any]:
+    """A configuration for each network that a recipe names, with a thin decoder; those of other encoders are slow."""
+    networks: dict[tuple[Any, ...], tuple[Config, list[str]]] = {}
+    for name in RECIPES:
+        config = get_recipe(name)
+        rest = config.data.crop_size % config.model.output_stride
+        structure = (config.model.architecture, config.model.encoder, config.model.output_stride, rest)
+        networks.setdefault((*structure, config.predicts_background, config.cvlr.method), (config, []))[1].append(name)
+    thin = ["model.encoder_weights=none", "model.decoder_dim=8", "model.skip_dim=4", "cvlr.dim=8"]
+    return [pytest.param(apply_overrides(config, thin), id="+".join(names)) for config, names in networks.values()]
+
+
+NETWORKS = _distinct_networks()
+FAST = [network for network in NETWORKS if network.values[0].model.encoder == "efficientnet_lite0"]
+SLOW = [network for network in NETWORKS if network not in FAST]
+SIZES = ((2, 3, 77, 103), (1, 3, 48, 32), (3, 3, 33, 15), (1, 3, 1, 130))
+"""Even, odd, and smaller than the output stride."""
+
+
+def _network(config: Config) -> Network:
+    torch.manual_seed(5)
+    return build_network(config, num_classes=len(CLASSES), weights=False).eval()
+
+
+def _save(config: Config, model: Network, folder: Path) -> Checkpoint:
+    state = TrainState(epoch=1, step=1, classes=CLASSES, data_fingerprint="-", world_size=1)
+    folder /= "run/checkpoints"
+    return load_checkpoint(save_checkpoint(folder, config=config, state=state, model=model.state_dict(), optimizer={}))
+
+
+def _differences(run: Callable[[torch.Tensor], Sequence[torch.Tensor]], model: Network, config: Config) -> list[float]:
+    """The largest difference from what slrnet.load computes in one view, for each size."""
+    differences = []
+    for shape in SIZES:
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        probs, scores = Inference(model, config).single_scale(images)
+        expected = [probs] if scores is None else [probs, scores.sigmoid()]
+        with torch.no_grad():
+            pairs = list(zip(run(images / 255), expected, strict=True))
+        assert all(output.shape == right.shape for output, right in pairs)
+        differences.append(max(float((output - right).abs().max()) for output, right in pairs))
+    return differences
+
+
+def test_the_networks_are_those_of_all_recipes() -> None:
+    names = [name for network in NETWORKS for name in str(network.id).split("+")]
+    assert sorted(names) == sorted(RECIPES)
+    settings = {(n.values[0].model.encoder, n.values[0].setting, n.values[0].model.architecture) for n in FAST}
+    assert {setting for _, setting, _ in settings} == {"wsss", "sss"}
+    assert {architecture for *_, architecture in settings} == {"slrnet", "deeplabv3plus"}
+
+
+@pytest.mark.parametrize("config", [*FAST, *(pytest.param(*n.values, id=n.id, marks=pytest.mark.slow) for n in SLOW)])
+def test_a_single_view_predicts_images_of_any_size_as_the_network_does(config: Config) -> None:
+    model = _network(config)
+    for scale in (1.0, 0.6):
+        scaled = apply_overrides(config, [f"evaluation.scale={scale}"])
+        assert max(_differences(SingleView(copy.deepcopy(model), scaled), model, scaled)) <= 1e-6
 
 
 @pytest.mark.slow
-def test_the_files_agree_with_the_network_at_other_sizes(
-    exported: tuple[Path, dict[str, Any]], checkpoint: Checkpoint
-) -> None:
-    out, record = exported
-    assert sorted(path.name for path in out.iterdir()) == ["export.json", "network.onnx", "network.pt2"]
-    assert json.loads((out / "export.json").read_text()) == json.loads(json.dumps(record))
-    assert record["input"]["side"] == {"multiple_of": 16, "plus": 0, "at_most": 4096}
-    model = restore_model(checkpoint).eval()
-    program = torch.export.load(out / "network.pt2").module()
-    session = onnxruntime.InferenceSession(out / "network.onnx", providers=["CPUExecutionProvider"])
-    for size in ((80, 48), (32, 160)):
-        images = torch.rand(2, 3, *size)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (model.encoder.mean, model.encoder.std))
-        with torch.no_grad():
-            outputs = model([(images - mean) / std])
-        expected = resize(outputs.logits[0].softmax(dim=1), size)
-        for probs, scores in (program(images), map(torch.from_numpy, session.run(None, {"images": images.numpy()}))):
-            torch.testing.assert_close(probs, expected, atol=1e-4, rtol=0)
-            torch.testing.assert_close(scores, outputs.class_scores[0].sigmoid(), atol=1e-4, rtol=1e-3)
+@pytest.mark.parametrize("config", NETWORKS)
+def test_the_files_agree_with_the_network_of_every_recipe(config: Config, tmp_path: Path) -> None:
+    model = _network(config)
+    record = export_network(_save(config, model, tmp_path), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", "network.onnx", "network.pt2"]
+    assert json.loads((tmp_path / "out" / "export.json").read_text()) == json.loads(json.dumps(record))
+    program = torch.export.load(tmp_path / "out" / "network.pt2")
+    assert max(_differences(program.module(), model, config)) <= 1e-6
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "network.onnx", providers=["CPUExecutionProvider"])
+
+    def run(images: torch.Tensor) -> list[torch.Tensor]:
+        return [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
+
+    assert max(_differences(run, model, config)) <= 1e-4
+    assert [output.name for output in session.get_outputs()] == list(record["outputs"])
+    nodes = [(str(node.target), str(node.meta.get("nn_module_stack"))) for node in program.graph.nodes]
+    assert any("Conv2d" in modules for _, modules in nodes)
+    assert not [node for node in nodes if "slrnet" in node[0] or "slrnet.cpu" in node[1]]
+    graph = onnx.load(tmp_path / "out" / "network.onnx")
+    assert {node.domain for node in graph.graph.node} == {""}
 
 
-def test_the_example_has_the_sizes_that_the_network_is_used_to(checkpoint: Checkpoint, tiny_config: Config) -> None:
-    view = SingleView(restore_model(checkpoint), apply_overrides(tiny_config, ["data.crop_size=65"]))
-    assert view.example((3, 5), 2).shape == (2, 3, 49, 81)
+def test_the_record_states_preprocessing_and_what_is_left_out(checkpoint: Checkpoint) -> None:
+    changes = ["evaluation.protocol=ms_crf", "evaluation.gating=scores", "evaluation.background_power=0.5"]
+    record = export._describe(
+        replace(checkpoint, config=apply_overrides(checkpoint.config, changes)), ["probabilities"]
+    )
+    assert record["classes"] == CLASSES
+    assert record["input"]["layout"] == "(N, 3, H, W) float32 RGB in [0, 1]"
+    assert record["input"]["preprocessing"].startswith("Divide 8-bit values by 255. Subtract no mean")
+    assert list(record["outputs"]) == ["probabilities"]
+    assert record["left_out"] == {
+        "evaluation.protocol": "ms_crf",
+        "evaluation.gating": "scores",
+        "evaluation.background_power": 0.5,
+    }
+    assert export._describe(checkpoint, ["probabilities"])["left_out"] == {}
 
 
-def test_a_file_that_disagrees_is_refused(checkpoint: Checkpoint) -> None:
-    view = SingleView(restore_model(checkpoint), checkpoint.config)
+def test_a_file_that_disagrees_is_refused() -> None:
+    images, right = torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2, 2), 0.5)
+    assert export._compare([(images, [right])], lambda x: [right], "network.pt2") == 0
+    for name, off in (("network.pt2", 2e-6), ("network.onnx", 2e-4)):
+        with pytest.raises(ValueError, match=rf"{name} differs from the network by 2\.\de-0"):
+            export._compare([(images, [right])], lambda x, off=off: [right + off], name)
+    with pytest.raises(ValueError, match="differs from the network by nan"):
+        export._compare([(images, [right])], lambda x: [right * torch.nan], "network.onnx")
 
-    class Off(nn.Module):
-        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            probs, scores = view(images)
-            return probs + 2e-4, scores
 
-    with pytest.raises(ValueError, match=r"network.pt2 differs from the network by 2\.\de-04"):
-        export._compare(view, Off(), "network.pt2")
-    assert export._compare(view, view, "network.pt2") == 0
+def test_what_pytorch_cannot_export_is_refused_in_one_line(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"^torch.export cannot trace it \(KeyError: 'x'\); use slrnet.load$"),
+        export._explained("torch.export cannot trace it"),
+    ):
+        raise KeyError("x")
 
 
 def test_refusals(
@@ -89,7 +170,8 @@ def test_refusals(
 def test_mlflow_serves_the_logged_model(
     tiny_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = launch(tiny_config, LaunchOptions(name="run", storage=tmp_path, num_workers=0), say=lambda line: None)
+    config = apply_overrides(tiny_config, [f"model.encoder={get_recipe('demo').model.encoder}"])
+    result = launch(config, LaunchOptions(name="run", storage=tmp_path, num_workers=0), say=lambda line: None)
     assert main(["export", str(result.best), "--out", str(tmp_path / "out"), "--mlflow", "network"]) == 0
     uri = f"runs:/{result.run.run_id}/models/network"
     assert f"mlflow models serve -m {uri}" in capsys.readouterr().out
@@ -107,18 +189,18 @@ def test_mlflow_serves_the_logged_model(
         start_new_session=True,
     )
     try:
-        images = np.random.default_rng(0).random((1, 3, 48, 64), dtype=np.float32)
-        answer = _ask(server, port, {"inputs": {"images": images.tolist()}})
+        images = np.random.default_rng(0).integers(0, 256, (2, 3, 47, 61), dtype=np.uint8)
+        answer = _ask(server, port, {"inputs": {"images": (images / 255).tolist()}})
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
         server.communicate()
     best = load_checkpoint(result.best)
-    view = SingleView(restore_model(best), best.config)
-    with torch.no_grad():
-        probs, scores = view(torch.from_numpy(images))
+    assert best.config.model.encoder == "efficientnet_lite0"
+    probs, scores = Inference(restore_model(best).eval(), best.config).single_scale(torch.from_numpy(images))
+    assert scores is not None
     np.testing.assert_allclose(np.array(answer["predictions"]["probabilities"]), probs.numpy(), atol=1e-4)
-    np.testing.assert_allclose(np.array(answer["predictions"]["class_scores"]), scores.numpy(), atol=1e-4)
+    np.testing.assert_allclose(np.array(answer["predictions"]["class_scores"]), scores.sigmoid().numpy(), atol=1e-4)
 
 
 def _ask(server: subprocess.Popen[bytes], port: int, content: dict[str, Any]) -> dict[str, Any]:

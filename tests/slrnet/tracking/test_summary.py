@@ -8,7 +8,15 @@ import pytest
 
 from slrnet.recipes import get_recipe
 from slrnet.tracking.mlflow import MAX_TAG_LENGTH
-from slrnet.tracking.summary import MOST_CURVES, curves, description, quality_table, result_text
+from slrnet.tracking.summary import (
+    MOST_CURVES,
+    class_quality,
+    class_tags,
+    curves,
+    description,
+    quality_table,
+    result_text,
+)
 
 METRICS = {
     "pseudo_mask/miou": 0.5,
@@ -46,6 +54,20 @@ def test_what_was_not_measured_has_no_columns() -> None:
     lines = quality_table(only_val, ("background", "tv/monitor")).splitlines()
     assert lines[0].split() == ["val"]
     assert lines[4].split() == ["tv/monitor", "12.3", "-", "100.0"]
+
+
+def test_classes_in_other_scripts_keep_their_own_figures_and_names() -> None:
+    classes = ("background", "猫", "狗")
+    scores = {"val/iou/background": 0.5, "val/iou/class_1": 0.25, "val/iou/class_2": 0.75, "val/miou_ss": 0.5}
+    lines = quality_table(scores, classes).splitlines()
+    assert lines[3:6] == [
+        "background    50.0       -       -",
+        "猫            25.0       -       -",
+        "狗            75.0       -       -",
+    ]
+    assert quality_table(scores, classes, [2]).splitlines()[3].split() == ["狗", "75.0", "-", "-"]
+    assert class_quality(scores, "val", classes)["iou"] == [0.5, 0.25, 0.75]
+    assert class_tags(classes) == {"class.class_1": "猫", "class.class_2": "狗"}
 
 
 def test_curves_of_few_classes_and_of_many() -> None:
