@@ -20,6 +20,7 @@ from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DatasetInfo, ShardSet, load_dataset
 from slrnet.data.samples import SampleIndex, ShardFiles
 from slrnet.storage.files import write_text, written_whole
+from slrnet.viz.lettering import drawable_names
 from slrnet.viz.overlay import draw_overlay
 from slrnet.viz.panels import Tile, class_legend, draw_grid
 
@@ -175,9 +176,9 @@ def contact_sheet(shard_set: ShardSet, name: str, *, number: int, seed: int = 0)
         DataError: there is no such split, or a sample that is read is damaged.
     """
     view, info = shard_set.split(name), shard_set.info
-    tiles, masks = [], []
+    tiles, masks, names = [], [], drawable_names(info.classes)
     for sample in EvalLoader(shard_set, split=name, indices=choose_subset(view, number, seed=seed)):
-        labels = [info.classes[i + 1] for i in np.flatnonzero(sample.image_labels)]
+        labels = [names[i + 1] for i in np.flatnonzero(sample.image_labels)]
         caption = ", ".join(labels) or ("background alone" if sample.has_image_labels else "labels not known")
         image = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
         small = ImageOps.contain(image, (_TILE, _TILE), Image.Resampling.BOX)
@@ -190,7 +191,7 @@ def contact_sheet(shard_set: ShardSet, name: str, *, number: int, seed: int = 0)
             overlay = draw_overlay(np.asarray(small), masks[-1], info.palette_array())
             tiles.append(Tile(np.asarray(overlay), caption))
     rows = [tiles[start : start + 2 * _COLUMNS] for start in range(0, len(tiles), 2 * _COLUMNS)]
-    return draw_grid(rows, legend=class_legend(masks, info.palette_array(), info.classes))
+    return draw_grid(rows, legend=class_legend(masks, info.palette_array(), names))
 
 
 def browse(

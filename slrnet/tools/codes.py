@@ -25,6 +25,7 @@ from slrnet.models.network import Network, Outputs
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import resize
 from slrnet.storage.files import written_whole
+from slrnet.viz.lettering import drawable_names
 from slrnet.viz.panels import Tile, draw_grid
 
 __all__ = [
@@ -150,7 +151,8 @@ def draw_code_maps(
     image: npt.NDArray[np.uint8], maps: CodeMaps, classes: Sequence[str], wanted: Sequence[str] | None = None
 ) -> Image.Image:
     """Draws an image (H, W, 3) uint8 and its code maps: a row for each T, a column for each of `maps.choose_atoms`."""
-    atoms = maps.choose_atoms(classes, wanted)
+    chosen, names = maps.choose_atoms(classes, wanted), drawable_names(tuple(classes))
+    atoms = {atom: names[atom] if maps.class_codes else title for atom, title in chosen.items()}
     size = (TILE, round(TILE * image.shape[0] / image.shape[1]))
 
     def tile(picture: npt.NDArray[np.uint8], caption: str) -> Tile:

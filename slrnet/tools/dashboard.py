@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from slrnet.tracking.location import WORKFLOW
+from slrnet.tracking.location import WORKFLOW, database_uri
 
 __all__ = ["check_port", "default_storages", "newest_run", "serve", "serve_command"]
 
@@ -42,7 +42,7 @@ def newest_run(storages: Sequence[Path]) -> Path:
 def serve_command(database: Path, port: int) -> list[str]:
     """Returns the command that serves a SQLite store on loopback, with one worker process."""
     server = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    return [*server, "--backend-store-uri", f"sqlite:///{database}"]
+    return [*server, "--backend-store-uri", database_uri(database)]
 
 
 def serve(storage: Path | None, port: int) -> int:

@@ -9,10 +9,13 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-__all__ = ["PORT", "SQLITE", "WORKFLOW", "public", "resolve_uri"]
+__all__ = ["PORT", "WORKFLOW", "database_of", "database_uri", "public", "resolve_uri"]
 
 SQLITE = "sqlite:///"
 """How the URI of a database file begins."""
+ESCAPED = "sqlite+pysqlite:///"
+"""How it begins if the path has a `?` or `%`, which are percent-encoded. MLflow would make a folder of the encoded name
+for a URI that begins with `SQLITE`."""
 SERVER_TIMEOUT = 5.0
 """Seconds that a tracking server may take to answer before a run starts."""
 PORT = 5000
@@ -48,11 +51,11 @@ def resolve_uri(uri: str, storage: str | Path) -> str:
                 f"storage {str(storage)!r} is remote, and a SQLite file needs a local folder; "
                 "start `mlflow server` and give its address as tracking.uri (or MLFLOW_TRACKING_URI)"
             )
-        uri = f"{SQLITE}{Path(storage).expanduser().absolute() / 'mlflow.db'}"
+        uri = database_uri(Path(storage).expanduser().absolute() / "mlflow.db")
     if uri.startswith(("http://", "https://")):
         _check_server(uri)
         return uri.rstrip("/")
-    if uri.startswith("sqlite:"):
+    if uri.startswith(("sqlite:", ESCAPED)):
         _check_sqlite(uri)
         return uri
     raise ValueError(
@@ -62,14 +65,34 @@ def resolve_uri(uri: str, storage: str | Path) -> str:
     )
 
 
+def database_uri(database: Path) -> str:
+    """The tracking URI of a SQLite file; any character may be in its path."""
+    path = str(database)
+    encoded = path.replace("%", "%25").replace("?", "%3F")
+    return f"{SQLITE}{path}" if encoded == path else f"{ESCAPED}{encoded}"
+
+
+def database_of(uri: str) -> Path | None:
+    """The SQLite file of a tracking URI; None for a server's."""
+    for beginning in (SQLITE, ESCAPED):
+        if uri.startswith(beginning):
+            return Path(urllib.parse.unquote(uri.removeprefix(beginning)))
+    return None
+
+
 def public(uri: str) -> str:
     """The URI without the credentials that it may hold."""
-    return re.sub(r"//[^/@]*@", "//", uri)
+    return re.sub(r"^([a-z+]+://)[^/@]*@", r"\1", uri)
 
 
 def _check_sqlite(uri: str) -> None:
-    path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or not path.is_absolute():
+    path = database_of(uri)
+    if path is not None and "?" in uri:
+        raise ValueError(
+            f"tracking URI {uri!r} has a `?`, where options begin; for the file of that name, give {database_uri(path)}"
+        )
+    if path is None or not path.is_absolute():
+        path = path or Path(uri.partition(":")[2].lstrip("/"))
         raise ValueError(
             f"tracking URI {uri!r} depends on the working directory, which differs between the processes of a run; "
             f"write the absolute path with four slashes, for instance {SQLITE}{path.absolute()}"

@@ -28,7 +28,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from slrnet.tracking.location import SQLITE, public
+from slrnet.tracking.location import database_of, public
 from slrnet.tracking.protocol import SAMPLES, Picture, RunHandle, Tracker, clean_key, clean_metrics
 from slrnet.tracking.provenance import package_version
 
@@ -325,9 +325,8 @@ def _schema(values: Any) -> Any:
 def _experiment(client: Any, uri: str, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
-        location = None
-        if uri.startswith(SQLITE):
-            location = Path(uri.removeprefix(SQLITE)).with_name("mlartifacts").as_uri()
+        database = database_of(uri)
+        location = database and database.with_name("mlartifacts").as_uri()
         return str(client.create_experiment(name, artifact_location=location, tags={_KIND_TAG: _KIND}))
     if experiment.lifecycle_stage != "active":
         raise ValueError(

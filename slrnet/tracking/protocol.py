@@ -6,13 +6,12 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from slrnet.tracking.location import PORT, SQLITE, WORKFLOW, public
+from slrnet.tracking.location import PORT, WORKFLOW, database_of, public
 
 __all__ = ["SAMPLES", "NullTracker", "Picture", "RunHandle", "Tracker", "clean_key", "clean_metrics", "metric_key"]
 
@@ -41,9 +40,9 @@ class RunHandle:
     def how_to_open(self) -> str:
         """Where to look at the run: an address, or for a local store an address and the command that serves it."""
         page = f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        if self.uri.startswith("http"):
+        database = database_of(self.uri)
+        if database is None:
             return f"{public(self.uri)}/{page}"
-        database = Path(self.uri.removeprefix(SQLITE))
         command = ["slrnet", "dashboard", "--storage", str(database.parent)]
         if database.name != "mlflow.db":
             command = ["mlflow", "server", "--host", "127.0.0.1", "--backend-store-uri", self.uri]

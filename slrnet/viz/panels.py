@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.manifest import DatasetInfo
+from slrnet.viz.lettering import Font, drawable_names, font_for
 from slrnet.viz.overlay import Mask, Pixels, check_mask, draw_overlay, void_stripes
 
 __all__ = ["Color", "Tile", "class_legend", "draw_class_scores", "draw_grid", "draw_panel"]
 
 Color: TypeAlias = tuple[int, int, int]
 """Red, green, and blue, 0 to 255."""
-Font: TypeAlias = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 PAGE: Color = (255, 255, 255)
 INK: Color = (34, 34, 34)
@@ -62,31 +62,33 @@ def draw_grid(
         row_names: texts at the left of the rows; empty for none.
         legend: names and colors below the tiles; None is drawn as the stripes of void.
     """
-    font, bold = ImageFont.load_default(FONT_SIZE), ImageFont.load_default(FONT_SIZE + 2)
-    margin = GAP + max((round(font.getlength(name)) + GAP for name in row_names), default=0)
+    margin = GAP + max((round(font_for(name, FONT_SIZE).getlength(name)) + GAP for name in row_names), default=0)
     width = max(tile.picture.shape[1] for row in rows for tile in row)
     total_width = margin + max(map(len, rows)) * (width + GAP)
     tops = [GAP + (LINE if title else 0)]
     for row in rows:
         tops.append(tops[-1] + LINE + max(tile.picture.shape[0] for tile in row) + GAP)
-    places = _legend_positions([font.getlength(name) for name, _ in legend], total_width)
+    places = _legend_positions([font_for(name, FONT_SIZE).getlength(name) for name, _ in legend], total_width)
     lines = places[-1][1] + 1 if places else 0
     page = Image.new("RGB", (total_width, tops[-1] + lines * LINE + GAP // 2), PAGE)
     draw = ImageDraw.Draw(page)
-    draw.text((GAP, GAP + 2), title, fill=INK, font=bold)
+    draw.text((GAP, GAP + 2), title, fill=INK, font=font_for(title, FONT_SIZE + 2))
     for top, row in zip(tops, rows, strict=False):
         for column, tile in enumerate(row):
             left = margin + column * (width + GAP)
+            font = font_for(tile.caption, FONT_SIZE)
             caption = _shorten(tile.caption, font, width)
             draw.text((left + width / 2, top + LINE / 2), caption, fill=INK, font=font, anchor="mm")
             page.paste(Image.fromarray(tile.picture), (left, top + LINE))
     for name, top, below in zip(row_names, tops, tops[1:], strict=False):
+        font = font_for(name, FONT_SIZE)
         draw.text((GAP, (top + LINE + below - GAP) / 2), name, fill=INK, font=font, anchor="lm")
     for (name, color), (left, line) in zip(legend, places, strict=True):
         top = tops[-1] + line * LINE + 5
         draw.rectangle((left - 1, top - 1, left + _SWATCH, top + _SWATCH), fill=color, outline=FAINT)
         if color is None:
             page.paste(Image.fromarray(void_stripes((_SWATCH, _SWATCH)).astype(np.uint8)), (left, top))
+        font = font_for(name, FONT_SIZE)
         draw.text((left + _SWATCH + 6, top + _SWATCH / 2), name, fill=INK, font=font, anchor="lm")
     return page
 
@@ -137,7 +139,7 @@ def draw_panel(image: Pixels, masks: Mapping[str, Mask], info: DatasetInfo, *, t
         overlay = draw_overlay(large, mask.repeat(factor, axis=0).repeat(factor, axis=1), palette)
         tiles.append(Tile(np.asarray(overlay), name))
     columns = -(-len(tiles) // 2)
-    legend = class_legend(masks.values(), palette, info.classes)
+    legend = class_legend(masks.values(), palette, drawable_names(info.classes))
     return draw_grid([tiles[:columns], tiles[columns:]], title=title, legend=legend)
 
 
@@ -149,19 +151,20 @@ def draw_class_scores(scores: Mapping[str, Sequence[float]], info: DatasetInfo, 
         info: names and colors of the classes.
         title: line at the top.
     """
-    font, bold = ImageFont.load_default(FONT_SIZE - 2), ImageFont.load_default(FONT_SIZE + 2)
+    font = font_for("", FONT_SIZE - 2)
     column = _NAME + _BAR + 3 * _NUMBER + 3 * GAP
     rows, columns = min(_ROWS, info.num_classes), -(-info.num_classes // _ROWS)
     page = Image.new("RGB", (columns * column + GAP, 2 * LINE + rows * (LINE - 4) + 2 * GAP), PAGE)
     draw = ImageDraw.Draw(page)
-    draw.text((GAP, GAP), title, fill=INK, font=bold)
-    for place, name in enumerate(info.classes):
+    draw.text((GAP, GAP), title, fill=INK, font=font_for(title, FONT_SIZE + 2))
+    for place, name in enumerate(drawable_names(info.classes)):
         left, top = GAP + place // _ROWS * column, GAP + 2 * LINE + place % _ROWS * (LINE - 4)
         start, end = left + _NAME, left + _NAME + _BAR
         if place % _ROWS == 0:
             for number, text in enumerate(("IoU %", "FDR", "FNR")):
                 draw.text((end + (number + 1) * _NUMBER, top - LINE / 2), text, fill=INK, font=font, anchor="rm")
-        draw.text((left, top + 8), _shorten(name, font, _NAME - GAP), fill=INK, font=font, anchor="lm")
+        own = font_for(name, FONT_SIZE - 2)
+        draw.text((left, top + 8), _shorten(name, own, _NAME - GAP), fill=INK, font=own, anchor="lm")
         draw.rectangle((start, top, end, top + 15), outline=FAINT)
         shares = [scores[kind][place] for kind in ("iou", "fdr", "fnr")]
         if not math.isnan(shares[0]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.cm import ScalarMappable
@@ -27,6 +28,7 @@ from slrnet.models.network import Network
 from slrnet.storage.files import written_whole
 from slrnet.tools.codes import COLORS, code_maps, heat, low_rank_module, observe_low_rank
 from slrnet.views.geometry import View, apply_view
+from slrnet.viz.lettering import drawable_names, font_families
 from slrnet.viz.overlay import Pixels, draw_overlay
 from slrnet.viz.panels import Color, Tile, class_legend
 
@@ -66,22 +68,27 @@ def write_figure(
     shards = load_dataset(data or loaded[-1].config.data.path)
     targets = [EvaluationTarget.of(checkpoint, shards, device) for checkpoint in loaded]
     examination = examine(targets[-1], targets[-1].config.data.val_split, at_most=measured)
-    if what == "fig3":
-        figure = mask_figure(targets[0], examination, number=number)
-    elif what == "fig5":
-        figure = code_figure(targets[0], examination, number=number)
-    else:
-        scores = choose_by_iou(examination.scores, number, hardest=False)
-        examples = read_examples(targets[-1], examination.split, scores)
-        if what == "fig2":
-            figure = feature_figure(targets[0], examples)
-        else:
-            figure = iteration_figure(targets, examples, scores, num_iters)
+    with mpl.rc_context({"font.family": font_families(drawable_names(targets[-1].checkpoint.state.classes))}):
+        figure = _draw(what, targets, examination, number=number, num_iters=num_iters)
     files = [out / f"{what}.{kind}" for kind in ("png", "pdf")]
     for file in files:
         with written_whole(file) as incoming:
             figure.savefig(incoming, dpi=220)
     return files
+
+
+def _draw(
+    what: str, targets: Sequence[EvaluationTarget], examination: Examination, *, number: int, num_iters: Sequence[int]
+) -> Figure:
+    if what == "fig3":
+        return mask_figure(targets[0], examination, number=number)
+    if what == "fig5":
+        return code_figure(targets[0], examination, number=number)
+    scores = choose_by_iou(examination.scores, number, hardest=False)
+    examples = read_examples(targets[-1], examination.split, scores)
+    if what == "fig2":
+        return feature_figure(targets[0], examples)
+    return iteration_figure(targets, examples, scores, num_iters)
 
 
 def _checkpoints(what: str, paths: Sequence[Path]) -> list[Checkpoint]:
@@ -181,7 +188,7 @@ def mask_figure(target: EvaluationTarget, examination: Examination, *, number: i
             row += [Tile(np.asarray(draw_overlay(example.image, m, palette)), text) for text, m in masks.items()]
             shown += masks.values()
         rows.append(row)
-    classes = target.checkpoint.state.classes
+    classes = drawable_names(target.checkpoint.state.classes)
     return draw_tiles(rows, legend=class_legend(shown, palette, classes, foreground_only=True))
 
 
@@ -201,7 +208,7 @@ def code_figure(target: EvaluationTarget, examination: Examination, *, number: i
     palette = target.shards.info.palette_array()
     tiles: list[Tile | None] = []
     for index, score in chosen.items():
-        example, name = examples[score.key], target.checkpoint.state.classes[index]
+        example, name = examples[score.key], drawable_names(target.checkpoint.state.classes)[index]
         (codes,) = code_maps(target.inference, example.image).codes.values()
         only = np.where(example.truth == index, index, 0).astype(np.uint8)
         truth = np.asarray(draw_overlay(example.image, only, palette))
@@ -225,7 +232,7 @@ def iteration_figure(
     for target in targets:
         for example, score in zip(examples, scores, strict=True):
             maps = code_maps(target.inference, example.image, num_iters).codes
-            name = target.checkpoint.state.classes[score.main_class]
+            name = drawable_names(target.checkpoint.state.classes)[score.main_class]
             codes = [Tile(heat(maps[count][score.main_class]), f"T = {count}") for count in num_iters]
             rows.append([Tile(example.image, f"{example.key}: {name}"), *codes])
             names.append(f"epoch {target.checkpoint.state.epoch}")

@@ -13,8 +13,8 @@ from slrnet.tracking.protocol import RunHandle
 
 @pytest.fixture(scope="session")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    # Creating the tables takes seconds, so the tests share one store. The space in the path is on purpose.
-    return resolve_uri("", tmp_path_factory.mktemp("my storage") / "runs")
+    # Creating the tables takes seconds, so the tests share one store. The characters in the path are on purpose.
+    return resolve_uri("", tmp_path_factory.mktemp("storage") / "my runs? #50% & 'a' \"b\" 猫: v1@home" / "runs..")
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from slrnet.tracking import location
-from slrnet.tracking.location import resolve_uri
+from slrnet.tracking.location import database_of, public, resolve_uri
 
 
 class TestResolveUri:
@@ -37,6 +38,30 @@ class TestResolveUri:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(ValueError, match=f"working directory.*sqlite:///{tmp_path}/mlflow.db"):
             resolve_uri("sqlite:///mlflow.db", tmp_path)
+
+    @pytest.mark.parametrize(
+        "name", ["my runs?", "a#b", "50%", "%3F?", "a b&c=d", "'q' \"q\"", "猫ü", "v1..", "a:b", "me@home"]
+    )
+    def test_a_storage_of_any_name_gets_its_own_database(self, name: str, tmp_path: Path) -> None:
+        storage = tmp_path / name
+        uri = resolve_uri("", storage)
+        assert database_of(uri) == storage / "mlflow.db"
+        assert resolve_uri(uri, tmp_path) == uri
+        assert public(uri) == uri
+        engine = create_engine(uri)
+        with engine.begin() as connection:
+            connection.execute(text("create table t (x int)"))
+        engine.dispose()
+        assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*")] == [Path(name), Path(name, "mlflow.db")]
+
+    def test_options_of_a_uri_are_refused_and_the_file_of_that_name_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"`\?`, where options begin; .* give sqlite\+pysqlite:////.*/a%3Fb.db$"):
+            resolve_uri(f"sqlite:///{tmp_path}/a?b.db", tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_servers_uri_has_no_database(self) -> None:
+        assert database_of("https://host:5000") is None
+        assert public("https://me:secret@host:5000/a@b") == "https://host:5000/a@b"
 
     def test_remote_storage_needs_a_server(self) -> None:
         with pytest.raises(ValueError, match=r"remote.*mlflow server.*tracking\.uri"):

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from slrnet.tracking import mlflow as tracking
-from slrnet.tracking.location import resolve_uri
+from slrnet.tracking.location import database_of, resolve_uri
 from slrnet.tracking.mlflow import NOTE_TAG, MlflowTracker, client_of, create_run
 from slrnet.tracking.protocol import RunHandle, metric_key
 from slrnet.tracking.reader import metric_history, run_tags
@@ -56,7 +56,8 @@ class TestCreateRun:
         assert json.loads((artifact_root(handle) / "config.json").read_text()) == params
 
     def test_artifacts_lie_beside_the_database_at_an_absolute_path(self, handle: RunHandle) -> None:
-        database = Path(handle.uri.removeprefix("sqlite:///"))
+        database = database_of(handle.uri)
+        assert database is not None
         assert artifact_root(handle) == database.parent / "mlartifacts" / handle.run_id / "artifacts"
 
     def test_many_and_long_params(self, uri: str) -> None:
