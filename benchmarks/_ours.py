@@ -20,9 +20,9 @@ from slrnet.training.optim import build_optimizer
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 
 
-def random_batch(*, batch: int, crop: int, num_classes: int, present: int) -> Batch:
+def random_batch(*, batch: int, crop: int, num_classes: int, present: int, seed: int = 0) -> Batch:
     """Returns images with flat, smooth and noisy parts, each labeled with `present` of the foreground classes."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(batch, 3, 8, 8, generator=generator)
     images = torch.nn.functional.interpolate(coarse, size=(crop, crop), mode="bilinear", align_corners=True)
     images = (images + 0.05 * torch.randn(images.shape, generator=generator)).clamp(0, 1)

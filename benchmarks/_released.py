@@ -34,16 +34,18 @@ def released_module(folder: Path, name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def released_network(folder: Path, *, num_classes: int = 21, training: bool = True) -> nn.Module:
-    """Builds the released SLRNet with WideResNet-38 and random weights."""
+def released_network(
+    folder: Path, *, num_classes: int = 21, training: bool = True, model: str = "models.slrnet", **options: Any
+) -> nn.Module:
+    """Builds the released SLRNet with WideResNet-38 and random weights; each setting has its own `model`."""
     torch.manual_seed(0)
-    module = released_module(folder, "models.slrnet")
-    network: nn.Module = module.Net(pretrained=None, num_classes=num_classes, scale_factor=0.5)
+    settings: dict[str, Any] = {"pretrained": None, "backbone": "resnet38", "scale_factor": 0.5} | options
+    network: nn.Module = released_module(folder, model).Net(num_classes=num_classes, **settings)
     network.train(training)  # the released train() does not return the module
     return network
 
 
-def released_network_lite(folder: Path, *, num_classes: int) -> nn.Module:
+def released_network_lite(folder: Path, *, num_classes: int, model: str = "models.slrnet", **options: Any) -> nn.Module:
     """Builds the released SLRNet with EfficientNet-Lite0 at stride 16 and random weights.
 
     Two stages and all batch norms are frozen. The encoder is timm's. Released layers that expect the 256 shallow
@@ -68,16 +70,18 @@ def released_network_lite(folder: Path, *, num_classes: int) -> nn.Module:
             maps = self.features(images)
             return {"conv3": maps[2], "conv6": maps[-1]}
 
-    base, mods = released_module(folder, "models.single_stage"), released_module(folder, "models.mods.aspp")
-    original = base.resnet38d, base.ASPP
-    base.resnet38d, base.ASPP = Backbone, lambda channels, stride, norm: mods.ASPP(channels, 16, norm)
+    own = released_module(folder, model)
+    base = own if hasattr(own, "ASPP") else released_module(folder, "models.single_stage")
+    backbone, aspp = base.resnet38d, base.ASPP
+    base.resnet38d, base.ASPP = Backbone, lambda channels, stride, norm: aspp(channels, 16, norm)
     try:
-        network = released_network(folder, num_classes=num_classes)
+        network: Any = released_network(folder, num_classes=num_classes, model=model, **options)
     finally:
-        base.resnet38d, base.ASPP = original
-    shallow = int(network.backbone.channels[2])  # type: ignore[index, union-attr]
-    network.fc8_skip[0] = nn.Conv2d(shallow, 48, 1, bias=False)  # type: ignore[operator, index]
-    network.shallow_mask.fc_skip[0] = nn.Conv2d(shallow, 256, 1, bias=False)  # type: ignore[operator, index, union-attr]
+        base.resnet38d, base.ASPP = backbone, aspp
+    shallow = int(network.backbone.channels[2])
+    lifts = [network.fc8_skip, network.fc8_up if hasattr(network, "fc8_up") else network.shallow_mask.fc_skip]
+    for layers in lifts:  # what takes the shallow features
+        layers[0] = nn.Conv2d(shallow, layers[0].out_channels, 1, bias=False)
     network.train()
     return network
 

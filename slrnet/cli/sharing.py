@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import get_args
 
 from slrnet.cli.arguments import DEVICE, add_protocol, checkpoint, command, one_of, option, place
+from slrnet.config import Setting
 
 __all__ = ["convert_weights", "export", "voc_archive"]
 
@@ -50,6 +52,12 @@ def export(options: argparse.Namespace) -> None:
     option("file", type=Path, help="published .pth file"),
     option("--out", type=place, required=True, metavar="DIR", help="new folder for the run, with its checkpoint in it"),
     option("--classes", metavar="A,B", help="comma-separated names, background first (default: VOC's 21)"),
+    option(
+        "--setting",
+        choices=get_args(Setting),
+        help="labels it was trained on; name sss_image_labels for the one with masks and image labels, whose tensors "
+        "are those of wsss (default: sss if it predicts the background, else wsss)",
+    ),
 )
 def convert_weights(options: argparse.Namespace) -> None:
     """Turn a published checkpoint into one of ours: `slrnet convert-weights FILE --out DIR`.
@@ -63,10 +71,15 @@ def convert_weights(options: argparse.Namespace) -> None:
 
     if options.out.exists():
         raise ValueError(f"{options.out} exists; name a new folder")
-    read = released_checkpoint(options.file, classes=options.classes.split(",") if options.classes else VOC_CLASSES)
+    classes = options.classes.split(",") if options.classes else VOC_CLASSES
+    read = released_checkpoint(options.file, classes=classes, setting=options.setting)
     folder = options.out / "checkpoints"
     path = save_checkpoint(folder, config=read.config, state=read.state, model=read.model, optimizer={})
-    print(f"{len(read.model)} tensors written to {path}")
+    evaluation = read.config.evaluation
+    print(
+        f"{len(read.model)} tensors written to {path}, as trained in setting {read.config.setting}; to measure: gating "
+        f"{evaluation.gating}, background to the power {evaluation.background_power:g}"
+    )
 
 
 @command(

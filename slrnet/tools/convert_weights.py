@@ -1,10 +1,11 @@
 """Converts the authors' published checkpoints, and those of 1-Stage, to ours (`slrnet convert-weights`).
 
 Each tensor of a file must be one that is taken, a second name of one, or a constant of the refinement. Nothing in the
-file can run code. The setting shows in the heads: with pixel labels and unlabeled images they have one more output, for
-the background. 1-Stage (Araslanov and Roth 2020, visinf/1-stage-wseg) is SLRNet's network without the auxiliary head
-and CVLR, with the encoder's modules at the top level. Only its checkpoints with WideResNet-38 can be read: those with
-ResNets and VGG16 have other strides than the encoders here.
+file can run code. With pixel labels and unlabeled images, the heads have one more output, for the background. The other
+two settings have the same tensors, so you name the one with masks. 1-Stage (Araslanov and Roth 2020,
+visinf/1-stage-wseg) is SLRNet's network without the auxiliary head and CVLR, with the encoder's modules at the top
+level. Only its checkpoints with WideResNet-38 can be read: those with ResNets and VGG16 have other strides than the
+encoders here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from slrnet.config import Config, Setting, config_from_dict
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.models.encoders import describe_misfit, read_tensors
 from slrnet.models.slrnet import build_network
-from slrnet.recipes import RELEASED_SSS_THRESHOLDS
+from slrnet.recipes import get_recipe
 
 __all__ = ["released_checkpoint", "rename_released"]
 
@@ -37,18 +38,25 @@ STAGE_ONE_ENCODER = re.compile(r"^(conv1a|b[2-7](_\d)?|bn7)\.")
 """Modules of WideResNet-38 as 1-Stage names them, without `backbone.`."""
 
 
-def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSES) -> Checkpoint:
-    """Reads a published `.pth` file; `classes` names its K classes, background first.
+def released_checkpoint(
+    path: str | Path, *, classes: Sequence[str] = VOC_CLASSES, setting: Setting | None = None
+) -> Checkpoint:
+    """Reads a published `.pth` file.
+
+    Args:
+        path: the file.
+        classes: names of its K classes, background first.
+        setting: labels that it was trained on; None: `sss` if it predicts the background, else `wsss`.
 
     Returns:
-        A checkpoint with the released code's arithmetic and inference, at epoch 0: scores above .3 and among the six
-        highest, the background to the power 3. With pixel labels and unlabeled images neither, because there are no
-        scores. For 1-Stage without CVLR, with its scales and scores above .1 (the mean over the scales; its code takes
-        the maximum).
+        A checkpoint with the settings of the released training and inference (recipes `voc_wsss_released` and so on),
+        at epoch 0: scores above .3 and among the six highest; from image labels alone, the background to the power 3.
+        With pixel labels and unlabeled images no gating, because there are no scores. For 1-Stage without CVLR, with
+        its scales and scores above .1 (the mean over the scales; its code takes the maximum).
 
     Raises:
-        ValueError: the file is damaged, holds more than tensors, or does not fit; the message names the tensors that
-            are missing, unknown, or of another shape.
+        ValueError: the file is damaged, holds more than tensors, or fits neither the network nor the setting; the
+            message names the tensors that are missing, unknown, or of another shape.
     """
     weights = rename_released(read_tensors(Path(path)), source=str(path))
     outputs = weights["mask_head.classify.weight"].shape[0]
@@ -57,8 +65,16 @@ def released_checkpoint(path: str | Path, *, classes: Sequence[str] = VOC_CLASSE
             f"{path} predicts {outputs} classes, {len(classes)} with the background are named; name its classes "
             "(one more than it predicts, or as many where it predicts the background too)"
         )
-    config = _released_config("sss" if outputs == len(classes) else "wsss")
-    if not any(name.startswith(("cvlr.", "auxiliary_head.")) for name in weights):
+    alone, one_stage = outputs == len(classes), not any(name.startswith(("cvlr.", "aux")) for name in weights)
+    setting = setting or ("sss" if alone else "wsss")
+    if (setting == "sss") != alone or (one_stage and setting != "wsss"):
+        fitting = "sss" if alone else "wsss" if one_stage else "wsss or sss_image_labels"
+        raise ValueError(
+            f"setting {setting!r} does not fit {path}, which predicts {outputs} classes of the {len(classes)} named"
+            f"{' and is of 1-Stage' if one_stage else ''}; use {fitting}"
+        )
+    config = _released_config(setting)
+    if one_stage:
         config = _stage_one(config)
     with torch.device("meta"):
         expected = build_network(config, num_classes=len(classes)).state_dict()
@@ -99,25 +115,17 @@ def rename_released(tensors: Mapping[str, Tensor], *, source: str) -> dict[str, 
 
 
 def _released_config(setting: Setting) -> Config:
-    alone = setting == "sss"
-    settings = {
-        "recipe": "released",
-        "setting": setting,
-        # The authors trained on the masks of VOC's own training list.
-        "data": {"pixel_labeled_subset": "voc_train" if alone else ""},
-        "model": {"encoder_weights": "none"},
-        "cvlr": {"form": "released"},
-        "calibration": {"fusion": "probs"} | (RELEASED_SSS_THRESHOLDS if alone else {}),
-        "losses": {"mask_consistency": "probs", "code_consistency": "maximum"},
-        "evaluation": {} if alone else {"gating": "scores", "background_power": 3.0},
-    }
-    return config_from_dict(settings)
+    """The recipe of the released training, without the encoder's ImageNet weights."""
+    names = {"wsss": "voc_wsss", "sss_image_labels": "voc_sss_image_labels", "sss": "voc_sss"}
+    config = get_recipe(f"{names[setting]}_released")
+    return config_from_dict(config.model_dump() | {"model": config.model.model_dump() | {"encoder_weights": "none"}})
 
 
 def _stage_one(config: Config) -> Config:
     gating = {"gating": "scores", "gating_threshold": 0.1, "gating_top": 20}
-    evaluation = gating | {"scales": (1.0, 0.5, 1.5, 2.0), "background_power": 3.0}
-    changes = {"recipe": "released_one_stage", "cvlr": {"enabled": False}, "evaluation": evaluation}
+    evaluation = gating | {"scales": (1.0, 0.5, 1.5, 2.0), "background_power": 3.0, "resizing": "released"}
+    model = config.model.model_dump() | {"auxiliary_views": "all"}
+    changes = {"recipe": "released_one_stage", "model": model, "cvlr": {"enabled": False}, "evaluation": evaluation}
     return config_from_dict(config.model_dump() | changes)
 
 

@@ -76,7 +76,21 @@ def test_every_tensor_finds_its_place(parallel: bool, ours: dict[str, Tensor], t
     found = released_checkpoint(save(tmp_path, {"state_dict": tensors, "epoch": 29}), classes=CLASSES)
     assert found.model.keys() == ours.keys()
     assert all(torch.equal(found.model[name], ours[name]) for name in ours)
-    assert (found.config.cvlr.form, found.config.evaluation.background_power) == ("released", 3.0)
+    assert (found.config.cvlr.form, found.config.recipe) == ("released", "voc_wsss_released")
+
+
+@pytest.mark.parametrize(
+    ("setting", "recipe", "power"),
+    [(None, "voc_wsss_released", 3.0), ("wsss", "voc_wsss_released", 3.0),
+     ("sss_image_labels", "voc_sss_image_labels_released", 1.0)],
+)  # fmt: skip
+def test_two_settings_have_the_same_tensors_and_are_measured_differently(
+    setting: Setting | None, recipe: str, power: float, ours: dict[str, Tensor], tmp_path: Path
+) -> None:
+    config = released_checkpoint(save(tmp_path, released(ours)), classes=CLASSES, setting=setting).config
+    assert (config.setting, config.recipe) == (setting or "wsss", recipe)
+    assert (config.evaluation.gating, config.evaluation.background_power) == ("scores", power)
+    assert config.evaluation.resizing == "released"
 
 
 def one_stage(ours: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -119,6 +133,8 @@ def test_a_one_stage_checkpoint_is_read(
     assert not found.config.cvlr.enabled
     assert (evaluation.gating, evaluation.gating_threshold, evaluation.background_power) == ("scores", 0.1, 3.0)
     assert evaluation.scales == (1.0, 0.5, 1.5, 2.0)
+    with pytest.raises(ValueError, match="is of 1-Stage; use wsss$"):
+        released_checkpoint(tmp_path / "published.pth", classes=CLASSES, setting="sss_image_labels")
     lacking = {name: tensor for name, tensor in one_stage(ours_one_stage).items() if name != "bn7.bias"}
     monkeypatch.setattr(released_weights, "read_tensors", lambda path: lacking)
     with pytest.raises(ValueError, match=r"does not fit 1-Stage with WideResNet-38; tensors: 1 missing \(encoder"):
@@ -156,6 +172,7 @@ def test_the_command_writes_a_checkpoint_that_predicts(
     file = save(tmp_path, released(ours))
     arguments = [str(file), "--out", str(tmp_path / "run"), "--classes", ",".join(CLASSES)]
     assert main(["convert-weights", *arguments]) == 0
+    assert "trained in setting wsss; to measure: gating scores, background to the power 3" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "run").state.classes == CLASSES
     predictor = load(tmp_path / "run", device="cpu")
     assert predictor(torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()).mask.shape == (40, 50)
@@ -195,6 +212,13 @@ class TestRefusals:
         mixed = whole | {name: torch.ones(4, *whole[name].shape[1:]) for name in whole if "aux_head.4." in name or
                          name.startswith("newly_added.8.4.")}  # fmt: skip
         self.refuse(mixed, tmp_path, r"auxiliary_head.classify.weight \(4, 8, 1, 1\) instead of \(3, 8, 1, 1\)")
+
+    def test_a_setting_that_the_heads_contradict(
+        self, ours: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        message = r"setting 'sss' does not fit .*predicts 3 classes of the 4 named; use wsss or sss_image_labels"
+        self.refuse(released(ours), tmp_path, message, setting="sss")
+        self.refuse(released(small_network("sss", monkeypatch)), tmp_path, "; use sss$", setting="wsss")
 
     def test_files_that_are_no_weights(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no weights file"):
