@@ -8,19 +8,24 @@ dropout and gates; colors are not distorted. An epoch is one step, so the steps 
 labels and the cosine. Each row is the largest difference over all tensors: of the first step, whose weights are equal,
 and of all steps. Gradients and weights are compared tensor by tensor, by the norm of the difference over the norm.
 
-Claims: loss parts and gradients of the first step differ by at most 1e-5; weights after the last step by at most 1e-4;
-of the pseudo labels of all steps, at most one pixel in 10,000 differs.
+The small encoder trains in float64, where rounding is too small to flip a ReLU, a maximum or the sign of a distance. In
+float32 such a flip changes some gradients by a thousandth within three steps, and then the two trainings drift apart,
+as any two do. WideResNet-38 takes few steps in float32, from the last step of pretraining on.
+
+Claims: loss parts and gradients differ by at most 1e-5 (in float32: of the first step); weights after the last step by
+at most 1e-4; of pseudo labels, none (in float32: at most one pixel in 1,000).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,7 +49,7 @@ from slrnet.tools.convert_weights import rename_released
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
 from slrnet.training.step import _pseudo_labels, align, find_pseudo_rows, losses_of, make_views, step_generator
 
-PARTS, WEIGHTS, PIXELS = 1e-5, 1e-4, 1e-4
+PARTS, WEIGHTS = 1e-5, 1e-4
 """Claimed largest differences."""
 
 
@@ -75,8 +80,8 @@ SETTINGS = {
     ),
 }
 SIZES: dict[str, dict[str, Any]] = {
-    "lite": {"crop": 97, "batch": 4, "steps": 20},
-    "wide": {"crop": 97, "batch": 2, "steps": 8},
+    "lite": {"crop": 65, "batch": 2, "steps": 20, "dtype": torch.float64, "pretraining": 40},
+    "wide": {"crop": 65, "batch": 2, "steps": 3, "dtype": torch.float32, "pretraining": 1},
 }
 ENCODERS: dict[str, dict[str, Any]] = {
     "lite": {
@@ -84,6 +89,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "model.output_stride": 16,
         "model.aspp_dilations": (6, 12, 18),
         "model.frozen_stages": 2,
+        "calibration.refine_stride": 8,  # the released code refines at the masks' resolution, here the skip's
     },
     "wide": {},
 }
@@ -93,7 +99,10 @@ NUM_CLASSES = 5
 def main() -> int:
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    held = [compare(args, name, encoder) for encoder in args.encoders for name in args.only or SETTINGS]
+    held = []
+    for encoder in args.encoders:
+        with numbers(SIZES[encoder]["dtype"]):
+            held += [compare(args, name, encoder) for name in args.only or SETTINGS]
     return 0 if all(held) else 1
 
 
@@ -102,9 +111,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peer-dir", type=Path, required=True, help="checkout of the authors' code to compare with")
     parser.add_argument("--only", nargs="+", choices=SETTINGS, help="compare only these (default: all)")
     parser.add_argument("--encoders", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--steps", type=int, help="optimizer steps (default: lite 20, wide 8)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (default: lite 20, wide 3)")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
+
+
+@contextmanager
+def numbers(dtype: torch.dtype) -> Iterator[None]:
+    """All numbers have this type, also where the code asks for float32."""
+    torch.set_default_dtype(dtype)
+    convert = Tensor.double if dtype == torch.float64 else Tensor.float
+    with mock.patch.object(Tensor, "float", convert), mock.patch.dict(os.environ, {"SLRNET_KERNELS": "off"}):
+        yield
 
 
 def compare(args: argparse.Namespace, name: str, encoder: str) -> bool:
@@ -116,12 +134,14 @@ def compare(args: argparse.Namespace, name: str, encoder: str) -> bool:
     spread(peer)
     config = our_config(name, encoder, size)
     ours = build_network(config, num_classes=NUM_CLASSES, weights=False).train()
+    peer.to(torch.get_default_dtype()), ours.to(torch.get_default_dtype())
     ours.load_state_dict(our_tensors(peer.state_dict()))
     ours_steps = our_training(ours, config, size)
     peer_steps = released_training(peer, released, config, ours.encoder.normalize)
     seen: defaultdict[str, list[float]] = defaultdict(list)
     decided, begun = [], time.perf_counter()
-    for step in range(size["steps"]):
+    first = max(0, config.train.pretrain_epochs - size["pretraining"])
+    for step in range(first, first + size["steps"]):
         batch = batch_of(step, size, masks=released.masks)
         their = peer_steps(batch, step)
         own = ours_steps(batch, step)
@@ -137,10 +157,11 @@ def compare(args: argparse.Namespace, name: str, encoder: str) -> bool:
     for key, values in seen.items():
         print(f"{key:>22}  {values[0]:10.1e}  {max(values):9.1e}")
     print(f"{'weights and statistics':>22}  {'':10}  {last:9.1e}")
-    first = max(values[0] for key, values in seen.items() if key != "pseudo labels")
-    held = at_most("parts and gradients of the first step", first, PARTS)
+    exact = size["dtype"] == torch.float64
+    compared = [max(values) if exact else values[0] for key, values in seen.items() if key != "pseudo labels"]
+    held = at_most(f"parts and gradients of {'all steps' if exact else 'the first step'}", max(compared), PARTS)
     held &= at_most("weights after the last step", last, WEIGHTS)
-    return held & at_most("share of pseudo labels that differ", max(seen["pseudo labels"]), PIXELS)
+    return held & at_most("share of pseudo labels that differ", max(seen["pseudo labels"]), 0.0 if exact else 1e-3)
 
 
 def our_config(name: str, encoder: str, size: Mapping[str, Any]) -> Config:
@@ -168,8 +189,9 @@ def spread(peer: Any) -> None:
 
 
 def batch_of(step: int, size: Mapping[str, Any], *, masks: bool) -> Batch:
-    """Returns crops of two or three classes; with `masks`, the first of them have true masks, some pixels void."""
+    """Returns crops of two classes and the background; with `masks`, half of them have true masks, some pixels void."""
     whole = random_batch(batch=size["batch"], crop=size["crop"], num_classes=NUM_CLASSES, present=2, seed=step)
+    whole = replace(whole, image_labels=whole.image_labels.to(torch.get_default_dtype()))
     if not masks:
         return whole
     has = torch.arange(size["batch"]) < max(1, size["batch"] // 2)
@@ -180,7 +202,12 @@ def batch_of(step: int, size: Mapping[str, Any], *, masks: bool) -> Batch:
     for n, row in enumerate(ids.tolist()):
         bands[n, third : 2 * third, : 2 * third], bands[n, 2 * third :] = row
     bands[~has] = IGNORE_INDEX
-    return Batch(whole.images, whole.image_labels, whole.has_image_labels, whole.keys, has, bands)
+    return replace(whole, has_pixel_labels=has, pixel_labels=bands)
+
+
+def images_of(batch: Batch) -> Tensor:
+    """Returns (N, 3, H, W) images in [0, 1]."""
+    return batch.images.to(torch.get_default_dtype(), memory_format=torch.contiguous_format) / 255
 
 
 @dataclass(frozen=True)
@@ -245,7 +272,7 @@ def our_training(model: nn.Module, config: Config, size: Mapping[str, Any]) -> C
         set_rate(optimizer, rate_factor(step, pretrain_steps=first, total_steps=last))
         optimizer.zero_grad(set_to_none=True)
         rows = None if step < first else find_pseudo_rows(batch)
-        inputs, views, crops = make_views(batch.floats(), config.views, network.encoder, step_generator(step))
+        inputs, views, crops = make_views(images_of(batch), config.views, network.encoder, step_generator(step))
         with same_draws(step):
             outputs = network(inputs)
         losses = losses_of(outputs, views, crops, batch, config=config, pseudo_rows=rows)
@@ -287,7 +314,7 @@ def released_training(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, released.epochs - released.pretrain_epochs)
 
     def take(batch: Batch, step: int) -> Step:
-        images, has = batch.floats(), batch.has_pixel_labels
+        images, has = images_of(batch), batch.has_pixel_labels
         given: tuple[Tensor, ...] = (batch.image_labels,)
         if released.masks:
             assert batch.pixel_labels is not None

@@ -28,12 +28,12 @@ from slrnet.storage.files import written_whole  # noqa: E402
 from slrnet.tracking.provenance import environment_tags  # noqa: E402
 
 NAMES = (
-    "train_step", "evaluate", "refine", "cvlr", "kernels", "cross_entropy", "cpu_tricks",
+    "train_step", "released_training", "evaluate", "refine", "cvlr", "kernels", "cross_entropy", "cpu_tricks",
     "loader", "workers", "startup", "scale", "conversion_speed", "conversion_memory", "checkpoint_cost", "ray_overhead",
 )  # fmt: skip
 LONGER = ("chaos", "nodes", "sweep_faults", "fuzz", "cost_model", "gpu")
 """Run only when named: they take minutes and measure no speed, only make predictions, or need a GPU."""
-WITH_PEER = ("train_step", "evaluate", "refine", "cvlr", "loader")
+WITH_PEER = ("train_step", "released_training", "evaluate", "refine", "cvlr", "loader")
 FILE, TRIED = ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "TRIED.md"
 OUTCOMES = {0: "succeeded", 1: "**a claim did not hold**"}
 

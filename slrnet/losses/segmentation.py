@@ -73,7 +73,7 @@ def weigh(
     valid = labels != IGNORE_INDEX
     ids = torch.where(valid, labels, num_classes).flatten(1)
     pixels = torch.zeros(len(labels), num_classes + 1, device=labels.device)
-    pixels = pixels.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))[:, :num_classes]  # (N, K)
+    pixels = pixels.scatter_add_(1, ids, torch.ones_like(ids, dtype=pixels.dtype))[:, :num_classes]  # (N, K)
     total = pixels.sum(dim=1, keepdim=True)
     weights = ((total - pixels) / (1 + total)).pow(power)
     if plain is not None:
