@@ -211,6 +211,15 @@ class ModelConfig(_Section):
     """Dropout probability after the ASPP and in the heads; one fifth of it before the mask classifier."""
     gate_rate: FractionBelowOne = 0.3
     """Share of shallow features that the stochastic gate mixes in."""
+    head_layers: Literal[1, 2] = 2
+    """3x3 convolutions of the mask head. The paper does not say; the released L2ID network has 1
+    (models/slrnet_lid_wide.py)."""
+    head_dropout: FractionBelowOne | None = None
+    """Dropout probability after the mask head's first convolution; null: `dropout` (paper: silent). The released L2ID
+    network has 0.3 (models/slrnet_lid_wide.py)."""
+    lift_skip: bool = False
+    """Lift the shallow features to `decoder_dim` channels by a 1x1 convolution before global cue injection (released
+    models/slrnet_lid_wide.py). The paper does not say."""
     bias_start: Literal["zero", "default"] = "zero"
     """First biases of the new convolutions: zero, or PyTorch's random default (released models/single_stage.py). The
     paper does not say."""
@@ -243,6 +252,10 @@ class CalibrationConfig(_Section):
     """Dilations of the refinement's 3x3 neighborhoods, in pixels of the refined mask."""
     refine_stride: PositiveInt = 4
     """Pixels of the crop per pixel of the refined mask."""
+    rule: Literal["claims", "normalized"] = "claims"
+    """`claims`: a class claims pixels above a share of its maximum and above the floor. `normalized`: masks are divided
+    by their maximum; a foreground class claims where it is above `confidence_threshold`, the background where none is
+    above `floor` (released models/slrnet_coco_pseudo.py, for COCO and L2ID). The paper has one threshold, gamma."""
     confidence_threshold: Fraction = 0.6
     """gamma: a foreground class claims a pixel only above this share of its maximum over the image."""
     background_threshold: Fraction = 0.7
@@ -266,6 +279,9 @@ class LossConfig(_Section):
     pixels of foreground classes alone (`present_classes`), or all, by the share of the classes it shows (`soft`)."""
     pixel_balance: bool = False
     """Balance the classes in the loss of true masks too (released code). Off: plain cross-entropy (paper)."""
+    positive_weight: PositiveFloat = 1.0
+    """Factor on the classification loss of classes that an image shows. Paper Eq. 2 has none; the released COCO
+    training has 10, and a factor for each class that is not offered here (models/slrnet_coco_pseudo.py)."""
     pixel_validity: bool = False
     """Ignore an image with a true mask too if its crop misses one of its image labels (released
     models/slrnet_semi.py). Off: true masks always count (paper Sec. 4.4)."""
@@ -293,6 +309,9 @@ class WeightsConfig(_Section):
     """lambda_reg, of both Eq. 4 and Eq. 9."""
     auxiliary: NonNegativeFloat = 0.4
     """Weight of the auxiliary head's segmentation and classification losses within the total of each kind."""
+    auxiliary_classification: NonNegativeFloat | None = None
+    """The same for the classification loss alone; null: `auxiliary`. The released L2ID training has 1
+    (models/slrnet_lid_wide.py)."""
 
 
 class OptimConfig(_Section):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -78,20 +79,31 @@ def make_pseudo_labels(calibrated: Calibrated, config: CalibrationConfig, *, siz
         confidence_threshold=config.confidence_threshold,
         background_threshold=config.background_threshold,
         floor=config.floor,
+        rule=config.rule,
     )
     return to_class_ids(labels, calibrated.classes)
 
 
-def threshold(probs: Tensor, *, confidence_threshold: float, background_threshold: float, floor: float) -> Tensor:
+def threshold(
+    probs: Tensor,
+    *,
+    confidence_threshold: float,
+    background_threshold: float,
+    floor: float,
+    rule: Literal["claims", "normalized"] = "claims",
+) -> Tensor:
     """Keeps the pixels that exactly one class claims.
 
-    A class claims a pixel where its probability is strictly above max(share * its maximum over the image, floor).
+    A class claims a pixel where its probability is strictly above max(share * its maximum over the image, floor). By
+    the rule `normalized`, a foreground class does where its share of its maximum is strictly above the threshold, and
+    the background where that of no foreground class is strictly above the floor.
 
     Args:
         probs: (N, K, H, W) probabilities, background first; a class that cannot occur is 0 everywhere.
         confidence_threshold: gamma, the share for the foreground classes, in [0, 1].
         background_threshold: the share for the background, in [0, 1].
-        floor: absolute probability, in [0, 1].
+        floor: absolute probability, in [0, 1]; a share by the rule `normalized`.
+        rule: see `CalibrationConfig.rule`.
 
     Returns:
         (N, H, W) int64 class ids, 255 where no class or several classes claim the pixel.
@@ -103,10 +115,16 @@ def threshold(probs: Tensor, *, confidence_threshold: float, background_threshol
     for name, value in given.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}; allowed are numbers from 0 to 1")
-    share = probs.new_full((probs.shape[1], 1, 1), confidence_threshold)
-    share[0] = background_threshold
-    limit = (probs.amax(dim=(2, 3), keepdim=True) * share).clamp_min(floor)
-    claimed = (probs > limit).to(torch.uint8)  # (N, K, H, W); K is at most 255, and so are the sums
+    largest = probs.amax(dim=(2, 3), keepdim=True)
+    if rule == "normalized":
+        shares = probs[:, 1:] / (largest[:, 1:] + 1e-6)
+        background = ~(shares > floor).any(dim=1, keepdim=True)
+        claims = torch.cat([background, shares > confidence_threshold], dim=1)
+    else:
+        share = probs.new_full((probs.shape[1], 1, 1), confidence_threshold)
+        share[0] = background_threshold
+        claims = probs > (largest * share).clamp_min(floor)
+    claimed = claims.to(torch.uint8)  # (N, K, H, W); K is at most 255, and so are the sums
     ids = torch.arange(probs.shape[1], dtype=torch.uint8, device=probs.device).view(-1, 1, 1)
     claimant = (claimed * ids).sum(dim=1, dtype=torch.uint8)  # meaningful where exactly one class claims the pixel
     return torch.where(claimed.sum(dim=1, dtype=torch.uint8) == 1, claimant.long(), IGNORE_INDEX)

@@ -290,7 +290,13 @@ def _count_sample(
     best = to_class_ids(channel[None], classes)[0]
     foreground = (truth != IGNORE_INDEX) & (best > 0)
     confidence.update(share[foreground], (best == truth)[foreground])
-    background, floor = config.calibration.background_threshold, config.calibration.floor
+    settings = config.calibration
     for gamma, matrix in matrices.items():
-        labels = threshold(probs, confidence_threshold=gamma, background_threshold=background, floor=floor)
+        labels = threshold(
+            probs,
+            confidence_threshold=gamma,
+            background_threshold=settings.background_threshold,
+            floor=settings.floor,
+            rule=settings.rule,
+        )
         matrix.update(to_class_ids(labels, classes)[0], truth)

@@ -76,10 +76,11 @@ def objective(
     if known is not None:
         counted = (known & ~labels.has_pixel_labels).float()
         main, auxiliary = (
-            [classification_loss(view, labels.image_labels) * counted for view in scores]
+            [classification_loss(view, labels.image_labels, losses.positive_weight) * counted for view in scores]
             for scores in (outputs.class_scores, outputs.auxiliary_class_scores)
         )
-        parts["classification"] = _with_auxiliary(main, auxiliary, weights.auxiliary)
+        own = weights.auxiliary_classification
+        parts["classification"] = _with_auxiliary(main, auxiliary, weights.auxiliary if own is None else own)
     parts["mask_consistency"] = mask_consistency(
         outputs.logits if losses.mask_consistency == "logits" else outputs.probs,
         labels.image_labels,
@@ -103,17 +104,20 @@ def objective(
     return Objective(total, parts, figures)
 
 
-def classification_loss(class_scores: Tensor, image_labels: Tensor) -> Tensor:
+def classification_loss(class_scores: Tensor, image_labels: Tensor, positive_weight: float = 1.0) -> Tensor:
     """Binary cross-entropy of each class against the rest (paper Eq. 2).
 
     Args:
         class_scores: (N, K - 1) scores before the sigmoid.
         image_labels: (N, K - 1) multi-hot.
+        positive_weight: factor on the losses of classes that an image shows.
 
     Returns:
         (N,) the mean over the classes for each image.
     """
     losses = F.binary_cross_entropy_with_logits(class_scores.float(), image_labels.float(), reduction="none")
+    if positive_weight != 1:
+        losses = losses * (1 + (positive_weight - 1) * image_labels)
     return losses.mean(dim=1)
 
 

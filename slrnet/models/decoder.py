@@ -8,7 +8,7 @@ statistics (mean 0, variance 1) and so act as an affine map, and the background'
 from __future__ import annotations
 
 import math
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -154,21 +154,30 @@ class StochasticGate(nn.Module):
 
 
 class MaskHead(nn.Module):
-    """Two 3x3 convolutions and a classifier for the foreground; the background's logit is the constant 1.
+    """One or two 3x3 convolutions and a classifier for the foreground; the background's logit is the constant 1.
 
     Args:
         dim: channels of the features.
         num_classes: K with the background.
         dropout: dropout probability after the first convolution; one fifth of it after the second.
         predict_background: the classifier also predicts the background's logit.
+        layers: number of 3x3 convolutions, 1 or 2.
     """
 
-    def __init__(self, dim: int, *, num_classes: int, dropout: float = 0.5, predict_background: bool = False) -> None:
+    def __init__(
+        self,
+        dim: int,
+        *,
+        num_classes: int,
+        dropout: float = 0.5,
+        predict_background: bool = False,
+        layers: Literal[1, 2] = 2,
+    ) -> None:
         super().__init__()
         self.predict_background = predict_background
-        self.convs = nn.Sequential(
-            conv_norm_relu(dim, dim, 3), nn.Dropout(dropout), conv_norm_relu(dim, dim, 3), nn.Dropout(dropout / 5)
-        )
+        self.convs = nn.Sequential(conv_norm_relu(dim, dim, 3), nn.Dropout(dropout))
+        if layers == 2:
+            self.convs.extend([conv_norm_relu(dim, dim, 3), nn.Dropout(dropout / 5)])
         self.classify = nn.Conv2d(dim, num_classes - (not predict_background), 1)
 
     def forward(self, features: Tensor) -> Tensor:

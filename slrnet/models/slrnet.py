@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slrnet.config import Config, ModelConfig
 from slrnet.models.cvlr import CrossViewLowRank
-from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate
+from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate, conv_norm_relu
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.encoders import Encoder, build_encoder
 from slrnet.models.heads import AuxiliaryHead, class_scores
@@ -62,10 +62,13 @@ class SLRNet(Network):
             self.auxiliary_head = AuxiliaryHead(dim, dropout=dropout, **head)
         self.auxiliary_views = config.auxiliary_views
         self.cvlr = cvlr
-        self.cue_injection = GlobalCueInjection(encoder.skip_channels, dim=dim)
+        shallow = dim if config.lift_skip else encoder.skip_channels
+        self.lift = conv_norm_relu(encoder.skip_channels, dim, 1) if config.lift_skip else None
+        self.cue_injection = GlobalCueInjection(shallow, dim=dim)
         self.gate = StochasticGate(config.gate_rate)
-        self.mask_head = MaskHead(dim, dropout=dropout, **head)
-        for part in (self.aspp, self.fusion, self.auxiliary_head, self.cue_injection, self.mask_head):
+        head_dropout = dropout if config.head_dropout is None else config.head_dropout
+        self.mask_head = MaskHead(dim, dropout=head_dropout, layers=config.head_layers, **head)
+        for part in (self.aspp, self.fusion, self.auxiliary_head, self.lift, self.cue_injection, self.mask_head):
             if part is not None:
                 _initialize(part, zero_biases=config.bias_start == "zero")
 
@@ -93,6 +96,7 @@ class SLRNet(Network):
         return features if self.auxiliary_views == "all" else features[:1]
 
     def _decode(self, features: Tensor, skip: Tensor) -> Tensor:
+        skip = skip if self.lift is None else self.lift(skip)
         return self.mask_head(self.gate(features, self.cue_injection(skip, features)))  # type: ignore[no-any-return]
 
     def _score(self, logits: list[Tensor]) -> list[Tensor]:

@@ -130,6 +130,16 @@ def test_channels_become_class_ids() -> None:
     assert to_class_ids(labels, classes).tolist() == [[[0, 2], [4, VOID]], [[3, 3], [0, VOID]]]
 
 
+def test_normalized_masks_by_hand() -> None:
+    """Maxima .8, .4 and .2 of a row of four pixels. Shares of the foreground: 1, .6, .05, .55 and .1, 1, .09, .6."""
+    probs = torch.tensor([[0.1, 0.8, 0.5, 0.3], [0.4, 0.24, 0.02, 0.22], [0.02, 0.2, 0.018, 0.12]]).view(1, 3, 1, 4)
+    options = {"confidence_threshold": 0.5, "background_threshold": 0.7}
+    for floor, expected in ((0.1, [1, VOID, 0, VOID]), (0.05, [1, VOID, VOID, VOID])):
+        assert threshold(probs, **options, floor=floor, rule="normalized").tolist() == [[expected]]
+    absent = torch.cat([probs[:, :2], torch.zeros(1, 1, 1, 4)], dim=1)  # an image without class 2
+    assert threshold(absent, **options, floor=0.1, rule="normalized").tolist() == [[[1, 1, 0, 1]]]
+
+
 def random_logits(*shape: int, seed: int = 0) -> Tensor:
     return 2 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 

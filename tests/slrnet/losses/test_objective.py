@@ -170,6 +170,19 @@ def true_masks() -> Tensor:
     return labels
 
 
+def test_classes_that_an_image_shows_may_weigh_more() -> None:
+    """PyTorch's pos_weight; and the auxiliary head's classification loss may have a weight of its own."""
+    scores = torch.tensor([[0.5, -1.0, 2.0], [3.0, 0.0, -0.5]])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        scores, IMAGE_LABELS.float(), pos_weight=torch.tensor(10.0)
+    )
+    assert classification_loss(scores, IMAGE_LABELS, 10.0).mean().item() == pytest.approx(expected.item())
+    out = outputs(2)
+    parts = [run(out, None, auxiliary_classification=weight).parts["classification"].item() for weight in (0.0, 1.0)]
+    auxiliary = sum(classification_loss(s, IMAGE_LABELS).mean().item() for s in out.auxiliary_class_scores) / 2
+    assert parts[1] - parts[0] == pytest.approx(auxiliary)
+
+
 FIRST, SECOND, BOTH, NONE = ([True, False], [False, True], [True, True], [False, False])
 
 
