@@ -8,8 +8,8 @@ dropout and gates; colors are not distorted. An epoch is one step, so the steps 
 labels and the cosine. Each row is the largest difference over all tensors: of the first step, whose weights are equal,
 and of all steps. Gradients and weights are compared tensor by tensor, by the norm of the difference over the norm.
 
-Both train in float64, where rounding is too small to flip a ReLU, a maximum or the sign of a distance. In float32 such a
-flip changes some gradients by a thousandth within three steps, and then the two trainings drift apart, as any two do.
+Both train in float64, where rounding is too small to flip a ReLU, a maximum or the sign of a distance. In float32 such
+a flip changes some gradients by a thousandth within three steps, and then the two trainings drift apart, as any two do.
 WideResNet-38 takes few steps, from the last one of pretraining on.
 
 Claims: loss parts and gradients of all steps differ by at most 1e-5; weights after the last step by at most 1e-4; no
