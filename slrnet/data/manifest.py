@@ -272,6 +272,11 @@ class ShardSet:
         return tuple(self.info.counts)
 
     @property
+    def table(self) -> pa.Table:
+        """The whole manifest, a row for each sample with the columns of `SCHEMA`; read anew at each call."""
+        return pa.concat_tables([self.rows.of_shard(place) for place in range(self.rows.shards.num_rows)])
+
+    @property
     def repair_command(self) -> str:
         """The command line that rebuilds the folder."""
         return self.info.repair_command(self.folder)
