@@ -25,6 +25,7 @@ from slrnet.data.catalog import voc_palette
 from slrnet.data.depth import Depth
 from slrnet.data.images import open_image
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
+from slrnet.storage.names import printable
 
 __all__ = [
     "Output",
@@ -386,6 +387,6 @@ def print_verification(folder: Path, *, processes: int) -> int:
         return 0
     print(f"{folder}: {len(damages)} shard(s) are damaged:", file=sys.stderr)
     for damage in damages:
-        print(f"  {damage}", file=sys.stderr)
+        print(f"  {printable(str(damage))}", file=sys.stderr)
     print(f"repair with: {dataset.repair_command}", file=sys.stderr)
     return 1

@@ -19,10 +19,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
-from pydantic import ConfigDict, NonNegativeInt, TypeAdapter
+from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_exponential
@@ -59,6 +59,8 @@ MOST_AT_A_TIME = KEEP_LAST + 2
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds between two attempts to write: the first pause, doubled each time up to the longest."""
 
+Byte: TypeAlias = Annotated[int, Field(ge=0, le=255)]
+
 _log = logging.getLogger(__name__)
 
 
@@ -94,6 +96,8 @@ class TrainState:
     """Step and figures that MLflow had not taken when this was saved."""
     depth: str = ""
     """How the data's images of more than 8 bits became 8-bit ones (`DatasetInfo.depth`); predictions do the same."""
+    palette: tuple[tuple[Byte, Byte, Byte], ...] = ()
+    """RGB colors of the K classes, of the data set that was trained on; empty in a checkpoint that knows none."""
 
     @property
     def name(self) -> str:

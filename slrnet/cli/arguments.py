@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 from slrnet.storage.ray_job import lasting, uploaded
 
 __all__ = [
+    "ANNOTATION_FORMATS",
     "DEVICE",
+    "TOLERANCE",
     "Argument",
     "add_protocol",
     "checkpoint",
@@ -80,6 +82,14 @@ def one_of(*options: Argument) -> Argument:
 def checkpoint(name: str = "checkpoint", **properties: Any) -> Argument:
     """A checkpoint or run, or several."""
     return option(name, **{"type": run_argument, "help": "checkpoint, or a run's folder for its best one"} | properties)
+
+
+ANNOTATION_FORMATS = ("coco", "coco-polygons", "labelme")
+"""Forms of `slrnet.data.annotation_files`, which takes long to import."""
+TOLERANCE = option(
+    "--tolerance", type=float, default=1.0, metavar="PX", help="how far polygons may be off; 0: exact (default: 1)"
+)
+"""--tolerance."""
 
 
 def add_protocol(parser: argparse.ArgumentParser, *, default: str | None = None) -> None:

@@ -37,15 +37,19 @@ def prepare(parser: argparse.ArgumentParser) -> None:
     option("--samples", type=int, default=24, metavar="N", help="images on each sheet (default: %(default)s)"),
     option("--masks", type=int, default=1000, metavar="N", help="masks to measure per split (default: 1000)"),
     option("--seed", type=int, default=0, metavar="N", help="seed that draws the images and masks (default: 0)"),
-    option("--no-duplicates", action="store_true", help="do not read all images to find duplicates"),
+    option("--no-duplicates", action="store_true", help="do not read all images, see above"),
 )
 def browse(options: argparse.Namespace) -> int:
     """Check a prepared data set: `slrnet browse DIR [--out FOLDER]`.
 
     For every split it writes SPLIT.jpg, a contact sheet of images beside their masks with the names of their labels,
     and for all of them report.txt, which is printed too: the kinds of labels, a histogram of the classes, warnings and
-    errors. Images whose bytes occur twice are found by their hash; a duplicate in two splits is an error, because a
-    score on images that were trained on is worthless. The exit status is 1 when there is an error.
+    errors. A warning says what it means and what to do.
+
+    Labels that contradict masks, masks of two values and void are counted in --masks masks of each split. One pass over
+    all images finds equal files, images of two splits that look alike (64-bit difference hashes) and nearly constant
+    ones: about 2 ms for an image of 500 x 375 pixels. Equal files in two splits are an error, because a score on images
+    that were trained on is worthless. The exit status is 1 when there is an error.
     """
     from slrnet.tools.browse import browse
 

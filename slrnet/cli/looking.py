@@ -6,7 +6,17 @@ import argparse
 import sys
 from importlib.util import find_spec
 
-from slrnet.cli.arguments import DEVICE, add_protocol, checkpoint, command, option, place, positive
+from slrnet.cli.arguments import (
+    ANNOTATION_FORMATS,
+    DEVICE,
+    TOLERANCE,
+    add_protocol,
+    checkpoint,
+    command,
+    option,
+    place,
+    positive,
+)
 from slrnet.tools.figures import FIGURES
 
 __all__ = ["app", "codes", "dashboard", "figures", "predict", "report"]
@@ -22,16 +32,30 @@ __all__ = ["app", "codes", "dashboard", "figures", "predict", "report"]
     option("--depth", metavar="DEPTH", help="of images of more than 8 bits (default: that of the training data)"),
     option("--max-pixels", type=positive, metavar="N", help="larger images are left out (default: 500 million)"),
     option("--overwrite", action="store_true", help="replace masks that exist"),
+    option(
+        "--also",
+        action="append",
+        default=[],
+        choices=ANNOTATION_FORMATS,
+        help="also write annotations for other tools; repeatable",
+    ),
+    TOLERANCE,
 )
 def predict(options: argparse.Namespace) -> int:
     """Make masks of images: `slrnet predict CHECKPOINT IMAGE... --out DIR`.
 
     IMAGE is a file, a folder (its images, not those of folders in it) or a quoted pattern such as 'photos/**/*.jpg'.
     Each image NAME gives NAME.png, a palette PNG of class ids, NAME.overlay.jpg for people, and an entry in
-    predictions.json: its classes, their share of the pixels and their scores. The exit status is 1 when an image could
-    not be read. Large images are predicted in tiles, up to --max-pixels, with about 12 bytes of memory for each pixel.
-    Images of more than 8 bits are scaled as those of the training data were; --depth (12, 0..1, uint16=0..4095) names
-    another range, or the one that a checkpoint does not know.
+    predictions.json: its classes, their share of the pixels and their scores. The colors are those of the data set that
+    the checkpoint was trained on. The exit status is 1 when an image could not be read.
+
+    Large images are predicted in tiles, up to --max-pixels, with about 12 bytes of memory for each pixel. Images of
+    more than 8 bits are scaled as those of the training data were; --depth (12, 0..1, uint16=0..4095) names another
+    range, or the one that a checkpoint does not know.
+
+    `--also coco` writes coco.json (exact run lengths), `--also coco-polygons` coco-polygons.json, `--also labelme` a
+    file labelme/NAME.json for each image, with polygons. Needs the extra `coco`. Corrected annotations come back with
+    `slrnet prepare folder --annotations`.
     """
     from slrnet.data.depth import Depth
     from slrnet.data.images import MAX_PIXELS
@@ -44,7 +68,8 @@ def predict(options: argparse.Namespace) -> int:
         raise ValueError(f"{existing[0]} exists; give another --out, or allow it with --overwrite")
     predictor = load_predictor(options.checkpoint, protocol=options.protocol, device=options.device)
     limits = {"batch_size": options.batch_size, "depth": depth, "max_pixels": options.max_pixels or MAX_PIXELS}
-    failed = predict_images(predictor, images, options.out, source=options.checkpoint, **limits)
+    tools = {"formats": tuple(dict.fromkeys(options.also)), "tolerance": options.tolerance}
+    failed = predict_images(predictor, images, options.out, source=options.checkpoint, **limits, **tools)
     print(f"{len(images) - failed} masks in {options.out}" + (f", {failed} images could not be read" if failed else ""))
     return 1 if failed else 0
 

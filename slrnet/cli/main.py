@@ -85,7 +85,9 @@ def exit_code(run: Callable[[], int | None], *, interrupted: str = "interrupted"
         print(interrupted, file=sys.stderr)
         return 128 + int(*(interruption.args or (signal.SIGINT,)))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        from slrnet.storage.names import printable  # errors quote what files of others hold
+
+        print("\n".join(map(printable, f"error: {error}".splitlines())), file=sys.stderr)
         return 2
     except RuntimeError as error:
         from slrnet.launch.train import TrainingError  # imports PyTorch, which takes seconds

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from slrnet.cli.arguments import (
+    ANNOTATION_FORMATS,
+    TOLERANCE,
     Argument,
     Run,
     add_protocol,
@@ -190,6 +192,14 @@ def tune(options: argparse.Namespace) -> None:
     run_sweep(plan, resume=bool(options.resume))
 
 
+def _annotation_folder(text: str) -> tuple[str, Path]:
+    """A form of annotations and the folder to write, of FORM=DIR."""
+    form, equals, folder = text.partition("=")
+    if form not in ANNOTATION_FORMATS or not equals or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FORM=DIR with a FORM of {', '.join(ANNOTATION_FORMATS)}")
+    return form, place(folder)
+
+
 def _prediction(*, protocol: str, gating: str | None) -> tuple[Argument, ...]:
     """The options of commands that predict a split, in this process or on Ray workers."""
     stated = gating or "as trained"
@@ -244,6 +254,16 @@ def evaluate(options: argparse.Namespace) -> None:
     option("--out", type=place, metavar="DIR", help="folder to make"),
     option("--splits", default="train", metavar="A,B", help="or all (default: train); others are copied"),
     option("--voc-folder", type=place, metavar="DIR", help="also write a folder in VOC's layout"),
+    option(
+        "--also",
+        action="append",
+        default=[],
+        type=_annotation_folder,
+        metavar="FORM=DIR",
+        help=f"also write a folder for annotation tools, form {', '.join(ANNOTATION_FORMATS)}; repeatable",
+    ),
+    TOLERANCE,
+    option("--keep-void", action="store_true", help="in --also: undecided pixels become shapes of the label void"),
     option("--verify", type=place, metavar="DIR", help="instead: compare the shards of DIR with its manifest"),
     *_prediction(protocol="ms", gating="image_labels"),
     interrupted="interrupted; run the same command again to continue",
@@ -253,6 +273,9 @@ def pseudo_label(options: argparse.Namespace) -> int:
 
     Writes shards like those of DIR, with the network's masks in the train split (or --splits), and prints how good
     they are if there are true ones. Rerun the same command to resume a job that was stopped.
+
+    `--also labelme=FOLDER` (or coco, coco-polygons) also writes images and annotations that people can correct in a
+    tool and give back to `slrnet prepare folder --annotations`. Needs the extra `coco`.
     """
     if options.verify is not None:
         from data_prep.conversion import print_verification
@@ -260,6 +283,7 @@ def pseudo_label(options: argparse.Namespace) -> int:
         return print_verification(options.verify, processes=1)
     if options.checkpoint is None or options.out is None:
         raise ValueError("give --checkpoint RUN and --out DIR, or --verify DIR")
+    from slrnet.data.annotation_folder import check_annotation_folder, write_annotation_folder
     from slrnet.data.manifest import load_dataset
     from slrnet.data.voc_folder import check_voc_folder, write_voc_folder
     from slrnet.launch.pseudo_label import launch_pseudo_labels
@@ -267,10 +291,18 @@ def pseudo_label(options: argparse.Namespace) -> int:
     job = _mask_job(options, lambda shards: shards.splits if options.splits == "all" else options.splits.split(","))
     if options.voc_folder is not None:
         check_voc_folder(options.voc_folder)
+    choice = {"tolerance": options.tolerance, "keep_void": options.keep_void}
+    for form, folder in options.also:
+        check_annotation_folder(job.shards.info.classes, folder, form=form, **choice)
+    if len({folder for _, folder in options.also}) < len(options.also):
+        raise ValueError("--also names a folder twice; give each form a folder of its own")
     workers = {"num_workers": options.num_workers, "cpus_per_worker": options.cpus_per_worker}
     record = launch_pseudo_labels(job, options.out, **workers)
     if options.voc_folder is not None:
         write_voc_folder(load_dataset(options.out.expanduser()), options.voc_folder, splits=job.splits)
+    for form, folder in options.also:
+        notes = write_annotation_folder(load_dataset(options.out.expanduser()), folder, form=form, **choice)
+        print("\n".join([f"{form}: {folder}", *notes]))
     for split, protocols in record["quality"].items():
         for protocol, quality in protocols.items():
             names = ("miou", "mfdr", "mfnr", "coverage")

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BACKGROUND", "IGNORE_INDEX", "VOC_CLASSES", "class_keys", "voc_ids", "voc_palette"]
+__all__ = [
+    "BACKGROUND",
+    "IGNORE_INDEX",
+    "VOC_CLASSES",
+    "class_keys",
+    "mask_palette",
+    "voc_ids",
+    "voc_palette",
+]
 
 IGNORE_INDEX = 255
 """Id of void pixels: undecided, or not labeled. Never a class."""
@@ -69,6 +77,13 @@ def voc_palette() -> npt.NDArray[np.uint8]:
         for digit in range(8):
             bit = (ids >> (3 * digit + channel)) & 1
             palette[:, channel] |= (bit << (7 - digit)).astype(np.uint8)
+    return palette
+
+
+def mask_palette(colors: Sequence[tuple[int, int, int]]) -> npt.NDArray[np.uint8]:
+    """Colors for a mask image, (256, 3) uint8 RGB by id: those of the classes, and VOC's for all other ids."""
+    palette = voc_palette()
+    palette[: len(colors)] = np.reshape(colors, (-1, 3))
     return palette
 
 

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -42,7 +43,7 @@ import pyarrow.compute as pc
 from pydantic import TypeAdapter, ValidationError
 
 from slrnet.config import nearest
-from slrnet.data.catalog import voc_palette
+from slrnet.data.catalog import mask_palette
 from slrnet.data.foreign_folder import how_to_make_shards
 from slrnet.data.manifest_rows import (
     MANIFEST_VERSION,
@@ -54,6 +55,7 @@ from slrnet.data.manifest_rows import (
     fingerprint,
 )
 from slrnet.data.sample_set import SampleSet
+from slrnet.storage.names import check_name, check_text, printable
 from slrnet.storage.remote import is_remote, open_cached
 
 __all__ = [
@@ -107,6 +109,9 @@ class DatasetInfo:
         names = self.classes
         if len(names) < 2 or len(set(names)) < len(names):
             raise ValueError(f"classes are {list(names)[:5]}...; two names or more are needed, each once")
+        colors = [value for color in self.palette for value in color]
+        if len(self.palette) != len(names) or not all(0 <= value <= 255 for value in colors):
+            raise ValueError(f"the palette has {len(self.palette)} colors; {len(names)} of 0 to 255 are needed")
 
     @property
     def num_classes(self) -> int:
@@ -115,13 +120,24 @@ class DatasetInfo:
 
     def palette_array(self) -> npt.NDArray[np.uint8]:
         """Colors for a mask image: (256, 3) uint8 RGB by id; ids beyond the classes have VOC's colors."""
-        colors = voc_palette()
-        colors[: len(self.palette)] = self.palette
-        return colors
+        return mask_palette(self.palette)
 
     def repair_command(self, folder: Path) -> str:
         """The command line that rebuilds a folder of this data set."""
-        return f"rm -r {shlex.quote(str(folder))} && {self.made_by} --out {shlex.quote(str(folder))}"
+        command = self.command()
+        if command is None:
+            return f"the converter that made it: {DATASET_FILE} names a command that is none of slrnet's"
+        return f"rm -r {shlex.quote(str(folder))} && {command} --out {shlex.quote(str(folder))}"
+
+    def command(self) -> str | None:
+        """The command that makes the data set, if it is one of slrnet's scripts; quoted, so that it runs no other."""
+        try:
+            words = shlex.split(self.made_by)
+        except ValueError:
+            return None
+        if words[:1] != ["python"] or not re.fullmatch(r"(data_prep|ray_jobs)/\w+\.py", "".join(words[1:2])):
+            return None
+        return printable(shlex.join(words))
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,7 +300,8 @@ class ShardSet:
     @property
     def verify_command(self) -> str:
         """The command line that compares all shards with the manifest."""
-        return f"{self.info.made_by.split(' --', 1)[0]} --verify {shlex.quote(str(self.folder))}"
+        script = " ".join((self.info.command() or "python data_prep/folder.py").split()[:2])
+        return f"{script} --verify {shlex.quote(str(self.folder))}"
 
     def split(self, name: str) -> SplitView:
         """The samples of one split; raises a `DataError` that names all splits if there is no such one."""
@@ -402,7 +419,15 @@ def _read_info(path: Path) -> DatasetInfo:
         advice = f"install the newer slrnet that made it, or {remake}" if newer else remake
         raise DataError(f"{file} has format version {version}, this program reads version {MANIFEST_VERSION}; {advice}")
     try:
-        return TypeAdapter(DatasetInfo).validate_python(values)
+        info = TypeAdapter(DatasetInfo).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{file} is incomplete or malformed ({first['loc']}: {first['msg']}); {remake}") from None
+    try:
+        for what, text in (("name", info.name), *(("class", text) for text in info.classes)):
+            check_text(what, text)
+        for split in info.counts:
+            check_name("split", split)
+    except ValueError as error:
+        raise DataError(f"{file} has a name that is not taken: {error}; {remake}") from None
+    return info

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from slrnet.config import PROTOCOLS, Config, Protocol
+from slrnet.data.catalog import mask_palette
 from slrnet.data.depth import Depth
 from slrnet.data.images import rgb_pixels, upright_rgb
 from slrnet.inference.crf import dense_crf, require_crf
@@ -44,6 +45,7 @@ class Predictor:
         classes: names of the K classes, background first.
         protocol: `ss`, `ms` or `ms_crf`; None for `config.evaluation.protocol`.
         depth: how images of more than 8 bits are scaled, as they were for the training; without they are refused.
+        colors: RGB colors of the classes, 0 to 255; those that it lacks are VOC's.
 
     Raises:
         ValueError: the protocol is unknown, the extra for `ms_crf` is missing, or the settings gate by true image
@@ -58,8 +60,9 @@ class Predictor:
         classes: tuple[str, ...],
         protocol: Protocol | None = None,
         depth: Depth | None = None,
+        colors: Sequence[tuple[int, int, int]] = (),
     ) -> None:
-        self.depth = depth or Depth()
+        self.depth, self.palette = depth or Depth(), mask_palette(colors)
         self.config = config
         self.protocol: Protocol = protocol or config.evaluation.protocol
         if self.protocol not in PROTOCOLS:

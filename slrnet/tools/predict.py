@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from slrnet.checkpoints.checkpoint import Checkpoint, load_checkpoint, restore_network
 from slrnet.checkpoints.run_store import local_run
 from slrnet.config import Protocol
-from slrnet.data.catalog import voc_palette
+from slrnet.data.annotation_files import TOLERANCE, AnnotationFormat, AnnotationWriter
 from slrnet.data.depth import Depth
 from slrnet.data.images import (
     IMAGE_SUFFIXES,
@@ -59,16 +60,25 @@ def load_predictor(
         checkpoint = load_checkpoint(where)
     model = restore_network(checkpoint, device)
     state, depth = checkpoint.state, Depth.parse(checkpoint.state.depth)
-    return Predictor(model, config=checkpoint.config, classes=state.classes, protocol=protocol, depth=depth)
+    return Predictor(
+        model,
+        config=checkpoint.config,
+        classes=state.classes,
+        protocol=protocol,
+        depth=depth,
+        colors=state.palette,
+    )
 
 
 def find_images(places: Sequence[str]) -> dict[str, Path]:
     """Finds the images that files, folders, and patterns name, by the names of their outputs.
 
+    An image's name is that of its file without the suffix, and with it where several differ in the suffix alone.
+
     Raises:
         ValueError: a place holds no image, or two images have the same name.
     """
-    named: dict[str, Path] = {}
+    named, by_stem = dict[str, Path](), dict[str, dict[Path, None]]()
     for place in places:
         path = Path(place).expanduser()
         if path.is_dir():
@@ -79,7 +89,11 @@ def find_images(places: Sequence[str]) -> dict[str, Path]:
             known = ", ".join(sorted(IMAGE_SUFFIXES))
             raise ValueError(f"{place} is no file, no folder with images and matches nothing; images end with {known}")
         for image in map(Path.resolve, images):
-            if named.setdefault(name := image.stem, image) != image:
+            by_stem.setdefault(image.stem, {})[image] = None
+    for stem, images_of_stem in by_stem.items():
+        for image in images_of_stem:
+            name = stem if len(images_of_stem) == 1 else image.name
+            if named.setdefault(name, image) != image:
                 raise ValueError(f"several images are called {name!r}; predict them into different folders (--out)")
     return named
 
@@ -128,17 +142,22 @@ def predict_images(
     batch_size: int = 1,
     depth: Depth | None = None,
     max_pixels: int = MAX_PIXELS,
+    formats: Sequence[AnnotationFormat] = (),
+    tolerance: float = TOLERANCE,
 ) -> int:
     """Writes masks and predictions.json (the classes of each image, their share of the pixels, and their scores).
 
     Args:
         predictor: the predictor.
-        images: paths by name; NAME gives NAME.png, a palette PNG of class ids, and NAME.overlay.jpg to look at.
+        images: paths by name; NAME gives NAME.png, a palette PNG of class ids in the colors of the training's data
+            set, and NAME.overlay.jpg to look at.
         out: folder to write to.
         source: the checkpoint that predictions.json names.
         batch_size: images of one size to predict at a time, >= 1.
         depth: how images of more than 8 bits are scaled; None as those that the checkpoint was trained on.
         max_pixels: larger images are left out.
+        formats: annotations to write besides, see `annotation_files`; labelme's go to the folder `labelme`.
+        tolerance: how much their polygons may move a border, pixels.
 
     Returns:
         How many images could not be read; a line on stderr names each.
@@ -148,7 +167,10 @@ def predict_images(
 
         keep_memory()
     records: dict[str, Any] = {}
-    palette, failed = voc_palette(), 0
+    tools = AnnotationWriter(
+        out=out, labelme=out / "labelme", classes=predictor.classes, formats=formats, tolerance=tolerance
+    )
+    palette, failed = predictor.palette, 0
     with tqdm(total=len(images), unit="image", disable=None) as bar:
         for batch in batches(images, batch_size):
             read = {name: _read(images[name], depth or predictor.depth, max_pixels) for name in batch}
@@ -161,12 +183,19 @@ def predict_images(
                     draw_overlay(small, mask, palette).save(incoming)
                 with written_whole(out / f"{name}.png") as incoming:
                     incoming.write_bytes(encode_mask(prediction.mask, palette))
+                if formats:
+                    tools.add(name, _relative(images[name], tools.labelme), prediction.mask)
                 records[name] = {"image": str(images[name])} | _summarize(prediction, predictor.classes)
             bar.update(len(batch))
     ordered = {name: records[name] for name in images if name in records}
     content = {"checkpoint": str(source), "protocol": predictor.protocol, "images": ordered}
     write_json(out / "predictions.json", content)
+    tools.close()
     return failed
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder.resolve())).as_posix()
 
 
 def _read(path: Path, depth: Depth, max_pixels: int) -> Pixels | None:

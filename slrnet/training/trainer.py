@@ -95,6 +95,7 @@ class Trainer:
             epoch=0,
             step=0,
             classes=shards.info.classes,
+            palette=shards.info.palette,
             data_fingerprint=shards.info.fingerprint,
             world_size=process.world_size,
             depth=shards.info.depth,
@@ -133,7 +134,7 @@ class Trainer:
             ) from None
         for group, values in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(values)
-        self.state = replace(saved, world_size=self.process.world_size)
+        self.state = replace(saved, world_size=self.process.world_size, palette=self.state.palette)
         return True
 
     def fit(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slrnet.calibration.pseudo_labels import Calibrated, calibrate_views, make_pseudo_labels, to_class_ids
 from slrnet.checkpoints.checkpoint import Checkpoint, restore_network
-from slrnet.data.catalog import IGNORE_INDEX
+from slrnet.data.catalog import IGNORE_INDEX, mask_palette
 from slrnet.data.depth import Depth
 from slrnet.inference.forward import Inference, gate
 from slrnet.inference.predictor import rgb_array
@@ -86,6 +86,7 @@ class Analyzer:
     Attributes:
         classes: names of the K classes, background first.
         depth: how images of more than 8 bits are scaled, as they were for the training.
+        palette: (256, 3) uint8 RGB by id.
         has_codes: whether the network has a low-rank module.
         defaults: the checkpoint's own settings.
     """
@@ -93,6 +94,7 @@ class Analyzer:
     def __init__(self, checkpoint: Checkpoint, *, device: str | None = None) -> None:
         self.config, self.classes = checkpoint.config, checkpoint.state.classes
         self.depth = Depth.parse(checkpoint.state.depth)
+        self.palette = mask_palette(checkpoint.state.palette)
         self._inference = Inference(restore_network(checkpoint, device), self.config)
         model, calibration, num_iters = self._inference.model, self.config.calibration, self.config.cvlr.num_iters
         self._module = model.cvlr if isinstance(model, SLRNet) else None

