@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from data_prep.conversion import Output
+from data_prep.folder import convert
 from slrnet.data.annotation_files import AnnotationFormat
 from slrnet.data.annotation_folder import check_annotation_folder, write_annotation_folder
 from slrnet.data.eval_loader import EvalLoader
-from slrnet.data.manifest import DataError, ShardSet
+from slrnet.data.manifest import DataError, ShardSet, load_dataset
 
 coco_mask = pytest.importorskip("pycocotools.mask")
 pytest.importorskip("shapely")
@@ -72,3 +75,34 @@ def test_what_would_fail_is_refused_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("")
     with pytest.raises(DataError, match="exists; give another folder"):
         check("ant")
+
+
+@pytest.mark.parametrize("form", get_args(AnnotationFormat))
+def test_prepare_folder_makes_the_same_data_set_of_it(
+    tiny_data: ShardSet, tmp_path: Path, form: AnnotationFormat
+) -> None:
+    """The way of corrected pseudo masks, nothing corrected: masks, labels, splits and a subset are as they were."""
+    tool = tmp_path / "tool"
+    write_annotation_folder(tiny_data, tool, form=form, tolerance=0.0, keep_void=True)
+    (tmp_path / "corrected.txt").write_text("train_0.jpg\ntrain_4.jpg\n")
+    convert(
+        tool / "images",
+        Output(tmp_path / "again", subsets={"corrected": tmp_path / "corrected.txt"}),
+        annotations=tool / "images" if form == "labelme" else tool / f"{form}.json",
+        labels=tool / "labels.csv",
+        splits={"val": tool / "val.txt"},
+    )
+    again = load_dataset(tmp_path / "again")
+    assert sorted(again.info.classes) == sorted(tiny_data.info.classes)
+    ids = np.array([*(again.info.classes.index(name) for name in tiny_data.info.classes), *[255] * 252])
+    for split in tiny_data.splits:
+        found = {sample.key: sample for sample in EvalLoader(again, split=split)}
+        assert len(found) == tiny_data.split(split).num_samples
+        for sample in EvalLoader(tiny_data, split=split):
+            assert sample.pixel_labels is not None
+            mask, labels = found[sample.key].pixel_labels, found[sample.key].image_labels
+            assert mask is not None
+            np.testing.assert_array_equal(mask.numpy(), ids[sample.pixel_labels.numpy()])
+            assert set(np.flatnonzero(labels) + 1) == set(ids[np.flatnonzero(sample.image_labels) + 1])
+    train = again.split("train")
+    assert {train.key(i) for i in np.flatnonzero(train.in_subset("corrected"))} == {"train_0", "train_4"}
