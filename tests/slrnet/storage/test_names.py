@@ -32,6 +32,7 @@ def test_control_characters_are_shown_as_escapes_and_refused(text: str, shown: s
 @pytest.mark.parametrize("name", ["val", "été 2", "猫", "a.b-c_d", "x" * 100])
 def test_names_of_files_are_taken(name: str) -> None:
     check_name("split", name)
+    assert printable(name) == name
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", "../x", "/x/y", "a/b", "a\\b", ".hidden", "a\x00", "猫" * 34])
