@@ -61,7 +61,7 @@ GROUNDS = (
 
 CLASS_COLORS = {
     1: ((40, 96, 176), (58, 130, 196), (34, 132, 160)),
-    2: ((232, 196, 52), (240, 172, 44), (222, 210, 96)),
+    2: ((250, 196, 30), (246, 160, 26), (255, 212, 60)),
     3: ((204, 40, 34), (186, 30, 56), (220, 70, 48)),
     4: ((132, 66, 150), (158, 80, 140), (104, 70, 160)),
 }
@@ -458,6 +458,8 @@ def _draw_mushroom(brush: Brush) -> None:
     main, other = _body_colors(brush)
     # It lies in the same frame as the others: the cap to the right, the stem to the left.
     stem = np.array([226.0, 210.0, 176.0]) * brush.random.uniform(0.85, 1.05)
+    if not brush.shared_looks:
+        stem = 0.5 * (stem + main)
     brush.paint(_polygon(x, y, ((0.1, -0.17), (0.1, 0.17), (-0.85, 0.24), (-0.85, -0.24))), _rounded(x, 2 * y, stem))
     brush.paint(_ellipse(x, y, (-0.85, 0.0), (0.12, 0.24)), _rounded(x, 2 * y, 0.92 * stem))
     brush.paint(_ellipse(x, y, (-0.22, 0.0), (0.07, 0.3)), 0.86 * stem)
