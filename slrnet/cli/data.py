@@ -48,7 +48,7 @@ def browse(options: argparse.Namespace) -> int:
 
     Labels that contradict masks, masks of two values and void are counted in --masks masks of each split. One pass over
     all images finds equal files, images of two splits that look alike (64-bit difference hashes) and nearly constant
-    ones: about 2 ms for an image of 500 x 375 pixels. Equal files in two splits are an error, because a score on images
+    ones: about 3 ms for an image of 500 x 375 pixels. Equal files in two splits are an error, because a score on images
     that were trained on is worthless. The exit status is 1 when there is an error.
     """
     from slrnet.tools.browse import browse

@@ -196,8 +196,7 @@ def test_images_that_look_alike_or_show_nothing_are_found_in_one_pass(tmp_path: 
     assert "train/c ~ val/again; scores on images that were trained on are too good" in warnings[0]
 
 
-def test_many_images_are_compared_in_blocks(tmp_path: Path) -> None:
-    """Every image of val has its like in train, in whatever block of comparisons it is."""
+def test_every_image_finds_its_like_among_many(tmp_path: Path) -> None:
     train = {f"t{n:03}": ("train", None, None, pattern(n, (40, 40))) for n in range(60)}
     val = {f"v{n:03}": ("val", None, None, pattern(n, (40, 40), noise=n + 1)) for n in range(0, 60, 2)}
     found = survey_images(write(tmp_path / "shards", **train, **val))
