@@ -24,7 +24,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	    + sys.version.split()[0] + "; name a newer one: make PYTHON=python3.11 ...")'
 	@echo "installing slrnet and its dependencies into .venv (several GB with PyTorch; some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@: > .venv/install.log; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,app,crf,coco,distill,docs,export]' > .venv/install.log 2>&1 \
+	@: > .venv/install.log; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,app,crf,coco,distill,docs,export,heic,tiff,xlsx]' > .venv/install.log 2>&1 \
 	    & pip=$$!; trap "kill $$pip 2>/dev/null || true" INT TERM; \
 	    tail --pid=$$pip -n +1 -f .venv/install.log 2>/dev/null \
 	    | sed -u -n -E 's/^(Collecting [A-Za-z0-9._-]+).*/  \1/p; s/^(Building|Preparing|Installing collected packages).*/  \1/p'; \

@@ -352,7 +352,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "share of train that is kept (default: %(default)s)"
     add("--fraction", type=float, default=1.0, metavar="X", help=text)
     add("--val-fraction", type=float, default=0.0, metavar="X", help="share of the images for `val`")
-    text = "what annotations belong to where EXIF data turn an image and its size does not tell"
+    text = "what annotations belong to where EXIF data turn an image and its size does not tell (default: auto)"
     add("--orientation", choices=("auto", "stored", "upright"), default="auto", help=text)
     add_common_arguments(parser, name="coco")
 

@@ -94,18 +94,19 @@ class SkipFusion(nn.Module):
             self.gain = math.sqrt(skip_share / (1 - skip_share) * dim / (skip_dim * RECTIFIED_VARIANCE))
         self.fuse = conv_norm_relu(dim + skip_dim, dim, 3)
 
-    def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
-        """(N, dim, h, w) and (N, skip_channels, H, W) to (N, dim, H, W)."""
-        return self.fuse(self.join(deep, skip))  # type: ignore[no-any-return]
+    def forward(self, deep: Tensor, skip: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Fuses (N, dim, h, w) and (N, skip_channels, H, W).
 
-    def join(self, deep: Tensor, skip: Tensor) -> Tensor:
-        """What is fused: (N, dim + skip_dim, H, W), the deep features first."""
+        Returns:
+            (N, dim, H, W), and in training the share of what is fused that is shallow: of its variance over images and
+            pixels, a scalar without gradient.
+        """
         grown = self.normalize(resize(deep, skip.shape[-2:]))  # in this order, for resizing smooths
-        return torch.cat([grown, self.project(skip) * self.gain], dim=1)
+        joined = torch.cat([grown, self.project(skip) * self.gain], dim=1)
+        return self.fuse(joined), self._shallow_share(joined) if self.training else None
 
     @torch.no_grad()
-    def shallow_share(self, joined: Tensor) -> Tensor:
-        """Share of the variance of `joined` over images and pixels that its shallow channels have; a scalar."""
+    def _shallow_share(self, joined: Tensor) -> Tensor:
         variance = joined.float().var(dim=(0, 2, 3), correction=0)
         return variance[self.dim :].sum() / variance.sum().clamp_min(1e-12)
 

@@ -77,11 +77,10 @@ class SLRNet(Network):
         features, skips, shares = [], [], []
         for view in views:
             encoded = self.encoder(view)
-            joined = self.fusion.join(self.aspp(encoded.deep), encoded.skip)
-            features.append(self.fusion.fuse(joined))
+            fused, share = self.fusion(self.aspp(encoded.deep), encoded.skip)
+            features.append(fused)
             skips.append(encoded.skip)
-            if self.training:
-                shares.append(self.fusion.shallow_share(joined))
+            shares += [] if share is None else [share]
         auxiliary = [] if self.auxiliary_head is None else [self.auxiliary_head(view) for view in self._seen(features)]
         codes: list[Tensor] = []
         if self.cvlr is not None:

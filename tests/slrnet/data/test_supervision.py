@@ -118,7 +118,9 @@ def test_pretraining_on_labeled_images_alone(split: SplitView, write_tiny: Write
 
 
 def test_refusals(split: SplitView, write_tiny: WriteTiny, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no subset 'other'; it has: few, pixels; data_prep makes one with --subset"):
+    with pytest.raises(
+        DataError, match="no subset 'other'; it has: few, pixels; `slrnet prepare` makes one with --subset"
+    ):
         plan(split, "sss", pixel_labeled_subset="other")
     with pytest.raises(DataError, match="no subset 'other'"):
         plan(split, "wsss", train_subset="other")

@@ -163,5 +163,5 @@ class TestSemiSupervised:
         broken = write_tiny(tmp_path / "broken", mask_bytes=ungranted(lambda sample, png: b"no PNG at all"))
         start_trainer(config, shards=broken).fit(report=lambda figures: None)
         damaged = write_tiny(tmp_path / "damaged", mask_bytes=only("train", lambda sample, png: b"no PNG at all"))
-        with pytest.raises(DataError, match="cannot be decoded as PNG"):
+        with pytest.raises(DataError, match="the mask cannot be read"):
             start_trainer(config, shards=damaged).fit(report=lambda figures: None)
