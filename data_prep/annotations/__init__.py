@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -49,7 +50,11 @@ def read_annotations(path: str | Path, tool: Tool | Literal["auto"] = "auto") ->
         raise DataError(f"--annotations {path} is missing; give the exported file, or the folder with the export")
     if path.suffix.lower() in (".zip", ".tar", ".gz"):
         raise DataError(f"--annotations {path} is an archive; unpack it and give the folder")
-    return READERS[_tool(path) if tool == "auto" else tool](path)
+    export = READERS[_tool(path) if tool == "auto" else tool](path)
+    suffix = ".json" if export.tool == "cvat" else ".xml"
+    others = [] if path.is_file() else [str(file) for file in find_files(path, suffix)]
+    kind = f"{suffix[1:].upper()} files, which are not of {export.tool}"
+    return replace(export, left_out={**export.left_out, kind: others}) if others else export
 
 
 def _tool(path: Path) -> Tool:

@@ -128,7 +128,7 @@ def rasterize(annotation: ImageAnnotation, ids: Mapping[str, int], size: tuple[i
     if annotation.problem is not None:
         raise DataError(f"{where}: {annotation.problem}; correct or remove it in the tool and export again")
     if annotation.size is not None and annotation.size != size:
-        swapped = ", its sides swapped: the tool does not turn images as their EXIF data say"
+        swapped = ", its sides swapped, as by a tool that does not follow EXIF data"
         raise DataError(
             f"{where}: the tool says {annotation.size[0]}x{annotation.size[1]} pixels, the image has "
             f"{size[0]}x{size[1]} upright{swapped if annotation.size == size[::-1] else ''}; take both from one export"

@@ -47,6 +47,20 @@ def test_the_form_of_the_files_says_which_tool_wrote_them(tmp_path: Path, tool: 
 
 
 @pytest.mark.parametrize(
+    ("tool", "files", "others"),
+    [
+        ("labelme", {"a.json": LABELME, "a.xml": "<annotation/>"}, "XML files, which are not of labelme"),
+        ("cvat", {"annotations.xml": CVAT, "note.json": '{"made": "today"}'}, "JSON files, which are not of cvat"),
+    ],
+)
+def test_files_of_the_other_kind_are_named(tmp_path: Path, tool: str, files: dict[str, str], others: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    export = read_annotations(tmp_path)
+    assert (export.tool, export.left_out) == (tool, {others: [str(tmp_path / list(files)[1])]})
+
+
+@pytest.mark.parametrize(
     ("name", "text", "words"),
     [
         ("export.zip", "PK", "is an archive; unpack it"),
