@@ -148,7 +148,7 @@ def _find(image: ImageAnnotation, names: ImageNames, valid_names: Mapping[str, s
     paths = list(dict.fromkeys(path for text in image.paths for path in (text, unquote(text))))
     found = [hit for path in paths if (hit := names.find(path)) is not None]
     if found:
-        return next((hit for hit in found if not hit[1]), found[0])
+        return min(found, key=lambda hit: (hit[1] != "", hit[1] == "in another folder"))
     keys = [key for path in paths if (key := valid_names.get(_valid_name(path))) is not None]
     return (keys[0], "as uploads are named") if keys else None
 

@@ -73,6 +73,7 @@ def _class_names(content: Annotations) -> list[str]:
 
 def _image(content: Annotations, place: int, left_out: LeftOut) -> ImageAnnotation:
     image, rows = content.images[place], content.of_image(place)
+    name = image.file_name.replace("\\", "/")
     names = {category.id: label_of(category.name) for category in content.categories}
     entries = read_spans(content.path, content.encoding, content.spans[rows])
     reader = ShapeReader(f"{content.path.name}, image {image.file_name!r}", left_out)
@@ -82,7 +83,7 @@ def _image(content: Annotations, place: int, left_out: LeftOut) -> ImageAnnotati
     labels = tuple(dict.fromkeys(names[entry["category_id"]] for entry in entries))
     return ImageAnnotation(
         file=content.path,
-        paths=(image.file_name.replace("\\", "/"),),
+        paths=(name, f"{content.path.parent.absolute().as_posix()}/{name}"),
         size=(image.width, image.height),
         shapes=() if any(map(is_box_alone, entries)) else tuple(areas),
         labels=labels or None,

@@ -80,7 +80,7 @@ def _image(file: Path, element: Element, left_out: LeftOut) -> ImageAnnotation:
     tags = tuple((tag.get("label") or "").strip() for tag in element.iterfind("tag"))
     return ImageAnnotation(
         file=file,
-        paths=(name,),
+        paths=(name, f"{element.get('subset')}/{name}") if element.get("subset") else (name,),
         size=size,
         shapes=tuple(reader.shapes),
         labels=tuple(dict.fromkeys(tag for tag in tags if tag)) or None,

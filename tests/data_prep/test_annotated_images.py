@@ -200,6 +200,27 @@ def test_labelmes_paths_are_relative_to_its_files(tmp_path: Path) -> None:
     assert {key: classes for key, (_, classes, _) in make(tmp_path).items()} == {"one_a": [1], "two_a": [2]}
 
 
+@pytest.mark.parametrize("tool", [coco, cvat])
+def test_one_name_in_two_splits(tmp_path: Path, tool: Callable[..., None]) -> None:
+    """The folder of COCO's file, or CVAT's subset, tells which image is meant."""
+    shapes: dict[str, Shapes] = {"train": [("cat", 0, 0, 10, 8)], "val": []}
+    texts = []
+    for split, boxes in shapes.items():
+        photo(tmp_path / "export" / split / "a.jpg")
+        if tool is coco:
+            coco(tmp_path / "export" / split, {"a.jpg": boxes})
+        else:
+            cvat(tmp_path / split, {"a.jpg": boxes}, subset=split)
+            texts.append((tmp_path / split / "annotations.xml").read_text().removeprefix("<annotations>"))
+    if tool is cvat:
+        merged = "<annotations>" + "".join(text.removesuffix("</annotations>") for text in texts) + "</annotations>"
+        (tmp_path / "export" / "annotations.xml").write_text(merged)
+    (tmp_path / "images").symlink_to(tmp_path / "export")
+    rows = make(tmp_path)
+    classes = {key: found for key, (_, found, _) in rows.items()}
+    assert classes == {"train_a": [1], "val_a": []}
+
+
 def test_images_and_annotations_without_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo(tmp_path / "images" / "a.jpg")
     photo(tmp_path / "images" / "b.jpg")

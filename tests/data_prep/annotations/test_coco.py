@@ -82,7 +82,8 @@ def test_roboflows_folders_are_splits(tmp_path: Path) -> None:
 def test_names_of_files_are_splits(tmp_path: Path, name: str, split: str | None) -> None:
     write(tmp_path / "annotations" / name, names=("sub\\a.jpg",))
     (image,) = read(tmp_path).images
-    assert (image.split, image.paths) == (split, ("sub/a.jpg",))
+    folder = (tmp_path / "annotations").as_posix()
+    assert (image.split, image.paths) == (split, ("sub/a.jpg", f"{folder}/sub/a.jpg"))
 
 
 def test_boxes_alone_give_labels_and_no_mask(tmp_path: Path) -> None:
