@@ -41,7 +41,8 @@ def test_a_network_is_distilled(tmp_path: Path) -> None:
     data, pseudo = tmp_path / "data", tmp_path / "pseudo"
     build_demo(data, num_train=24, num_val=6, image_size=64, samples_per_shard=6)
     classes = load_dataset(data).info.classes
-    config = apply_overrides(demo(), [*TINY, "data.crop_size=64", f"data.path={data}"])
+    usual = "evaluation.background_power=1.0"
+    config = apply_overrides(demo(), [*TINY, usual, "data.crop_size=64", f"data.path={data}"])
     torch.manual_seed(0)
     model = build_network(config, num_classes=len(classes))
     state = TrainState(
