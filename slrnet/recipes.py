@@ -1,6 +1,6 @@
 """Named full configurations; a recipe is a function without arguments that returns a `Config`.
 
-Scores in the docstrings are the paper's where they say so. The README lists our own, with hardware and commit.
+Scores in the docstrings are the paper's where they say so. docs/results.md lists our own, with hardware and commit.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def voc_wsss() -> Config:
     """Pascal VOC 2012 from image labels, WideResNet-38 (paper Experiment I).
 
     Paper: 67.2 % mIoU on val with multi-scale inference and CRF, 64.07 % without CRF (Table 7). Not yet run by us.
-    Command: `slrnet train --recipe voc_wsss --data SHARDS --num-workers 8`, with the weights that the README names.
+    Command: `slrnet train --recipe voc_wsss --data SHARDS --num-workers 8`, with the weights
+    that docs/training.md names.
     """
     return Config()
 
@@ -225,7 +226,7 @@ def voc_wsss_lite() -> Config:
     too much foreground, so validation takes the square root of the background's probability and predicts only classes
     with high class scores. The CRF strengthens the background by itself and gets a higher exponent.
     Command: `slrnet train --recipe voc_wsss_lite --data SHARDS --num-workers 2`; two workers of one thread are
-    faster than one of two. Hardware, minutes and score: see the README.
+    faster than one of two. Hardware, minutes and score: see docs/results.md.
     """
     return _derive(
         Config(),
@@ -249,7 +250,7 @@ def voc_sss_image_labels_lite() -> Config:
     True masks train from the first step, so one epoch before pseudo labels is enough. Validation uses the masks
     unchanged, as in `voc_sss_lite`. `--set data.pixel_labeled_subset=NAME` chooses another subset.
     Command: `slrnet train --recipe voc_sss_image_labels_lite --data SHARDS --num-workers 2`. About 19 minutes on 2
-    cores with 150 masks and 1,053 image labels. Score: see the README.
+    cores with 150 masks and 1,053 image labels. Score: see docs/results.md.
     """
     return _derive(
         voc_wsss_lite(),
@@ -268,7 +269,7 @@ def voc_sss_lite() -> Config:
     The first two epochs draw only images with masks, because unlabeled ones teach nothing yet. As in the released code,
     every epoch draws images with masks seven times. For comparison, train only on images with masks:
     `--set data.train_subset=NAME --set data.pixel_labeled_subset=NAME --set train.epochs=12`.
-    Command: `slrnet train --recipe voc_sss_lite --data SHARDS --num-workers 2`. Score: see the README.
+    Command: `slrnet train --recipe voc_sss_lite --data SHARDS --num-workers 2`. Score: see docs/results.md.
     """
     return _derive(
         voc_sss_image_labels_lite(),
@@ -330,7 +331,7 @@ def voc_distill() -> Config:
 def voc_distill_lite() -> Config:
     """`voc_distill` on two CPU cores: EfficientNet-Lite0 with the batch norms of its ImageNet weights, crop 192.
 
-    Command: `slrnet distill --recipe voc_distill_lite --data PSEUDO --num-workers 2`. Score: see the README.
+    Command: `slrnet distill --recipe voc_distill_lite --data PSEUDO --num-workers 2`. Score: see docs/results.md.
     """
     return _derive(
         voc_distill(),

@@ -50,7 +50,7 @@ def test_each_experiment_has_a_target_and_a_recipe_for_the_cpu(name: str) -> Non
     assert re.search(r"Paper: \d\d\.\d+ % mIoU on val", text)
     assert "Not yet run" in text
     assert "--num-workers 8" in text
-    assert re.search(r"not yet run|see the README", lite)
+    assert re.search(r"not yet run|see docs/results", lite)
     assert "two CPU cores" in lite
     assert (get_recipe(name).setting, get_recipe(name).data.pixel_labeled_subset) == (
         get_recipe(f"{name}_lite").setting,
