@@ -20,6 +20,7 @@ from data_prep.shard_writer import listed
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.images import open_image, upright_size
 from slrnet.data.manifest import DataError
+from slrnet.storage.shown import say
 
 __all__ = ["AnnotatedImages", "annotation_mask", "match_annotations"]
 
@@ -92,9 +93,9 @@ def _say(export: AnnotationExport, what: str) -> None:
     empty = sum(image.annotated and not image.shapes and image.labels is None for image in export.images)
     parts = [f"{len(export.images)} image(s)", f"{len(shapes)} shape(s)", f"{empty} image(s) without any"]
     parts += [f"{boxes} of the shapes are boxes, which are filled"] if boxes else []
-    print(f"{what}: {', '.join(parts)}", flush=True)
+    say(f"{what}: {', '.join(parts)}")
     for kind, places in export.left_out.items():
-        print(f"{what}: left out {len(places)} {kind}: {listed(places)}", flush=True)
+        say(f"{what}: left out {len(places)} {kind}: {listed(places)}")
 
 
 def _tags(image: ImageAnnotation, class_of: Mapping[str, str | None], *, has_shapes: bool) -> tuple[str, ...] | None:
@@ -130,16 +131,14 @@ def _by_key(
         if way:
             ways.setdefault(way, []).append(f"{image.paths[0]} as {names.paths[key]}")
     for way, texts in ways.items():
-        print(f"{what}: {len(texts)} name(s) are those of images {way}: {listed(texts)}", flush=True)
+        say(f"{what}: {len(texts)} name(s) are those of images {way}: {listed(texts)}")
     if unknown and (not skip_unmatched or not by_key):
         raise DataError(
             f"{what} has annotations of {len(unknown)} image(s) that are not below --images: {listed(unknown)}; add "
             "them, or leave their annotations out with --skip-unmatched"
         )
     if unknown:
-        print(
-            f"{what}: left out annotations of {len(unknown)} image(s) that are not there: {listed(unknown)}", flush=True
-        )
+        say(f"{what}: left out annotations of {len(unknown)} image(s) that are not there: {listed(unknown)}")
     return by_key
 
 
@@ -191,11 +190,11 @@ def _classes(
                 f"{', '.join(names)}: name these too, or make their pixels void with --other-labels-void"
             )
         if others:
-            print(f"{what}: void are the pixels of the labels {listed(list(others))}", flush=True)
+            say(f"{what}: void are the pixels of the labels {listed(list(others))}")
         spelled = {label: place for label, place in (shapes | tags).items() if folded(label) in known}
         class_of = {**dict.fromkeys(others), **class_by_label(spelled, names, what)}
     if unknown := [f"{label!r} ({place})" for label, place in tags.items() if label not in class_of]:
-        print(f"{what}: left out {len(unknown)} label(s) of images that are no class: {listed(unknown)}", flush=True)
+        say(f"{what}: left out {len(unknown)} label(s) of images that are no class: {listed(unknown)}")
     return names, class_of
 
 

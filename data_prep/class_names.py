@@ -11,6 +11,7 @@ from data_prep.shard_writer import listed
 from data_prep.text_files import read_lines
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
 from slrnet.data.manifest import DataError
+from slrnet.storage.shown import say
 
 __all__ = ["class_by_label", "folded", "given_classes", "label_pieces", "normalized", "read_classes"]
 
@@ -43,7 +44,7 @@ def given_classes(names: Sequence[str], option: str) -> tuple[str, ...]:
     wanted = tuple(normalized(name) for name in names)
     places = [place for place, name in enumerate(wanted) if folded(name) == BACKGROUND]
     if places == [0]:
-        print(f"{option}: {wanted[0]!r} is class 0 of every data set; the classes 1, 2, ... are the others", flush=True)
+        say(f"{option}: {wanted[0]!r} is class 0 of every data set; the classes 1, 2, ... are the others")
         wanted = wanted[1:]
     elif places:
         raise DataError(
@@ -89,7 +90,7 @@ def class_by_label(labels: Mapping[str, str], classes: Sequence[str] | None, wha
     """
     background = {label for label in labels if folded(label) == BACKGROUND}
     if background:
-        print(f"{what}: the label {BACKGROUND!r} is read as none of the classes", flush=True)
+        say(f"{what}: the label {BACKGROUND!r} is read as none of the classes")
     others = {label: where for label, where in labels.items() if label not in background}
     named = _by_spelling(others, classes, what) if classes is not None else _as_names(others, what)
     return {**dict.fromkeys(background), **named}
@@ -106,7 +107,7 @@ def _by_spelling(labels: Mapping[str, str], classes: Sequence[str], what: str) -
             f"{', '.join(classes)}: correct the labels, or name these classes too"
         )
     if respelled := [f"{label!r} as {names[0]!r}" for label, names in found.items() if names[0] != label]:
-        print(f"{what}: labels in another spelling are read as classes: {listed(respelled)}", flush=True)
+        say(f"{what}: labels in another spelling are read as classes: {listed(respelled)}")
     return {label: names[0] for label, names in found.items()}
 
 

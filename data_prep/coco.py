@@ -59,6 +59,7 @@ from data_prep.text_files import read_lines
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
 from slrnet.data.images import encode_mask, open_image
 from slrnet.data.manifest import DataError, DatasetInfo
+from slrnet.storage.shown import say
 
 __all__ = ["Annotations", "add_arguments", "class_mask", "convert", "make", "read_annotations"]
 
@@ -267,7 +268,7 @@ def _categories(contents: Sequence[Annotations]) -> list[Category]:
     ]
     for category in first.categories:
         if category not in kept:
-            print(f"left out the category {category.name!r} (id {category.id}): it has no annotations", flush=True)
+            say(f"left out the category {category.name!r} (id {category.id}): it has no annotations")
     names = [category.name for category in kept]
     if BACKGROUND in names:
         raise DataError(
@@ -321,7 +322,7 @@ def _say_unlisted(parts: Sequence[Part], items: Sequence[_Item]) -> None:
             raise DataError(f"{item.path} is in the splits {split_of[item.path]!r} and {item.split!r}; keep one")
     if unlisted := unlisted_images(parts, map(Path, split_of)):
         paths = listed(list(map(str, unlisted)))
-        print(f"left out {len(unlisted)} images that no annotation file lists: {paths}", flush=True)
+        say(f"left out {len(unlisted)} images that no annotation file lists: {paths}")
 
 
 def _dealt(items: Sequence[_Item], fraction: float, val_fraction: float, seed: int) -> list[_Item]:
@@ -332,7 +333,7 @@ def _dealt(items: Sequence[_Item], fraction: float, val_fraction: float, seed: i
         raise DataError("--val-fraction draws from train, but there are validation images; leave it away")
     kept = max(1, round(len(train) * fraction)) if train else 0
     if kept < len(train):
-        print(f"train: {kept} of {len(train)} images drawn by seed {seed}", flush=True)
+        say(f"train: {kept} of {len(train)} images drawn by seed {seed}")
         train = sorted(train, key=lambda item: seeded_share(item.key, seed))[:kept]
     if val_fraction:
         train = [replace(item, split=drawn_split(item.key, val_fraction, seed)) for item in train]

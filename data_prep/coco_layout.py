@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 
 from slrnet.data.images import IMAGE_SUFFIXES
 from slrnet.data.manifest import DataError
+from slrnet.storage.shown import say
 
 __all__ = ["YEARS", "Part", "find_parts", "unlisted_images"]
 
@@ -106,7 +107,7 @@ def _parts(root: Path, found: dict[str, Path], year: int | None) -> list[Part]:
             continue
         split = SPLIT_OF.get(name.lower().removesuffix(str(year)).rstrip("-_"))
         if split is None:
-            print(f"left out {path}: {name!r} is none of {', '.join(SPLIT_OF)}", flush=True)
+            say(f"left out {path}: {name!r} is none of {', '.join(SPLIT_OF)}")
         elif split in parts:
             raise DataError(f"{parts[split].path} and {path} are both the split {split!r}; move one of them away")
         else:

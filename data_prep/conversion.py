@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import sys
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from slrnet.data.catalog import voc_palette
 from slrnet.data.depth import Depth
 from slrnet.data.images import open_image
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
-from slrnet.storage.names import printable
+from slrnet.storage.shown import say
 
 __all__ = [
     "Output",
@@ -191,11 +190,11 @@ def convert_items(
         samples = _scanned(source, items, workers, skip_damaged=output.skip_damaged)
         if not keep_background:
             kept = [sample for sample in samples if sample.classes != ()]
-            print(f"left out {len(samples) - len(kept)} images that show none of the chosen classes", flush=True)
+            say(f"left out {len(samples) - len(kept)} images that show none of the chosen classes")
             samples = kept
         source.check(samples)
         for note in source.notes(samples):
-            print(note, flush=True)
+            say(note)
         if output.dry_run:
             return _understood(source, samples, output)
         return write_dataset(
@@ -228,12 +227,12 @@ def _understood(source: Source[AnyItem], samples: Sequence[Sample], output: Outp
         "none of them": str(sum(not classes for classes in labeled)),
         "unknown": str(len(samples) - len(labeled)),
     }
-    print(f"images: {len(samples)}: " + ", ".join(f"{splits[split]} {split}" for split in sorted(splits)))
+    say(f"images: {len(samples)}: " + ", ".join(f"{splits[split]} {split}" for split in sorted(splits)))
     if subsets := Counter(name for sample in samples for name in sample.subsets):
-        print("subsets: " + ", ".join(f"{subsets[name]} {name}" for name in sorted(subsets)))
-    print("images by label: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+        say("subsets: " + ", ".join(f"{subsets[name]} {name}" for name in sorted(subsets)))
+    say("images by label: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     rows = [source.row(sample) for sample in sorted(samples, key=lambda sample: sample.key)[:5]]
-    print(tabulate(rows, headers="keys", tablefmt="simple"), flush=True)
+    say(tabulate(rows, headers="keys", tablefmt="simple"))
     palette = tuple((int(red), int(green), int(blue)) for red, green, blue in source.palette[: len(names)])
     assert output.name is not None
     assert output.made_by is not None
@@ -252,9 +251,9 @@ def _scanned(
     if not skip_damaged:
         report_problems(problems, source.place, advice="repair them, or leave these images out with --skip-damaged")
     for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr, flush=True)
+        say(f"left out: {problem}", error=True)
     if problems:
-        print(f"left out {len(problems)} damaged images, {len(samples)} remain", flush=True)
+        say(f"left out {len(problems)} damaged images, {len(samples)} remain")
     return samples
 
 
@@ -343,11 +342,11 @@ def run_conversion(options: argparse.Namespace, make: Callable[[argparse.Namespa
         raise DataError("--out is missing; give the folder to make, or --dry-run to write none")
     info = make(options)
     if dry_run:
-        print("wrote nothing, as --dry-run asks")
+        say("wrote nothing, as --dry-run asks")
         return 0
     counts = ", ".join(f"{count} {split}" for split, count in info.counts.items())
-    print(f"wrote {options.out}: {counts} samples, {info.num_classes} classes, fingerprint {info.fingerprint[:12]}")
-    print(f"look at it: slrnet browse {shlex.quote(str(options.out))}")
+    say(f"wrote {options.out}: {counts} samples, {info.num_classes} classes, fingerprint {info.fingerprint[:12]}")
+    say(f"look at it: slrnet browse {shlex.quote(str(options.out))}")
     return 0
 
 
@@ -383,10 +382,10 @@ def print_verification(folder: Path, *, processes: int) -> int:
     damages = verify(folder, processes=processes)
     dataset = load_dataset(folder)
     if not damages:
-        print(f"{folder}: all {sum(dataset.info.counts.values())} samples are intact")
+        say(f"{folder}: all {sum(dataset.info.counts.values())} samples are intact")
         return 0
-    print(f"{folder}: {len(damages)} shard(s) are damaged:", file=sys.stderr)
+    say(f"{folder}: {len(damages)} shard(s) are damaged:", error=True)
     for damage in damages:
-        print(f"  {printable(str(damage))}", file=sys.stderr)
-    print(f"repair with: {dataset.repair_command}", file=sys.stderr)
+        say(f"  {damage}", error=True)
+    say(f"repair with: {dataset.repair_command}", error=True)
     return 1

@@ -42,6 +42,7 @@ from data_prep.workers import ConversionPool
 from slrnet.data.catalog import BACKGROUND, voc_palette
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
+from slrnet.storage.shown import say
 
 __all__ = ["CLASSES", "add_arguments", "build_demo", "demo_data", "draw_scene", "make", "write_voc_folder"]
 
@@ -184,7 +185,7 @@ def write_voc_folder(
 def demo_data(storage: Path) -> Path:
     """The demo's shards in a folder of runs, built if they are missing; says that they stand in for real data."""
     hint = "Real data: slrnet train --recipe voc_wsss --data SHARDS, with shards from `slrnet prepare voc`."
-    print(f"No --data given: training on the embedded, synthetic demo data. {hint}", flush=True)
+    say(f"No --data given: training on the embedded, synthetic demo data. {hint}")
     folder = storage / "demo_data"
     if not folder.exists():
         build_demo(folder)

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from data_prep.workers import ConversionPool
 from slrnet.data.depth import Depth, Range, check_finite
 from slrnet.data.images import deep_samples, left_out, open_image, sample_type
 from slrnet.data.manifest import DataError
+from slrnet.storage.shown import say
 
 __all__ = ["AUTO", "check_depth", "choose_depth"]
 
@@ -93,7 +93,7 @@ def choose_depth(option: str, paths: Sequence[str], workers: ConversionPool) -> 
         about = "; ".join(_about(kind, found[kind]) for kind in ranges)
         raise DataError(f"{about}; if each type has a range of its own, say so: --depth {Depth(ranges)}")
     for kind, chosen in ranges.items():
-        print(f"depth {kind}={chosen}: {_about(kind, found[kind])}; {chosen.low:g} is black, {chosen.high:g} white")
+        say(f"depth {kind}={chosen}: {_about(kind, found[kind])}; {chosen.low:g} is black, {chosen.high:g} white")
     return Depth(ranges)
 
 
@@ -114,7 +114,7 @@ def _percentiles(option: str) -> tuple[float, float] | None:
 def _tell_what_is_left_out(clauses: Mapping[str, str]) -> None:
     for clause in sorted(set(clauses.values())):
         names = [path for path, own in clauses.items() if own == clause]
-        print(f"{len(names)} image(s), each {clause}: {listed(names, ', ')}", file=sys.stderr, flush=True)
+        say(f"{len(names)} image(s), each {clause}: {listed(names, ', ')}", error=True)
 
 
 # In the worker processes.

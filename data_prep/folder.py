@@ -91,6 +91,7 @@ from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, voc_palette
 from slrnet.data.depth import Depth
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
+from slrnet.storage.shown import say
 
 __all__ = ["add_arguments", "convert", "make"]
 
@@ -329,15 +330,14 @@ def _find_files(images: Path, masks: Path | None) -> _Files:
     found = find_pictures(images, "--images", apart=masks)
     if masks is None:
         if like_masks := sorted(masks_among(found)):
-            print(
+            say(
                 f"--images: {len(like_masks)} image(s) have names of masks: {listed(like_masks)}; they are taken as "
                 "images, as --masks is not given",
-                flush=True,
             )
         return _Files(paths_by_key(images, found), (), None)
     if os.path.samefile(images, masks):
         mixed = masks_among(found)
-        print(f"--masks is --images: {len(mixed)} of {len(found)} files are masks by their names", flush=True)
+        say(f"--masks is --images: {len(mixed)} of {len(found)} files are masks by their names")
         return _Files(paths_by_key(images, [path for path in found if path not in mixed]), sorted(mixed), masks)
     return _Files(paths_by_key(images, found), find_pictures(masks, "--masks", apart=images), masks)
 
@@ -353,7 +353,7 @@ def _read_annotations(path: str | Path, tool: Tool | Literal["auto"], *, has_mas
 def _joined(stated: ImageLabels | None, annotated: ImageLabels, *, splits_given: bool) -> ImageLabels:
     """Labels by table or folders where there are any, else by annotations; splits alike."""
     if splits_given and annotated.splits is not None:
-        print(f"{annotated.what}: its splits are left out, as options give others", flush=True)
+        say(f"{annotated.what}: its splits are left out, as options give others")
         annotated = replace(annotated, splits=None)
     if stated is None:
         return annotated
@@ -389,7 +389,7 @@ def _class_names(
         what = "the image labels" if stated is None else stated.what
         raise DataError(f"{what} names {len(names)} classes beside the background; 1 to 254 are allowed: see --classes")
     if chosen is None and stated is not None:
-        print(f"{stated.what} names the classes: {listed(list(names))}", flush=True)
+        say(f"{stated.what} names the classes: {listed(list(names))}")
     if binary_masks and len(names) != 1:
         raise DataError(f"--binary-masks is for one class; {len(names)} are named: {listed(list(names))}")
     return (BACKGROUND, *names)
@@ -402,7 +402,7 @@ def _masks_of(files: _Files, *, skip_unmatched: bool) -> dict[str, str]:
         remedy = "name each as its image (a/b.png for a/b.jpg), take them away, or leave them out with --skip-unmatched"
         if not skip_unmatched:
             raise DataError(f"--masks has {len(strangers)} mask(s) of no image: {listed(strangers)}; {remedy}")
-        print(f"--masks: left out {len(strangers)} mask(s) of no image: {listed(strangers)}", flush=True)
+        say(f"--masks: left out {len(strangers)} mask(s) of no image: {listed(strangers)}")
     return {key: f"{files.mask_folder}/{mask}" for key, mask in pairs.items()}
 
 
@@ -433,7 +433,7 @@ def _items(
                 f"{text}; add them, take such images as unlabeled ones with --unlabeled, or leave them out with "
                 "--skip-unmatched"
             )
-        print(f"--images: left out: {text}", flush=True)
+        say(f"--images: left out: {text}")
     return items
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from data_prep.shard_writer import listed
 from slrnet.data.images import IMAGE_SUFFIXES
 from slrnet.data.manifest import DataError
+from slrnet.storage.shown import say
 
 __all__ = ["find_pictures", "key_of", "paths_by_key"]
 
@@ -59,7 +60,7 @@ def find_pictures(folder: Path, option: str, *, apart: Path | None = None) -> li
         )
     paths = found.pop("", [])
     for reason, names in found.items():
-        print(f"{option}: left out {len(names)} file(s) or folder(s) that are {reason}: {listed(names)}", flush=True)
+        say(f"{option}: left out {len(names)} file(s) or folder(s) that are {reason}: {listed(names)}")
     if not paths:
         raise DataError(f"{option} {folder} holds no images; known are {', '.join(sorted(IMAGE_SUFFIXES))}")
     photos = [path for path in paths if os.path.splitext(path)[1].lower() in HEIC]

@@ -10,6 +10,7 @@ from data_prep.found_files import key_of
 from data_prep.shard_writer import listed
 from data_prep.text_files import read_lines
 from slrnet.data.manifest import DataError
+from slrnet.storage.shown import say
 
 __all__ = ["ImageNames"]
 
@@ -72,14 +73,14 @@ class ImageNames:
                 ways.setdefault(key[1], []).append(f"{name} as {self.paths[key[0]]}")
         _refuse_same(found, what)
         for way, texts in ways.items():
-            print(f"{what}: {len(texts)} name(s) are those of images {way}: {listed(texts)}", flush=True)
+            say(f"{what}: {len(texts)} name(s) are those of images {way}: {listed(texts)}")
         if unknown := [f"{name!r} (line {names[name]})" for name, key in found.items() if key is None]:
             if not self._skip_unmatched:
                 raise DataError(
                     f"{what} lists {len(unknown)} image(s) that are not there: {listed(unknown)}; correct or remove "
                     "them, or leave them out with --skip-unmatched"
                 )
-            print(f"{what}: left out {len(unknown)} name(s) of no image: {listed(unknown)}", flush=True)
+            say(f"{what}: left out {len(unknown)} name(s) of no image: {listed(unknown)}")
         return {name: key[0] for name, key in found.items() if key is not None}
 
     def read_keys(self, path: Path) -> list[str]:

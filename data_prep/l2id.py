@@ -49,6 +49,7 @@ from data_prep.text_files import read_lines
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
+from slrnet.storage.shown import say
 
 __all__ = ["add_arguments", "convert", "make", "read_map"]
 
@@ -197,7 +198,7 @@ def _items(split: str, images: Path, labels: Path, suffix: str, *, without: str)
     labeled = sorted(_files(labels, suffix))
     left_out = sorted(set(_files(images, ".JPEG")) - set(labeled))
     such = f", such as {', '.join(left_out[:3])}" if left_out else ""
-    print(f"{split}: {len(labeled)} images; left out {len(left_out)} {without}{such}", flush=True)
+    say(f"{split}: {len(labeled)} images; left out {len(left_out)} {without}{such}")
     return [
         _Item(
             key=key_of(os.path.basename(name)),

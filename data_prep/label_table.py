@@ -21,6 +21,7 @@ from data_prep.splits import checked_splits, meant_split
 from data_prep.text_files import read_lines
 from slrnet.data.catalog import BACKGROUND
 from slrnet.data.manifest import DataError
+from slrnet.storage.shown import say
 
 __all__ = ["ImageLabels", "LabelTable", "read_label_table"]
 
@@ -94,7 +95,7 @@ class LabelTable:
             if split:
                 splits[key] = split
         if repeated:
-            print(f"{self.path}: joined the labels of {len(repeated)} further line(s): {listed(repeated)}", flush=True)
+            say(f"{self.path}: joined the labels of {len(repeated)} further line(s): {listed(repeated)}")
         return ImageLabels(str(self.path), labels, splits if self.has_splits else None, self.class_names)
 
 
@@ -236,7 +237,7 @@ class _Columns:
                 )
         if others:
             names = [repr(self.header[place]) for place in others]
-            print(f"{self.path}: the columns {listed(names)} are not used", flush=True)
+            say(f"{self.path}: the columns {listed(names)} are not used")
 
 
 def _flag_columns(
@@ -287,7 +288,7 @@ def _without_blank(path: Path, rows: Iterator[Row]) -> list[Row]:
         elif len(cells) > 1:
             empty.append(str(line))
     if empty:
-        print(f"{path}: left out {len(empty)} line(s) whose cells are all empty: {listed(empty)}", flush=True)
+        say(f"{path}: left out {len(empty)} line(s) whose cells are all empty: {listed(empty)}")
     return kept
 
 

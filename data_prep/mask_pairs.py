@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
 from data_prep.shard_writer import listed
+from slrnet.storage.shown import say
 
 __all__ = ["masks_among", "pair_masks"]
 
@@ -51,7 +52,7 @@ def pair_masks(images: Mapping[str, str], masks: Sequence[str]) -> tuple[dict[st
         }
         if found and what:
             texts = [f"{mask} for {images[key]}" for key, mask in found.items()]
-            print(f"--masks: {len(found)} mask(s) {what} belong to images: {listed(texts)}", flush=True)
+            say(f"--masks: {len(found)} mask(s) {what} belong to images: {listed(texts)}")
         pairs |= found
         free -= set(found.values())
     return pairs, sorted(free)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from data_prep.shard_writer import listed
 from data_prep.source_files import drawn_split
 from slrnet.data.manifest import DataError
+from slrnet.storage.shown import say
 
 __all__ = ["OTHER_NAMES", "SPLITS", "checked_splits", "meant_split", "splits_of"]
 
@@ -85,7 +86,5 @@ def splits_of(
             "of train: then the rest is train"
         )
     if missing and lists is None:
-        print(
-            f"{stated_by} states no split of {len(missing)} image(s), which go to train: {listed(missing)}", flush=True
-        )
+        say(f"{stated_by} states no split of {len(missing)} image(s), which go to train: {listed(missing)}")
     return {key: named.get(key, "train") for key in keys}

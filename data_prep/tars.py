@@ -56,6 +56,7 @@ from data_prep.text_files import read_json, read_text
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
+from slrnet.storage.shown import say
 
 __all__ = ["PackedFile", "add_arguments", "convert", "make", "read_tar"]
 
@@ -263,7 +264,7 @@ class _Tars(Source[_Item]):
 def _report(folder: Path, items: Sequence[_Item], left_out: Sequence[str]) -> None:
     """Says what no sample has; raises `DataError` for keys that occur twice, or if there are none."""
     if left_out:
-        print(f"left out {len(left_out)} files that are no {KNOWN_FILES}: {listed(left_out)}", flush=True)
+        say(f"left out {len(left_out)} files that are no {KNOWN_FILES}: {listed(left_out)}")
     if not items:
         raise DataError(f"the tars of {folder} hold no {KNOWN_FILES}")
     counts = Counter((item.split, item.key) for item in items)

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import re
 import stat
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any, Protocol
 
 from slrnet.data.manifest import DataError
+from slrnet.storage.shown import say
 
 __all__ = [
     "GUESS",
@@ -151,10 +151,9 @@ def check_regular(path: Path, what: str) -> None:
 
 def say_guess(name: str, example: str) -> None:
     """Prints that a file is read as Windows-1252, with an example of what that gives."""
-    print(
+    say(
         f"{name} is not UTF-8: read as Windows-1252 (Latin-1), such as {example}; if that is wrong, save it as UTF-8",
-        file=sys.stderr,
-        flush=True,
+        error=True,
     )
 
 

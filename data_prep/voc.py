@@ -55,6 +55,7 @@ from data_prep.text_files import read_lines
 from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX, VOC_CLASSES, voc_palette
 from slrnet.data.images import encode_mask, open_image
 from slrnet.data.manifest import DataError, DatasetInfo
+from slrnet.storage.shown import say
 
 __all__ = ["VocFolder", "add_arguments", "convert", "make", "read_list", "train_aug_keys"]
 
@@ -340,7 +341,7 @@ def _train_names(folder: VocFolder, official: list[str] | None, val: list[str], 
         how += "; SBD's masks (--sbd DIR) would add to it" if folder.names == VOC_CLASSES else ""
     else:
         names, how = [], "no train.txt: a data set to evaluate on, which no training takes"
-    print(f"train: {len(names)} images ({how}); val: {len(val)} images", flush=True)
+    say(f"train: {len(names)} images ({how}); val: {len(val)} images")
     return names
 
 
@@ -444,7 +445,7 @@ def _download(root: Path) -> None:
     """Fetches VOC 2012 into `root` unless it is there."""
     root = root.absolute()
     if (root / "JPEGImages").is_dir():
-        print(f"{root} is there already; nothing to download", flush=True)
+        say(f"{root} is there already; nothing to download")
         return
     if root.parts[-2:] != ("VOCdevkit", "VOC2012"):
         raise DataError(f"--download makes a folder VOCdevkit/VOC2012; --root {root} must end in that")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import psutil
 
+from slrnet.storage.shown import say
 from slrnet.tracking.provenance import environment_tags
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,13 +42,13 @@ def run_demo(options: list[str]) -> int:
     command = ["python", "ray_jobs/train.py", "--name", name, "--storage", str(RUNS), *options]
     with local_cluster() as (address, environment):
         job = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *command]
-        print("$ " + " ".join(job), flush=True)
+        say("$ " + " ".join(job))
         code = run(job, environment)
     if code:
-        print(f"error: the job failed (exit code {code}); its messages are above", file=sys.stderr)
+        say(f"error: the job failed (exit code {code}); its messages are above", error=True)
         return 1
     conclude(name)
-    print(f"done in {time.monotonic() - started:.0f} s")
+    say(f"done in {time.monotonic() - started:.0f} s")
     return 0
 
 
@@ -81,7 +82,7 @@ def local_cluster(*options: str, port: int | None = None) -> Iterator[tuple[str,
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
     command += [f"--temp-dir={folder / 'ray'}", "--include-log-monitor=true"]
     command += [f"--dashboard-agent-listen-port={agent}", *WORKER_PORTS, *options]  # the agent takes the jobs
-    print("starting a local Ray cluster with token authentication", flush=True)
+    say("starting a local Ray cluster with token authentication")
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(
             command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -156,13 +157,13 @@ def conclude(name: str) -> None:
     from slrnet.tools.figures.progress import write_pictures  # PyTorch is not needed before
 
     validation, *history = write_pictures(RUNS / name)
-    print(f"validation images, masks and truth: {validation}")
+    say(f"validation images, masks and truth: {validation}")
     for path in history:
-        print(f"pseudo labels of training images, epoch by epoch: {path}")
+        say(f"pseudo labels of training images, epoch by epoch: {path}")
     python = Path(sys.executable)
     shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
-    print(f"MLflow page: {shown} -m slrnet dashboard --storage {RUNS}")
-    print(f"masks of your own images, in a page: {shown} -m slrnet app {RUNS / name}")
+    say(f"MLflow page: {shown} -m slrnet dashboard --storage {RUNS}")
+    say(f"masks of your own images, in a page: {shown} -m slrnet app {RUNS / name}")
 
 
 if __name__ == "__main__":

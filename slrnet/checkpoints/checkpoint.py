@@ -9,7 +9,6 @@ one is damaged, and its best one. `checkpoint-EPOCH-STEP` is of a step within an
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -32,6 +31,7 @@ from slrnet.checkpoints.run_store import CONFIG, STATE, TRAINER, WEIGHTS
 from slrnet.config import Config, load_config
 from slrnet.models.network import Network
 from slrnet.storage.files import sha256_of
+from slrnet.storage.shown import logger_of
 
 __all__ = [
     "MOST_AT_A_TIME",
@@ -61,7 +61,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 
 Byte: TypeAlias = Annotated[int, Field(ge=0, le=255)]
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 class CheckpointError(ValueError):

@@ -8,7 +8,6 @@ run takes its checkpoints from the store, so that all ranks use the same one.
 
 from __future__ import annotations
 
-import logging
 import re
 import shutil
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slrnet.storage.remote import RemoteError, cached, copy_from, filesystem_of, locked, patiently
+from slrnet.storage.shown import logger_of
 
 __all__ = ["CONFIG", "STATE", "TRAINER", "WEIGHTS", "RunStore", "local_run", "run_folder"]
 
@@ -31,7 +31,7 @@ _PAYLOAD = (WEIGHTS, TRAINER, CONFIG)
 _CHECKPOINT = re.compile(r"checkpoint-\d{4,9}(-\d{8,12})?")
 _LOG = re.compile(r"rank-\d{1,6}\.jsonl")
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 class RunStore:

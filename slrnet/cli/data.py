@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from slrnet.cli.arguments import command, describe, option
+from slrnet.storage.shown import say
 
 __all__ = ["KINDS", "browse", "class_balance", "prepare"]
 
@@ -58,8 +59,8 @@ def browse(options: argparse.Namespace) -> int:
     out = options.out or Path("browse") / options.folder.resolve().name
     counts = {"samples": options.samples, "masks": options.masks, "seed": options.seed}
     text, errors, sheets = browse(options.folder, out, **counts, duplicates=not options.no_duplicates)
-    print(text, end="")
-    print(f"in {out}: report.txt, {', '.join(sheets)}")
+    say(text.rstrip("\n"))
+    say(f"in {out}: report.txt, {', '.join(sheets)}")
     return 1 if errors else 0
 
 
@@ -82,4 +83,4 @@ def class_balance(options: argparse.Namespace) -> None:
     shards = load_dataset(options.data)
     split = shards.split(options.split)
     lists = ClassLists.of(split, np.arange(split.num_samples))
-    print(table(balance(lists, strength=options.strength, limit=options.limit), shards.info.classes))
+    say(table(balance(lists, strength=options.strength, limit=options.limit), shards.info.classes))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from importlib.util import find_spec
 
 from slrnet.cli.arguments import (
@@ -17,6 +16,7 @@ from slrnet.cli.arguments import (
     place,
     positive,
 )
+from slrnet.storage.shown import say
 from slrnet.tools.figures import FIGURES
 
 __all__ = ["app", "codes", "dashboard", "figures", "predict", "report"]
@@ -70,7 +70,7 @@ def predict(options: argparse.Namespace) -> int:
     limits = {"batch_size": options.batch_size, "depth": depth, "max_pixels": options.max_pixels or MAX_PIXELS}
     tools = {"formats": tuple(dict.fromkeys(options.also)), "tolerance": options.tolerance}
     failed = predict_images(predictor, images, options.out, source=options.checkpoint, **limits, **tools)
-    print(f"{len(images) - failed} masks in {options.out}" + (f", {failed} images could not be read" if failed else ""))
+    say(f"{len(images) - failed} masks in {options.out}" + (f", {failed} images could not be read" if failed else ""))
     return 1 if failed else 0
 
 
@@ -97,7 +97,7 @@ def report(options: argparse.Namespace) -> None:
     runs = [read_run(path) for path in options.runs]
     choice = {"data": options.data, "device": options.device, "images": options.images, "at_most": options.measured}
     write_text(options.out, render(runs, [measure_run(run.checkpoint, **choice) for run in runs]))
-    print(f"{options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
+    say(f"{options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
 
 
 @command(
@@ -127,7 +127,7 @@ def figures(options: argparse.Namespace) -> None:
 
         results, unused = read_results(options.checkpoints)
         for line in unused:
-            print(f"left out: {line}", file=sys.stderr)
+            say(f"left out: {line}", error=True)
         paths = [options.out / "tables.md"]
         write_text(paths[0], write_tables(results))
     else:
@@ -137,7 +137,7 @@ def figures(options: argparse.Namespace) -> None:
         source = {"data": options.data, "measured": options.measured, "device": options.device}
         paths = write_figure(options.what, options.checkpoints, options.out, **shown, **source)
     for path in paths:
-        print(path)
+        say(path)
 
 
 @command(
@@ -160,7 +160,7 @@ def codes(options: argparse.Namespace) -> None:
 
     images, checkpoint = find_images(options.images), load_checkpoint(options.checkpoint)
     for path in write_code_maps(checkpoint, images, options.out, options.num_iters, options.classes):
-        print(path)
+        say(path)
 
 
 @command(
@@ -187,7 +187,7 @@ def app(options: argparse.Namespace) -> None:
     from slrnet.tools.app.page import serve
 
     analyzer = Analyzer(checkpoint, device=options.device)
-    print(f"{checkpoint.path}: http://127.0.0.1:{options.port} (Ctrl-C ends it)", flush=True)
+    say(f"{checkpoint.path}: http://127.0.0.1:{options.port} (Ctrl-C ends it)")
     folder = checkpoint.path.resolve()
     serve(analyzer, name=f"{folder.parents[1].name}, {folder.name}", port=options.port)
 

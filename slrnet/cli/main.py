@@ -16,6 +16,7 @@ from importlib import import_module
 from types import FrameType
 
 from slrnet.storage.ray_job import unset_variables
+from slrnet.storage.shown import say
 from slrnet.version import __version__
 
 __all__ = ["COMMANDS", "build_parser", "exit_code", "main"]
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     options = build_parser(words).parse_args(words)
     if note := unset_variables():
-        print(note, flush=True)
+        say(note)
     return exit_code(lambda: options.run(options), interrupted=options.interrupted)
 
 
@@ -82,19 +83,17 @@ def exit_code(run: Callable[[], int | None], *, interrupted: str = "interrupted"
     try:
         return run() or 0
     except KeyboardInterrupt as interruption:
-        print(interrupted, file=sys.stderr)
+        say(interrupted, error=True)
         return 128 + int(*(interruption.args or (signal.SIGINT,)))
     except (ValueError, OSError) as error:
-        from slrnet.storage.names import printable  # errors quote what files of others hold
-
-        print("\n".join(map(printable, f"error: {error}".splitlines())), file=sys.stderr)
+        say(f"error: {error}", error=True)
         return 2
     except RuntimeError as error:
         from slrnet.launch.train import TrainingError  # imports PyTorch, which takes seconds
 
         if not isinstance(error, TrainingError):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", error=True)
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -9,6 +9,7 @@ from typing import get_args
 
 from slrnet.cli.arguments import DEVICE, add_protocol, checkpoint, command, one_of, option, place
 from slrnet.config import Setting
+from slrnet.storage.shown import say
 
 __all__ = ["convert_weights", "export", "voc_archive"]
 
@@ -41,11 +42,11 @@ def export(options: argparse.Namespace) -> None:
     if options.mlflow:
         uri = log_to_training_run(checkpoint, options.mlflow, options.out / "network.onnx")
         served = f"; serve it: mlflow models serve -m {uri} --env-manager local"
-    print(json.dumps(record["largest_difference"]))
+    say(json.dumps(record["largest_difference"]))
     if record["left_out"]:
         settings = ", ".join(f"{name}={value}" for name, value in record["left_out"].items())
-        print(f"left out: {settings}; slrnet.load applies it")
-    print(f"written to {options.out}{served}")
+        say(f"left out: {settings}; slrnet.load applies it")
+    say(f"written to {options.out}{served}")
 
 
 @command(
@@ -76,7 +77,7 @@ def convert_weights(options: argparse.Namespace) -> None:
     folder = options.out / "checkpoints"
     path = save_checkpoint(folder, config=read.config, state=read.state, model=read.model, optimizer={})
     evaluation = read.config.evaluation
-    print(
+    say(
         f"{len(read.model)} tensors written to {path}, as trained in setting {read.config.setting}; to measure: gating "
         f"{evaluation.gating}, background to the power {evaluation.background_power:g}"
     )
@@ -105,4 +106,4 @@ def voc_archive(options: argparse.Namespace) -> None:
     images = list_images(options.images.expanduser(), options.list)
     predictor = load_predictor(options.checkpoint, protocol=options.protocol, device=options.device)
     write_voc_archive(predictor, images, options.out)
-    print(f"{len(images)} masks by {predictor.protocol} in {options.out}, checked: names, sizes, ids")
+    say(f"{len(images)} masks by {predictor.protocol} in {options.out}, checked: names, sizes, ids")

@@ -29,6 +29,7 @@ from slrnet.cli.arguments import (
 from slrnet.config import Config, Gating, apply_overrides, load_config
 from slrnet.recipes import RECIPES, get_recipe
 from slrnet.storage.remote import cached
+from slrnet.storage.shown import say
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.space import DEFAULT_SPACE, get_space, space_with
 
@@ -121,7 +122,7 @@ def distill(options: argparse.Namespace) -> None:
     if not (options.data or options.config or options.resume):
         raise ValueError("give --data PSEUDO, the folder that `slrnet pseudo-label` made")
     config = _configure(options)
-    print(check_distillation(config), flush=True)
+    say(check_distillation(config))
     _launch(options, config)
 
 
@@ -183,9 +184,9 @@ def tune(options: argparse.Namespace) -> None:
     from slrnet.sweeps.plan import resume_plan
 
     plan = resume_plan(options.storage, options.resume) if options.resume else _plan(options)
-    print(plan.describe(), flush=True)
+    say(plan.describe())
     if options.dry_run:
-        print(plan.estimate(price_per_hour=options.price_per_hour))
+        say(plan.estimate(price_per_hour=options.price_per_hour))
         return
     from slrnet.sweeps.run import run_sweep  # imports Ray Tune, which a dry run does not need
 
@@ -238,15 +239,15 @@ def evaluate(options: argparse.Namespace) -> None:
     name = f"{checkpoint.path.name}-{options.split}-{time.strftime('%Y%m%d-%H%M%S')}"
     workers = LaunchOptions(**_fields_of(LaunchOptions, options) | {"name": name, "storage": out})
     result = launch_evaluation(job, workers)
-    print(quality_table(result["metrics"], tuple(result["classes"])))
+    say(quality_table(result["metrics"], tuple(result["classes"])))
     for protocol, metrics in result["before_crf"].items():
-        print(f"before the CRF ({protocol}): mIoU {100 * metrics['val/miou']:.1f} %")
-    print(
+        say(f"before the CRF ({protocol}): mIoU {100 * metrics['val/miou']:.1f} %")
+    say(
         f"protocol {result['protocol']}, {result['images']} images of split "
         f"{result['split']}, checkpoint {result['checkpoint']} (epoch {result['epoch']}); "
         f"written to {out / name / 'evaluation.json'}"
     )
-    print(f"MLflow: {result['mlflow'] or 'the store of the training cannot be reached, or does not have its run'}")
+    say(f"MLflow: {result['mlflow'] or 'the store of the training cannot be reached, or does not have its run'}")
 
 
 @command(
@@ -302,13 +303,13 @@ def pseudo_label(options: argparse.Namespace) -> int:
         write_voc_folder(load_dataset(options.out.expanduser()), options.voc_folder, splits=job.splits)
     for form, folder in options.also:
         notes = write_annotation_folder(load_dataset(options.out.expanduser()), folder, form=form, **choice)
-        print("\n".join([f"{form}: {folder}", *notes]))
+        say("\n".join([f"{form}: {folder}", *notes]))
     for split, protocols in record["quality"].items():
         for protocol, quality in protocols.items():
             names = ("miou", "mfdr", "mfnr", "coverage")
             shown = ", ".join(f"{name} {100 * quality['metrics'].get(name, float('nan')):.1f} %" for name in names)
-            print(f"{split}, {protocol}, {quality['images']} images: {shown}")
-    print(f"pseudo masks: {options.out}; MLflow: {record['mlflow'] or 'the run of the training cannot be reached'}")
+            say(f"{split}, {protocol}, {quality['images']} images: {shown}")
+    say(f"pseudo masks: {options.out}; MLflow: {record['mlflow'] or 'the run of the training cannot be reached'}")
     return 0
 
 
@@ -340,7 +341,7 @@ def profile(options: argparse.Namespace) -> None:
     trace = options.out / "trace.json.gz"
     table = stage_table(profile_steps(config, trace, steps=options.steps, device=device))
     write_text(options.out / "stages.md", table + "\n")
-    print(f"{table}\n\ntime line: {trace} (open it in https://ui.perfetto.dev)")
+    say(f"{table}\n\ntime line: {trace} (open it in https://ui.perfetto.dev)")
 
 
 @command(settings("change one setting of the training; repeatable"), interrupted="interrupted; the cluster is down")
@@ -410,9 +411,9 @@ def _launch(options: argparse.Namespace, config: Config) -> None:
     name = options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     named = {"name": name, "storage": storage, "remote": remote, "resume": bool(options.resume)}
     result = launch(config, LaunchOptions(**_fields_of(LaunchOptions, options) | named))
-    print(f"\nbest checkpoint, epoch {result.state.epoch}: {result.best}")
-    print(quality_table(result.state.metrics, result.state.classes))
-    print(f"curves and pictures: {result.run.how_to_open()}")
+    say(f"\nbest checkpoint, epoch {result.state.epoch}: {result.best}")
+    say(quality_table(result.state.metrics, result.state.classes))
+    say(f"curves and pictures: {result.run.how_to_open()}")
 
 
 def _fields_of(kind: Any, options: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,6 @@ as long as the loader and learn the epoch through shared memory.
 from __future__ import annotations
 
 import gc
-import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,10 +20,11 @@ from slrnet.data.batch import Batch
 from slrnet.data.manifest import DataError
 from slrnet.data.processes import end_with, helper_context
 from slrnet.data.samples import SampleIndex, SkippedSample
+from slrnet.storage.shown import logger_of
 
 __all__ = ["Deliveries", "Delivery", "Loader", "reader_processes", "share_of"]
 
-_logger = logging.getLogger(__name__)
+_logger = logger_of(__name__)
 
 _PRELOAD = ["torch", "torchvision", "webdataset", "pyarrow", "slrnet.data.train_loader"]
 """Modules that the fork server imports once, so that readers start with them."""

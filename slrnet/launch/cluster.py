@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slrnet.storage import shown
+
 __all__ = ["ClusterError", "WorkerPlan", "WorkerRequest", "await_lost_nodes", "cluster_resources"]
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +79,7 @@ class WorkerRequest:
     """Minutes to wait for the nodes of the fewest workers on a cluster that grows on demand, with GPUs unless
     `cpu_only`; 0 takes the cluster as it is."""
 
-    def plan(self, say: Callable[[str], None] = print) -> WorkerPlan:
+    def plan(self, say: Callable[[str], None] = shown.say) -> WorkerPlan:
         """Decides how many workers the run gets of the cluster; `say` receives a line a minute while waiting.
 
         Raises:

@@ -44,6 +44,7 @@ from slrnet.launch.rank import Report
 from slrnet.launch.train import LaunchOptions, run_job
 from slrnet.models.deeplab import require_deeplab
 from slrnet.storage.files import sha256_of, write_json, written_whole
+from slrnet.storage.shown import say
 from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.provenance import environment_tags
 
@@ -282,7 +283,7 @@ def _label(values: dict[str, Any], process: Process, report: Report) -> None:
         name, rows = view.shard_names[place], view.shard_rows(place).to_pylist()
         members = islice(masks, len(rows))  # asks for no sample of the next shard before this one is done
         _write_shard(Path(values["folder"]) / name, zip(rows, members, strict=True), predictor, shards)
-        print(f"{name}: {len(rows)} masks", flush=True)
+        say(f"{name}: {len(rows)} masks")
     report({})
 
 

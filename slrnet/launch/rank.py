@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from slrnet.config import config_from_dict
 from slrnet.data.manifest import load_dataset
 from slrnet.distributed.process import Process, gather_over_ranks
 from slrnet.distributed.watchdog import Hang, Watchdog, dump_stacks, shared_store
+from slrnet.storage.shown import say
 from slrnet.tracking.mlflow import MlflowTracker
 from slrnet.tracking.protocol import NullTracker, RunHandle
 from slrnet.tracking.run_log import RunLog
@@ -97,7 +97,7 @@ def _open_store(location: str, process: Process) -> RunStore | None:
 def _end_hang(hang: Hang, log: RunLog, store: RunStore | None) -> None:
     """Ends this process: its main thread waits where no exception can reach it."""
     log.write("hang", rank=hang.rank, node=hang.node, step=hang.step, exception="hang", message=hang.message)
-    print(f"{hang.message}; ending this rank. Its threads:", file=sys.stderr, flush=True)
+    say(f"{hang.message}; ending this rank. Its threads:", error=True)
     dump_stacks()
     if store is not None:
         upload = threading.Thread(target=store.upload_rest, daemon=True)

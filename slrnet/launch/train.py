@@ -27,6 +27,7 @@ from slrnet.distributed.process import Process, configure_process, current_proce
 from slrnet.launch.checks import balance_table, check_folder, check_run, checkpoint_bytes, with_absolute_paths
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, await_lost_nodes
 from slrnet.launch.rank import Job, Report, train_rank
+from slrnet.storage import shown
 from slrnet.storage.remote import filesystem_of
 from slrnet.tracking.location import resolve_uri
 from slrnet.tracking.mlflow import MlflowTracker, create_run
@@ -82,7 +83,7 @@ class RunResult:
     run: RunHandle
 
 
-def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None] = print) -> RunResult:
+def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None] = shown.say) -> RunResult:
     """Trains a run to its end.
 
     Args:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from slrnet.storage.files import written_whole
+from slrnet.storage.shown import logger_of
 
 __all__ = ["RemoteError", "cached", "copy_from", "filesystem_of", "is_remote", "locked", "open_cached", "patiently"]
 
@@ -31,7 +31,7 @@ SCHEMES = ("s3://", "gs://")
 
 Value = TypeVar("Value")
 
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 class RemoteError(ValueError):

@@ -27,6 +27,7 @@ from ray.tune.search.optuna import OptunaSearch
 from slrnet.checkpoints.checkpoint import find_checkpoint
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, cluster_resources
 from slrnet.launch.train import LaunchOptions, TrainingError, train_trial
+from slrnet.storage import shown
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.plan import REDUCTION, SweepOptions, SweepPlan
 from slrnet.sweeps.population import Member, member_name, train_population
@@ -46,7 +47,7 @@ _HEAD_NODE = {"node:__internal_head__": 0.001}
 """Resources of the actor that starts a trial."""
 
 
-def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], None] = print) -> None:
+def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], None] = shown.say) -> None:
     """Runs a sweep to its end, or with `resume` the rest of the one in its folder; `say` receives the lines to show.
 
     Raises:
@@ -263,14 +264,13 @@ class _Progress(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
         done, metric = sum(other.is_finished() for other in trials), self.plan.options.metrics[0]
-        print(
+        shown.say(
             f"trial {trial.trial_id}, epoch {result.get('epoch')}/{self.plan.config.train.epochs}: {metric} "
             f"{100 * result.get(metric, math.nan):.1f} % ({done} of {self.plan.trials} trials done)",
-            flush=True,
         )
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        print(f"trial {trial.trial_id} failed; the sweep continues", flush=True)
+        shown.say(f"trial {trial.trial_id} failed; the sweep continues")
 
 
 def _trial_of(plan: SweepPlan, result: Any) -> Trial:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from slrnet.storage.shown import say
 from slrnet.tracking.location import WORKFLOW, database_uri
 
 __all__ = ["check_port", "default_storages", "newest_run", "serve", "serve_command"]
@@ -64,7 +65,7 @@ def serve(storage: Path | None, port: int) -> int:
         )
     check_port(port)
     page = f"http://127.0.0.1:{port}/#/experiments?{WORKFLOW}"
-    print(f"runs of {database.parent}: {page} (some seconds to start; Ctrl-C ends it)", flush=True)
+    say(f"runs of {database.parent}: {page} (some seconds to start; Ctrl-C ends it)")
     # MLflow's own jobs are for language models, and take five processes.
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     server = subprocess.Popen(serve_command(database, port), env=os.environ | quiet)

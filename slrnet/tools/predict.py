@@ -32,6 +32,7 @@ from slrnet.data.images import (
 from slrnet.data.manifest import DataError
 from slrnet.inference.predictor import Prediction, Predictor
 from slrnet.storage.files import write_json, written_whole
+from slrnet.storage.shown import say
 from slrnet.viz.overlay import Pixels, draw_overlay
 
 __all__ = ["batches", "find_images", "load_predictor", "predict_images"]
@@ -202,8 +203,8 @@ def _read(path: Path, depth: Depth, max_pixels: int) -> Pixels | None:
     try:
         with open_image(path, remedy="it is left out", max_pixels=max_pixels) as file:
             if (clause := left_out(file)) is not None:
-                print(f"{path} {clause}", file=sys.stderr)
+                say(f"{path} {clause}", error=True)
             return rgb_pixels(upright_rgb(file, depth))
     except DataError as error:
-        print(error, file=sys.stderr)
+        say(error, error=True)
         return None

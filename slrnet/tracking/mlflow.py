@@ -28,6 +28,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
+from slrnet.storage.shown import logger_of
 from slrnet.tracking.location import database_of, public
 from slrnet.tracking.protocol import SAMPLES, Picture, RunHandle, Tracker, clean_key, clean_metrics
 from slrnet.tracking.provenance import package_version
@@ -57,7 +58,7 @@ _KIND_TAG, _KIND = "mlflow.experimentKind", "custom_model_development"
 _FINAL_ERRORS = re.compile("BAD_REQUEST|INVALID_(PARAMETER_VALUE|STATE)|PERMISSION_DENIED|RESOURCE_DOES_NOT_EXIST")
 # The names of the files of `log_image`. Beside each lies a smaller copy, whose name ends differently.
 _PICTURE = re.compile(r"(?P<key>[^+%]+)[+%]step[+%](?P<step>\d+)[+%]timestamp[+%](?P<time>\d+)[+%][^+%]+\.png")
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 @cache

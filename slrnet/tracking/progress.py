@@ -9,6 +9,8 @@ from typing import Never, TextIO
 
 from tqdm import tqdm
 
+from slrnet.storage.shown import say
+
 __all__ = ["Progress"]
 
 LINE_EVERY = 15.0
@@ -54,7 +56,7 @@ class Progress:
         """Writes a line, if there is one; the time since the last step does not count as training."""
         if self.show and text:
             with tqdm.external_write_mode(self.stream):
-                print(text, file=self.stream, flush=True)
+                say(text, stream=self.stream)
         self._last_step = time.perf_counter()
 
     def rate(self) -> float:

@@ -17,6 +17,7 @@ from slrnet.data.manifest import DatasetInfo
 from slrnet.distributed.process import Process
 from slrnet.distributed.watchdog import Watchdog
 from slrnet.evaluation.masks import PseudoMask
+from slrnet.storage import shown
 from slrnet.storage.files import written_whole
 from slrnet.tracking.gpu_monitor import GpuWatch
 from slrnet.tracking.progress import Progress
@@ -84,7 +85,7 @@ class RunListener(Listener):
     tracker: Tracker
     """Receives curves and pictures; a `NullTracker` on ranks other than 0."""
     log: RunLog = field(default_factory=lambda: RunLog(None, rank=0))
-    watchdog: Watchdog = field(default_factory=lambda: Watchdog(Process(), limit=0, store=None, on_hang=print))
+    watchdog: Watchdog = field(default_factory=lambda: Watchdog(Process(), limit=0, store=None, on_hang=shown.say))
 
     def __post_init__(self) -> None:
         self._progress = Progress(0, show=False)

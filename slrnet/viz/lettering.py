@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import TypeAlias
@@ -10,13 +9,14 @@ from typing import TypeAlias
 from PIL import ImageFont
 
 from slrnet.data.catalog import class_keys
+from slrnet.storage.shown import logger_of
 
 __all__ = ["Font", "drawable_names", "font_families", "font_for"]
 
 Font: TypeAlias = ImageFont.ImageFont | ImageFont.FreeTypeFont
 """What Pillow draws texts with."""
 _LISTED = 10
-_log = logging.getLogger(__name__)
+_log = logger_of(__name__)
 
 
 def font_for(text: str, size: int) -> Font:
