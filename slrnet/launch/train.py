@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from slrnet.tracking.mlflow import MlflowTracker, create_run
 from slrnet.tracking.protocol import RunHandle
 from slrnet.tracking.provenance import environment_tags
 from slrnet.tracking.run_log import find_failure
-from slrnet.tracking.summary import class_tags, description, result_text
+from slrnet.tracking.summary import class_tags, description, parameters, result_text
 
 __all__ = ["LaunchOptions", "RunResult", "TrainingError", "launch", "run_job", "train_trial"]
 
@@ -146,6 +146,7 @@ def train_trial(
     until: int | None = None,
     notes: Mapping[str, float],
     tags: Mapping[str, str],
+    searched: Collection[str] = (),
 ) -> None:
     """Trains one trial of a sweep; an interrupted trial continues from its last checkpoint, in the same MLflow run.
 
@@ -158,13 +159,14 @@ def train_trial(
         until: epochs after which to stop; None: train all of them.
         notes: values to add to the trial's curves at the step from which it continues.
         tags: tags of the trial's MLflow run, besides those of every training.
+        searched: settings that differ between trials, which the page lists for each of them.
 
     Raises:
         TrainingError: a worker failed; the trial's MLflow run says why.
     """
     shards = load_dataset(config.data.path)
     training = _Training(config, options, workers, shards, supervision_of(config, shards))
-    handle = training.create_run(None, parent, tags)
+    handle = training.create_run(None, parent, tags, searched)
     checkpoints = options.folder / "checkpoints"
     if notes:
         last = find_checkpoint(checkpoints)
@@ -204,7 +206,9 @@ class _Training:
     shards: ShardSet
     supervision: Supervision
 
-    def create_run(self, resume: bool | None, parent: RunHandle | None, tags: Mapping[str, str]) -> RunHandle:
+    def create_run(
+        self, resume: bool | None, parent: RunHandle | None, tags: Mapping[str, str], searched: Collection[str] = ()
+    ) -> RunHandle:
         """Opens the MLflow run, with some more tags; see `slrnet.tracking.mlflow.create_run`."""
         config, options, data, tags = self.config, self.options, self.shards.info, environment_tags() | dict(tags)
         about = {"data": data.name, "labels": self.supervision.describe(), "commit": tags["git_commit"]}
@@ -220,7 +224,8 @@ class _Training:
         }
         tags |= class_tags(data.classes)
         uri = resolve_uri(config.tracking.uri, options.remote or options.storage) if parent is None else parent.uri
-        run: dict[str, Any] = {"params": config.flat(), "tags": tags, "resume": resume, "parent": parent}
+        run: dict[str, Any] = {"params": parameters(config, searched), "tags": tags, "resume": resume}
+        run |= {"parent": parent, "data": (data.name, data.fingerprint, config.data.path)}
         run["description"] = description(config, folder=options.folder, **about)
         return create_run(uri, config.tracking.experiment, options.name, config_json=config.to_json(), **run)
 

@@ -197,8 +197,11 @@ def _trial(
     """Runs in a trial's actor; a population's member trains one round with its present settings, kept as curves."""
     plan, tags, notes = sweep.plan, {}, {}
     name = f"{plan.options.name}-{tune.get_context().get_trial_id()}"
+    changes: set[str] = set()
     if plan.ablation:
-        tags["slrnet.variant"] = ABLATIONS[plan.ablation].variants[values["variant"]].label
+        variants = ABLATIONS[plan.ablation].variants
+        tags["slrnet.variant"] = variants[values["variant"]].label
+        changes = {change.partition("=")[0] for index in plan.variants for change in variants[index].changes}
     if members is not None:
         member = members[values["member"]]
         name, values = member_name(plan, member.index), member.values
@@ -214,6 +217,7 @@ def _trial(
         until=until,
         notes=notes,
         tags=tags,
+        searched=changes | values.keys(),
     )
 
 

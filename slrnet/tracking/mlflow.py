@@ -96,6 +96,7 @@ def create_run(
     resume: bool | None,
     config_json: str = "",
     description: str = "",
+    data: tuple[str, str, str] | None = None,
     parent: RunHandle | None = None,
 ) -> RunHandle:
     """Opens the one run of a training, on the driver, before any worker starts.
@@ -105,13 +106,14 @@ def create_run(
         experiment: name of the experiment; created if missing. With a SQLite store its artifacts go to `mlartifacts`
             beside the database.
         name: name of the run, unique within the experiment: letters, digits and `_ - .`.
-        params: the configuration, flat; values over 6,000 characters are cut. MLflow's parameters cannot change: if a
+        params: settings to list, flat; values over 6,000 characters are cut. MLflow's parameters cannot change: if a
             resumed run's value differs from the first one, the new value becomes the tag `resumed.KEY`.
         tags: the run's tags, such as versions and the data's fingerprint.
         resume: True attaches to the run of that name and sets it running again, False requires a new name, None
             attaches if there is such a run and else opens one.
         config_json: text of the artifact `config.json`; empty for `params` as JSON.
         description: Markdown at the top of the run's page; a run that has a description keeps it.
+        data: name, fingerprint and location of the data set, for the page's column of data sets.
         parent: the sweep's run, under which MLflow's page shows this one.
 
     Raises:
@@ -130,6 +132,8 @@ def create_run(
             client.update_run(run_id, status="RUNNING")
         page = {NOTE_TAG: description, PARENT_TAG: parent.run_id if parent else ""}
         _log_start(client, run_id, params, {**tags, **{key: value for key, value in page.items() if value}})
+        if data is not None:
+            _log_data(client, run_id, *data)
         client.log_text(run_id, config_json or json.dumps(dict(params), indent=2, default=str), "config.json")
     except store_errors() as error:
         raise ValueError(f"the tracking store {public(uri)} refused the run {name!r}: {error}") from error
@@ -372,6 +376,14 @@ def _log_start(client: Any, run_id: str, params: Mapping[str, Any], tags: Mappin
     for key, value in {**tags, **changed}.items():
         if key != NOTE_TAG or NOTE_TAG not in earlier.tags:  # people may have edited the description
             client.set_tag(run_id, key, str(value)[:MAX_TAG_LENGTH])
+
+
+def _log_data(client: Any, run_id: str, name: str, fingerprint: str, location: str) -> None:
+    entities = load_mlflow().entities
+    # MLflow allows 36 characters for a digest.
+    source = {"source_type": "local", "source": json.dumps({"uri": location})}
+    data = entities.Dataset(name=name, digest=fingerprint[:36], **source)
+    client.log_inputs(run_id, datasets=[entities.DatasetInput(data, tags=[])])
 
 
 def _latest_pictures(client: Any, run_id: str) -> str:

@@ -24,7 +24,10 @@ def environment_tags() -> dict[str, str]:
     return {
         "git_commit": commit,
         "git_state": state,
-        "mlflow.source.git.commit": commit,  # MLflow's page shows it under this name
+        # MLflow's page shows these under its own names.
+        "mlflow.source.git.commit": commit,
+        "mlflow.source.name": "slrnet",
+        "mlflow.source.type": "PROJECT",
         "version.slrnet": __version__,
         "version.python": platform.python_version(),
         **{f"version.{package}": package_version(package) for package in _PACKAGES},

@@ -8,19 +8,34 @@ from __future__ import annotations
 import math
 import shlex
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from slrnet.config import Config
 from slrnet.data.catalog import class_keys
+from slrnet.recipes import RECIPES, get_recipe
 
-__all__ = ["MOST_CURVES", "class_quality", "class_tags", "curves", "description", "quality_table", "result_text"]
+__all__ = [
+    "MOST_CURVES",
+    "class_quality",
+    "class_tags",
+    "curves",
+    "description",
+    "parameters",
+    "quality_table",
+    "result_text",
+]
 
 MOST_CURVES = 30
 """Most classes that each get a curve of their IoU: MLflow's page draws a chart for each, and hangs with thousands."""
 _FEW = 10
 """Rows of a description's table if there are more than `MOST_CURVES` classes."""
 _KINDS = ("iou", "fdr", "fnr")
+_ALWAYS = (
+    *("recipe", "setting", "data.path", "data.crop_size", "data.pixel_labeled_subset", "views.scales", "model.encoder"),
+    *("cvlr.enabled", "cvlr.num_iters", "cvlr.dim", "calibration.confidence_threshold", "weights.consistency"),
+    *("optim.lr", "train.epochs", "train.batch_size", "train.seed"),
+)
 _SETTINGS = {"wsss": "image labels", "sss_image_labels": "masks and image labels", "sss": "masks and unlabeled images"}
 
 
@@ -37,6 +52,16 @@ def class_tags(classes: Sequence[str]) -> dict[str, str]:
     """Tags `class.KEY` that tell a class's name, for classes whose key in the names of metrics is another."""
     pairs = zip(class_keys(classes), classes, strict=True)
     return {f"class.{key}": name for key, name in pairs if key != name}
+
+
+def parameters(config: Config, searched: Collection[str] = ()) -> dict[str, object]:
+    """The settings that a run's page lists: the main ones, those that differ from the recipe's, and those searched.
+
+    The page writes them above each picture, so a hundred of them would leave no room; config.json has all.
+    """
+    base = (get_recipe(config.recipe) if config.recipe in RECIPES else Config()).flat()
+    shown = {*_ALWAYS, *searched}
+    return {key: value for key, value in config.flat().items() if key in shown or value != base[key]}
 
 
 def class_quality(metrics: Mapping[str, float], group: str, classes: tuple[str, ...]) -> dict[str, list[float]]:

@@ -55,6 +55,13 @@ class TestCreateRun:
         assert run.data.tags["data"] == "abc"
         assert json.loads((artifact_root(handle) / "config.json").read_text()) == params
 
+    def test_the_data_set_is_an_input(self, uri: str) -> None:
+        data = ("photos", "f" * 64, "s3://bucket/photos")
+        run = run_of(create_run(uri, "exp", "fed", params={}, tags={}, resume=False, data=data))
+        (dataset,) = (entry.dataset for entry in run.inputs.dataset_inputs)
+        assert (dataset.name, dataset.digest) == ("photos", "f" * 36)
+        assert json.loads(dataset.source) == {"uri": "s3://bucket/photos"}
+
     def test_artifacts_lie_beside_the_database_at_an_absolute_path(self, handle: RunHandle) -> None:
         database = database_of(handle.uri)
         assert database is not None

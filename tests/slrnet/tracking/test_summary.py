@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from slrnet.recipes import get_recipe
+from slrnet.config import apply_overrides
+from slrnet.recipes import RECIPES, get_recipe
 from slrnet.tracking.mlflow import MAX_TAG_LENGTH
 from slrnet.tracking.summary import (
     MOST_CURVES,
@@ -14,6 +15,7 @@ from slrnet.tracking.summary import (
     class_tags,
     curves,
     description,
+    parameters,
     quality_table,
     result_text,
 )
@@ -102,3 +104,13 @@ def test_a_result_fits_into_a_description(classes: int) -> None:
     shown = [name for name in names if f"\n{name}" in text]
     assert shown == list(names if classes <= MOST_CURVES else names[:10])  # the lowest
     assert result_text({}, names, epoch=1, folder=Path("a"), data="b")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_few_parameters_and_every_change_among_them(recipe: str) -> None:
+    config = apply_overrides(get_recipe(recipe), ["optim.momentum=0.5", "weights.consistency=3"])
+    listed = parameters(config)
+    assert len(listed) <= 30
+    assert (listed["optim.momentum"], listed["weights.consistency"]) == (0.5, 3.0)
+    assert "losses.validity" not in listed
+    assert parameters(config, {"losses.validity"})["losses.validity"] == config.losses.validity
