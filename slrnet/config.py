@@ -262,6 +262,10 @@ class CalibrationConfig(_Section):
     """The same share for the background."""
     floor: Fraction = 0.2
     """Probability that a class must exceed to claim a pixel, whatever its maximum."""
+    source: Literal["training", "evaluation", "ema"] = "training"
+    """Network that makes the training's pseudo labels. `training`: the training pass itself (paper, released code);
+    `evaluation`: another pass of it without dropout, gates and batch statistics; `ema`: that of its average, which
+    needs `train.ema`. The latter two see the same views in the crop's own colors, for another forward pass's time."""
 
 
 class LossConfig(_Section):
@@ -351,6 +355,9 @@ class TrainConfig(_Section):
     """Seed of weights, order, crops, colors, dropout and gates."""
     log_every: PositiveInt = 10
     """Optimizer steps between logged losses."""
+    ema: FractionBelowOne = 0.0
+    """Decay of a moving average of weights and buffers over the optimizer steps; 0: none. Step n takes at most
+    (n - 1) / (n + 9) of the old average. Validation, the best checkpoint and all predictions then use the average."""
     checkpoint_every: NonNegativeInt = 200
     """Optimizer steps between checkpoints, counted over all epochs; 0: none but those at the end of each epoch."""
 
@@ -502,6 +509,11 @@ class Config(_Section):
                 "calibration.refine_image 'distorted' needs one distortion per crop, and views.own_color draws one per "
                 "view; set views.own_color=false, or refine_image to 'crop'"
             )
+        if self.calibration.source == "ema" and not self.train.ema:
+            raise ValueError(
+                "calibration.source 'ema' takes pseudo labels from the weights' average, and train.ema is 0, none; set "
+                "train.ema, such as 0.99, or source to 'training' or 'evaluation'"
+            )
         if self.views.unwarp == "probs" and "probs" not in (self.calibration.fusion, self.losses.mask_consistency):
             raise ValueError(
                 "views.unwarp 'probs' has no effect, because neither calibration.fusion nor losses.mask_consistency is "
@@ -547,6 +559,11 @@ class Config(_Section):
                 "one, split over accumulation steps and workers"
             )
         return self
+
+    @property
+    def weights_note(self) -> str:
+        """Says behind a checkpoint's name that its weights are averages; empty where they are not."""
+        return f" (weights averaged over steps, train.ema={self.train.ema:g})" if self.train.ema else ""
 
     @property
     def predicts_background(self) -> bool:

@@ -1,7 +1,8 @@
 """Checkpoints: directories that appear whole or not at all, and load without running code.
 
-A checkpoint holds `model.safetensors` (weights), `trainer.pt` (the optimizer's state; tensors and plain values, read
-with `weights_only=True`), `state.json` (schema version, progress, scores, classes, checksums) and `config.json`. It is
+A checkpoint holds `model.safetensors` (weights), `trainer.pt` (the optimizer's state, and the weights that train if
+those in `model.safetensors` are their average, `train.ema`; tensors and plain values, read with `weights_only=True`),
+`state.json` (schema version, progress, scores, classes, checksums) and `config.json`. It is
 written beside its final place, flushed to the disk and renamed. A run keeps its last two checkpoints, in case the last
 one is damaged, and its best one. `checkpoint-EPOCH-STEP` is of a step within an epoch.
 """
@@ -51,6 +52,8 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
+_TRAINED = "network"
+"""Key in `trainer.pt` of the weights that train."""
 KEEP_LAST = 2
 MAX_STATE_BYTES = 2**28
 """Largest `state.json` that is read."""
@@ -113,13 +116,26 @@ class Checkpoint:
     config: Config
     state: TrainState
     model: dict[str, Tensor]
+    """The weights to predict with."""
     optimizer: dict[str, Any]
+    trained: dict[str, Tensor] | None = None
+    """The weights to train on with, if `model` is their average; None: `model`."""
 
 
 def save_checkpoint(
-    folder: Path, *, config: Config, state: TrainState, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]
+    folder: Path,
+    *,
+    config: Config,
+    state: TrainState,
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    trained: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes a checkpoint into `folder` under the state's name, whole or not at all; returns its path."""
+    """Writes a checkpoint, as in `Checkpoint`, into `folder` under the state's name, whole or not at all.
+
+    Returns:
+        Its path.
+    """
     target = folder / state.name
     incoming = folder / f".{target.name}.incoming-{os.getpid()}"
     shutil.rmtree(incoming, ignore_errors=True)
@@ -127,7 +143,7 @@ def save_checkpoint(
         incoming.mkdir(parents=True)
         try:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, incoming / WEIGHTS)
-            torch.save(dict(optimizer), incoming / TRAINER)
+            torch.save(dict(optimizer) | ({} if trained is None else {_TRAINED: dict(trained)}), incoming / TRAINER)
         except (SafetensorError, RuntimeError) as error:  # both libraries hide the OSError
             free, reason = shutil.disk_usage(folder).free / 2**20, " ".join(str(error).split())
             raise OSError(f"tensors could not be written ({reason}; {free:.0f} MiB free)") from error
@@ -166,10 +182,18 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
-    def save(self, state: TrainState, *, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-        """Starts to write a checkpoint after the previous one is written; see `wait`."""
+    def save(
+        self,
+        state: TrainState,
+        *,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Any],
+        trained: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Starts to write a checkpoint, as `save_checkpoint` does, after the previous one is written; see `wait`."""
         self.wait()
-        self._writing = self._thread.submit(self._write, state, _copied(model), _copied(optimizer))
+        parts = {"model": _copied(model), "optimizer": _copied(optimizer), "trained": _copied(trained)}
+        self._writing = self._thread.submit(self._write, state, parts)
 
     def wait(self) -> None:
         """Returns when all checkpoints are written; raises a `CheckpointError` if one could not be."""
@@ -181,8 +205,8 @@ class CheckpointWriter:
         """Ends the thread after the current checkpoint; does not raise."""
         self._thread.shutdown(wait=True)
 
-    def _write(self, state: TrainState, model: Mapping[str, Tensor], optimizer: Mapping[str, Any]) -> None:
-        save = partial(save_checkpoint, self.folder, config=self.config, state=state, model=model, optimizer=optimizer)
+    def _write(self, state: TrainState, parts: Mapping[str, Any]) -> None:
+        save = partial(save_checkpoint, self.folder, config=self.config, state=state, **parts)
         self._try(save, state.name, str(self.folder))
         prune_checkpoints(self.folder)
         if self.upload is not None:
@@ -239,7 +263,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise TypeError(f"{TRAINER} holds a {type(optimizer).__name__}")
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}; take another checkpoint of the run") from None
-    return Checkpoint(path, load_config(path / CONFIG), state, tensors, optimizer)
+    return Checkpoint(path, load_config(path / CONFIG), state, tensors, optimizer, optimizer.pop(_TRAINED, None))
 
 
 def find_checkpoint(folder: Path, *, which: Literal["last", "best"] = "last") -> Path | None:

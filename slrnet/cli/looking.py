@@ -70,7 +70,8 @@ def predict(options: argparse.Namespace) -> int:
     limits = {"batch_size": options.batch_size, "depth": depth, "max_pixels": options.max_pixels or MAX_PIXELS}
     tools = {"formats": tuple(dict.fromkeys(options.also)), "tolerance": options.tolerance}
     failed = predict_images(predictor, images, options.out, source=options.checkpoint, **limits, **tools)
-    say(f"{len(images) - failed} masks in {options.out}" + (f", {failed} images could not be read" if failed else ""))
+    unread = f", {failed} images could not be read" if failed else ""
+    say(f"{len(images) - failed} masks in {options.out}{predictor.inference.config.weights_note}{unread}")
     return 1 if failed else 0
 
 

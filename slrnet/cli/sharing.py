@@ -46,7 +46,7 @@ def export(options: argparse.Namespace) -> None:
     if record["left_out"]:
         settings = ", ".join(f"{name}={value}" for name, value in record["left_out"].items())
         say(f"left out: {settings}; slrnet.load applies it")
-    say(f"written to {options.out}{served}")
+    say(f"written to {options.out}{checkpoint.config.weights_note}{served}")
 
 
 @command(

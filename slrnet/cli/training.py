@@ -244,7 +244,8 @@ def evaluate(options: argparse.Namespace) -> None:
         say(f"before the CRF ({protocol}): mIoU {100 * metrics['val/miou']:.1f} %")
     say(
         f"protocol {result['protocol']}, {result['images']} images of split "
-        f"{result['split']}, checkpoint {result['checkpoint']} (epoch {result['epoch']}); "
+        f"{result['split']}, checkpoint {result['checkpoint']} (epoch {result['epoch']})"
+        f"{checkpoint.config.weights_note}; "
         f"written to {out / name / 'evaluation.json'}"
     )
     say(f"MLflow: {result['mlflow'] or 'the store of the training cannot be reached, or does not have its run'}")
@@ -309,7 +310,8 @@ def pseudo_label(options: argparse.Namespace) -> int:
             names = ("miou", "mfdr", "mfnr", "coverage")
             shown = ", ".join(f"{name} {100 * quality['metrics'].get(name, float('nan')):.1f} %" for name in names)
             say(f"{split}, {protocol}, {quality['images']} images: {shown}")
-    say(f"pseudo masks: {options.out}; MLflow: {record['mlflow'] or 'the run of the training cannot be reached'}")
+    opened = record["mlflow"] or "the run of the training cannot be reached"
+    say(f"pseudo masks: {options.out}{job.checkpoint.config.weights_note}; MLflow: {opened}")
     return 0
 
 

@@ -56,9 +56,16 @@ def gather_over_ranks(value: Value, process: Process) -> list[Value]:
 
 def share_buffers(model: nn.Module, process: Process) -> None:
     """Gives every rank the buffers (batch norms' statistics) of rank 0: all ranks measure the model that it saves."""
-    if process.world_size > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+    if process.world_size == 1:
+        return
+    by_type: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in model.buffers():
+        by_type.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_type.values():
+        joined = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(joined, src=0)
+        for buffer, shared in zip(buffers, joined.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(shared.view_as(buffer))
 
 
 def configure_process(threads: int | None) -> None:

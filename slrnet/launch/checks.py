@@ -117,11 +117,11 @@ def balance_table(config: Config, shards: ShardSet, supervision: Supervision) ->
 
 
 def checkpoint_bytes(config: Config, shards: ShardSet) -> int:
-    """Size of a checkpoint in bytes: the weights, and the momentum of those that train."""
+    """Size of a checkpoint in bytes: the weights, their average, if any, and the momentum of those that train."""
     from slrnet.models.slrnet import build_network
 
     with torch.device("meta"):
         model = build_network(config, num_classes=shards.info.num_classes, weights=False)
     values: int = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     momentum: int = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
-    return values + momentum
+    return values * (2 if config.train.ema else 1) + momentum

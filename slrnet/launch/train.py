@@ -114,6 +114,8 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
         f"run {options.name}: {shards.info.name}, setting {config.setting}, {supervision.describe()}; "
         f"{workers}, folder {options.location or folder}"
     )
+    if config.train.ema:
+        say(f"train.ema={config.train.ema:g}: scores, checkpoints and predictions use weights averaged over steps")
     if config.data.class_balance:
         say(balance_table(config, shards, supervision))
     say(f"curves and pictures: {handle.how_to_open()}")

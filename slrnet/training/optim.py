@@ -1,4 +1,4 @@
-"""SGD with Nesterov momentum, its four parameter groups and the learning rate schedule.
+"""SGD with Nesterov momentum, its four parameter groups and learning rate schedule, and an average of the weights.
 
 The groups are those of the released code: pretrained weights, pretrained biases, new weights, new biases, with rates 1,
 2, 10 and 20 times the base rate and no decay of biases.
@@ -6,6 +6,7 @@ The groups are those of the released code: pretrained weights, pretrained biases
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import nn
 
 from slrnet.config import OptimConfig
+from slrnet.models.network import Network
 
-__all__ = ["build_optimizer", "parameter_groups", "rate_factor", "set_rate"]
+__all__ = ["WeightAverage", "build_optimizer", "parameter_groups", "rate_factor", "set_rate"]
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig, *, batch_size: int) -> list[dict[str, Any]]:
@@ -55,3 +57,30 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Sets each group's rate to `factor` times its full one."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
+
+
+class WeightAverage:
+    """Exponential moving average of a network's weights and buffers over optimizer steps (Tarvainen and Valpola 2017).
+
+    The decay warms up, so that the average covers about the last tenth of the steps so far or fewer. It is a function
+    of the step alone, so a resumed training needs nothing but the average.
+
+    Args:
+        model: the network that trains.
+        decay: largest share of the old average that a step keeps, in (0, 1).
+    """
+
+    def __init__(self, model: Network, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, model: Network, step: int) -> None:
+        """Takes in the weights after optimizer step `step`, from 1; the first step's become the average."""
+        decay = min(self.decay, (step - 1) / (step + 9))
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        torch._foreach_lerp_([own for own, _ in floats], [new for _, new in floats], 1 - decay)
+        for own, new in pairs:
+            if not own.is_floating_point():
+                own.copy_(new)

@@ -5,7 +5,7 @@ The steps are the same in every setting; the labels that a batch grants decide w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from slrnet.data.batch import Batch
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.models.encoders import Encoder
-from slrnet.models.network import Outputs
+from slrnet.models.network import Network, Outputs
 from slrnet.views.color import apply_color, draw_color
 from slrnet.views.geometry import View, align_maps, apply_view, draw_views, largest_size
 
@@ -58,16 +58,20 @@ class ViewsOfBatch(NamedTuple):
 def make_views(images: Tensor, config: ViewsConfig, encoder: Encoder, generator: torch.Generator) -> ViewsOfBatch:
     """Draws the views of a batch (N, 3, H, W), float in [0, 1], with a CPU generator."""
     views = draw_views(len(images), config, generator=generator)
-    stride = encoder.output_stride if config.sizes == "fitted" else None
 
     def distort(colors: Tensor) -> Tensor:
         return apply_color(colors, draw_color(len(images), config, generator=generator))
 
     if not config.own_color:
         images = distort(images)
-    warped = (apply_view(images, view, stride=stride) for view in views)
+    warped = _warp(images, views, config, encoder)
     inputs = [encoder.normalize(distort(view) if config.own_color else view) for view in warped]
     return ViewsOfBatch(inputs, views, images)
+
+
+def _warp(images: Tensor, views: Sequence[View], config: ViewsConfig, encoder: Encoder) -> Iterator[Tensor]:
+    stride = encoder.output_stride if config.sizes == "fitted" else None
+    return (apply_view(images, view, stride=stride) for view in views)
 
 
 def align(outputs: Outputs, views: Sequence[View], *, unwarp: Literal["logits", "probs"] = "logits") -> Outputs:
@@ -88,6 +92,11 @@ class PseudoRows:
     max_classes: int
     """Largest number of foreground classes that one of these images may show."""
 
+    @property
+    def exist(self) -> bool:
+        """Whether there is such an image."""
+        return self.rows is None or len(self.rows) > 0
+
 
 def find_pseudo_rows(batch: Batch) -> PseudoRows:
     """Images of a batch on the CPU without a true mask, and how many classes they may show: all if unlabeled."""
@@ -105,19 +114,38 @@ def step_losses(
     encoder: Encoder,
     generator: torch.Generator,
     pseudo_rows: PseudoRows | None,
+    labeler: Network | None = None,
 ) -> Objective:
     """Runs a batch forward to its loss parts.
 
     The model may be wrapped for distributed training; `encoder` is its encoder. The CPU `generator` draws the views.
-    `pseudo_rows` is what `find_pseudo_rows` says of the batch; None leaves out pseudo labels and their loss.
+    `pseudo_rows` is what `find_pseudo_rows` says of the batch; None leaves out pseudo labels and their loss. The
+    `labeler`, on the model's device, makes the pseudo labels if `calibration.source` is not `training`.
     """
+    assert (labeler is None) == (config.calibration.source == "training"), config.calibration.source
     with record_function("slrnet: views"):
         images = batch.floats()
         inputs, views, distorted = make_views(images, config.views, encoder, generator)
     with record_function("slrnet: network"):
         outputs = model(inputs)
+    guide = None
+    if labeler is not None and pseudo_rows is not None and pseudo_rows.exist:
+        with record_function("slrnet: labeler"):
+            guide = _label(labeler, images, views, config.views, encoder)
     images = distorted if config.calibration.refine_image == "distorted" else images
-    return losses_of(outputs, views, images, batch, config=config, pseudo_rows=pseudo_rows)
+    return losses_of(outputs, views, images, batch, config=config, pseudo_rows=pseudo_rows, guide=guide)
+
+
+@torch.no_grad()
+def _label(labeler: Network, images: Tensor, views: Sequence[View], config: ViewsConfig, encoder: Encoder) -> Outputs:
+    """The outputs in evaluation mode for these views of the crops in their own colors.
+
+    It comes after the training pass: under autocast, weights that a pass without gradient has cast stay without one.
+    """
+    training = labeler.training
+    outputs: Outputs = labeler.eval()([encoder.normalize(view) for view in _warp(images, views, config, encoder)])
+    labeler.train(training)
+    return outputs
 
 
 def losses_of(
@@ -128,12 +156,17 @@ def losses_of(
     *,
     config: Config,
     pseudo_rows: PseudoRows | None,
+    guide: Outputs | None = None,
 ) -> Objective:
-    """Computes the loss parts from the outputs for all views of the crops `images`, (N, 3, H, W) float in [0, 1]."""
+    """Computes the loss parts from the outputs for all views of the crops `images`, (N, 3, H, W) float in [0, 1].
+
+    `guide` are the outputs for the same views that make the pseudo labels; None: `outputs`.
+    """
     with record_function("slrnet: alignment"):
         aligned = align(outputs, views, unwarp=config.views.unwarp)
+        source = aligned if guide is None else align(guide, views, unwarp=config.views.unwarp)
     with record_function("slrnet: calibration"):
-        pseudo_labels = None if pseudo_rows is None else _pseudo_labels(aligned, images, batch, config, pseudo_rows)
+        pseudo_labels = None if pseudo_rows is None else _pseudo_labels(source, images, batch, config, pseudo_rows)
     with record_function("slrnet: losses"):
         pixel_labels = batch.pixel_labels
         if pixel_labels is None:

@@ -50,7 +50,7 @@ from slrnet.models.network import Network, mixed_precision
 from slrnet.models.slrnet import build_network
 from slrnet.tracking.protocol import metric_key
 from slrnet.training.listener import Listener, loss_key
-from slrnet.training.optim import build_optimizer, rate_factor, set_rate
+from slrnet.training.optim import WeightAverage, build_optimizer, rate_factor, set_rate
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 
 __all__ = ["NonFiniteLossError", "Trainer", "check_batch"]
@@ -79,6 +79,7 @@ class Trainer:
         config, shards, process = self.config, self.shards, self.process
         self.writer = CheckpointWriter(self.folder / "checkpoints", config, upload=self.upload)
         self.model, self.wrapped = _new_network(config, shards.info.num_classes, process)
+        self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
         self.supervision = supervision_of(config, shards)
         self.loader = TrainLoader(
@@ -100,6 +101,17 @@ class Trainer:
             world_size=process.world_size,
             depth=shards.info.depth,
         )
+
+    @property
+    def evaluated(self) -> Network:
+        """The network that is measured and saved: the weights' average if there is one, else the one that trains."""
+        return self.model if self.average is None else self.average.model
+
+    @property
+    def labeler(self) -> Network | None:
+        """The network that makes pseudo labels; None: the training pass."""
+        source = self.config.calibration.source
+        return None if source == "training" else self.model if source == "evaluation" else self.evaluated
 
     def resume(self) -> bool:
         """Continues from the run's last whole checkpoint, if it has one.
@@ -124,7 +136,9 @@ class Trainer:
         groups = self.optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         try:
-            self.model.load_state_dict(checkpoint.model)
+            self.model.load_state_dict(checkpoint.model if checkpoint.trained is None else checkpoint.trained)
+            if self.average is not None:
+                self.average.model.load_state_dict(checkpoint.model)
             self.optimizer.load_state_dict(checkpoint.optimizer)
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
@@ -241,7 +255,12 @@ class Trainer:
         self.listener.at("saving", self.state.step)
         if self.process.is_main:
             state = self.listener.checkpoint(self.state)
-            self.writer.save(state, model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+            self.writer.save(
+                state,
+                model=self.evaluated.state_dict(),
+                optimizer=self.optimizer.state_dict(),
+                trained=None if self.average is None else self.model.state_dict(),
+            )
 
     def _step(self, batch: Batch, step: int, *, pretraining: bool) -> dict[str, float]:
         """One optimizer step; returns the loss and its parts, averaged over accumulation steps and ranks."""
@@ -270,6 +289,10 @@ class Trainer:
             values = _average(totals, self.process, step)
         with record_function("slrnet: optimizer"):
             self.optimizer.step()
+        if self.average is not None or self.labeler is not None:  # they read buffers, which differ between ranks
+            share_buffers(self.model, self.process)
+        if self.average is not None:
+            self.average.update(self.model, step + 1)
         return values
 
     def _losses(self, batch: Batch, generator: torch.Generator, *, pretraining: bool) -> dict[str, Tensor]:
@@ -279,6 +302,7 @@ class Trainer:
                 batch.to(self.process.device, non_blocking=True),
                 config=self.config,
                 encoder=self.model.encoder,
+                labeler=self.labeler,
                 generator=generator,
                 pseudo_rows=None if pretraining else find_pseudo_rows(batch),
             )
@@ -295,9 +319,9 @@ class Trainer:
 
     def _measure(self, epoch: int) -> dict[str, float]:
         """Pseudo-mask quality and validation after an epoch; every rank takes part."""
-        self.model.eval()
-        share_buffers(self.model, self.process)
-        inference = Inference(self.model, self.config)
+        network = self.evaluated.eval()
+        share_buffers(network, self.process)
+        inference = Inference(network, self.config)
         metrics = self._measure_pseudo_masks(inference, epoch)
         self.listener.notice(f"epoch {epoch + 1}: validating")
         samples = self._samples(epoch, self.config.data.val_split)
@@ -399,8 +423,8 @@ def _new_network(config: Config, num_classes: int, process: Process) -> tuple[Ne
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if process.world_size == 1:
         return model, model
-    # Every parameter takes part in every step: a label type that a rank's batch lacks leaves zeros with a graph. No
-    # step reads buffers; the ranks share them before the network is measured.
+    # Every parameter takes part in every step: a label type that a rank's batch lacks leaves zeros with a graph. DDP
+    # shares no buffers: the ranks do so after steps whose buffers are read, and before the network is measured.
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {"gradient_as_bucket_view": True, sync: False}

@@ -203,6 +203,11 @@ class TestFit:
             ("views.unwarp=probs", "losses.mask_consistency=probs", "views.unwarp 'probs' has no effect"),
             ("calibration.refine_image=distorted", "views.own_color=false", "needs one distortion per crop"),
             ("model.auxiliary_views=first", "cvlr.form=released", "model.auxiliary_views 'first' gives CVLR no codes"),
+            (
+                "calibration.source=ema",
+                "train.ema=0.99",
+                "calibration.source 'ema' takes pseudo labels from the weights'",
+            ),
             ("train.cosine_epochs=14", "train.epochs=19", "cosine_epochs is 14 and 15 epochs follow pretraining"),
         ],
     )

@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from slrnet.checkpoints.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
+from slrnet.checkpoints.run_store import WEIGHTS
 from slrnet.config import Config, ConfigError, apply_overrides
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.distributed.process import Process
@@ -129,6 +130,7 @@ CHANGES: dict[str, Change] = {
     "calibration.refine_iters": change_weights(0),
     "calibration.refine_dilations": change_weights([3, 4]),
     "calibration.refine_stride": change_weights(1),
+    "calibration.source": change_weights("evaluation"),
     "calibration.rule": change_weights("normalized"),
     "calibration.confidence_threshold": change_weights(0.7),
     "calibration.background_threshold": change_weights(0.7),
@@ -162,6 +164,7 @@ CHANGES: dict[str, Change] = {
     "train.accumulation": change_weights(2),
     "train.precision": change_weights("bf16"),
     "train.seed": change_weights(1),
+    "train.ema": Change(0.5, "saved weights"),
     "train.log_every": Change(2, "logged losses"),
     "train.checkpoint_every": Change(1, "checkpoints", given=("train.batch_size=1", "train.checkpoint_every=0")),
     "evaluation.every": Change(1, "logged figures"),
@@ -192,7 +195,7 @@ CHANGES: dict[str, Change] = {
     "tracking.gpu_interval": Change(0.5, "gpu samples"),
 }
 
-TRAINING_ALONE = ("calibration.supervision", "calibration.refine_image")
+TRAINING_ALONE = ("calibration.supervision", "calibration.refine_image", "calibration.source")
 MEASURED_TOO = [key for key in CHANGES if key.startswith("calibration.") and key not in TRAINING_ALONE]
 """Fields that rule the training's pseudo labels and the measured ones alike."""
 
@@ -271,6 +274,7 @@ def _observe(config: Config, data: ShardSet, folder: Path) -> Mapping[str, Any]:
     return {
         "first weights": first,
         "weights": _digest(trainer),
+        "saved weights": hashlib.sha256((folder / "checkpoints" / "checkpoint-0002" / WEIGHTS).read_bytes()).digest(),
         "number of weights": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "trained weights": trainable,
         "validation": {name: value for name, value in figures.items() if name.startswith("val/iou/")},

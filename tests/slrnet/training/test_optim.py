@@ -11,7 +11,7 @@ from torch import nn
 
 from slrnet.config import Config, OptimConfig
 from slrnet.models.slrnet import build_network
-from slrnet.training.optim import build_optimizer, parameter_groups, rate_factor, set_rate
+from slrnet.training.optim import WeightAverage, build_optimizer, parameter_groups, rate_factor, set_rate
 
 CONFIG = OptimConfig(
     lr=0.01, reference_batch_size=16, new_lr_factor=10.0, bias_lr_factor=2.0, momentum=0.9, weight_decay=0.01
@@ -118,3 +118,26 @@ def test_set_rate_is_relative_to_the_full_rate_however_often_it_is_called() -> N
         set_rate(optimizer, factor)
         rates = [group["lr"] for group in optimizer.param_groups]
         assert rates == pytest.approx([factor * rate for rate in (0.01, 0.02, 0.1, 0.2)])
+
+
+def test_the_average_takes_in_each_step_by_the_warmed_up_decay() -> None:
+    """Step n keeps min(decay, (n - 1) / (n + 9)) of the old average; counters are copied."""
+    network = Network()
+    average = WeightAverage(network, 0.15)  # type: ignore[arg-type]
+    expected = [math.nan] * 2
+    for step, kept in enumerate((0, 1 / 11, 0.15, 0.15), 1):
+        values = [float(step**2), float(7 - step)]
+        with torch.no_grad():
+            network.encoder_like.weight.fill_(values[0])
+            network.encoder[1].running_var.fill_(values[1])  # type: ignore[operator, union-attr]
+            network.encoder[1].num_batches_tracked.fill_(step)  # type: ignore[operator, union-attr]
+        average.update(network, step)  # type: ignore[arg-type]
+        expected = [
+            new if not kept else kept * old + (1 - kept) * new for old, new in zip(expected, values, strict=True)
+        ]
+        state = average.model.state_dict()
+        found = [float(state[name]) for name in ("encoder_like.weight", "encoder.1.running_var")]
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert state["encoder.1.num_batches_tracked"] == step
+    assert not average.model.training
+    assert not any(parameter.requires_grad for parameter in average.model.parameters())

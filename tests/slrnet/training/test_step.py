@@ -178,7 +178,15 @@ def settings(**sections: Any) -> Config:
     )
 
 
-def losses_of(model: nn.Module, config: Config, *, pretraining: bool, seed: int = 0, **options: Any) -> Objective:
+def losses_of(
+    model: nn.Module,
+    config: Config,
+    *,
+    pretraining: bool,
+    seed: int = 0,
+    labeler: SLRNet | None = None,
+    **options: Any,
+) -> Objective:
     torch.manual_seed(seed)  # dropout and gates
     batch = batch_of(**options)
     return step_losses(
@@ -188,6 +196,7 @@ def losses_of(model: nn.Module, config: Config, *, pretraining: bool, seed: int 
         encoder=PLAIN,
         generator=step_generator(seed),
         pseudo_rows=None if pretraining else find_pseudo_rows(batch),
+        labeler=labeler,
     )
 
 
@@ -267,6 +276,43 @@ class TestStepLosses:
         assert after["segmentation"].item() > 0
         for name, value in before.items():
             assert after[name].item() == value.item()
+
+    def test_another_network_makes_the_labels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In evaluation mode, from the views in the crops' own colors; the other losses know nothing of it."""
+        labels: list[Tensor | None] = []
+
+        def keep(outputs: Any, of: Labels, **options: Any) -> Objective:
+            labels.append(of.pseudo_labels)
+            return objective(outputs, of, **options)
+
+        monkeypatch.setattr(step_module, "objective", keep)
+        teacher, model = tiny_model().eval(), tiny_model().train()
+        nn.init.normal_(teacher.mask_head.classify.weight)
+        plain = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+        losses_of(teacher, settings(views=plain), pretraining=False)
+        alone = losses_of(model, settings(), pretraining=False)
+        config = settings(calibration={"source": "evaluation"})
+        taught = losses_of(model, config, pretraining=False, labeler=teacher.train())
+        expected, own, found = labels
+        assert found is not None
+        assert expected is not None
+        assert found.equal(expected)
+        assert own is not None
+        assert not found.equal(own)
+        for name in set(alone.parts) - {"segmentation"}:
+            assert taught.parts[name].equal(alone.parts[name]), name
+        taught.total.backward()  # type: ignore[no-untyped-call]
+        assert teacher.training
+        assert all(parameter.grad is None for parameter in teacher.parameters())
+
+    def test_its_own_labels_leave_every_gradient_under_autocast(self) -> None:
+        """Autocast keeps the weights that it casts first: without a gradient if the pass had none."""
+        model = tiny_model().train()
+        with torch.autocast("cpu", torch.bfloat16):
+            config = settings(calibration={"source": "evaluation"})
+            result = losses_of(model, config, pretraining=False, labeler=model)
+        result.total.backward()  # type: ignore[no-untyped-call]
+        assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
 
     def test_cross_view_supervision(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Fig. 4 (right): the same labels for all views, those of the next view, or a view's own."""

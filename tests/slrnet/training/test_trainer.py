@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from slrnet.checkpoints.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from slrnet.config import Config, apply_overrides
+from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.distributed.process import Process
+from slrnet.evaluation.masks import evaluate_masks
+from slrnet.inference.forward import Inference
 from slrnet.training.listener import Listener
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 from slrnet.training.trainer import NonFiniteLossError, Trainer, check_batch
@@ -91,6 +94,17 @@ class TestDeterminism:
         fit(measured), fit(unmeasured)
         assert digest(measured.model) == digest(unmeasured.model)
 
+    def test_an_average_changes_what_is_measured_and_saved_but_not_the_training(
+        self, quiet: Config, start_trainer: StartTrainer, digest: Digest
+    ) -> None:
+        plain, averaged = start_trainer(quiet), start_trainer(apply_overrides(quiet, ["train.ema=0.9"]))
+        figures = fit(plain)[-1], fit(averaged)[-1]
+        assert digest(plain.model) == digest(averaged.model)
+        assert digest(load_checkpoint(averaged.folder).model) == digest(averaged.evaluated) != digest(plain.model)
+        samples = EvalLoader(averaged.shards, split="val")
+        quality = evaluate_masks(Inference(averaged.evaluated, averaged.config), samples, process=Process())
+        assert figures[1]["val/miou_ss"] == quality.matrix.miou()
+
 
 class TestResume:
     def test_two_epochs_and_a_resumed_third_equal_three_to_the_bit(
@@ -133,6 +147,46 @@ class TestResume:
         assert same(resumed.model.state_dict(), whole.model.state_dict())
         assert same(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
         assert continued.curve("train/loss") == tracker.curve("train/loss")[6:]
+
+    def test_average_and_weights_both_go_on_to_the_bit(
+        self, quiet: Config, start_trainer: StartTrainer, digest: Digest, tmp_path: Path
+    ) -> None:
+        """Batch norms train, so that labels from the average depend on its buffers too."""
+        changes = ["train.ema=0.5", "calibration.source=ema", "model.freeze_batch_norm=false", "train.batch_size=2"]
+        config = apply_overrides(quiet, [*changes, "train.checkpoint_every=3"])
+        whole = start_trainer(config)
+        expected = fit(whole)
+        assert whole.average is not None
+        assert digest(whole.average.model) != digest(whole.model)
+
+        interrupted = start_trainer(config, folder=tmp_path / "run")
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.fit(report=lambda metrics: None, notice=_notices([""] * 6 + [KeyboardInterrupt]))
+        resumed = start_trainer(config, folder=tmp_path / "run")
+        assert resumed.resume()
+        assert resumed.state.step == 6
+        assert same(fit(resumed), expected[1:])
+        assert digest(resumed.model) == digest(whole.model)
+        checkpoint = load_checkpoint(resumed.folder)
+        assert checkpoint.trained is not None
+        assert same(checkpoint.model, whole.average.model.state_dict())
+        assert same(checkpoint.trained, whole.model.state_dict())
+
+        for change, network in (("train.ema=0.9", "average"), ("train.ema=0", "model")):  # it may change, or end
+            other = start_trainer(
+                apply_overrides(config, ["calibration.source=training", change]), folder=resumed.folder
+            )
+            other.resume()
+            assert digest(other.model) == digest(whole.model)
+            assert digest(other.evaluated) == digest(whole.average.model if network == "average" else whole.model)
+
+    def test_an_average_may_begin_with_a_resumption(
+        self, quiet: Config, start_trainer: StartTrainer, digest: Digest, tmp_path: Path
+    ) -> None:
+        start_trainer(quiet, folder=tmp_path / "run").fit(report=lambda metrics: None, until=1)
+        resumed = start_trainer(apply_overrides(quiet, ["train.ema=0.9"]), folder=tmp_path / "run")
+        resumed.resume()
+        assert digest(resumed.evaluated) == digest(resumed.model)
 
     def test_before_its_node_is_taken_away_it_saves(
         self, quiet: Config, start_trainer: StartTrainer, capsys: pytest.CaptureFixture[str]

@@ -173,8 +173,9 @@ def _uneven_step(config: Config, shards: ShardSet, process: Process) -> dict[str
 
 
 def _resumed_within_an_epoch(config: Config, shards: ShardSet, process: Process, folder: Path) -> dict[str, Any]:
-    """Two epochs of two steps, and the same stopped after the third step and resumed."""
-    config = apply_overrides(config, ["train.checkpoint_every=3", "evaluation.pseudo_mask_images=0"])
+    """Two epochs of two steps, and the same stopped after the third step and resumed; labels from the average."""
+    average = ["train.ema=0.9", "calibration.source=ema", "model.freeze_batch_norm=false"]
+    config = apply_overrides(config, ["train.checkpoint_every=3", "evaluation.pseudo_mask_images=0", *average])
     results: dict[str, Any] = {}
     for name, steps in (("whole", 9), ("stopped", 3), ("resumed", 9)):
         run = folder / ("whole" if name == "whole" else "within")
@@ -185,7 +186,11 @@ def _resumed_within_an_epoch(config: Config, shards: ShardSet, process: Process,
         with suppress(StopIteration):
             trainer.fit(report=lambda metrics: reports.append(dict(metrics)), notice=lambda: next(told))  # noqa: B023
         dist.barrier()
-        results |= {name: trainer.model.state_dict(), f"{name} steps": trainer.state.step, f"{name} epochs": reports}
+        state = {
+            network: model.state_dict() for network, model in (("own", trainer.model), ("mean", trainer.evaluated))
+        }
+        weights = {f"{network}.{key}": value for network, of in state.items() for key, value in of.items()}
+        results |= {name: weights, f"{name} steps": trainer.state.step, f"{name} epochs": reports}
     return results
 
 
@@ -340,6 +345,8 @@ def test_a_training_stopped_within_an_epoch_goes_on_to_the_bit(results: list[dic
         losses = [name for name in whole[0] if name.startswith("train/epoch_loss")]
         assert losses
         assert [whole[0][name] for name in losses] == [resumed[0][name] for name in losses]
+    first, second = (result["within"]["whole"] for result in results)
+    assert all(first[name].equal(second[name]) for name in first)  # buffers too
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_it(results: list[dict[str, Any]]) -> None:
