@@ -11,6 +11,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from slrnet.data.images import open_image
 from slrnet.tools.app.analyzer import MAX_SIDE, Analysis, Analyzer, shrink
+from slrnet.tools.app.guard import Guard
 from slrnet.tools.codes import heat
 from slrnet.viz.overlay import Pixels, draw_overlay
 from slrnet.viz.panels import class_legend
@@ -30,6 +31,7 @@ _PICTURES = {"image": "Image", "mask": "Mask", "refined": "Fused and refined", "
 def serve(analyzer: Analyzer, *, name: str, port: int) -> None:
     """Serves the app, with the checkpoint's name as its heading, on 127.0.0.1 until Ctrl-C."""
     # Another site's page must not reach this one under a name of its own.
+    app.add_middleware(Guard, most_bytes=MAX_BYTES)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
     ui.page("/")(lambda: _Page(analyzer, name).build())
     ui.run(host="127.0.0.1", port=port, title=f"slrnet: {name}", dark=None, reload=False, show=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.cli.main import main
 from slrnet.tools.app.analyzer import MAX_SIDE, Analyzer, shrink
+from slrnet.tools.app.guard import Guard
 from slrnet.tools.dashboard import newest_run
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -93,6 +95,73 @@ def test_refusals(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         taken.listen()
         assert main(["app", str(tiny_run), "--port", str(taken.getsockname()[1])]) == 2
     assert "is taken" in capsys.readouterr().err
+
+
+def answer(scope: dict[str, Any], parts: Sequence[bytes] = (b"x",), *, at_once: int = 1) -> list[Any]:
+    """First words of the guarded app to some equal requests at once, which it answers when it has read all of it."""
+    answers: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while scope["type"] == "http" and (await receive()).get("more_body"):
+            await asyncio.sleep(0)
+        await send({"type": f"{scope['type']}.response.start", "status": 200})
+
+    async def ask(guard: Guard) -> None:
+        messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+        messages[-1]["more_body"] = False
+
+        async def receive() -> Any:
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            if not message["type"].endswith(".body"):
+                answers.append(message)
+
+        await guard(scope, receive, send)
+
+    async def run() -> None:
+        guard = Guard(app, most_bytes=1000)
+        await asyncio.gather(*(ask(guard) for _ in range(at_once)))
+
+    asyncio.run(run())
+    return answers
+
+
+def request(kind: str = "http", method: str = "POST", **headers: str) -> dict[str, Any]:
+    named = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return {"type": kind, "method": method, "headers": [(b"host", b"127.0.0.1:80"), *named]}
+
+
+class TestGuard:
+    @pytest.mark.parametrize(
+        ("headers", "parts", "status"),
+        [
+            ({"content_length": "1000"}, [b"x"], 200),
+            ({"content_length": str(10**9)}, [b"x"], 413),
+            ({"content_length": "x"}, [b"x"], 413),
+            ({}, [bytes(60_000)] * 2, 413),  # says no length
+            ({}, [bytes(30_000)] * 2, 200),
+            ({"origin": "http://127.0.0.1:80"}, [b"x"], 200),
+            ({"origin": "http://evil.example"}, [b"x"], 403),
+            ({"origin": "null"}, [b"x"], 403),
+        ],
+    )
+    def test_uploads_are_limited_on_the_server(self, headers: dict[str, str], parts: list[bytes], status: int) -> None:
+        assert [message["status"] for message in answer(request(**headers), parts)] == [status]
+
+    def test_few_uploads_are_read_at_a_time(self) -> None:
+        answers = answer(request(), [b"x"] * 9, at_once=5)
+        assert sorted(message["status"] for message in answers) == [200, 200, 429, 429, 429]
+
+    def test_another_sites_page_gets_no_socket(self) -> None:
+        (closed,) = answer(request("websocket", origin="http://evil.example"))
+        assert closed["type"] == "websocket.close"
+        (taken,) = answer(request("websocket", origin="http://127.0.0.1:80"))
+        assert taken["status"] == 200
+
+    def test_pages_have_a_policy(self) -> None:
+        (page,) = answer(request(method="GET"))
+        assert b"frame-ancestors 'none'" in dict(page["headers"])[b"content-security-policy"]
 
 
 @pytest.fixture
