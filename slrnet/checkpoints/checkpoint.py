@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, dataclass, field
@@ -28,10 +27,12 @@ from safetensors.torch import load_file, save_file
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_exponential
 from torch import Tensor
 
-from slrnet.checkpoints.run_store import CONFIG, STATE, TRAINER, WEIGHTS
+from slrnet.checkpoints.run_store import CONFIG, FILES, STATE, TRAINER, WEIGHTS
 from slrnet.config import Config, load_config
 from slrnet.models.network import Network
-from slrnet.storage.files import sha256_of
+from slrnet.storage.files import read_json, sha256_of
+from slrnet.storage.folders import remove_folder, whole_folder
+from slrnet.storage.names import check_text
 from slrnet.storage.shown import logger_of
 
 __all__ = [
@@ -39,10 +40,12 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CheckpointWriter",
+    "NotFiniteError",
     "TrainState",
     "check_classes",
     "find_checkpoint",
     "load_checkpoint",
+    "not_finite",
     "prune_checkpoints",
     "read_state",
     "require_free_space",
@@ -55,8 +58,6 @@ SCHEMA_VERSION = 1
 _TRAINED = "network"
 """Key in `trainer.pt` of the weights that train."""
 KEEP_LAST = 2
-MAX_STATE_BYTES = 2**28
-"""Largest `state.json` that is read."""
 MOST_AT_A_TIME = KEEP_LAST + 2
 """Most checkpoints of a run on the disk: the last ones, the best one, and the one being written."""
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
@@ -69,6 +70,10 @@ _log = logger_of(__name__)
 
 class CheckpointError(ValueError):
     """A checkpoint is missing, damaged, or does not fit what is asked of it."""
+
+
+class NotFiniteError(CheckpointError):
+    """A checkpoint has values that are infinite or NaN: nothing goes on from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +141,11 @@ def save_checkpoint(
     Returns:
         Its path.
     """
+    for part in (model, optimizer, trained):
+        if name := not_finite(part):
+            raise NotFiniteError(f"{state.name} is not written: {name} has values that are not finite")
     target = folder / state.name
-    incoming = folder / f".{target.name}.incoming-{os.getpid()}"
-    shutil.rmtree(incoming, ignore_errors=True)
-    try:
-        incoming.mkdir(parents=True)
+    with whole_folder(target, own=FILES) as incoming:
         try:
             save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.items()}, incoming / WEIGHTS)
             torch.save(dict(optimizer) | ({} if trained is None else {_TRAINED: dict(trained)}), incoming / TRAINER)
@@ -153,11 +158,7 @@ def save_checkpoint(
         (incoming / STATE).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         for path in (*incoming.iterdir(), incoming):
             _flush(path)
-        shutil.rmtree(target, ignore_errors=True)
-        incoming.rename(target)
-        _flush(folder)
-    finally:
-        shutil.rmtree(incoming, ignore_errors=True)
+    _flush(folder)
     return target
 
 
@@ -244,18 +245,20 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if (path / STATE).is_file():
-        state = read_state(path)
-    else:
-        whole = _whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints")
-        best = _choose(whole, "best")
-        if best is None:
-            runs = sorted(str(folder.parent) for folder in path.glob("*/checkpoints"))
-            known = f"; runs in it: {', '.join(runs[:10])}" if runs else ""
-            raise CheckpointError(
-                f"{path} holds no checkpoint; give a directory with {STATE}, or the folder of a run that has finished "
-                f"an epoch{known}"
-            )
-        path, state = best, dict(whole)[best]
+        return _read(path, read_state(path))
+    best = _read_finite(_whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints"), "best")
+    if best is None:
+        runs = sorted(str(folder.parent) for folder in path.glob("*/checkpoints"))
+        known = f"; runs in it: {', '.join(runs[:10])}" if runs else ""
+        raise CheckpointError(
+            f"{path} holds no checkpoint; give a directory with {STATE}, or the folder of a run that has finished "
+            f"an epoch{known}"
+        )
+    return best
+
+
+def _read(path: Path, state: TrainState) -> Checkpoint:
+    """Reads a checkpoint whose checksums are right."""
     try:
         tensors = load_file(path / WEIGHTS)
         optimizer = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
@@ -263,12 +266,43 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             raise TypeError(f"{TRAINER} holds a {type(optimizer).__name__}")
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}; take another checkpoint of the run") from None
+    for part in (tensors, optimizer):
+        if name := not_finite(part):
+            raise NotFiniteError(f"{path} has values that are not finite, in {name}; take another checkpoint")
     return Checkpoint(path, load_config(path / CONFIG), state, tensors, optimizer, optimizer.pop(_TRAINED, None))
 
 
+def _read_finite(whole: list[tuple[Path, TrainState]], which: Literal["last", "best"]) -> Checkpoint | None:
+    """The chosen one; those with values that are not finite are passed over, with a warning."""
+    left = list(whole)
+    while (path := _choose(left, which)) is not None:
+        try:
+            return _read(path, dict(left)[path])
+        except NotFiniteError as error:
+            _log.warning("skipping a checkpoint: %s", error)
+            left = [entry for entry in left if entry[0] != path]
+    return None
+
+
 def find_checkpoint(folder: Path, *, which: Literal["last", "best"] = "last") -> Path | None:
-    """The last, or best (highest validation mIoU, then later) whole checkpoint in a folder; warns of damaged ones."""
-    return _choose(_whole_checkpoints(folder), which)
+    """The last, or best (highest validation mIoU, then later) whole checkpoint in a folder.
+
+    Warns of damaged ones, and of those with values that are not finite.
+    """
+    whole = _whole_checkpoints(folder)
+    try:
+        chosen = _read_finite(whole, which)
+    except ValueError:  # whoever loads it says what is wrong
+        return _choose(whole, which)
+    return None if chosen is None else chosen.path
+
+
+def not_finite(values: Any, name: str = "") -> str:
+    """Name of the first tensor that holds an infinite value or NaN, through dictionaries and lists; "" for none."""
+    if isinstance(values, Tensor):
+        return "" if not values.is_floating_point() or bool(values.isfinite().all()) else name or "a tensor"
+    pairs = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
+    return next((found for key, value in pairs if (found := not_finite(value, f"{name}.{key}".lstrip(".")))), "")
 
 
 def restore_model(checkpoint: Checkpoint) -> Network:
@@ -291,9 +325,12 @@ def prune_checkpoints(folder: Path) -> None:
     whole = _whole_checkpoints(folder, verify=False)
     last = sorted(whole, key=lambda entry: entry[1].step)[-KEEP_LAST:]
     keep = {_choose(whole, "best"), *(path for path, _ in last)}
-    for path in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.incoming-*")) if whole else ():
+    for path in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.partial")) if whole else ():
         if path not in keep:
-            shutil.rmtree(path, ignore_errors=True)
+            try:
+                remove_folder(path, within=folder, own=FILES)
+            except (OSError, ValueError) as error:
+                _log.warning("a checkpoint stays: %s", error)
 
 
 def check_classes(state: TrainState, classes: tuple[str, ...], *, data: str) -> None:
@@ -372,10 +409,8 @@ def read_state(path: Path, *, verify: bool = True) -> TrainState:
         CheckpointError: it is missing, of another version, or a file is damaged.
     """
     try:
-        if not stat.S_ISREG((status := (path / STATE).stat()).st_mode) or status.st_size > MAX_STATE_BYTES:
-            raise ValueError(f"it is no file, or has more than {MAX_STATE_BYTES >> 20} MiB")
-        record = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        record = read_json(path / STATE)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / STATE} cannot be read: {error}; take another checkpoint of the run") from None
     version = record.pop("schema_version", None) if isinstance(record, dict) else None
     if version != SCHEMA_VERSION:
@@ -389,7 +424,10 @@ def read_state(path: Path, *, verify: bool = True) -> TrainState:
         if not (path / name).is_file() or (verify and sha256_of(path / name) != expected):
             raise CheckpointError(f"{path / name} is damaged or missing; take another checkpoint of the run")
     try:
-        return TypeAdapter(TrainState).validate_json(json.dumps(record))
+        state = TypeAdapter(TrainState).validate_json(json.dumps(record))
+        for name in state.classes:
+            check_text("class", name)
+        return state
     except ValueError as error:
         raise CheckpointError(f"{path / STATE} lacks or has foreign fields: {error}") from None
 

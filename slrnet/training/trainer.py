@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 from torch.profiler import record_function
 
 from slrnet.checkpoints.checkpoint import (
@@ -29,6 +30,7 @@ from slrnet.checkpoints.checkpoint import (
     check_classes,
     find_checkpoint,
     load_checkpoint,
+    not_finite,
 )
 from slrnet.config import Config
 from slrnet.data.batch import Batch, EvalSample
@@ -55,9 +57,11 @@ from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 
 __all__ = ["NonFiniteLossError", "Trainer", "check_batch"]
 
+_REMEDY = "Lower optim.lr, or train with train.precision=fp32"
+
 
 class NonFiniteLossError(ArithmeticError):
-    """A loss became infinite or NaN."""
+    """A loss, a gradient or a weight became infinite or NaN."""
 
 
 @dataclass(eq=False)
@@ -242,9 +246,19 @@ class Trainer:
             "speed/skipped_samples": skipped,
         }
         self.listener.end(step=end, images=(end - first) * self.loader.share)
+        self._check_weights(end)
         return metrics
 
+    def _check_weights(self, done: int) -> None:
+        """Raises a `NonFiniteLossError` that names the layer, if the last of `done` steps spoiled a weight."""
+        if name := not_finite(self.model.state_dict()):
+            raise NonFiniteLossError(
+                f"step {done - 1} left values that are not finite in {name}; {_REMEDY}, and continue with --resume "
+                "from the last checkpoint, which is from before"
+            )
+
     def _save_within_epoch(self, done: int, sums: Mapping[str, float], warning: str) -> None:
+        self._check_weights(done)
         self.state = replace(self.state, step=done, metrics={}, unfinished=dict(sums))
         self._save()
         if warning:
@@ -286,7 +300,9 @@ class Trainer:
                 totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.detach() * weight
         self.listener.at("comparing losses", step)
         with record_function("slrnet: agreement"):
-            values = _average(totals, self.process, step)
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            extent = get_total_norm(gradients, math.inf)
+            values = _average(totals, extent, self.process, step, self.model)
         with record_function("slrnet: optimizer"):
             self.optimizer.step()
         if self.average is not None or self.labeler is not None:  # they read buffers, which differ between ranks
@@ -385,18 +401,30 @@ def _note_skipped(listener: Listener, skipped: tuple[SkippedSample, ...], epoch:
         listener.notice(f"epoch {epoch + 1}: skipped {len(skipped) - 5} more")
 
 
-def _average(totals: dict[str, Tensor], process: Process, step: int) -> dict[str, float]:
-    """Averages loss parts over the ranks in one all-reduce, and stops all of them if any is not finite."""
+def _average(
+    totals: dict[str, Tensor], gradient: Tensor, process: Process, step: int, model: torch.nn.Module
+) -> dict[str, float]:
+    """Averages loss parts over the ranks in one all-reduce; stops all ranks if any part or gradient is not finite.
+
+    `gradient` is the largest one of `model`.
+    """
     own = torch.stack(list(totals.values())).double()
     flags = torch.zeros(process.world_size, dtype=torch.float64, device=own.device)
-    flags[process.rank] = (~own.isfinite()).any().double()
+    flags[process.rank] = (~torch.cat([own, gradient.double().reshape(1)]).isfinite()).any().double()
     shared = sum_over_ranks(torch.cat([own.nan_to_num(0.0, 0.0, 0.0), flags]), process).tolist()
     wrong = [rank for rank, flag in enumerate(shared[len(own) :]) if flag]
     if wrong:
         listed = ", ".join(f"{name} {float(value):g}" for name, value in totals.items())
+        what = "loss" if not own.isfinite().all() else "gradient"
+        if name := not_finite(dict(model.state_dict())):
+            cause = f"; {name} is not finite since step {step - 1}"
+        elif name := not_finite({name: p.grad for name, p in model.named_parameters() if p.grad is not None}):
+            cause = f"; the gradient of {name} is not finite"
+        else:
+            cause = ""
         raise NonFiniteLossError(
-            f"step {step}: the loss is not finite on rank {wrong[0]} (rank {process.rank} has {listed}); "
-            "this step changed no weight. Lower optim.lr, or train with train.precision=fp32"
+            f"step {step}: the {what} is not finite on rank {wrong[0]} (rank {process.rank} has {listed}{cause}); "
+            f"this step changed no weight. {_REMEDY}, and continue with --resume"
         )
     return {name: value / process.world_size for name, value in zip(totals, shared, strict=False)}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import struct
@@ -15,10 +16,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from slrnet.checkpoints import checkpoint as checkpoint_module
 from slrnet.checkpoints.checkpoint import (
     CheckpointError,
+    NotFiniteError,
     TrainState,
     check_classes,
     find_checkpoint,
@@ -117,10 +120,45 @@ class TestAtomic:
 
     def test_what_a_killed_process_left_is_not_found_and_goes_with_the_next_pruning(self, tmp_path: Path) -> None:
         whole = save(tmp_path, 1, 0.5)
-        shutil.copytree(whole, tmp_path / ".checkpoint-0002.incoming-4711")
+        shutil.copytree(whole, tmp_path / ".checkpoint-0002.4711.partial")
         assert find_checkpoint(tmp_path) == whole
         prune_checkpoints(tmp_path)
         assert names(tmp_path) == {"checkpoint-0001"}
+
+
+class TestFinite:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("place", ["model", "optimizer"])
+    def test_a_spoiled_state_is_not_written(self, tmp_path: Path, place: str, value: float) -> None:
+        good = torch.ones(2)
+        parts = {"model": {"a": good}, "optimizer": {"state": {0: {"momentum_buffer": good}}}}
+        parts[place] = {"state": {0: {"momentum_buffer": torch.tensor([1.0, value])}}}
+        if place == "model":
+            parts[place] = {"decoder.b": torch.tensor([1.0, value], dtype=torch.bfloat16)}
+        named = {"model": r"decoder\.b", "optimizer": r"state\.0\.momentum_buffer"}[place]
+        with pytest.raises(
+            NotFiniteError, match=f"checkpoint-0001 is not written: {named} has values that are not fin"
+        ):
+            save_checkpoint(tmp_path, config=CONFIG, state=state(1), **parts)
+        assert names(tmp_path) == set()
+
+    @pytest.mark.parametrize("file", ["model.safetensors", "trainer.pt"])
+    def test_the_last_finite_one_is_taken(self, tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture) -> None:
+        folder = tmp_path / "checkpoints"
+        earlier, spoiled = save(folder, 1, 0.1), save(folder, 2, 0.9)
+        if file == "trainer.pt":
+            torch.save({"state": torch.tensor(math.nan)}, spoiled / file)
+        else:
+            save_file({"a": torch.tensor([1.0, math.nan])}, spoiled / file)
+        digest = hashlib.sha256((spoiled / file).read_bytes()).hexdigest()
+        edit_state(spoiled, lambda record: record | {"sha256": record["sha256"] | {file: digest}})
+        assert find_checkpoint(folder) == find_checkpoint(folder, which="best") == earlier
+        assert "skipping a checkpoint" in caplog.text
+        assert load_checkpoint(tmp_path).state.epoch == 1
+        with pytest.raises(
+            NotFiniteError, match=r"checkpoint-0002 has values that are not finite, in .*; take another"
+        ):
+            load_checkpoint(spoiled)
 
 
 class TestDamage:

@@ -444,6 +444,42 @@ class TestStep:
         assert digest(dict(trainer.model.named_parameters())) == before
         assert not (trainer.folder / "checkpoints").exists()
 
+    @pytest.mark.parametrize(
+        ("steps", "message"),
+        [
+            (1, r"step 0 left values .* in mask_head\.classify\.weight; .*--resume"),
+            (3, r"step 1: .*; mask_head\.classify\.weight is not finite since step 0"),
+        ],
+    )
+    def test_weights_that_a_step_spoiled_are_named_and_not_saved(
+        self,
+        quiet: Config,
+        start_trainer: StartTrainer,
+        tiny_data: ShardSet,
+        monkeypatch: pytest.MonkeyPatch,
+        steps: int,
+        message: str,
+    ) -> None:
+        batch = tiny_data.split("train").num_samples // steps
+        trainer = start_trainer(apply_overrides(quiet, [f"train.batch_size={batch}"]))
+        weight = trainer.model.mask_head.classify.weight
+        monkeypatch.setattr(trainer.optimizer, "step", lambda: nn.init.constant_(weight, math.inf))
+        with pytest.raises(NonFiniteLossError, match=message):
+            fit(trainer)
+        assert not (trainer.folder / "checkpoints").exists()
+
+    def test_a_gradient_that_is_not_finite_stops_before_the_step(
+        self, quiet: Config, start_trainer: StartTrainer, digest: Digest
+    ) -> None:
+        trainer = start_trainer(quiet)
+        trainer.model.mask_head.classify.weight.register_hook(lambda gradient: gradient * math.inf)
+        before = digest(dict(trainer.model.named_parameters()))
+        with pytest.raises(
+            NonFiniteLossError, match=r"step 0: the gradient .*of mask_head\.classify\.weight is not fin"
+        ):
+            fit(trainer)
+        assert digest(dict(trainer.model.named_parameters())) == before
+
 
 class TestDamage:
     @pytest.fixture
