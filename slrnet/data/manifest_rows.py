@@ -22,6 +22,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from slrnet.data.sample_set import Places
+from slrnet.storage.files import open_regular
+from slrnet.storage.names import CONTROL
 
 __all__ = [
     "MANIFEST_VERSION",
@@ -67,8 +69,9 @@ SHARDS = pa.schema(
 )
 """The table of shards: file name, split, numbers of samples, masks and known image labels, sha256 of the rows."""
 
-_SHARD_NAME = r"^[^./\\\x00-\x1f][^/\\\x00-\x1f]*\.tar$"  # a file within the folder
-_FORMS = {"key": r"^[^./\\\x00-\x1f]+$", "shard": _SHARD_NAME, "sha256": "^[0-9a-f]{64}$"}
+_SHARD_NAME = rf"^[^./\\{CONTROL}][^/\\{CONTROL}]*\.tar$"  # a file within the folder
+_NAME = rf"^[^./\\{CONTROL}][^/\\{CONTROL}]*$"
+_FORMS = {"key": r"^[^./\\\x00-\x1f]+$", "split": _NAME, "shard": _SHARD_NAME, "sha256": "^[0-9a-f]{64}$"}
 _RANGES = {"offset": (0, 2**62), "bytes": (1, 2**40), "width": (1, 2**20), "height": (1, 2**20)}
 _SHARDS_KEY = "slrnet.shards"
 _GROUP_ROWS = 1 << 14
@@ -99,6 +102,7 @@ class ManifestRows:
         self.num_classes = num_classes
         self.advice = advice
         try:
+            open_regular(path).close()
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             metadata, schema = self._file.metadata, self._file.schema_arrow
             groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
@@ -109,7 +113,8 @@ class ManifestRows:
                 f"{path} has the columns {schema.names} of types {[str(kind) for kind in schema.types]}, "
                 f"not those of a manifest; {advice}"
             )
-        self.shards = _decode_shards(path, (metadata.metadata or {}).get(_SHARDS_KEY.encode()), advice)
+        footer = (metadata.metadata or {}).get(_SHARDS_KEY.encode())
+        self.shards = _decode_shards(path, footer, advice, most=metadata.num_rows)
         """The table of shards, with the columns of `SHARDS`."""
         self._group_firsts, self._firsts = cumulative(groups), cumulative(self.shards["samples"].to_numpy())
         if self._firsts[-1] != self._group_firsts[-1]:
@@ -267,14 +272,22 @@ def _hash_values(digest: hashlib._Hash, column: pa.ChunkedArray) -> None:
         digest.update(pc.fill_null(column.cast(pa.int64()), 0).to_numpy().astype("<i8", copy=False).tobytes())
 
 
-def _decode_shards(path: Path, footer: bytes | None, advice: str) -> pa.Table:
+def _decode_shards(path: Path, footer: bytes | None, advice: str, *, most: int) -> pa.Table:
+    """The table of shards, of which there are at most `most`; more would be unpacked from few bytes to no end."""
     try:
-        shards = pa.ipc.open_stream(base64.b64decode(footer or b"", validate=True)).read_all().combine_chunks()
+        stream = pa.ipc.open_stream(base64.b64decode(footer or b"", validate=True))
+        batches, count = [], 0
+        while count <= most and (batch := next(stream, None)) is not None:
+            batches.append(batch)
+            count += batch.num_rows
+        if count > most:
+            raise ValueError(f"it has more shards than the manifest has samples, {most}")
+        shards = pa.Table.from_batches(batches, stream.schema).combine_chunks()
     except (ValueError, OSError, pa.ArrowException) as error:
         raise DataError(f"{path} has no table of shards ({error}); {advice}") from None
     if not shards.schema.equals(SHARDS) or any(column.null_count for column in shards.columns):
         raise DataError(f"{path} has a table of shards with other columns, or empty values; {advice}")
-    if problem := _unlike_form(shards, "shard"):
+    if problem := _unlike_form(shards, "shard") or _unlike_form(shards, "split"):
         raise DataError(f"{path} is damaged or foreign in the table of shards: {problem}; {advice}")
     return shards
 

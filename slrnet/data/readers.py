@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable, Iterator
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -26,6 +28,9 @@ __all__ = ["Deliveries", "Delivery", "Loader", "reader_processes", "share_of"]
 
 _logger = logger_of(__name__)
 
+_SHARED_MEMORY = "/dev/shm"
+_PREFETCHED = 2
+"""Batches that each reader has ready."""
 _PRELOAD = ["torch", "torchvision", "webdataset", "pyarrow", "slrnet.data.train_loader"]
 """Modules that the fork server imports once, so that readers start with them."""
 
@@ -53,9 +58,15 @@ class Deliveries(IterableDataset[Delivery]):
 
     def __init__(self, deliver: Deliver) -> None:
         self.deliver = deliver
+        self.packed = False
+        """Whether deliveries come as bytes, which go through a pipe instead of shared memory."""
         self.epoch_and_start = torch.zeros(2, dtype=torch.int64).share_memory_()
 
-    def __iter__(self) -> Iterator[Delivery]:
+    def __iter__(self) -> Iterator[Any]:
+        made = self._made()
+        return map(pickle.dumps, made) if self.packed else made
+
+    def _made(self) -> Iterator[Delivery]:
         worker = get_worker_info()
         epoch, start_step = self.epoch_and_start.tolist()
         try:
@@ -85,12 +96,55 @@ class Loader:
             _logger.warning(text, skipped.shard, skipped.key, skipped.reason, self.index.advice)
 
 
-def reader_processes(deliveries: Deliveries, *, workers: int, pin_memory: bool) -> DataLoader[Delivery]:
-    """Processes that stay, and whose deliveries come in turn; with `pin_memory` in page-locked memory."""
+def reader_processes(
+    deliveries: Deliveries, *, workers: int, pin_memory: bool, batch_bytes: int, free: int | None = None
+) -> Iterable[Delivery]:
+    """Processes that stay, and whose deliveries come in turn; with `pin_memory` in page-locked memory.
+
+    Deliveries come through shared memory, or through pipes if that has too little room: what does not fit would be
+    lost, or wait for ever. `batch_bytes` is the size of a batch; `free` the bytes of shared memory, by
+    default those of now.
+    """
+    held = batch_bytes * (workers * _PREFETCHED + 1) * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    free = _free_shared_memory() if free is None else free
+    if held > free:
+        _logger.warning(
+            "%s has %d MiB free, the batches of %d readers may take %d MiB; they come through pipes, which is slower. "
+            "Give it more: `docker run --shm-size=8g`, in Kubernetes an emptyDir of medium Memory at %s",
+            *(_SHARED_MEMORY, free >> 20, workers, -(-held >> 20), _SHARED_MEMORY),
+        )
+        deliveries.packed = True
+        return _Unpacked(_data_loader(deliveries, workers, pin_memory=False), pin_memory)
+    return _data_loader(deliveries, workers, pin_memory)
+
+
+@dataclass(frozen=True)
+class _Unpacked:
+    """Deliveries of readers that pack them."""
+
+    loader: DataLoader[Any]
+    pin_memory: bool
+
+    def __iter__(self) -> Iterator[Delivery]:
+        delivered = map(pickle.loads, self.loader)
+        return map(Delivery.pin_memory, delivered) if self.pin_memory else delivered
+
+
+def _free_shared_memory() -> int:
+    """Bytes; very many on systems that do not show their shared memory."""
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except OSError:
+        return sys.maxsize
+    return status.f_bavail * status.f_frsize
+
+
+def _data_loader(deliveries: Deliveries, workers: int, pin_memory: bool) -> DataLoader[Any]:
     return DataLoader(
         deliveries,
         batch_size=None,
         num_workers=workers,
+        prefetch_factor=_PREFETCHED,
         multiprocessing_context=helper_context(_PRELOAD),
         persistent_workers=True,
         pin_memory=pin_memory,

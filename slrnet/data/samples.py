@@ -22,6 +22,7 @@ from torch import Tensor
 from slrnet.data.manifest import DataError, SampleRow, ShardSet, SplitView
 from slrnet.data.tars import BLOCK, read_header
 from slrnet.data.transforms import decode_image, decode_mask
+from slrnet.storage.files import open_regular
 from slrnet.storage.remote import RemoteError
 
 __all__ = ["LocatedSample", "OnError", "SampleIndex", "ShardFiles", "SkippedSample"]
@@ -111,6 +112,9 @@ class SampleIndex:
         mask = decode_mask(files["png"])
         if mask.shape != (row.height, row.width):
             raise DataError(f"the mask has shape {tuple(mask.shape)}, the image {(row.height, row.width)}")
+        # Void, 255, becomes 0.
+        if (highest := int((mask + 1).amax())) > (count := self.split.num_classes):
+            raise DataError(f"the mask has the id {highest - 1}; allowed are 0 to {count - 1}, and 255 for void")
         return mask
 
     def _described(self, sample: int, error: DataError) -> DataError:
@@ -172,7 +176,7 @@ class ShardFiles(AbstractContextManager["ShardFiles"]):
         name = self.index.split.shard_names[shard]
         try:
             path = self.index.shard_set.path_of(name, check=lambda copy: self._compare(shard, copy))
-            file = path.open("rb", buffering=0)
+            file = open_regular(path)
         except RemoteError as error:
             raise DataError(str(error)) from None
         except FileNotFoundError:
@@ -188,7 +192,7 @@ class ShardFiles(AbstractContextManager["ShardFiles"]):
         """Raises DataError if a sample differs from the manifest's."""
         split = self.index.split
         length = path.stat().st_size
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             for row in map(split.row, split.samples_of(shard)):
                 digest = hashlib.sha256()
                 for part in _locate_files(file, length, row, only=None).values():
@@ -215,6 +219,8 @@ def _locate_files(file: BinaryIO, length: int, row: SampleRow, *, only: str | No
         if position + size > end:
             raise DataError(f"{name!r} is longer in the tar than in the manifest")
         if only in (None, suffix):
+            if suffix in files:  # the checksum is of one of them, and a reader may take the other
+                raise DataError(f"{name!r} is twice in its place in the tar")
             files[suffix] = slice(position, position + size)
         position += -(-size // BLOCK) * BLOCK
     return files

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import webdataset as wds
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from slrnet.config import DataConfig
 from slrnet.data.batch import Batch
@@ -98,7 +97,7 @@ class TrainLoader(Loader):
         """Images of a step of this rank."""
         super().__init__(self.reader.index)
         self._deliveries, self._pin_memory = Deliveries(self.reader.deliver), pin_memory
-        self._processes: DataLoader[Delivery] | None = None
+        self._processes: Iterable[Delivery] | None = None
 
     def close(self) -> None:
         """Ends the reader processes; the next epoch starts new ones."""
@@ -145,7 +144,11 @@ class TrainLoader(Loader):
             made = iter(self._deliveries)
             return map(Delivery.pin_memory, made) if self._pin_memory else made
         if self._processes is None:
-            self._processes = reader_processes(self._deliveries, workers=workers, pin_memory=self._pin_memory)
+            # Images and masks; labels are small.
+            bytes_of_a_batch = self.share * 4 * self.reader.config.crop_size**2
+            self._processes = reader_processes(
+                self._deliveries, workers=workers, pin_memory=self._pin_memory, batch_bytes=bytes_of_a_batch
+            )
         return iter(self._processes)
 
 

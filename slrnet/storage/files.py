@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-__all__ = ["sha256_of", "write_json", "write_text", "written_whole"]
+__all__ = ["open_regular", "read_json", "sha256_of", "write_json", "write_text", "written_whole"]
+
+MOST_BYTES = 2**28
+"""Of a file of JSON; a larger one would take gigabytes."""
 
 
 @contextmanager
@@ -28,9 +35,42 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise
 
 
+def open_regular(path: Path, *, most: int | None = None) -> FileIO:
+    """Opens a file for reading, unbuffered.
+
+    Raises:
+        OSError: it is missing, a folder, a pipe (which would wait), a device (which may never end), or has more than
+            `most` bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        reason = "it is no regular file but a folder, pipe or device"
+    elif most is not None and status.st_size > most:
+        reason = f"it has {status.st_size:,} bytes; at most {most:,} are read"
+    else:
+        return FileIO(descriptor)
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, reason, str(path))
+
+
+def read_json(path: Path) -> Any:
+    """Reads a file of JSON.
+
+    Raises:
+        OSError: as `open_regular`, for more than `MOST_BYTES` too.
+        ValueError: it is no JSON, or nested too deep.
+    """
+    with open_regular(path, most=MOST_BYTES) as file:
+        try:
+            return json.loads(file.read())
+        except RecursionError:
+            raise ValueError("it is nested too deep") from None
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
+from slrnet.data.catalog import voc_palette
 from slrnet.data.epoch_plan import choose_subset
 from slrnet.data.eval_loader import EvalLoader
-from slrnet.data.manifest import DataError, ShardSet
+from slrnet.data.manifest import SCHEMA, DataError, ShardSet, load_dataset, save_dataset
+from slrnet.data.tars import tar_end, tar_members
 from tests.fixtures.shards import shards_of
 
 from .conftest import NUM_TRAIN, NUM_VAL, classes_of
@@ -80,3 +90,53 @@ def test_evaluation_compares_the_checksum(copy: ShardSet) -> None:
     loader = EvalLoader(copy, split="val", on_error="skip")
     assert len(list(loader)) == NUM_VAL - 1
     assert [skipped.shard for skipped in loader.skipped] == ["val-000001.tar"]
+
+
+def _one_sample(folder: Path, *members: tuple[str, bytes]) -> ShardSet:
+    """A stranger's data set of a sample of 8 x 8 pixels, whose checksum is of the last member of each name."""
+    data = b"".join(tar_members({name: content}) for name, content in members)
+    (folder / "train-000000.tar").write_bytes(data + tar_end(len(data)))
+    row: dict[str, Any] = {"key": "a", "split": "train", "subsets": [], "shard": "train-000000.tar", "offset": 0}
+    row |= {"width": 8, "height": 8, "classes": [1], "has_mask": True, "has_image_labels": True, "bytes": len(data)}
+    row["sha256"] = hashlib.sha256(b"".join(dict(members).values())).hexdigest()
+    table = pa.Table.from_pylist([row], schema=SCHEMA)
+    save_dataset(folder, [table], name="x", classes=("background", "cat"), palette=voc_palette(), made_by="x")
+    return load_dataset(folder)
+
+
+def _image(kind: str, value: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB" if kind == "JPEG" else "L", (8, 8), value).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("double", ["a.jpg", "a.png"])
+def test_a_sample_with_two_files_of_one_name_is_not_taken(double: str, tmp_path: Path) -> None:
+    """What is verified would not be what is trained on."""
+    members = {"a.jpg": _image("JPEG", 9), "a.png": _image("PNG", 1)}
+    shards = _one_sample(tmp_path, (double, members[double]), *members.items())
+    with pytest.raises(DataError, match=f"'{double}' is twice in its place in the tar"):
+        list(EvalLoader(shards, split="train"))
+
+
+@pytest.mark.parametrize("value", [0, 1, 255])
+def test_ids_of_masks_are_classes_or_void(value: int, tmp_path: Path) -> None:
+    shards = _one_sample(tmp_path, ("a.jpg", _image("JPEG", 9)), ("a.png", _image("PNG", value)))
+    (sample,) = EvalLoader(shards, split="train")
+    assert sample.pixel_labels is not None
+    assert sample.pixel_labels.unique().tolist() == [value]
+
+
+def test_an_id_beyond_the_classes_names_the_sample(tmp_path: Path) -> None:
+    shards = _one_sample(tmp_path, ("a.jpg", _image("JPEG", 9)), ("a.png", _image("PNG", 2)))
+    with pytest.raises(DataError, match=r"sample 'a': the mask has the id 2; allowed are 0 to 1, and 255 for void"):
+        list(EvalLoader(shards, split="train"))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_a_shard_that_is_no_file_is_refused_and_not_waited_for(kind: str, tmp_path: Path) -> None:
+    shards = _one_sample(tmp_path, ("a.jpg", _image("JPEG", 9)), ("a.png", _image("PNG", 1)))
+    (tmp_path / "train-000000.tar").unlink()
+    (os.mkfifo if kind == "pipe" else os.mkdir)(tmp_path / "train-000000.tar")
+    with pytest.raises(DataError, match="the shard cannot be opened"):
+        list(EvalLoader(shards, split="train"))

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from slrnet.data.readers import Deliveries, Delivery, reader_processes
 
 SCRIPT = """
 import gc, os
@@ -19,3 +26,32 @@ def test_the_garbage_collector_does_not_look_through_a_reader() -> None:
     run = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True)
     before, after = map(int, run.stdout.split())
     assert after < before / 4
+
+
+def _deliver(worker: int, epoch: int, start: int) -> Iterator[Delivery]:
+    yield Delivery(None, failure=f"{worker} {epoch} {start}")
+
+
+@pytest.mark.parametrize(("free", "packed"), [(100 * 5, False), (100 * 5 - 1, True)])
+def test_batches_need_no_shared_memory_where_there_is_too_little(
+    free: int, packed: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two readers have two batches each, and one is in use; the readers themselves run in this process."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    deliveries = Deliveries(_deliver)
+    processes = reader_processes(deliveries, workers=2, pin_memory=False, batch_bytes=100, free=free)
+    (sent,) = deliveries
+    assert isinstance(sent, bytes) == packed == ("--shm-size" in caplog.text)
+    if packed:
+        object.__setattr__(processes, "loader", [sent])
+        assert list(processes) == [Delivery(None, failure="0 0 0")]
+    assert caplog.records == [] or caplog.records[0].levelno == logging.WARNING
+
+
+def test_a_batch_comes_out_of_a_pipe_as_it_went_in() -> None:
+    import pickle
+
+    images = torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    again = pickle.loads(pickle.dumps(images))
+    assert again.equal(images)
+    assert again.stride() == images.stride()

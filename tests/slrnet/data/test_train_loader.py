@@ -217,11 +217,11 @@ def test_granted_labels_come_with_their_images_and_no_others(data: ShardSet) -> 
 
 
 def _encode_bands(sample: Sample) -> tuple[bytes, bytes | None]:
-    """Each column has a grey level of its own, eleven apart; the mask counts columns by fives."""
+    """Each column has a grey level of its own, eleven apart; the mask counts columns by sevens."""
     columns = np.tile(np.arange(sample.width, dtype=np.uint8), (sample.height, 1))
     image, mask = io.BytesIO(), io.BytesIO()
     Image.fromarray(columns * 11).save(image, "JPEG", quality=95)
-    Image.fromarray(columns // 5).save(mask, "PNG")
+    Image.fromarray(columns // 7).save(mask, "PNG")
     return image.getvalue(), mask.getvalue()
 
 
@@ -236,7 +236,7 @@ def test_images_that_are_decoded_smaller_stay_on_their_masks(tmp_path: Path, mon
         for image, mask in zip(batch.images, batch.pixel_labels, strict=True) if batch.pixel_labels is not None else ():
             found = mask != IGNORE_INDEX
             columns = image[0][found].float() / 11 + 0.5  # of pixels' centres, from the image's left edge
-            assert ((columns / 5 - mask[found] - 0.5).abs() < 0.8).all()
+            assert ((columns / 7 - mask[found] - 0.5).abs() < 0.8).all()
     assert reductions == {1, 2, 4}
 
 
@@ -361,7 +361,7 @@ def test_damage_stops_the_run(copy: ShardSet, damage: Callable[[ShardSet, int, i
     assert f"shard {copy.folder / 'train-000002.tar'}: sample 'train_" in message
     assert reason in message
     assert f"`python data_prep/tiny.py --verify {copy.folder}`" in message
-    assert f"`rm -r {copy.folder} && python data_prep/tiny.py --root here --out {copy.folder}`" in message
+    assert f"`python data_prep/tiny.py --root here --out {copy.folder}-new`" in message
     assert {found.shard for found in verify(copy.folder)} == {"train-000002.tar"}, "and that command finds it"
 
 
