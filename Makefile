@@ -12,8 +12,10 @@ SOURCES := slrnet data_prep ray_jobs tests docs $(wildcard benchmarks)
 PORT ?=
 RUN ?=
 ONLY ?=
+SEED ?=
+BUDGET ?=
 
-.PHONY: help demo dashboard app test test-fast test-processors lint format docs chaos bench dist clean
+.PHONY: help demo dashboard app test test-fast test-processors lint format docs chaos fuzz bench dist clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -70,6 +72,9 @@ format: $(STAMP) ## fix style and formatting
 
 chaos: $(STAMP) ## a training whose processes, storage and tracking server are killed, against one left alone
 	@$(BIN)/python benchmarks/chaos.py
+
+fuzz: $(STAMP) ## damaged inputs for every reader; BUDGET=600 SEED=1 are the budget and the first input
+	@$(BIN)/python benchmarks/fuzz.py $(if $(BUDGET),--seconds $(BUDGET)) $(if $(SEED),--seed $(SEED))
 
 docs: $(STAMP) ## the documentation in site/; broken links fail
 	@$(BIN)/python docs/generate.py
