@@ -12,12 +12,8 @@ import io
 import os
 import random
 import re
-import shlex
-import shutil
 import tarfile
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,6 +26,7 @@ import pyarrow as pa
 from data_prep.workers import ConversionPool
 from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, SampleRow, load_dataset, save_dataset
 from slrnet.data.tars import ShardWriter, tar_end, tar_members
+from slrnet.storage.folders import whole_folder
 
 __all__ = [
     "Damage",
@@ -140,7 +137,7 @@ def write_dataset(
     """
     target = check_output(out)
     plan = deal(samples, len(classes), samples_per_shard=samples_per_shard, shards=shards, seed=seed)
-    with _appears_whole(target) as folder:
+    with whole_folder(target) as folder:
         write, weights = partial(_write_shard, folder, encode), [len(members) for _, members in plan]
         parts = (workers or ConversionPool(1)).map(write, plan, weights=weights, label="writing")
         return save_dataset(folder, parts, name=name, classes=classes, palette=palette, made_by=made_by, depth=depth)
@@ -182,10 +179,7 @@ def check_output(out: str | os.PathLike[str]) -> Path:
     """
     path = Path(out).resolve()
     if path.is_dir() and any(path.iterdir()):
-        raise DataError(
-            f"the output folder {path} is not empty; give another --out, "
-            f"or remove it first: rm -r {shlex.quote(str(path))}"
-        )
+        raise DataError(f"the output folder {path} is not empty; give another --out")
     if path.exists() and not path.is_dir():
         raise DataError(f"the output folder {path} is a file; give another --out")
     return path
@@ -262,20 +256,6 @@ def deal(
         for index, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
             plan.append((f"{split}-{index:06d}.tar", members[start:end]))
     return plan
-
-
-@contextmanager
-def _appears_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its name at the end, or is removed on failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        yield folder
-        folder.chmod(0o755)
-        os.replace(folder, target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _write_shard(folder: Path, encode: Encode, task: tuple[str, list[Sample]]) -> pa.Table:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import stat
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -611,6 +612,10 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
         raise ConfigError(_explain(error)) from None
 
 
+_MOST_BYTES = 2**24
+"""Of a configuration file."""
+
+
 def load_config(path: str | Path) -> Config:
     """Reads a `Config` from a JSON file that `Config.to_json` wrote.
 
@@ -618,9 +623,13 @@ def load_config(path: str | Path) -> Config:
         ConfigError: the file is missing, is no JSON object, or does not hold a valid configuration.
     """
     try:
+        if not stat.S_ISREG((status := Path(path).stat()).st_mode) or status.st_size > _MOST_BYTES:
+            raise IsADirectoryError
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except IsADirectoryError:
-        raise ConfigError(f"{path} is a folder; name the file, such as config.json of a run's folder") from None
+        raise ConfigError(
+            f"{path} is a folder, pipe or device, or too large; name the file, such as config.json of a run"
+        ) from None
     except OSError as error:
         raise ConfigError(f"cannot read the config file {path}: {error.strerror}; name a config.json") from None
     except (ValueError, RecursionError) as error:

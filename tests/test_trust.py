@@ -24,6 +24,71 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
             "slrnet/launch/train.py": "sets the level of Ray's logger",
         },
     ),
+    "removes": (
+        r"shutil\.(rmtree|move)|os\.(remove|unlink|rmdir|removedirs)|.*\.(unlink|rmdir)",
+        {
+            "slrnet/storage/folders.py": "removes what is marked, beneath a folder that it was given",
+            "slrnet/storage/files.py": "its own unfinished file",
+            "slrnet/storage/remote.py": "copies in the cache's folders, to make room",
+            "slrnet/data/manifest.py": "copies in the cache, of a data set that another one has replaced",
+            "slrnet/launch/pseudo_label.py": "unfinished files in its own folder of work",
+            "ray_jobs/demo.py": "its own temporary folder",
+        },
+    ),
+    "writes": (
+        r".*\.(write_text|write_bytes|touch|rename|symlink_to|hardlink_to|savefig|copytree|copyfile|copy_files)"
+        r"|save_file|torch\.save|np\.savez?|os\.(replace|rename|link|symlink|mkfifo)",
+        {
+            "slrnet/storage/files.py": "a file beside the one that it replaces",
+            "slrnet/storage/folders.py": "the mark of a folder of slrnet's own",
+            "slrnet/storage/remote.py": "copies an object to an unfinished file",
+            "slrnet/checkpoints/checkpoint.py": "a folder that appears whole",
+            "slrnet/checkpoints/run_store.py": "copies a run's files to the object store that the user names",
+            "slrnet/data/annotation_folder.py": "a folder that appears whole",
+            "slrnet/data/manifest.py": "a folder that appears whole",
+            "slrnet/data/voc_folder.py": "a folder that appears whole",
+            "slrnet/launch/pseudo_label.py": "its own folder of work, which takes its name when it is complete",
+            "slrnet/sweeps/population.py": "a folder that appears whole",
+            "slrnet/sweeps/results.py": "a file that appears whole",
+            "slrnet/tools/figures/pictures.py": "a file that appears whole",
+            "slrnet/tools/predict.py": "a file that appears whole",
+            "data_prep/demo.py": "pictures that it draws into a temporary folder",
+            "ray_jobs/demo.py": "the token of its own cluster, in a temporary folder",
+        },
+    ),
+    "requests": (
+        r"urllib\.request\..*|requests\..*|(.*\.)?urlopen|socket\.(create_connection|create_server|socket)|httpx\..*",
+        {
+            "slrnet/tracking/location.py": "asks the tracking server that the user names whether it is there",
+            "slrnet/launch/cluster.py": "asks whether nodes of the user's cluster answer",
+            "slrnet/tools/dashboard.py": "looks whether a port of this machine is free",
+            "ray_jobs/demo.py": "its own cluster on this machine",
+        },
+    ),
+    "runs programs": (
+        r"subprocess\..*|os\.(system|popen|exec\w*|spawn\w*|fork)",
+        {
+            "slrnet/tracking/provenance.py": "git, for the commit of the code",
+            "slrnet/cpu/compiled.py": "the C compiler, on files of the package",
+            "slrnet/tools/dashboard.py": "MLflow's server",
+            "data_prep/mat_files.py": "the reader of .mat files, with limits",
+            "ray_jobs/demo.py": "its own cluster",
+        },
+    ),
+    "opens images": (
+        r"(PIL\.)?Image\.open",
+        {
+            "slrnet/data/images.py": "formats by content, limits before memory",
+            "slrnet/training/listener.py": "pictures that the run has drawn",
+        },
+    ),
+    "loads what could hold code": (
+        r"torch\.load|pickle\.loads?|np\.load|yaml\..*load.*|eval|exec|marshal\.loads?|joblib\.load|(.*\.)?extractall",
+        {
+            "slrnet/checkpoints/checkpoint.py": "with weights_only",
+            "slrnet/models/encoders.py": "with weights_only",
+        },
+    ),
 }
 
 
@@ -55,3 +120,14 @@ def test_only_few_places_may(kind: str) -> None:
             found.setdefault(file, []).append(f"{line}: {name}")
     assert {name: lines for name, lines in found.items() if name not in allowed} == {}
     assert set(allowed) - set(found) == set(), "nothing needs these exceptions any more"
+
+
+def test_tensors_are_loaded_without_code() -> None:
+    loads = [
+        ast.unparse(node)
+        for _, path in sources(ROOT, "slrnet", "data_prep", "ray_jobs", "benchmarks")
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Call) and name_of(node.func) == "torch.load"
+    ]
+    assert len(loads) >= 2
+    assert [load for load in loads if "weights_only=True" not in load] == []

@@ -9,15 +9,16 @@ run takes its checkpoints from the store, so that all ranks use the same one.
 from __future__ import annotations
 
 import re
-import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from slrnet.storage.folders import mark_folder, remove_folder, whole_folder
 from slrnet.storage.remote import RemoteError, cached, copy_from, filesystem_of, locked, patiently
 from slrnet.storage.shown import logger_of
 
-__all__ = ["CONFIG", "STATE", "TRAINER", "WEIGHTS", "RunStore", "local_run", "run_folder"]
+__all__ = ["CONFIG", "FILES", "STATE", "TRAINER", "WEIGHTS", "RunStore", "local_run", "run_folder"]
 
 WEIGHTS = "model.safetensors"
 """A checkpoint's weights."""
@@ -27,6 +28,8 @@ STATE = "state.json"
 """A checkpoint's progress and checksums; its presence says that the checkpoint is whole."""
 CONFIG = "config.json"
 """The configuration, of a run and of each of its checkpoints."""
+FILES = frozenset((WEIGHTS, TRAINER, STATE, CONFIG))
+"""The files of a checkpoint."""
 _PAYLOAD = (WEIGHTS, TRAINER, CONFIG)
 _CHECKPOINT = re.compile(r"checkpoint-\d{4,9}(-\d{8,12})?")
 _LOG = re.compile(r"rank-\d{1,6}\.jsonl")
@@ -53,21 +56,28 @@ class RunStore:
         return sorted(name for name, whole in stored.items() if whole)
 
     def start(self) -> None:
-        """Makes room for a new run; raises a `RemoteError` if there is one of that name."""
+        """Makes room for a new run, also on this machine.
+
+        Raises:
+            RemoteError: there is a run of that name.
+            ValueError: the folder on this machine holds something else.
+        """
         name = self.location.rpartition("/")[2]
         if patiently(self.location, lambda: self._files("", recursive=True)):
             raise RemoteError(
                 f"run {self.location} exists; continue that run with --resume {name}, or choose another --name"
             )
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_folder(self.folder, within=self.folder.parent)
+        mark_folder(self.folder)
 
     def fetch(self, names: Sequence[str] | None = None) -> None:
         """Makes this folder hold the named checkpoints (None: all whole ones) and no others, logs and configuration."""
         wanted = self.checkpoints() if names is None else names
+        mark_folder(self.folder)
         with locked(self.folder / "run"):
             for path in (self.folder / "checkpoints").glob("checkpoint-*"):
                 if path.name not in wanted:
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove_folder(path, within=self.folder, own=FILES)
             for name in wanted:
                 target = self.folder / "checkpoints" / name
                 fetch_checkpoint(f"{self.location}/checkpoints/{name}", target)
@@ -179,19 +189,14 @@ def local_run(location: str) -> Path:
 
 def fetch_checkpoint(location: str, target: Path) -> None:
     """Copies a checkpoint's four files, unless the same one is there."""
-    incoming = target.with_name(f".{target.name}.incoming-store")
-    shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir(parents=True)
-    try:
-        copy_from(f"{location}/{STATE}", incoming / STATE)
-        if (target / STATE).is_file() and (target / STATE).read_bytes() == (incoming / STATE).read_bytes():
-            return
-        for name in _PAYLOAD:
+    if (target / STATE).is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            copy_from(f"{location}/{STATE}", Path(folder) / STATE)
+            if (target / STATE).read_bytes() == (Path(folder) / STATE).read_bytes():
+                return
+    with whole_folder(target, own=FILES) as incoming:
+        for name in (STATE, *_PAYLOAD):
             copy_from(f"{location}/{name}", incoming / name)
-        shutil.rmtree(target, ignore_errors=True)
-        incoming.rename(target)
-    finally:
-        shutil.rmtree(incoming, ignore_errors=True)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -17,6 +17,7 @@ __all__ = [
     "TOLERANCE",
     "Argument",
     "add_protocol",
+    "checked",
     "checkpoint",
     "command",
     "data_location",
@@ -115,6 +116,8 @@ def checked(read: Callable[[str], Value]) -> Callable[[str], Value]:
             return read(text)
         except (ValueError, OSError) as error:
             raise argparse.ArgumentTypeError(str(error)) from None
+        except RuntimeError:  # of expanduser
+            raise argparse.ArgumentTypeError(f"{text!r}: no home folder is known; set HOME, or give a path") from None
 
     return convert
 

@@ -63,7 +63,8 @@ def predict(options: argparse.Namespace) -> int:
 
     depth = None if options.depth is None else Depth.parse(options.depth)
     images = find_images(options.images)
-    existing = [path for name in images if (path := options.out / f"{name}.png").exists()]
+    written = (options.out / f"{name}{ending}" for name in images for ending in (".png", ".overlay.jpg"))
+    existing = [path for path in written if path.exists()]
     if existing and not options.overwrite:
         raise ValueError(f"{existing[0]} exists; give another --out, or allow it with --overwrite")
     predictor = load_predictor(options.checkpoint, protocol=options.protocol, device=options.device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,6 +16,7 @@ from slrnet.cli.arguments import (
     Argument,
     Run,
     add_protocol,
+    checked,
     checkpoint,
     command,
     data_location,
@@ -28,10 +28,12 @@ from slrnet.cli.arguments import (
 )
 from slrnet.config import Config, Gating, apply_overrides, load_config
 from slrnet.recipes import RECIPES, get_recipe
-from slrnet.storage.remote import cached
-from slrnet.storage.shown import say
+from slrnet.storage.names import check_run_name
+from slrnet.storage.remote import cached, is_remote
+from slrnet.storage.shown import say, without_secrets
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.space import DEFAULT_SPACE, get_space, space_with
+from slrnet.tracking.location import is_named, not_named
 
 if TYPE_CHECKING:
     from slrnet.data.manifest import ShardSet
@@ -70,10 +72,7 @@ def settings(meaning: str = "change one setting; repeatable") -> Argument:
     return option("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help=meaning)
 
 
-def _run_name(text: str) -> str:
-    if not re.fullmatch(r"(?!\.+$)[A-Za-z0-9_.-]{1,200}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not usable; allowed are up to 200 letters, digits and _ - .")
-    return text
+_run_name = checked(check_run_name)
 
 
 def _trains(recipe: str) -> Callable[[Run], Argument]:
@@ -92,7 +91,12 @@ def _trains(recipe: str) -> Callable[[Run], Argument]:
         add_workers,
         one_of(
             option("--name", type=_run_name, metavar="NAME", help="unique name of the run (default: recipe and time)"),
-            option("--resume", metavar="NAME", help="continue the run of that name from its last checkpoint"),
+            option(
+                "--resume",
+                type=_run_name,
+                metavar="NAME",
+                help="continue the run of that name from its last checkpoint",
+            ),
         ),
         partial(add_storage, remote=True),
         default_recipe=recipe,
@@ -163,7 +167,7 @@ def distill(options: argparse.Namespace) -> None:
     option("--max-failures", type=int, default=1, metavar="N", help="restarts of a failed trial (default: 1)"),
     one_of(
         option("--name", type=_run_name, metavar="NAME", help="unique name of the sweep (default: recipe and time)"),
-        option("--resume", metavar="NAME", help="continue the sweep of that name"),
+        option("--resume", type=_run_name, metavar="NAME", help="continue the sweep of that name"),
     ),
     add_storage,
     option("--dry-run", action="store_true", help="time a step here, print what the sweep would take, and stop"),
@@ -184,6 +188,7 @@ def tune(options: argparse.Namespace) -> None:
     from slrnet.sweeps.plan import resume_plan
 
     plan = resume_plan(options.storage, options.resume) if options.resume else _plan(options)
+    _check_store(plan.config, options, options.storage)
     say(plan.describe())
     if options.dry_run:
         say(plan.estimate(price_per_hour=options.price_per_hour))
@@ -229,7 +234,7 @@ def evaluate(options: argparse.Namespace) -> None:
     `crf`). Gating by class scores or by the true image labels, and the power of the background's probability, are off
     by default; they become part of the protocol's name.
     """
-    from slrnet.launch.evaluation import launch_evaluation
+    from slrnet.launch.evaluation import launch_evaluation, why_untracked
     from slrnet.launch.train import LaunchOptions
     from slrnet.tracking.summary import quality_table
 
@@ -248,7 +253,7 @@ def evaluate(options: argparse.Namespace) -> None:
         f"{checkpoint.config.weights_note}; "
         f"written to {out / name / 'evaluation.json'}"
     )
-    say(f"MLflow: {result['mlflow'] or 'the store of the training cannot be reached, or does not have its run'}")
+    say(f"MLflow: {result['mlflow'] or why_untracked(checkpoint)}")
 
 
 @command(
@@ -288,6 +293,7 @@ def pseudo_label(options: argparse.Namespace) -> int:
     from slrnet.data.annotation_folder import check_annotation_folder, write_annotation_folder
     from slrnet.data.manifest import load_dataset
     from slrnet.data.voc_folder import check_voc_folder, write_voc_folder
+    from slrnet.launch.evaluation import why_untracked
     from slrnet.launch.pseudo_label import launch_pseudo_labels
 
     job = _mask_job(options, lambda shards: shards.splits if options.splits == "all" else options.splits.split(","))
@@ -310,7 +316,7 @@ def pseudo_label(options: argparse.Namespace) -> int:
             names = ("miou", "mfdr", "mfnr", "coverage")
             shown = ", ".join(f"{name} {100 * quality['metrics'].get(name, float('nan')):.1f} %" for name in names)
             say(f"{split}, {protocol}, {quality['images']} images: {shown}")
-    opened = record["mlflow"] or "the run of the training cannot be reached"
+    opened = record["mlflow"] or why_untracked(job.checkpoint)
     say(f"pseudo masks: {options.out}{job.checkpoint.config.weights_note}; MLflow: {opened}")
     return 0
 
@@ -369,16 +375,17 @@ def _worker_count(text: str) -> int | tuple[int, int]:
 
 def _folder(text: str) -> Path:
     if "://" in text:
+        text = without_secrets(text)
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder; mount the storage on all nodes and give its path")
     return place(text).resolve()
 
 
+@checked
 def _storage(text: str) -> str:
     """A place for runs: a folder's absolute path, or a location in an object store."""
     if "://" not in text:
         return str(_folder(text))
-    if not text.startswith(("s3://", "gs://")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a place for runs; allowed are folders, s3:// and gs://")
+    is_remote(text)
     return text.rstrip("/")
 
 
@@ -397,6 +404,7 @@ def _configure(options: argparse.Namespace) -> Config:
         config = load_config(options.config) if options.config else get_recipe(options.recipe or options.default_recipe)
     data = [f"data.path={options.data}"] if options.data else []
     config = apply_overrides(config, [*data, *options.set, *_tracking(options)])
+    _check_store(config, options, storage)
     if not config.data.path:
         from data_prep.demo import demo_data
 
@@ -426,6 +434,13 @@ def _fields_of(kind: Any, options: argparse.Namespace) -> dict[str, Any]:
 def _places(storage: str) -> tuple[Path, str]:
     """This machine's folder for runs, and the object store's location that it is copied to, or ""."""
     return (cached(storage), storage) if "://" in storage else (Path(storage), "")
+
+
+def _check_store(config: Config, options: argparse.Namespace, storage: Path) -> None:
+    """Raise ValueError if only a file (--config, or that of the resumed run) names the tracking store."""
+    given = any(text.startswith("tracking.uri=") for text in options.set)
+    if not given and not is_named(config.tracking.uri, storage, given=options.tracking_uri or ""):
+        raise ValueError(f"{not_named(config.tracking.uri)}, or give it with --tracking-uri")
 
 
 def _tracking(options: argparse.Namespace) -> list[str]:

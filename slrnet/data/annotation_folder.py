@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from slrnet.data.annotation_files import AnnotationFormat, AnnotationWriter
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet
 from slrnet.data.voc_folder import check_voc_folder
+from slrnet.storage.folders import whole_folder
 
 __all__ = ["check_annotation_folder", "write_annotation_folder"]
 
@@ -62,27 +62,26 @@ def write_annotation_folder(
     """
     classes = shards.info.classes
     writer = check_annotation_folder(classes, out, form=form, tolerance=tolerance, keep_void=keep_void)
-    partial, images = writer.out, writer.labelme
-    shutil.rmtree(partial, ignore_errors=True)
-    images.mkdir(parents=True)
-    labels = [("image", "labels")]
-    for split in shards.splits:
-        names = []
-        for sample in EvalLoader(shards, split=split):
-            image = images / f"{sample.key}.jpg"
-            if image.exists():
-                raise DataError(f"key {sample.key!r} is in two splits; prepare a data set whose keys differ")
-            image.write_bytes(sample.jpeg)
-            names.append(image.name)
-            if sample.pixel_labels is not None:
-                writer.add(sample.key, image.name, sample.pixel_labels.numpy())
-            if sample.has_image_labels:
-                named = [classes[i + 1] for i in sample.image_labels.nonzero().flatten().tolist()]
-                labels.append((image.name, ";".join(named)))
-        (partial / f"{split}.txt").write_text("\n".join(sorted(names)) + "\n", encoding="utf-8")
-    table = io.StringIO()
-    csv.writer(table, lineterminator="\n").writerows([labels[0], *sorted(labels[1:])])
-    (partial / "labels.csv").write_text(table.getvalue(), encoding="utf-8")
-    notes = writer.close()
-    partial.rename(out.expanduser().resolve())
-    return notes
+    with whole_folder(out.expanduser().resolve()) as partial:
+        images = partial / "images"
+        images.mkdir()
+        writer.out, writer.labelme = partial, images
+        labels = [("image", "labels")]
+        for split in shards.splits:
+            names = []
+            for sample in EvalLoader(shards, split=split):
+                image = images / f"{sample.key}.jpg"
+                if image.exists():
+                    raise DataError(f"key {sample.key!r} is in two splits; prepare a data set whose keys differ")
+                image.write_bytes(sample.jpeg)
+                names.append(image.name)
+                if sample.pixel_labels is not None:
+                    writer.add(sample.key, image.name, sample.pixel_labels.numpy())
+                if sample.has_image_labels:
+                    named = [classes[i + 1] for i in sample.image_labels.nonzero().flatten().tolist()]
+                    labels.append((image.name, ";".join(named)))
+            (partial / f"{split}.txt").write_text("\n".join(sorted(names)) + "\n", encoding="utf-8")
+        table = io.StringIO()
+        csv.writer(table, lineterminator="\n").writerows([labels[0], *sorted(labels[1:])])
+        (partial / "labels.csv").write_text(table.getvalue(), encoding="utf-8")
+        return writer.close()

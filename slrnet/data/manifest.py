@@ -55,6 +55,7 @@ from slrnet.data.manifest_rows import (
     fingerprint,
 )
 from slrnet.data.sample_set import SampleSet
+from slrnet.storage.files import read_json
 from slrnet.storage.names import check_name, check_text, printable
 from slrnet.storage.remote import is_remote, open_cached
 
@@ -123,11 +124,11 @@ class DatasetInfo:
         return mask_palette(self.palette)
 
     def repair_command(self, folder: Path) -> str:
-        """The command line that rebuilds a folder of this data set."""
+        """The command line that makes the data set of a folder again, beside it."""
         command = self.command()
         if command is None:
             return f"the converter that made it: {DATASET_FILE} names a command that is none of slrnet's"
-        return f"rm -r {shlex.quote(str(folder))} && {command} --out {shlex.quote(str(folder))}"
+        return f"{command} --out {shlex.quote(f'{folder}-new')}"
 
     def command(self) -> str | None:
         """The command that makes the data set, if it is one of slrnet's scripts; quoted, so that it runs no other."""
@@ -294,7 +295,7 @@ class ShardSet:
 
     @property
     def repair_command(self) -> str:
-        """The command line that rebuilds the folder."""
+        """The command line that makes the data set again, beside the folder."""
         return self.info.repair_command(self.folder)
 
     @property
@@ -408,10 +409,10 @@ def _read_info(path: Path) -> DatasetInfo:
     file = path / DATASET_FILE
     remake = "rebuild the data set with `slrnet prepare`"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"no shards in {path}: {how_to_make_shards(path, marker=DATASET_FILE)}") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read {file}: {error}; {remake}") from None
     version = values.get("version") if isinstance(values, dict) else None
     if version != MANIFEST_VERSION:

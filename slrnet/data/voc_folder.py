@@ -6,7 +6,6 @@ classes are VOC's, masks have VOC's ids; else they keep their own, and labels.tx
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from slrnet.data.catalog import VOC_CLASSES, voc_ids, voc_palette
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, ShardSet
+from slrnet.storage.folders import whole_folder
 
 __all__ = ["check_voc_folder", "write_voc_folder"]
 
@@ -24,7 +24,7 @@ def check_voc_folder(out: Path) -> Path:
     """Absolute path of a folder that does not exist yet or is empty; raises `DataError` if it is neither."""
     path = out.expanduser().resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise DataError(f"{path} exists; give another folder, or remove it first")
+        raise DataError(f"{path} exists; give another folder")
     return path
 
 
@@ -37,26 +37,23 @@ def write_voc_folder(shards: ShardSet, out: Path, *, splits: Sequence[str]) -> N
         DataError: the folder exists, a key is in two of the splits, or a sample is damaged.
     """
     path = check_voc_folder(out)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (partial / folder).mkdir(parents=True)
     classes = shards.info.classes
     ours = not set(classes) <= set(VOC_CLASSES)
     table = np.arange(256, dtype=np.uint8) if ours else voc_ids(classes)
     palette = shards.info.palette_array() if ours else voc_palette()
-    if ours:
-        (partial / "labels.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
-    for view in map(shards.split, splits):
-        for sample in EvalLoader(shards, split=view.name):
-            image = partial / "JPEGImages" / f"{sample.key}.jpg"
-            if image.exists():
-                raise DataError(f"key {sample.key!r} is in two of the splits; write them into folders of their own")
-            image.write_bytes(sample.jpeg)
-            if sample.pixel_labels is not None:
-                data = encode_mask(table[sample.pixel_labels.numpy()], palette)
-                (partial / "SegmentationClass" / f"{sample.key}.png").write_bytes(data)
-        text = "\n".join(sorted(view.keys.to_pylist())) + "\n"
-        (partial / "ImageSets" / "Segmentation" / f"{view.name}.txt").write_text(text)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(path)
+    with whole_folder(path) as partial:
+        for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+            (partial / folder).mkdir(parents=True)
+        if ours:
+            (partial / "labels.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
+        for view in map(shards.split, splits):
+            for sample in EvalLoader(shards, split=view.name):
+                image = partial / "JPEGImages" / f"{sample.key}.jpg"
+                if image.exists():
+                    raise DataError(f"key {sample.key!r} is in two of the splits; write them into folders of their own")
+                image.write_bytes(sample.jpeg)
+                if sample.pixel_labels is not None:
+                    data = encode_mask(table[sample.pixel_labels.numpy()], palette)
+                    (partial / "SegmentationClass" / f"{sample.key}.png").write_bytes(data)
+            text = "\n".join(sorted(view.keys.to_pylist())) + "\n"
+            (partial / "ImageSets" / "Segmentation" / f"{view.name}.txt").write_text(text)

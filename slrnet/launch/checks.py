@@ -13,6 +13,8 @@ from slrnet.config import Config, load_config, nearest
 from slrnet.data.class_balance import ClassLists, shares, table
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.data.supervision import Supervision, supervision_of
+from slrnet.storage.folders import MARK
+from slrnet.storage.names import check_run_name
 from slrnet.storage.ray_job import lasting
 from slrnet.storage.remote import is_remote
 
@@ -29,6 +31,7 @@ def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
         CheckpointError: there is no such run.
         RemoteError: the object store does not answer or refuses.
     """
+    check_run_name(name)
     if remote:
         RunStore(f"{remote.rstrip('/')}/{name}", storage / name).fetch()
     last = check_folder(storage / name, resume=True)
@@ -48,7 +51,7 @@ def check_folder(folder: Path, *, resume: bool) -> Path | None:
         raise CheckpointError(
             f"there is no run {folder.name!r} in {folder.parent} to resume; {known}; start it with --name"
         )
-    if not resume and folder.exists() and any(folder.iterdir()):
+    if not resume and folder.exists() and any(path.name != MARK for path in folder.iterdir()):
         raise CheckpointError(
             f"run folder {folder} exists; continue that run with --resume {folder.name}, or choose another --name"
         )

@@ -19,12 +19,13 @@ from slrnet.launch.prediction import MaskJob, MaskPredictor, open_job
 from slrnet.launch.rank import Report
 from slrnet.launch.train import LaunchOptions, run_job
 from slrnet.storage.files import write_json
+from slrnet.tracking.location import is_named, not_named
 from slrnet.tracking.mlflow import MlflowTracker
 from slrnet.tracking.protocol import RunHandle, metric_key
 from slrnet.tracking.provenance import environment_tags
 from slrnet.tracking.reader import find_run
 
-__all__ = ["launch_evaluation", "measure", "track_figures", "training_run"]
+__all__ = ["launch_evaluation", "measure", "track_figures", "training_run", "why_untracked"]
 
 
 def launch_evaluation(job: MaskJob, options: LaunchOptions) -> dict[str, Any]:
@@ -100,8 +101,19 @@ def track_figures(checkpoint: Checkpoint, figures: Mapping[str, float]) -> str |
 
 def training_run(checkpoint: Checkpoint) -> RunHandle | None:
     """The MLflow run of the training that wrote a checkpoint; None if the store or the run cannot be reached."""
-    storage = checkpoint.path.resolve().parents[2]  # storage/RUN/checkpoints/checkpoint-EPOCH
-    return find_run(checkpoint.config.tracking.uri, storage, checkpoint.state.run_id)
+    return find_run(checkpoint.config.tracking.uri, _storage_of(checkpoint), checkpoint.state.run_id)
+
+
+def why_untracked(checkpoint: Checkpoint) -> str:
+    """Why `training_run` is None, for people."""
+    uri = checkpoint.config.tracking.uri
+    if not is_named(uri, _storage_of(checkpoint)):
+        return not_named(uri)
+    return "the store of the training cannot be reached, or does not have its run"
+
+
+def _storage_of(checkpoint: Checkpoint) -> Path:
+    return (checkpoint.path / "../../..").resolve()  # of storage/RUN/checkpoints/checkpoint-EPOCH
 
 
 def _evaluate(values: dict[str, Any], process: Process, report: Report) -> None:

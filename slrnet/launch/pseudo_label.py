@@ -43,7 +43,8 @@ from slrnet.launch.prediction import Mask, MaskJob, MaskPredictor, PredictedMask
 from slrnet.launch.rank import Report
 from slrnet.launch.train import LaunchOptions, run_job
 from slrnet.models.deeplab import require_deeplab
-from slrnet.storage.files import sha256_of, write_json, written_whole
+from slrnet.storage.files import read_json, sha256_of, write_json, written_whole
+from slrnet.storage.folders import mark_folder, remove_folder
 from slrnet.storage.shown import say
 from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.provenance import environment_tags
@@ -91,7 +92,7 @@ def launch_pseudo_labels(
     record = read_record(out)
     if record is None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} exists and holds no pseudo masks; choose another --out, or remove it first")
+            raise ValueError(f"{out} exists and holds no pseudo masks; choose another --out")
         partial = _open_partial(out, described)
         remaining = [
             (split, place)
@@ -107,7 +108,7 @@ def launch_pseudo_labels(
     elif record["job"] != described:
         difference = _differences(record["job"], described)
         raise ValueError(f"{out} holds other pseudo masks ({difference}); choose another --out")
-    shutil.rmtree(out / WORK, ignore_errors=True)
+    remove_folder(out / WORK, within=out)
     figures = {
         metric_key("pseudo_label", split, f"{name}_{protocol}"): value
         for split, protocols in record["quality"].items()
@@ -125,7 +126,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         ValueError: the file cannot be read.
     """
     try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record: dict[str, Any] = read_json(folder / RECORD)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -180,14 +181,15 @@ def _open_partial(out: Path, job: dict[str, Any]) -> Path:
     partial = out.with_name(f".{out.name}.partial")
     file = partial / WORK / "job.json"
     try:
-        earlier = json.loads(file.read_text(encoding="utf-8"))
+        earlier = read_json(file)
     except FileNotFoundError:
+        mark_folder(file.parent)
         write_json(file, job)
         return partial
     if earlier != job:
         raise ValueError(
             f"{partial} holds the unfinished work of another job ({_differences(earlier, job)}); finish that one, "
-            f"remove it (rm -r {shlex.quote(str(partial))}), or choose another --out"
+            "or choose another --out"
         )
     return partial
 
@@ -200,7 +202,7 @@ def _differences(earlier: dict[str, Any], job: dict[str, Any]) -> str:
 def _finished(partial: Path, shard: str) -> dict[str, Any] | None:
     """The notes of a shard that is complete and undamaged; None where it has to be made."""
     try:
-        note: dict[str, Any] = json.loads((partial / WORK / f"{shard}.json").read_text(encoding="utf-8"))
+        note: dict[str, Any] = read_json(partial / WORK / f"{shard}.json")
         digest = sha256_of(partial / shard)
     except (OSError, ValueError):
         return None
@@ -240,7 +242,7 @@ def _checked(partial: Path, view: SplitView, place: int) -> dict[str, Any]:
     if note is None or note["columns"]["key"] != keys:
         raise DataError(
             f"shard {partial / name} does not hold each of the data set's {len(keys)} samples once; "
-            "remove it and start the job again"
+            "start the job again with another --out"
         )
     return note
 

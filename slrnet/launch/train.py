@@ -28,6 +28,8 @@ from slrnet.launch.checks import balance_table, check_folder, check_run, checkpo
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, await_lost_nodes
 from slrnet.launch.rank import Job, Report, train_rank
 from slrnet.storage import shown
+from slrnet.storage.files import write_text
+from slrnet.storage.names import check_run_name
 from slrnet.storage.remote import filesystem_of
 from slrnet.tracking.location import resolve_uri
 from slrnet.tracking.mlflow import MlflowTracker, create_run
@@ -96,6 +98,7 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
             run; nothing has been started.
         TrainingError: a worker failed.
     """
+    check_run_name(options.name)
     config, shards = with_absolute_paths(config)
     folder = options.folder
     store = RunStore(options.location, folder) if options.remote else None
@@ -107,7 +110,7 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     require_free_space(folder, MOST_AT_A_TIME * checkpoint_bytes(config, shards))
     training = _Training(config, options, workers, shards, supervision)
     handle = training.create_run(options.resume, None, {})
-    (folder / CONFIG).write_text(config.to_json(), encoding="utf-8")
+    write_text(folder / CONFIG, config.to_json())
     if store is not None:
         store.upload(checkpoints=False)
     say(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import unicodedata
 
-__all__ = ["check_name", "check_text", "printable"]
+__all__ = ["CONTROL", "check_name", "check_run_name", "check_text", "printable", "short_name"]
 
 LONGEST = 100
 """Bytes that a name of a file may have in UTF-8, so that there is room for a suffix."""
+CONTROL = r"\p{Cc}\x{61c}\x{200e}\x{200f}\x{2028}-\x{202e}\x{2066}-\x{2069}"
+"""Within [] of Arrow's regular expressions: control characters, line breaks and changes of direction."""
+_MOST_BYTES = 200
+_RUN_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9_.-]{1,200}")
 _DIRECTIONS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Characters that turn the direction of a text, so that it reads as another one."""
 
@@ -31,6 +37,21 @@ def check_name(what: str, name: str) -> None:
             f"the {what} is {name[:LONGEST]!r}; a name without / and \\ that starts with no dot, of up to {LONGEST} "
             "bytes, is needed"
         )
+
+
+def check_run_name(name: str) -> str:
+    """Returns the name of a run or sweep, which becomes a folder; raises ValueError if it is none."""
+    if not _RUN_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a run; allowed are up to 200 letters, digits and _ - .")
+    return name
+
+
+def short_name(name: str) -> str:
+    """The name of a file, or if it is too long for a suffix and a file system, its beginning and a hash of it."""
+    data = name.encode(errors="surrogateescape")
+    if len(data) <= _MOST_BYTES:
+        return name
+    return f"{data[: _MOST_BYTES - 17].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def _is_control(character: str) -> bool:

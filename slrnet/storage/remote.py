@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from slrnet.storage.files import written_whole
-from slrnet.storage.shown import logger_of
+from slrnet.storage.shown import logger_of, without_secrets
 
 __all__ = ["RemoteError", "cached", "copy_from", "filesystem_of", "is_remote", "locked", "open_cached", "patiently"]
 
@@ -42,8 +42,10 @@ def is_remote(location: str) -> bool:
     """Whether a location is in an object store; raises a `RemoteError` for a scheme that is not supported."""
     if "://" not in location:
         return False
+    if (shown := without_secrets(location)) != location:
+        raise RemoteError(f"{shown} is given with a key or options, which would get into files; use the environment")
     if not location.startswith(SCHEMES):
-        raise RemoteError(f"{location} is of a kind that is not read; allowed are folders, s3:// and gs://")
+        raise RemoteError(f"{location} is of a kind that is not known; allowed are folders, s3:// and gs://")
     return True
 
 
@@ -169,7 +171,7 @@ def _make_room(keep: Path) -> None:
     limit = float(os.environ.get("SLRNET_CACHE_GB") or 100) * 1e9
     root = keep.parent.parent
     copies = []
-    for path in root.glob("*/[!.]*.tar"):  # not incomplete ones
+    for path in root.glob("[0-9a-f]" * 16 + "/[!.]*.tar"):  # in folders of `cached`, and not incomplete ones
         with suppress(FileNotFoundError):  # another process made room
             status = path.stat()
             copies.append((status.st_mtime, status.st_size, path))

@@ -16,8 +16,8 @@ from slrnet.storage.names import printable
 
 __all__ = ["fenced", "in_markdown", "logger_of", "say", "without_secrets"]
 
-_MARKUP = re.compile(r"[^\w\s.,;+%/'-]|(?<=\w)[.:](?=\w)", re.ASCII)
-"""Characters that may begin something in Markdown or HTML, and the dot that makes a word an address."""
+_MARKUP = re.compile(r"[^\w\s.:,;+%/'-]|:(?=//)|(?<=www)\.", re.ASCII)
+"""Characters that may begin something in Markdown or HTML, and those that make a word an address."""
 
 
 def say(text: object, *, error: bool = False, stream: TextIO | None = None) -> None:
@@ -51,9 +51,10 @@ def fenced(kind: str, text: str) -> str:
 
 
 def without_secrets(uri: str) -> str:
-    """A URI without the user, the password and the query that it may hold; a database file's stays as it is."""
+    """A URI without the user, the password and the query that it may hold; a path stays as it is."""
     scheme, mark, rest = uri.partition("://")
-    if not mark or scheme.startswith("sqlite"):
+    bucket = rest.partition("/")[0] if scheme in ("s3", "gs") else ":"
+    if not mark or scheme.startswith("sqlite") or not {":", "@"} & set(bucket):
         return uri
     return f"{scheme}://{rest.rpartition('@')[2].partition('?')[0]}"
 

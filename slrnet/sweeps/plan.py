@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import tempfile
@@ -20,7 +19,8 @@ from slrnet.data.manifest import load_dataset
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import protocol_name
 from slrnet.launch.checks import check_run, with_absolute_paths
-from slrnet.storage.files import write_json
+from slrnet.storage.files import read_json, write_json
+from slrnet.storage.names import check_run_name
 from slrnet.sweeps.ablations import ABLATIONS, Variant, choose_variants
 from slrnet.sweeps.space import Domain, apply_values, check_space
 from slrnet.tracking.protocol import metric_key
@@ -67,6 +67,9 @@ class SweepOptions:
     """How often a failed trial restarts from its last checkpoint."""
     seed: int = 0
     """Seed of the searcher."""
+
+    def __post_init__(self) -> None:
+        check_run_name(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,9 +214,12 @@ def resume_plan(storage: Path, name: str) -> SweepPlan:
         known = sorted(record.parent.name for record in storage.glob(f"*/{_RECORD}"))
         listed = f"sweeps there: {', '.join(known)}" if known else "no sweep is there"
         raise CheckpointError(f"{storage} has no sweep {name!r} to resume; {listed}; start one with --name {name}")
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record["options"]["storage"] = storage  # the folder may have moved
-    return TypeAdapter(SweepPlan).validate_python(record)
+    try:
+        record = read_json(path)
+        record["options"]["storage"] = storage  # the folder may have moved
+        return TypeAdapter(SweepPlan).validate_python(record)
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(f"{path} is no plan of a sweep: {error}; start the sweep anew with --name") from None
 
 
 def may_change(key: str) -> bool:

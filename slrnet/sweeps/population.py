@@ -10,7 +10,6 @@ Train's workers. `Tuner.restore` does not bring back its state, and it waits for
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,9 @@ from typing import Any, TypeAlias
 
 from pydantic import TypeAdapter
 
-from slrnet.storage.files import write_json
+from slrnet.checkpoints.run_store import FILES
+from slrnet.storage.files import read_json, write_json
+from slrnet.storage.folders import whole_folder
 from slrnet.sweeps.plan import QUANTILE, SweepPlan
 from slrnet.sweeps.space import Domain
 from slrnet.sweeps.trials import Trial, score_of, trial_rows
@@ -92,7 +93,7 @@ class Population:
     def load(cls, folder: Path) -> Population | None:
         """Reads the population in a sweep's folder, if there is one."""
         path = folder / _RECORD
-        return TypeAdapter(cls).validate_python(json.loads(path.read_text("utf-8"))) if path.is_file() else None
+        return TypeAdapter(cls).validate_python(read_json(path)) if path.is_file() else None
 
 
 def boundaries(epochs: int, *, first: int, every: int) -> tuple[int, ...]:
@@ -189,11 +190,8 @@ def _copy_checkpoints(plan: SweepPlan, population: Population, epoch: int) -> No
     for member in population.takers(epoch):
         places = member.schedule[-1].source, member.index
         source, target = (plan.folder / "trials" / member_name(plan, index) / "checkpoints" for index in places)
-        incoming = target.with_name(".checkpoints.incoming")
-        shutil.rmtree(incoming, ignore_errors=True)
-        shutil.copytree(source, incoming)
-        shutil.rmtree(target, ignore_errors=True)
-        incoming.rename(target)
+        with whole_folder(target, own=FILES) as incoming:
+            shutil.copytree(source, incoming, dirs_exist_ok=True)
 
 
 def _trial_of(plan: SweepPlan, member: Member) -> Trial:

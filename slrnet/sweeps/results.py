@@ -16,6 +16,7 @@ from typing import Any
 from tabulate import tabulate
 
 from slrnet.storage.files import write_json, write_text, written_whole
+from slrnet.storage.shown import in_markdown
 from slrnet.sweeps.ablations import ABLATIONS, Ablation
 from slrnet.sweeps.plan import SweepPlan
 from slrnet.sweeps.trials import AblationRow, Trial, Trials, is_wide, mode_of, score_of
@@ -32,7 +33,7 @@ def trial_table(trials: Trials) -> str:
             *(f"{value:.4g}" if isinstance(value, float) else value for value in map(trial.values.get, keys)),
             *(_percent(trial.metrics.get(metric)) for metric in metrics),
             trial.epochs,
-            trial.status + (f": {trial.error}" if trial.error else ""),
+            trial.status + (f": {in_markdown(trial.error)}" if trial.error else ""),
         ]
         for trial in sorted(trials.all, key=lambda trial: -score_of(trial.metrics, metrics[0]))
     ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from slrnet.checkpoints.checkpoint import find_checkpoint
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, cluster_resources
 from slrnet.launch.train import LaunchOptions, TrainingError, train_trial
 from slrnet.storage import shown
+from slrnet.storage.folders import mark_folder, remove_folder
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.plan import REDUCTION, SweepOptions, SweepPlan
 from slrnet.sweeps.population import Member, member_name, train_population
@@ -146,7 +146,8 @@ class _Sweep:
         if resume and tune.Tuner.can_restore(str(state)):
             tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
         else:
-            shutil.rmtree(state, ignore_errors=True)  # a sweep killed before its first trial
+            remove_folder(state, within=self.plan.folder)  # a sweep killed before its first trial
+            mark_folder(state)
             run_config = tune.RunConfig(
                 name=name,
                 storage_path=str(self.plan.folder),

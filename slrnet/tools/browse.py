@@ -8,7 +8,6 @@ their size, in about 3 ms for one of 500 x 375 pixels.
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -26,7 +25,8 @@ from tqdm import tqdm
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.epoch_plan import choose_subset
 from slrnet.data.eval_loader import EvalLoader
-from slrnet.data.manifest import DataError, DatasetInfo, ShardSet, SplitView, load_dataset
+from slrnet.data.images import MOST_PIXELS, open_image
+from slrnet.data.manifest import DatasetInfo, ShardSet, SplitView, load_dataset
 from slrnet.data.samples import SampleIndex, ShardFiles
 from slrnet.storage.files import write_text, written_whole
 from slrnet.storage.names import printable
@@ -227,12 +227,9 @@ def survey_images(shard_set: ShardSet) -> ImageSurvey:
 
 
 def _look(data: memoryview) -> _Look:
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            image.draft("RGB", (64, 64))  # at least so large
-            small = image.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        raise DataError(f"the image cannot be decoded: {error}") from None
+    with open_image(data, formats=("JPEG",), max_pixels=MOST_PIXELS) as image:
+        image.draft("RGB", (64, 64))  # at least so large
+        small = image.convert("RGB")
     pixels = np.asarray(small)
     levels = int((pixels.max(axis=(0, 1)).astype(int) - pixels.min(axis=(0, 1))).max())
     return _Look(levels, np.asarray(small.convert("L").resize((9, 8), Image.Resampling.BOX)))

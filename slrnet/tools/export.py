@@ -18,7 +18,7 @@ from torch.export import Dim
 from slrnet.checkpoints.checkpoint import Checkpoint, restore_model
 from slrnet.config import Config, EvaluationConfig
 from slrnet.inference.forward import Inference
-from slrnet.launch.evaluation import training_run
+from slrnet.launch.evaluation import training_run, why_untracked
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.network import Network
 from slrnet.models.slrnet import SLRNet
@@ -243,7 +243,7 @@ def log_to_training_run(checkpoint: Checkpoint, name: str, file: Path) -> str:
     """
     if not (handle := training_run(checkpoint)):
         raise ValueError(
-            f"the MLflow run of {checkpoint.path} is out of reach: set MLFLOW_TRACKING_URI to its server, or leave "
-            "--mlflow out"
+            f"the MLflow run of {checkpoint.path} is out of reach: {why_untracked(checkpoint)}; leave --mlflow out "
+            "otherwise"
         )
     return log_onnx_model(handle, name, file)

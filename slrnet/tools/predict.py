@@ -32,6 +32,7 @@ from slrnet.data.images import (
 from slrnet.data.manifest import DataError
 from slrnet.inference.predictor import Prediction, Predictor
 from slrnet.storage.files import write_json, written_whole
+from slrnet.storage.names import short_name
 from slrnet.storage.shown import say
 from slrnet.viz.overlay import Pixels, draw_overlay
 
@@ -93,7 +94,9 @@ def find_images(places: Sequence[str]) -> dict[str, Path]:
             by_stem.setdefault(image.stem, {})[image] = None
     for stem, images_of_stem in by_stem.items():
         for image in images_of_stem:
-            name = stem if len(images_of_stem) == 1 else image.name
+            full = stem if len(images_of_stem) == 1 else image.name
+            if (name := short_name(full)) != full:
+                say(f"{image}: its name is too long for a suffix; its outputs are called {name}", error=True)
             if named.setdefault(name, image) != image:
                 raise ValueError(f"several images are called {name!r}; predict them into different folders (--out)")
     return named

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import re
 import urllib.error
@@ -9,7 +10,11 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-__all__ = ["PORT", "WORKFLOW", "database_of", "database_uri", "public", "resolve_uri"]
+from slrnet.storage.shown import without_secrets
+
+__all__ = ["PORT", "WORKFLOW", "database_of", "database_uri", "is_named", "not_named", "resolve_uri"]
+
+VARIABLE = "MLFLOW_TRACKING_URI"
 
 SQLITE = "sqlite:///"
 """How the URI of a database file begins."""
@@ -37,14 +42,15 @@ def resolve_uri(uri: str, storage: str | Path) -> str:
 
     Raises:
         ValueError: the store cannot be reached or written, has no place for artifacts, or depends on the working
-            directory; or `uri` holds a password, which the configuration would carry into every checkpoint.
+            directory; or it holds a password, which the configuration would carry into every checkpoint.
     """
-    if public(uri) != uri:
+    uri = (uri or os.environ.get(VARIABLE, "")).strip()
+    if without_secrets(uri) != uri:
         raise ValueError(
-            f"tracking URI {public(uri)} has a user or a password in it, which would be written into checkpoints and "
-            "logs; give them as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment"
+            f"the tracking URI {without_secrets(uri)} is given with a user, a password or options, which would get "
+            "into checkpoints and logs; give it without, and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in "
+            "the environment"
         )
-    uri = (uri or os.environ.get("MLFLOW_TRACKING_URI", "")).strip()
     if not uri:
         if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(storage)):
             raise ValueError(
@@ -80,9 +86,24 @@ def database_of(uri: str) -> Path | None:
     return None
 
 
-def public(uri: str) -> str:
-    """The URI without the credentials that it may hold."""
-    return re.sub(r"^([a-z+]+://)[^/@]*@", r"\1", uri)
+def is_named(uri: str, storage: str | Path, *, given: str = "") -> bool:
+    """Whether to use the store that a file names: `given` or the environment names it too, or it is in `storage`.
+
+    A file may come from others. Their server would get the credentials of the environment, and their path could be that
+    of a database of another program, to which MLflow would add its tables.
+    """
+    database = database_of(uri)
+    beside = database is not None and database.resolve().parent == Path(storage).expanduser().resolve()
+    named = [given, os.environ.get(VARIABLE, "")]
+    return not uri or beside or uri.rstrip("/") in [name.strip().rstrip("/") for name in named if name]
+
+
+def not_named(uri: str) -> str:
+    """Says that a file names a store that nobody else names, and what to do."""
+    return (
+        f"the tracking store {without_secrets(uri)} is named by a file alone, and not used; if it is yours, set "
+        f"{VARIABLE} to it"
+    )
 
 
 def _check_sqlite(uri: str) -> None:
@@ -119,10 +140,10 @@ def _check_server(uri: str) -> None:
         if error.code < 500:
             return
         reason = f"HTTP status {error.code}"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error))
     raise ValueError(
-        f"the tracking server at {public(uri)} does not answer ({reason}); "
+        f"the tracking server at {uri} does not answer ({reason}); "
         "start it with `mlflow server --host 0.0.0.0 --port 5000 --backend-store-uri sqlite:////DATA/mlflow.db "
         "--artifacts-destination /DATA/artifacts`, or leave tracking.uri empty"
     )

@@ -15,11 +15,13 @@ import logging
 import math
 import os
 import re
+import sqlite3
 import tempfile
 import time
 import urllib.parse
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from pathlib import Path
@@ -28,8 +30,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
-from slrnet.storage.shown import logger_of
-from slrnet.tracking.location import database_of, public
+from slrnet.storage.names import check_run_name
+from slrnet.storage.shown import in_markdown, logger_of, without_secrets
+from slrnet.tracking.location import database_of
 from slrnet.tracking.protocol import SAMPLES, Picture, RunHandle, Tracker, clean_key, clean_metrics
 from slrnet.tracking.provenance import package_version
 
@@ -120,10 +123,10 @@ def create_run(
         ValueError: the name has other characters, or is taken or missing against `resume`; the experiment was deleted;
             or the store refuses the request.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", name):
-        raise ValueError(f"run name {name!r} is not usable; allowed are up to 200 letters, digits and _ - .")
+    check_run_name(name)
     client = client_of(uri)
     try:
+        _await_database(database_of(uri))
         experiment_id = _experiment(client, uri, experiment)
         run_id = _existing_run(client, experiment_id, experiment, name, resume=resume)
         if run_id is None:
@@ -136,7 +139,7 @@ def create_run(
             _log_data(client, run_id, *data)
         client.log_text(run_id, config_json or json.dumps(dict(params), indent=2, default=str), "config.json")
     except store_errors() as error:
-        raise ValueError(f"the tracking store {public(uri)} refused the run {name!r}: {error}") from error
+        raise ValueError(f"the tracking store {without_secrets(uri)} refused the run {name!r}: {error}") from error
     return RunHandle(uri=uri, run_id=run_id, experiment_id=experiment_id)
 
 
@@ -259,7 +262,7 @@ class MlflowTracker(Tracker):
         self._send(lambda client, run_id: client.set_terminated(run_id, status=status))
         missing = self.drain() + self.lost
         if missing:
-            _log.error("%d records never reached the tracking store %s", missing, public(self.handle.uri))
+            _log.error("%d records never reached the tracking store %s", missing, without_secrets(self.handle.uri))
 
     def _send(self, record: Record, points: tuple[int, dict[str, float]] | None = None) -> None:
         if len(self._pending) == PENDING_LIMIT:
@@ -317,7 +320,7 @@ def log_onnx_model(handle: RunHandle, name: str, file: Path) -> str:
         try:
             client_of(handle.uri).log_artifacts(handle.run_id, folder, "models")
         except store_errors() as error:
-            raise ValueError(f"the tracking store {public(handle.uri)} refused the model: {error}") from error
+            raise ValueError(f"the tracking store {without_secrets(handle.uri)} refused the model: {error}") from error
     return f"runs:/{handle.run_id}/models/{name}"
 
 
@@ -325,6 +328,18 @@ def _schema(values: Any) -> Any:
     types = load_mlflow().types
     shapes = {value.name: [side.dim_value or -1 for side in value.type.tensor_type.shape.dim] for value in values}
     return types.Schema([types.TensorSpec(np.dtype(np.float32), shape, name) for name, shape in shapes.items()])
+
+
+def _await_database(database: Path | None) -> None:
+    """Waits until no other process writes to a database; raises a ValueError if that takes long."""
+    if database is None or not database.exists():
+        return
+    try:
+        with closing(sqlite3.connect(database, timeout=PATIENCE)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.rollback()
+    except sqlite3.Error as error:
+        raise ValueError(f"the tracking store {database} cannot be written for {PATIENCE:.0f} s: {error}") from None
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:
@@ -391,4 +406,4 @@ def _latest_pictures(client: Any, run_id: str) -> str:
     paths = picture_files(client, run_id, SAMPLES)
     last = {name: paths[name, step] for name, step in sorted(paths)}
     queries = {name: urllib.parse.urlencode({"path": path, "run_uuid": run_id}) for name, path in last.items()}
-    return "".join(f"\n\n![{name}](get-artifact?{queries[name]})" for name in sorted(queries)[:DESCRIBED])
+    return "".join(f"\n\n![{in_markdown(name)}](get-artifact?{queries[name]})" for name in sorted(queries)[:DESCRIBED])

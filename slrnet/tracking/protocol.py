@@ -11,7 +11,8 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from PIL import Image
 
-from slrnet.tracking.location import PORT, WORKFLOW, database_of, public
+from slrnet.storage.shown import without_secrets
+from slrnet.tracking.location import PORT, WORKFLOW, database_of
 
 __all__ = ["SAMPLES", "NullTracker", "Picture", "RunHandle", "Tracker", "clean_key", "clean_metrics", "metric_key"]
 
@@ -42,7 +43,7 @@ class RunHandle:
         page = f"#/experiments/{self.experiment_id}/runs/{self.run_id}"
         database = database_of(self.uri)
         if database is None:
-            return f"{public(self.uri)}/{page}"
+            return f"{without_secrets(self.uri)}/{page}"
         command = ["slrnet", "dashboard", "--storage", str(database.parent)]
         if database.name != "mlflow.db":
             command = ["mlflow", "server", "--host", "127.0.0.1", "--backend-store-uri", self.uri]

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from slrnet.tracking.location import resolve_uri
+from slrnet.data.images import open_image
+from slrnet.tracking.location import is_named, resolve_uri
 from slrnet.tracking.mlflow import PARENT_TAG, client_of, picture_files, store_errors
 from slrnet.tracking.protocol import SAMPLES, RunHandle, clean_key
 
@@ -20,12 +21,14 @@ __all__ = ["comparison", "find_run", "logged_pictures", "metric_history", "run_t
 
 
 def find_run(uri: str, storage: str | Path, run_id: str) -> RunHandle | None:
-    """The run that a checkpoint names, or None if it names none or its store cannot be reached or no longer has it.
+    """The run that a checkpoint names, or None: it names none, its store cannot be reached or no longer has it.
 
-    `uri` is the configuration's `tracking.uri`; `storage` is the run's storage folder, for the default store.
+    `uri` is the configuration's `tracking.uri`, which is asked only if it `is_named`; `storage` is the run's storage
+    folder, for the default store.
     """
     default = Path(storage).expanduser().absolute() / "mlflow.db"
-    if not run_id or (not uri and not os.environ.get("MLFLOW_TRACKING_URI") and not default.exists()):
+    nowhere = not uri and not os.environ.get("MLFLOW_TRACKING_URI") and not default.exists()
+    if not run_id or nowhere or not is_named(uri, storage):
         return None
     unreachable: tuple[type[Exception], ...] = (ValueError, *store_errors())
     try:
@@ -53,7 +56,7 @@ def logged_pictures(handle: RunHandle) -> dict[tuple[str, int], Image.Image]:
     client, pictures = client_of(handle.uri), {}
     with tempfile.TemporaryDirectory() as folder:
         for series, path in picture_files(client, handle.run_id, SAMPLES).items():
-            with Image.open(client.download_artifacts(handle.run_id, path, folder)) as picture:
+            with open_image(Path(client.download_artifacts(handle.run_id, path, folder))) as picture:
                 pictures[series] = picture.convert("RGB")
     return pictures
 

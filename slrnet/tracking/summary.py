@@ -14,6 +14,7 @@ from pathlib import Path
 from slrnet.config import Config
 from slrnet.data.catalog import class_keys
 from slrnet.recipes import RECIPES, get_recipe
+from slrnet.storage.shown import fenced, in_markdown
 
 __all__ = [
     "MOST_CURVES",
@@ -73,12 +74,13 @@ def class_quality(metrics: Mapping[str, float], group: str, classes: tuple[str, 
 def description(config: Config, *, data: str, labels: str, commit: str, folder: Path) -> str:
     """The first lines of a run's description, Markdown, with the data set's name and a text about its labels."""
     model = config.model
+    labels, data, recipe, encoder, place = map(in_markdown, (labels, data, config.recipe, model.encoder, str(folder)))
     return (
         f"- setting **{config.setting}** ({_SETTINGS[config.setting]}): {labels}\n"
-        f"- data **{data}**, recipe **{config.recipe}**\n"
-        f"- encoder **{model.encoder}**, output stride {model.output_stride}, crop {config.data.crop_size}, "
+        f"- data **{data}**, recipe **{recipe}**\n"
+        f"- encoder **{encoder}**, output stride {model.output_stride}, crop {config.data.crop_size}, "
         f"{config.train.epochs} epochs of batches of {config.train.batch_size}\n"
-        f"- commit {commit[:12]}, folder `{folder}`"
+        f"- commit {commit[:12]}, folder {place}"
     )
 
 
@@ -96,11 +98,12 @@ def result_text(metrics: Mapping[str, float], classes: tuple[str, ...], *, epoch
         which = f" The {len(shown)} classes with the lowest IoU of {len(classes)}; all are in the pictures `quality`."
     table = quality_table(metrics, classes, shown)
     run, where = shlex.quote(str(folder)), shlex.quote(data)
-    return (
-        f"Best checkpoint: epoch {epoch}.{which}\n\n```text\n{table}\n```\n\nNext:\n\n```sh\n"
+    commands = (
         f"slrnet evaluate --checkpoint {run} --data {where} --split val --protocol ms\n"
-        f"slrnet report {run} --data {where}\nslrnet app {run}\n```"
+        f"slrnet report {run} --data {where}\nslrnet app {run}"
     )
+    best = f"Best checkpoint: epoch {epoch}.{which}"
+    return f"{best}\n\n{fenced('text', table)}\n\nNext:\n\n{fenced('sh', commands)}"
 
 
 def quality_table(metrics: Mapping[str, float], classes: tuple[str, ...], shown: Sequence[int] | None = None) -> str:

@@ -145,9 +145,12 @@ class RunListener(Listener):
             title=f"{sample.key}, after epoch {epoch + 1}",
         )
         small = draw_overlay(image, stages["pseudo label"].numpy(), self.info.palette_array())
-        for kind, picture in (("panels", panel), ("history", small)):
-            with written_whole(self.folder / kind / f"{sample.key}{_panel_ending(epoch)}") as incoming:
-                picture.save(incoming, format="PNG")
+        try:
+            for kind, picture in (("panels", panel), ("history", small)):
+                with written_whole(self.folder / kind / f"{sample.key}{_panel_ending(epoch)}") as incoming:
+                    picture.save(incoming, format="PNG")
+        except OSError as error:
+            self.notice(f"the picture of {sample.key} cannot be written, and is left out: {error}")
 
     def epoch(self, state: TrainState, metrics: Mapping[str, float]) -> None:
         """Adds the epoch's figures to curves and log; then the pictures of all ranks, and one per kind of mask."""
@@ -162,9 +165,12 @@ class RunListener(Listener):
         step = epoch // self.config.evaluation.every  # counts measurements from 0, where the page's sliders start
         panels, ending = self.folder / "panels", _panel_ending(epoch)
         for path in sorted(panels.rglob(f"[!.]*{ending}")):
-            with Image.open(path) as panel:
-                key = path.relative_to(panels).as_posix().removesuffix(ending)
-                self.tracker.log_image(SAMPLES + key, panel.copy(), step)
+            key = path.relative_to(panels).as_posix().removesuffix(ending)
+            try:
+                with Image.open(path) as panel:
+                    self.tracker.log_image(SAMPLES + key, panel.copy(), step)
+            except OSError as error:
+                self.notice(f"the picture {path} cannot be read, and is left out: {error}")
         for group in ("pseudo_mask", "val"):
             scores = class_quality(metrics, group, self.info.classes)
             if any(value == value for value in scores["iou"]):

@@ -182,7 +182,7 @@ def test_webdataset_reads_the_shards_in_the_order_of_the_manifest(shards: Path) 
 def test_output_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"out is not empty; give another --out, or remove it first: rm -r"):
+    with pytest.raises(DataError, match=r"out is not empty; give another --out"):
         _write(tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
 
@@ -400,7 +400,7 @@ def test_command_says_how_to_repair(damaged: Path, capsys: pytest.CaptureFixture
     assert _run("--verify", str(damaged), "--processes", "1") == 1
     text = capsys.readouterr().err
     assert "val-000000.tar: is missing" in text
-    assert f"repair with: rm -r {damaged} && python data_prep/voc.py --root VOC2012 --out {damaged}" in text
+    assert f"repair with: python data_prep/voc.py --root VOC2012 --out {damaged}-new" in text
 
 
 def test_command_refuses_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

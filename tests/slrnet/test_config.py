@@ -257,7 +257,7 @@ class TestDictionaries:
         with pytest.raises(ConfigError, match=r"cannot read the config file .*config\.json: No such file"):
             load_config(path)
         path.write_bytes(b"\xff\xfe{}")
-        with pytest.raises(ConfigError, match=rf"{tmp_path} is a folder; name the file, such as config\.json"):
+        with pytest.raises(ConfigError, match=rf"{tmp_path} is a folder, pipe .*; name the file, such as config\.json"):
             load_config(tmp_path)
         (tmp_path / "dataset.json").write_text('{"classes": [], "made_by": ""}')
         with pytest.raises(

@@ -11,6 +11,7 @@ from PIL import Image
 from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.data.batch import EvalSample
 from slrnet.data.eval_loader import EvalLoader
+from slrnet.data.images import open_image, rgb_pixels
 from slrnet.data.manifest import load_dataset
 from slrnet.evaluation.examine import EvaluationTarget
 from slrnet.storage.files import written_whole
@@ -57,8 +58,8 @@ def draw_history(run: Path, *, number: int = 4) -> Image.Image | None:
     epochs = defaultdict[str, list[Tile]](list)
     for path in sorted((run / "history").rglob("[!.]*-epoch-*.png")):
         key, _, epoch = path.relative_to(run / "history").with_suffix("").as_posix().rpartition("-epoch-")
-        with Image.open(path) as picture:
-            epochs[key].append(Tile(np.asarray(picture.convert("RGB")), f"epoch {int(epoch)}"))
+        with open_image(path) as picture:
+            epochs[key].append(Tile(rgb_pixels(picture), f"epoch {int(epoch)}"))
     return draw_grid(list(epochs.values())[:number], title="Pseudo labels of training images") if epochs else None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from slrnet.checkpoints.run_store import CONFIG, STATE
 from slrnet.config import Config, load_config
 from slrnet.data.catalog import VOC_CLASSES
 from slrnet.launch.pseudo_label import RECORD
+from slrnet.storage.files import read_json
+from slrnet.storage.shown import in_markdown
 from slrnet.tools.report.runs import find_records, metrics_by_protocol
 
 __all__ = ["PAPER_TABLES", "PaperTable", "Result", "read_results", "write_tables"]
@@ -88,14 +89,14 @@ class Result:
         if self.data == "VOC" and set(self.classes) != set(VOC_CLASSES):
             note += f"; **{len(self.classes) - 1} of VOC's 20 classes, not comparable**"
         cells = {
-            head[0]: f"slrnet, {self.run}, epoch {self.epoch}",
+            head[0]: f"slrnet, {in_markdown(self.run)}, epoch {self.epoch}",
             "CRF": "yes" if "crf" in self.protocol else "",
-            "Backbone": self.config.model.encoder,
+            "Backbone": in_markdown(self.config.model.encoder),
             "Labels": _SUPERVISION[self.config.setting],
             self.split: f"{100 * self.miou:.1f}",
-            "split": self.split,
+            "split": in_markdown(self.split),
             "mIoU": f"{100 * self.miou:.1f}",
-            "source": f"ours: {self.protocol}{note}",
+            "source": f"ours: {in_markdown(self.protocol)}{note}",
         }
         return [cells.get(column, "") for column in head]
 
@@ -120,6 +121,8 @@ def read_results(folders: Sequence[Path]) -> tuple[list[Result], list[str]]:
                     results += read(path, record)
                 except FileNotFoundError as error:
                     unused.append(f"{path}: its checkpoint {error} is gone")
+                except (ValueError, TypeError, LookupError, AttributeError) as error:
+                    unused.append(f"{path}: it is no record of a measurement: {error}")
     return list(dict.fromkeys(results)), unused
 
 
@@ -166,7 +169,7 @@ def _origin(place: Path, checkpoint: str) -> tuple[Config, tuple[str, ...], str]
     written = Path(checkpoint)
     for folder in (written, *(parent / "checkpoints" / written.name for parent in place.parents)):
         if (folder / CONFIG).is_file() and (folder / STATE).is_file():
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            state = read_json(folder / STATE)
             return load_config(folder / CONFIG), tuple(state["classes"]), folder.parents[1].name
     raise FileNotFoundError(checkpoint)
 

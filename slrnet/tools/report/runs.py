@@ -15,9 +15,11 @@ from PIL import Image
 
 from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, read_state
 from slrnet.config import Config
+from slrnet.data.images import open_image
 from slrnet.evaluation.masks import protocol_name, pseudo_mask_protocol
 from slrnet.launch.evaluation import training_run
 from slrnet.recipes import RECIPES, get_recipe
+from slrnet.storage.files import read_json
 from slrnet.tracking.protocol import RunHandle, metric_key
 from slrnet.tracking.reader import logged_pictures, metric_history, run_tags
 
@@ -93,11 +95,11 @@ def find_records(folder: Path, name: str) -> dict[Path, dict[str, Any]]:
     records: dict[Path, dict[str, Any]] = {}
     for path in sorted(folder.rglob(name)):
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_json(path)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read: {error}; measure again, or remove it") from None
+            raise ValueError(f"{path} cannot be read: {error}; measure again, into another folder") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{path} holds no JSON object; measure again, or remove it")
+            raise ValueError(f"{path} holds no JSON object; measure again, into another folder")
         records[path] = record
     return records
 
@@ -152,7 +154,7 @@ def _steps_per_epoch(checkpoint: Checkpoint, handle: RunHandle) -> float:
     """Returns the steps of an epoch; from the run's curve if the checkpoint is within an epoch, 0 if unknown."""
     state = checkpoint.state
     if not state.unfinished:
-        return state.step / state.epoch
+        return state.step / state.epoch if state.epoch else 0.0  # 0: weights that were converted
     ends = metric_history(handle, "epoch")
     return ends[-1][0] / ends[-1][1] if ends else 0.0
 
@@ -163,7 +165,7 @@ def _panels(
     panels: dict[str, dict[int, Image.Image]] = {}
     for file in sorted((folder / "panels").glob("*.png")) if folder else ():
         if match := _PANEL.fullmatch(file.name):
-            with Image.open(file) as panel:
+            with open_image(file) as panel:
                 panels.setdefault(match["key"], {})[int(match["epoch"])] = panel.convert("RGB")
     if panels:
         return panels, "the run's folder panels"

@@ -28,6 +28,7 @@ from slrnet.config import Config, apply_overrides
 from slrnet.launch import train as ray_loop
 from slrnet.launch.checks import resume_config
 from slrnet.launch.train import LaunchOptions, RunResult, TrainingError, launch
+from slrnet.storage.folders import MARK
 from slrnet.storage.remote import RemoteError, cached
 
 PLACE = "s3://runs/all/mine"
@@ -184,7 +185,7 @@ def test_names_that_are_none_of_ours_stay_in_the_store(run: RunStore, s3: Any, t
     other = RunStore(PLACE, tmp_path / "other" / "mine")
     other.fetch()
     files = {path.name for path in (tmp_path / "other").rglob("*") if path.is_file() and path.suffix != ".lock"}
-    assert files == set(FILES)
+    assert files == {*FILES, MARK}
 
 
 def test_the_longer_log_is_kept(run: RunStore, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_a_name_that_is_no_folder_is_refused_before_a_folder_is_made(
 ) -> None:
     with pytest.raises(SystemExit):
         build_parser([command]).parse_args([command, "--name", name])
-    assert f"argument --name: {name!r} is not usable; allowed are" in capsys.readouterr().err
+    assert f"argument --name: {name!r} is no name of a run; allowed are" in capsys.readouterr().err
     assert build_parser([command]).parse_args([command, "--name", "v1.2-a_b"]).name == "v1.2-a_b"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slrnet.storage.names import check_name, check_text, printable
+from slrnet.storage.names import check_name, check_text, printable, short_name
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,11 @@ def test_names_of_files_are_taken(name: str) -> None:
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="the split is "):
         check_name("split", name)
+
+
+def test_long_names_are_shortened_and_stay_different() -> None:
+    long = "猫" * 80
+    assert short_name("x" * 200) == "x" * 200
+    assert len({short_name(long), short_name(long + "a"), short_name(long + "b")}) == 3
+    assert short_name(long).startswith("猫" * 60)
+    assert len(short_name(long).encode()) <= 200

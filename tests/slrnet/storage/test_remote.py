@@ -177,5 +177,5 @@ def test_locations(location: str, expected: bool) -> None:
 
 
 def test_other_kinds_of_locations_are_refused() -> None:
-    with pytest.raises(RemoteError, match=r"http://x/y is of a kind that is not read; allowed are folders, s3:// and"):
+    with pytest.raises(RemoteError, match=r"http://x/y is of a kind that is not known; allowed are folders, s3:// and"):
         load_dataset("http://x/y")

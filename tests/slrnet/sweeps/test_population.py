@@ -137,7 +137,7 @@ class Stub:
 
     def train(self, index: int, until: int) -> None:
         folder = self.plan.folder / "trials" / member_name(self.plan, index)
-        state = folder / "checkpoints" / "state"
+        state = folder / "checkpoints" / "state.json"
         weights = json.loads(state.read_text()) if state.is_file() else []
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         state.parent.mkdir(exist_ok=True)
@@ -157,7 +157,7 @@ def plan(tiny_config: Config, tmp_path: Path) -> SweepPlan:
 
 
 def weights_of(plan: SweepPlan) -> list[list[int]]:
-    paths = [plan.folder / "trials" / member_name(plan, index) / "checkpoints" / "state" for index in range(4)]
+    paths = [plan.folder / "trials" / member_name(plan, index) / "checkpoints" / "state.json" for index in range(4)]
     return [json.loads(path.read_text()) for path in paths]
 
 
@@ -194,7 +194,7 @@ def test_a_copy_that_was_cut_off_is_made_again(plan: SweepPlan) -> None:
     assert saved is not None
     replace(saved, copied=False).save(plan.folder)
     taker = plan.folder / "trials" / "p-00"
-    (taker / "checkpoints" / "state").unlink()
+    (taker / "checkpoints" / "state.json").unlink()
     (taker / ".checkpoints.incoming").mkdir()
     trials = train_population(plan, Stub(plan), say=lambda line: None)
     assert trials[0].epochs == 4

@@ -33,7 +33,7 @@ def test_the_table_is_ranked_and_names_failures() -> None:
     assert lines[2:] == [
         "| high | 16 | 50.00 | 3 | stopped early |",
         "| low | 8 | 25.00 | 3 | finished |",
-        "| broken | 4 | - | 0 | failed: loss / nan |",
+        "| broken | 4 | - | 0 | failed: loss &#124; nan |",
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from slrnet.tracking import location
-from slrnet.tracking.location import database_of, public, resolve_uri
+from slrnet.tracking.location import VARIABLE, database_of, is_named, not_named, resolve_uri
 
 
 class TestResolveUri:
@@ -47,7 +47,6 @@ class TestResolveUri:
         uri = resolve_uri("", storage)
         assert database_of(uri) == storage / "mlflow.db"
         assert resolve_uri(uri, tmp_path) == uri
-        assert public(uri) == uri
         engine = create_engine(uri)
         with engine.begin() as connection:
             connection.execute(text("create table t (x int)"))
@@ -58,10 +57,6 @@ class TestResolveUri:
         with pytest.raises(ValueError, match=r"`\?`, where options begin; .* give sqlite\+pysqlite:////.*/a%3Fb.db$"):
             resolve_uri(f"sqlite:///{tmp_path}/a?b.db", tmp_path)
         assert not list(tmp_path.iterdir())
-
-    def test_a_servers_uri_has_no_database(self) -> None:
-        assert database_of("https://host:5000") is None
-        assert public("https://me:secret@host:5000/a@b") == "https://host:5000/a@b"
 
     def test_remote_storage_needs_a_server(self) -> None:
         with pytest.raises(ValueError, match=r"remote.*mlflow server.*tracking\.uri"):
@@ -77,23 +72,25 @@ class TestResolveUri:
         with pytest.raises(ValueError, match="cannot create"):
             resolve_uri("", tmp_path / "taken" / "deeper")
 
-    def test_credentials_belong_into_the_environment(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"http://host:5000 has a user .* MLFLOW_TRACKING_PASSWORD") as caught:
-            resolve_uri("http://me:secret@host:5000", tmp_path)
+    @pytest.mark.parametrize("address", ["http://me:secret@host:5000", "http://me:p@secret@host:5000"])
+    @pytest.mark.parametrize("named", [True, False])
+    def test_credentials_belong_into_variables_of_their_own(
+        self, address: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(VARIABLE, "" if named else address)
+        with pytest.raises(
+            ValueError, match=r"http://host:5000 is given with a user.* MLFLOW_TRACKING_PASSWORD"
+        ) as caught:
+            resolve_uri(address if named else "", tmp_path)
         assert "secret" not in str(caught.value)
 
-    def test_closed_port_is_refused_without_its_credentials(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_closed_port_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@127.0.0.1:{port}")
-        with pytest.raises(
-            ValueError, match=rf"at http://127\.0\.0\.1:{port} does not answer.*mlflow server"
-        ) as caught:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+        with pytest.raises(ValueError, match=rf"at http://127\.0\.0\.1:{port} does not answer.*mlflow server"):
             resolve_uri("", tmp_path)
-        assert "secret" not in str(caught.value)
 
     def test_silent_server_is_given_up(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(location, "SERVER_TIMEOUT", 0.2)
@@ -139,3 +136,24 @@ class answering:
     def __exit__(self, *exc_info: object) -> None:
         self.server.shutdown()
         self.server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("uri", "given", "variable", "used"),
+    [
+        ("", "", "", True),
+        ("http://host:5000", "", "", False),
+        ("http://host:5000", "http://host:5000/", "", True),
+        ("http://host:5000", "", "http://host:5000", True),
+        ("http://host:5000", "http://other:5000", "http://host", False),
+        ("sqlite:///{}/mlflow.db", "", "", True),
+        ("sqlite:///{}/../mlflow.db", "", "", False),
+        ("sqlite:////var/other.db", "", "", False),
+    ],
+)
+def test_a_store_that_a_file_alone_names_is_not_used(
+    uri: str, given: str, variable: str, used: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, variable)
+    assert is_named(uri.format(tmp_path), tmp_path, given=given) == used
+    assert not_named("http://me:secret@host").startswith("the tracking store http://host is named by a file alone")
