@@ -204,12 +204,15 @@ class ShardFiles(AbstractContextManager["ShardFiles"]):
 
 
 def _locate_files(file: BinaryIO, length: int, row: SampleRow, *, only: str | None) -> dict[str, slice]:
-    """The bytes of a sample's files in its shard, by suffix; with `only` that file alone, reading nothing after it."""
+    """The bytes of a sample's files in its shard, by suffix; with `only` that file alone.
+
+    All headers are read: of two files of a name, the checksum is that of one, and the training could take the other.
+    """
     position, end = row.offset, row.offset + row.bytes
     if end > length:
         raise DataError(f"the shard is cut off: it has {length} bytes, the sample ends at byte {end}")
     block, files = bytearray(BLOCK), {}
-    while position < end and only not in files:
+    while position < end:
         _read(file, position, memoryview(block))
         name, size = read_header(block)
         position += BLOCK
@@ -218,12 +221,11 @@ def _locate_files(file: BinaryIO, length: int, row: SampleRow, *, only: str | No
             raise DataError(f"its place in the tar holds {name!r}")
         if position + size > end:
             raise DataError(f"{name!r} is longer in the tar than in the manifest")
-        if only in (None, suffix):
-            if suffix in files:  # the checksum is of one of them, and a reader may take the other
-                raise DataError(f"{name!r} is twice in its place in the tar")
-            files[suffix] = slice(position, position + size)
+        if suffix in files:
+            raise DataError(f"{name!r} is twice in its place in the tar")
+        files[suffix] = slice(position, position + size)
         position += -(-size // BLOCK) * BLOCK
-    return files
+    return files if only is None else {suffix: part for suffix, part in files.items() if suffix == only}
 
 
 def _read(file: BinaryIO, position: int, out: memoryview) -> None:

@@ -17,6 +17,7 @@ from slrnet.data.catalog import voc_palette
 from slrnet.data.epoch_plan import choose_subset
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import SCHEMA, DataError, ShardSet, load_dataset, save_dataset
+from slrnet.data.samples import SampleIndex, ShardFiles
 from slrnet.data.tars import tar_end, tar_members
 from tests.fixtures.shards import shards_of
 
@@ -115,8 +116,12 @@ def test_a_sample_with_two_files_of_one_name_is_not_taken(double: str, tmp_path:
     """What is verified would not be what is trained on."""
     members = {"a.jpg": _image("JPEG", 9), "a.png": _image("PNG", 1)}
     shards = _one_sample(tmp_path, (double, members[double]), *members.items())
-    with pytest.raises(DataError, match=f"'{double}' is twice in its place in the tar"):
+    message = f"'{double}' is twice in its place in the tar"
+    with pytest.raises(DataError, match=message):
         list(EvalLoader(shards, split="train"))
+    index = SampleIndex(shard_set=shards, split=shards.split("train"))
+    with ShardFiles(index) as files, pytest.raises(DataError, match=message):
+        files.locate(0, masks=False)
 
 
 @pytest.mark.parametrize("value", [0, 1, 255])
