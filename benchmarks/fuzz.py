@@ -453,7 +453,7 @@ def is_own(error: BaseException) -> bool:
     ours = any(str(ROOT / room) in frames[-1].filename for room in ("slrnet", "data_prep"))
     if isinstance(error, FileNotFoundError):  # the system's own words for a file that the change took away
         return True
-    return isinstance(error, ValueError) and ours and len(str(error)) >= 20
+    return isinstance(error, ValueError) and ours and len(str(error)) >= 12
 
 
 def example(name: str) -> dict[str, bytes]:

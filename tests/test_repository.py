@@ -54,7 +54,7 @@ ALLOWED_ABOVE = {
 }
 # Which files may import a module (and everything below it); all other code may not.
 SEAMS = {
-    "mlflow": {"slrnet/tracking/mlflow.py"},
+    "mlflow": {"slrnet/tracking/mlflow.py", "slrnet/tracking/served_model.py"},
     "ray.train": {"slrnet/launch/train.py"},
     "ray.tune": {"slrnet/sweeps/run.py"},
     "pynvml": {"slrnet/tracking/gpu_monitor.py"},

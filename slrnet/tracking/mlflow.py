@@ -314,9 +314,11 @@ def log_onnx_model(handle: RunHandle, name: str, file: Path) -> str:
 
     mlflow, model = load_mlflow(), onnx.load(file)
     signature = mlflow.models.ModelSignature(_schema(model.graph.input), _schema(model.graph.output))
-    pins = [f"{package}=={package_version(package)}" for package in ("mlflow", "onnx", "onnxruntime")]
+    pins = [f"{package}=={package_version(package)}" for package in ("mlflow", "onnxruntime")]
     with tempfile.TemporaryDirectory() as folder:
-        mlflow.onnx.save_model(model, f"{folder}/{name}", signature=signature, pip_requirements=pins)
+        code, artifacts = Path(__file__).with_name("served_model.py"), {"network": str(file)}
+        options = {"signature": signature, "pip_requirements": pins, "artifacts": artifacts}
+        mlflow.pyfunc.save_model(f"{folder}/{name}", python_model=str(code), **options)
         try:
             client_of(handle.uri).log_artifacts(handle.run_id, folder, "models")
         except store_errors() as error:

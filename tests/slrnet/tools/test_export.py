@@ -190,6 +190,9 @@ def test_mlflow_serves_the_logged_model(
     try:
         images = np.random.default_rng(0).integers(0, 256, (2, 3, 47, 61), dtype=np.uint8)
         answer = _ask(server, port, {"inputs": {"images": (images / 255).tolist()}})
+        for wrong in (images.tolist(), (images / 255)[0].tolist(), "x"):
+            with pytest.raises(AssertionError, match="^400 "):
+                _ask(server, port, {"inputs": {"images": wrong}})
     finally:
         if server.poll() is None:
             os.killpg(server.pid, signal.SIGTERM)
@@ -218,7 +221,7 @@ def _ask(server: subprocess.Popen[bytes], port: int, content: dict[str, Any]) ->
                 answer: dict[str, Any] = json.load(response)
                 return answer
         except urllib.error.HTTPError as error:
-            raise AssertionError(error.read().decode()) from None
+            raise AssertionError(f"{error.code} {error.read().decode()}") from None
         except OSError:
             time.sleep(0.25)
     raise AssertionError("the server does not answer")
