@@ -106,7 +106,7 @@ class ManifestRows:
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
             metadata, schema = self._file.metadata, self._file.schema_arrow
             groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise self._unreadable(error) from None
         if not schema.equals(SCHEMA):
             raise DataError(
@@ -157,7 +157,7 @@ class ManifestRows:
         """The named columns of a group of rows; without names all of them."""
         try:
             rows = self._file.read_row_group(group, columns=list(names) or None, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise self._unreadable(error) from None
         if rows.num_rows != self._group_firsts[group + 1] - self._group_firsts[group]:
             raise self._unreadable(f"group {group} has {rows.num_rows} rows")

@@ -20,7 +20,7 @@ MOST_IMAGES, MOST_SIDE, MOST_PIXELS = 64, 4096, 2**24
 """Of a request; each pixel takes some kilobytes of memory for a moment."""
 
 
-class ServedNetwork(PythonModel):  # type: ignore[misc]
+class ServedNetwork(PythonModel):
     """An exported network, `network.onnx`."""
 
     def load_context(self, context: Any) -> None:
@@ -44,7 +44,7 @@ def checked(given: Any) -> npt.NDArray[np.float32]:
         raise _refused('the inputs are no numbers by the name "images"')
     if images.ndim != 4 or images.shape[1] != 3:
         raise _refused(f"images have the shape {images.shape}; (N, 3, H, W) is needed")
-    count, height, width = images.shape[0], *images.shape[2:]
+    count, _, height, width = images.shape
     if not (1 <= count <= MOST_IMAGES and 1 <= height <= MOST_SIDE and 1 <= width <= MOST_SIDE):
         raise _refused(
             f"there are {count} images of {width} x {height}; 1 to {MOST_IMAGES} of up to {MOST_SIDE} pixels "
