@@ -27,6 +27,7 @@ from data_prep.workers import ConversionPool
 from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, SampleRow, load_dataset, save_dataset
 from slrnet.data.tars import ShardWriter, tar_end, tar_members
 from slrnet.storage.folders import whole_folder
+from slrnet.storage.names import check_name
 
 __all__ = [
     "Damage",
@@ -213,6 +214,12 @@ def _check_samples(samples: Sequence[Sample], num_classes: int) -> None:
         seen.add((sample.split, sample.key))
         if any(not 1 <= label < num_classes for label in sample.classes or ()):
             problems.append(f"key {sample.key!r} has classes {sample.classes}; allowed are 1 to {num_classes - 1}")
+    names = {("split", sample.split) for sample in samples}
+    for what, name in sorted(names | {("subset", name) for sample in samples for name in sample.subsets}):
+        try:
+            check_name(what, name)
+        except ValueError as error:
+            problems.append(str(error))
     report_problems(problems, "the samples")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slrnet.storage.folders import mark_folder, remove_folder, whole_folder
-from slrnet.storage.remote import RemoteError, cached, copy_from, filesystem_of, locked, patiently
+from slrnet.storage.remote import RemoteError, cached, copy_from, filesystem_of, is_remote, locked, patiently
 from slrnet.storage.shown import logger_of
 
 __all__ = ["CONFIG", "FILES", "STATE", "TRAINER", "WEIGHTS", "RunStore", "local_run", "run_folder"]
@@ -174,6 +174,7 @@ def local_run(location: str) -> Path:
     Raises:
         RemoteError: there is none, or the store refuses the request.
     """
+    is_remote(location)
     location = location.rstrip("/")
     folder = cached(location) / location.rpartition("/")[2]
     if _CHECKPOINT.fullmatch(folder.name):

@@ -23,13 +23,15 @@ _MARKUP = re.compile(r"[^\w\s.:,;+%/'-]|:(?=//)|(?<=www)\.", re.ASCII)
 def say(text: object, *, error: bool = False, stream: TextIO | None = None) -> None:
     """Prints a line, or several, on stdout, with `error` on stderr, or on another stream.
 
-    A reader that has gone (`| head`) ends nothing: what follows is not printed.
+    A reader that has gone (`| head`) or a full disk ends nothing: what cannot be printed is left out.
     """
     stream = stream or (sys.stderr if error else sys.stdout)
     try:
         print(_escaped(str(text)), file=stream, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except OSError:
+        return
 
 
 def logger_of(module: str) -> logging.Logger:

@@ -215,6 +215,14 @@ def test_unfit_keys_are_refused(tmp_path: Path, key: str, message: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("split", "subset"), [("../x", "a"), ("train", "../x"), ("/x", "a"), ("a\nb", "a")])
+def test_splits_and_subsets_that_could_become_paths_are_refused(tmp_path: Path, split: str, subset: str) -> None:
+    sample = Sample(key="k", split=split, width=1, height=1, classes=(1,), subsets=(subset,))
+    with pytest.raises(DataError, match="the (split|subset) is .* is needed"):
+        _write(tmp_path / "out", [sample])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_longest_key_fits_a_tar_header(tmp_path: Path) -> None:
     sample = Sample(key="0" * 90, split="train", width=1, height=1, classes=(1,))
     write_dataset(tmp_path / "out", [sample], _constant, name="t", classes=CLASSES, palette=voc_palette(), made_by="x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -15,6 +16,13 @@ def test_lines_are_printed_with_escapes(capsys: pytest.CaptureFixture[str]) -> N
     say("a\x1b[2J\nb\r\u202e")
     say(ValueError("\x9b31m"), error=True)
     assert capsys.readouterr() == ("a\\x1b[2J\nb\\r\\u202e\n", "\\x9b31m\n")
+
+
+def test_a_full_disk_ends_nothing() -> None:
+    with open("/dev/full", "w") as stream:
+        say("lost", stream=stream)
+        assert stream.writable()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # for what is left in its buffer
 
 
 def test_a_logger_escapes_what_it_is_given(caplog: pytest.LogCaptureFixture) -> None:
