@@ -36,7 +36,16 @@ from slrnet.tracking.location import database_of
 from slrnet.tracking.protocol import SAMPLES, Picture, RunHandle, Tracker, clean_key, clean_metrics
 from slrnet.tracking.provenance import package_version
 
-__all__ = ["PARENT_TAG", "MlflowTracker", "client_of", "create_run", "log_onnx_model", "picture_files", "store_errors"]
+__all__ = [
+    "PARENT_TAG",
+    "MlflowTracker",
+    "check_artifacts",
+    "client_of",
+    "create_run",
+    "log_onnx_model",
+    "picture_files",
+    "store_errors",
+]
 
 Record: TypeAlias = Callable[[Any, str], None]
 """Something to deliver: is called with a client and a run id."""
@@ -133,6 +142,7 @@ def create_run(
             run_id = str(client.create_run(experiment_id, run_name=name).info.run_id)
         else:
             client.update_run(run_id, status="RUNNING")
+        check_artifacts(uri, str(client.get_run(run_id).info.artifact_uri))
         page = {NOTE_TAG: description, PARENT_TAG: parent.run_id if parent else ""}
         _log_start(client, run_id, params, {**tags, **{key: value for key, value in page.items() if value}})
         if data is not None:
@@ -286,6 +296,20 @@ class MlflowTracker(Tracker):
                 self.lost += 1
                 _log.error("the tracking store refused a record, which is dropped: %s", error)
             self._pending.popleft()
+
+
+def check_artifacts(uri: str, artifacts: str) -> None:
+    """Raises a ValueError if a database keeps a run's files on another host.
+
+    A database may come from others with a run; MLflow would send the credentials of the environment, and the run's
+    files, to the host that it names.
+    """
+    parts = urllib.parse.urlsplit(artifacts)
+    if database_of(uri) is not None and (parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost")):
+        raise ValueError(
+            f"the tracking store {uri} keeps the run's files at {without_secrets(artifacts)}, which nobody else names; "
+            "set MLFLOW_TRACKING_URI to a server, or use another storage folder"
+        )
 
 
 def picture_files(client: Any, run_id: str, below: str = "") -> dict[tuple[str, int], str]:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from slrnet.data.images import open_image
 from slrnet.tracking.location import is_named, resolve_uri
-from slrnet.tracking.mlflow import PARENT_TAG, client_of, picture_files, store_errors
+from slrnet.tracking.mlflow import PARENT_TAG, check_artifacts, client_of, picture_files, store_errors
 from slrnet.tracking.protocol import SAMPLES, RunHandle, clean_key
 
 __all__ = ["comparison", "find_run", "logged_pictures", "metric_history", "run_tags", "runs_below"]
@@ -34,6 +34,7 @@ def find_run(uri: str, storage: str | Path, run_id: str) -> RunHandle | None:
     try:
         resolved = resolve_uri(uri, storage)
         run = client_of(resolved).get_run(run_id)
+        check_artifacts(resolved, str(run.info.artifact_uri))
     except unreachable:
         return None
     return RunHandle(uri=resolved, run_id=run_id, experiment_id=str(run.info.experiment_id))

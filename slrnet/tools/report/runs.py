@@ -106,7 +106,13 @@ def find_records(folder: Path, name: str) -> dict[Path, dict[str, Any]]:
 
 def metrics_by_protocol(record: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
     """The metrics of an `evaluation.json`, with those before a CRF."""
-    return {record.get("protocol", "unknown"): record.get("metrics", {}), **record.get("before_crf", {})}
+    earlier = record.get("before_crf")
+    parts = {record.get("protocol", "unknown"): record.get("metrics")} | (earlier if isinstance(earlier, dict) else {})
+    return {
+        str(protocol): {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        for protocol, metrics in parts.items()
+        if isinstance(metrics, dict)
+    }
 
 
 def val_key(config: Config) -> str:

@@ -25,7 +25,7 @@ from PIL import Image
 
 from slrnet.tracking import mlflow as tracking
 from slrnet.tracking.location import database_of, resolve_uri
-from slrnet.tracking.mlflow import NOTE_TAG, MlflowTracker, client_of, create_run
+from slrnet.tracking.mlflow import NOTE_TAG, MlflowTracker, check_artifacts, client_of, create_run
 from slrnet.tracking.protocol import RunHandle, metric_key
 from slrnet.tracking.reader import metric_history, run_tags
 
@@ -435,3 +435,22 @@ class serving:
         os.killpg(self.process.pid, 15)
         self.process.wait(timeout=30)
         self.log.close()
+
+
+@pytest.mark.parametrize(
+    ("uri", "artifacts", "taken"),
+    [
+        ("sqlite:////s/mlflow.db", "file:///s/mlartifacts/1/r", True),
+        ("sqlite:////s/mlflow.db", "/s/mlartifacts/1/r", True),
+        ("sqlite:////s/mlflow.db", "https://evil.example/r", False),
+        ("sqlite:////s/mlflow.db", "s3://evil/r", False),
+        ("sqlite:////s/mlflow.db", "file://evil.example/r", False),
+        ("http://server:5000", "s3://bucket/r", True),
+    ],
+)
+def test_a_database_of_others_sends_no_files_away(uri: str, artifacts: str, taken: bool) -> None:
+    if taken:
+        check_artifacts(uri, artifacts)
+    else:
+        with pytest.raises(ValueError, match="keeps the run's files at .*evil.*, which nobody else names"):
+            check_artifacts(uri, artifacts)
