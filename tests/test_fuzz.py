@@ -24,6 +24,11 @@ def test_a_damaged_input_ends_in_a_value_or_an_error_of_ours(
         assert fuzz.examine(name, number, folder, original)[1] == ""
 
 
+@pytest.mark.parametrize(("name", "number"), [("weights", 34), ("weights", 192), ("weights", 40), ("shards", 337)])
+def test_finds_stay_mended(name: str, number: int, tmp_path: Path) -> None:
+    assert fuzz.examine(name, number, tmp_path, fuzz.example(name))[1] == ""
+
+
 def test_another_error_is_a_find() -> None:
     def raised(make: object) -> BaseException:
         try:

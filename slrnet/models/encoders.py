@@ -29,7 +29,6 @@ from typing import Any, NamedTuple, Self
 
 import timm
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.format import Format
@@ -395,7 +394,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} is refused: it is damaged, or holds Python objects beside tensors, which could run code; save "
             "only a state dict, with torch.save or safetensors"
         ) from None
-    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+    except Exception as error:  # of a damaged file, PyTorch's reader raises whatever its parts do
         raise ValueError(f"cannot read the weights file {path}: {error}; it must be .pth or .safetensors") from None
     if isinstance(tensors, dict):
         tensors = tensors.get("state_dict", tensors)

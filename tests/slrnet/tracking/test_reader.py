@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import time
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from slrnet.tracking.mlflow import MlflowTracker
 from slrnet.tracking.protocol import RunHandle
-from slrnet.tracking.reader import comparison, logged_pictures, run_tags
+from slrnet.tracking.reader import comparison, find_run, logged_pictures, run_tags
 
 
 def test_runs_are_compared_by_their_ids() -> None:
@@ -18,6 +21,15 @@ def test_runs_are_compared_by_their_ids() -> None:
     page, _, query = comparison(handles).partition("?")
     assert page == "#/compare-runs"
     assert urllib.parse.parse_qs(query) == {"runs": ['["a","b"]'], "experiments": ['["7"]']}
+
+
+def test_a_server_that_a_file_alone_names_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        assert find_run(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path, "0123456789abcdef") is None
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
 def test_pictures_and_tags_are_read_back(handle: RunHandle) -> None:

@@ -339,6 +339,15 @@ class TestWhatIsLogged:
         logged = [(key, step) for key, step, _ in tracker.pictures if key.startswith("samples/")]
         assert sorted(logged) == sorted((f"samples/{key}", step) for key in keys for step in (0, 1))
 
+    def test_a_picture_that_cannot_be_written_ends_nothing(
+        self, tiny_config: Config, start_trainer: StartTrainer, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        trainer = start_trainer(apply_overrides(tiny_config, ["train.epochs=1", "train.pretrain_epochs=0"]))
+        trainer.folder.mkdir(parents=True, exist_ok=True)
+        (trainer.folder / "panels").write_text("in the way")
+        assert len(fit(trainer)) == 1
+        assert capsys.readouterr().out.count("cannot be written, and is left out") == 2
+
     def test_no_panels_and_no_pseudo_masks_where_they_are_off(
         self, quiet: Config, start_trainer: StartTrainer, tracker: Any
     ) -> None:
