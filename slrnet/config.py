@@ -172,9 +172,14 @@ class CvlrConfig(_Section):
     start: Literal["identity", "default"] = "identity"
     """First projectors. `identity`: an orthogonal one in, zeros out, so the module starts as the identity. `default`:
     PyTorch's random default for both (released models/slrnet.py). The paper does not say."""
+    start_share: Fraction = 0.0
+    """With start `identity`, the first output projector is this share of the input projector's transpose: the module
+    starts by adding so much of the features' low-rank reconstruction to them. 0: the identity."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.start_share and self.start != "identity":
+            raise ValueError(f"start_share {self.start_share} goes with start 'identity', not {self.start!r}; set one")
         if self.centered and self.form != "paper":
             raise ValueError(f"centered goes with form 'paper', not {self.form!r}; set one of the two")
         if self.method != "cvlr" and self.form != "paper":
@@ -241,6 +246,8 @@ class CalibrationConfig(_Section):
     view's; `kl`: its own, with a Kullback-Leibler divergence between the views' masks."""
     fusion: Literal["logits", "probs"] = "logits"
     """Average the un-warped logits and then apply softmax (Eq. 3), or average probabilities (released code)."""
+    view_weights: tuple[NonNegativeFloat, ...] = ()
+    """Weight of each of `views.scales` in that average; none: equal ones (Eq. 3)."""
     background_power: PositiveFloat = 1.0
     """Exponent on the background's fused probability before refinement. Paper Eq. 3 has none; the released code of
     setting `sss` cubes it (models/slrnet_semi_wo_cls.py)."""
@@ -253,6 +260,12 @@ class CalibrationConfig(_Section):
     """Dilations of the refinement's 3x3 neighborhoods, in pixels of the refined mask."""
     refine_stride: PositiveInt = 4
     """Pixels of the crop per pixel of the refined mask."""
+    refine_side: NonNegativeInt = 0
+    """Side of the refined mask for which `refine_dilations` are meant, in pixels: the dilations scale with the mask. 0:
+    they stay as they are. VOC's crops of 321 have refined masks of 81."""
+    peak_power: Fraction = 0.0
+    """Refined masks are divided by the maximum of each class over the image to this power, before the thresholds. 0.5
+    lifts faint classes above the floor; 0: masks as they are (paper, released code)."""
     rule: Literal["claims", "normalized"] = "claims"
     """`claims`: a class claims pixels above a share of its maximum and above the floor. `normalized`: masks are divided
     by their maximum; a foreground class claims where it is above `confidence_threshold`, the background where none is
@@ -276,6 +289,9 @@ class LossConfig(_Section):
     """Compute Eq. 4 on the output logits (paper) or on probabilities (released code)."""
     code_consistency: Literal["all", "maximum"] = "all"
     """Compute Eq. 9 on all codes (paper), or set all but each pixel's maximum to 0 first (released code)."""
+    class_divisor: Literal["voc", "data"] = "voc"
+    """What divides the sums over classes in Eq. 4 and 9. `voc`: VOC's number of classes, so that lambda_reg means the
+    same for any data; `data`: the data's own (released code), so that more classes make each of them count less."""
     pseudo_balance: Literal["balanced", "sqrt", "plain"] = "balanced"
     """Weights of the classes in the loss of pseudo labels: `balanced`, (total - own pixels) / (1 + total), which makes
     rare classes spread; `sqrt`, its root; `plain`, 1 for all, with which masks shrink."""
@@ -312,6 +328,10 @@ class WeightsConfig(_Section):
     """lambda_cls."""
     consistency: NonNegativeFloat = 4.0
     """lambda_reg, of both Eq. 4 and Eq. 9."""
+    mask_consistency: NonNegativeFloat | None = None
+    """Of Eq. 4 alone, and of the divergence of `calibration.supervision=kl`; null: `consistency`."""
+    code_consistency: NonNegativeFloat | None = None
+    """Of Eq. 9 alone; null: `consistency`."""
     auxiliary: NonNegativeFloat = 0.4
     """Weight of the auxiliary head's segmentation and classification losses within the total of each kind."""
     auxiliary_classification: NonNegativeFloat | None = None
@@ -509,6 +529,17 @@ class Config(_Section):
             raise ValueError(
                 "calibration.refine_image 'distorted' needs one distortion per crop, and views.own_color draws one per "
                 "view; set views.own_color=false, or refine_image to 'crop'"
+            )
+        weights, scales = self.calibration.view_weights, self.views.scales
+        if weights and (len(weights) != len(scales) or not sum(weights)):
+            raise ValueError(
+                f"calibration.view_weights is {weights} and views.scales {scales}; give one weight for each view, not "
+                "all of them 0, or none: []"
+            )
+        if weights and self.calibration.supervision != "mvmc":
+            raise ValueError(
+                f"calibration.supervision {self.calibration.supervision!r} averages no views in training, so "
+                "calibration.view_weights has no effect there; set it to [], or supervision to 'mvmc'"
             )
         if self.calibration.source == "ema" and not self.train.ema:
             raise ValueError(

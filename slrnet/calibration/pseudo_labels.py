@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from slrnet.calibration.refine import refine
+from slrnet.calibration.refine import refine, scaled_dilations
 from slrnet.config import CalibrationConfig
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.ops.maps import class_probs, resize
@@ -32,7 +32,7 @@ class Calibrated:
     raw: Tensor
     """(N, M, h, w) fused probabilities before refinement, at the refinement's resolution."""
     refined: Tensor
-    """(N, M, h, w) fused probabilities after refinement."""
+    """(N, M, h, w) fused probabilities after refinement, and divided by their maxima if `peak_power` says so."""
 
 
 def calibrate_views(
@@ -59,8 +59,7 @@ def calibrate_views(
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         height, width = (-(-side // config.refine_stride) for side in images.shape[-2:])
         images = resize(images, (height, width))
-        views = [view.float() for view in masks]
-        probs = sum(views[1:], views[0]) / len(views)
+        probs = _average([view.float() for view in masks], config.view_weights)
         if config.fusion == "logits":
             probs = class_probs(probs)
         if config.background_power != 1:
@@ -68,8 +67,19 @@ def calibrate_views(
         classes = _present_classes(image_labels, max_classes=max_classes)
         channels = classes.clamp_min(0)[:, :, None, None].expand(-1, -1, *probs.shape[-2:])
         raw = resize(probs.gather(1, channels) * (classes >= 0)[:, :, None, None], images.shape[-2:])
-        refined = refine(images, raw, num_iters=config.refine_iters, dilations=config.refine_dilations)
+        dilations = scaled_dilations(config.refine_dilations, side=config.refine_side, size=(height, width))
+        refined = refine(images, raw, num_iters=config.refine_iters, dilations=dilations)
+        if config.peak_power:
+            peaks = refined.amax(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(refined.dtype).tiny)
+            refined = refined / peaks**config.peak_power
         return Calibrated(classes, raw, refined)
+
+
+def _average(views: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The views' weighted mean; without weights, the equal one."""
+    if not weights:
+        return sum(views[1:], views[0]) / len(views)
+    return sum((view * weight for view, weight in zip(views, weights, strict=True)), views[0] * 0) / sum(weights)
 
 
 def make_pseudo_labels(calibrated: Calibrated, config: CalibrationConfig, *, size: tuple[int, int]) -> Tensor:

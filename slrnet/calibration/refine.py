@@ -8,6 +8,7 @@ many channels are faster still as columns of a matrix that a sparse matrix of th
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["affinities", "refine"]
+__all__ = ["affinities", "refine", "scaled_dilations"]
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 CONTRAST_SHARE = 0.1
@@ -56,6 +57,17 @@ def refine(images: Tensor, probs: Tensor, *, num_iters: int = 10, dilations: tup
         sparse &= probs.shape[1] >= SPARSE_CHANNELS and probs[0, 0].numel() <= SPARSE_PIXELS
         run = _refine_by_products if sparse else _refine_by_slices
         return run(probs, affinities(images.float(), dilations=dilations), num_iters, dilations)
+
+
+def scaled_dilations(dilations: tuple[int, ...], *, side: int, size: tuple[int, int]) -> tuple[int, ...]:
+    """Dilations that are meant for a square mask of `side` pixels, for one of `size` = (H, W) pixels, without repeats.
+
+    They scale with the root of the mask's area, to whole numbers, at least 1. With a side of 0 they stay as they are.
+    """
+    if not side:
+        return dilations
+    factor = math.sqrt(size[0] * size[1]) / side
+    return tuple(dict.fromkeys(max(1, round(dilation * factor)) for dilation in dilations))
 
 
 def affinities(images: Tensor, *, dilations: tuple[int, ...] = DILATIONS) -> Tensor:

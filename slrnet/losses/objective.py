@@ -86,16 +86,21 @@ def objective(
         labels.image_labels,
         has_image_labels=torch.zeros_like(labels.has_pixel_labels) if known is None else known,
         background=losses.mask_background,
+        divisor=losses.class_divisor,
     ).mean()
     if divergence:
         parts["mask_divergence"] = mask_divergence(outputs.logits).mean()
     if outputs.codes:
-        parts["code_consistency"] = code_consistency(outputs.codes, compare=losses.code_consistency).mean()
+        distances = code_consistency(outputs.codes, compare=losses.code_consistency, divisor=losses.class_divisor)
+        parts["code_consistency"] = distances.mean()
+    of_masks, of_codes = (
+        weights.consistency if own is None else own for own in (weights.mask_consistency, weights.code_consistency)
+    )
     factors = {
         "classification": weights.classification,
-        "mask_consistency": weights.consistency,
-        "mask_divergence": weights.consistency,
-        "code_consistency": weights.consistency,
+        "mask_consistency": of_masks,
+        "mask_divergence": of_masks,
+        "code_consistency": of_codes,
         "segmentation": weights.segmentation,
         "pixel_segmentation": weights.segmentation * _pixel_factor(labels, weights),
     }

@@ -159,6 +159,8 @@ class CrossViewLowRank(nn.Module):
             nn.init.orthogonal_(self.project_in.weight)
             for start in (self.project_in.bias, self.project_out.weight, self.project_out.bias):
                 nn.init.zeros_(start)
+            with torch.no_grad():
+                self.project_out.weight.add_(self.project_in.weight.T, alpha=config.start_share)
         self.method = config.method
         self.num_iters = config.num_iters
         self.temperature = config.temperature

@@ -203,6 +203,13 @@ class TestFit:
             ("views.unwarp=probs", "losses.mask_consistency=probs", "views.unwarp 'probs' has no effect"),
             ("calibration.refine_image=distorted", "views.own_color=false", "needs one distortion per crop"),
             ("model.auxiliary_views=first", "cvlr.form=released", "model.auxiliary_views 'first' gives CVLR no codes"),
+            ("calibration.view_weights=1,2,1", "views.scales=1,0.5,0.5", "give one weight for each view"),
+            ("cvlr.start_share=0.1 cvlr.start=default", "cvlr.start=identity", "goes with start 'identity'"),
+            (
+                "calibration.view_weights=1,2 calibration.supervision=cps",
+                "calibration.supervision=mvmc",
+                "so calibration.view_weights has no effect there",
+            ),
             (
                 "calibration.source=ema",
                 "train.ema=0.99",
@@ -213,8 +220,8 @@ class TestFit:
     )
     def test_what_needs_another_setting_is_refused_without(self, text: str, cure: str, message: str) -> None:
         with pytest.raises(ConfigError, match=re.escape(message)):
-            override(text)
-        assert override(text, cure) != Config()
+            override(*text.split())
+        assert override(*text.split(), cure) != Config()
 
     @pytest.mark.parametrize("setting", ["sss_image_labels", "sss"])
     def test_the_heads_predict_the_background_where_there_are_no_image_labels(self, setting: str) -> None:

@@ -61,6 +61,7 @@ TILES = ("inference.tile_above=100", "inference.tile_size=32", "inference.tile_o
 REORDERED = ("train.seed=4",)
 """The three images come in another order than without shuffling; with the default seed they happen not to."""
 LONG = ("train.epochs=4", "train.batch_size=1")
+PLAIN = ("losses.pseudo_balance=plain",)
 GATED = ("evaluation.gating=scores", "evaluation.gating_threshold=0.0")
 
 CHANGES: dict[str, Change] = {
@@ -102,6 +103,7 @@ CHANGES: dict[str, Change] = {
     "cvlr.temperature": change_weights(0.5),
     "cvlr.centered": change_weights(True),
     "cvlr.start": Change("default", "first weights"),
+    "cvlr.start_share": Change(0.1, "first weights"),
     "cvlr.implementation": Change("reference", "graph"),
     "model.architecture": change_size("deeplabv3plus", given=ALONE),
     "model.encoder": change_size("timm:test_resnet"),
@@ -125,11 +127,14 @@ CHANGES: dict[str, Change] = {
     "model.focal_floor": change_weights(0.1),
     "calibration.supervision": change_weights("cps"),
     "calibration.fusion": change_weights("probs"),
+    "calibration.view_weights": change_weights([1.0, 3.0]),
     "calibration.background_power": change_weights(3.0),
     "calibration.refine_image": change_weights("distorted", given=("views.own_color=false",)),
     "calibration.refine_iters": change_weights(0),
     "calibration.refine_dilations": change_weights([3, 4]),
     "calibration.refine_stride": change_weights(1),
+    "calibration.refine_side": change_weights(4),
+    "calibration.peak_power": change_weights(1.0, given=(*PLAIN, "calibration.floor=0.22")),
     "calibration.source": change_weights("evaluation"),
     "calibration.rule": change_weights("normalized"),
     "calibration.confidence_threshold": change_weights(0.7),
@@ -137,8 +142,9 @@ CHANGES: dict[str, Change] = {
     "calibration.floor": change_weights(0.5),
     "losses.mask_consistency": change_weights("probs"),
     "losses.code_consistency": change_weights("maximum"),
+    "losses.class_divisor": change_weights("data"),
     "losses.pseudo_balance": change_weights("sqrt"),
-    "losses.validity": change_weights("soft", given=("losses.pseudo_balance=plain", "calibration.floor=0.25")),
+    "losses.validity": change_weights("soft", given=(*PLAIN, "calibration.floor=0.25", "losses.class_divisor=data")),
     "losses.pixel_balance": change_weights(True, given=SEMI),
     "losses.positive_weight": change_weights(10.0),
     "losses.pixel_validity": change_weights(True, given=(*SEMI, "data.crop_scale=[0.1,0.1]")),
@@ -149,6 +155,8 @@ CHANGES: dict[str, Change] = {
     "weights.pixel_mean": change_weights(1.0, given=SEMI),
     "weights.classification": change_weights(0.5),
     "weights.consistency": change_weights(1.0),
+    "weights.mask_consistency": change_weights(1.0),
+    "weights.code_consistency": change_weights(1.0),
     "weights.auxiliary": change_weights(0.0),
     "weights.auxiliary_classification": change_weights(1.0),
     "optim.lr": change_weights(0.02),

@@ -184,6 +184,29 @@ class TestCalibrate:
         assert values["logits"] == pytest.approx(0.98201379, abs=1e-6)
         assert values["probs"] == pytest.approx(0.5 * (0.5 + 0.99966465), abs=1e-6)
 
+    def test_views_may_weigh_differently(self) -> None:
+        """Weights 1, 0 and 3: a quarter of the first view and three of the third; of one view all."""
+        masks = [view.softmax(dim=1) for view in self.views]
+        for views, fusion in ((self.views, "logits"), (masks, "probs")):
+            fused = self.run(views, fusion=fusion, refine_iters=0, view_weights=(1.0, 0.0, 3.0)).raw
+            expected = self.run([views[0] / 4 + views[2] * 3 / 4], fusion=fusion, refine_iters=0).raw
+            assert torch.allclose(fused, expected, atol=1e-6)
+        alone = self.run(view_weights=(0.0, 2.0, 0.0)).refined
+        assert torch.allclose(alone, self.run(self.views[1:2]).refined, atol=1e-6)
+
+    def test_peaks_are_divided_by_a_power_of_themselves(self) -> None:
+        """Background .9 and .2, class 1 .09 and .04: by the roots of .9 and .09, so .3 and .1333 of class 1."""
+        probs = torch.tensor([[0.9, 0.2], [0.09, 0.04], [0.0, 0.0]]).view(1, 3, 1, 2)
+        config = CalibrationConfig(fusion="probs", peak_power=0.5, refine_stride=1, refine_iters=0)
+        out = calibrate_views([probs], torch.rand(1, 3, 1, 2), torch.tensor([[1, 0]]), config, max_classes=2)
+        assert out.refined[0, 0, 0].tolist() == pytest.approx([0.9**0.5, 0.2 / 0.9**0.5])
+        assert out.refined[0, 1, 0].tolist() == pytest.approx([0.3, 0.04 / 0.3])
+        assert out.refined[0, 2, 0].tolist() == [0.0, 0.0]  # a channel that no class uses
+        assert out.raw[0, 1, 0].tolist() == pytest.approx([0.09, 0.04])
+        options = {"confidence_threshold": 0.5, "background_threshold": 0.7, "floor": 0.2}
+        assert threshold(out.refined, **options).tolist() == [[[VOID, VOID]]]  # both claim the first pixel
+        assert threshold(out.raw, **options).tolist() == [[[0, VOID]]]
+
     def test_absent_classes_never_appear(self) -> None:
         fused = self.run()
         for gamma in (0.0, 0.5, 0.9):
@@ -226,6 +249,8 @@ class TestCalibrate:
     def test_settings_of_the_refinement_are_used(self) -> None:
         assert not torch.equal(self.run(refine_iters=1).refined, self.run(refine_iters=2).refined)
         assert not torch.equal(self.run(refine_dilations=(1,)).refined, self.run(refine_dilations=(2,)).refined)
+        scaled = self.run(refine_dilations=(2, 4), refine_side=16).refined  # 7 x 9 pixels: half of both
+        assert torch.equal(scaled, self.run(refine_dilations=(1, 2)).refined)
 
 
 class TestSceneOfTwoHalves:

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from slrnet.calibration.refine import DILATIONS, _refine_by_products, _refine_by_slices, affinities, refine
+from slrnet.calibration.refine import (
+    DILATIONS,
+    _refine_by_products,
+    _refine_by_slices,
+    affinities,
+    refine,
+    scaled_dilations,
+)
 from slrnet.ops.maps import resize
 
 Array = npt.NDArray[np.float64]
@@ -191,6 +198,19 @@ def test_both_forms_agree(channels: int, size: tuple[int, int]) -> None:
     weights = affinities(images, dilations=DILATIONS)
     results = [run(probs, weights, 3, DILATIONS) for run in (_refine_by_products, _refine_by_slices)]
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "expected"),
+    [
+        (0, (104, 104), (1, 2, 4, 8, 12, 24)),
+        (81, (81, 81), (1, 2, 4, 8, 12, 24)),
+        (81, (32, 32), (1, 2, 3, 5, 9)),
+        (40, (100, 64), (2, 4, 8, 16, 24, 48)),
+    ],
+)
+def test_dilations_scale_with_the_root_of_the_area(side: int, size: tuple[int, int], expected: tuple[int, ...]) -> None:
+    assert scaled_dilations((1, 2, 4, 8, 12, 24), side=side, size=size) == expected
 
 
 class TestFlatRegions:

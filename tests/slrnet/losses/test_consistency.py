@@ -134,6 +134,22 @@ class TestMaskDivergence:
         assert masks.grad is not None
 
 
+@pytest.mark.parametrize("k", [4, 21])
+def test_by_vocs_number_of_classes_more_absent_classes_change_nothing(k: int) -> None:
+    """Sums over classes by 20, by 21 with the background, and by 21 atoms: a mean for VOC alone."""
+    some, none = random_views(2), [torch.zeros(2, k - 4, 3, 5)] * 2
+    views = [torch.cat([view, more], dim=1) for view, more in zip(some, none, strict=True)]
+    labels = torch.cat([torch.tensor([[1, 0, 1], [0, 0, 0]]), torch.zeros(2, k - 4)], dim=1)
+    known = torch.tensor([True, False])
+    distances = (some[0] - some[1]).abs().mean(dim=(2, 3))
+    found = mask_consistency(views, labels, has_image_labels=known, divisor="voc").tolist()
+    assert found == pytest.approx([float(distances[0, [1, 3]].sum()) / 20, float(distances[1].sum()) / 21])
+    assert code_consistency(views, divisor="voc").tolist() == pytest.approx((distances.sum(dim=1) / 21).tolist())
+    if k == 21:
+        assert found == mask_consistency(views, labels, has_image_labels=known).tolist()
+        assert code_consistency(views, divisor="voc").equal(code_consistency(views))
+
+
 @pytest.mark.parametrize("height", [1.0, 1e30])
 def test_one_view_is_exactly_zero_with_a_graph(height: float) -> None:
     masks, codes = (view.mul(height).requires_grad_() for view in random_views(2))

@@ -70,7 +70,7 @@ def test_parts_and_total(views: int, cvlr: bool) -> None:
         "segmentation": sum(
             balanced_cross_entropy(m, labels, image_labels=IMAGE_LABELS).mean().item() for m in out.logits
         ),
-        "mask_consistency": mask_consistency(out.logits, IMAGE_LABELS).mean().item(),
+        "mask_consistency": mask_consistency(out.logits, IMAGE_LABELS, divisor="voc").mean().item(),
     }
     if cvlr:
         for view in range(views):
@@ -78,12 +78,25 @@ def test_parts_and_total(views: int, cvlr: bool) -> None:
             expected["classification"] += 0.2 / views * classification_loss(scores, IMAGE_LABELS).mean().item()
             entropy = balanced_cross_entropy(masks, labels, image_labels=IMAGE_LABELS)
             expected["segmentation"] += 0.2 / views * entropy.mean().item()
-        expected["code_consistency"] = code_consistency(out.codes).mean().item()
+        expected["code_consistency"] = code_consistency(out.codes, divisor="voc").mean().item()
     assert {name: value.item() for name, value in result.parts.items()} == pytest.approx(expected, abs=1e-5)
     assert expected["segmentation"] > 0
     total = 1.3 * expected["classification"] + 0.7 * expected["segmentation"]
     total += 4.5 * (expected["mask_consistency"] + expected.get("code_consistency", 0.0))
     assert result.total.item() == pytest.approx(total, abs=1e-4)
+
+
+def test_the_two_consistency_terms_may_have_their_own_weights() -> None:
+    out = outputs(2)
+    parts = run(out, None).parts
+    rest = parts["classification"]
+    masks, codes = parts["mask_consistency"], parts["code_consistency"]
+    for own, expected in (
+        ({"mask_consistency": 0.5}, 0.5 * masks + 3 * codes),
+        ({"code_consistency": 0.0}, 3 * masks),
+        ({"mask_consistency": 0.5, "code_consistency": 2.0}, 0.5 * masks + 2 * codes),
+    ):
+        assert torch.isclose(run(out, None, consistency=3.0, **own).total, rest + expected)
 
 
 def test_pretraining_has_no_segmentation_part() -> None:
@@ -156,9 +169,9 @@ def test_what_the_distances_compare_is_a_setting(choice: dict[str, Any], part: s
     changed = objective(out, labels_of(None), weights=WeightsConfig(), losses=LossConfig(**choice))
     compare = next(iter(choice.values()))
     if part == "mask_consistency":
-        expected = mask_consistency([view.softmax(dim=1) for view in out.logits], IMAGE_LABELS).mean()
+        expected = mask_consistency([view.softmax(dim=1) for view in out.logits], IMAGE_LABELS, divisor="voc").mean()
     else:
-        expected = code_consistency(out.codes, compare=compare).mean()
+        expected = code_consistency(out.codes, compare=compare, divisor="voc").mean()
     assert changed.parts[part].item() == pytest.approx(expected.item())
     assert changed.parts[part].item() != pytest.approx(run(out, None).parts[part].item(), rel=1e-4)
 
@@ -265,7 +278,7 @@ class TestKindsOfLabels:
         parts = run(out, labels).parts
         assert set(parts) == {"segmentation", "pixel_segmentation", "mask_consistency", "code_consistency"}
         nobody = torch.tensor(NONE)
-        expected = mask_consistency(out.logits, IMAGE_LABELS, has_image_labels=nobody).mean().item()
+        expected = mask_consistency(out.logits, IMAGE_LABELS, has_image_labels=nobody, divisor="voc").mean().item()
         assert parts["mask_consistency"].item() == pytest.approx(expected)
         incomplete = torch.zeros(2, 6, 6, dtype=torch.int64)
         incomplete[:, :2] = 2  # one class of two, or another one: nothing is known, so nothing is missing

@@ -354,6 +354,17 @@ class TestCrossViewLowRank:
         assert module.project_out.weight.grad is not None
         assert bool(module.project_out.weight.grad.any())
 
+    def test_may_start_with_a_share_of_the_reconstruction(self) -> None:
+        """Of features that the projector keeps (it is square here), one atom per position: a tenth more."""
+        module = CrossViewLowRank(3, dim=3, start_share=0.1)
+        features = [torch.eye(3).view(1, 3, 1, 3) * 5]
+        logits = [torch.eye(3).view(1, 3, 1, 3) * 1e3]
+        out = module(features, logits)
+        reconstruction = out.dictionary @ out.codes[0].flatten(2)  # in the projector's frame
+        expected = features[0].flatten(2) + 0.1 * module.project_in.weight.T @ reconstruction
+        assert torch.allclose(out.features[0].flatten(2), expected, atol=1e-5)
+        assert not torch.allclose(out.features[0], features[0], atol=0.05)
+
     def test_may_start_with_two_default_projectors(self) -> None:
         """PyTorch's default is uniform up to 1 / sqrt(inputs), for weights and biases."""
         module = CrossViewLowRank(64, dim=16, start="default")
