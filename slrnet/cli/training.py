@@ -156,7 +156,7 @@ def distill(options: argparse.Namespace) -> None:
         "--perturb-every", type=positive, default=1, metavar="N", help="epochs between take-overs of pbt (default: 1)"
     ),
     option("--seed", type=int, default=0, metavar="N", help="seed of the searcher (default: 0)"),
-    option("--ablation", choices=ABLATIONS, default="", help="a figure or table of the paper instead of a search"),
+    option("--ablation", choices=ABLATIONS, default="", help="variants of the paper, or of ours, instead of a search"),
     option("--variants", nargs="+", default=[], metavar="LABEL", help="some of an ablation's variants (default: all)"),
     option("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="seeds of an ablation (default: 0 1)"),
     option(
@@ -175,10 +175,10 @@ def distill(options: argparse.Namespace) -> None:
     interrupted="interrupted; continue the sweep with --resume NAME",
 )
 def tune(options: argparse.Namespace) -> None:
-    """Search settings, or run one of the paper's ablations.
+    """Search settings, or run an ablation: one of the paper's, or views_by_cvlr.
 
         slrnet tune --recipe NAME --data DIR --num-samples 20
-        slrnet tune --recipe NAME --data DIR --ablation fig4 --seeds 0 1
+        slrnet tune --recipe NAME --data DIR --ablation fig4 --seeds 0 1 2
 
     On a cluster, submit `python ray_jobs/tune.py` with the same options. By default lambda_reg, T, d and gamma are
     searched, and poor trials stopped early. --search adds a setting (KIND is uniform:LOW:HIGH, loguniform:LOW:HIGH,
@@ -225,6 +225,7 @@ def _prediction(*, protocol: str, gating: str | None) -> tuple[Argument, ...]:
     checkpoint("--checkpoint", metavar="RUN", required=True),
     option("--split", default="val", metavar="NAME", help="split to measure (default: val)"),
     option("--out", type=place, metavar="DIR", help="folder for evaluation.json (default: beside the checkpoint)"),
+    option("--without", nargs="+", default=[], metavar="CLASS", help="also print the mean IoU without these classes"),
     *_prediction(protocol="ss", gating=None),
 )
 def evaluate(options: argparse.Namespace) -> None:
@@ -232,19 +233,24 @@ def evaluate(options: argparse.Namespace) -> None:
 
     `ss` is one scale; `ms` the mean over five scales and their mirror images; `ms_crf` adds a dense CRF (the extra
     `crf`). Gating by class scores or by the true image labels, and the power of the background's probability, are off
-    by default; they become part of the protocol's name.
+    by default; they become part of the protocol's name. `--without person` shows what a class does to the mean: one
+    that never occurs alone in training images cannot be learned from image labels.
     """
     from slrnet.launch.evaluation import launch_evaluation, why_untracked
     from slrnet.launch.train import LaunchOptions
-    from slrnet.tracking.summary import quality_table
+    from slrnet.tracking.summary import mean_without, quality_table
 
     job = _mask_job(options, lambda shards: [options.split])
     checkpoint = job.checkpoint
+    mean_without({}, checkpoint.state.classes, options.without)  # refuses unknown names before the work
     out = (options.out or checkpoint.path.parent.parent / "evaluations").expanduser().resolve()
     name = f"{checkpoint.path.name}-{options.split}-{time.strftime('%Y%m%d-%H%M%S')}"
     workers = LaunchOptions(**_fields_of(LaunchOptions, options) | {"name": name, "storage": out})
     result = launch_evaluation(job, workers)
     say(quality_table(result["metrics"], tuple(result["classes"])))
+    if options.without:
+        mean = mean_without(result["metrics"], checkpoint.state.classes, options.without)
+        say(f"mean IoU without {', '.join(options.without)}: {100 * mean:.1f} %")
     for protocol, metrics in result["before_crf"].items():
         say(f"before the CRF ({protocol}): mIoU {100 * metrics['val/miou']:.1f} %")
     say(
@@ -352,13 +358,34 @@ def profile(options: argparse.Namespace) -> None:
     say(f"{table}\n\ntime line: {trace} (open it in https://ui.perfetto.dev)")
 
 
-@command(settings("change one setting of the training; repeatable"), interrupted="interrupted; the cluster is down")
+@command(
+    settings("change one setting of the training; repeatable"),
+    option("--compare", action="store_true", help="instead: SLRNet against its one-view baseline, see above"),
+    option("--seeds", type=int, nargs="+", metavar="N", help="seeds of --compare (default: 0 1 2)"),
+    interrupted="interrupted; nothing is left running",
+)
 def demo(options: argparse.Namespace) -> int:
     """Try everything on this machine: `slrnet demo` in a checkout; `make demo` runs it.
 
     Starts a private Ray cluster, trains on the embedded data through a submitted job, and shows scores and a picture.
     The cluster listens on loopback only, with a token of its own, and stops at the end, also after Ctrl-C.
+
+    --compare trains SLRNet and its one-view baseline without CVLR on the same data with each of --seeds, without Ray,
+    for the same time: the baseline's shorter steps give it more epochs. It prints means, their spread, and the margin
+    with its 90 % interval. Three seeds take six trainings.
     """
+    if options.compare:
+        from data_prep.demo import demo_data
+        from slrnet.sweeps.compare import compare
+
+        runs = Path("runs").resolve()
+        config = apply_overrides(get_recipe("demo"), options.set)
+        config = config if config.data.path else apply_overrides(config, [f"data.path={demo_data(runs)}"])
+        folder = runs / f"compare-{time.strftime('%Y%m%d-%H%M%S')}"
+        say(compare(config, seeds=options.seeds or [0, 1, 2], folder=folder).text + f"\nruns: {folder}")
+        return 0
+    if options.seeds:
+        raise ValueError("--seeds are those of --compare; give both, or a seed with --set train.seed=N")
     from ray_jobs.demo import run_demo
 
     return run_demo([word for setting in options.set for word in ("--set", setting)])

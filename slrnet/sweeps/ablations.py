@@ -1,4 +1,4 @@
-"""The paper's ablations as data: variants of a configuration, and the paper's numbers for them.
+"""Ablations as data: variants of a configuration, the paper's with its numbers for them, and one of our own.
 
 The numbers are mIoU in percent on VOC's validation set, single-scale, without CRF (Sec. 4.6); plots have none.
 """
@@ -18,7 +18,7 @@ class Variant:
     """One row of a table or one point of a plot."""
 
     label: str
-    """The paper's name."""
+    """The paper's name, where it has one."""
     changes: tuple[str, ...]
     """Changes of the recipe, each `section.field=value`."""
     paper: float | None = None
@@ -29,10 +29,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A figure or table of the paper."""
+    """A figure or table of the paper, or another comparison; the first variant is what the others differ from."""
 
     title: str
-    """What it shows, and where in the paper."""
+    """What it shows, and where in the paper, if there."""
     axis: str
     """What the variants differ in."""
     variants: tuple[Variant, ...]
@@ -53,6 +53,9 @@ def _views(scales: str, *, color: bool, flip: bool, paper: float) -> Variant:
     changes = (f"views.scales=[{scales}]", f"views.own_color={str(color).lower()}", f"views.flip={str(flip).lower()}")
     return Variant(f"({scales}) {differ}".strip(), changes, paper)
 
+
+_NO_WEIGHTS = ("calibration.view_weights=[]",)
+"""A recipe may weigh its views; a single one has nothing to weigh."""
 
 ABLATIONS: dict[str, Ablation] = {
     "fig4": Ablation(
@@ -101,6 +104,15 @@ ABLATIONS: dict[str, Ablation] = {
             Variant("- w/o CVLR", ("cvlr.enabled=false",), 61.11),
             Variant("EMAU", ("cvlr.method=emau", "cvlr.num_iters=3"), 61.76),
             Variant("Ham.", ("cvlr.method=nmf", "cvlr.num_iters=6"), 59.75),
+        ),
+    ),
+    "views_by_cvlr": Ablation(
+        "The second view and CVLR, each alone and together",
+        "network",
+        tuple(
+            Variant(f"{views}, {module}", (f"views.scales={scales}", f"cvlr.enabled={enabled}", *more))
+            for views, scales, more in (("1 view", "[1.0]", _NO_WEIGHTS), ("2 views", "[1.0,0.5]", ()))
+            for module, enabled in (("no CVLR", "false"), ("CVLR", "true"))
         ),
     ),
 }

@@ -25,7 +25,17 @@ from slrnet.sweeps.ablations import ABLATIONS, Variant, choose_variants
 from slrnet.sweeps.space import Domain, apply_values, check_space
 from slrnet.tracking.protocol import metric_key
 
-__all__ = ["QUANTILE", "REDUCTION", "SweepOptions", "SweepPlan", "may_change", "plan_sweep", "resume_plan"]
+__all__ = [
+    "QUANTILE",
+    "REDUCTION",
+    "SweepOptions",
+    "SweepPlan",
+    "may_change",
+    "plan_sweep",
+    "resume_plan",
+    "time_step",
+    "usual_device",
+]
 
 QUANTILE = 0.25
 """Share of a population that takes over each time, and share from which it does."""
@@ -144,16 +154,10 @@ class SweepPlan:
         The estimate leaves out measuring after epochs, starting up, and exchanging gradients between workers.
         `price_per_hour` is that of one worker, in any currency.
         """
-        from slrnet.training.trainer import Trainer
-
-        workers, device = self.options.num_workers, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        workers, device = self.options.num_workers, usual_device()
         share = -(-self.config.train.batch_size // workers)  # the largest of the ranks' shares
-        one = apply_values(self.config, {"train.batch_size": share})
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = Trainer(one, load_dataset(one.data.path), process=Process(device=device), folder=Path(folder))
-            times = list(trainer.try_steps(4))
-        seconds = statistics.median(times[1:] or times)  # the first step warms up
-        steps = trainer.loader.steps_per_epoch // workers * self.config.train.epochs
+        seconds, steps = time_step(apply_values(self.config, {"train.batch_size": share}), device)
+        steps = steps // workers * self.config.train.epochs
         hours = self.trials * workers * steps * seconds / 3600
         cost = "" if price_per_hour is None else f", {hours * price_per_hour:.2f} at {price_per_hour:g} an hour"
         kind = "GPU" if device.type == "cuda" else "CPU worker"
@@ -165,6 +169,22 @@ class SweepPlan:
     def write(self) -> None:
         """Writes the plan into the sweep's folder, for `resume_plan`."""
         write_json(self.folder / _RECORD, TypeAdapter(SweepPlan).dump_python(self, mode="json"))
+
+
+def usual_device() -> torch.device:
+    """A GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def time_step(config: Config, device: torch.device) -> tuple[float, int]:
+    """Seconds of a training step with pseudo labels in this process, and the number of steps in an epoch."""
+    from slrnet.training.trainer import Trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        shards = load_dataset(config.data.path)
+        trainer = Trainer(config, shards, process=Process(device=device), folder=Path(folder))
+        times = list(trainer.try_steps(4))
+    return statistics.median(times[1:] or times), trainer.loader.steps_per_epoch  # the first step warms up
 
 
 def plan_sweep(

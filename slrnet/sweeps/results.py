@@ -15,13 +15,17 @@ from typing import Any
 
 from tabulate import tabulate
 
+from slrnet.evaluation.masks import protocol_name
 from slrnet.storage.files import write_json, write_text, written_whole
 from slrnet.storage.shown import in_markdown
 from slrnet.sweeps.ablations import ABLATIONS, Ablation
 from slrnet.sweeps.plan import SweepPlan
-from slrnet.sweeps.trials import AblationRow, Trial, Trials, is_wide, mode_of, score_of
+from slrnet.sweeps.trials import AblationRow, Trial, Trials, is_wide, mode_of, paired_margin, score_of
 
-__all__ = ["ablation_table", "replay_text", "trial_table", "write_results"]
+__all__ = ["ablation_table", "margin_table", "replay_text", "trial_table", "write_results"]
+
+_ALL_PAIRS = 4
+"""Most variants for which each pair is compared; of more, each is compared with the first."""
 
 
 def trial_table(trials: Trials) -> str:
@@ -71,6 +75,25 @@ def ablation_table(ablation: Ablation, rows: Sequence[AblationRow]) -> str:
     return f"## {ablation.title}\n\n{_markdown(head, cells)}"
 
 
+def margin_table(rows: Sequence[AblationRow], metric: str) -> str:
+    """Differences between variants in the first metric, seed by seed, as Markdown; empty if no two share two seeds.
+
+    Each has the 90 % interval of its mean by Student's t, in points of percent.
+    """
+    count = len(rows)
+    pairs = [(j, i) for i in range(count) for j in range(i + 1, count) if i == 0 or count <= _ALL_PAIRS]
+    cells = []
+    for better, worse in pairs:
+        margin = paired_margin(rows[better].by_seed, rows[worse].by_seed)
+        if margin.seeds > 1:
+            low, high = margin.mean - margin.half_width, margin.mean + margin.half_width
+            interval = f"{100 * low:+.2f} to {100 * high:+.2f}"
+            names = [rows[place].variant.label for place in (better, worse)]
+            cells.append([*names, f"{100 * margin.mean:+.2f}", interval, margin.seeds])
+    head = ["variant", "minus", f"{metric}, points", "90 % interval", "seeds"]
+    return f"Differences seed by seed:\n\n{_markdown(head, cells)}" if cells else ""
+
+
 def write_results(plan: SweepPlan, trials: Trials, *, replay: Mapping[str, int]) -> str:
     """Writes a sweep's results into its folder `results`, each file whole or not at all.
 
@@ -89,9 +112,22 @@ def write_results(plan: SweepPlan, trials: Trials, *, replay: Mapping[str, int])
         trials = Trials(trials.all, metrics)
         rows = trials.rows(ablation)
         _draw_ablation(ablation, rows, folder / plan.ablation)
-        summary = ablation_table(ablation, rows) + "\n" + trial_table(trials)
+        parts = [ablation_table(ablation, rows), margin_table(rows, metrics[0]), _protocol(plan), trial_table(trials)]
+        summary = "\n".join(part for part in parts if part)
     write_text(folder / "summary.md", summary)
     return summary
+
+
+def _protocol(plan: SweepPlan) -> str:
+    """How the figures of an ablation came about."""
+    config, metric = plan.config, plan.options.metrics[0]
+    last = config.evaluation.every >= config.train.epochs
+    chosen = "the last one" if last else f"the one with the best {metric}, chosen on the images that measured it"
+    return (
+        f"Of {config.train.epochs} epochs, figures are of {chosen}; means with the standard deviation over seeds. "
+        f"Masks of validation by {protocol_name(config.evaluation)}, split {config.data.val_split} of "
+        f"{config.data.path}.\n"
+    )
 
 
 def _search_results(plan: SweepPlan, trials: Trials, folder: Path, replay: Mapping[str, int]) -> str:

@@ -12,7 +12,18 @@ from typing import Any, Literal
 from slrnet.sweeps.ablations import Ablation, Variant
 from slrnet.tracking.run_log import read_log
 
-__all__ = ["AblationRow", "Mode", "Trial", "Trials", "is_wide", "mode_of", "score_of", "trial_rows"]
+__all__ = [
+    "AblationRow",
+    "Margin",
+    "Mode",
+    "Trial",
+    "Trials",
+    "is_wide",
+    "mode_of",
+    "paired_margin",
+    "score_of",
+    "trial_rows",
+]
 
 Mode = Literal["max", "min"]
 """Whether a higher or a lower value of a metric is better."""
@@ -99,6 +110,32 @@ class AblationRow:
     """By metric; 0 with one seed."""
     seeds: int
     """Trials that have the first metric."""
+    by_seed: Mapping[int, float] = field(default_factory=dict)
+    """The first metric by seed."""
+
+
+@dataclass(frozen=True)
+class Margin:
+    """By how much one variant is above another on the seeds that both have: mean of the differences, seed by seed."""
+
+    mean: float
+    """As a share; NaN without a common seed."""
+    half_width: float
+    """Half of the 90 % interval of the mean by Student's t; NaN with fewer than two seeds."""
+    seeds: int
+    """Number of common seeds."""
+
+
+def paired_margin(first: Mapping[int, float], second: Mapping[int, float]) -> Margin:
+    """The margin of values `first` over `second`, each by seed."""
+    from scipy.stats import t
+
+    differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    count = len(differences)
+    if count < 2:
+        return Margin(differences[0] if differences else math.nan, math.nan, count)
+    error = statistics.stdev(differences) / math.sqrt(count)
+    return Margin(statistics.mean(differences), float(t.ppf(0.95, count - 1)) * error, count)
 
 
 @dataclass(frozen=True)
@@ -183,7 +220,10 @@ class Trials:
             scores = {m: [metrics[m] for metrics in own if score_of(metrics, m) > -math.inf] for m in self.metrics}
             means = {metric: statistics.mean(values) if values else math.nan for metric, values in scores.items()}
             spreads = {metric: statistics.stdev(values) if values[1:] else 0.0 for metric, values in scores.items()}
-            rows.append(AblationRow(ablation.variants[index], means, spreads, len(scores[self.metrics[0]])))
+            first = self.metrics[0]
+            of = [trial for trial in self.by(1).all if trial.values["variant"] == index]
+            by_seed = {trial.values["train.seed"]: trial.metrics[first] for trial in of}
+            rows.append(AblationRow(ablation.variants[index], means, spreads, len(scores[first]), by_seed))
         return rows
 
 

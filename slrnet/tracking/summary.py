@@ -22,6 +22,7 @@ __all__ = [
     "class_tags",
     "curves",
     "description",
+    "mean_without",
     "parameters",
     "quality_table",
     "result_text",
@@ -69,6 +70,19 @@ def class_quality(metrics: Mapping[str, float], group: str, classes: tuple[str, 
     """IoU, FDR and FNR as shares, in the order of the classes; NaN if not measured. `group`: `pseudo_mask` or `val`."""
     keys = class_keys(classes)
     return {kind: [metrics.get(f"{group}/{kind}/{key}", math.nan) for key in keys] for kind in _KINDS}
+
+
+def mean_without(metrics: Mapping[str, float], classes: tuple[str, ...], left_out: Sequence[str]) -> float:
+    """Mean validation IoU as a share over the classes that occur and are not left out; NaN if none is.
+
+    Raises:
+        ValueError: there is no class of that name.
+    """
+    if unknown := [name for name in left_out if name not in classes]:
+        raise ValueError(f"there is no class {unknown[0]!r} to leave out; the classes are {', '.join(classes)}")
+    scores = zip(classes, class_quality(metrics, "val", classes)["iou"], strict=True)
+    counted = [score for name, score in scores if name not in left_out and not math.isnan(score)]
+    return sum(counted) / len(counted) if counted else math.nan
 
 
 def description(config: Config, *, data: str, labels: str, commit: str, folder: Path) -> str:

@@ -210,6 +210,8 @@ def _first_step_line(seconds: float, process: Process) -> str:
 def _epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:
     shown = [f"loss {metrics['train/epoch_loss']:.3f}", f"{metrics['speed/images_per_second']:.2f} images/s"]
     shown.append(f"waiting for data {100 * metrics['speed/data_wait_fraction']:.1f} %")
+    if "train/epoch_valid_share" in metrics:
+        shown.append(f"valid pseudo labels {100 * metrics['train/epoch_valid_share']:.0f} %")
     for name in ("pseudo_mask/miou", "pseudo_mask/coverage", "val/mfdr", "val/mfnr"):
         if name in metrics:
             shown.append(f"{name} {100 * metrics[name]:.1f} %")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,46 @@ from slrnet.config import apply_overrides, load_config
 from slrnet.recipes import get_recipe
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.plan import SweepOptions, SweepPlan
-from slrnet.sweeps.results import ablation_table, replay_text, trial_table, write_results
+from slrnet.sweeps.results import ablation_table, margin_table, replay_text, trial_table, write_results
 from slrnet.sweeps.space import parse_domain
-from slrnet.sweeps.trials import Trial, Trials
+from slrnet.sweeps.trials import AblationRow, Trial, Trials, paired_margin
 from tests.fixtures.trials import curves, trial
 
 
 def plan_of(storage: Path, *metrics: str, ablation: str = "", space: Any = ()) -> SweepPlan:
     options = SweepOptions(name="sweep", storage=storage, metrics=metrics)
     return SweepPlan(config=get_recipe("voc_wsss_lite"), options=options, space=space, ablation=ablation, seeds=())
+
+
+def rows_of(*by_seed: dict[int, float]) -> list[AblationRow]:
+    ablation = ABLATIONS["views_by_cvlr"]
+    trials = [
+        trial(f"{variant}{seed}", {"variant": variant, "train.seed": seed}, miou=score)
+        for variant, scores in enumerate(by_seed)
+        for seed, score in scores.items()
+    ]
+    return Trials(trials, ["val/miou"]).rows(ablation)
+
+
+def test_margins_are_paired_by_seed() -> None:
+    """.1, .2 and .1 more: .1333 with a standard error of .0333, times t = 2.92 of two degrees of freedom: .0973."""
+    rows = rows_of({0: 0.4, 1: 0.4, 2: 0.6, 9: 0.9}, {0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.1})
+    margin = paired_margin(rows[1].by_seed, rows[0].by_seed)
+    assert (margin.mean, margin.seeds) == (pytest.approx(0.13333, abs=1e-5), 3)
+    assert margin.half_width == pytest.approx(0.09733, abs=1e-5)
+    assert math.isnan(paired_margin(rows[2].by_seed, rows[0].by_seed).half_width)  # one seed has no interval
+    assert math.isnan(paired_margin({}, rows[0].by_seed).mean)
+    lines = margin_table(rows, "val/miou").splitlines()
+    assert lines[2] == "| variant | minus | val/miou, points | 90 % interval | seeds |"
+    assert lines[4:] == ["| 1 view, CVLR | 1 view, no CVLR | +13.33 | +3.60 to +23.07 | 3 |"]
+
+
+def test_few_variants_are_compared_in_pairs_and_many_with_the_first() -> None:
+    pair = {0: 0.1, 1: 0.3}
+    assert len(margin_table(rows_of(pair, pair, pair, pair), "val/miou").splitlines()) == 4 + 6
+    many = [replace(row, variant=row.variant) for row in rows_of(pair, pair, pair, pair)]
+    assert len(margin_table([*many, many[0]], "val/miou").splitlines()) == 4 + 4
+    assert margin_table(rows_of({0: 0.1}, {0: 0.2}), "val/miou") == ""
 
 
 def test_the_table_is_ranked_and_names_failures() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from slrnet.config import apply_overrides
+from slrnet.data.catalog import class_keys
 from slrnet.recipes import RECIPES, get_recipe
 from slrnet.tracking.mlflow import MAX_TAG_LENGTH
 from slrnet.tracking.summary import (
@@ -15,6 +17,7 @@ from slrnet.tracking.summary import (
     class_tags,
     curves,
     description,
+    mean_without,
     parameters,
     quality_table,
     result_text,
@@ -70,6 +73,18 @@ def test_classes_in_other_scripts_keep_their_own_figures_and_names() -> None:
     assert quality_table(scores, classes, [2]).splitlines()[3].split() == ["狗", "75.0", "-", "-"]
     assert class_quality(scores, "val", classes)["iou"] == [0.5, 0.25, 0.75]
     assert class_tags(classes) == {"class.class_1": "猫", "class.class_2": "狗"}
+
+
+def test_the_mean_without_some_classes() -> None:
+    """Of .7 and .5 and .3; a class that occurs nowhere has no figure, and its name may need a key."""
+    classes = ("background", "ant", "person", "tv monitor", "nowhere")
+    metrics = {"val/iou/background": 0.7, "val/iou/ant": 0.5, "val/iou/tv_monitor": 0.3}
+    metrics = {name.replace("tv_monitor", class_keys(classes)[3]): value for name, value in metrics.items()}
+    for left_out, expected in (((), 0.5), (("tv monitor",), 0.6), (("ant", "tv monitor", "nowhere"), 0.7)):
+        assert mean_without(metrics, classes, left_out) == pytest.approx(expected)
+    assert math.isnan(mean_without(metrics, classes, classes))
+    with pytest.raises(ValueError, match="there is no class 'persons' to leave out; the classes are background, ant, "):
+        mean_without(metrics, classes, ["persons"])
 
 
 def test_curves_of_few_classes_and_of_many() -> None:
