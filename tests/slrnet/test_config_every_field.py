@@ -282,7 +282,7 @@ def _observe(config: Config, data: ShardSet, folder: Path) -> Mapping[str, Any]:
     return {
         "first weights": first,
         "weights": _digest(trainer),
-        "saved weights": hashlib.sha256((folder / "checkpoints" / "checkpoint-0002" / WEIGHTS).read_bytes()).digest(),
+        "saved weights": hashlib.sha256(max((folder / "checkpoints").glob(f"*/{WEIGHTS}")).read_bytes()).digest(),
         "number of weights": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "trained weights": trainable,
         "validation": {name: value for name, value in figures.items() if name.startswith("val/iou/")},
