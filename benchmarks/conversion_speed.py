@@ -28,7 +28,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_prep.conversion import Output
-from data_prep.folder import convert
+from data_prep.folder import FolderInput, convert
 from data_prep.workers import ConversionPool
 from slrnet.data.catalog import voc_palette
 
@@ -57,7 +57,9 @@ def main() -> int:
         for number in range(args.repeats):
             runs = [partial(read_pairs, pairs, args.processes, whole=whole) for whole in (True, False)]
             target = output(root / f"a{number}")
-            runs.append(partial(convert, root / "images", target, masks=root / "masks", classes=CLASSES))
+            runs.append(
+                partial(convert, FolderInput(images=root / "images", masks=root / "masks", classes=CLASSES), target)
+            )
             for name, run in zip(names, runs, strict=True):
                 rates[name].append(rate(len(pairs), run))
             shutil.rmtree(root / f"a{number}")
@@ -65,16 +67,8 @@ def main() -> int:
         print(f"{'reading and hashing':>24}: {whole:7.0f} images/s; at one eighth per side {eighth:.0f}")
         print(f"{'indexed masks':>24}: {copied:7.0f} images/s (claimed: at least {CLAIMED_RATE:.0f} on 2 cores)")
         color_masks(root / "masks")
-        colored = rate(
-            len(pairs),
-            partial(
-                convert,
-                root / "images",
-                output(root / "b"),
-                masks=root / "masks",
-                palette=root / "palette.txt",
-            ),
-        )
+        given = FolderInput(images=root / "images", masks=root / "masks", palette=root / "palette.txt")
+        colored = rate(len(pairs), partial(convert, given, output(root / "b")))
         print(f"{'color masks':>24}: {colored:7.0f} images/s")
     share = copied / whole
     print(f"conversion over reading and hashing {share:.2f} (claimed: at least {CLAIMED_SHARE})")

@@ -52,10 +52,10 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -63,8 +63,8 @@ import numpy.typing as npt
 if not __package__:  # run as a script: the folder above holds both packages
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_prep.annotated_images import annotation_mask, match_annotations
-from data_prep.annotations import AnnotationExport, ImageAnnotation, Tool, read_annotations
+from data_prep.annotated_images import AnnotatedImages, annotation_mask, match_annotations
+from data_prep.annotations import ImageAnnotation, Tool, read_annotations
 from data_prep.class_folders import labels_of_folders
 from data_prep.class_names import given_classes, read_classes
 from data_prep.conversion import (
@@ -93,130 +93,125 @@ from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 from slrnet.storage.shown import say
 
-__all__ = ["add_arguments", "convert", "make"]
+__all__ = ["FolderInput", "add_arguments", "convert", "make"]
 
 REMEDY = "replace it or take it away"
 
 
-def convert(
-    images: str | Path,
-    output: Output,
-    *,
-    masks: str | Path | None = None,
-    labels: str | Path | None = None,
-    labels_from_folders: bool = False,
-    annotations: str | Path | None = None,
-    annotation_tool: Tool | Literal["auto"] = "auto",
-    other_labels_void: bool = False,
-    palette: str | Path | None = None,
-    binary_masks: bool = False,
-    classes: Sequence[str] | None = None,
-    classes_file: str | Path | None = None,
-    splits: Mapping[str, Path] | None = None,
-    val_fraction: float = 0.0,
-    unlabeled: bool = False,
-    skip_unmatched: bool = False,
-    longest_side: int = 0,
-    depth: str = AUTO,
-) -> DatasetInfo:
+@dataclass(frozen=True, kw_only=True)
+class FolderInput:
+    """What to read, and how it is meant; the names are those of the options."""
+
+    images: Path
+    """Folder with the images."""
+    masks: Path | None = None
+    """Folder with the masks; it may be the same, or lie in it."""
+    labels: Path | None = None
+    """Table of image labels, CSV or .xlsx."""
+    labels_from_folders: bool = False
+    """Whether the folders below `images` are the image labels."""
+    annotations: Path | None = None
+    """What an annotation tool exported, a file or an unpacked folder; not with `masks`."""
+    annotation_tool: Tool | Literal["auto"] = "auto"
+    """Which tool; "auto" for the one whose form the files have."""
+    other_labels_void: bool = False
+    """Whether the pixels of annotated shapes whose label is not among the classes become void."""
+    palette: Path | None = None
+    """File with the colors and names of the classes, for masks in colors."""
+    binary_masks: bool = False
+    """Whether each value of a mask other than 0 is the only class."""
+    classes: Sequence[str] | None = None
+    """Names of the foreground classes in the order of their ids; not with `palette`. Without masks they may be left
+    out: then they are the names of the image labels."""
+    classes_file: Path | None = None
+    """File with these names, one a line, instead."""
+    split: Mapping[str, Path] = field(default_factory=dict)
+    """List files of splits."""
+    val_fraction: float = 0.0
+    """Share of the images that becomes `val`, chosen by key and seed; not with other ways to split."""
+    unlabeled: bool = False
+    """Whether images with neither a mask nor image labels are taken, as unlabeled ones."""
+    skip_unmatched: bool = False
+    """Whether images, masks and names in tables and lists that nothing else belongs to are left out."""
+    longest_side: int = 0
+    """Larger images are scaled down to it, pixels; 0 keeps all sizes."""
+    depth: str = AUTO
+    """How images of more than 8 bits become 8-bit ones, see `data_prep.depths`."""
+
+    def check(self) -> None:
+        """Raises `DataError` if something is missing, out of range, or given in two ways."""
+        if not (self.masks or self.labels or self.annotations or self.unlabeled or self.labels_from_folders):
+            raise DataError(
+                "neither --masks nor --labels nor --annotations is given; one of them must say what the images show, "
+                "or --labels-from-folders that their folders do, or --unlabeled that nothing is known of them"
+            )
+        if self.labels is not None and self.labels_from_folders:
+            raise DataError("--labels and --labels-from-folders both give image labels; use one of the two")
+        if self.masks is not None and self.annotations is not None:
+            raise DataError("--masks and --annotations both say which pixels are what; give one of them")
+        if self.annotations is not None and find_spec("pycocotools") is None:
+            raise DataError("--annotations needs pycocotools, which is not installed; run `pip install 'slrnet[coco]'`")
+        check_depth(self.depth)
+        check_fraction(self.val_fraction)
+        checked_splits(dict.fromkeys(self.split, "a name"), "--split")
+
+    def words(self) -> dict[str, Any]:
+        """The options that differ from their defaults, for `Output.named`."""
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        given["classes"] = None if self.classes is None else ",".join(self.classes)
+        return {
+            f"--{entry.name.replace('_', '-')}": given[entry.name]
+            for entry in fields(self)
+            if given[entry.name] != entry.default
+        }
+
+
+def convert(given: FolderInput, output: Output) -> DatasetInfo:
     """Makes shards of a folder of images.
 
     Args:
-        images: Folder with the images.
+        given: What to read.
         output: What to write.
-        masks: Folder with the masks; it may be the same, or lie in it.
-        labels: Table of image labels, CSV or .xlsx.
-        labels_from_folders: Whether the folders below `images` are the image labels.
-        annotations: What an annotation tool exported, a file or an unpacked folder; not with `masks`.
-        annotation_tool: Which tool; "auto" for the one whose form the files have.
-        other_labels_void: Whether the pixels of annotated shapes whose label is not among the classes become void.
-        palette: File with the colors and names of the classes, for masks in colors.
-        binary_masks: Whether each value of a mask other than 0 is the only class.
-        classes: Names of the foreground classes in the order of their ids; not with `palette`. Without masks they may
-            be left out: then they are the names of the image labels.
-        classes_file: File with these names, one a line, instead.
-        splits: List files of splits.
-        val_fraction: Share of the images that becomes `val`, chosen by key and seed; not with other ways to split.
-        unlabeled: Whether images with neither a mask nor image labels are taken, as unlabeled ones.
-        skip_unmatched: Whether images, masks and names in tables and lists that nothing else belongs to are left out.
-        longest_side: Larger images are scaled down to it, pixels; 0 keeps all sizes.
-        depth: How images of more than 8 bits become 8-bit ones, see `data_prep.depths`.
 
     Raises:
         DataError: something about the folders, the files or the options is refused; nothing is written then.
     """
     if not output.dry_run or Path(output.folder) != Path():
         check_output(output.folder)
-    if masks is None and labels is None and annotations is None and not unlabeled and not labels_from_folders:
-        raise DataError(
-            "neither --masks nor --labels nor --annotations is given; one of them must say what the images show, or "
-            "--labels-from-folders that their folders do, or --unlabeled that nothing is known of them"
-        )
-    check_depth(depth)
-    check_fraction(val_fraction)
-    checked_splits(dict.fromkeys(splits or {}, "a name"), "--split")
-    images = Path(images).absolute()
-    masks = None if masks is None else Path(masks).absolute()
-    colors = read_palette(palette) if palette is not None else None
-    chosen = _chosen_classes(classes, classes_file, colors)
-    if labels is not None and labels_from_folders:
-        raise DataError("--labels and --labels-from-folders both give image labels; use one of the two")
-    table = None if labels is None else read_label_table(labels, chosen)
+    given.check()
+    images, masks = given.images.absolute(), None if given.masks is None else given.masks.absolute()
+    colors = None if given.palette is None else read_palette(given.palette)
+    chosen = _chosen_classes(given, colors)
+    table = None if given.labels is None else read_label_table(given.labels, chosen)
     files = _find_files(images, masks)
-    names = ImageNames(files.images, skip_unmatched=skip_unmatched)
+    names = ImageNames(files.images, skip_unmatched=given.skip_unmatched)
     stated = table.of_images(names) if table is not None else None
-    if labels_from_folders:
+    if given.labels_from_folders:
         stated = labels_of_folders(files.images, chosen)
-    annotated = None
-    if annotations is not None:
-        annotated = match_annotations(
-            _read_annotations(annotations, annotation_tool, has_masks=masks is not None),
-            names,
-            stated.class_names if chosen is None and stated is not None else chosen,
-            skip_unmatched=skip_unmatched,
-            other_labels_void=other_labels_void,
-        )
-        stated = _joined(stated, annotated.labels, splits_given=bool(splits) or val_fraction > 0)
+    annotated = _annotated(given, names, stated.class_names if chosen is None and stated is not None else chosen)
+    if annotated is not None:
+        stated = _joined(stated, annotated.labels, splits_given=bool(given.split) or given.val_fraction > 0)
     source = _Folder(
         place=str(images),
-        class_names=_class_names(chosen, stated, has_masks=masks is not None, binary_masks=binary_masks),
+        class_names=_class_names(chosen, stated, has_masks=masks is not None, binary_masks=given.binary_masks),
         images=images,
         masks=masks,
-        reader=MaskReader(palette=colors, binary=binary_masks),
-        chosen_depth=depth,
+        reader=MaskReader(palette=colors, binary=given.binary_masks),
+        chosen_depth=given.depth,
         class_ids={} if annotated is None else annotated.class_ids,
-        form=ImageForm(upright=True, longest_side=longest_side or None, remedy=REMEDY),
+        form=ImageForm(upright=True, longest_side=given.longest_side or None, remedy=REMEDY),
     )
     split_of = splits_of(
         files.images,
-        lists=names.read_splits(splits) if splits else None,
+        lists=names.read_splits(given.split) if given.split else None,
         stated=None if stated is None else stated.splits,
         stated_by="" if stated is None else stated.what,
-        val_fraction=val_fraction,
+        val_fraction=given.val_fraction,
         seed=output.seed,
     )
-    mask_of = _masks_of(files, skip_unmatched=skip_unmatched) if annotated is None else annotated.drawn
-    items = _items(source, files.images, mask_of, stated, split_of, unlabeled=unlabeled, skip_unmatched=skip_unmatched)
-    words = {
-        "--images": images,
-        "--masks": masks,
-        "--labels": None if labels is None else Path(labels),
-        "--labels-from-folders": labels_from_folders,
-        "--annotations": None if annotations is None else Path(annotations),
-        "--annotation-tool": None if annotation_tool == "auto" else annotation_tool,
-        "--other-labels-void": other_labels_void,
-        "--palette": None if palette is None else Path(palette),
-        "--binary-masks": binary_masks,
-        "--classes": None if classes is None else ",".join(classes),
-        "--classes-file": None if classes_file is None else Path(classes_file),
-        "--split": splits,
-        "--val-fraction": val_fraction,
-        "--unlabeled": unlabeled,
-        "--skip-unmatched": skip_unmatched,
-        "--longest-side": longest_side,
-        "--depth": None if depth == AUTO else depth,
-    }
-    output = output.named("folder", "data_prep/folder.py", words)
+    mask_of = _masks_of(files, skip_unmatched=given.skip_unmatched) if annotated is None else annotated.drawn
+    items = _items(source, given, files.images, mask_of, stated, split_of)
+    output = output.named("folder", "data_prep/folder.py", given.words())
     return convert_items(source, items, output, read_keys=names.read_keys)
 
 
@@ -342,12 +337,16 @@ def _find_files(images: Path, masks: Path | None) -> _Files:
     return _Files(paths_by_key(images, found), find_pictures(masks, "--masks", apart=images), masks)
 
 
-def _read_annotations(path: str | Path, tool: Tool | Literal["auto"], *, has_masks: bool) -> AnnotationExport:
-    if has_masks:
-        raise DataError("--masks and --annotations both say which pixels are what; give one of them")
-    if find_spec("pycocotools") is None:
-        raise DataError("--annotations needs pycocotools, which is not installed; run `pip install 'slrnet[coco]'`")
-    return read_annotations(path, tool)
+def _annotated(given: FolderInput, names: ImageNames, classes: Sequence[str] | None) -> AnnotatedImages | None:
+    if given.annotations is None:
+        return None
+    return match_annotations(
+        read_annotations(given.annotations, given.annotation_tool),
+        names,
+        classes,
+        skip_unmatched=given.skip_unmatched,
+        other_labels_void=given.other_labels_void,
+    )
 
 
 def _joined(stated: ImageLabels | None, annotated: ImageLabels, *, splits_given: bool) -> ImageLabels:
@@ -362,19 +361,17 @@ def _joined(stated: ImageLabels | None, annotated: ImageLabels, *, splits_given:
     return replace(stated, what=what, labels={**annotated.labels, **stated.labels}, splits=splits)
 
 
-def _chosen_classes(
-    classes: Sequence[str] | None, classes_file: str | Path | None, colors: Palette | None
-) -> tuple[str, ...] | None:
+def _chosen_classes(given: FolderInput, colors: Palette | None) -> tuple[str, ...] | None:
     """Names of the foreground classes by options; None if none names them."""
-    given = {"--classes": classes, "--classes-file": classes_file, "--palette": colors}
-    options = [option for option, value in given.items() if value is not None]
-    if len(options) > 1:
-        raise DataError(f"{' and '.join(options)} name the classes; give one of them")
+    options = {"--classes": given.classes, "--classes-file": given.classes_file, "--palette": colors}
+    naming = [option for option, value in options.items() if value is not None]
+    if len(naming) > 1:
+        raise DataError(f"{' and '.join(naming)} name the classes; give one of them")
     if colors is not None:
         return colors.names[1:]
-    if classes_file is not None:
-        return given_classes(read_classes(classes_file), f"--classes-file {classes_file}")
-    return None if classes is None else given_classes(classes, "--classes")
+    if given.classes_file is not None:
+        return given_classes(read_classes(given.classes_file), f"--classes-file {given.classes_file}")
+    return None if given.classes is None else given_classes(given.classes, "--classes")
 
 
 def _class_names(
@@ -408,18 +405,16 @@ def _masks_of(files: _Files, *, skip_unmatched: bool) -> dict[str, str]:
 
 def _items(
     source: _Folder,
+    given: FolderInput,
     paths: Mapping[str, str],
     mask_of: Mapping[str, str | ImageAnnotation],
     stated: ImageLabels | None,
     split_of: Mapping[str, str],
-    *,
-    unlabeled: bool,
-    skip_unmatched: bool,
 ) -> list[_Item]:
     items, without = [], []
     for key, path in paths.items():
         labels, mask = None if stated is None else stated.labels.get(key), mask_of.get(key)
-        if labels is None and mask is None and not unlabeled:
+        if labels is None and mask is None and not given.unlabeled:
             without.append(path)
             continue
         place = f"{source.images}/{path}"
@@ -428,7 +423,7 @@ def _items(
         sources = [] if source.masks is None else ["no mask"]
         sources += [] if stated is None else [f"no label in {stated.what}"]
         text = f"{len(without)} image(s) have {' and '.join(sources)}: {listed(without)}"
-        if not skip_unmatched:
+        if not given.skip_unmatched:
             raise DataError(
                 f"{text}; add them, take such images as unlabeled ones with --unlabeled, or leave them out with "
                 "--skip-unmatched"
@@ -471,11 +466,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def make(args: argparse.Namespace) -> DatasetInfo:
     """Makes the data set that the options ask for."""
     required(args, "images")
-    names = "masks labels labels_from_folders palette binary_masks classes_file val_fraction unlabeled skip_unmatched "
-    names += "longest_side depth annotations annotation_tool other_labels_void"
-    options = {name: getattr(args, name) for name in names.split()}
-    options |= {"classes": split_words(args.classes), "splits": parse_named_files("--split", args.split)}
-    return convert(args.images, Output.of_arguments(args), **options)
+    options = {entry.name: getattr(args, entry.name) for entry in fields(FolderInput)}
+    options |= {"classes": split_words(args.classes), "split": parse_named_files("--split", args.split)}
+    return convert(FolderInput(**options), Output.of_arguments(args))
 
 
 if __name__ == "__main__":

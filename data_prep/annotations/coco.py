@@ -8,7 +8,7 @@ or folders state the split.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +24,11 @@ from data_prep.annotations.export import (
     ShapeReader,
     find_files,
     label_of,
-    ordered_names,
+    read_files,
 )
 from data_prep.annotations.shapes import Bits, Shape
 from data_prep.coco_files import Annotations, read_annotations, read_spans
 from data_prep.coco_masks import drawable, is_box_alone
-from slrnet.data.manifest import DataError
 
 __all__ = ["read_coco"]
 
@@ -44,20 +43,19 @@ def read_coco(path: Path) -> AnnotationExport:
         DataError: there is no such file, or one cannot be read or is of another form.
     """
     files = find_files(path, ".json")
-    if not files:
-        raise DataError(f"--annotations {path} holds no JSON file; give the file, or the folder with what was exported")
-    instances = [file for file in files if file.name.startswith(INSTANCES)] or files
-    left_out, stated, images = LeftOut(), list[str](), list[ImageAnnotation]()
-    for file in files:
-        if file not in instances:
-            left_out.add(f"JSON files that are not named {INSTANCES}*", str(file))
-            continue
-        content = read_annotations(file)
-        stated += _class_names(content)
-        images += [_image(content, place, left_out) for place in range(len(content.images))]
-    return AnnotationExport(
-        tool="coco", class_names=ordered_names(images, stated), images=tuple(images), left_out=left_out
-    )
+    instances = {file for file in files if file.name.startswith(INSTANCES)} or set(files)
+    missing = f"--annotations {path} holds no JSON file with images; give the file, or the folder with the export"
+    return read_files("coco", files, partial(_read_file, instances), missing=missing)
+
+
+def _read_file(
+    instances: Container[Path], file: Path, left_out: LeftOut
+) -> tuple[Iterable[str], Iterable[ImageAnnotation]]:
+    if file not in instances:
+        left_out.add(f"JSON files that are not named {INSTANCES}*", str(file))
+        return (), ()
+    content = read_annotations(file)
+    return _class_names(content), [_image(content, place, left_out) for place in range(len(content.images))]
 
 
 def _class_names(content: Annotations) -> list[str]:

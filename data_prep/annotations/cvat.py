@@ -7,7 +7,7 @@ of the task's labels. Projects state the split as the image's subset.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
@@ -21,7 +21,7 @@ from data_prep.annotations.export import (
     ShapeReader,
     find_files,
     label_of,
-    ordered_names,
+    read_files,
     size_of,
 )
 from data_prep.annotations.shapes import Box, Polygons, RunLengths, Shape, box, ellipse, points_of, turned
@@ -42,20 +42,16 @@ def read_cvat(path: Path) -> AnnotationExport:
     Raises:
         DataError: there is no such file, or one cannot be read or is of another form.
     """
-    files = find_files(path, ".xml")
-    if not files:
-        raise DataError(f"--annotations {path} holds no XML file; {REMEDY} and unpack it there")
-    left_out, stated, images = LeftOut(), list[str](), list[ImageAnnotation]()
-    for file in files:
-        root = read_xml(file, "CVAT annotations", remedy=REMEDY)
-        if root.tag != "annotations" or root.find("track") is not None:
-            what = "of a video" if root.tag == "annotations" else f"an XML file of <{root.tag}>"
-            raise DataError(f"{file} is {what}, not CVAT's annotations of images; {REMEDY}")
-        stated += _class_names(root)
-        images += [_image(file, element, left_out) for element in root.iterfind("image")]
-    return AnnotationExport(
-        tool="cvat", class_names=ordered_names(images, stated), images=tuple(images), left_out=left_out
-    )
+    missing = f"--annotations {path} holds no XML file with images of CVAT; {REMEDY} and unpack it there"
+    return read_files("cvat", find_files(path, ".xml"), _read_file, missing=missing)
+
+
+def _read_file(file: Path, left_out: LeftOut) -> tuple[Iterable[str], Iterable[ImageAnnotation]]:
+    root = read_xml(file, "CVAT annotations", remedy=REMEDY)
+    if root.tag != "annotations" or root.find("track") is not None:
+        what = "of a video" if root.tag == "annotations" else f"an XML file of <{root.tag}>"
+        raise DataError(f"{file} is {what}, not CVAT's annotations of images; {REMEDY}")
+    return _class_names(root), [_image(file, element, left_out) for element in root.iterfind("image")]
 
 
 def _class_names(root: Element) -> Iterator[str]:

@@ -25,6 +25,7 @@ __all__ = [
     "label_of",
     "ordered_names",
     "rasterize",
+    "read_files",
     "read_json",
     "reserved_id",
     "size_of",
@@ -149,6 +150,38 @@ def reserved_id(label: str) -> int | None:
 
 
 # What the readers share.
+
+
+def read_files(
+    tool: str,
+    files: Sequence[Path],
+    read: Callable[[Path, LeftOut], tuple[Iterable[str], Iterable[ImageAnnotation]]],
+    *,
+    missing: str,
+    stated: Sequence[str] = (),
+) -> AnnotationExport:
+    """Reads an export file by file.
+
+    Args:
+        tool: The tool, as `AnnotationExport` names it.
+        files: The files, in order.
+        read: From a file to the class names that it states and the images that it annotates; adds what it leaves out.
+        missing: The error if there are no images.
+        stated: Class names that the export states for all of its files.
+
+    Raises:
+        DataError: no file annotates an image, or `read` refuses one.
+    """
+    left_out, names, images = LeftOut(), list(stated), list[ImageAnnotation]()
+    for file in files:
+        names_of_file, images_of_file = read(file, left_out)
+        names += names_of_file
+        images += images_of_file
+    if not images:
+        raise DataError(missing)
+    return AnnotationExport(
+        tool=tool, class_names=ordered_names(images, names), images=tuple(images), left_out=left_out
+    )
 
 
 def read_json(path: Path, what: str, *, hook: Callable[[dict[str, Any]], Any] | None = None) -> Any:

@@ -25,7 +25,7 @@ from data_prep.annotations.export import (
     ShapeReader,
     find_files,
     label_of,
-    ordered_names,
+    read_files,
     read_json,
     size_of,
 )
@@ -47,17 +47,15 @@ def read_label_studio(path: Path) -> AnnotationExport:
     Raises:
         DataError: there is no such file, or one cannot be read or is of another form.
     """
-    left_out, images = LeftOut(), list[ImageAnnotation]()
-    for file in find_files(path, ".json"):
-        content = read_json(file, "Label Studio export", hook=_packed)
-        if not _is_export(content):
-            raise DataError(f"{file} is no export `JSON` of Label Studio; export it again as `JSON`, not as `JSON-MIN`")
-        images += [_image(file, task, place, left_out) for place, task in enumerate(content, start=1)]
-    if not images:
-        raise DataError(f"--annotations {path} holds no tasks of Label Studio; export them again as `JSON`")
-    return AnnotationExport(
-        tool="label-studio", class_names=ordered_names(images), images=tuple(images), left_out=left_out
-    )
+    missing = f"--annotations {path} holds no tasks of Label Studio; export them again as `JSON`"
+    return read_files("label-studio", find_files(path, ".json"), _read_file, missing=missing)
+
+
+def _read_file(file: Path, left_out: LeftOut) -> tuple[Iterable[str], Iterable[ImageAnnotation]]:
+    content = read_json(file, "Label Studio export", hook=_packed)
+    if not _is_export(content):
+        raise DataError(f"{file} is no export `JSON` of Label Studio; export it again as `JSON`, not as `JSON-MIN`")
+    return (), [_image(file, task, place, left_out) for place, task in enumerate(content, start=1)]
 
 
 def _is_export(content: Any) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from data_prep.annotations.export import (
     ShapeReader,
     find_files,
     label_of,
-    ordered_names,
+    read_files,
     read_json,
     size_of,
 )
@@ -38,20 +38,19 @@ def read_labelme(path: Path) -> AnnotationExport:
     Raises:
         DataError: there is no such file, or one cannot be read.
     """
-    left_out, images = LeftOut(), []
-    for file in find_files(path, ".json"):
-        try:
-            content = read_json(file, "labelme annotation", hook=_without_pixels)
-        except DataError as error:
-            images.append(ImageAnnotation(file=file, paths=(str(file.with_suffix("")),), size=None, problem=str(error)))
-            continue
-        if _is_labelme(content):
-            images.append(_image(file, content, left_out))
-        else:
-            left_out.add("JSON files that are not of labelme", str(file))
-    if not images:
-        raise DataError(f"--annotations {path} holds no JSON file of labelme; give the folder with them")
-    return AnnotationExport(tool="labelme", class_names=ordered_names(images), images=tuple(images), left_out=left_out)
+    missing = f"--annotations {path} holds no JSON file of labelme; give the folder with them"
+    return read_files("labelme", find_files(path, ".json"), _read_file, missing=missing)
+
+
+def _read_file(file: Path, left_out: LeftOut) -> tuple[Iterable[str], Iterable[ImageAnnotation]]:
+    try:
+        content = read_json(file, "labelme annotation", hook=_without_pixels)
+    except DataError as error:
+        return (), [ImageAnnotation(file=file, paths=(str(file.with_suffix("")),), size=None, problem=str(error))]
+    if _is_labelme(content):
+        return (), [_image(file, content, left_out)]
+    left_out.add("JSON files that are not of labelme", str(file))
+    return (), ()
 
 
 def _is_labelme(content: Any) -> bool:

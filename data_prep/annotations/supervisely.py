@@ -20,7 +20,7 @@ from data_prep.annotations.export import (
     ShapeReader,
     find_files,
     label_of,
-    ordered_names,
+    read_files,
     read_json,
     size_of,
 )
@@ -44,13 +44,12 @@ def read_supervisely(path: Path) -> AnnotationExport:
     if not _is_project(meta):
         raise DataError(f"{folder / 'meta.json'} lists no classes; give the folder of a project of Supervisely")
     kind_of = {str(entry.get("title")): str(entry.get("shape")) for entry in meta["classes"]}
-    left_out, files = LeftOut(), [file for file in find_files(folder, ".json") if file.parent.name == "ann"]
-    if not files:
-        raise DataError(f"--annotations {folder} has no folder `ann` with JSON files; export images with annotations")
-    images = [_image(folder, file, kind_of, left_out) for file in files]
-    stated = [name for name, kind in kind_of.items() if kind not in KINDS]
-    return AnnotationExport(
-        tool="supervisely", class_names=ordered_names(images, stated), images=tuple(images), left_out=left_out
+    return read_files(
+        "supervisely",
+        [file for file in find_files(folder, ".json") if file.parent.name == "ann"],
+        lambda file, left_out: ((), [_image(folder, file, kind_of, left_out)]),
+        missing=f"--annotations {folder} has no folder `ann` with JSON files; export images with annotations",
+        stated=[name for name, kind in kind_of.items() if kind not in KINDS],
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from data_prep.conversion import Output
-from data_prep.folder import convert
+from data_prep.folder import FolderInput, convert
 from slrnet.cli.main import main
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, load_dataset
@@ -102,7 +102,8 @@ def photo(path: Path, size: tuple[int, int] = (10, 8), **options: Any) -> None:
 
 def make(root: Path, **options: Any) -> dict[str, tuple[str, list[int] | None, bool]]:
     shared = {name: options.pop(name) for name in ("skip_damaged",) if name in options}
-    convert(root / "images", Output(root / "out", shards=1, **shared), annotations=root / "export", **options)
+    given = FolderInput(images=root / "images", annotations=root / "export", **options)
+    convert(given, Output(root / "out", shards=1, **shared))
     rows = table_of(root / "out").to_pylist()
     return {row["key"]: (row["split"], row["classes"], row["has_mask"]) for row in rows}
 
@@ -287,7 +288,7 @@ def test_options_go_before_splits_of_the_export(tmp_path: Path, capsys: pytest.C
     photo(tmp_path / "images" / "a.jpg")
     cvat(tmp_path / "export", {"a.jpg": BOXES}, subset="Test")
     (tmp_path / "val.txt").write_text("a.jpg\n")
-    assert make(tmp_path, splits={"val": tmp_path / "val.txt"})["a"][0] == "val"
+    assert make(tmp_path, split={"val": tmp_path / "val.txt"})["a"][0] == "val"
     assert "its splits are left out" in capsys.readouterr().out
 
 
@@ -335,11 +336,8 @@ def test_the_result_is_the_same_with_processes(tmp_path: Path) -> None:
     prints = set()
     for processes in (1, 2):
         out = tmp_path / f"out{processes}"
-        info = convert(
-            tmp_path / "images",
-            Output(out, processes=processes, name="x", made_by="x"),
-            annotations=tmp_path / "export",
-        )
+        given = FolderInput(images=tmp_path / "images", annotations=tmp_path / "export")
+        info = convert(given, Output(out, processes=processes, name="x", made_by="x"))
         prints.add(info.fingerprint)
     assert len(prints) == 1
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep.conversion import Output
-from data_prep.folder import convert
+from data_prep.folder import FolderInput, convert
 from slrnet.data.annotation_files import AnnotationFormat
 from slrnet.data.annotation_folder import check_annotation_folder, write_annotation_folder
 from slrnet.data.eval_loader import EvalLoader
@@ -85,13 +85,13 @@ def test_prepare_folder_makes_the_same_data_set_of_it(
     tool = tmp_path / "tool"
     write_annotation_folder(tiny_data, tool, form=form, tolerance=0.0, keep_void=True)
     (tmp_path / "corrected.txt").write_text("train_0.jpg\ntrain_4.jpg\n")
-    convert(
-        tool / "images",
-        Output(tmp_path / "again", subsets={"corrected": tmp_path / "corrected.txt"}),
+    given = FolderInput(
+        images=tool / "images",
         annotations=tool / "images" if form == "labelme" else tool / f"{form}.json",
         labels=tool / "labels.csv",
-        splits={"val": tool / "val.txt"},
+        split={"val": tool / "val.txt"},
     )
+    convert(given, Output(tmp_path / "again", subsets={"corrected": tmp_path / "corrected.txt"}))
     again = load_dataset(tmp_path / "again")
     assert sorted(again.info.classes) == sorted(tiny_data.info.classes)
     ids = np.array([*(again.info.classes.index(name) for name in tiny_data.info.classes), *[255] * 252])

@@ -16,25 +16,9 @@ from slrnet.models.heads import class_scores
 from slrnet.models.slrnet import SLRNet, build_network
 from slrnet.ops.maps import class_probs
 from slrnet.recipes import RECIPES
+from tests.fixtures.tiny_encoder import tiny_encoder
 
 K = 4
-
-
-class TinyBackbone(nn.Module):
-    """Two convolutions: features at strides 2 and 4."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shallow = nn.Conv2d(3, 5, 3, stride=2, padding=1)
-        self.deep = nn.Conv2d(5, 6, 3, stride=2, padding=1)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        shallow = self.shallow(images).relu()
-        return [shallow, self.deep(shallow).relu()]
-
-
-def tiny_encoder() -> Encoder:
-    return Encoder(TinyBackbone(), stages=[["shallow"], ["deep"]], channels=[5, 6], strides=[2, 4])
 
 
 def tiny_model(

@@ -21,28 +21,16 @@ from slrnet.ops.maps import resize
 from slrnet.training import step as step_module
 from slrnet.training.step import ViewsOfBatch, align, find_pseudo_rows, make_views, step_generator, step_losses
 from slrnet.views.geometry import View, align_maps
+from tests.fixtures.tiny_encoder import tiny_encoder
 
 K = 3
 PLAIN = Encoder(nn.Identity(), stages=(), channels=(3, 3), strides=(2, 4), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
-class TinyBackbone(nn.Module):
-    """Two convolutions, the first of them frozen: features at strides 2 and 4."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shallow = nn.Conv2d(3, 5, 3, stride=2, padding=1).requires_grad_(False)
-        self.deep = nn.Conv2d(5, 6, 3, stride=2, padding=1)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        shallow = self.shallow(images).relu()
-        return [shallow, self.deep(shallow).relu()]
-
-
 def tiny_model(*, cvlr: bool = True, predict_background: bool = False, **options: Any) -> SLRNet:
     torch.manual_seed(0)
     return SLRNet(
-        Encoder(TinyBackbone(), stages=[["shallow"], ["deep"]], channels=[5, 6], strides=[2, 4]),
+        tiny_encoder().freeze(stages=1, batch_norm=False),
         ModelConfig(decoder_dim=8, skip_dim=3, aspp_dilations=(1, 2, 3)),
         num_classes=K,
         cvlr=CrossViewLowRank(8, dim=6, **options) if cvlr else None,

@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slrnet.config import Config, apply_overrides
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.models.cvlr import CrossViewLowRank
-from slrnet.models.encoders import Encoder
 from slrnet.models.network import Outputs
 from slrnet.models.slrnet import SLRNet
 from slrnet.recipes import get_recipe
 from slrnet.training.optim import build_optimizer, rate_factor, set_rate
 from slrnet.training.step import find_pseudo_rows, losses_of, make_views, step_generator
+from tests.fixtures.tiny_encoder import tiny_encoder
 
 K, SIDE, NUM = 4, 13, 3
 VOC = ("voc_wsss_released", "voc_sss_image_labels_released", "voc_sss_released")
@@ -39,19 +39,6 @@ def float64(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-class TinyBackbone(nn.Module):
-    """Features at strides 2 and 4."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shallow = nn.Conv2d(3, 5, 3, stride=2, padding=1)
-        self.deep = nn.Conv2d(5, 6, 3, stride=2, padding=1)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        shallow = self.shallow(images).relu()
-        return [shallow, self.deep(shallow).relu()]
 
 
 def config_of(recipe: str) -> Config:
@@ -73,9 +60,8 @@ def config_of(recipe: str) -> Config:
 def network_of(config: Config) -> SLRNet:
     torch.manual_seed(3)
     cvlr = CrossViewLowRank(8, dim=8, form=config.cvlr.form, start=config.cvlr.start)
-    encoder = Encoder(TinyBackbone(), stages=[["shallow"], ["deep"]], channels=[5, 6], strides=[2, 4])
     background = config.predicts_background
-    network = SLRNet(encoder, config.model, num_classes=K, cvlr=cvlr, predict_background=background)
+    network = SLRNet(tiny_encoder(), config.model, num_classes=K, cvlr=cvlr, predict_background=background)
     with torch.no_grad():
         network.mask_head.classify.weight *= 3  # so that pseudo labels decide something
     return network.train()
