@@ -24,12 +24,15 @@ OTHER_NAMES = {
 }
 
 
-def meant_split(name: str) -> str | None:
-    """The split that a name probably means, in any case and form: `val` for `Validation`; None if it means none."""
+def meant_split(name: str, *, likeness: float = 0.75) -> str | None:
+    """The split that a name probably means, in any case and form: `val` for `Validation`; None if it means none.
+
+    Misspelled names mean the nearest one if their share of common letters is at least `likeness`.
+    """
     word = name.strip().lower()
     if word in SPLITS or word in OTHER_NAMES:
         return word if word in SPLITS else OTHER_NAMES[word]
-    nearest = difflib.get_close_matches(word, [*SPLITS, *OTHER_NAMES], n=1, cutoff=0.75)
+    nearest = difflib.get_close_matches(word, [*SPLITS, *OTHER_NAMES], n=1, cutoff=likeness)
     return OTHER_NAMES.get(nearest[0], nearest[0]) if nearest else None
 
 
@@ -43,7 +46,7 @@ def checked_splits(names: Mapping[str, str], what: str) -> None:
     unknown = []
     for name, where in names.items():
         if name not in SPLITS:
-            meant = meant_split(name)
+            meant = meant_split(name, likeness=0.6)
             unknown.append(f"{name!r} ({where}" + (f": write {meant!r})" if meant else ")"))
     if unknown:
         raise DataError(f"{what} has the splits {listed(unknown)}; allowed are {', '.join(SPLITS)}, written so")

@@ -34,9 +34,12 @@ def test_meant_split(name: str, meant: str | None) -> None:
 
 def test_unknown_splits_name_the_nearest() -> None:
     checked_splits({"train": "line 2", "val": "line 3", "test": "line 4"}, "l.csv")
-    match = r"l.csv has the splits 'Train' \(line 2: write 'train'\), 'fold 3' \(line 4\); allowed are train, val, test"
+    match = (
+        r"l.csv has the splits 'Train' \(line 2: write 'train'\), 'vla' \(line 3: write 'val'\), 'fold 3' \(line 4\); "
+        "allowed are train, val, test"
+    )
     with pytest.raises(DataError, match=match):
-        checked_splits({"Train": "line 2", "val": "line 3", "fold 3": "line 4"}, "l.csv")
+        checked_splits({"Train": "line 2", "vla": "line 3", "fold 3": "line 4"}, "l.csv")
 
 
 def splits(**options: Any) -> dict[str, str]:
