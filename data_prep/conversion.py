@@ -11,22 +11,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from tabulate import tabulate
 
-from data_prep.shard_writer import Item, Sample, deal, report_problems, verify, write_dataset
+from data_prep.shard_writer import Item, Sample, deal, listed, report_problems, verify, write_dataset
 from data_prep.source_files import read_keys
 from data_prep.workers import ConversionPool
 from slrnet.data.catalog import voc_palette
 from slrnet.data.depth import Depth
-from slrnet.data.images import open_image
+from slrnet.data.images import DamagedFile, open_image
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
 from slrnet.storage.shown import say
 
 __all__ = [
+    "DamagedLeftOut",
     "Output",
     "Source",
     "add_common_arguments",
@@ -38,6 +39,21 @@ __all__ = [
 ]
 
 AnyItem = TypeVar("AnyItem", bound=Item)
+LEFT_OUT = 3
+"""Exit status when damaged images were left out without --skip-damaged."""
+
+
+class DamagedLeftOut(DataError):
+    """Images were left out because their files are damaged; the others are written.
+
+    Attributes:
+        info: what was written.
+    """
+
+    def __init__(self, info: DatasetInfo, problems: Sequence[str]) -> None:
+        text = "\n  ".join(["damaged image(s) were left out, all others are written:", listed(problems, "\n  ")])
+        super().__init__(f"{len(problems)} {text}\nrepair them, or take the data as it is with --skip-damaged")
+        self.info = info
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,8 @@ class Output:
     seed: int = 0
     """Seed of everything random: drawn splits and fractions, and the order in which samples are dealt to shards."""
     skip_damaged: bool = False
-    """Leave out images whose files are damaged or do not fit, naming each, instead of refusing them all."""
+    """Leave out images whose files are damaged or do not fit, naming each; else those that do not fit are refused, and
+    damaged ones are left out with an error after the others are written."""
     processes: int = 1
     """Worker processes; the output is the same for any number."""
     dry_run: bool = False
@@ -171,8 +188,9 @@ def convert_items(
         read_keys: Reads the keys in a list file of a subset.
 
     Raises:
-        DataError: a subset lists an image that is not there, or files are damaged or do not fit and are not to be
-            skipped; nothing is written then.
+        DataError: a subset lists an image that is not there, or files do not fit and are not to be skipped; nothing is
+            written then.
+        DamagedLeftOut: all was written but images whose files are damaged, which are not to be skipped in silence.
     """
     assert output.name is not None
     assert output.made_by is not None
@@ -187,7 +205,7 @@ def convert_items(
         items = [replace(item, subsets=(*item.subsets, name)) if item.key in keys else item for item in items]
     with ConversionPool(output.processes) as workers:
         source = source.prepared(items, workers)
-        samples = _scanned(source, items, workers, skip_damaged=output.skip_damaged)
+        samples, damaged = _scanned(source, items, workers, skip_damaged=output.skip_damaged)
         if not keep_background:
             kept = [sample for sample in samples if sample.classes != ()]
             say(f"left out {len(samples) - len(kept)} images that show none of the chosen classes")
@@ -195,25 +213,34 @@ def convert_items(
         source.check(samples)
         for note in source.notes(samples):
             say(note)
-        if output.dry_run:
-            return _understood(source, samples, output)
-        return write_dataset(
-            output.folder,
-            samples,
-            partial(_encode, source),
-            name=output.name,
-            classes=source.class_names,
-            palette=source.palette,
-            made_by=output.made_by,
-            depth=str(source.depth),
-            samples_per_shard=output.samples_per_shard,
-            shards=output.shards,
-            seed=output.seed,
-            workers=workers,
-        )
+        info = (_understood if output.dry_run else _written)(source, samples, output, workers)
+    if damaged and not output.skip_damaged:
+        raise DamagedLeftOut(info, damaged)
+    return info
 
 
-def _understood(source: Source[AnyItem], samples: Sequence[Sample], output: Output) -> DatasetInfo:
+def _written(
+    source: Source[AnyItem], samples: Sequence[Sample], output: Output, workers: ConversionPool
+) -> DatasetInfo:
+    assert output.name is not None
+    assert output.made_by is not None
+    return write_dataset(
+        output.folder,
+        samples,
+        partial(_encode, source),
+        name=output.name,
+        classes=source.class_names,
+        palette=source.palette,
+        made_by=output.made_by,
+        depth=str(source.depth),
+        samples_per_shard=output.samples_per_shard,
+        shards=output.shards,
+        seed=output.seed,
+        workers=workers,
+    )
+
+
+def _understood(source: Source[AnyItem], samples: Sequence[Sample], output: Output, _: ConversionPool) -> DatasetInfo:
     """Prints what would be written; returns its description, without a fingerprint."""
     names = source.class_names
     deal(
@@ -243,25 +270,34 @@ def _understood(source: Source[AnyItem], samples: Sequence[Sample], output: Outp
 
 def _scanned(
     source: Source[AnyItem], items: Sequence[AnyItem], workers: ConversionPool, *, skip_damaged: bool
-) -> list[Sample]:
-    """What is to be written; damaged images are named, and left out or refused."""
+) -> tuple[list[Sample], list[str]]:
+    """What is to be written, and what is wrong with the images that are left out; names each."""
     scanned = workers.map(partial(_scan, source), items, label="reading")
-    problems = [result for result in scanned if isinstance(result, str)]
+    problems = [result for result in scanned if isinstance(result, _Problem)]
     samples = [result for result in scanned if isinstance(result, Sample)]
-    if not skip_damaged:
-        report_problems(problems, source.place, advice="repair them, or leave these images out with --skip-damaged")
-    for problem in problems:
-        say(f"left out: {problem}", error=True)
-    if problems:
-        say(f"left out {len(problems)} damaged images, {len(samples)} remain")
-    return samples
+    texts = [problem.text for problem in problems]
+    if not skip_damaged and not (samples and all(problem.is_damage for problem in problems)):
+        report_problems(texts, source.place, advice="repair them, or leave these images out with --skip-damaged")
+    for text in texts:
+        say(f"left out: {text}", error=True)
+    if texts:
+        say(f"left out {len(texts)} damaged images, {len(samples)} remain")
+    return samples, texts
 
 
-def _scan(source: Source[AnyItem], item: AnyItem) -> Sample | str:
+class _Problem(NamedTuple):
+    """Why an image cannot be converted."""
+
+    text: str
+    is_damage: bool
+    """Whether a file is damaged, which no option changes."""
+
+
+def _scan(source: Source[AnyItem], item: AnyItem) -> Sample | _Problem:
     try:
         return source.scan(item)
     except DataError as error:
-        return str(error)
+        return _Problem(str(error), isinstance(error, DamagedFile))
 
 
 def _encode(source: Source[AnyItem], sample: Sample) -> tuple[bytes, bytes | None]:
@@ -316,7 +352,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = 
     if name is not None:
         add("--name", default=name, metavar="NAME", help="name of the data set (default: %(default)s)")
         add("--subset", action="append", default=[], metavar="NAME=FILE", help="mark a list file's images; repeatable")
-        add("--skip-damaged", action="store_true", help="leave damaged images out, naming each, instead of stopping")
+        add("--skip-damaged", action="store_true", help="leave out damaged images and those that do not fit")
 
 
 def required(options: argparse.Namespace, *names: str) -> None:
@@ -330,7 +366,7 @@ def run_conversion(options: argparse.Namespace, make: Callable[[argparse.Namespa
     """Verifies a data set or makes it with `make`, as the options say, and prints the result.
 
     Returns:
-        Exit status: 0, or 1 when `--verify` found damage.
+        Exit status: 0, 1 when `--verify` found damage, or 3 when damaged images were left out without --skip-damaged.
 
     Raises:
         DataError: the input is refused.
@@ -340,14 +376,18 @@ def run_conversion(options: argparse.Namespace, make: Callable[[argparse.Namespa
     dry_run = getattr(options, "dry_run", False)
     if options.out is None and not dry_run:
         raise DataError("--out is missing; give the folder to make, or --dry-run to write none")
-    info = make(options)
+    status = 0
+    try:
+        info = make(options)
+    except DamagedLeftOut as error:
+        info, status = error.info, LEFT_OUT
     if dry_run:
         say("wrote nothing, as --dry-run asks")
-        return 0
+        return status
     counts = ", ".join(f"{count} {split}" for split, count in info.counts.items())
     say(f"wrote {options.out}: {counts} samples, {info.num_classes} classes, fingerprint {info.fingerprint[:12]}")
     say(f"look at it: slrnet browse {shlex.quote(str(options.out))}")
-    return 0
+    return status
 
 
 def parse_named_files(option: str, texts: Sequence[str]) -> dict[str, Path]:

@@ -80,11 +80,11 @@ def choose_depth(option: str, paths: Sequence[str], workers: ConversionPool) -> 
     deep = [path for path, (kind, _) in zip(paths, headers, strict=True) if kind]
     percentiles = _percentiles(option)
     if not deep or (option != AUTO and percentiles is None):
-        chosen = Depth() if option == AUTO or percentiles else Depth.parse(option)
-        for kind, one in chosen.ranges.items() if deep else ():
+        depth = Depth() if option == AUTO or percentiles else Depth.parse(option)
+        for kind, one in depth.ranges.items() if deep else ():
             about = f"{len(deep)} image(s) of more than 8 bits; {one.low:g} is black, {one.high:g} white"
-            print(f"depth {kind}{'=' * bool(kind)}{one}: {about}", flush=True)
-        return chosen
+            say(f"depth {kind}{'=' * bool(kind)}{one}: {about}")
+        return depth
     step = -(-len(deep) // _PARTS)
     parts = [deep[start : start + step] for start in range(0, len(deep), step)]
     found: dict[str, _Values] = defaultdict(_Values)

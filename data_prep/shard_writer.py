@@ -26,8 +26,10 @@ import pyarrow as pa
 from data_prep.workers import ConversionPool
 from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, SampleRow, load_dataset, save_dataset
 from slrnet.data.tars import ShardWriter, tar_end, tar_members
+from slrnet.storage.files import check_writable
 from slrnet.storage.folders import whole_folder
 from slrnet.storage.names import check_name
+from slrnet.storage.ray_job import lasting
 
 __all__ = [
     "Damage",
@@ -177,13 +179,15 @@ def check_output(out: str | os.PathLike[str]) -> Path:
 
     Raises:
         DataError: it is a file, or a folder with something in it.
+        ValueError: nothing can be written there, or it is in Ray's copy of the project.
     """
+    lasting(Path(out))
     path = Path(out).resolve()
     if path.is_dir() and any(path.iterdir()):
         raise DataError(f"the output folder {path} is not empty; give another --out")
     if path.exists() and not path.is_dir():
         raise DataError(f"the output folder {path} is a file; give another --out")
-    return path
+    return check_writable(path, folder=True)
 
 
 def report_problems(problems: Sequence[str], what: str, *, advice: str | None = None) -> None:

@@ -9,11 +9,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from slrnet.storage.files import check_writable
 from slrnet.storage.ray_job import lasting, uploaded
 
 __all__ = [
     "ANNOTATION_FORMATS",
     "DEVICE",
+    "LEFT_OUT",
+    "SKIP_DAMAGED",
     "TOLERANCE",
     "Argument",
     "add_protocol",
@@ -25,6 +28,8 @@ __all__ = [
     "input_file",
     "one_of",
     "option",
+    "output_file",
+    "output_folder",
     "place",
     "positive",
 ]
@@ -36,7 +41,7 @@ Run = Callable[[argparse.Namespace], int | None]
 """Does a subcommand's work; returns the exit status, or None for 0."""
 _EXIT_STATUS = (
     "Exit status: 0 when all went well, 1 when the work failed or found damage, 2 for a mistake in what you gave,\n"
-    "130 after Ctrl-C, 143 after SIGTERM."
+    "3 when damaged images were left out and the others are done, 130 after Ctrl-C, 143 after SIGTERM."
 )
 """What the help of every command says about its exit status."""
 
@@ -85,6 +90,12 @@ def checkpoint(name: str = "checkpoint", **properties: Any) -> Argument:
     return option(name, **{"type": run_argument, "help": "checkpoint, or a run's folder for its best one"} | properties)
 
 
+LEFT_OUT = 3
+"""Exit status when damaged images were left out and the others are done; 0 with --skip-damaged."""
+SKIP_DAMAGED = option(
+    "--skip-damaged", action="store_true", help="exit with 0, not 3, when damaged images were left out"
+)
+"""--skip-damaged."""
 ANNOTATION_FORMATS = ("coco", "coco-polygons", "labelme")
 """Forms of `slrnet.data.annotation_files`, which takes long to import."""
 TOLERANCE = option(
@@ -126,6 +137,18 @@ def checked(read: Callable[[str], Value]) -> Callable[[str], Value]:
 def place(text: str) -> Path:
     """A folder or file of results or data, which Ray's copy of the project cannot hold."""
     return lasting(Path(text).expanduser())
+
+
+@checked
+def output_folder(text: str) -> Path:
+    """A `place` where a folder can be written."""
+    return check_writable(lasting(Path(text).expanduser()), folder=True)
+
+
+@checked
+def output_file(text: str) -> Path:
+    """A `place` where a file can be written."""
+    return check_writable(lasting(Path(text).expanduser()), folder=False)
 
 
 @checked

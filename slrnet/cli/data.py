@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 
-from slrnet.cli.arguments import command, describe, option
+from slrnet.cli.arguments import LEFT_OUT, SKIP_DAMAGED, command, describe, option, output_folder, place
 from slrnet.storage.shown import say
 
 __all__ = ["KINDS", "browse", "class_balance", "prepare"]
@@ -33,12 +32,13 @@ def prepare(parser: argparse.ArgumentParser) -> None:
 
 
 @command(
-    option("folder", type=Path, metavar="DIR", help="folder with shards from `slrnet prepare`"),
-    option("--out", type=Path, metavar="FOLDER", help="where to write (default: browse/NAME)"),
+    option("folder", type=place, metavar="DIR", help="folder with shards from `slrnet prepare`"),
+    option("--out", type=output_folder, metavar="FOLDER", help="where to write (default: browse/NAME)"),
     option("--samples", type=int, default=24, metavar="N", help="images on each sheet (default: %(default)s)"),
     option("--masks", type=int, default=1000, metavar="N", help="masks to measure per split (default: 1000)"),
     option("--seed", type=int, default=0, metavar="N", help="seed that draws the images and masks (default: 0)"),
     option("--no-duplicates", action="store_true", help="do not read all images, see above"),
+    SKIP_DAMAGED,
 )
 def browse(options: argparse.Namespace) -> int:
     """Check a prepared data set: `slrnet browse DIR [--out FOLDER]`.
@@ -50,18 +50,21 @@ def browse(options: argparse.Namespace) -> int:
     Labels that contradict masks, masks of two values and void are counted in --masks masks of each split. One pass over
     all images finds equal files, images of two splits that look alike (64-bit difference hashes) and nearly constant
     ones: about 3 ms for an image of 500 x 375 pixels. Equal files in two splits are an error, because a score on images
-    that were trained on is worthless. The exit status is 1 when there is an error.
+    that were trained on is worthless. The exit status is 1 when there is an error. Samples that cannot be read are
+    named and left out.
     """
     from slrnet.tools.browse import browse
 
     if options.samples < 1 or options.masks < 0:
         raise ValueError(f"--samples {options.samples}, --masks {options.masks}: at least 1 and 0 are allowed")
-    out = options.out or Path("browse") / options.folder.resolve().name
+    out = options.out or output_folder(f"browse/{options.folder.resolve().name}")
     counts = {"samples": options.samples, "masks": options.masks, "seed": options.seed}
-    text, errors, sheets = browse(options.folder, out, **counts, duplicates=not options.no_duplicates)
-    say(text.rstrip("\n"))
-    say(f"in {out}: report.txt, {', '.join(sheets)}")
-    return 1 if errors else 0
+    found = browse(options.folder, out, **counts, duplicates=not options.no_duplicates)
+    say(found.text.rstrip("\n"))
+    say(f"in {out}: report.txt, {', '.join(found.sheets)}")
+    if found.errors:
+        return 1
+    return LEFT_OUT if found.num_damaged and not options.skip_damaged else 0
 
 
 @command(

@@ -8,11 +8,15 @@ from importlib.util import find_spec
 from slrnet.cli.arguments import (
     ANNOTATION_FORMATS,
     DEVICE,
+    LEFT_OUT,
+    SKIP_DAMAGED,
     TOLERANCE,
     add_protocol,
     checkpoint,
     command,
     option,
+    output_file,
+    output_folder,
     place,
     positive,
 )
@@ -25,13 +29,14 @@ __all__ = ["app", "codes", "dashboard", "figures", "predict", "report"]
 @command(
     checkpoint(),
     option("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns"),
-    option("--out", type=place, required=True, metavar="DIR", help="folder for the masks"),
+    option("--out", type=output_folder, required=True, metavar="DIR", help="folder for the masks"),
     add_protocol,
     DEVICE,
     option("--batch-size", type=positive, default=1, metavar="N", help="images at a time (default: 1)"),
     option("--depth", metavar="DEPTH", help="of images of more than 8 bits (default: that of the training data)"),
     option("--max-pixels", type=positive, metavar="N", help="larger images are left out (default: 500 million)"),
     option("--overwrite", action="store_true", help="replace masks that exist"),
+    SKIP_DAMAGED,
     option(
         "--also",
         action="append",
@@ -47,7 +52,7 @@ def predict(options: argparse.Namespace) -> int:
     IMAGE is a file, a folder (its images, not those of folders in it) or a quoted pattern such as 'photos/**/*.jpg'.
     Each image NAME gives NAME.png, a palette PNG of class ids, NAME.overlay.jpg for people, and an entry in
     predictions.json: its classes, their share of the pixels and their scores. The colors are those of the data set that
-    the checkpoint was trained on. The exit status is 1 when an image could not be read.
+    the checkpoint was trained on. Images that cannot be read are named and left out; the others are done.
 
     Large images are predicted in tiles, up to --max-pixels, with about 12 bytes of memory for each pixel. Images of
     more than 8 bits are scaled as those of the training data were; --depth (12, 0..1, uint16=0..4095) names another
@@ -71,14 +76,14 @@ def predict(options: argparse.Namespace) -> int:
     limits = {"batch_size": options.batch_size, "depth": depth, "max_pixels": options.max_pixels or MAX_PIXELS}
     tools = {"formats": tuple(dict.fromkeys(options.also)), "tolerance": options.tolerance}
     failed = predict_images(predictor, images, options.out, source=options.checkpoint, **limits, **tools)
-    unread = f", {failed} images could not be read" if failed else ""
+    unread = f"; {failed} images were left out" if failed else ""
     say(f"{len(images) - failed} masks in {options.out}{predictor.inference.config.weights_note}{unread}")
-    return 1 if failed else 0
+    return LEFT_OUT if failed and not options.skip_damaged else 0
 
 
 @command(
     checkpoint("runs", nargs="+", metavar="RUN_OR_CHECKPOINT"),
-    option("--out", type=place, default="report.html", metavar="FILE", help="default: %(default)s"),
+    option("--out", type=output_file, default="report.html", metavar="FILE", help="default: %(default)s"),
     option("--data", type=place, metavar="DIR", help="folder with shards (default: that of each training)"),
     option("--images", type=positive, default=4, metavar="N", help="best, worst images, code maps each (default: 4)"),
     option("--measured", type=positive, metavar="N", help="images to measure at most (default: all)"),
@@ -106,7 +111,7 @@ def report(options: argparse.Namespace) -> None:
     option("what", choices=(*FIGURES, "tables"), help="what to make"),
     checkpoint("checkpoints", nargs="+", metavar="CHECKPOINT"),
     option("--data", type=place, metavar="DIR", help="folder with shards (default: that of the training)"),
-    option("--out", type=place, required=True, metavar="DIR", help="folder for PNG and PDF, or for tables.md"),
+    option("--out", type=output_folder, required=True, metavar="DIR", help="folder for PNG and PDF, or for tables.md"),
     option("--images", type=positive, metavar="N", help=f"images, rows or classes (default: {FIGURES})"),
     option("--measured", type=positive, metavar="N", help="images to choose from (default: all)"),
     option(
@@ -130,6 +135,11 @@ def figures(options: argparse.Namespace) -> None:
         results, unused = read_results(options.checkpoints)
         for line in unused:
             say(f"left out: {line}", error=True)
+        if not results:
+            raise ValueError(
+                f"there is no result below {', '.join(map(str, options.checkpoints))}; make some with `slrnet evaluate "
+                "--checkpoint RUN`"
+            )
         paths = [options.out / "tables.md"]
         write_text(paths[0], write_tables(results))
     else:
@@ -145,7 +155,7 @@ def figures(options: argparse.Namespace) -> None:
 @command(
     checkpoint(),
     option("images", nargs="+", metavar="IMAGE", help="files, folders or quoted patterns"),
-    option("--out", type=place, required=True, metavar="DIR", help="folder for the pictures"),
+    option("--out", type=output_folder, required=True, metavar="DIR", help="folder for the pictures"),
     option("--num-iters", type=int, nargs="+", metavar="T", help="default: the checkpoint's"),
     option("--classes", nargs="+", metavar="NAME", help="default: those that the mask holds"),
 )

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import get_args
 
-from slrnet.cli.arguments import DEVICE, add_protocol, checkpoint, command, one_of, option, place
+from slrnet.cli.arguments import DEVICE, add_protocol, checkpoint, command, one_of, option, output_file, output_folder
 from slrnet.config import Setting
 from slrnet.storage.shown import say
 
@@ -16,7 +16,13 @@ __all__ = ["convert_weights", "export", "voc_archive"]
 
 @command(
     checkpoint(),
-    option("--out", type=place, required=True, metavar="DIR", help="folder for network.pt2, network.onnx, export.json"),
+    option(
+        "--out",
+        type=output_folder,
+        required=True,
+        metavar="DIR",
+        help="folder for network.pt2, network.onnx, export.json",
+    ),
     one_of(
         option("--no-onnx", action="store_true", help="torch.export alone, without the extra `export`"),
         option("--mlflow", metavar="NAME", help="also log the ONNX file to the training's run"),
@@ -51,7 +57,9 @@ def export(options: argparse.Namespace) -> None:
 
 @command(
     option("file", type=Path, help="published .pth file"),
-    option("--out", type=place, required=True, metavar="DIR", help="new folder for the run, with its checkpoint in it"),
+    option(
+        "--out", type=output_folder, required=True, metavar="DIR", help="new folder for the run with its checkpoint"
+    ),
     option("--classes", metavar="A,B", help="comma-separated names, background first (default: VOC's 21)"),
     option(
         "--setting",
@@ -87,7 +95,7 @@ def convert_weights(options: argparse.Namespace) -> None:
     checkpoint(),
     option("images", type=Path, help="folder with ID.jpg, for instance VOC's JPEGImages"),
     option("--list", type=Path, metavar="FILE", help="an id a line, such as test.txt (default: all images)"),
-    option("--out", type=place, required=True, metavar="FILE", help="archive to write, for instance results.tgz"),
+    option("--out", type=output_file, required=True, metavar="FILE", help="archive to write, for instance results.tgz"),
     add_protocol,
     DEVICE,
 )

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from slrnet.cli.arguments import (
     ANNOTATION_FORMATS,
+    LEFT_OUT,
+    SKIP_DAMAGED,
     TOLERANCE,
     Argument,
     Run,
@@ -23,11 +25,13 @@ from slrnet.cli.arguments import (
     input_file,
     one_of,
     option,
+    output_folder,
     place,
     positive,
 )
 from slrnet.config import Config, Gating, apply_overrides, load_config
 from slrnet.recipes import RECIPES, get_recipe
+from slrnet.storage.files import check_writable
 from slrnet.storage.names import check_run_name
 from slrnet.storage.remote import cached, is_remote
 from slrnet.storage.shown import say, without_secrets
@@ -193,6 +197,7 @@ def tune(options: argparse.Namespace) -> None:
     if options.dry_run:
         say(plan.estimate(price_per_hour=options.price_per_hour))
         return
+    check_writable(options.storage, folder=True)
     from slrnet.sweeps.run import run_sweep  # imports Ray Tune, which a dry run does not need
 
     run_sweep(plan, resume=bool(options.resume))
@@ -203,7 +208,7 @@ def _annotation_folder(text: str) -> tuple[str, Path]:
     form, equals, folder = text.partition("=")
     if form not in ANNOTATION_FORMATS or not equals or not folder:
         raise argparse.ArgumentTypeError(f"{text!r} is not FORM=DIR with a FORM of {', '.join(ANNOTATION_FORMATS)}")
-    return form, place(folder)
+    return form, output_folder(folder)
 
 
 def _prediction(*, protocol: str, gating: str | None) -> tuple[Argument, ...]:
@@ -224,7 +229,7 @@ def _prediction(*, protocol: str, gating: str | None) -> tuple[Argument, ...]:
 @command(
     checkpoint("--checkpoint", metavar="RUN", required=True),
     option("--split", default="val", metavar="NAME", help="split to measure (default: val)"),
-    option("--out", type=place, metavar="DIR", help="folder for evaluation.json (default: beside the checkpoint)"),
+    option("--out", type=output_folder, metavar="DIR", help="for evaluation.json (default: beside the checkpoint)"),
     option("--without", nargs="+", default=[], metavar="CLASS", help="also print the mean IoU without these classes"),
     *_prediction(protocol="ss", gating=None),
 )
@@ -243,7 +248,8 @@ def evaluate(options: argparse.Namespace) -> None:
     job = _mask_job(options, lambda shards: [options.split])
     checkpoint = job.checkpoint
     mean_without({}, checkpoint.state.classes, options.without)  # refuses unknown names before the work
-    out = (options.out or checkpoint.path.parent.parent / "evaluations").expanduser().resolve()
+    out = options.out or check_writable(checkpoint.path.parent.parent / "evaluations", folder=True)
+    out = out.expanduser().resolve()
     name = f"{checkpoint.path.name}-{options.split}-{time.strftime('%Y%m%d-%H%M%S')}"
     workers = LaunchOptions(**_fields_of(LaunchOptions, options) | {"name": name, "storage": out})
     result = launch_evaluation(job, workers)
@@ -264,9 +270,9 @@ def evaluate(options: argparse.Namespace) -> None:
 
 @command(
     checkpoint("--checkpoint", metavar="RUN"),
-    option("--out", type=place, metavar="DIR", help="folder to make"),
+    option("--out", type=output_folder, metavar="DIR", help="folder to make"),
     option("--splits", default="train", metavar="A,B", help="or all (default: train); others are copied"),
-    option("--voc-folder", type=place, metavar="DIR", help="also write a folder in VOC's layout"),
+    option("--voc-folder", type=output_folder, metavar="DIR", help="also write a folder in VOC's layout"),
     option(
         "--also",
         action="append",
@@ -277,6 +283,7 @@ def evaluate(options: argparse.Namespace) -> None:
     ),
     TOLERANCE,
     option("--keep-void", action="store_true", help="in --also: undecided pixels become shapes of the label void"),
+    SKIP_DAMAGED,
     option("--verify", type=place, metavar="DIR", help="instead: compare the shards of DIR with its manifest"),
     *_prediction(protocol="ms", gating="image_labels"),
     interrupted="interrupted; run the same command again to continue",
@@ -285,7 +292,8 @@ def pseudo_label(options: argparse.Namespace) -> int:
     """Make pseudo masks for a data set: `slrnet pseudo-label --checkpoint RUN --data DIR --out PSEUDO`.
 
     Writes shards like those of DIR, with the network's masks in the train split (or --splits), and prints how good
-    they are if there are true ones. Rerun the same command to resume a job that was stopped.
+    they are if there are true ones. Rerun the same command to resume a job that was stopped. Images that cannot be read
+    are named and left out.
 
     `--also labelme=FOLDER` (or coco, coco-polygons) also writes images and annotations that people can correct in a
     tool and give back to `slrnet prepare folder --annotations`. Needs the extra `coco`.
@@ -324,14 +332,16 @@ def pseudo_label(options: argparse.Namespace) -> int:
             say(f"{split}, {protocol}, {quality['images']} images: {shown}")
     opened = record["mlflow"] or why_untracked(job.checkpoint)
     say(f"pseudo masks: {options.out}{job.checkpoint.config.weights_note}; MLflow: {opened}")
-    return 0
+    for name, reason in record["left_out"].items():
+        say(f"left out: {name}: {reason}", error=True)
+    return LEFT_OUT if record["left_out"] and not options.skip_damaged else 0
 
 
 @command(
     option("--recipe", required=True, metavar="NAME", help="named configuration"),
     option("--data", type=data_location, required=True, metavar="DIR", help="folder with shards from `slrnet prepare`"),
     settings(),
-    option("--out", type=place, required=True, metavar="FOLDER", help="folder for the time line and the table"),
+    option("--out", type=output_folder, required=True, metavar="FOLDER", help="folder for the time line and the table"),
     option("--steps", type=positive, default=5, metavar="N", help="steps to profile (default: 5)"),
     option("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU"),
 )
@@ -425,6 +435,7 @@ def _configure(options: argparse.Namespace) -> Config:
     from slrnet.launch.checks import resume_config
 
     storage, remote = _places(options.storage)
+    check_writable(storage, folder=True)
     if options.resume and not (options.recipe or options.config):
         config = resume_config(storage, options.resume, remote=remote)
     else:

@@ -26,7 +26,10 @@ SAMPLE_TYPES = ("int8", "uint16", "int16", "uint32", "int32", "float32")
 """Types of samples that are no 8-bit ones, as texts name them."""
 _ROWS = 2**22
 """Values that are scaled at a time."""
-_REMEDY = "say which values become black and white: --depth BITS or LOW..HIGH, such as 12 or 0..1"
+_REMEDY = (
+    "say which values become black and white with --depth of `slrnet prepare folder` or `slrnet predict`: BITS or "
+    "LOW..HIGH, such as 12 or 0..1"
+)
 
 
 class ImageError(DataError):

@@ -30,6 +30,7 @@ __all__ = [
     "MAX_PIXELS",
     "MOST_PIXELS",
     "ORIENTATION",
+    "DamagedFile",
     "Opens",
     "as_rgb",
     "check_scans",
@@ -82,6 +83,14 @@ _STRIP = 2**24
 _limit_lock = threading.Lock()
 
 
+class DamagedFile(DataError):
+    """A file is there and cannot be read as an image, by any option: its bytes are no image, or not all of one."""
+
+
+class NoImage(ImageError):
+    """The bytes of a file are no image of a known format."""
+
+
 class Opens(Protocol):
     """A `Path`, or something else that opens like one, such as a file within a tar."""
 
@@ -108,8 +117,8 @@ def open_image(
         max_pixels: pixels that it may have; more are refused before they take memory.
 
     Raises:
-        DataError: it is missing, no regular file, in no such format, damaged, too large, or a TIFF of several pages.
-            So does whatever a decoder raises while the image is open.
+        DamagedFile: it is in no such format or damaged. So does whatever a decoder raises while the image is open.
+        DataError: it is missing, no regular file, too large, a TIFF of several pages, or needs a library.
     """
     what = name if isinstance(source, (bytes, memoryview)) else str(source)
     try:
@@ -119,12 +128,14 @@ def open_image(
     except Exception as error:
         if isinstance(error, DataError) and not isinstance(error, ImageError):
             raise
+        kind = DataError
         if isinstance(error, FileNotFoundError):
             reason = "is missing"
         else:
+            kind = DamagedFile if isinstance(error, NoImage) or not isinstance(error, ImageError) else DataError
             text = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
             reason = f"cannot be read: {text if isinstance(error, ImageError) else text[:200]}"
-        raise DataError(f"{what} {reason}" + (f"; {remedy}" if remedy else "")) from error
+        raise kind(f"{what} {reason}" + (f"; {remedy}" if remedy else "")) from error
 
 
 def _binary(source: Opens | bytes | memoryview) -> IO[bytes]:
@@ -140,7 +151,7 @@ def _recognized(file: IO[bytes], name: str, formats: tuple[str, ...]) -> Image.I
     start = file.read(16)
     file.seek(0)
     if not start:
-        raise ImageError("it is empty")
+        raise NoImage("it is empty")
     if formats is FORMATS:
         if start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS:
             formats = (*formats, *_heif())
@@ -154,7 +165,8 @@ def _recognized(file: IO[bytes], name: str, formats: tuple[str, ...]) -> Image.I
             finally:
                 Image.MAX_IMAGE_PIXELS = before
     except UnidentifiedImageError:
-        raise ImageError(f"no image, or of an unknown kind ({', '.join(formats)} are known)") from None
+        known = f"{', '.join(formats)} {'is' if len(formats) == 1 else 'are'} known"
+        raise NoImage(f"no image, or of an unknown kind ({known})") from None
 
 
 def _heif() -> tuple[str, ...]:

@@ -107,7 +107,8 @@ def _check_splits(config: Config, shards: ShardSet) -> None:
                 f"{shards.location} has no split {name!r}, which a training {purpose}; it has: "
                 f"{', '.join(shards.splits)}{nearest(name, shards.splits)}. Name another one with --set "
                 f"data.{field}=NAME, or make the data again with one: `slrnet prepare folder` takes "
-                f"--val-fraction 0.1, --split {name}=LISTFILE or a column `split` in the table"
+                f"--val-fraction 0.1, --split {name}=LISTFILE or a column `split` in the table, and `slrnet prepare "
+                f"voc` a list ImageSets/Segmentation/{name}.txt"
             )
 
 

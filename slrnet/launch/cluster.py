@@ -87,7 +87,7 @@ class WorkerRequest:
         """
         count, cpus = self.num_workers, self.cpus_per_worker
         if count == 0:
-            return WorkerPlan(least=0, most=0, cpus=os.cpu_count() or 1, gpu=False)
+            return WorkerPlan(least=0, most=0, cpus=cpus or os.cpu_count() or 1, gpu=False)
         if self.wait_minutes:
             self._await_nodes(say)
         have_cpus, have_gpus = cluster_resources()

@@ -19,7 +19,6 @@ import shlex
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +72,9 @@ def launch_pseudo_labels(
         cpus_per_worker: CPU cores per worker; None: an equal share.
 
     Returns:
-        The content of `pseudo_labels.json`, and as `mlflow` how to open the training's MLflow run, which gets the
-        figures as `pseudo_label/SPLIT/miou_PROTOCOL` and so on; None if it cannot be reached.
+        The content of `pseudo_labels.json`, whose `left_out` names the samples that could not be read and are not in
+        the result, and as `mlflow` how to open the training's MLflow run, which gets the figures as
+        `pseudo_label/SPLIT/miou_PROTOCOL` and so on; None if it cannot be reached.
 
     Raises:
         ValueError: the protocol gates by image labels that samples lack, `out` or the unfinished work belongs to
@@ -213,10 +213,13 @@ def _assemble(partial: Path, shards: ShardSet, job: dict[str, Any]) -> dict[str,
     """Turns the folder of finished shards into a data set; returns its record."""
     parts: list[pa.Table] = []
     quality: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
     for split in shards.splits:
         view = shards.split(split)
         if split in job["splits"]:
             notes = [_checked(partial, view, place) for place in range(len(view.shard_names))]
+            for name, note in zip(view.shard_names, notes, strict=True):
+                left_out |= {f"{name}: {key}": reason for key, reason in note["left_out"].items()}
             quality[split] = _total_quality(notes, shards.info.classes)
             parts += [pa.table(note["columns"], schema=SCHEMA) for note in notes]
         else:
@@ -230,16 +233,16 @@ def _assemble(partial: Path, shards: ShardSet, job: dict[str, Any]) -> dict[str,
     palette = shards.info.palette_array()
     made = {"made_by": _command(job), "depth": shards.info.depth}
     save_dataset(partial, [rows], name=name, classes=classes, palette=palette, **made)
-    record = {"job": job, "quality": quality, "environment": environment_tags()}
+    record = {"job": job, "quality": quality, "left_out": left_out, "environment": environment_tags()}
     write_json(partial / RECORD, record)
     return record
 
 
 def _checked(partial: Path, view: SplitView, place: int) -> dict[str, Any]:
-    """A finished shard's notes, after checking that it holds each sample of the manifest exactly once."""
+    """A finished shard's notes, after checking that it holds each readable sample of the manifest exactly once."""
     name, keys = view.shard_names[place], view.shard_rows(place)["key"].to_pylist()
     note = _finished(partial, name)
-    if note is None or note["columns"]["key"] != keys:
+    if note is None or note["columns"]["key"] != [key for key in keys if key not in note["left_out"]]:
         raise DataError(
             f"shard {partial / name} does not hold each of the data set's {len(keys)} samples once; "
             "start the job again with another --out"
@@ -278,21 +281,29 @@ def _command(job: dict[str, Any]) -> str:
 
 def _label(values: dict[str, Any], process: Process, report: Report) -> None:
     predictor, shards = open_job(values, process)
-    mine = [(shards.split(split), place) for split, place in values["remaining"][process.rank :: process.world_size]]
-    loaders = (EvalLoader(shards, split=view.name, indices=view.samples_of(place)) for view, place in mine)
-    masks = predictor(chain.from_iterable(loaders))
-    for view, place in mine:
-        name, rows = view.shard_names[place], view.shard_rows(place).to_pylist()
-        members = islice(masks, len(rows))  # asks for no sample of the next shard before this one is done
-        _write_shard(Path(values["folder"]) / name, zip(rows, members, strict=True), predictor, shards)
-        say(f"{name}: {len(rows)} masks")
+    for split, place in values["remaining"][process.rank :: process.world_size]:
+        view = shards.split(split)
+        name, rows = view.shard_names[place], {row["key"]: row for row in view.shard_rows(place).to_pylist()}
+        loader = EvalLoader(shards, split=split, indices=view.samples_of(place), on_error="skip")
+        members = ((rows[predicted.sample.key], predicted) for predicted in predictor(loader))
+        _write_shard(Path(values["folder"]) / name, members, predictor, shards, loader)
+        for skipped in loader.skipped:
+            say(f"left out: {skipped.shard}: {skipped.key}: {skipped.reason}")
+        say(f"{name}: {len(rows) - len(loader.skipped)} masks")
     report({})
 
 
 def _write_shard(
-    path: Path, members: Iterable[tuple[Mapping[str, Any], PredictedMask]], predictor: MaskPredictor, shards: ShardSet
+    path: Path,
+    members: Iterable[tuple[Mapping[str, Any], PredictedMask]],
+    predictor: MaskPredictor,
+    shards: ShardSet,
+    loader: EvalLoader,
 ) -> None:
-    """Writes a shard, given its rows of the manifest and their masks, and then its notes; each whole or not at all."""
+    """Writes a shard, given its rows of the manifest and their masks, and then its notes; each whole or not at all.
+
+    The notes list the samples that the loader has skipped.
+    """
     classes, palette = shards.info.classes, shards.info.palette_array()
     void_below, name = predictor.inference.config.inference.void_below, predictor.names[-1]
     protocols = (*predictor.names, f"{name}, void below {void_below:g}")
@@ -320,7 +331,8 @@ def _write_shard(
                     images += 1
         digest = sha256_of(incoming)
     counts = {protocol: matrix.counts.tolist() for protocol, matrix in matrices.items()}
-    note = {"sha256": digest, "columns": shard.columns, "counts": counts, "images": images}
+    left_out = {skipped.key: skipped.reason for skipped in loader.skipped}
+    note = {"sha256": digest, "columns": shard.columns, "counts": counts, "images": images, "left_out": left_out}
     write_json(path.parent / WORK / f"{path.name}.json", note)
 
 

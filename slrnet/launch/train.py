@@ -278,7 +278,7 @@ def _run(
 ) -> None:
     """Runs a job in this process (no workers) or in Ray Train's workers, whose state Ray keeps in `folder`."""
     if workers.most == 0:
-        configure_process(None)
+        configure_process(workers.cpus if workers.cpus != os.cpu_count() else None)
         job(values, Process(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")), Report())
         return
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every line of a worker twice

@@ -7,16 +7,44 @@ import hashlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-__all__ = ["open_regular", "read_json", "sha256_of", "write_json", "write_text", "written_whole"]
+__all__ = ["check_writable", "open_regular", "read_json", "sha256_of", "write_json", "write_text", "written_whole"]
 
 MOST_BYTES = 2**28
 """Of a file of JSON; a larger one would take gigabytes."""
+_KINDS = {True: "folder", False: "file"}
+
+
+def check_writable(path: Path, *, folder: bool) -> Path:
+    """Returns the path of a file or folder to write; tries to write there, and leaves nothing behind.
+
+    Args:
+        path: where to write; it and the folders above it need not exist.
+        folder: whether a folder is to be written, not a file.
+
+    Raises:
+        ValueError: nothing can be written there, or a file is where a folder should be, or the other way round.
+    """
+    place = path.absolute()
+    if os.path.lexists(place) and place.is_dir() is not folder:
+        raise ValueError(f"{path} is {'a folder' if place.is_dir() else 'no folder'}; name a {_KINDS[folder]} to write")
+    place = place if folder else place.parent
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".incoming.", dir=place):
+            return path
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written: {place} takes no files ({error.strerror}); name a {_KINDS[folder]} in a place "
+            "that you may write to"
+        ) from None
 
 
 @contextmanager

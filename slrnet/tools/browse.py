@@ -26,8 +26,8 @@ from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.epoch_plan import choose_subset
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.images import MOST_PIXELS, open_image
-from slrnet.data.manifest import DatasetInfo, ShardSet, SplitView, load_dataset
-from slrnet.data.samples import SampleIndex, ShardFiles
+from slrnet.data.manifest import DataError, DatasetInfo, ShardSet, SplitView, load_dataset
+from slrnet.data.samples import SampleIndex, ShardFiles, SkippedSample
 from slrnet.storage.files import write_text, written_whole
 from slrnet.storage.names import printable
 from slrnet.viz.lettering import drawable_names
@@ -35,6 +35,7 @@ from slrnet.viz.overlay import draw_overlay
 from slrnet.viz.panels import Tile, class_legend, draw_grid
 
 __all__ = [
+    "Browsed",
     "ImageSurvey",
     "SplitSurvey",
     "browse",
@@ -103,6 +104,8 @@ class SplitSurvey:
     """Classes that no image shows without another one, each with the class that is there most often."""
     odd_sizes: tuple[str, ...] = ()
     """Keys and sizes of images whose size is odd."""
+    damaged: tuple[SkippedSample, ...] = ()
+    """Samples of `measured` that could not be read, which are not in it."""
 
     @property
     def num_samples(self) -> int:
@@ -114,14 +117,15 @@ def survey_split(shard_set: ShardSet, name: str, *, measured: int, seed: int = 0
     """Counts the labels of split `name`, and measures at most `measured` masks, which `seed` chooses.
 
     Raises:
-        DataError: there is no such split, or a sample that is read is damaged.
+        DataError: there is no such split.
     """
     view, num_classes = shard_set.split(name), shard_set.info.num_classes
     chosen = choose_subset(view, measured, seed=seed, among=view.with_masks)
     counts = np.zeros(256, dtype=np.int64)
     found: dict[str, list[str]] = {"all_void": [], "beyond_labels": [], "without_pixels": [], "binary": []}
     found["one_class"] = []
-    for sample in EvalLoader(shard_set, split=name, indices=chosen):
+    loader = EvalLoader(shard_set, split=name, indices=chosen, on_error="skip")
+    for sample in loader:
         assert sample.pixel_labels is not None
         own = np.bincount(sample.pixel_labels.numpy().ravel(), minlength=256)
         counts += own
@@ -141,7 +145,8 @@ def survey_split(shard_set: ShardSet, name: str, *, measured: int, seed: int = 0
         name=name,
         kinds={kind: number for pair, kind in KINDS.items() if (number := pairs.count(pair))},
         images=np.bincount(pc.list_flatten(view.column("classes")).to_numpy(), minlength=num_classes)[1:],
-        measured=len(chosen),
+        measured=len(chosen) - len(loader.skipped),
+        damaged=tuple(loader.skipped),
         pixels=counts[:num_classes] / max(1, counts[:num_classes].sum()),
         void=float(counts[IGNORE_INDEX] / max(1, counts.sum())),
         num_labeled=len(view.with_image_labels),
@@ -182,6 +187,8 @@ class ImageSurvey:
     """Samples of two splits that look alike, equal files left out: each of the later split once."""
     constant: tuple[SampleName, ...] = ()
     """Samples with fewer than `NARROW` gray levels between the darkest and the brightest pixel."""
+    damaged: tuple[SkippedSample, ...] = ()
+    """Samples that could not be read."""
 
 
 class _Look(NamedTuple):
@@ -198,22 +205,23 @@ def survey_images(shard_set: ShardSet) -> ImageSurvey:
 
     Comparing two splits of m and n images takes m x n comparisons of 64 bits, 1e9 in about ten seconds, and memory for
     m + n images.
-
-    Raises:
-        DataError: a sample is damaged.
     """
     first: dict[bytes, SampleName] = {}
-    duplicates, constant = [], []
+    duplicates, constant, damaged = [], [], []
     looks: dict[str, list[tuple[str, npt.NDArray[np.uint8]]]] = {split: [] for split in shard_set.splits}
     with tqdm(total=sum(shard_set.info.counts.values()), desc="looking", unit="image", disable=None) as bar:
         for split in shard_set.splits:
             view = shard_set.split(split)
-            index = SampleIndex(shard_set=shard_set, split=view)
+            index = SampleIndex(shard_set=shard_set, split=view, on_error="skip")
             with ShardFiles(index) as files:
                 for sample in range(view.num_samples):
-                    with index.naming(sample):
+                    bar.update()
+                    try:
                         data = files.contents(files.locate(sample, masks=False))["jpg"]
                         digest, look = hashlib.sha256(data).digest(), _look(data)
+                    except DataError as error:
+                        damaged.append(index.damage(sample, error))
+                        continue
                     name = (split, view.key(sample))
                     if (earlier := first.setdefault(digest, name)) != name:
                         duplicates.append((earlier, name))
@@ -221,9 +229,10 @@ def survey_images(shard_set: ShardSet) -> ImageSurvey:
                         constant.append(name)
                     elif earlier == name:
                         looks[split].append((name[1], look.gray))
-                    bar.update()
     alike = [pair for one, two in combinations(looks, 2) for pair in _alike(one, looks[one], two, looks[two])]
-    return ImageSurvey(duplicates=tuple(duplicates), alike=tuple(alike), constant=tuple(constant))
+    return ImageSurvey(
+        duplicates=tuple(duplicates), alike=tuple(alike), constant=tuple(constant), damaged=tuple(damaged)
+    )
 
 
 def _look(data: memoryview) -> _Look:
@@ -375,12 +384,15 @@ def _report(info: DatasetInfo, surveys: Sequence[SplitSurvey], images: ImageSurv
 def contact_sheet(shard_set: ShardSet, name: str, *, number: int, seed: int = 0) -> Image.Image:
     """Draws at most `number` samples of split `name`: image under key, mask under labels, and a legend.
 
+    Samples that cannot be read are left out.
+
     Raises:
-        DataError: there is no such split, or a sample that is read is damaged.
+        DataError: there is no such split.
     """
     view, info = shard_set.split(name), shard_set.info
     tiles, masks, names = [], [], drawable_names(info.classes)
-    for sample in EvalLoader(shard_set, split=name, indices=choose_subset(view, number, seed=seed)):
+    chosen = choose_subset(view, number, seed=seed)
+    for sample in EvalLoader(shard_set, split=name, indices=chosen, on_error="skip"):
         labels = [names[i + 1] for i in np.flatnonzero(sample.image_labels)]
         caption = ", ".join(labels) or ("background alone" if sample.has_image_labels else "labels not known")
         image = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
@@ -397,9 +409,20 @@ def contact_sheet(shard_set: ShardSet, name: str, *, number: int, seed: int = 0)
     return draw_grid(rows, legend=class_legend(masks, info.palette_array(), names))
 
 
-def browse(
-    folder: Path, out: Path, *, samples: int, masks: int, seed: int, duplicates: bool
-) -> tuple[str, list[str], list[str]]:
+class Browsed(NamedTuple):
+    """What `browse` found."""
+
+    text: str
+    """The report."""
+    errors: list[str]
+    """Lines of the report that say why the data set cannot be trusted."""
+    num_damaged: int
+    """Samples that could not be read."""
+    sheets: list[str]
+    """Names of the contact sheets."""
+
+
+def browse(folder: Path, out: Path, *, samples: int, masks: int, seed: int, duplicates: bool) -> Browsed:
     """Surveys a data set, and writes report.txt and a contact sheet of each split.
 
     Args:
@@ -410,21 +433,28 @@ def browse(
         seed: seed that draws the images and the masks.
         duplicates: whether to read all images, see `survey_images`.
 
-    Returns:
-        The report's text, its errors, and the names of the sheets.
-
     Raises:
-        DataError: the data set cannot be read.
+        DataError: the data set's description or manifest cannot be read.
     """
     shard_set = load_dataset(folder, check=True)
     surveys = [survey_split(shard_set, name, measured=masks, seed=seed) for name in shard_set.splits]
-    text, errors = _report(shard_set.info, surveys, survey_images(shard_set) if duplicates else ImageSurvey())
+    images = survey_images(shard_set) if duplicates else ImageSurvey()
+    text, errors = _report(shard_set.info, surveys, images)
+    damaged = {(one.shard, one.key): one.reason for one in (*images.damaged, *(s for x in surveys for s in x.damaged))}
+    if damaged:
+        lines = [f"  {shard}: {key}: {reason}" for (shard, key), reason in damaged.items()]
+        text += f"damaged: {len(damaged)} samples cannot be read and are left out above; {_advice(shard_set)}:\n"
+        text += "".join(f"{printable(line)}\n" for line in lines)
     sheets = {f"{name}.jpg": contact_sheet(shard_set, name, number=samples, seed=seed) for name in shard_set.splits}
     for file, sheet in sheets.items():
         with written_whole(out / file) as incoming:
             sheet.save(incoming, quality=88)
     write_text(out / "report.txt", text)
-    return text, errors, list(sheets)
+    return Browsed(text, errors, len(damaged), list(sheets))
+
+
+def _advice(shard_set: ShardSet) -> str:
+    return SampleIndex(shard_set=shard_set, split=shard_set.split(shard_set.splits[0])).advice
 
 
 def _histogram(info: DatasetInfo, surveys: Sequence[SplitSurvey]) -> str:

@@ -9,11 +9,11 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from slrnet.checkpoints.checkpoint import TrainState
 from slrnet.config import Config
-from slrnet.data.manifest import DatasetInfo
+from slrnet.data.images import open_image
+from slrnet.data.manifest import DataError, DatasetInfo
 from slrnet.distributed.process import Process
 from slrnet.distributed.watchdog import Watchdog
 from slrnet.evaluation.masks import PseudoMask
@@ -167,10 +167,10 @@ class RunListener(Listener):
         for path in sorted(panels.rglob(f"[!.]*{ending}")):
             key = path.relative_to(panels).as_posix().removesuffix(ending)
             try:
-                with Image.open(path) as panel:
+                with open_image(path) as panel:
                     self.tracker.log_image(SAMPLES + key, panel.copy(), step)
-            except OSError as error:
-                self.notice(f"the picture {path} cannot be read, and is left out: {error}")
+            except DataError as error:
+                self.notice(f"the picture {error}, and is left out")
         for group in ("pseudo_mask", "val"):
             scores = class_quality(metrics, group, self.info.classes)
             if any(value == value for value in scores["iou"]):

@@ -461,9 +461,6 @@ class TestRefusals:
         (masks / "one.png").unlink()
         self.refuse(photos, r"1 image\(s\) have no mask: one.jpg", **named)
         Image.fromarray(stripes([1])).save(masks / "one.png")
-        (photos / "images" / "one.jpg").write_bytes(b"no image")
-        self.refuse(photos, "one.jpg cannot be read", **named)
-        noise(0).save(photos / "images" / "one.jpg")
         noise(0).save(photos / "images" / "one.png")
         self.refuse(photos, "would have the name of another one in the shards.*one.jpg and one.png", **named)
 
@@ -546,3 +543,23 @@ def test_turned_images_of_every_format_have_the_size_that_the_manifest_says(tmp_
     make(tmp_path, masks=tmp_path / "masks", classes=["cat"])
     (sample,) = EvalLoader(load_dataset(tmp_path / "out"), split="train")
     assert sample.image.shape == (3, 30, 20)
+
+
+@pytest.mark.parametrize("damage", ["image", "mask", "text"])
+def test_a_damaged_file_costs_its_image_and_status_3(
+    damage: str, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = photos / ("masks/one.png" if damage == "mask" else "images/one.jpg")
+    path.write_bytes(b"<html>404</html>" if damage == "text" else path.read_bytes()[:60])
+    words = ["prepare", "folder", "--images", photos / "images", "--masks", photos / "masks", "--classes", "cat,dog"]
+    command = [*map(str, words), "--processes", "1", "--out"]
+    assert main([*command, str(photos / "three")]) == 3
+    printed = capsys.readouterr()
+    assert f"left out: {path} cannot be read: " in printed.err
+    assert "left out 1 damaged images, 3 remain" in printed.out
+    assert "wrote " in printed.out
+    assert main([*command, str(photos / "zero"), "--skip-damaged"]) == 0
+    assert set(rows(photos / "zero")) == set(rows(photos / "three")) == {"two", "more_three_v2", "more_four"}
+    Image.fromarray(stripes([7])).save(photos / "masks" / "two.png")  # no damage: a mistake about the classes
+    assert main([*command, str(photos / "none")]) == 2
+    assert not (photos / "none").exists()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.conversion import add_common_arguments, run_conversion
-from data_prep.shard_writer import Sample, verify, write_dataset
+from data_prep.shard_writer import Sample, check_output, verify, write_dataset
 from data_prep.workers import ConversionPool
 from slrnet.cli.main import exit_code
 from slrnet.data.catalog import voc_palette
@@ -185,6 +185,15 @@ def test_output_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"out is not empty; give another --out"):
         _write(tmp_path / "out")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_output_in_rays_copy_of_the_project_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(ValueError, match=r"own would be in Ray's copy of the project.*such as \$PWD/own"):
+        check_output("own")
+    assert check_output(tmp_path / "own") == tmp_path / "own"
 
 
 def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.io import savemat
 
 import data_prep.voc
-from data_prep.conversion import Output
+from data_prep.conversion import DamagedLeftOut, Output
 from data_prep.shard_writer import verify
 from data_prep.voc import VocFolder, _items, _sbd_keys, convert, read_list, train_aug_keys
 from slrnet.cli.main import main
@@ -363,14 +363,17 @@ def test_truncated_image(voc: VocBuilder, tmp_path: Path) -> None:
     path = voc.root / "JPEGImages" / "t2.jpg"
     Image.effect_noise((200, 200), 80).save(path)
     path.write_bytes(path.read_bytes()[:-300])
-    _refused(voc, tmp_path / "out", r"t2.jpg cannot be read: .*truncated.*fetch it again")
+    with pytest.raises(DamagedLeftOut, match=r"t2.jpg cannot be read: .*truncated.*fetch it again") as left_out:
+        convert(voc.root, Output(tmp_path / "out"))
+    assert left_out.value.info.counts == load_dataset(tmp_path / "out").info.counts == {"train": 2, "val": 2}
 
 
 @pytest.mark.parametrize("folder", ["JPEGImages", "SegmentationClass"])
 def test_unreadable_files(voc: VocBuilder, tmp_path: Path, folder: str) -> None:
     (path,) = (voc.root / folder).glob("t3.*")
     path.write_bytes(b"<html>404</html>")
-    _refused(voc, tmp_path / "out", rf"{folder}/{path.name} cannot be read.*fetch it again")
+    with pytest.raises(DamagedLeftOut, match=rf"{folder}/{path.name} cannot be read.*fetch it again"):
+        convert(voc.root, Output(tmp_path / "out"))
 
 
 def test_image_that_is_no_jpeg_becomes_one(voc: VocBuilder, tmp_path: Path) -> None:

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slrnet.cli.arguments import data_location
-from slrnet.cli.main import build_parser
+from slrnet.cli.main import build_parser, main
 from slrnet.cli.training import add_storage, add_workers
 
 
@@ -58,6 +59,25 @@ def test_a_data_set_keeps_its_place_on_other_nodes(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     assert data_location("shards") == str(tmp_path / "shards")
     assert data_location("s3://bucket/shards") == "s3://bucket/shards"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *["export /run", "convert-weights x.pth", "voc-archive /run /images", "predict /run x", "report /run"],
+        *["figures tables /run", "codes /run x", "browse /data", "evaluate --checkpoint /run", "pseudo-label"],
+        *["profile --recipe demo --data /data", "prepare demo", "prepare voc --root /data"],
+    ],
+)
+def test_a_place_that_takes_no_files_is_refused_before_work_starts(
+    words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status: Any = main([*words.split(), "--out", "/proc/own"])
+    except SystemExit as ended:
+        status = ended.code
+    assert status == 2
+    assert "takes no files" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a b", "a/b", "a" * 201])
@@ -113,6 +133,7 @@ def test_devices_and_counts_that_do_no_work_are_refused(
         "profile --recipe demo --data /data --out",
         "export /run --out",
         "predict /run /images --out",
+        "browse /data --out",
     ],
 )
 def test_a_relative_path_in_rays_copy_of_the_project_is_refused(

@@ -55,6 +55,7 @@ def test_workers_get_equal_shares(
 def test_without_workers_the_process_itself_trains(cluster: dict[str, Any]) -> None:
     workers = WorkerRequest(num_workers=0).plan()
     assert (workers.least, workers.most, workers.gpu, workers.count) == (0, 0, False, "1")
+    assert WorkerRequest(num_workers=0, cpus_per_worker=3).plan().cpus == 3
 
 
 @pytest.mark.parametrize(

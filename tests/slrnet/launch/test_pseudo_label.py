@@ -297,14 +297,21 @@ def test_mistakes_are_refused_before_anything_is_written(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
 
 
-def test_damage_is_named(checkpoint: Checkpoint, write_tiny: Callable[..., ShardSet], tmp_path: Path) -> None:
+def test_a_damaged_sample_costs_itself_alone(
+    checkpoint: Checkpoint, write_tiny: Callable[..., ShardSet], tmp_path: Path
+) -> None:
     shards = write_tiny(tmp_path / "data")
     entry = shards_of(shards.split("train"))[1]
     with entry.path.open("r+b") as file:
         file.seek(int(entry.offsets[0]) + 512)
         file.write(b"\0" * 300)
-    with pytest.raises(TrainingError, match=entry.name):
-        label(checkpoint, shards, tmp_path / "out")
+    key, *others = shards.split("train").keys.to_pylist()[entry.first : entry.first + entry.num_samples]
+    record = label(checkpoint, shards, tmp_path / "out")
+    assert list(record["left_out"]) == [f"{entry.name}: {key}"]
+    made = load_dataset(tmp_path / "out").split("train")
+    assert made.num_samples == shards.split("train").num_samples - 1
+    assert set(others) < set(made.keys.to_pylist())
+    assert label(checkpoint, shards, tmp_path / "out")["left_out"] == record["left_out"]
 
 
 @pytest.mark.slow

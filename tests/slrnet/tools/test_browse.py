@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -250,9 +251,18 @@ def test_damage_and_missing_shards_are_told_with_the_remedy(tmp_path: Path, caps
     data = bytearray(path.read_bytes())
     data[520:540] = bytes(20)
     path.write_bytes(data)
-    assert main(["browse", str(tmp_path / "shards"), "--out", str(tmp_path / "seen")]) == 2
-    assert "rebuild the data set" in capsys.readouterr().err
-    assert not (tmp_path / "seen").exists()
+    command = ["browse", str(tmp_path / "shards"), "--out", str(tmp_path / "seen")]
+    assert main(command) == 3
+    report = capsys.readouterr().out
+    assert "damaged: 1 samples cannot be read and are left out above; " in report
+    assert "rebuild the data set with" in report
+    assert re.search(r"  train-000000.tar: (\w+): \S+", report)
+    assert "train: 5 images" in report
+    assert (tmp_path / "seen" / "train.jpg").is_file()
+    assert main([*command, "--skip-damaged"]) == 0
+    path.unlink()
+    assert main(command) == 3
+    assert "damaged: 5 samples" in capsys.readouterr().out
     assert main(["browse", str(tmp_path), "--out", str(tmp_path / "seen")]) == 2
     assert "no shards in" in capsys.readouterr().err
     assert main(["browse", str(tmp_path / "shards"), "--samples", "0"]) == 2

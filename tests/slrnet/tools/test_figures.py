@@ -184,6 +184,7 @@ class TestCommand:
             "gives 0": ["fig7", str(tmp_path)],
             "holds no checkpoint": ["fig5", str(tmp_path / "none")],
             "is no folder": ["tables", str(tmp_path / "none")],
+            "there is no result below": ["tables", str(tmp_path)],
         }
         for expected, arguments in cases.items():
             assert main(["figures", *arguments, "--out", str(tmp_path / "out")]) == 2

@@ -158,7 +158,7 @@ def test_an_unreadable_image_is_named_and_the_others_are_done(
     checkpoint: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photos / "a.jpg").write_bytes(b"no JPEG")
-    assert main(["predict", str(checkpoint), str(photos), "--out", str(tmp_path / "masks"), "--device", "cpu"]) == 1
+    assert main(["predict", str(checkpoint), str(photos), "--out", str(tmp_path / "masks"), "--device", "cpu"]) == 3
     assert re.search(r"a\.jpg cannot be read: no image, .*; it is left out\n", capsys.readouterr().err)
     assert (tmp_path / "masks" / "b.png").exists()
     assert not list((tmp_path / "masks").glob(".incoming*"))
@@ -176,7 +176,7 @@ def test_images_beyond_the_limits_are_named_and_the_others_are_done(
 
     def predicted(out: str, *options: str) -> tuple[set[str], str]:
         command = ["predict", str(checkpoint), str(photos), "--out", str(tmp_path / out), "--device", "cpu"]
-        assert main([*command, *options]) == 1
+        assert main([*command, *options]) == 3
         return {path.stem for path in (tmp_path / out).glob("*.png")}, capsys.readouterr().err
 
     done, said = predicted("masks", "--max-pixels", "600")
@@ -185,6 +185,8 @@ def test_images_beyond_the_limits_are_named_and_the_others_are_done(
     assert re.search(r"deep\.png cannot be read: it has uint16 samples, here from 0 to 599: say .* --depth", said)
     assert re.search(r"damaged\.png cannot be read: ", said)
     assert predicted("more", "--depth", "10")[0] == {"small", "large", "deep"}
+    words = ["predict", str(checkpoint), str(photos), "--out", str(tmp_path / "last"), "--device", "cpu"]
+    assert main([*words, "--skip-damaged"]) == 0
 
 
 def test_a_checkpoint_knows_the_depth_of_its_data(checkpoint: Path) -> None:
