@@ -79,7 +79,6 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
         r"(PIL\.)?Image\.open",
         {
             "slrnet/data/images.py": "formats by content, limits before memory",
-            "slrnet/training/listener.py": "pictures that the run has drawn",
         },
     ),
     "loads what could hold code": (
