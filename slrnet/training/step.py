@@ -140,7 +140,8 @@ def step_losses(
 def _label(labeler: Network, images: Tensor, views: Sequence[View], config: ViewsConfig, encoder: Encoder) -> Outputs:
     """The outputs in evaluation mode for these views of the crops in their own colors.
 
-    It comes after the training pass: under autocast, weights that a pass without gradient has cast stay without one.
+    It comes after the training pass: under autocast, older releases of PyTorch keep weights that were cast without a
+    gradient, and the training pass would then find these.
     """
     training = labeler.training
     outputs: Outputs = labeler.eval()([encoder.normalize(view) for view in _warp(images, views, config, encoder)])

@@ -293,15 +293,6 @@ class TestStepLosses:
         assert teacher.training
         assert all(parameter.grad is None for parameter in teacher.parameters())
 
-    def test_its_own_labels_leave_every_gradient_under_autocast(self) -> None:
-        """Autocast keeps the weights that it casts first: without a gradient if the pass had none."""
-        model = tiny_model().train()
-        with torch.autocast("cpu", torch.bfloat16):
-            config = settings(calibration={"source": "evaluation"})
-            result = losses_of(model, config, pretraining=False, labeler=model)
-        result.total.backward()  # type: ignore[no-untyped-call]
-        assert all((parameter.grad is not None) == parameter.requires_grad for parameter in model.parameters())
-
     def test_cross_view_supervision(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Fig. 4 (right): the same labels for all views, those of the next view, or a view's own."""
         labels_of: dict[str, Labels] = {}
