@@ -410,12 +410,14 @@ def _average(
     """
     own = torch.stack(list(totals.values())).double()
     flags = torch.zeros(process.world_size, dtype=torch.float64, device=own.device)
-    flags[process.rank] = (~torch.cat([own, gradient.double().reshape(1)]).isfinite()).any().double()
+    # 2: a loss, whose gradient all ranks get; 1: a gradient alone.
+    flags[process.rank] = torch.maximum(2.0 * (~own.isfinite()).any(), (~gradient.isfinite()).double())
     shared = sum_over_ranks(torch.cat([own.nan_to_num(0.0, 0.0, 0.0), flags]), process).tolist()
-    wrong = [rank for rank, flag in enumerate(shared[len(own) :]) if flag]
-    if wrong:
+    worst = max(shared[len(own) :])
+    if worst:
+        wrong = shared[len(own) :].index(worst)
         listed = ", ".join(f"{name} {float(value):g}" for name, value in totals.items())
-        what = "loss" if not own.isfinite().all() else "gradient"
+        what = "loss" if worst > 1 else "gradient"
         if name := not_finite(dict(model.state_dict())):
             cause = f"; {name} is not finite since step {step - 1}"
         elif name := not_finite({name: p.grad for name, p in model.named_parameters() if p.grad is not None}):
@@ -423,7 +425,7 @@ def _average(
         else:
             cause = ""
         raise NonFiniteLossError(
-            f"step {step}: the {what} is not finite on rank {wrong[0]} (rank {process.rank} has {listed}{cause}); "
+            f"step {step}: the {what} is not finite on rank {wrong} (rank {process.rank} has {listed}{cause}); "
             f"this step changed no weight. {_REMEDY}, and continue with --resume"
         )
     return {name: value / process.world_size for name, value in zip(totals, shared, strict=False)}
