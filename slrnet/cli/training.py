@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -47,18 +48,24 @@ if TYPE_CHECKING:
 __all__ = ["demo", "distill", "evaluate", "profile", "pseudo_label", "train", "tune"]
 
 
-def add_workers(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a training's worker processes."""
-    add = parser.add_argument_group("workers").add_argument
-    count = "training processes (default: one per GPU, else 1), or fewest:most to follow the cluster's size; 0: no Ray"
-    add("--num-workers", type=_worker_count, metavar="N[:MOST]", help=count)
-    add("--cpus-per-worker", type=positive, metavar="N", help="CPU cores each (default: an equal share)")
-    add("--cpu-only", action="store_true", help="use no GPUs")
-    wait = "time that a cluster which grows on demand has to get the nodes (default: 0, takes it as it is)"
-    add("--wait-for-nodes", dest="wait_minutes", type=float, default=0.0, metavar="MINUTES", help=wait)
-    add("--max-failures", type=int, default=0, metavar="N", help="restarts of failed workers (default: 0)")
-    hang = "time that a worker may stand still before the attempt fails (default: 600; 0: no limit)"
-    add("--hang-limit", type=float, default=600.0, metavar="SECONDS", help=hang)
+def workers(*, count: int | None = None, of: str = "training processes", failures: int = 0) -> Argument:
+    """The options of the worker processes that a command starts; `count` and `failures` are their defaults."""
+
+    def add_workers(parser: argparse.ArgumentParser) -> None:
+        add = parser.add_argument_group("workers").add_argument
+        usual = {None: "one per GPU, else 1; 0: no Ray", 0: "0, this process, without Ray"}.get(count, str(count))
+        asked = f"{of}, or fewest:most to follow the cluster's size (default: {usual})"
+        add("--num-workers", type=_worker_count(least=1 if count else 0), default=count, metavar="N[:MOST]", help=asked)
+        add("--cpus-per-worker", type=positive, metavar="N", help="CPU cores each (default: an equal share)")
+        add("--cpu-only", action="store_true", help="use no GPUs")
+        wait = "time that a cluster which grows on demand has to get the nodes (default: 0, takes it as it is)"
+        add("--wait-for-nodes", dest="wait_minutes", type=_minutes, default=0.0, metavar="MINUTES", help=wait)
+        restarts = f"replacements of failed workers (default: {failures})"
+        add("--max-failures", type=_count, default=failures, metavar="N", help=restarts)
+        hang = "time that a worker may stand still before it ends as failed (default: 600; 0: no limit)"
+        add("--hang-limit", type=_minutes, default=600.0, metavar="SECONDS", help=hang)
+
+    return add_workers
 
 
 def add_storage(parser: argparse.ArgumentParser, *, remote: bool = False) -> None:
@@ -92,7 +99,7 @@ def _trains(recipe: str) -> Callable[[Run], Argument]:
         ),
         option("--data", type=data_location, metavar="DIR", help=data),
         settings(),
-        add_workers,
+        workers(),
         one_of(
             option("--name", type=_run_name, metavar="NAME", help="unique name of the run (default: recipe and time)"),
             option(
@@ -163,12 +170,13 @@ def distill(options: argparse.Namespace) -> None:
     option("--ablation", choices=ABLATIONS, default="", help="variants of the paper, or of ours, instead of a search"),
     option("--variants", nargs="+", default=[], metavar="LABEL", help="some of an ablation's variants (default: all)"),
     option("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="seeds of an ablation (default: 0 1)"),
+    workers(count=1, of="training processes of each trial", failures=1),
     option(
-        "--num-workers", type=positive, default=1, metavar="N", help="training processes of each trial (default: 1)"
+        "--max-concurrent",
+        type=positive,
+        metavar="N",
+        help="trials at a time (default: as many as fit; with --wait-for-nodes one more, for which the cluster grows)",
     ),
-    option("--cpus-per-worker", type=positive, metavar="N", help="CPU cores each (default: an equal share)"),
-    option("--max-concurrent", type=positive, metavar="N", help="trials at a time (default: as many as fit)"),
-    option("--max-failures", type=int, default=1, metavar="N", help="restarts of a failed trial (default: 1)"),
     one_of(
         option("--name", type=_run_name, metavar="NAME", help="unique name of the sweep (default: recipe and time)"),
         option("--resume", type=_run_name, metavar="NAME", help="continue the sweep of that name"),
@@ -221,8 +229,7 @@ def _prediction(*, protocol: str, gating: str | None) -> tuple[Argument, ...]:
         partial(add_protocol, default=protocol),
         option("--gating", choices=get_args(Gating), default=gating, help=f"classes allowed (default: {stated})"),
         settings("change a setting, such as evaluation.scales; repeatable"),
-        option("--num-workers", type=int, default=0, metavar="N", help="Ray workers; 0 (default): in this process"),
-        option("--cpus-per-worker", type=positive, metavar="N", help="CPU cores each (default: an equal share)"),
+        workers(count=0, of="processes"),
     )
 
 
@@ -251,8 +258,8 @@ def evaluate(options: argparse.Namespace) -> None:
     out = options.out or check_writable(checkpoint.path.parent.parent / "evaluations", folder=True)
     out = out.expanduser().resolve()
     name = f"{checkpoint.path.name}-{options.split}-{time.strftime('%Y%m%d-%H%M%S')}"
-    workers = LaunchOptions(**_fields_of(LaunchOptions, options) | {"name": name, "storage": out})
-    result = launch_evaluation(job, workers)
+    launched = LaunchOptions(**_fields_of(LaunchOptions, options) | {"name": name, "storage": out})
+    result = launch_evaluation(job, launched)
     say(quality_table(result["metrics"], tuple(result["classes"])))
     if options.without:
         mean = mean_without(result["metrics"], checkpoint.state.classes, options.without)
@@ -307,6 +314,7 @@ def pseudo_label(options: argparse.Namespace) -> int:
     from slrnet.data.annotation_folder import check_annotation_folder, write_annotation_folder
     from slrnet.data.manifest import load_dataset
     from slrnet.data.voc_folder import check_voc_folder, write_voc_folder
+    from slrnet.launch.cluster import WorkerRequest
     from slrnet.launch.evaluation import why_untracked
     from slrnet.launch.pseudo_label import launch_pseudo_labels
 
@@ -318,8 +326,8 @@ def pseudo_label(options: argparse.Namespace) -> int:
         check_annotation_folder(job.shards.info.classes, folder, form=form, **choice)
     if len({folder for _, folder in options.also}) < len(options.also):
         raise ValueError("--also names a folder twice; give each form a folder of its own")
-    workers = {"num_workers": options.num_workers, "cpus_per_worker": options.cpus_per_worker}
-    record = launch_pseudo_labels(job, options.out, **workers)
+    request = WorkerRequest(**_fields_of(WorkerRequest, options))
+    record = launch_pseudo_labels(job, options.out, request=request)
     if options.voc_folder is not None:
         write_voc_folder(load_dataset(options.out.expanduser()), options.voc_folder, splits=job.splits)
     for form, folder in options.also:
@@ -401,13 +409,34 @@ def demo(options: argparse.Namespace) -> int:
     return run_demo([word for setting in options.set for word in ("--set", setting)])
 
 
-def _worker_count(text: str) -> int | tuple[int, int]:
-    fewest, _, most = text.partition(":")
-    if text.isdecimal():
-        return int(text)
-    if fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most):
-        return int(fewest), int(most)
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of workers; give one, as 4, or fewest:most, as 2:8")
+def _worker_count(*, least: int) -> Callable[[str], int | tuple[int, int]]:
+    def convert(text: str) -> int | tuple[int, int]:
+        fewest, _, most = text.partition(":")
+        if text.isdecimal() and int(text) >= least:
+            return int(text)
+        if fewest.isdecimal() and most.isdecimal() and 1 <= int(fewest) <= int(most):
+            return int(fewest), int(most)
+        told = f"{text!r} is not a number of workers from {least}; give one, as 4, or fewest:most, as 2:8"
+        raise argparse.ArgumentTypeError(told)
+
+    return convert
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def _minutes(text: str) -> float:
+    """A time from 0, in the option's unit."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time; give a number from 0, as 30")
+    return value
 
 
 def _folder(text: str) -> Path:

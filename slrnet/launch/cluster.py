@@ -78,6 +78,11 @@ class WorkerRequest:
     wait_minutes: float = 0.0
     """Minutes to wait for the nodes of the fewest workers on a cluster that grows on demand, with GPUs unless
     `cpu_only`; 0 takes the cluster as it is."""
+    max_failures: int = 0
+    """How often failed workers are replaced; a training goes on from its last checkpoint."""
+    hang_limit: float = 600.0
+    """Seconds without progress after which a worker ends and says where it was; 0 never ends it. Below 300, a storage
+    outage during a checkpoint counts as a hang."""
 
     def plan(self, say: Callable[[str], None] = shown.say) -> WorkerPlan:
         """Decides how many workers the run gets of the cluster; `say` receives a line a minute while waiting.

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from slrnet.checkpoints.checkpoint import Checkpoint
+from slrnet.data.batch import EvalSample
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix
+from slrnet.launch.hand_out import Alive, Work, hand_out
 from slrnet.launch.prediction import MaskJob, MaskPredictor, open_job
-from slrnet.launch.rank import Report
-from slrnet.launch.train import LaunchOptions, run_job
+from slrnet.launch.train import LaunchOptions
 from slrnet.storage.files import write_json
 from slrnet.tracking.location import is_named, not_named
 from slrnet.tracking.mlflow import MlflowTracker
@@ -26,6 +27,9 @@ from slrnet.tracking.provenance import environment_tags
 from slrnet.tracking.reader import find_run
 
 __all__ = ["launch_evaluation", "measure", "track_figures", "training_run", "why_untracked"]
+
+PART = 32
+"""Images that a worker gets at a time."""
 
 
 def launch_evaluation(job: MaskJob, options: LaunchOptions) -> dict[str, Any]:
@@ -51,9 +55,19 @@ def launch_evaluation(job: MaskJob, options: LaunchOptions) -> dict[str, Any]:
             f"split {split!r} of {job.shards.location} has no masks to compare with; name another one with --split, or "
             "prepare the data with --masks"
         )
-    file = options.folder / "evaluation.json"
-    run_job(_evaluate, job.values() | {"described": job.describe(), "split": split, "result": str(file)}, options)
-    result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    counts = hand_out(_open, job.values() | {"split": split}, _parts(job, split, options), options)
+    *before, quality = _total(counts)
+    classes = job.shards.info.classes
+    record = {
+        "split": split,
+        "images": quality.images,
+        "metrics": quality_metrics("val", quality, classes),
+        "before_crf": {plain.protocol: quality_metrics("val", plain, classes) for plain in before},
+        "classes": classes,
+        "environment": environment_tags(),
+    }
+    result: dict[str, Any] = job.describe() | record
+    write_json(options.folder / "evaluation.json", result)
     figures = {
         metric_key(split, f"{name}_{protocol}"): metrics[f"val/{name}"]
         for protocol, metrics in ({result["protocol"]: result["metrics"]} | result["before_crf"]).items()
@@ -63,26 +77,22 @@ def launch_evaluation(job: MaskJob, options: LaunchOptions) -> dict[str, Any]:
     return result | {"mlflow": track_figures(job.checkpoint, figures)}
 
 
-def measure(predictor: MaskPredictor, loader: EvalLoader) -> tuple[Quality, ...]:
-    """Compares predicted masks with the true ones, over all ranks; every rank must call this function.
-
-    Args:
-        predictor: predicts the masks.
-        loader: this rank's share of the images; images without a mask are skipped.
+def measure(predictor: MaskPredictor, samples: Iterable[EvalSample]) -> tuple[Quality, ...]:
+    """Compares predicted masks with the true ones; skips images without a mask.
 
     Returns:
         The quality of each of the predictor's `names`: for `ms_crf` that of `ms` and then its own, else its own.
     """
-    process, num_classes, images = predictor.process, predictor.inference.model.num_classes, 0
+    num_classes, images = predictor.inference.model.num_classes, 0
     matrices = {name: ConfusionMatrix(num_classes) for name in predictor.names}
-    labeled = (sample for sample in loader if sample.pixel_labels is not None)
+    labeled = (sample for sample in samples if sample.pixel_labels is not None)
     for predicted in predictor(labeled):
         truth = predicted.sample.pixel_labels
         assert truth is not None
         for matrix, mask in zip(matrices.values(), predicted.masks, strict=True):
             matrix.update(torch.from_numpy(mask), truth)
         images += 1
-    return tuple(Quality.over_ranks(matrix, name, images, process) for name, matrix in matrices.items())
+    return tuple(Quality(matrix, name, images) for name, matrix in matrices.items())
 
 
 def track_figures(checkpoint: Checkpoint, figures: Mapping[str, float]) -> str | None:
@@ -116,21 +126,29 @@ def _storage_of(checkpoint: Checkpoint) -> Path:
     return (checkpoint.path / "../../..").resolve()  # of storage/RUN/checkpoints/checkpoint-EPOCH
 
 
-def _evaluate(values: dict[str, Any], process: Process, report: Report) -> None:
-    predictor, shards = open_job(values, process)
-    classes, on_error = shards.info.classes, predictor.inference.config.data.on_error
-    split, rank, world_size = values["split"], process.rank, process.world_size
-    loader = EvalLoader(shards, split=split, rank=rank, world_size=world_size, on_error=on_error)
-    *before, quality = measure(predictor, loader)
-    metrics = quality_metrics("val", quality, classes)
-    report(metrics)
-    if process.is_main:
-        record = {
-            "split": split,
-            "images": quality.images,
-            "metrics": metrics,
-            "before_crf": {plain.protocol: quality_metrics("val", plain, classes) for plain in before},
-            "classes": classes,
-            "environment": environment_tags(),
-        }
-        write_json(Path(values["result"]), values["described"] | record)
+def _parts(job: MaskJob, split: str, options: LaunchOptions) -> list[range]:
+    """The images of a split in parts that workers take in turn; as one part for this process alone."""
+    images = job.shards.split(split).num_samples
+    size = PART if options.num_workers != 0 else images
+    return [range(start, min(start + size, images)) for start in range(0, images, size)]
+
+
+def _open(values: dict[str, Any], process: Process, alive: Alive) -> Work:
+    predictor, shards = open_job(values, process, alive)
+    on_error = predictor.inference.config.data.on_error
+
+    def work(parts: Iterable[range]) -> Iterator[tuple[Quality, ...]]:
+        for part in parts:
+            yield measure(predictor, EvalLoader(shards, split=values["split"], indices=part, on_error=on_error))
+
+    return work
+
+
+def _total(measured: Iterator[tuple[Quality, ...]]) -> tuple[Quality, ...]:
+    """Adds up what was measured of the parts."""
+    totals = next(measured)
+    for qualities in measured:
+        for total, quality in zip(totals, qualities, strict=True):
+            total.matrix.merge(quality.matrix)
+        totals = tuple(replace(t, images=t.images + q.images) for t, q in zip(totals, qualities, strict=True))
+    return totals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,8 @@ class MaskPredictor:
     """This rank."""
     crf_processes: int
     """Helper processes for the CRF, >= 1."""
+    alive: Callable[[], None] = lambda: None
+    """Is called after each image."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -113,6 +115,7 @@ class MaskPredictor:
         )
         if protocol != "ms_crf":
             for sample, probs in predicted:
+                self.alive()
                 mask, confidence = _most_probable(probs)
                 yield PredictedMask(sample, (mask,), confidence)
             return
@@ -122,10 +125,11 @@ class MaskPredictor:
         )
         refined = crf_masks(pictures, config.crf, processes=self.crf_processes)
         for (sample, before), mask, confidence in refined:
+            self.alive()
             yield PredictedMask(sample, (before, mask), confidence)
 
 
-def open_job(values: dict[str, Any], process: Process) -> tuple[MaskPredictor, ShardSet]:
+def open_job(values: dict[str, Any], process: Process, alive: Callable[[], None]) -> tuple[MaskPredictor, ShardSet]:
     """Reads the checkpoint and the data set of a `MaskJob`, given its `values`, in one of its processes."""
     if process.device.type == "cpu":
         from slrnet.cpu.allocator import keep_memory
@@ -133,7 +137,8 @@ def open_job(values: dict[str, Any], process: Process) -> tuple[MaskPredictor, S
         keep_memory()
     model = restore_network(load_checkpoint(values["checkpoint"]), process.device)
     inference = Inference(model, config_from_dict(values["config"]))
-    return MaskPredictor(inference, process, values["cpus"] or os.cpu_count() or 1), load_dataset(values["data"])
+    predictor = MaskPredictor(inference, process, values["cpus"] or os.cpu_count() or 1, alive)
+    return predictor, load_dataset(values["data"])
 
 
 def _most_probable(probs: Tensor) -> tuple[Mask, npt.NDArray[np.float32]]:

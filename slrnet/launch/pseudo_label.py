@@ -18,7 +18,7 @@ import json
 import shlex
 import shutil
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,10 @@ from slrnet.data.tars import ShardWriter
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix
+from slrnet.launch.cluster import WorkerRequest
 from slrnet.launch.evaluation import track_figures
+from slrnet.launch.hand_out import Alive, Work, hand_out
 from slrnet.launch.prediction import Mask, MaskJob, MaskPredictor, PredictedMask, open_job
-from slrnet.launch.rank import Report
-from slrnet.launch.train import LaunchOptions, run_job
 from slrnet.models.deeplab import require_deeplab
 from slrnet.storage.files import read_json, sha256_of, write_json, written_whole
 from slrnet.storage.folders import mark_folder, remove_folder
@@ -57,19 +57,18 @@ RECORD = "pseudo_labels.json"
 
 WORK = ".work"
 """Folder inside the unfinished one for files that are deleted at the end."""
+IN_PROCESS = WorkerRequest(num_workers=0)
+"""Without Ray."""
 
 
-def launch_pseudo_labels(
-    job: MaskJob, out: Path, *, num_workers: int | None = 0, cpus_per_worker: int | None = None
-) -> dict[str, Any]:
+def launch_pseudo_labels(job: MaskJob, out: Path, *, request: WorkerRequest = IN_PROCESS) -> dict[str, Any]:
     """Labels splits of a data set with a network's masks; resumes where an earlier call stopped.
 
     Args:
         job: the checkpoint, its settings with the protocol and `inference.void_below`, the data set, and the splits to
             label; the other splits are copied.
         out: folder to create. Until it is complete, the work is kept beside it in `.NAME.partial`.
-        num_workers: Ray workers; 0 works in this process; None: one per GPU of the cluster, else 1.
-        cpus_per_worker: CPU cores per worker; None: an equal share.
+        request: the workers; each takes a shard at a time.
 
     Returns:
         The content of `pseudo_labels.json`, whose `left_out` names the samples that could not be read and are not in
@@ -100,9 +99,10 @@ def launch_pseudo_labels(
             for place, name in enumerate(job.shards.split(split).shard_names)
             if _finished(partial, name) is None
         ]
-        options = LaunchOptions(name=WORK, storage=partial, num_workers=num_workers, cpus_per_worker=cpus_per_worker)
         if remaining:
-            run_job(_label, job.values() | {"folder": str(partial), "remaining": remaining}, options)
+            values = job.values() | {"folder": str(partial)}
+            for done, line in enumerate(hand_out(_open, values, remaining, request), 1):
+                say(f"{line} ({done} of {len(remaining)} shards)")
         record = _assemble(partial, job.shards, described)
         partial.rename(out)
     elif record["job"] != described:
@@ -279,18 +279,20 @@ def _command(job: dict[str, Any]) -> str:
 # On the workers.
 
 
-def _label(values: dict[str, Any], process: Process, report: Report) -> None:
-    predictor, shards = open_job(values, process)
-    for split, place in values["remaining"][process.rank :: process.world_size]:
-        view = shards.split(split)
-        name, rows = view.shard_names[place], {row["key"]: row for row in view.shard_rows(place).to_pylist()}
-        loader = EvalLoader(shards, split=split, indices=view.samples_of(place), on_error="skip")
-        members = ((rows[predicted.sample.key], predicted) for predicted in predictor(loader))
-        _write_shard(Path(values["folder"]) / name, members, predictor, shards, loader)
-        for skipped in loader.skipped:
-            say(f"left out: {skipped.shard}: {skipped.key}: {skipped.reason}")
-        say(f"{name}: {len(rows) - len(loader.skipped)} masks")
-    report({})
+def _open(values: dict[str, Any], process: Process, alive: Alive) -> Work:
+    predictor, shards = open_job(values, process, alive)
+
+    def work(parts: Iterable[tuple[str, int]]) -> Iterator[str]:
+        for split, place in parts:
+            view = shards.split(split)
+            name, rows = view.shard_names[place], {row["key"]: row for row in view.shard_rows(place).to_pylist()}
+            loader = EvalLoader(shards, split=split, indices=view.samples_of(place), on_error="skip")
+            members = ((rows[predicted.sample.key], predicted) for predicted in predictor(loader))
+            _write_shard(Path(values["folder"]) / name, members, predictor, shards, loader)
+            told = [f"left out: {skipped.shard}: {skipped.key}: {skipped.reason}" for skipped in loader.skipped]
+            yield "\n".join([*told, f"{name}: {len(rows) - len(loader.skipped)} masks"])
+
+    return work
 
 
 def _write_shard(

@@ -58,11 +58,6 @@ class LaunchOptions(WorkerRequest):
     name, and nodes share no folder. Empty: they stay in `storage`."""
     resume: bool = False
     """Continue the run of that name from its last checkpoint."""
-    max_failures: int = 0
-    """How often a failed worker group restarts from the last checkpoint."""
-    hang_limit: float = 600.0
-    """Seconds without progress after which the attempt ends and names the rank; 0 never ends it. Below 300, a storage
-    outage during a checkpoint counts as a hang."""
 
     @property
     def folder(self) -> Path:

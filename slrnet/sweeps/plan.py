@@ -19,6 +19,7 @@ from slrnet.data.manifest import load_dataset
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import protocol_name
 from slrnet.launch.checks import check_run, with_absolute_paths
+from slrnet.launch.cluster import WorkerRequest
 from slrnet.storage.files import read_json, write_json
 from slrnet.storage.names import check_run_name
 from slrnet.sweeps.ablations import ABLATIONS, Variant, choose_variants
@@ -47,8 +48,8 @@ _CHANGEABLE = ("weights.", "calibration.", "losses.", "optim.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions:
-    """How a sweep runs; what it searches is its space or its ablation."""
+class SweepOptions(WorkerRequest):
+    """How a sweep runs, and the workers of each trial; what it searches is its space or its ablation."""
 
     name: str
     """Unique name; the sweep's folder is storage/name."""
@@ -67,12 +68,13 @@ class SweepOptions:
     """Epochs before a trial may be stopped or take over; None: one more than the pretraining has."""
     perturb_every: int = 1
     """Epochs from one take-over of `pbt` to the next."""
-    num_workers: int = 1
-    """Training processes of each trial."""
+    num_workers: int | tuple[int, int] = 1
+    """Training processes of each trial, 1 or more; a pair: the fewest and the most."""
     cpus_per_worker: int | None = None
     """CPU cores of each process; None: 1, or on GPUs an equal share of the cluster's cores."""
     max_concurrent: int | None = None
-    """Trials at a time; None: as many as the cluster has room for."""
+    """Trials at a time. None: as many as the cluster has room for at the time; with `wait_minutes` one more, for which
+    the cluster grows."""
     max_failures: int = 1
     """How often a failed trial restarts from its last checkpoint."""
     seed: int = 0
@@ -108,6 +110,12 @@ class SweepPlan:
     def folder(self) -> Path:
         """The sweep's folder."""
         return self.options.storage / self.options.name
+
+    @property
+    def most_workers(self) -> int:
+        """Training processes of a trial, at most."""
+        count = self.options.num_workers
+        return count[1] if isinstance(count, tuple) else count
 
     @property
     def recipe_point(self) -> dict[str, Any]:
@@ -154,7 +162,7 @@ class SweepPlan:
         The estimate leaves out measuring after epochs, starting up, and exchanging gradients between workers.
         `price_per_hour` is that of one worker, in any currency.
         """
-        workers, device = self.options.num_workers, usual_device()
+        workers, device = self.most_workers, usual_device()
         share = -(-self.config.train.batch_size // workers)  # the largest of the ranks' shares
         seconds, steps = time_step(apply_values(self.config, {"train.batch_size": share}), device)
         steps = steps // workers * self.config.train.epochs
@@ -215,7 +223,7 @@ def plan_sweep(
         variants=choose_variants(ablation, variants) if ablation else (),
     )
     for changes in ((), *(variant.changes for variant in plan.chosen_variants)):
-        check_run(apply_overrides(config, changes), shards, options.num_workers)
+        check_run(apply_overrides(config, changes), shards, plan.most_workers)
     if not ablation:
         check_space(config, space)
     plan = replace(plan, options=_settled(plan))

@@ -1,8 +1,9 @@
 """Runs sweeps and ablations on a Ray cluster: the one module that imports ray.tune.
 
-Each trial is a whole distributed training. A small actor starts it; it takes no CPU core and sits on the head node, so
-that only workers compete for cores and GPUs. Trials keep their runs under `STORAGE/SWEEP/trials`, and their metrics are
-read from there. In a resumed sweep, interrupted trials continue from their last checkpoint.
+Each trial is a whole distributed training. An actor starts it; it takes memory but no CPU core, and sits on the head
+node, so that only workers compete for cores and GPUs. The number of trials at a time follows the cluster. Trials keep
+their runs under `STORAGE/SWEEP/trials`, and their metrics are read from there. In a resumed sweep, interrupted trials
+continue from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,8 +44,8 @@ __all__ = ["replay_asha", "run_sweep"]
 
 _COMPARED = 30
 """Trials in the link of a sweep's description, which has 5,000 characters."""
-_HEAD_NODE = {"node:__internal_head__": 0.001}
-"""Resources of the actor that starts a trial."""
+_DRIVER = {"node:__internal_head__": 0.001, "memory": 2**30}
+"""Resources of the actor that starts a trial: on the head node, with 865 MB of imported PyTorch, Ray and MLflow."""
 
 
 def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], None] = shown.say) -> None:
@@ -55,13 +56,14 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         TrainingError: no trial was measured.
     """
     name = plan.options.name
-    workers, concurrent = _capacity(plan.options)
+    workers = _workers_of_a_trial(plan.options, say)
+    room = _Room(workers, plan.options.max_concurrent, grows=plan.options.wait_minutes > 0)
     parent = _open_parent(plan, resume=resume)
     if not resume:
         plan.write()
-    say(f"sweep {name}: {plan.trials} trials, {concurrent} at a time with {workers} each; folder {plan.folder}")
+    say(f"sweep {name}: {plan.trials} trials, now {room()} at a time with {workers} each; folder {plan.folder}")
     say(f"curves and pictures: {parent.how_to_open()}")
-    driver, sweep = MlflowTracker(parent), _Sweep(plan, parent, workers, concurrent)
+    driver, sweep = MlflowTracker(parent), _Sweep(plan, parent, workers, room)
     try:
         trained = sweep.train_population(say) if plan.options.scheduler == "pbt" else sweep.train(resume=resume)
     except KeyboardInterrupt:
@@ -80,14 +82,48 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
     sweep.conclude(driver, trials, best, say)
 
 
-def _capacity(options: SweepOptions) -> tuple[WorkerPlan, int]:
-    """The workers of a trial, and how many trials fit at a time."""
+def _workers_of_a_trial(options: SweepOptions, say: Callable[[str], None]) -> WorkerPlan:
+    """The workers of a trial; waits for their nodes if the options say so."""
+    WorkerRequest.plan(options, say)
     cpus, gpus = cluster_resources()
-    per_worker = options.cpus_per_worker or (max(1, cpus // gpus) if gpus else 1)
-    workers = WorkerRequest(num_workers=options.num_workers, cpus_per_worker=per_worker).plan()
-    by_cpus = cpus // (options.num_workers * per_worker)
-    most = min(by_cpus, gpus // options.num_workers) if gpus else by_cpus
-    return workers, min(most, options.max_concurrent or most)
+    shared = max(1, cpus // gpus) if gpus and not options.cpu_only else 1
+    return replace(options, cpus_per_worker=options.cpus_per_worker or shared, wait_minutes=0.0).plan(say)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """How many trials run at a time, as the cluster is now; at least one, which waits if there is no room."""
+
+    workers: WorkerPlan
+    most: int | None
+    """As the user says."""
+    grows: bool
+    """Whether the cluster grows for trials that wait."""
+
+    def __call__(self) -> int:
+        cpus, gpus = cluster_resources()
+        fits = cpus // (self.workers.least * self.workers.cpus)
+        fits = min(fits, gpus // self.workers.least) if self.workers.gpu else fits
+        return max(1, self.most or fits + 1 if self.grows else min(fits, self.most or fits))
+
+
+class _Follows:
+    """A searcher whose number of trials at a time follows the cluster."""
+
+    room: _Room
+    max_concurrent = property(lambda self: self.room(), lambda self, value: None)
+
+
+class _Grid(_Follows, BasicVariantGenerator):
+    def __init__(self, room: _Room, **options: Any) -> None:
+        self.room = room
+        super().__init__(**options)
+
+
+class _Limiter(_Follows, ConcurrencyLimiter):
+    def __init__(self, room: _Room, searcher: Any) -> None:
+        self.room = room
+        super().__init__(searcher, max_concurrent=1)
 
 
 def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
@@ -120,19 +156,18 @@ class _Sweep:
     plan: SweepPlan
     parent: RunHandle
     workers: WorkerPlan
-    concurrent: int
+    room: _Room
 
     def train(self, *, resume: bool) -> list[Trial]:
         """Trains all trials of a search or an ablation."""
-        results = self._fit("tune", _param_space(self.plan), _tune_config(self.plan, self.concurrent), resume=resume)
+        results = self._fit("tune", _param_space(self.plan), _tune_config(self.plan, self.room), resume=resume)
         return [_trial_of(self.plan, result) for result in results]
 
     def train_population(self, say: Callable[[str], None]) -> list[Trial]:
         """Trains the members of a population round by round."""
 
         def train_round(until: int, members: Mapping[int, Member]) -> dict[int, str]:
-            in_turn = BasicVariantGenerator(max_concurrent=self.concurrent)
-            config = tune.TuneConfig(search_alg=in_turn, trial_dirname_creator=attrgetter("trial_id"))
+            config = tune.TuneConfig(search_alg=_Grid(self.room), trial_dirname_creator=attrgetter("trial_id"))
             space = {"member": tune.grid_search(list(members))}
             results = self._fit(f"tune-{until:04d}", space, config, resume=True, until=until, members=members)
             return {result.config["member"]: _error_of(result) for result in results}
@@ -141,7 +176,7 @@ class _Sweep:
 
     def _fit(self, name: str, space: dict[str, Any], config: Any, *, resume: bool, **job: Any) -> list[Any]:
         """Runs trials with Tune, which keeps its state as `name` in the sweep's folder; returns a result for each."""
-        trainable = tune.with_resources(tune.with_parameters(_trial, sweep=self, **job), _HEAD_NODE)
+        trainable = tune.with_resources(tune.with_parameters(_trial, sweep=self, **job), _DRIVER)
         state = self.plan.folder / name
         if resume and tune.Tuner.can_restore(str(state)):
             tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
@@ -176,7 +211,7 @@ class _Sweep:
     def conclude(self, driver: MlflowTracker, trials: Trials, best: Trial, say: Callable[[str], None]) -> None:
         """Shows the results, and writes them into the sweep's folder and its MLflow run."""
         plan, folder = self.plan, self.plan.folder / "results"
-        table = write_results(plan, trials, replay=_replay(plan, trials, self.concurrent))
+        table = write_results(plan, trials, replay=_replay(plan, trials, self.room()))
         driver.log_artifacts(folder)
         driver.log_metrics({name: value for name, value in best.metrics.items() if name.count("/") == 1}, 0)
         driver.set_tags({"slrnet.best_trial": best.name})
@@ -211,7 +246,7 @@ def _trial(
         tags |= {"slrnet.exploited_from": sources} if sources else {}
     train_trial(
         plan.trial_config(values),
-        LaunchOptions(name=name, storage=plan.folder / "trials"),
+        LaunchOptions(name=name, storage=plan.folder / "trials", hang_limit=plan.options.hang_limit),
         parent=sweep.parent,
         workers=sweep.workers,
         callbacks=[TuneReportCallback()],
@@ -236,19 +271,18 @@ def _param_space(plan: SweepPlan) -> dict[str, Any]:
     return {domain.key: kinds[domain.kind](*domain.values) for domain in plan.space}
 
 
-def _tune_config(plan: SweepPlan, concurrent: int) -> tune.TuneConfig:
+def _tune_config(plan: SweepPlan, room: _Room) -> tune.TuneConfig:
     options, first = plan.options, [plan.recipe_point]
     modes = [mode_of(metric) for metric in options.metrics]
     goal: dict[str, Any] = {"metric": options.metrics[0], "mode": modes[0]}
     if len(modes) > 1:
         goal = {"metric": list(options.metrics), "mode": modes}
     # Tune's own limit of trials at a time has no effect on this searcher of grids and random draws.
-    search: Any = BasicVariantGenerator(max_concurrent=concurrent)
+    search: Any = _Grid(room)
     if options.searcher == "optuna" and not plan.ablation:
-        search = OptunaSearch(points_to_evaluate=first, seed=options.seed, **goal)
-        search = ConcurrencyLimiter(search, max_concurrent=concurrent)
+        search = _Limiter(room, OptunaSearch(points_to_evaluate=first, seed=options.seed, **goal))
     elif options.searcher == "random" and not plan.ablation:
-        search = BasicVariantGenerator(first, max_concurrent=concurrent, random_state=options.seed)
+        search = _Grid(room, points_to_evaluate=first, random_state=options.seed)
     asha = None
     if options.scheduler == "asha":
         rungs = {"grace_period": options.grace_epochs, "reduction_factor": REDUCTION}

@@ -8,13 +8,14 @@ import pytest
 
 from slrnet.cli.arguments import data_location
 from slrnet.cli.main import build_parser, main
-from slrnet.cli.training import add_storage, add_workers
+from slrnet.cli.training import _fields_of, add_storage, workers
+from slrnet.launch.cluster import WorkerRequest
 
 
 @pytest.fixture
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
-    add_workers(parser)
+    workers()(parser)
     add_storage(parser, remote=True)
     return parser
 
@@ -99,7 +100,9 @@ def test_a_name_that_is_no_folder_is_refused_before_a_folder_is_made(
         ("predict /run x --out m --device meta", "there is no device 'meta' here"),
         ("tune --num-samples 0", "'0' is not a whole number from 1"),
         ("tune --max-concurrent -1", "'-1' is not a whole number from 1"),
-        ("tune --num-workers 0", "'0' is not a whole number from 1"),
+        ("tune --num-workers 0", "'0' is not a number of workers from 1"),
+        ("evaluate --checkpoint x --max-failures -1", "'-1' is not a whole number from 0"),
+        ("pseudo-label --wait-for-nodes nan", "'nan' is not a time"),
         ("train --cpus-per-worker 0", "'0' is not a whole number from 1"),
         ("profile --recipe demo --data x --out p --steps 0", "'0' is not a whole number from 1"),
     ],
@@ -149,3 +152,14 @@ def test_a_relative_path_in_rays_copy_of_the_project_is_refused(
     assert f"argument {words.split()[-1]}: own " in error
     assert "such as $PWD/own in the terminal that submits" in error
     build_parser(words.split()).parse_args([*words.split(), str(tmp_path / "own")])
+
+
+@pytest.mark.parametrize("command", ["train", "distill", "tune", "evaluate --checkpoint x", "pseudo-label"])
+def test_all_commands_that_start_workers_take_the_same_options(command: str) -> None:
+    words = f"{command} --num-workers 2:4 --cpus-per-worker 3 --cpu-only --wait-for-nodes 30 --hang-limit 0".split()
+    options = build_parser(words).parse_args([*words, "--max-failures", "3"])
+    request = WorkerRequest(**_fields_of(WorkerRequest, options))
+    expected = WorkerRequest(
+        num_workers=(2, 4), cpus_per_worker=3, cpu_only=True, wait_minutes=30, max_failures=3, hang_limit=0
+    )
+    assert request == expected

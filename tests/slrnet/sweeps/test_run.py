@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from slrnet.sweeps.run import replay_asha
+import pytest
+from ray.tune.search.optuna import OptunaSearch
+
+from slrnet.launch.cluster import WorkerPlan
+from slrnet.sweeps import run
+from slrnet.sweeps.run import _Grid, _Limiter, _Room, replay_asha
 
 
 def test_asha_stops_the_poor_and_keeps_the_good() -> None:
@@ -26,3 +31,33 @@ def test_trials_run_side_by_side() -> None:
     epochs = replay_asha(curves, mode="max", grace=1, reduction=2.0, concurrent=2)
     assert epochs["good"] == 4
     assert epochs["late"] == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gpu", "most", "fixed", "growing"),
+    [
+        ([(8, 0), (16, 0), (0, 0)], False, None, [2, 4, 1], [3, 5, 1]),
+        ([(8, 0), (16, 0), (0, 0)], False, 3, [2, 3, 1], [3, 3, 3]),
+        ([(32, 3), (64, 8)], True, None, [1, 4], [2, 5]),
+    ],
+)
+def test_trials_at_a_time_follow_the_cluster(
+    sizes: list[tuple[int, int]],
+    gpu: bool,
+    most: int | None,
+    fixed: list[int],
+    growing: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two workers with two cores each."""
+    now = [(0, 0)]
+    monkeypatch.setattr(run, "cluster_resources", lambda: now[-1])
+    workers = WorkerPlan(least=2, most=2, cpus=2, gpu=gpu)
+    searchers = [
+        make(_Room(workers, most, grows=grows))
+        for grows in (False, True)
+        for make in (_Grid, lambda room: _Limiter(room, OptunaSearch()))
+    ]
+    for size, *expected in zip(sizes, fixed, growing, strict=True):
+        now.append(size)
+        assert [searcher.max_concurrent for searcher in searchers] == [n for n in expected for _ in range(2)]
