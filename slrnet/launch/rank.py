@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +16,7 @@ from slrnet.data.manifest import load_dataset
 from slrnet.distributed.process import Process, gather_over_ranks
 from slrnet.distributed.watchdog import Hang, Watchdog, dump_stacks, shared_store
 from slrnet.storage.shown import say
-from slrnet.tracking.mlflow import MlflowTracker
+from slrnet.tracking.mlflow import MlflowTracker, watch_node
 from slrnet.tracking.protocol import NullTracker, RunHandle
 from slrnet.tracking.run_log import RunLog
 
@@ -54,6 +56,7 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
         process: this rank.
         report: receives the metrics of each epoch.
     """
+    from slrnet.launch.operators import OperatorListener
     from slrnet.training.listener import RunListener
     from slrnet.training.trainer import Trainer
 
@@ -63,12 +66,15 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
     folder = Path(values["folder"]) if store is None else store.folder
     log = RunLog(folder, rank=process.rank)
     tracker = MlflowTracker(handle, once=True) if process.is_main else NullTracker()
+    first_of_its_node = os.environ.get("LOCAL_RANK", "0") == "0"  # set by Ray Train
+    leave_node = watch_node(handle, socket.gethostname()) if first_of_its_node else None
     limit, shared = values["hang_limit"], shared_store(process)
     watchdog = Watchdog(process, limit=limit, store=shared, on_hang=lambda hang: _end_hang(hang, log, store))
     try:
         shards, upload = load_dataset(config.data.path), None if store is None else store.upload
         parts: dict[str, Any] = {"tracker": tracker, "log": log, "watchdog": watchdog}
-        listener = RunListener(config, shards.info, process=process, folder=folder, **parts)
+        kind: type[RunListener] = OperatorListener if _on_ray() else RunListener
+        listener = kind(config, shards.info, process=process, folder=folder, **parts)
         trainer = Trainer(config, shards, process=process, folder=folder, listener=listener, upload=upload)
         trainer.resume()
         log.write("start", step=trainer.state.step, world_size=process.world_size)
@@ -81,8 +87,14 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
         raise
     finally:
         watchdog.close()
+        if leave_node is not None:
+            leave_node()
         if store is not None:
             store.upload_rest()
+
+
+def _on_ray() -> bool:
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
 
 
 def _open_store(location: str, process: Process) -> RunStore | None:

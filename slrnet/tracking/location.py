@@ -23,6 +23,8 @@ ESCAPED = "sqlite+pysqlite:///"
 for a URI that begins with `SQLITE`."""
 SERVER_TIMEOUT = 5.0
 """Seconds that a tracking server may take to answer before a run starts."""
+API = "/api/2.0/mlflow/experiments/search?max_results=1"
+"""What is asked of a tracking server before a run starts."""
 PORT = 5000
 """Default port of the page."""
 WORKFLOW = "workflowType=machine_learning"
@@ -132,18 +134,30 @@ def _check_sqlite(uri: str) -> None:
 
 
 def _check_server(uri: str) -> None:
+    """Asks what trainings will ask: `/health` answers under any name, the rest only under names that it allows."""
+    uri = uri.rstrip("/")
+    host = urllib.parse.urlsplit(uri).netloc
+    start = "`mlflow server --host 0.0.0.0 --port 5000 --backend-store-uri sqlite:////DATA/mlflow.db "
+    start += f"--artifacts-destination /DATA/artifacts --allowed-hosts {host}`"
     try:
-        with urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=SERVER_TIMEOUT):
+        with urllib.request.urlopen(uri + API, timeout=SERVER_TIMEOUT):
             return
     except urllib.error.HTTPError as error:
-        # A server that asks for credentials or sits behind a prefix answers with 4xx, a gateway without a server 5xx.
-        if error.code < 500:
+        said = error.read(200).decode(errors="replace")
+        if error.code == 403 and "Invalid Host" in said:
+            raise ValueError(
+                f"the tracking server at {uri} refuses requests under the name {host}; start it with {start}"
+            ) from None
+        if error.code == 404:
+            raise ValueError(
+                f"{uri} answers, but has no MLflow API (HTTP status 404 for {API}); give the address of an "
+                f"`mlflow server`, with the path before {API.partition('?')[0]} if it has one"
+            ) from None
+        if error.code < 500:  # it asks for credentials, which MLflow's client takes from the environment
             return
         reason = f"HTTP status {error.code}"
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = str(getattr(error, "reason", error))
     raise ValueError(
-        f"the tracking server at {uri} does not answer ({reason}); "
-        "start it with `mlflow server --host 0.0.0.0 --port 5000 --backend-store-uri sqlite:////DATA/mlflow.db "
-        "--artifacts-destination /DATA/artifacts`, or leave tracking.uri empty"
+        f"the tracking server at {uri} does not answer ({reason}); start it with {start}, or leave tracking.uri empty"
     )

@@ -45,6 +45,7 @@ __all__ = [
     "log_onnx_model",
     "picture_files",
     "store_errors",
+    "watch_node",
 ]
 
 Record: TypeAlias = Callable[[Any, str], None]
@@ -324,6 +325,22 @@ def picture_files(client: Any, run_id: str, below: str = "") -> dict[tuple[str, 
             picture = (series.removeprefix(below), int(name["step"]))
             latest[picture] = max(latest.get(picture, (0, "")), (int(name["time"]), file.path))
     return {picture: path for picture, (_, path) in latest.items()}
+
+
+def watch_node(handle: RunHandle, node: str) -> Callable[[], None]:
+    """Adds MLflow's system metrics of this node to a run on a server, as `system/NODE/...`; returns what ends that.
+
+    A SQLite store is for one machine, and gets none: each point would lock it for the training's own.
+    """
+    if database_of(handle.uri) is not None:
+        return lambda: None
+    mlflow = load_mlflow()
+    mlflow.set_system_metrics_node_id(clean_key(node))
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(handle.run_id, resume_logging=True, tracking_uri=handle.uri)
+    monitor.start()
+    return monitor.finish
 
 
 def log_onnx_model(handle: RunHandle, name: str, file: Path) -> str:

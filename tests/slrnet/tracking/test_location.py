@@ -100,21 +100,30 @@ class TestResolveUri:
             with pytest.raises(ValueError, match="does not answer"):
                 resolve_uri(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path)
 
-    @pytest.mark.parametrize(("status", "accepted"), [(200, True), (401, True), (404, True), (502, False)])
-    def test_what_counts_as_an_answer(self, status: int, accepted: bool, tmp_path: Path) -> None:
-        with answering(status) as (address, asked):
-            if accepted:
-                assert resolve_uri(f"{address}/", tmp_path) == address
-            else:
-                with pytest.raises(ValueError, match="HTTP status 502"):
+    @pytest.mark.parametrize(
+        ("status", "text", "message"),
+        [
+            (200, "", ""),
+            (401, "You are not authenticated", ""),
+            (403, "Invalid Host header - possible DNS rebinding", "under the name 127.*--allowed-hosts 127"),
+            (404, "", "has no MLflow API"),
+            (502, "", "does not answer .HTTP status 502"),
+        ],
+    )
+    def test_what_counts_as_an_answer(self, status: int, text: str, message: str, tmp_path: Path) -> None:
+        with answering(status, text) as (address, asked):
+            if message:
+                with pytest.raises(ValueError, match=message):
                     resolve_uri(address, tmp_path)
-        assert asked == ["/health"]
+            else:
+                assert resolve_uri(f"{address}/", tmp_path) == address
+        assert asked == [location.API]
 
 
 class answering:
-    """An HTTP server that answers everything with one status and notes what was asked for."""
+    """An HTTP server that answers everything with one status and text, and notes what was asked for."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int, text: str) -> None:
         self.asked: list[str] = []
         asked = self.asked
 
@@ -123,6 +132,7 @@ class answering:
                 asked.append(self.path)
                 self.send_response(status)
                 self.end_headers()
+                self.wfile.write(text.encode())
 
             def log_message(self, format: str, *args: object) -> None:
                 del format, args
