@@ -15,7 +15,7 @@ ONLY ?=
 SEED ?=
 BUDGET ?=
 
-.PHONY: help demo dashboard app test test-fast test-processors lint format docs chaos fuzz bench dist clean
+.PHONY: help demo dashboard app test test-fast test-processors lint format docs chaos fuzz bench dist lock clean
 
 help: ## list the targets
 	@sed -n -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 18
@@ -26,7 +26,7 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	    + sys.version.split()[0] + "; name a newer one: make PYTHON=python3.11 ...")'
 	@echo "installing slrnet and its dependencies into .venv (several GB with PyTorch; some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@: > .venv/install.log; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,app,crf,coco,distill,docs,export,heic,tiff,xlsx]' > .venv/install.log 2>&1 \
+	@: > .venv/install.log; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,app,aws,crf,coco,distill,docs,export,heic,tiff,xlsx]' > .venv/install.log 2>&1 \
 	    & pip=$$!; trap "kill $$pip 2>/dev/null || true" INT TERM; \
 	    tail --pid=$$pip -n +1 -f .venv/install.log 2>/dev/null \
 	    | sed -u -n -E 's/^(Collecting [A-Za-z0-9._-]+).*/  \1/p; s/^(Building|Preparing|Installing collected packages).*/  \1/p'; \
@@ -83,8 +83,14 @@ docs: $(STAMP) ## the documentation in site/; broken links fail
 bench: $(STAMP) ## every figure that the project claims, measured here into benchmarks/RESULTS.md; PEER=DIR compares
 	@$(BIN)/python benchmarks/results.py $(if $(PEER),--peer-dir "$(PEER)")
 
-dist: $(STAMP) ## wheel and source archive in dist/
+dist: $(STAMP) ## wheel and source archive in dist/, and a bill of the image's materials (CycloneDX)
 	@$(BIN)/python -m build --outdir dist .
+	@$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file dist/slrnet.cdx.json requirements.lock
+
+lock: ## requirements.lock from pyproject.toml and constraints.txt; needs the network and uv
+	@{ sed -n '1,2p' requirements.lock; uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header \
+	    --no-annotate --no-emit-index-url -c constraints.txt --extra aws --extra crf --extra coco --extra distill --extra app \
+	    --extra heic --extra tiff --extra xlsx --extra export pyproject.toml; } > requirements.lock.new && mv requirements.lock.new requirements.lock
 
 clean: ## remove .venv and all caches
 	@rm -rf .venv build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

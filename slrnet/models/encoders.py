@@ -23,6 +23,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -38,12 +39,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from slrnet.config import ModelConfig, nearest
 from slrnet.models.frozen_norm import freeze_batch_norms
 from slrnet.models.wide_resnet38 import WideResNet38
+from slrnet.storage.files import sha256_of
 from slrnet.storage.ray_job import in_copy
 
 __all__ = ["Encoder", "EncoderFeatures", "build_encoder", "describe_misfit", "read_tensors", "resolve_weights"]
 
 WIDE_RESNET38_FILE = "ilsvrc-cls_rna-a1_cls1000_ep-0001.pth"
 WEIGHTS_FOLDER_VARIABLE = "SLRNET_WEIGHTS"
+SHA256 = {"efficientnet-lite0-57934424.pth": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"}
+"""Digests of weights files that recipes take, by name. That of the WideResNet-38 was never published."""
 _TIMM_NAMES = {
     "wide_resnet38": None,
     "resnet50": "resnet50.tv_in1k",
@@ -373,6 +377,17 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def _check_digest(path: Path) -> None:
+    """Refuses a file whose name promises another one: of `SHA256`, or as PyTorch names files, `...-0676ba61.pth`."""
+    named = re.search(r"-([0-9a-f]{8})\.(?:pth|safetensors)$", path.name)
+    expected = SHA256.get(path.name) or (named[1] if named else "")
+    if expected and not (digest := sha256_of(path)).startswith(expected):
+        raise ValueError(
+            f"weights file {path} is not the one that its name promises: its SHA-256 is {digest[:16]}..., expected is "
+            f"{expected[:16]}; download it again, or rename it if the weights are your own"
+        )
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a file of named tensors without running any code from it.
 
@@ -381,9 +396,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             `state_dict`.
 
     Raises:
-        ValueError: the file is missing, damaged, holds Python objects beside tensors, or is no state dict.
+        ValueError: the file is missing, damaged, not the one that its name promises, holds Python objects beside
+            tensors, or is no state dict.
     """
-    _existing(path)
+    _check_digest(_existing(path))
     try:
         if path.suffix == ".safetensors":
             tensors: Any = load_file(path)

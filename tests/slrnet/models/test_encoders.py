@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import pickle
 import urllib.error
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from slrnet.config import ModelConfig
 from slrnet.models import wide_resnet38
-from slrnet.models.encoders import Encoder, build_encoder, resolve_weights
+from slrnet.models.encoders import Encoder, build_encoder, read_tensors, resolve_weights
 from slrnet.models.wide_resnet38 import WideResNet38
 
 VOC = Path(__file__).parents[4] / "shared/data/voc6/VOCdevkit/VOC2012"
@@ -540,3 +541,13 @@ def test_what_cannot_be_built_is_refused(options: dict[str, Any], message: str) 
 def test_a_backbone_without_skip_level_is_refused() -> None:
     with pytest.raises(ValueError, match=r"the strides \(4, 16\), and none has 8"):
         Encoder(nn.Identity(), stages=[("",)], channels=(8, 16), strides=(4, 16))
+
+
+@pytest.mark.parametrize("name", ["efficientnet-lite0-57934424.pth", "resnet50-0676ba61.pth"])
+def test_a_file_that_is_not_what_its_name_promises_is_refused(name: str, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"not the one that its name promises: its SHA-256 is .*download it again"):
+        read_tensors(tmp_path / name)
+    digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+    kept = (tmp_path / name).rename(tmp_path / f"own-{digest[:8]}.pth")
+    assert read_tensors(kept).keys() == {"a"}
