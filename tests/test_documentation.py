@@ -31,7 +31,13 @@ from slrnet.recipes import get_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *PAGES]
+TEXTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    ROOT / "deploy" / "kubernetes" / "README.md",
+    *PAGES,
+]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 # The files of which a shell asks for completions.
 SCRIPTS = [
@@ -42,7 +48,10 @@ SCRIPTS = [
 # Programs that are not ours, and why their lines are not tried here.
 FOREIGN = {
     "aws": "needs an account",
-    "ray": "starts, stops or asks a cluster; what it submits is checked, and tests/ray_jobs/test_cluster.py submits",
+    "docker": "needs Docker; tests/deploy checks the Dockerfile",
+    "helm": "needs a cluster",
+    "kubectl": "needs a cluster; tests/deploy checks what it applies",
+    "sbatch": "needs Slurm; what it runs is checked, and tests/deploy/test_slurm.py runs the script",
     "mlflow": "a server that does not end; tests/slrnet/training/test_tracking.py starts one",
     "make": "its targets are checked; tests/test_repository.py has the Makefile's own tests",
     "eval": "changes the shell",
@@ -88,8 +97,14 @@ def test_every_block_says_what_it_is() -> None:
 @pytest.mark.parametrize(("file", "words"), commands(), ids=lambda value: value if isinstance(value, str) else "")
 def test_commands_are_accepted(file: str, words: list[str]) -> None:
     program = words[0].removeprefix(".venv/bin/")
-    if program == "ray" and "--" in words:
+    if program == "ray":
+        accepted_by_ray(words[1:])
+        if "--" not in words:
+            return
         words = words[words.index("--") + 1 :]
+        program = words[0]
+    if program == "sbatch":
+        words = words[words.index("deploy/slurm.sh") + 1 :]
         program = words[0]
     if program == "slrnet":
         arguments = words[1:]
@@ -109,6 +124,45 @@ def test_commands_are_accepted(file: str, words: list[str]) -> None:
     options = parse(arguments[: arguments.index(">")] if ">" in arguments else arguments)
     if getattr(options, "recipe", None):
         apply_overrides(get_recipe(options.recipe), options.set)
+
+
+def accepted_by_ray(words: list[str]) -> None:
+    """Ray's own parser takes these words of a `ray` command; nothing is run."""
+    from ray.scripts.scripts import cli
+
+    command: Any = cli
+    while hasattr(command, "commands"):
+        assert words[0] in command.commands, words
+        command, words = command.commands[words[0]], words[1:]
+    command.make_context(command.name, [word for word in words if word not in (">", "/dev/null")])
+
+
+def ray_commands_of_deploy() -> list[str]:
+    """What the cluster's files run of Ray's, and what cluster.yaml's comments advise; a 1 for each variable."""
+    text = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+    cluster = yaml.safe_load(text)
+    runs = [line for name in ("head_start", "worker_start") for line in cluster[f"{name}_ray_commands"]]
+    job = yaml.safe_load((ROOT / "deploy/kubernetes/base/rayjob.yaml").read_text(encoding="utf-8"))["spec"]
+    groups = [job["rayClusterSpec"]["headGroupSpec"], *job["rayClusterSpec"]["workerGroupSpecs"]]
+    runs += [f"ray start {' '.join(f'--{k}={v}' for k, v in group['rayStartParams'].items())}" for group in groups]
+    comments = re.sub(r" \\\n#\s+", " ", "\n".join(line for line in text.splitlines() if line.startswith("#")))
+    script = (ROOT / "deploy/slurm.sh").read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"\bray (?:up|down|dashboard|job|start|stop|get-auth-token|health-check) ?[^\n>&;']*", script)
+    found += re.findall(r"^# +\d\. (ray [a-z].*?)(?:  .*)?$", comments, re.MULTILINE)
+    found += [match.group() for line in runs for match in [re.search(r"\bray (?:start|stop)[^>]*", line)] if match]
+    return [re.sub(r'"?\$\w+"?', "1", line) for line in found]
+
+
+@pytest.mark.parametrize("line", ray_commands_of_deploy())
+def test_commands_of_the_clusters_files_are_accepted(line: str) -> None:
+    accepted_by_ray(shlex.split(line)[1:])
+
+
+def test_a_ray_command_that_does_not_exist_is_found() -> None:
+    import click
+
+    with pytest.raises(click.UsageError, match="use-internal-ip"):
+        accepted_by_ray(["get-head-ip", "--use-internal-ip", "cluster.yaml"])
 
 
 @cache

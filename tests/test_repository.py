@@ -70,6 +70,7 @@ PACKAGES = {
     "segmentation_models_pytorch": "segmentation-models-pytorch",
 }
 TEXTS = {".py", ".md", ".toml", ".yaml", ".yml", ".txt", ".cfg", ".sh", ".json"}
+FILES = {"Makefile", "Dockerfile", "run", ".gitignore", ".rayignore", ".dockerignore"}
 Rule = Callable[[Path], list[str]]
 
 
@@ -84,7 +85,10 @@ def texts(root: Path) -> Iterator[tuple[str, str]]:
     folders = [root / name for name in (*CODE, "tests", "deploy", "docs", ".ci")]
     paths = [*root.iterdir(), *(path for folder in folders if folder.is_dir() for path in folder.rglob("*"))]
     for path in sorted(paths):
-        if path.is_file() and (path.suffix in TEXTS or path.name in {"Makefile", "run", ".gitignore", ".rayignore"}):
+        if path.is_file() and (
+            path.suffix in TEXTS
+            or path.name in {"Makefile", "Dockerfile", "run", ".gitignore", ".rayignore", ".dockerignore"}
+        ):
             yield path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
 
 
@@ -562,13 +566,6 @@ class TestClusterFile:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**cluster, "max_workers": "four"}, schema)
 
-    def test_images_have_the_tested_ray_and_python(self, cluster: dict[str, object]) -> None:
-        docker = cluster["docker"]
-        assert isinstance(docker, dict)
-        expected = f"rayproject/ray:{constraints(ROOT)['ray']}-py311-"
-        assert docker["head_image"] == expected + "cpu"
-        assert re.fullmatch(re.escape(expected) + r"cu12\d", docker["worker_image"])
-
     def test_token_authentication_is_on(self, cluster: dict[str, object]) -> None:
         docker, mounts = cluster["docker"], cluster["file_mounts"]
         assert isinstance(docker, dict)
@@ -582,12 +579,6 @@ class TestClusterFile:
         assert "InstanceMarketOptions" not in types["head"]["node_config"]
         assert types["gpu_worker"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
         assert cluster["head_node_type"] == "head"
-
-    def test_values_to_set_are_marked(self) -> None:
-        lines = (ROOT / "cluster.yaml").read_text().splitlines()
-        unset = [line for line in lines if "ami-SET" in line or line.strip().startswith("region:")]
-        assert len(unset) == 3
-        assert all("# SET: " in line for line in unset)
 
 
 def make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
