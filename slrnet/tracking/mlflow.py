@@ -340,7 +340,8 @@ def watch_node(handle: RunHandle, node: str) -> Callable[[], None]:
 
     monitor = SystemMetricsMonitor(handle.run_id, resume_logging=True, tracking_uri=handle.uri)
     monitor.start()
-    return monitor.finish
+    finish: Callable[[], None] = monitor.finish
+    return finish
 
 
 def log_onnx_model(handle: RunHandle, name: str, file: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -246,3 +247,42 @@ class TestImage:
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())
         packages = {name.removesuffix("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
         assert packages <= set(re.findall(r"slrnet-src/(\w+)$", self.TEXT, re.MULTILINE))
+
+    PIP = tuple(re.findall(r"pip (install [^&\n]*)", TEXT))
+
+    @pytest.mark.parametrize("line", PIP)
+    def test_its_installations_are_commands_of_pip(self, line: str) -> None:
+        from pip._internal.commands import create_command
+
+        options, named = create_command("install").parse_args(shlex.split(line)[1:])
+        assert (options.require_hashes, options.requirements) == (not named, [] if named else ["requirements.lock"])
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(
+        "SLRNET_TEST_IMAGE" not in os.environ, reason="downloads several GB; SLRNET_TEST_IMAGE=1 runs it"
+    )
+    def test_its_installations_work(self, tmp_path: Path) -> None:
+        """In a fresh environment of this machine's Python, where the image has Ubuntu's."""
+        source = tmp_path / "slrnet-src"
+        source.mkdir()
+        for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE", "slrnet", "data_prep", "ray_jobs"):
+            (source / name).symlink_to(ROOT / name)
+        (tmp_path / "requirements.lock").symlink_to(ROOT / "requirements.lock")
+        subprocess.run([sys.executable, "-m", "venv", "venv"], cwd=tmp_path, check=True)
+        for line in self.PIP:
+            subprocess.run(["venv/bin/pip", *shlex.split(line)], cwd=tmp_path, check=True)
+        assert subprocess.run(["venv/bin/slrnet", "--help"], cwd=tmp_path, check=False).returncode == 0
+
+    def test_every_package_has_hashes_and_the_tested_version(self) -> None:
+        lock = (ROOT / "requirements.lock").read_text()
+        tested = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+        locked = re.findall(r"^([\w.-]+)==([^\s;]+)[^\n]*\\\n    --hash=sha256:[0-9a-f]{64}", lock, re.MULTILINE)
+        assert len(locked) == len(re.findall(r"^[\w.-]+==", lock, re.MULTILINE)) > 100
+        assert {name: version for name, version in locked if tested.get(name, version) != version} == {}
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        wanted = [*(ROOT / "requirements.txt").read_text().splitlines()]
+        wanted += [
+            text for extra in ("aws", "crf", "coco", "distill") for text in project["optional-dependencies"][extra]
+        ]
+        names = {re.split(r"[^\w.-]", text)[0].lower() for text in wanted if text and not text.startswith("#")}
+        assert names <= {name for name, _ in locked}
