@@ -28,8 +28,9 @@ $(STAMP): requirements.txt constraints.txt pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@: > .venv/install.log; $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,app,aws,crf,coco,distill,docs,export,heic,tiff,xlsx]' > .venv/install.log 2>&1 \
 	    & pip=$$!; trap "kill $$pip 2>/dev/null || true" INT TERM; \
-	    tail --pid=$$pip -n +1 -f .venv/install.log 2>/dev/null \
-	    | sed -u -n -E 's/^(Collecting [A-Za-z0-9._-]+).*/  \1/p; s/^(Building|Preparing|Installing collected packages).*/  \1/p'; \
+	    tail --pid=$$pip -n +1 -f .venv/install.log 2>/dev/null | { n=0; while read -r word line; do case $$word in \
+	        Collecting) ((++n % 25)) || echo "  $$n packages found";; Building) echo "  building $$line";; \
+	        Installing) echo "  installing $$n packages";; esac; done; }; \
 	    wait $$pip || { echo "the installation failed; its last lines (all of it: .venv/install.log):" >&2; tail -n 25 .venv/install.log >&2; exit 1; }
 	@touch $@
 
