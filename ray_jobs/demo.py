@@ -26,7 +26,10 @@ from slrnet.storage.shown import say
 from slrnet.tracking.provenance import environment_tags
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNS = ROOT / "runs"
+CHECKOUT = (ROOT / "pyproject.toml").is_file()
+"""Whether this is a checkout, which Ray gets a copy of; an installed package is there already."""
+HOME = ROOT if CHECKOUT else Path.cwd()
+RUNS = HOME / "runs"
 WORKER_PORTS = ("--min-worker-port=0", "--max-worker-port=0")
 """Use any free ports: another cluster on this machine may use the default range."""
 START_LIMIT = 180.0
@@ -35,13 +38,13 @@ START_LIMIT = 180.0
 
 def run_demo(options: list[str]) -> int:
     """Run the demo with further options of ray_jobs/train.py; returns 0, or 1 if the job failed."""
-    if not (ROOT / "pyproject.toml").is_file():
-        raise ValueError("the demo submits a checkout to Ray, and this is not one; try `slrnet train --num-workers 0`")
     started = time.monotonic()
     name = f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
-    command = ["python", "ray_jobs/train.py", "--name", name, "--storage", str(RUNS), *options]
+    upload = ["--working-dir", "."] if CHECKOUT else []
+    program = ["python", "ray_jobs/train.py"] if CHECKOUT else [sys.executable, "-m", "slrnet", "train"]
     with local_cluster() as (address, environment):
-        job = ["ray", "job", "submit", "--address", address, "--working-dir", ".", "--", *command]
+        job = ["ray", "job", "submit", "--address", address, *upload, "--", *program, "--name", name]
+        job += ["--storage", str(RUNS), *options]
         say("$ " + " ".join(job))
         code = run(job, environment)
     if code:
@@ -85,7 +88,7 @@ def local_cluster(*options: str, port: int | None = None) -> Iterator[tuple[str,
     say("starting a local Ray cluster with token authentication")
     with (folder / "head.log").open("w") as log:
         head = subprocess.Popen(
-            command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            command, env=environment, cwd=HOME, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             wait_for(f"http://127.0.0.1:{dashboard}", token, head, folder / "head.log")
@@ -97,7 +100,7 @@ def local_cluster(*options: str, port: int | None = None) -> Iterator[tuple[str,
 
 def run(command: list[str], environment: dict[str, str]) -> int:
     """Runs a command in the project's root, its output passed on; ends it with this process."""
-    process = subprocess.Popen(command, env=environment, cwd=ROOT)
+    process = subprocess.Popen(command, env=environment, cwd=HOME)
     try:
         return process.wait()
     except KeyboardInterrupt:
@@ -161,7 +164,7 @@ def conclude(name: str) -> None:
     for path in history:
         say(f"pseudo labels of training images, epoch by epoch: {path}")
     python = Path(sys.executable)
-    shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
+    shown = python.relative_to(HOME) if python.is_relative_to(HOME) else python
     say(f"MLflow page: {shown} -m slrnet dashboard --storage {RUNS}")
     say(f"masks of your own images, in a page: {shown} -m slrnet app {RUNS / name}")
 

@@ -383,7 +383,7 @@ def profile(options: argparse.Namespace) -> None:
     interrupted="interrupted; nothing is left running",
 )
 def demo(options: argparse.Namespace) -> int:
-    """Try everything on this machine: `slrnet demo` in a checkout; `make demo` runs it.
+    """Try everything on this machine: `slrnet demo`; `make demo` runs it.
 
     Starts a private Ray cluster, trains on the embedded data through a submitted job, and shows scores and a picture.
     The cluster listens on loopback only, with a token of its own, and stops at the end, also after Ctrl-C.
