@@ -89,7 +89,8 @@ _run_name = checked(check_run_name)
 def _trains(recipe: str) -> Callable[[Run], Argument]:
     """The arguments of a command that trains; `recipe` when none is named."""
     names = f"named configuration (default: {recipe}): {', '.join(RECIPES)}"
-    data = "folder with shards from `slrnet prepare`, or its s3:// or gs:// location (default: the embedded demo data)"
+    data = "folder with shards from `slrnet prepare`, or its s3:// or gs:// location; or a folder of images in folders "
+    data += "by class, or with a table labels.csv beside them (default: the embedded demo data)"
     return command(
         one_of(
             option("--recipe", metavar="NAME", help=names),
@@ -469,7 +470,7 @@ def _configure(options: argparse.Namespace) -> Config:
         config = resume_config(storage, options.resume, remote=remote)
     else:
         config = load_config(options.config) if options.config else get_recipe(options.recipe or options.default_recipe)
-    data = [f"data.path={options.data}"] if options.data else []
+    data = [f"data.path={_shards(options.data, storage, remote)}"] if options.data else []
     config = apply_overrides(config, [*data, *options.set, *_tracking(options)])
     _check_store(config, options, storage)
     if not config.data.path:
@@ -477,6 +478,14 @@ def _configure(options: argparse.Namespace) -> Config:
 
         config = apply_overrides(config, [f"data.path={demo_data(storage)}"])
     return config
+
+
+def _shards(data: str, storage: Path, remote: str) -> str:
+    """The folder of shards that --data means: itself, or what is made of a folder of images with labels."""
+    from data_prep.own_folder import shards_of, understood
+
+    given = None if remote or "://" in data else understood(Path(data))
+    return data if given is None else str(shards_of(Path(data), given, storage))
 
 
 def _launch(options: argparse.Namespace, config: Config) -> None:
@@ -516,7 +525,7 @@ def _tracking(options: argparse.Namespace) -> list[str]:
 
 def _plan(options: argparse.Namespace) -> SweepPlan:
     config = load_config(options.config) if options.config else get_recipe(options.recipe)
-    data = [f"data.path={options.data}"] if options.data else []
+    data = [f"data.path={_shards(options.data, *_places(options.storage))}"] if options.data else []
     config = apply_overrides(config, [*data, *options.set, *_tracking(options)])
     if not config.data.path:
         raise ValueError("give --data DIR, a folder with shards; `slrnet prepare demo --out DIR` makes one to try with")
