@@ -405,6 +405,7 @@ def contact_sheet(shard_set: ShardSet, name: str, *, number: int, seed: int = 0)
             masks.append(np.asarray(mask.resize(small.size, Image.Resampling.NEAREST)))
             overlay = draw_overlay(np.asarray(small), masks[-1], info.palette_array())
             tiles.append(Tile(np.asarray(overlay), caption))
+    tiles = tiles or [Tile(np.full((_TILE, _TILE, 3), 255, dtype=np.uint8), "no sample can be read")]
     rows = [tiles[start : start + 2 * _COLUMNS] for start in range(0, len(tiles), 2 * _COLUMNS)]
     return draw_grid(rows, legend=class_legend(masks, info.palette_array(), names))
 
@@ -443,6 +444,7 @@ def browse(folder: Path, out: Path, *, samples: int, masks: int, seed: int, dupl
     damaged = {(one.shard, one.key): one.reason for one in (*images.damaged, *(s for x in surveys for s in x.damaged))}
     if damaged:
         lines = [f"  {shard}: {key}: {reason}" for (shard, key), reason in damaged.items()]
+        text = text.removesuffix("no warnings\n")
         text += f"damaged: {len(damaged)} samples cannot be read and are left out above; {_advice(shard_set)}:\n"
         text += "".join(f"{printable(line)}\n" for line in lines)
     sheets = {f"{name}.jpg": contact_sheet(shard_set, name, number=samples, seed=seed) for name in shard_set.splits}
