@@ -28,6 +28,7 @@ from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, SampleRow, load
 from slrnet.data.tars import ShardWriter, tar_end, tar_members
 from slrnet.storage.files import check_writable
 from slrnet.storage.folders import whole_folder
+from slrnet.storage.lease import beside, owned
 from slrnet.storage.names import check_name
 from slrnet.storage.ray_job import lasting
 
@@ -140,7 +141,7 @@ def write_dataset(
     """
     target = check_output(out)
     plan = deal(samples, len(classes), samples_per_shard=samples_per_shard, shards=shards, seed=seed)
-    with whole_folder(target) as folder:
+    with owned(beside(target), f"output folder {target}"), whole_folder(check_output(target)) as folder:
         write, weights = partial(_write_shard, folder, encode), [len(members) for _, members in plan]
         parts = (workers or ConversionPool(1)).map(write, plan, weights=weights, label="writing")
         return save_dataset(folder, parts, name=name, classes=classes, palette=palette, made_by=made_by, depth=depth)

@@ -204,6 +204,9 @@ class ModelConfig(_Section):
     """Number of encoder stages, from the image on, whose weights do not train."""
     freeze_batch_norm: bool = True
     """Encoder batch norms keep their ImageNet statistics and affine parameters."""
+    sync_batch_norm: bool = True
+    """Batch norms that train measure the images of all workers, so that their number does not change the training. Off:
+    each worker's own (released code, on 2 GPUs). The paper does not say. Within `train.accumulation`, each pass."""
     decoder_dim: PositiveInt = 256
     """Channels of the ASPP output, the fused features and the decoder."""
     skip_dim: PositiveInt = 48
@@ -323,7 +326,8 @@ class WeightsConfig(_Section):
     these losses also take the place of the classification loss (tools/train_voc_semi.py)."""
     pixel_mean: NonNegativeFloat = 0.0
     """Factor, in addition to lambda_seg, on these losses' mean over the samples with masks instead of the whole batch,
-    added to the above. The paper has none; the released training has 1 (tools/train_voc_semi.py)."""
+    added to the above. The paper has none; the released training has 1 (tools/train_voc_semi.py). As there, each worker
+    takes the mean over its own samples, so with it the number of workers changes the training."""
     classification: NonNegativeFloat = 1.0
     """lambda_cls."""
     consistency: NonNegativeFloat = 4.0
@@ -379,8 +383,11 @@ class TrainConfig(_Section):
     ema: FractionBelowOne = 0.0
     """Decay of a moving average of weights and buffers over the optimizer steps; 0: none. Step n takes at most
     (n - 1) / (n + 9) of the old average. Validation, the best checkpoint and all predictions then use the average."""
-    checkpoint_every: NonNegativeInt = 200
-    """Optimizer steps between checkpoints, counted over all epochs; 0: none but those at the end of each epoch."""
+    checkpoint_minutes: NonNegativeFloat = 10.0
+    """Minutes after which a checkpoint is written within an epoch, measured on rank 0; 0: none by time."""
+    checkpoint_every: NonNegativeInt = 0
+    """Optimizer steps between checkpoints within epochs, counted over all of them; 0: none by steps. Each epoch also
+    ends with one."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -23,7 +23,7 @@ _STRIDE_16: dict[str, Any] = {"output_stride": 16, "aspp_dilations": (6, 12, 18)
 _RELEASED: dict[str, dict[str, Any]] = {
     "data": {"crop_filter": "bicubic"},
     "views": {"flip": False, "own_color": False, "sizes": "truncated", "unwarp": "probs"},
-    "model": {"bias_start": "default", "auxiliary_views": "first"},
+    "model": {"bias_start": "default", "auxiliary_views": "first", "sync_batch_norm": False},
     "cvlr": {"form": "released", "start": "default"},
     "calibration": {"fusion": "probs", "refine_image": "distorted"},
     "losses": {"mask_consistency": "probs", "code_consistency": "maximum", "class_divisor": "data"},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slrnet.storage.folders import mark_folder, remove_folder, whole_folder
+from slrnet.storage.lease import LEASE
 from slrnet.storage.remote import RemoteError, cached, copy_from, filesystem_of, is_remote, locked, patiently
 from slrnet.storage.shown import logger_of
 
@@ -55,6 +56,10 @@ class RunStore:
         stored = patiently(self.location, self._stored)
         return sorted(name for name, whole in stored.items() if whole)
 
+    def exists(self) -> bool:
+        """Whether a run was started there, with or without a checkpoint."""
+        return CONFIG in patiently(self.location, lambda: self._files(""))
+
     def start(self) -> None:
         """Makes room for a new run, also on this machine.
 
@@ -63,7 +68,7 @@ class RunStore:
             ValueError: the folder on this machine holds something else.
         """
         name = self.location.rpartition("/")[2]
-        if patiently(self.location, lambda: self._files("", recursive=True)):
+        if set(patiently(self.location, lambda: self._files("", recursive=True))) - {LEASE}:
             raise RemoteError(
                 f"run {self.location} exists; continue that run with --resume {name}, or choose another --name"
             )
@@ -75,9 +80,7 @@ class RunStore:
         wanted = self.checkpoints() if names is None else names
         mark_folder(self.folder)
         with locked(self.folder / "run"):
-            for path in (self.folder / "checkpoints").glob("checkpoint-*"):
-                if path.name not in wanted:
-                    remove_folder(path, within=self.folder, own=FILES)
+            self._remove_except(wanted)
             for name in wanted:
                 target = self.folder / "checkpoints" / name
                 fetch_checkpoint(f"{self.location}/checkpoints/{name}", target)
@@ -85,6 +88,14 @@ class RunStore:
             if CONFIG in patiently(self.location, lambda: self._files("")):
                 copy_from(f"{self.location}/{CONFIG}", self.folder / CONFIG)
             self._fetch_logs()
+
+    def fetch_one(self, name: str) -> None:
+        """Copies a checkpoint to this machine, which may be rank 0's; others that are in the store may stay here."""
+        stored = self.checkpoints()
+        mark_folder(self.folder)
+        with locked(self.folder / "run"):
+            self._remove_except(stored)
+            fetch_checkpoint(f"{self.location}/checkpoints/{name}", self.folder / "checkpoints" / name)
 
     def fetch_logs(self) -> None:
         """Copies the logs of ranks on other nodes to this machine; does not raise."""
@@ -110,6 +121,11 @@ class RunStore:
             self.upload(checkpoints=False)
         except OSError as error:
             _log.warning("log and pictures cannot be copied to %s: %s", self.location, error)
+
+    def _remove_except(self, names: Sequence[str]) -> None:
+        for path in (self.folder / "checkpoints").glob("checkpoint-*"):
+            if path.name not in names:
+                remove_folder(path, within=self.folder, own=FILES)
 
     def _upload_checkpoints(self) -> None:
         ours = {path.parent for path in (self.folder / "checkpoints").glob(f"checkpoint-*/{STATE}")}

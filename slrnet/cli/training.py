@@ -110,6 +110,7 @@ def _trains(recipe: str) -> Callable[[Run], Argument]:
                 help="continue the run of that name from its last checkpoint",
             ),
         ),
+        option("--resume-if-exists", action="store_true", help="with --name: continue that run if there is one"),
         partial(add_storage, remote=True),
         default_recipe=recipe,
         interrupted="interrupted; continue the training with --resume NAME",
@@ -462,10 +463,14 @@ def _configure(options: argparse.Namespace) -> Config:
     Raises:
         ValueError: a recipe, setting, file or run does not exist or does not fit.
     """
-    from slrnet.launch.checks import resume_config
+    from slrnet.launch.checks import resume_config, run_exists
 
     storage, remote = _places(options.storage)
     check_writable(storage, folder=True)
+    if options.resume_if_exists and not options.name:
+        raise ValueError("--resume-if-exists continues the run of a name; give --name NAME")
+    if options.resume_if_exists and run_exists(storage, options.name, remote=remote):
+        options.resume = options.name
     if options.resume and not (options.recipe or options.config):
         config = resume_config(storage, options.resume, remote=remote)
     else:
@@ -491,11 +496,13 @@ def _shards(data: str, storage: Path, remote: str) -> str:
 def _launch(options: argparse.Namespace, config: Config) -> None:
     """Train with a configuration, and print the scores and where the results are."""
     from slrnet.launch.train import LaunchOptions, launch
+    from slrnet.storage.lease import BEAT, LAPSE
     from slrnet.tracking.summary import quality_table
 
     storage, remote = _places(options.storage)
     name = options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     named = {"name": name, "storage": storage, "remote": remote, "resume": bool(options.resume)}
+    named["lease_patience"] = LAPSE + BEAT if options.resume_if_exists else 0.0
     result = launch(config, LaunchOptions(**_fields_of(LaunchOptions, options) | named))
     say(f"\nbest checkpoint, epoch {result.state.epoch}: {result.best}")
     say(quality_table(result.state.metrics, result.state.classes))

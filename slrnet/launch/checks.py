@@ -14,12 +14,21 @@ from slrnet.data.class_balance import ClassLists, shares, table
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.data.supervision import Supervision, supervision_of
 from slrnet.storage.folders import MARK
+from slrnet.storage.lease import LEASE, require_free
 from slrnet.storage.names import check_run_name
 from slrnet.storage.ray_job import lasting
 from slrnet.storage.remote import is_remote
 
 # The network and the trainer are imported where they are used: Ray's controller reads this module and needs neither.
-__all__ = ["balance_table", "check_folder", "check_run", "checkpoint_bytes", "resume_config", "with_absolute_paths"]
+__all__ = [
+    "balance_table",
+    "batch_notes",
+    "check_folder",
+    "check_run",
+    "checkpoint_bytes",
+    "resume_config",
+    "with_absolute_paths",
+]
 
 
 def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
@@ -29,13 +38,23 @@ def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
 
     Raises:
         CheckpointError: there is no such run.
+        HeldError: another process works in the run's place in the object store.
         RemoteError: the object store does not answer or refuses.
     """
     check_run_name(name)
     if remote:
-        RunStore(f"{remote.rstrip('/')}/{name}", storage / name).fetch()
+        location = f"{remote.rstrip('/')}/{name}"
+        require_free(f"{location}/{LEASE}", f"run folder {location}")  # before this machine's copy changes
+        RunStore(location, storage / name).fetch()
     last = check_folder(storage / name, resume=True)
     return load_config(storage / name / CONFIG) if last is None else load_checkpoint(last).config
+
+
+def run_exists(storage: Path, name: str, *, remote: str = "") -> bool:
+    """Whether `resume_config` finds a run of that name."""
+    if remote:
+        return RunStore(f"{remote.rstrip('/')}/{name}", storage / name).exists()
+    return (storage / name / CONFIG).exists() or find_checkpoint(storage / name / "checkpoints") is not None
 
 
 def check_folder(folder: Path, *, resume: bool) -> Path | None:
@@ -51,7 +70,7 @@ def check_folder(folder: Path, *, resume: bool) -> Path | None:
         raise CheckpointError(
             f"there is no run {folder.name!r} in {folder.parent} to resume; {known}; start it with --name"
         )
-    if not resume and folder.exists() and any(path.name != MARK for path in folder.iterdir()):
+    if not resume and folder.exists() and any(path.name not in (MARK, LEASE) for path in folder.iterdir()):
         raise CheckpointError(
             f"run folder {folder} exists; continue that run with --resume {folder.name}, or choose another --name"
         )
@@ -96,6 +115,26 @@ def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
             f"train.batch_size {config.train.batch_size}; use a batch of {supervision.draws} or less"
         )
     return supervision
+
+
+def batch_notes(config: Config, most_workers: int) -> list[str]:
+    """Lines about what batch norms do not measure: anything less than the global batch changes the training."""
+    train, shared = config.train, config.model.sync_batch_norm
+    notes = []
+    if most_workers > 1 and not shared:
+        notes.append(
+            f"model.sync_batch_norm=false: the batch norms of each worker measure its own images, about "
+            f"{train.batch_size / most_workers:g} of {train.batch_size} with {most_workers} workers, so the number of "
+            "workers changes the training"
+        )
+    if train.accumulation > 1:
+        share = train.batch_size / train.accumulation / (1 if shared else most_workers)
+        notes.append(
+            f"train.accumulation={train.accumulation}: batch norms measure about {share:g} images at a time instead of "
+            f"the whole batch of {train.batch_size}, which changes the training; more workers share the memory of a "
+            "batch without that"
+        )
+    return notes
 
 
 def _check_splits(config: Config, shards: ShardSet) -> None:

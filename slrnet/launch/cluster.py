@@ -6,14 +6,23 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slrnet.storage import shown
 
-__all__ = ["ClusterError", "WorkerPlan", "WorkerRequest", "await_lost_nodes", "cluster_resources"]
+__all__ = [
+    "ClusterError",
+    "WorkerPlan",
+    "WorkerRequest",
+    "await_lost_nodes",
+    "cluster_nodes",
+    "cluster_resources",
+    "largest_share",
+    "workers_that_fit",
+]
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 LOOK_EVERY = 5.0
@@ -64,6 +73,27 @@ def cluster_resources() -> tuple[int, int]:
     return int(have.get("CPU", 0)), int(have.get("GPU", 0))
 
 
+def cluster_nodes() -> list[tuple[int, int]]:
+    """CPU cores and GPUs of each node of the Ray cluster; see `cluster_resources`."""
+    import ray
+
+    cluster_resources()  # connects
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(int(have.get("CPU", 0)), int(have.get("GPU", 0))) for have in nodes]
+
+
+def workers_that_fit(nodes: Sequence[tuple[int, int]], cpus: int, *, gpu: bool) -> int:
+    """How many workers of `cpus` cores, each with a GPU if `gpu`, the nodes hold; a worker lies on one node."""
+    return sum(min(cores // cpus, gpus if gpu else cores) for cores, gpus in nodes)
+
+
+def largest_share(nodes: Sequence[tuple[int, int]], count: int, *, gpu: bool) -> int:
+    """The most cores, and at least 1, that each of `count` workers can have."""
+    cores = max((cores for cores, _ in nodes), default=0)
+    shares = (share for share in range(cores, 1, -1) if workers_that_fit(nodes, share, gpu=gpu) >= count)
+    return next(shares, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerRequest:
     """The processes that a run asks for."""
@@ -72,7 +102,7 @@ class WorkerRequest:
     """Training processes; 0 trains in this process without Ray; a pair: the fewest and the most, as many as the cluster
     has room for at the time; None: one per GPU of the cluster, else 1."""
     cpus_per_worker: int | None = None
-    """CPU cores per worker; None: an equal share of the cluster's."""
+    """CPU cores per worker; None: as many as all of them can have, each on one node."""
     cpu_only: bool = False
     """Use no GPUs."""
     wait_minutes: float = 0.0
@@ -103,12 +133,13 @@ class WorkerRequest:
                 f"{least} workers with a GPU each were asked for, the cluster has {have_gpus} GPUs and {have_cpus} "
                 f"CPUs; lower --num-workers to {have_gpus}, add nodes, or wait for them with --wait-for-nodes"
             )
-        share = cpus or max(1, have_cpus // (min(most, have_gpus) if gpu else most))
-        if least * share > have_cpus:
+        nodes = cluster_nodes()
+        share = cpus or largest_share(nodes, min(most, have_gpus) if gpu else most, gpu=gpu)
+        if workers_that_fit(nodes, share, gpu=gpu) < least:
             raise ClusterError(
                 f"{least} workers with {share} CPUs each were asked for, the cluster has {have_cpus} CPUs and "
-                f"{have_gpus} GPUs; lower --num-workers or --cpus-per-worker, add nodes, or wait for them with "
-                "--wait-for-nodes"
+                f"{have_gpus} GPUs on {len(nodes)} node(s), {max(cores for cores, _ in nodes)} CPUs at most on one; "
+                "lower --num-workers or --cpus-per-worker, add nodes, or wait for them with --wait-for-nodes"
             )
         return WorkerPlan(least=least, most=most, cpus=share, gpu=gpu)
 
@@ -124,7 +155,7 @@ class WorkerRequest:
         try:
             while True:
                 have_cpus, have_gpus = cluster_resources()
-                if have_cpus >= least * cpus and (have_gpus >= least or not gpu):
+                if workers_that_fit(cluster_nodes(), cpus, gpu=gpu) >= least:
                     return
                 now = time.monotonic()
                 has = f"the cluster has {have_cpus} CPUs and {have_gpus} GPUs"

@@ -44,6 +44,7 @@ from slrnet.launch.prediction import Mask, MaskJob, MaskPredictor, PredictedMask
 from slrnet.models.deeplab import require_deeplab
 from slrnet.storage.files import read_json, sha256_of, write_json, written_whole
 from slrnet.storage.folders import mark_folder, remove_folder
+from slrnet.storage.lease import beside, owned
 from slrnet.storage.shown import say
 from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.provenance import environment_tags
@@ -77,7 +78,7 @@ def launch_pseudo_labels(job: MaskJob, out: Path, *, request: WorkerRequest = IN
 
     Raises:
         ValueError: the protocol gates by image labels that samples lack, `out` or the unfinished work belongs to
-            another job, or the cluster has too few resources.
+            another job, another process works on it, or the cluster has too few resources.
         TrainingError: a worker failed.
     """
     _check_labels(job)
@@ -88,6 +89,20 @@ def launch_pseudo_labels(job: MaskJob, out: Path, *, request: WorkerRequest = IN
         "void_below": job.config.inference.void_below,
     }
     out = out.expanduser().resolve()
+    with owned(beside(out), f"output folder {out}"):
+        record = _label_all(job, out, described, request)
+    figures = {
+        metric_key("pseudo_label", split, f"{name}_{protocol}"): value
+        for split, protocols in record["quality"].items()
+        for protocol, quality in protocols.items()
+        for name, value in quality["metrics"].items()
+        if "/" not in name
+    }
+    return record | {"mlflow": track_figures(job.checkpoint, figures)}
+
+
+def _label_all(job: MaskJob, out: Path, described: dict[str, Any], request: WorkerRequest) -> dict[str, Any]:
+    """Labels what is missing in a folder that this process holds; returns its record."""
     record = read_record(out)
     if record is None:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -109,14 +124,7 @@ def launch_pseudo_labels(job: MaskJob, out: Path, *, request: WorkerRequest = IN
         difference = _differences(record["job"], described)
         raise ValueError(f"{out} holds other pseudo masks ({difference}); choose another --out")
     remove_folder(out / WORK, within=out)
-    figures = {
-        metric_key("pseudo_label", split, f"{name}_{protocol}"): value
-        for split, protocols in record["quality"].items()
-        for protocol, quality in protocols.items()
-        for name, value in quality["metrics"].items()
-        if "/" not in name
-    }
-    return record | {"mlflow": track_figures(job.checkpoint, figures)}
+    return record
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -13,12 +13,13 @@ from typing import Any
 from slrnet.checkpoints.run_store import RunStore, run_folder
 from slrnet.config import config_from_dict
 from slrnet.data.manifest import load_dataset
-from slrnet.distributed.process import Process, gather_over_ranks
+from slrnet.distributed.process import Process
 from slrnet.distributed.watchdog import Hang, Watchdog, dump_stacks, shared_store
 from slrnet.storage.shown import say
 from slrnet.tracking.mlflow import MlflowTracker, watch_node
 from slrnet.tracking.protocol import NullTracker, RunHandle
 from slrnet.tracking.run_log import RunLog
+from slrnet.training.requests import Requests
 
 __all__ = ["HANG_EXIT_CODE", "Job", "Report", "train_rank"]
 
@@ -27,10 +28,16 @@ class Report:
     """Takes a job's metrics and announces preemption; this one, for a single process, does neither.
 
     Every worker must call both equally often.
+
+    Args:
+        requests: what others may ask of the job; None: nothing.
     """
 
-    def __call__(self, metrics: Mapping[str, float]) -> None:
-        """Takes metrics."""
+    def __init__(self, requests: Requests | None = None) -> None:
+        self.requests = requests or Requests()
+
+    def __call__(self, metrics: Mapping[str, float], *, checkpoint: str = "") -> None:
+        """Takes metrics, and where the checkpoint that has them is; "" without one."""
 
     def notice(self) -> str:
         """Says why the workers may be stopped soon; "" otherwise."""
@@ -76,9 +83,14 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
         kind: type[RunListener] = OperatorListener if _on_ray() else RunListener
         listener = kind(config, shards.info, process=process, folder=folder, **parts)
         trainer = Trainer(config, shards, process=process, folder=folder, listener=listener, upload=upload)
-        trainer.resume()
+        trainer.resume(lambda name: None if store is None else store.fetch_one(name))
         log.write("start", step=trainer.state.step, world_size=process.world_size)
-        trainer.fit(report=report, notice=report.notice, until=values["until"])
+        place = f"{values['location'] or folder}/checkpoints"
+
+        def tell(metrics: Mapping[str, float]) -> None:
+            report(metrics, checkpoint=f"{place}/{trainer.state.name}")
+
+        trainer.fit(report=tell, notice=report.notice, requests=report.requests, until=values["until"])
         tracker.drain()
     except Exception as error:
         position, message = watchdog.position, " ".join(str(error).split())[:2000]
@@ -98,11 +110,12 @@ def _on_ray() -> bool:
 
 
 def _open_store(location: str, process: Process) -> RunStore | None:
-    """The run's place in an object store; all ranks copy the checkpoints that rank 0 sees to their nodes."""
+    """The run's place in an object store. Rank 0 copies all checkpoints to its node; others later the one it chose."""
     if not location:
         return None
     store = RunStore(location, run_folder(location), rank=process.rank)
-    store.fetch(gather_over_ranks(store.checkpoints() if process.is_main else [], process)[0])
+    if process.is_main:
+        store.fetch()
     return store
 
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +27,20 @@ from slrnet.config import Config
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.supervision import Supervision, supervision_of
 from slrnet.distributed.process import Process, configure_process, current_process
-from slrnet.launch.checks import balance_table, check_folder, check_run, checkpoint_bytes, with_absolute_paths
+from slrnet.launch.checks import (
+    balance_table,
+    batch_notes,
+    check_folder,
+    check_run,
+    checkpoint_bytes,
+    with_absolute_paths,
+)
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, await_lost_nodes
 from slrnet.launch.rank import Job, Report, train_rank
+from slrnet.launch.stopping import Interruption, MailboxRequests, SignalRequests, open_mailbox, save_before_resize
 from slrnet.storage import shown
-from slrnet.storage.files import write_text
+from slrnet.storage.files import write_json, write_text
+from slrnet.storage.lease import LEASE, owned
 from slrnet.storage.names import check_run_name
 from slrnet.storage.remote import filesystem_of
 from slrnet.tracking.location import resolve_uri
@@ -38,7 +50,11 @@ from slrnet.tracking.provenance import environment_tags
 from slrnet.tracking.run_log import find_failure
 from slrnet.tracking.summary import class_tags, description, parameters, result_text
 
-__all__ = ["LaunchOptions", "RunResult", "TrainingError", "launch", "run_job", "train_trial"]
+__all__ = ["POINTER", "LaunchOptions", "RunResult", "TrainingError", "launch", "run_job", "train_trial"]
+
+
+POINTER = "checkpoint.json"
+"""File of a checkpoint in Ray's own result that says where ours is, and its metrics."""
 
 
 class TrainingError(RuntimeError):
@@ -58,6 +74,8 @@ class LaunchOptions(WorkerRequest):
     name, and nodes share no folder. Empty: they stay in `storage`."""
     resume: bool = False
     """Continue the run of that name from its last checkpoint."""
+    lease_patience: float = 0.0
+    """Seconds to wait for an owner of the run's folder that gives no sign of life, instead of refusing at once."""
 
     @property
     def folder(self) -> Path:
@@ -68,6 +86,11 @@ class LaunchOptions(WorkerRequest):
     def location(self) -> str:
         """The run's location in the object store; empty where it is kept in a folder."""
         return self.remote and f"{self.remote.rstrip('/')}/{self.name}"
+
+    @property
+    def lease(self) -> str | Path:
+        """The lease of the run's folder, which one process at a time holds."""
+        return f"{self.location}/{LEASE}" if self.remote else self.folder / LEASE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +113,18 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
 
     Raises:
         ValueError: a setting, the data, the weights, the storage, the tracking store or the cluster does not allow the
-            run; nothing has been started.
+            run, or another process works in its folder; nothing has been started.
         TrainingError: a worker failed.
+        KeyboardInterrupt: a signal ended the training, after a checkpoint unless a second one came.
     """
     check_run_name(options.name)
     config, shards = with_absolute_paths(config)
+    with owned(options.lease, f"run folder {options.location or options.folder}", patience=options.lease_patience):
+        return _launch(config, shards, options, say)
+
+
+def _launch(config: Config, shards: ShardSet, options: LaunchOptions, say: Callable[[str], None]) -> RunResult:
+    """Trains a run whose folder this process holds."""
     folder = options.folder
     store = RunStore(options.location, folder) if options.remote else None
     if store is not None:
@@ -114,6 +144,8 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     )
     if config.train.ema:
         say(f"train.ema={config.train.ema:g}: scores, checkpoints and predictions use weights averaged over steps")
+    for note in batch_notes(config, workers.most):
+        say(note)
     if config.data.class_balance:
         say(balance_table(config, shards, supervision))
     say(f"curves and pictures: {handle.how_to_open()}")
@@ -122,11 +154,18 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
         say(f"resuming after {state.epoch} epochs ({state.step} steps) from {last}")
     elif options.resume:
         say("resuming a run that has no checkpoint yet: from the beginning")
-    driver = training.run(handle)
+    with Interruption() as interruption:
+        driver = training.run(handle, interruption=interruption)
     if store is not None:
         store.fetch()
     checkpoints = folder / "checkpoints"
     last, best = find_checkpoint(checkpoints), find_checkpoint(checkpoints, which="best")
+    if interruption.number and last is not None and (state := read_state(last)).epoch < config.train.epochs:
+        where = f"stopped after step {state.step}; all of it is in {last}"
+        driver.finish("KILLED", where)
+        storage = options.remote or options.storage
+        say(f"{where}; continue with: slrnet train --resume {options.name} --storage {shlex.quote(str(storage))}")
+        raise KeyboardInterrupt(interruption.number)
     if last is None or best is None:
         cause = f"the training ended without a checkpoint in {checkpoints}; is the folder shared by all nodes?"
         driver.finish("FAILED", cause)
@@ -229,7 +268,14 @@ class _Training:
         run["description"] = description(config, folder=options.folder, **about)
         return create_run(uri, config.tracking.experiment, options.name, config_json=config.to_json(), **run)
 
-    def run(self, handle: RunHandle, *, until: int | None = None, callbacks: Sequence[Any] = ()) -> MlflowTracker:
+    def run(
+        self,
+        handle: RunHandle,
+        *,
+        until: int | None = None,
+        callbacks: Sequence[Any] = (),
+        interruption: Interruption | None = None,
+    ) -> MlflowTracker:
         """Trains, and records in MLflow why a run failed. Returns the run's tracker; the run has not ended yet."""
         driver, options, workers, folder = MlflowTracker(handle), self.options, self.workers, self.options.folder
         values = {"config": self.config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
@@ -237,7 +283,8 @@ class _Training:
         values["hang_limit"] = options.hang_limit if workers.most else 0.0  # without Ray this is the user's process
         begun, place = time.time(), options.location or folder
         try:
-            _run(train_rank, values, folder=place, workers=workers, failures=options.max_failures, callbacks=callbacks)
+            rest: dict[str, Any] = {"failures": options.max_failures, "callbacks": callbacks}
+            _run(train_rank, values, folder=place, workers=workers, interruption=interruption, **rest)
         except KeyboardInterrupt:
             driver.finish("KILLED", "interrupted")
             raise
@@ -270,20 +317,24 @@ def _run(
     workers: WorkerPlan,
     failures: int = 0,
     callbacks: Sequence[Any] = (),
+    interruption: Interruption | None = None,
 ) -> None:
     """Runs a job in this process (no workers) or in Ray Train's workers, whose state Ray keeps in `folder`."""
     if workers.most == 0:
         configure_process(workers.cpus if workers.cpus != os.cpu_count() else None)
-        job(values, Process(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")), Report())
+        report = Report(SignalRequests(interruption) if interruption else None)
+        job(values, Process(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")), report)
         return
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every line of a worker twice
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    mailbox = None if interruption is None else open_mailbox()
+    own_callbacks = [_lost_node_callback(), *([] if mailbox is None else [_resize_callback(mailbox)])]
     system, place = filesystem_of(folder) if isinstance(folder, str) else (None, str(folder))
-    TorchTrainer(
+    trainer = TorchTrainer(
         _on_worker,
-        train_loop_config={"job": job, "values": values, "cpus": workers.cpus},
+        train_loop_config={"job": job, "values": values, "cpus": workers.cpus, "mailbox": mailbox},
         scaling_config=ScalingConfig(
             num_workers=workers.most if workers.least == workers.most else (workers.least, workers.most),
             use_gpu=workers.gpu,
@@ -295,12 +346,50 @@ def _run(
             name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             storage_path=f"{place}/ray",
             storage_filesystem=system,
-            failure_config=FailureConfig(max_failures=failures),
+            # A node that is taken away with notice counts as no failure, however often.
+            failure_config=FailureConfig(max_failures=failures, max_preemption_failures=-1),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
             # The job's own priority: at Ray's usual niceness for workers, 15, its daemons push them aside.
             worker_runtime_env={"env_vars": {"RAY_worker_niceness": "0"}},
-            callbacks=[_lost_node_callback(), *callbacks],
+            callbacks=[*own_callbacks, *callbacks],
         ),
-    ).fit()
+    )
+    if interruption is None or not interruption.can_be_asked:
+        trainer.fit()
+    else:
+        _fit_beside(trainer, interruption, mailbox)
+
+
+def _fit_beside(trainer: Any, interruption: Interruption, mailbox: Any) -> None:
+    """Fits in a thread, as Ray would else take over the signals of this one, which here ask the workers to stop."""
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+
+    thread, asked = threading.Thread(target=fit, name="fit", daemon=True), False
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+        if interruption.number and not asked:
+            asked = True
+            mailbox.ask.remote("stop")
+    if errors:
+        raise errors[0]
+
+
+def _resize_callback(mailbox: Any) -> Any:
+    """A callback of Ray Train that lets the workers write a checkpoint before their number changes and they end."""
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+
+    class SaveBeforeResize(ControllerCallback):
+        def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+            save_before_resize(mailbox)
+
+    return SaveBeforeResize()
 
 
 def _lost_node_callback() -> Any:
@@ -324,16 +413,24 @@ def _on_worker(arguments: dict[str, Any]) -> None:
     configure_process(arguments["cpus"])
     device = get_device()
     assert isinstance(device, torch.device)
-    arguments["job"](arguments["values"], current_process(device), _RayReport())
+    process, mailbox = current_process(device), arguments["mailbox"]
+    requests = MailboxRequests(mailbox) if process.is_main and mailbox is not None else None
+    arguments["job"](arguments["values"], process, _RayReport(requests))
 
 
 class _RayReport(Report):
     """Reports to Ray Train, and asks it which nodes will be taken away."""
 
-    def __call__(self, metrics: Mapping[str, float]) -> None:
+    def __call__(self, metrics: Mapping[str, float], *, checkpoint: str = "") -> None:
         import ray.train
 
-        ray.train.report(dict(metrics))
+        if not checkpoint or ray.train.get_context().get_world_rank():
+            ray.train.report(dict(metrics))
+            return
+        # Ray keeps metrics only with a checkpoint; ours is where it is, and this one says where.
+        with tempfile.TemporaryDirectory() as folder:
+            write_json(Path(folder) / POINTER, {"checkpoint": checkpoint, "metrics": metrics})
+            ray.train.report(dict(metrics), checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     def notice(self) -> str:
         import ray.train

@@ -61,7 +61,7 @@ class EMAttention(_FreeAtoms):
     """Expectation-maximization attention (Li et al. 2019): T iterations without gradient, bases that change slowly.
 
     Neither bases nor codes carry a gradient, so the input projector, which acts only through them, keeps its orthogonal
-    start. Each training step moves the bases toward the batch's mean bases, averaged over all ranks.
+    start. Each training step moves the bases toward the mean bases of the global batch.
 
     Args:
         channels: C, channels of the feature maps.
@@ -86,8 +86,9 @@ class EMAttention(_FreeAtoms):
         if self.training:
             mean = bases.mean(dim=0)
             if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(mean)
-                mean = mean / torch.distributed.get_world_size()
+                total = torch.stack([mean, torch.ones_like(mean)]) * len(bases)
+                torch.distributed.all_reduce(total)
+                mean = total[0] / total[1]
             self.bases.mul_(MOMENTUM).add_(mean, alpha=1 - MOMENTUM)
         return bases, codes
 

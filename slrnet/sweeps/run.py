@@ -25,10 +25,11 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from slrnet.checkpoints.checkpoint import find_checkpoint
-from slrnet.launch.cluster import WorkerPlan, WorkerRequest, cluster_resources
+from slrnet.launch.cluster import WorkerPlan, WorkerRequest, cluster_nodes, cluster_resources, largest_share
 from slrnet.launch.train import LaunchOptions, TrainingError, train_trial
 from slrnet.storage import shown
 from slrnet.storage.folders import mark_folder, remove_folder
+from slrnet.storage.lease import LEASE, owned
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.plan import REDUCTION, SweepOptions, SweepPlan
 from slrnet.sweeps.population import Member, member_name, train_population
@@ -52,9 +53,14 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
     """Runs a sweep to its end, or with `resume` the rest of the one in its folder; `say` receives the lines to show.
 
     Raises:
-        ValueError: the cluster or the tracking store does not allow it.
+        ValueError: the cluster or the tracking store does not allow it, or another process works in its folder.
         TrainingError: no trial was measured.
     """
+    with owned(plan.folder / LEASE, f"sweep folder {plan.folder}"):
+        _run_sweep(plan, resume=resume, say=say)
+
+
+def _run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None]) -> None:
     name = plan.options.name
     workers = _workers_of_a_trial(plan.options, say)
     room = _Room(workers, plan.options.max_concurrent, grows=plan.options.wait_minutes > 0)
@@ -86,7 +92,7 @@ def _workers_of_a_trial(options: SweepOptions, say: Callable[[str], None]) -> Wo
     """The workers of a trial; waits for their nodes if the options say so."""
     WorkerRequest.plan(options, say)
     cpus, gpus = cluster_resources()
-    shared = max(1, cpus // gpus) if gpus and not options.cpu_only else 1
+    shared = largest_share(cluster_nodes(), gpus, gpu=True) if gpus and not options.cpu_only else 1
     return replace(options, cpus_per_worker=options.cpus_per_worker or shared, wait_minutes=0.0).plan(say)
 
 

@@ -55,12 +55,25 @@ class ViewsOfBatch(NamedTuple):
     """(N, 3, H, W) the crops in [0, 1]; their colors are distorted if all views share one distortion."""
 
 
-def make_views(images: Tensor, config: ViewsConfig, encoder: Encoder, generator: torch.Generator) -> ViewsOfBatch:
-    """Draws the views of a batch (N, 3, H, W), float in [0, 1], with a CPU generator."""
-    views = draw_views(len(images), config, generator=generator)
+def make_views(
+    images: Tensor,
+    config: ViewsConfig,
+    encoder: Encoder,
+    generator: torch.Generator,
+    *,
+    batch_size: int | None = None,
+    first: int = 0,
+) -> ViewsOfBatch:
+    """Draws the views of a batch (N, 3, H, W), float in [0, 1], with a CPU generator.
+
+    The images are number `first` and the following ones of a batch of `batch_size`, None for N. All of that batch is
+    drawn: an image gets the same views whichever worker has it.
+    """
+    whole, rows = len(images) if batch_size is None else batch_size, slice(first, first + len(images))
+    views = [view.part(rows) for view in draw_views(whole, config, generator=generator)]
 
     def distort(colors: Tensor) -> Tensor:
-        return apply_color(colors, draw_color(len(images), config, generator=generator))
+        return apply_color(colors, draw_color(whole, config, generator=generator).part(rows))
 
     if not config.own_color:
         images = distort(images)
@@ -115,17 +128,20 @@ def step_losses(
     generator: torch.Generator,
     pseudo_rows: PseudoRows | None,
     labeler: Network | None = None,
+    first: int = 0,
 ) -> Objective:
-    """Runs a batch forward to its loss parts.
+    """Runs a batch, or a part of it, forward to its loss parts.
 
-    The model may be wrapped for distributed training; `encoder` is its encoder. The CPU `generator` draws the views.
-    `pseudo_rows` is what `find_pseudo_rows` says of the batch; None leaves out pseudo labels and their loss. The
-    `labeler`, on the model's device, makes the pseudo labels if `calibration.source` is not `training`.
+    The model may be wrapped for distributed training; `encoder` is its encoder. The CPU `generator` draws the views of
+    the global batch, in which the first image of this part has the number `first`. `pseudo_rows` is what
+    `find_pseudo_rows` says of the batch; None leaves out pseudo labels and their loss. The `labeler`, on the model's
+    device, makes the pseudo labels if `calibration.source` is not `training`.
     """
     assert (labeler is None) == (config.calibration.source == "training"), config.calibration.source
     with record_function("slrnet: views"):
         images = batch.floats()
-        inputs, views, distorted = make_views(images, config.views, encoder, generator)
+        place = {"batch_size": max(config.train.batch_size, first + len(images)), "first": first}
+        inputs, views, distorted = make_views(images, config.views, encoder, generator, **place)
     with record_function("slrnet: network"):
         outputs = model(inputs)
     guide = None

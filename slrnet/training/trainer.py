@@ -24,6 +24,7 @@ from torch.nn.utils import get_total_norm
 from torch.profiler import record_function
 
 from slrnet.checkpoints.checkpoint import (
+    Checkpoint,
     CheckpointError,
     CheckpointWriter,
     TrainState,
@@ -32,14 +33,16 @@ from slrnet.checkpoints.checkpoint import (
     load_checkpoint,
     not_finite,
 )
+from slrnet.checkpoints.run_store import STATE
 from slrnet.config import Config
 from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import ShardSet
+from slrnet.data.readers import share_of
 from slrnet.data.samples import SkippedSample
 from slrnet.data.supervision import supervision_of
 from slrnet.data.train_loader import TrainLoader
-from slrnet.distributed.process import Process, share_buffers, sum_over_ranks
+from slrnet.distributed.process import Process, gather_over_ranks, share_buffers, sum_over_ranks
 from slrnet.evaluation.masks import (
     PseudoMask,
     evaluate_masks,
@@ -48,11 +51,14 @@ from slrnet.evaluation.masks import (
     quality_metrics,
 )
 from slrnet.inference.forward import Inference
+from slrnet.models.global_norm import share_batch_norms
 from slrnet.models.network import Network, mixed_precision
 from slrnet.models.slrnet import build_network
+from slrnet.storage.files import sha256_of
 from slrnet.tracking.protocol import metric_key
 from slrnet.training.listener import Listener, loss_key
 from slrnet.training.optim import WeightAverage, build_optimizer, rate_factor, set_rate
+from slrnet.training.requests import Requests, Wish
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 
 __all__ = ["NonFiniteLossError", "Trainer", "check_batch"]
@@ -62,6 +68,10 @@ _REMEDY = "Lower optim.lr, or train with train.precision=fp32"
 
 class NonFiniteLossError(ArithmeticError):
     """A loss, a gradient or a weight became infinite or NaN."""
+
+
+class _StoppedError(Exception):
+    """Ends `Trainer.fit` early."""
 
 
 @dataclass(eq=False)
@@ -96,6 +106,9 @@ class Trainer:
             world_size=process.world_size,
             pin_memory=process.device.type == "cuda",
         )
+        self._requests, self._last_save = Requests(), time.monotonic()
+        self._agreed: Wish = ""
+        self._stopping = False
         self.state = TrainState(
             epoch=0,
             step=0,
@@ -117,19 +130,41 @@ class Trainer:
         source = self.config.calibration.source
         return None if source == "training" else self.model if source == "evaluation" else self.evaluated
 
-    def resume(self) -> bool:
-        """Continues from the run's last whole checkpoint, if it has one.
+    def resume(self, fetch: Callable[[str], None] = lambda name: None) -> bool:
+        """Continues from the run's last whole checkpoint, if it has one: the one that rank 0 finds, on all ranks.
 
         Rates, momentum and decay are those of the configuration. With another number of ranks the training continues
-        correctly, but not to the bit.
+        correctly, but not to the bit. `fetch` brings the checkpoint of that name to this machine where it is missing.
 
         Raises:
-            CheckpointError: the checkpoint has other classes, other data, or another network.
+            CheckpointError: the checkpoint has other classes, other data, or another network, or a rank cannot read it
+                or reads another one.
         """
-        path = find_checkpoint(self.folder / "checkpoints")
-        if path is None:
+        folder, process = self.folder / "checkpoints", self.process
+        chosen = find_checkpoint(folder) if process.is_main else None
+        name = gather_over_ranks(chosen and chosen.name, process)[0]
+        if name is None:
             return False
-        checkpoint = load_checkpoint(path)
+        digest, problem = "", None
+        try:
+            if not process.is_main:
+                fetch(name)
+            self._restore(load_checkpoint(folder / name))
+            digest = sha256_of(folder / name / STATE)
+        except (ValueError, OSError) as error:
+            problem = error
+        found = gather_over_ranks((str(problem or ""), self.state.step, digest), process)
+        if problem is not None:
+            raise problem
+        for rank, (failure, step, _) in enumerate(found):
+            if found[rank] != found[0]:
+                reason = found[0][0] or failure or f"it is another one, of step {step}"
+                raise CheckpointError(
+                    f"rank {rank} cannot continue with rank 0 from {name}: {reason}; all nodes must see one run folder"
+                )
+        return True
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
         saved, data, location = checkpoint.state, self.state.data_fingerprint, self.shards.location
         check_classes(saved, self.state.classes, data=location)
         if saved.data_fingerprint != data:
@@ -153,21 +188,22 @@ class Trainer:
         for group, values in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(values)
         self.state = replace(saved, world_size=self.process.world_size, palette=self.state.palette)
-        return True
 
     def fit(
         self,
         *,
         report: Callable[[Mapping[str, float]], None],
         notice: Callable[[], str] = lambda: "",
+        requests: Requests | None = None,
         until: int | None = None,
     ) -> TrainState:
-        """Trains to the last epoch; returns the final state.
+        """Trains to the last epoch, or until it is asked to stop; returns the final state.
 
         Args:
             report: called on every rank after each epoch, with its figures and, as `epoch`, its number from 1.
             notice: called on every rank at each logged step; says why the training may be stopped soon, the same on
                 all ranks, or "". While it says something, each such step ends with a checkpoint.
+            requests: checkpoints that others ask for.
             until: stops after this many epochs; the schedule remains that of all of them.
 
         Raises:
@@ -176,6 +212,7 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         epochs, every = self.config.train.epochs, self.config.evaluation.every
+        self._requests, self._last_save = requests or Requests(), time.monotonic()
         try:
             self.listener.start(self.state, total=epochs * self.loader.steps_per_epoch)
             for epoch in range(self.state.epoch, epochs if until is None else min(until, epochs)):
@@ -185,6 +222,8 @@ class Trainer:
                 self._finish_epoch(epoch, metrics)
                 report(metrics | {"epoch": epoch + 1})
             self.writer.wait()
+        except _StoppedError:
+            pass  # the checkpoint is written
         finally:
             self.writer.close()
             self.listener.close()
@@ -222,15 +261,19 @@ class Trainer:
             wait = time.perf_counter() - begun
             rate = self._set_rate(step)
             parts = self._step(batch, step, pretraining=epoch < settings.pretrain_epochs)
+            asked = self._agreed
             waited += wait
             for name, value in parts.items():
                 sums[name] += value
             done, seconds = step + 1, time.perf_counter() - begun
             self.listener.step(done, parts, rate=rate, waited=wait, seconds=seconds)
             warning = notice() if done % settings.log_every == 0 else ""
-            due = warning or (settings.checkpoint_every and done % settings.checkpoint_every == 0)
-            if due and done < end:  # the epoch saves at its end
+            due = warning or asked or (settings.checkpoint_every and done % settings.checkpoint_every == 0)
+            if due and (done < end or asked):  # the epoch saves at its end
                 self._save_within_epoch(done, sums, warning)
+            if asked:
+                self._answer(stop=asked == "stop")
+        self.state = replace(self.state, step=end, metrics={}, unfinished=dict(sums))
         if next(batches, None) is not None:  # here the loader compares what it read with its plan
             raise AssertionError("the loader gave more batches than it planned")
         _note_skipped(self.listener, self.loader.skipped, epoch)
@@ -265,7 +308,29 @@ class Trainer:
             self.writer.wait()
             self.listener.notice(warning, step=done)
 
+    def _answer(self, *, stop: bool) -> None:
+        """Waits for the checkpoint that was asked for, says that it is written, and ends the training if asked to."""
+        self.writer.wait()
+        self._requests.saved(self.state.step)
+        if stop:
+            raise _StoppedError
+
+    def _wish(self) -> list[float]:
+        """What this rank wants: a checkpoint as one was asked for or the last one is old, and the end."""
+        asked, minutes = self._requests.asked(), self.config.train.checkpoint_minutes
+        old = self.process.is_main and minutes and time.monotonic() - self._last_save > 60 * minutes
+        return [float(asked == "save" or bool(old)), float(asked == "stop")]
+
+    def _save_while_measuring(self) -> None:
+        """Rank 0 saves at once what it is asked for; ranks meet at the end of measuring, so alone it also stops."""
+        asked = self._requests.asked()
+        if asked and not self._stopping:
+            self._stopping = asked == "stop"
+            self._save()
+            self._answer(stop=asked == "stop" and self.process.world_size == 1)
+
     def _save(self) -> None:
+        self._last_save = time.monotonic()
         self.listener.at("saving", self.state.step)
         if self.process.is_main:
             state = self.listener.checkpoint(self.state)
@@ -278,21 +343,25 @@ class Trainer:
 
     def _step(self, batch: Batch, step: int, *, pretraining: bool) -> dict[str, float]:
         """One optimizer step; returns the loss and its parts, averaged over accumulation steps and ranks."""
-        count = self.config.train.accumulation
+        settings, count = self.config.train, self.config.train.accumulation
         # Parts of ranks and steps count by their images: the gradient is that of the global batch's mean.
-        scale = self.process.world_size / self.config.train.batch_size
+        scale = self.process.world_size / settings.batch_size
+        first = share_of(settings.batch_size, rank=self.process.rank, world_size=self.process.world_size).start
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for index in range(count):
-            part = batch.part(slice(len(batch.keys) * index // count, len(batch.keys) * (index + 1) // count))
+            rows = slice(len(batch.keys) * index // count, len(batch.keys) * (index + 1) // count)
+            part = batch.part(rows)
             weight = len(part.keys) * scale
-            generator = step_generator(self.config.train.seed, step, self.process.rank, index)
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))  # dropout and gates
+            # Views belong to the images of the global batch; dropout and gates are this rank's own.
+            generator = step_generator(settings.seed, step, 0, 0)
+            start = int(torch.randint(2**62, (), generator=generator))
+            torch.manual_seed(start + self.process.rank * count + index)
             # Only the last part's backward pass averages the gradients over the ranks.
             alone = index + 1 < count and isinstance(self.wrapped, DistributedDataParallel)
             with self.wrapped.no_sync() if alone else nullcontext():  # type: ignore[operator]
                 self.listener.at("going forward", step)
-                losses = self._losses(part, generator, pretraining=pretraining)
+                losses = self._losses(part, generator, first=first + rows.start, pretraining=pretraining)
                 self.listener.at("going backward", step)
                 with record_function("slrnet: backward"):
                     (losses["loss"] * weight).backward()
@@ -301,8 +370,9 @@ class Trainer:
         self.listener.at("comparing losses", step)
         with record_function("slrnet: agreement"):
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            extent = get_total_norm(gradients, math.inf)
-            values = _average(totals, extent, self.process, step, self.model)
+            extent, wishes = get_total_norm(gradients, math.inf), self._wish()
+            values, (save, stop) = _average(totals, extent, wishes, self.process, step, self.model)
+        self._agreed = "stop" if stop else "save" if save else ""
         with record_function("slrnet: optimizer"):
             self.optimizer.step()
         if self.average is not None or self.labeler is not None:  # they read buffers, which differ between ranks
@@ -311,7 +381,7 @@ class Trainer:
             self.average.update(self.model, step + 1)
         return values
 
-    def _losses(self, batch: Batch, generator: torch.Generator, *, pretraining: bool) -> dict[str, Tensor]:
+    def _losses(self, batch: Batch, generator: torch.Generator, *, first: int, pretraining: bool) -> dict[str, Tensor]:
         with mixed_precision(self.config.train.precision, self.process.device):
             result = step_losses(
                 self.wrapped,
@@ -320,6 +390,7 @@ class Trainer:
                 encoder=self.model.encoder,
                 labeler=self.labeler,
                 generator=generator,
+                first=first,
                 pseudo_rows=None if pretraining else find_pseudo_rows(batch),
             )
         return {"loss": result.total, **result.parts, **result.figures}
@@ -374,6 +445,7 @@ class Trainer:
         samples = EvalLoader(self.shards, split=split, indices=indices, **share, on_error=self.config.data.on_error)
         for sample in samples:
             yield sample
+            self._save_while_measuring()
             self.listener.at("measuring", self.state.step)
         self.listener.at("adding up what was measured", self.state.step)
         _note_skipped(self.listener, samples.skipped, epoch)
@@ -402,20 +474,26 @@ def _note_skipped(listener: Listener, skipped: tuple[SkippedSample, ...], epoch:
 
 
 def _average(
-    totals: dict[str, Tensor], gradient: Tensor, process: Process, step: int, model: torch.nn.Module
-) -> dict[str, float]:
-    """Averages loss parts over the ranks in one all-reduce; stops all ranks if any part or gradient is not finite.
+    totals: dict[str, Tensor],
+    gradient: Tensor,
+    wishes: list[float],
+    process: Process,
+    step: int,
+    model: torch.nn.Module,
+) -> tuple[dict[str, float], list[float]]:
+    """Averages loss parts and adds up wishes over the ranks in one all-reduce.
 
-    `gradient` is the largest one of `model`.
+    It stops all ranks if any part or gradient is not finite. `gradient` is the largest one of `model`.
     """
     own = torch.stack(list(totals.values())).double()
+    told = torch.tensor(wishes, dtype=torch.float64).to(own.device, non_blocking=True)
     flags = torch.zeros(process.world_size, dtype=torch.float64, device=own.device)
     # 2: a loss, whose gradient all ranks get; 1: a gradient alone.
     flags[process.rank] = torch.maximum(2.0 * (~own.isfinite()).any(), (~gradient.isfinite()).double())
-    shared = sum_over_ranks(torch.cat([own.nan_to_num(0.0, 0.0, 0.0), flags]), process).tolist()
-    worst = max(shared[len(own) :])
-    if worst:
-        wrong = shared[len(own) :].index(worst)
+    shared = sum_over_ranks(torch.cat([own.nan_to_num(0.0, 0.0, 0.0), told, flags]), process).tolist()
+    found = shared[len(own) + len(wishes) :]
+    if worst := max(found):
+        wrong = found.index(worst)
         listed = ", ".join(f"{name} {float(value):g}" for name, value in totals.items())
         what = "loss" if worst > 1 else "gradient"
         if name := not_finite(dict(model.state_dict())):
@@ -428,7 +506,8 @@ def _average(
             f"step {step}: the {what} is not finite on rank {wrong} (rank {process.rank} has {listed}{cause}); "
             f"this step changed no weight. {_REMEDY}, and continue with --resume"
         )
-    return {name: value / process.world_size for name, value in zip(totals, shared, strict=False)}
+    parts = {name: value / process.world_size for name, value in zip(totals, shared, strict=False)}
+    return parts, shared[len(own) : len(own) + len(wishes)]
 
 
 def check_batch(config: Config, world_size: int) -> None:
@@ -453,6 +532,8 @@ def _new_network(config: Config, num_classes: int, process: Process) -> tuple[Ne
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if process.world_size == 1:
         return model, model
+    if config.model.sync_batch_norm:
+        share_batch_norms(model.train())
     # Every parameter takes part in every step: a label type that a rank's batch lacks leaves zeros with a graph. DDP
     # shares no buffers: the ranks do so after steps whose buffers are read, and before the network is measured.
     known = inspect.signature(DistributedDataParallel).parameters

@@ -32,6 +32,11 @@ class ColorParams:
     saturation: Tensor | None
     hue: Tensor | None
 
+    def part(self, rows: slice) -> ColorParams:
+        """The distortion of some of the images."""
+        drawn = (self.brightness, self.contrast, self.saturation, self.hue)
+        return ColorParams(*(None if of is None else of[rows] for of in drawn))
+
 
 def draw_color(n: int, config: ViewsConfig, *, generator: torch.Generator) -> ColorParams:
     """Draws the distortion of `n` images.

@@ -31,6 +31,10 @@ class View:
     scale: float
     flip: Tensor | None = None
 
+    def part(self, rows: slice) -> View:
+        """The view of some of the images."""
+        return View(self.scale, None if self.flip is None else self.flip[rows])
+
 
 def draw_views(n: int, config: ViewsConfig, *, generator: torch.Generator) -> list[View]:
     """Draws one view per scale of `config` for a batch of `n` images, by a generator on the CPU."""

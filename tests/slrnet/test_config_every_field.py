@@ -32,6 +32,7 @@ from slrnet.launch import train as ray_loop
 from slrnet.launch.prediction import MaskJob
 from slrnet.launch.pseudo_label import launch_pseudo_labels
 from slrnet.launch.train import LaunchOptions, launch
+from slrnet.models.global_norm import GlobalBatchNorm2d
 from slrnet.models.slrnet import build_network
 from slrnet.tools.predict import load_predictor
 from slrnet.tracking import gpu_monitor
@@ -112,6 +113,7 @@ CHANGES: dict[str, Change] = {
     "model.skip_stride": change_weights(4),
     "model.frozen_stages": Change(2, "trained weights"),
     "model.freeze_batch_norm": Change(False, "trained weights"),
+    "model.sync_batch_norm": Change(False, "norms of several workers"),
     "model.decoder_dim": change_size(9),
     "model.skip_dim": change_size(5),
     "model.skip_share": change_weights(0.3),
@@ -174,7 +176,8 @@ CHANGES: dict[str, Change] = {
     "train.seed": change_weights(1),
     "train.ema": Change(0.5, "saved weights"),
     "train.log_every": Change(2, "logged losses"),
-    "train.checkpoint_every": Change(1, "checkpoints", given=("train.batch_size=1", "train.checkpoint_every=0")),
+    "train.checkpoint_minutes": Change(1e-9, "checkpoints", given=("train.batch_size=1",)),
+    "train.checkpoint_every": Change(1, "checkpoints", given=("train.batch_size=1",)),
     "evaluation.every": Change(1, "logged figures"),
     "evaluation.pseudo_mask_images": Change(3, "pseudo masks"),
     "evaluation.panel_images": Change(1, "pictures", given=("evaluation.pseudo_mask_images=2",)),
@@ -322,6 +325,7 @@ def test_refused(key: str, base: Config, tmp_path: Path) -> None:
 
 
 SPECIAL = ("refused", "run", "graph", "damage", "prediction", "readers", "pseudo labels", "gpu samples")
+SPECIAL += ("norms of several workers",)
 OBSERVED = [key for key, change in CHANGES.items() if change.differs not in SPECIAL]
 
 
@@ -371,6 +375,18 @@ def test_changes_the_number_of_reader_processes(key: str, base: Config, data: Sh
         return len(children)
 
     assert (processes(base), processes(override(base, key, CHANGES[key].value))) == (0, CHANGES[key].value)
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize(
+    "key", [key for key, change in CHANGES.items() if change.differs == "norms of several workers"]
+)
+def test_changes_the_batch_norms_of_several_workers(key: str, base: Config, data: ShardSet) -> None:
+    def shared(config: Config) -> int:
+        modules = Trainer(config, data, process=Process(0, 2), folder=Path("unused")).model.modules()
+        return sum(isinstance(module, GlobalBatchNorm2d) for module in modules)
+
+    assert (shared(base), shared(override(base, key, CHANGES[key].value))) == (8, 0)
 
 
 @pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "gpu samples"])

@@ -13,16 +13,21 @@ from slrnet.launch.cluster import ClusterError, WorkerPlan, WorkerRequest, await
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A cluster that has `cpus` and `gpus`, and one more GPU node of 8 cores at each of `arrivals` (seconds)."""
-    state: dict[str, Any] = {"cpus": 8, "gpus": 0, "arrivals": [], "now": 0.0, "requests": [], "said": []}
+    """A node of `cpus` and `gpus`, `others`, and one more GPU node of 8 cores at each of `arrivals` (seconds)."""
+    state: dict[str, Any] = {"cpus": 8, "gpus": 0, "others": [], "arrivals": [], "now": 0.0, "requests": [], "said": []}
+
+    def nodes() -> list[tuple[int, int]]:
+        arrived = sum(time <= state["now"] for time in state["arrivals"])
+        return [(state["cpus"], state["gpus"]), *state["others"], *[(8, 1)] * arrived]
 
     def resources() -> tuple[int, int]:
-        arrived = sum(time <= state["now"] for time in state["arrivals"])
-        return state["cpus"] + 8 * arrived, state["gpus"] + arrived
+        cpus, gpus = map(sum, zip(*nodes(), strict=True))
+        return cpus, gpus
 
     def sleep(seconds: float) -> None:
         state["now"] += seconds
 
+    monkeypatch.setattr(cluster_module, "cluster_nodes", nodes)
     monkeypatch.setattr(cluster_module, "cluster_resources", resources)
     monkeypatch.setattr(cluster_module.time, "sleep", sleep)
     monkeypatch.setattr(cluster_module.time, "monotonic", lambda: state["now"])
@@ -50,6 +55,34 @@ def test_workers_get_equal_shares(
     cluster |= {"cpus": cpus, "gpus": gpus}
     assert str(WorkerRequest(num_workers=count, **options).plan()) == expected
     assert cluster["requests"] == []
+
+
+@pytest.mark.parametrize(
+    ("head", "others", "count", "expected"),
+    [
+        ((64, 0), [(8, 1), (8, 1)], None, "2 worker(s) x 8 CPU(s) + 1 GPU"),
+        ((64, 8), [(8, 1)], 9, "9 worker(s) x 8 CPU(s) + 1 GPU"),
+        ((64, 8), [(8, 1)], 2, "2 worker(s) x 32 CPU(s) + 1 GPU"),
+        ((4, 0), [(7, 0)], 3, "3 worker(s) x 3 CPU(s)"),
+    ],
+)
+def test_a_share_is_one_that_a_node_has(
+    cluster: dict[str, Any],
+    head: tuple[int, int],
+    others: list[tuple[int, int]],
+    count: int | None,
+    expected: str,
+) -> None:
+    cluster |= {"cpus": head[0], "gpus": head[1], "others": others}
+    assert str(WorkerRequest(num_workers=count).plan()) == expected
+
+
+def test_workers_that_fit_no_node_are_refused(cluster: dict[str, Any]) -> None:
+    cluster["others"] = [(8, 0)]
+    with pytest.raises(
+        ClusterError, match=r"1 workers with 9 CPUs .* 16 CPUs and 0 GPUs on 2 node\(s\), 8 CPUs at most"
+    ):
+        WorkerRequest(num_workers=1, cpus_per_worker=9).plan()
 
 
 def test_without_workers_the_process_itself_trains(cluster: dict[str, Any]) -> None:
@@ -110,8 +143,13 @@ def test_all_processes_of_a_run_know_their_cluster(
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", lambda **options: asked.update(options))
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 3.0})
+    alive = {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}
+    monkeypatch.setattr(
+        "ray.nodes", lambda: [alive, {"Alive": True, "Resources": {"CPU": 1.0}}, alive | {"Alive": False}]
+    )
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert cluster_module.cluster_resources() == (3, 0)
+    assert cluster_module.cluster_nodes() == [(2, 1), (1, 0)]
     environment = asked["runtime_env"]["env_vars"]
     assert str(cluster_module.PROJECT_ROOT) in environment["PYTHONPATH"]
     assert environment.get("RAY_ADDRESS") == (address if passed_on else None)

@@ -24,6 +24,7 @@ from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import evaluate_masks
 from slrnet.inference.forward import Inference
 from slrnet.training.listener import Listener
+from slrnet.training.requests import Requests, Wish
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 from slrnet.training.trainer import NonFiniteLossError, Trainer, check_batch
 from tests.fixtures.shards import shards_of
@@ -104,6 +105,20 @@ class TestDeterminism:
         samples = EvalLoader(averaged.shards, split="val")
         quality = evaluate_masks(Inference(averaged.evaluated, averaged.config), samples, process=Process())
         assert figures[1]["val/miou_ss"] == quality.matrix.miou()
+
+
+class _Asks(Requests):
+    """Asks once, when it was looked at some times."""
+
+    def __init__(self, wish: Wish, after: int) -> None:
+        self.wish, self.after, self.answers = wish, after, list[int]()
+
+    def asked(self) -> Wish:
+        self.after -= 1
+        return self.wish if self.after < 0 and not self.answers else ""
+
+    def saved(self, step: int) -> None:
+        self.answers.append(step)
 
 
 class TestResume:
@@ -198,6 +213,31 @@ class TestResume:
             trainer.fit(report=lambda metrics: None, notice=_notices(told))
         assert [path.name for path in (trainer.folder / "checkpoints").iterdir()] == ["checkpoint-0000-00000003"]
         assert "the node of rank 0 will be taken away in 30 s: saved after step 3" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("after", [1, 3, 4])
+    def test_asked_to_stop_it_saves_and_returns_and_goes_on_to_the_bit(
+        self, tiny_config: Config, start_trainer: StartTrainer, tmp_path: Path, after: int
+    ) -> None:
+        """Within an epoch, in the last step of one (4), and while measuring."""
+        config = apply_overrides(tiny_config, ["train.batch_size=2"])  # 4 steps an epoch
+        whole, stopped = start_trainer(config), start_trainer(config, folder=tmp_path / "run")
+        expected = fit(whole)
+        requests = _Asks("stop", after)
+        assert stopped.fit(report=lambda metrics: None, requests=requests).step == min(after + 1, 4)
+        assert requests.answers == [min(after + 1, 4)]
+        resumed = start_trainer(config, folder=tmp_path / "run")
+        assert resumed.resume()
+        assert same([_without_clock(figures) for figures in fit(resumed)], [_without_clock(one) for one in expected])
+        assert same(resumed.model.state_dict(), whole.model.state_dict())
+
+    @pytest.mark.parametrize("after", [1, 3, 4])
+    def test_asked_to_save_it_saves_once_and_continues(
+        self, tiny_config: Config, start_trainer: StartTrainer, after: int
+    ) -> None:
+        config = apply_overrides(tiny_config, ["train.batch_size=2", "train.epochs=2"])
+        trainer, requests = start_trainer(config), _Asks("save", after)
+        assert trainer.fit(report=lambda metrics: None, requests=requests).epoch == 2
+        assert requests.answers == [min(after + 1, 4)]
 
     def test_what_the_store_had_not_taken_is_logged_again(
         self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path, tracker: Any
