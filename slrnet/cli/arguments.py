@@ -41,7 +41,8 @@ Run = Callable[[argparse.Namespace], int | None]
 """Does a subcommand's work; returns the exit status, or None for 0."""
 _EXIT_STATUS = (
     "Exit status: 0 when all went well, 1 when the work failed or found damage, 2 for a mistake in what you gave,\n"
-    "3 when damaged images were left out and the others are done, 130 after Ctrl-C, 143 after SIGTERM."
+    "3 when damaged images were left out and the others are done, 129 after a closed terminal, 130 after Ctrl-C,\n"
+    "143 after SIGTERM."
 )
 """What the help of every command says about its exit status."""
 

@@ -115,13 +115,8 @@ def test_of_many_that_start_at_once_one_gets_it(tmp_path: Path) -> None:
 def test_patience_waits_for_a_silent_owner_but_not_for_one_that_lives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, slept = tmp_path / "lease.json", []
-
-    def silent(seconds: float) -> None:
-        slept.append(seconds)
-        hold(place, beat=0.0)
-
-    monkeypatch.setattr(lease.time, "sleep", silent)
+    place = tmp_path / "lease.json"
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: hold(place, beat=time.time()))
     hold(place)
     with pytest.raises(HeldError), owned(place, WHAT, patience=99):  # its beat changed
         pass

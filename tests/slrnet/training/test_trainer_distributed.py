@@ -53,10 +53,10 @@ pytestmark = pytest.mark.slow  # the two processes train
 
 WORLD = 2
 ROOT = Path(__file__).resolve().parents[3]
-# Without randomness and in evaluation mode an image's losses do not depend on the others of its batch.
 SETTINGS = ("wsss", "sss_image_labels", "sss")
 SEMI = ["data.pixel_labeled_subset=pixels", "weights.pixel_labels=1.5"]
-STILL = [f"views.{name}=0" for name in ("brightness", "contrast", "saturation", "hue")] + ["views.flip=false"]
+STILL = ["model.dropout=0", "model.gate_rate=0"]
+"""Without the draws that belong to ranks."""
 
 
 # --- what each of the two processes does ------------------------------------------------------------------------------
@@ -141,11 +141,11 @@ def _semi(config: Config, setting: str) -> Config:
 
 def _gradients(config: Config, shards: ShardSet, process: Process) -> dict[str, Tensor]:
     """Gradients of this rank's half of eight images, through the trainer's own wrapping."""
-    config = apply_overrides(config, STILL)
+    config = apply_overrides(config, [*STILL, "train.batch_size=8"])
     trainer = Trainer(config, shards, process=process, folder=Path("unused"))
     share = slice(4 * process.rank, 4 * process.rank + 4) if process.world_size > 1 else slice(0, 8)
     batch = _eight(shards, config.setting).part(share)
-    trainer.wrapped.eval()
+    trainer.wrapped.train()
     if config.setting == "sss":  # else one class claims all of an image
         generator = torch.Generator().manual_seed(0)
         torch.nn.init.normal_(trainer.model.mask_head.classify.weight, generator=generator)
@@ -156,6 +156,7 @@ def _gradients(config: Config, shards: ShardSet, process: Process) -> dict[str, 
         encoder=trainer.model.encoder,
         generator=step_generator(3),
         pseudo_rows=find_pseudo_rows(batch),
+        first=share.start,
     )
     result.total.backward()
     gradients = {name: weight.grad for name, weight in trainer.model.named_parameters() if weight.grad is not None}
@@ -163,11 +164,11 @@ def _gradients(config: Config, shards: ShardSet, process: Process) -> dict[str, 
 
 
 def _uneven_step(config: Config, shards: ShardSet, process: Process) -> dict[str, Tensor]:
-    """Weights after a step of seven images, of which rank 0 has three."""
+    """Weights and statistics after a step of seven images, of which rank 0 has three."""
     config = apply_overrides(config, [*STILL, "train.batch_size=7", "optim.lr=0.1"])
     trainer = Trainer(config, shards, process=process, folder=Path("unused"))
     share = slice(7 * process.rank // process.world_size, 7 * (process.rank + 1) // process.world_size)
-    trainer.wrapped.eval()
+    trainer.wrapped.train()
     trainer._step(_eight(shards, config.setting).part(share), 0, pretraining=False)
     return trainer.model.state_dict()
 
