@@ -101,7 +101,7 @@ class _Normalize(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, var, weight, count = ctx.saved_tensors
         inverse = (var + ctx.eps).rsqrt()

@@ -145,7 +145,8 @@ class Trainer:
         name = gather_over_ranks(chosen and chosen.name, process)[0]
         if name is None:
             return False
-        digest, problem = "", None
+        digest = ""
+        problem: Exception | None = None
         try:
             if not process.is_main:
                 fetch(name)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from slrnet.storage.lease import LEASE, HeldError, require_free
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -55,8 +57,8 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
 
 
 @pytest.mark.slow
-def test_a_job_that_is_stopped_says_so_and_marks_its_run(tmp_path: Path) -> None:
-    """`ray job stop` sends SIGTERM."""
+def test_a_job_that_is_stopped_saves_says_so_and_marks_its_run(tmp_path: Path) -> None:
+    """`ray job stop` sends SIGTERM. While it runs, another start is refused."""
     from mlflow import MlflowClient
 
     settings = ("model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "train.epochs=900")
@@ -66,16 +68,21 @@ def test_a_job_that_is_stopped_says_so_and_marks_its_run(tmp_path: Path) -> None
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         text=True,
     )
     log = tmp_path / "run" / "logs" / "rank-0.jsonl"
     deadline = time.monotonic() + 300
     while not (log.exists() and '"step"' in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.2)
+    with pytest.raises(HeldError, match=f"process {process.pid} of "):
+        require_free(tmp_path / "run" / LEASE, "the run")
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=300)
+    printed, errors = process.communicate(timeout=300)
     assert process.returncode == 143
+    assert f"continue with: slrnet train --resume run --storage {tmp_path}" in printed
+    assert len(list((tmp_path / "run" / "checkpoints").glob("checkpoint-0000-*"))) == 1
+    assert not (tmp_path / "run" / LEASE).exists()
     assert errors.splitlines()[-1] == "interrupted; continue the training with --resume NAME"
     assert "Traceback" not in errors
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
