@@ -49,6 +49,7 @@ from slrnet.tracking.protocol import RunHandle
 from slrnet.tracking.provenance import environment_tags
 from slrnet.tracking.run_log import find_failure
 from slrnet.tracking.summary import class_tags, description, parameters, result_text
+from slrnet.training.requests import Requests
 
 __all__ = ["POINTER", "LaunchOptions", "RunResult", "TrainingError", "launch", "run_job", "train_trial"]
 
@@ -415,16 +416,23 @@ def _on_worker(arguments: dict[str, Any]) -> None:
     assert isinstance(device, torch.device)
     process, mailbox = current_process(device), arguments["mailbox"]
     requests = MailboxRequests(mailbox) if process.is_main and mailbox is not None else None
-    arguments["job"](arguments["values"], process, _RayReport(requests))
+    arguments["job"](arguments["values"], process, _RayReport(requests, points=mailbox is not None))
 
 
 class _RayReport(Report):
-    """Reports to Ray Train, and asks it which nodes will be taken away."""
+    """Reports to Ray Train, and asks it which nodes will be taken away.
+
+    With `points`, a report of a checkpoint says where it is; Tune takes what a trial reports for numbers.
+    """
+
+    def __init__(self, requests: Requests | None, *, points: bool) -> None:
+        super().__init__(requests)
+        self._points = points
 
     def __call__(self, metrics: Mapping[str, float], *, checkpoint: str = "") -> None:
         import ray.train
 
-        if not checkpoint or ray.train.get_context().get_world_rank():
+        if not (checkpoint and self._points) or ray.train.get_context().get_world_rank():
             ray.train.report(dict(metrics))
             return
         # Ray keeps metrics only with a checkpoint; ours is where it is, and this one says where.
