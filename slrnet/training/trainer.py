@@ -503,8 +503,10 @@ def _average(
             cause = f"; the gradient of {name} is not finite"
         else:
             cause = ""
+        # Batch norms over all ranks hand on what is not finite.
+        where = "all ranks" if min(found) == worst and process.world_size > 1 else f"rank {wrong}"
         raise NonFiniteLossError(
-            f"step {step}: the {what} is not finite on rank {wrong} (rank {process.rank} has {listed}{cause}); "
+            f"step {step}: the {what} is not finite on {where} (rank {process.rank} has {listed}{cause}); "
             f"this step changed no weight. {_REMEDY}, and continue with --resume"
         )
     parts = {name: value / process.world_size for name, value in zip(totals, shared, strict=False)}

@@ -215,7 +215,8 @@ def _sized(maps: Tensor) -> Tensor:
 
 
 def _error(config: Config, shards: ShardSet, process: Process, folder: Path) -> dict[str, Any]:
-    """Rank 1 alone gets a loss that is not finite."""
+    """Rank 1 alone gets a loss that is not finite, as batch norms of its own do not hand it on."""
+    config = apply_overrides(config, ["model.sync_batch_norm=false"])
     trainer = Trainer(config, shards, process=process, folder=folder / "error")
     if process.rank == 1:
         trainer.model.encoder.mean = trainer.model.encoder.std = (0.0, 0.0, 0.0)
