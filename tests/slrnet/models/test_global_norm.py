@@ -1,16 +1,12 @@
-"""Batch norms over all workers: alone against the usual norm, and two ranks against one."""
+"""Batch norms over all workers, in a group of one; `test_trainer_distributed` compares two unequal ranks with one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from copy import deepcopy
-from functools import partial
-from typing import TypeAlias, TypeVar
 
 import pytest
 import torch
-import torch.distributed as dist
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from slrnet.models.frozen_norm import FrozenBatchNorm2d
 from slrnet.models.global_norm import GlobalBatchNorm2d, share_batch_norms
 
-Result = TypeVar("Result")
-OnTwo: TypeAlias = "Callable[[Callable[[int], Result]], list[Result]]"
 NORMS: dict[str, Callable[[], nn.BatchNorm2d]] = {
     "affine": lambda: nn.BatchNorm2d(4, momentum=0.05),
     "plain": lambda: nn.BatchNorm2d(4, eps=1e-8, affine=False),
@@ -32,60 +26,27 @@ def network(norm: str) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 4, 3), NORMS[norm](), nn.Sigmoid(), nn.Conv2d(4, 2, 1)).double()
 
 
-def both_views(model: nn.Module, rows: slice) -> dict[str, Tensor]:
-    """Gradients and statistics after two views of some of five images, the second one smaller."""
-    images = torch.randn(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    views = [model(images[rows]), model(images[rows, :, ::2, ::2])]
-    sum(((view - 1) ** 2 * torch.arange(1, 6)[rows].view(-1, 1, 1, 1)).sum() for view in views).backward()  # type: ignore[union-attr]
+def both_views(model: nn.Module) -> dict[str, Tensor]:
+    """Outputs, gradients and statistics after two views of five images, the second one smaller."""
+    images = torch.randn(5, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    first, second = model(images), model(images[..., ::2, ::2])
+    ((first - 1).square().sum() + second.pow(3).sum()).backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    return gradients | dict(model.named_buffers())
-
-
-@pytest.fixture
-def on_two() -> Iterator[OnTwo]:
-    """Runs a function of the rank on two ranks, which are threads of this process, by torch's own group for tests."""
-    from torch.testing._internal.distributed import multi_threaded_pg
-
-    multi_threaded_pg._install_threaded_pg()
-    store = dist.HashStore()
-
-    def run_rank(work: Callable[[int], Result], rank: int) -> Result:
-        dist.init_process_group("threaded", rank=rank, world_size=2, store=store)
-        try:
-            return work(rank)
-        finally:
-            dist.destroy_process_group()
-
-    def run(work: Callable[[int], Result]) -> list[Result]:
-        with ThreadPoolExecutor(2) as threads:
-            return list(threads.map(partial(run_rank, work), range(2)))
-
-    yield run
-    multi_threaded_pg._uninstall_threaded_pg()
-
-
-@pytest.mark.parametrize("norm", NORMS)
-def test_two_unequal_shares_are_the_whole_batch(norm: str, on_two: OnTwo) -> None:
-    def work(rank: int) -> dict[str, Tensor]:
-        model = deepcopy(whole)
-        share_batch_norms(model)
-        return both_views(model, slice(0, 2) if rank == 0 else slice(2, 5))
-
-    whole = network(norm)
-    first, second = on_two(work)
-    expected = both_views(whole, slice(5))
-    assert first.keys() == second.keys() == expected.keys()
-    for name, value in expected.items():
-        if name in dict(whole.named_buffers()):
-            assert first[name].equal(second[name])
-            torch.testing.assert_close(first[name], value)
-        else:
-            torch.testing.assert_close(first[name] + second[name], value)
+    assert images.grad is not None
+    return {"first": first, "second": second, "of images": images.grad} | gradients | dict(model.named_buffers())
 
 
 @pytest.mark.usefixtures("group_of_one")
 class TestAlone:
     images = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(2))
+
+    @pytest.mark.parametrize("norm", NORMS)
+    def test_it_is_the_usual_norm_in_outputs_gradients_and_statistics(self, norm: str) -> None:
+        usual = network(norm)
+        shared = deepcopy(usual)
+        share_batch_norms(shared)
+        assert type(shared[1]) is GlobalBatchNorm2d
+        torch.testing.assert_close(both_views(shared), both_views(usual))
 
     def test_bfloat16_has_statistics_in_float32(self) -> None:
         usual = nn.BatchNorm2d(4)
