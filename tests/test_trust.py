@@ -29,6 +29,7 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
         {
             "slrnet/storage/folders.py": "removes what is marked, beneath a folder that it was given",
             "slrnet/storage/files.py": "its own unfinished file",
+            "slrnet/storage/lease.py": "its own lease, and the empty folder that it made for it",
             "slrnet/storage/remote.py": "copies in the cache's folders, to make room",
             "slrnet/data/manifest.py": "copies in the cache, of a data set that another one has replaced",
             "slrnet/launch/pseudo_label.py": "unfinished files in its own folder of work",
@@ -41,6 +42,7 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
         {
             "slrnet/storage/files.py": "a file beside the one that it replaces",
             "slrnet/storage/folders.py": "the mark of a folder of slrnet's own",
+            "slrnet/storage/lease.py": "its own claim on a lease",
             "slrnet/storage/remote.py": "copies an object to an unfinished file",
             "slrnet/checkpoints/checkpoint.py": "a folder that appears whole",
             "slrnet/checkpoints/run_store.py": "copies a run's files to the object store that the user names",
