@@ -272,7 +272,7 @@ class Trainer:
             due = warning or asked or (settings.checkpoint_every and done % settings.checkpoint_every == 0)
             if due and (done < end or asked):  # the epoch saves at its end
                 self._save_within_epoch(done, sums, warning)
-            if asked:
+            if asked == "stop" or (asked and self._requests.asked()):  # a checkpoint by time is not waited for
                 self._answer(stop=asked == "stop")
         self.state = replace(self.state, step=end, metrics={}, unfinished=dict(sums))
         if next(batches, None) is not None:  # here the loader compares what it read with its plan
@@ -327,12 +327,15 @@ class Trainer:
         asked = self._requests.asked()
         if asked and not self._stopping:
             self._stopping = asked == "stop"
-            self._save()
+            self._write()
             self._answer(stop=asked == "stop" and self.process.world_size == 1)
 
     def _save(self) -> None:
-        self._last_save = time.monotonic()
         self.listener.at("saving", self.state.step)
+        self._write()
+
+    def _write(self) -> None:
+        self._last_save = time.monotonic()
         if self.process.is_main:
             state = self.listener.checkpoint(self.state)
             self.writer.save(
