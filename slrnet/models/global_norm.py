@@ -50,8 +50,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             self.running_var.lerp_((var * count / (count - 1)).to(self.running_var), self.momentum)
-        weight = torch.ones_like(self.running_var) if self.weight is None else self.weight
-        bias = torch.zeros_like(self.running_mean) if self.bias is None else self.bias
+        weight = self.weight if self.affine else torch.ones_like(self.running_var)
+        bias = self.bias if self.affine else torch.zeros_like(self.running_mean)
         normalized: Tensor = _Normalize.apply(x, mean.to(weight), var.to(weight), weight, bias, count, self.eps)
         return normalized
 
@@ -68,7 +68,9 @@ def share_batch_norms(root: nn.Module) -> None:
         if not isinstance(module, _BatchNorm) or not module.training or isinstance(module, GlobalBatchNorm2d):
             continue
         known = type(module) in (nn.BatchNorm2d, BatchNormAct2d)
-        if not (known and module.track_running_stats and module.momentum is not None):
+        if not (
+            isinstance(module, nn.BatchNorm2d) and known and module.track_running_stats and module.momentum is not None
+        ):
             raise ValueError(
                 f"the statistics of {name}, a {type(module).__name__}, cannot be taken over all workers; set "
                 "model.sync_batch_norm=false, or model.freeze_batch_norm=true if it is the encoder's"

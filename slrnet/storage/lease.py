@@ -151,7 +151,7 @@ def _is_free(held: Mapping[str, Any]) -> bool:
     if held["host"] != socket.gethostname():
         return False
     try:
-        return abs(psutil.Process(held["pid"]).create_time() - held["started"]) > 1
+        return bool(abs(psutil.Process(held["pid"]).create_time() - held["started"]) > 1)
     except psutil.NoSuchProcess:
         return True
     except psutil.Error:
@@ -177,7 +177,15 @@ def _parse(text: str, beat: float) -> _Record:
     try:
         record = json.loads(text)
         number = (int, float)
-        kinds = {"id": str, "host": str, "pid": int, "started": number, "user": str, "since": number, "beat": number}
+        kinds: dict[str, Any] = {
+            "id": str,
+            "host": str,
+            "pid": int,
+            "started": number,
+            "user": str,
+            "since": number,
+            "beat": number,
+        }
         return record if all(isinstance(record[name], kind) for name, kind in kinds.items()) else unknown
     except (ValueError, KeyError, TypeError, RecursionError):
         return unknown
@@ -251,7 +259,7 @@ class _Object:
             return False
         self.write(record)
         time.sleep(SETTLE)
-        return (self.read() or {}).get("id") == record["id"]
+        return bool((self.read() or {}).get("id") == record["id"])
 
     def read(self) -> _Record | None:
         def read() -> _Record | None:
@@ -278,7 +286,7 @@ class _Object:
             return False
         self.write(own)
         time.sleep(SETTLE)
-        return (self.read() or {}).get("id") == own["id"]
+        return bool((self.read() or {}).get("id") == own["id"])
 
     def remove(self) -> None:
         system, path = filesystem_of(self._location)
