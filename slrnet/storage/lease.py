@@ -119,7 +119,7 @@ def _keep(file: _File | _Object, own: _Record, ended: threading.Event, lost: Cal
     while not ended.wait(BEAT):
         with suppress(OSError, ValueError):
             held = file.read()
-            if held is not None and held["id"] != own["id"]:
+            if held is not None and held["id"] not in (own["id"], ""):  # "": one that is just being written
                 lost(f"{what} was taken over by {_owner(held)}, because this process gave no sign of life")
                 return
             file.write(own | {"beat": time.time()})
