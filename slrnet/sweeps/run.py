@@ -91,7 +91,7 @@ def _run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None]) -> 
 def _workers_of_a_trial(options: SweepOptions, say: Callable[[str], None]) -> WorkerPlan:
     """The workers of a trial; waits for their nodes if the options say so."""
     WorkerRequest.plan(options, say)
-    cpus, gpus = cluster_resources()
+    _, gpus = cluster_resources()
     shared = largest_share(cluster_nodes(), gpus, gpu=True) if gpus and not options.cpu_only else 1
     return replace(options, cpus_per_worker=options.cpus_per_worker or shared, wait_minutes=0.0).plan(say)
 

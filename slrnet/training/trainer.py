@@ -142,7 +142,7 @@ class Trainer:
         """
         folder, process = self.folder / "checkpoints", self.process
         chosen = find_checkpoint(folder) if process.is_main else None
-        name = gather_over_ranks(chosen and chosen.name, process)[0]
+        name = gather_over_ranks(None if chosen is None else chosen.name, process)[0]
         if name is None:
             return False
         digest = ""
