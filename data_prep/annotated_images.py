@@ -125,7 +125,7 @@ def _by_key(
         if key in by_key:
             raise DataError(
                 f"{what}: {by_key[key].file}, image {by_key[key].paths[0]!r}, and {image.file}, image "
-                f"{image.paths[0]!r}, are both of {names.paths[key]}; remove one of them"
+                f"{image.paths[0]!r}, are both of {names.paths[key]}; leave one of them out of what you give"
             )
         by_key[key] = image
         if way:

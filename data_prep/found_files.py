@@ -56,7 +56,7 @@ def find_pictures(folder: Path, option: str, *, apart: Path | None = None) -> li
     if links := found.get(_BROKEN):
         raise DataError(
             f"{option} {folder} has {len(links)} broken link(s): {listed(links)}; restore what they point to, or "
-            "remove them"
+            "take them elsewhere"
         )
     paths = found.pop("", [])
     for reason, names in found.items():

@@ -215,7 +215,7 @@ def _check_samples(samples: Sequence[Sample], num_classes: int) -> None:
         if reason:
             problems.append(reason)
         if (sample.split, sample.key) in seen:
-            problems.append(f"key {sample.key!r} occurs twice in split {sample.split!r}; remove one of the two")
+            problems.append(f"key {sample.key!r} occurs twice in split {sample.split!r}; rename one of the two")
         seen.add((sample.split, sample.key))
         if any(not 1 <= label < num_classes for label in sample.classes or ()):
             problems.append(f"key {sample.key!r} has classes {sample.classes}; allowed are 1 to {num_classes - 1}")
