@@ -107,15 +107,16 @@ def reader_processes(
     """
     held = batch_bytes * (workers * _PREFETCHED + 1) * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     free = _free_shared_memory() if free is None else free
-    if held > free:
-        _logger.warning(
-            "%s has %d MiB free, the batches of %d readers may take %d MiB; they come through pipes, which is slower. "
-            "Give it more: `docker run --shm-size=8g`, in Kubernetes an emptyDir of medium Memory at %s",
-            *(_SHARED_MEMORY, free >> 20, workers, -(-held >> 20), _SHARED_MEMORY),
-        )
-        deliveries.packed = True
-        return _Unpacked(_data_loader(deliveries, workers, pin_memory=False), pin_memory)
-    return _data_loader(deliveries, workers, pin_memory)
+    loader = _data_loader(deliveries, workers, pin_memory=pin_memory and held <= free)
+    if held <= free:
+        return loader
+    _logger.warning(
+        "%s has %d MiB free, the batches of %d readers may take %d MiB; they come through pipes, which is slower. "
+        "Give it more: `docker run --shm-size=8g`, in Kubernetes an emptyDir of medium Memory at %s",
+        *(_SHARED_MEMORY, free >> 20, workers, -(-held >> 20), _SHARED_MEMORY),
+    )
+    deliveries.packed = True  # before the readers start, with the first batch
+    return _Unpacked(loader, pin_memory)
 
 
 @dataclass(frozen=True)
