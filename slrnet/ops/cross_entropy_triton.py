@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slrnet.ops.kernels import on_device_of_first
+
 __all__ = ["BLOCK", "PIXELS", "WARPS", "plan_of", "sums_and_gradients"]
 
 PIXELS = 128
@@ -97,6 +99,7 @@ def _cross_entropy_of_cells(
             tl.store(parts + corner * classes + k, tl.sum(slope * tall[corner], axis=0), mask=k < classes)
 
 
+@on_device_of_first
 def sums_and_gradients(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """See `slrnet.ops.cross_entropy.sums_and_gradients`, for tensors on a GPU with sides of at least 2.
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from slrnet.ops.kernels import MASS_FLOOR, NORM_FLOOR
+from slrnet.ops.kernels import MASS_FLOOR, NORM_FLOOR, on_device_of_first, triton_obstacle
 
 __all__ = ["INTERPRETED", "Plan", "backward", "forward", "misfit", "plan_of"]
 
@@ -40,6 +40,8 @@ CHUNK = tl.constexpr(16)
 """Rows of d that a product over d takes at once."""
 PARTIAL_SHARE = 0.1
 """Largest share of the features' bytes to write and read again as partial sums."""
+SHARED_OF_ATOM = 192
+"""Bytes of shared memory that the smallest tile takes for each atom, rounded up to a power of 2, where T > 1."""
 COLUMNS = 8
 """Atoms in a program of the finishing kernels."""
 FINISHING_WARPS = 8
@@ -72,7 +74,7 @@ class Plan(NamedTuple):
 def plan_of(n: int, d: int, k: int, positions: int, dtype: torch.dtype) -> Plan:
     """Cuts a pass into programs: enough to fill a GPU, but no partial sums that outweigh the features."""
     single = dtype == torch.float32
-    atoms = max(16, triton.next_power_of_2(k))
+    atoms = _padded(k)
     rows = max(16, min(triton.next_power_of_2(d), SUMS // atoms // (2 if atoms >= MANY_ATOMS else 1)))
     slices = triton.cdiv(d, rows)
     affordable = int(PARTIAL_SHARE * positions * dtype.itemsize / (2 * 4 * k))
@@ -91,7 +93,19 @@ def misfit(features: Tensor, k: int) -> str | None:
     d = features.shape[1]
     if d > MAX_DIM or k > MAX_BASES:
         return f"takes d up to {MAX_DIM} and k up to {MAX_BASES}, and got d = {d} and k = {k}; use 'recompute'"
+    if INTERPRETED:
+        return None
+    if (obstacle := triton_obstacle()) is not None:
+        return f"cannot run here: {obstacle}, or use 'recompute'"
+    has = int(torch.cuda.get_device_properties(features.device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    if (needed := SHARED_OF_ATOM * _padded(k)) > has:
+        return f"needs {needed >> 10} KiB of shared memory for k = {k}, and this GPU has {has >> 10}; use 'recompute'"
     return None
+
+
+def _padded(k: int) -> int:
+    """Number of atoms, rounded up to a power of 2 that the products take."""
+    return max(16, int(triton.next_power_of_2(k)))
 
 
 def fitting_tiles(configs: list[triton.Config], constants: dict[str, Any]) -> list[triton.Config]:
@@ -382,6 +396,7 @@ def _floats(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
+@on_device_of_first
 def forward(
     features: Tensor, codes: Tensor, num_iters: int, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -409,6 +424,7 @@ def forward(
     return dictionaries, masses, last, reconstruction
 
 
+@on_device_of_first
 def backward(
     features: Tensor,
     codes: Tensor,
