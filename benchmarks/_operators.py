@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from slrnet.ops import cross_entropy_triton as cross_entropy_gpu
 from slrnet.tools.profile import PREFIX, named_stages
 from slrnet.training.listener import Listener
 from slrnet.training.optim import build_optimizer
+from slrnet.training.requests import Requests
 from slrnet.training.trainer import Trainer
 
 Kind = Literal["bf16", "tf32", "tf32x3", "fp32"]
@@ -405,7 +407,8 @@ def _trainer(config: Config, model: Network, images: int) -> Trainer:
     trainer.optimizer = build_optimizer(model, config.optim, batch_size=images)
     for group in trainer.optimizer.param_groups:
         group["foreach"] = True  # PyTorch's default on GPUs
-    trainer.listener = Listener()
+    trainer.listener, trainer.average = Listener(), None
+    trainer._requests, trainer._last_save = Requests(), time.monotonic()
     return trainer
 
 

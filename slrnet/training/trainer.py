@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 from torch.profiler import record_function
 
 from slrnet.checkpoints.checkpoint import (
@@ -374,7 +373,7 @@ class Trainer:
         self.listener.at("comparing losses", step)
         with record_function("slrnet: agreement"):
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            extent, wishes = get_total_norm(gradients, math.inf), self._wish()
+            extent, wishes = torch.stack(torch._foreach_norm(gradients, math.inf)).max(), self._wish()
             values, (save, stop) = _average(totals, extent, wishes, self.process, step, self.model)
         self._agreed = "stop" if stop else "save" if save else ""
         with record_function("slrnet: optimizer"):
