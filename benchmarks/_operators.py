@@ -26,7 +26,7 @@ from slrnet.config import Config
 from slrnet.data.batch import Batch
 from slrnet.distributed.process import Process
 from slrnet.inference.forward import Inference
-from slrnet.models.network import Network
+from slrnet.models.network import Network, autocast_dtype
 from slrnet.models.slrnet import build_network
 from slrnet.ops import cross_entropy_triton as cross_entropy_gpu
 from slrnet.tools.profile import PREFIX, named_stages
@@ -399,16 +399,23 @@ def _batch(
     return Batch(pixels, labels, known, keys, torch.arange(images) < masks, pixel_labels)
 
 
-def _trainer(config: Config, model: Network, images: int) -> Trainer:
+def step_trainer(config: Config, model: Network, images: int, device: torch.device) -> Trainer:
     """Builds a trainer that can only take steps; the constructor would need a dataset and real weights."""
-    trainer = Trainer.__new__(Trainer)
-    trainer.config, trainer.process = config, Process()
+    trainer, on_gpu = Trainer.__new__(Trainer), device.type == "cuda"
+    trainer.config, trainer.process = config, Process(device=device)
     trainer.model = trainer.wrapped = model
-    trainer.optimizer = build_optimizer(model, config.optim, batch_size=images)
-    for group in trainer.optimizer.param_groups:
-        group["foreach"] = True  # PyTorch's default on GPUs
+    trainer.optimizer = build_optimizer(model, config.optim, batch_size=images, fused=on_gpu)
+    half = autocast_dtype(config.train.precision, device) == torch.float16
+    trainer.scaler = torch.amp.GradScaler(device.type, enabled=half)
     trainer.listener, trainer.average = Listener(), None
     trainer._requests, trainer._last_save = Requests(), time.monotonic()
+    return trainer
+
+
+def _trainer(config: Config, model: Network, images: int) -> Trainer:
+    trainer = step_trainer(config, model, images, torch.device("cpu"))
+    for group in trainer.optimizer.param_groups:
+        group["foreach"] = True  # one kernel for many weights, as the fused optimizer of GPUs
     return trainer
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "Precision",
     "Protocol",
     "Setting",
+    "Tf32",
     "TrainConfig",
     "ViewsConfig",
     "WeightsConfig",
@@ -53,8 +54,10 @@ PositiveFloat = Annotated[float, Field(strict=True, gt=0.0, allow_inf_nan=False)
 
 Setting = Literal["wsss", "sss_image_labels", "sss"]
 """Image labels; pixel and image labels; pixel labels and unlabeled images."""
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 """See `train.precision`."""
+Tf32 = Literal["off", "convolutions", "all"]
+"""See `train.tf32`."""
 Implementation = Literal["auto", "reference", "recompute", "triton"]
 """See `cvlr.implementation`."""
 Protocol = Literal["ss", "ms", "ms_crf"]
@@ -375,7 +378,14 @@ class TrainConfig(_Section):
     accumulation: PositiveInt = 1
     """Backward passes per optimizer step; the memory for a batch shrinks by this factor."""
     precision: Precision = "auto"
-    """`auto`: bfloat16 autocast on GPUs that support it and on CPUs with AMX; `fp32`: never; `bf16`: always."""
+    """`auto`: autocast to bfloat16 on GPUs from Ampere on and CPUs with AMX, to float16 on T4 and V100; `fp32`: none;
+    `bf16`, `fp16`: always. With float16 the loss is scaled, and a step whose gradients overflow changes nothing."""
+    tf32: Tf32 = "convolutions"
+    """Float32 operators that may round their inputs to TF32 (10 bits of fraction) on GPUs from Ampere on. The paper
+    does not say; `convolutions` is PyTorch's default. `off` is float32 in full, at a fraction of the speed."""
+    deterministic: bool = False
+    """GPUs use only algorithms that give the same bits each time, so that a resumed training equals an undisturbed one
+    to the bit there too. Costs speed: resizing goes backward in index operations, and cuDNN has fewer algorithms."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Seed of weights, order, crops, colors, dropout and gates."""
     log_every: PositiveInt = 10

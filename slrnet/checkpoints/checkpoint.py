@@ -18,13 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import torch
 from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_exponential
 from torch import Tensor
 
 from slrnet.checkpoints.run_store import CONFIG, FILES, STATE, TRAINER, WEIGHTS
@@ -34,6 +33,9 @@ from slrnet.storage.files import read_json, sha256_of
 from slrnet.storage.folders import remove_folder, whole_folder
 from slrnet.storage.names import check_text
 from slrnet.storage.shown import logger_of
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
 __all__ = [
     "MOST_AT_A_TIME",
@@ -214,6 +216,8 @@ class CheckpointWriter:
             self._try(self.upload, f"the copy of {state.name}", "the run's storage")
 
     def _try(self, act: Callable[[], object], what: str, place: str) -> None:
+        from tenacity import Retrying, retry_if_exception_type, stop_before_delay, wait_exponential
+
         def warn(attempt: RetryCallState) -> None:
             error = attempt.outcome and attempt.outcome.exception()
             _log.warning("%s cannot be written (%s); trying again in %.0f s", what, error, attempt.upcoming_sleep)

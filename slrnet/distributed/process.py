@@ -10,7 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["Process", "configure_process", "current_process", "gather_over_ranks", "share_buffers", "sum_over_ranks"]
+from slrnet.config import Tf32
+
+__all__ = [
+    "Process",
+    "configure_arithmetic",
+    "configure_process",
+    "current_process",
+    "gather_over_ranks",
+    "share_buffers",
+    "sum_over_ranks",
+]
 
 Value = TypeVar("Value")
 
@@ -76,3 +86,14 @@ def configure_process(threads: int | None) -> None:
     if threads is not None and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, threads))
     torch.set_flush_denormal(True)
+
+
+def configure_arithmetic(*, deterministic: bool, tf32: Tf32) -> None:
+    """Sets how a GPU computes in this process; call it before the first work on the GPU. See `config.TrainConfig`."""
+    torch.backends.cudnn.allow_tf32 = tf32 != "off"
+    torch.backends.cuda.matmul.allow_tf32 = tf32 == "all"
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, matrix products refuse to run
+        # Nothing here reads memory that it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

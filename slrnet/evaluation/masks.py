@@ -82,7 +82,7 @@ def evaluate_masks(inference: Inference, samples: Iterable[EvalSample], *, proce
     matrix, images = ConfusionMatrix(inference.model.num_classes), 0
     for sample in samples:
         if sample.pixel_labels is not None:
-            matrix.update(gated_probs(inference, sample).argmax(dim=0).cpu(), sample.pixel_labels)
+            matrix.update(gated_probs(inference, sample).argmax(dim=0), sample.pixel_labels)
             images += 1
     return Quality.over_ranks(matrix, protocol_name(inference.config.evaluation), images, process)
 

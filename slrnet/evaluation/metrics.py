@@ -27,6 +27,8 @@ class ConfusionMatrix:
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Adds pixels: class ids of any shape, 255 for undecided, and true ids of the same shape, 255 for void.
 
+        They are counted on the device of the predictions.
+
         Raises:
             ValueError: the shapes differ, or an id is neither below K nor 255.
         """
@@ -35,15 +37,23 @@ class ConfusionMatrix:
                 f"predictions {tuple(predictions.shape)} and targets {tuple(targets.shape)} differ in shape; "
                 "resize the predictions to the targets"
             )
-        valid = targets != IGNORE_INDEX
-        true, predicted = targets[valid].long().cpu(), predictions[valid].long().cpu()
-        for name, ids in (("targets", true), ("predictions", predicted)):
-            wrong = ids[((ids < 0) | (ids >= self.num_classes)) & (ids != IGNORE_INDEX)]
-            if len(wrong):
-                raise ValueError(f"{name} hold the id {int(wrong[0])}; allowed are 0 to {self.num_classes - 1} and 255")
-        predicted = torch.where(predicted == IGNORE_INDEX, self.num_classes, predicted)
-        index = true * (self.num_classes + 1) + predicted
-        self.counts += torch.bincount(index, minlength=self.counts.numel()).view_as(self.counts)
+        classes, targets = self.num_classes, targets.to(predictions.device)
+        true, predicted = (self._places(ids) for ids in (targets, predictions))
+        # One copy from a GPU: shapes that depend on values, as those of a boolean index, would take several.
+        table = torch.zeros((classes + 2) ** 2, dtype=torch.int64, device=true.device)
+        index = (true * (classes + 2) + predicted).flatten()
+        table = table.scatter_add_(0, index, torch.ones_like(index)).view(classes + 2, classes + 2).cpu()
+        for name, ids, wrong in (("targets", targets, table[-1]), ("predictions", predictions, table[:classes, -1])):
+            if wrong.any():
+                found = int(ids[(self._places(ids) > classes) & (targets != IGNORE_INDEX)][0])
+                raise ValueError(f"{name} hold the id {found}; allowed are 0 to {classes - 1} and 255")
+        self.counts += table[:classes, :-1]
+
+    def _places(self, ids: Tensor) -> Tensor:
+        """Row or column of each id: its own, K for 255, and K + 1 for one that is not allowed."""
+        ids = ids.long()
+        outside = torch.where(ids == IGNORE_INDEX, self.num_classes, self.num_classes + 1)
+        return torch.where((ids >= 0) & (ids < self.num_classes), ids, outside)
 
     def merge(self, other: ConfusionMatrix) -> None:
         """Adds the counts of another matrix of the same classes.

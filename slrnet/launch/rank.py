@@ -13,7 +13,7 @@ from typing import Any
 from slrnet.checkpoints.run_store import RunStore, run_folder
 from slrnet.config import config_from_dict
 from slrnet.data.manifest import load_dataset
-from slrnet.distributed.process import Process
+from slrnet.distributed.process import Process, configure_arithmetic
 from slrnet.distributed.watchdog import Hang, Watchdog, dump_stacks, shared_store
 from slrnet.storage.shown import say
 from slrnet.tracking.mlflow import MlflowTracker, watch_node
@@ -68,6 +68,7 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
     from slrnet.training.trainer import Trainer
 
     config = config_from_dict(values["config"])
+    configure_arithmetic(deterministic=config.train.deterministic, tf32=config.train.tf32)
     handle: RunHandle = values["handle"]
     store = _open_store(values["location"], process)
     folder = Path(values["folder"]) if store is None else store.folder

@@ -126,7 +126,11 @@ class Encoder(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Maps (N, 3, H, W) in [0, 1] to what the backbone was trained on, channels last for fast convolutions."""
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        # Copies to a GPU; a blocking one would wait for all its work.
+        mean, std = (
+            torch.tensor(values, dtype=images.dtype).to(images.device, non_blocking=True).view(3, 1, 1)
+            for values in (self.mean, self.std)
+        )
         return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def freeze(self, *, stages: int, batch_norm: bool) -> Self:

@@ -12,7 +12,7 @@ from slrnet.config import Precision
 from slrnet.models.encoders import Encoder
 from slrnet.ops.maps import class_probs
 
-__all__ = ["Network", "Outputs", "mixed_precision"]
+__all__ = ["Network", "Outputs", "autocast_dtype", "mixed_precision"]
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,24 @@ class Network(nn.Module):
         raise NotImplementedError
 
 
-def mixed_precision(precision: Precision, device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16, or a context without effect, for a forward pass.
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """The dtype that a forward pass is cast to; None for float32.
 
     Args:
-        precision: `fp32`, `bf16`, or `auto`: bfloat16 on hardware for it (GPUs from Ampere on, CPUs with AMX).
+        precision: `fp32`, `bf16`, `fp16`, or `auto`: what the hardware itself computes fast. That is bfloat16 on GPUs
+            from Ampere on (PyTorch emulates it on older ones) and CPUs with AMX, float16 on Volta and Turing.
         device: the network's device.
     """
+    if precision != "auto":
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if device.type == "cuda":
-        capable = torch.cuda.is_bf16_supported()
-    else:
-        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older releases
-        capable = device.type == "cpu" and capabilities.get("amx_bf16", False)
-    enabled = precision == "bf16" or (precision == "auto" and capable)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+        major, _ = torch.cuda.get_device_capability(device)
+        return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else None
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older releases
+    return torch.bfloat16 if device.type == "cpu" and capabilities.get("amx_bf16", False) else None
+
+
+def mixed_precision(precision: Precision, device: torch.device) -> torch.autocast:
+    """Autocast for a forward pass, or a context without effect; see `autocast_dtype`."""
+    dtype = autocast_dtype(precision, device)
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
-
-from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from slrnet.storage.files import written_whole
 from slrnet.storage.shown import logger_of, without_secrets
+
+if TYPE_CHECKING:
+    from tenacity import RetryCallState
 
 __all__ = ["RemoteError", "cached", "copy_from", "filesystem_of", "is_remote", "locked", "open_cached", "patiently"]
 
@@ -121,6 +122,8 @@ def patiently(source: str, act: Callable[[], Value]) -> Value:
     def may_pass(error: BaseException) -> bool:
         lasting = isinstance(error, FileNotFoundError) or "ACCESS_DENIED" in str(error)
         return isinstance(error, OSError) and not lasting
+
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
     def warn(state: RetryCallState) -> None:
         reason = _reason_of(state.outcome.exception())  # type: ignore[union-attr]

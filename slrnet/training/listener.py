@@ -19,7 +19,6 @@ from slrnet.distributed.watchdog import Watchdog
 from slrnet.evaluation.masks import PseudoMask
 from slrnet.storage import shown
 from slrnet.storage.files import written_whole
-from slrnet.tracking.gpu_monitor import GpuWatch
 from slrnet.tracking.progress import Progress
 from slrnet.tracking.protocol import SAMPLES, Tracker
 from slrnet.tracking.run_log import RunLog
@@ -29,7 +28,7 @@ from slrnet.viz.panels import draw_class_scores, draw_panel
 
 __all__ = ["Listener", "RunListener", "loss_key"]
 
-NO_PARTS = ("loss", "skip_share", "valid_share")
+NO_PARTS = ("loss", "skip_share", "valid_share", "loss_scale")
 """What a step tells beside the parts of its loss."""
 
 
@@ -89,6 +88,8 @@ class RunListener(Listener):
 
     def __post_init__(self) -> None:
         self._progress = Progress(0, show=False)
+        from slrnet.tracking.gpu_monitor import GpuWatch  # only runs that tell people need nvidia-ml-py
+
         self._gpus = GpuWatch(self.process, interval=self.config.tracking.gpu_interval)
 
     def start(self, state: TrainState, *, total: int) -> None:

@@ -38,12 +38,21 @@ def parameter_groups(model: nn.Module, config: OptimConfig, *, batch_size: int) 
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, *, batch_size: int) -> torch.optim.SGD:
-    """SGD over `parameter_groups`; each group keeps its full rate as `base_lr`."""
+def build_optimizer(model: nn.Module, config: OptimConfig, *, batch_size: int, fused: bool = False) -> torch.optim.SGD:
+    """SGD over `parameter_groups`; each group keeps its full rate as `base_lr`.
+
+    If `fused`, one kernel updates many weights, and leaves all of them unchanged where the optimizer's attribute
+    `found_inf`, a float32 tensor on their device, is not 0: the host need not wait for that decision.
+    """
     groups = parameter_groups(model, config, batch_size=batch_size)
     for group in groups:
         group["base_lr"] = group["lr"]
-    return torch.optim.SGD([group for group in groups if group["params"]], momentum=config.momentum, nesterov=True)
+    groups = [group for group in groups if group["params"]]
+    optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=True, fused=fused or None)
+    if fused:  # if it left out the first step, PyTorch would take uninitialized memory for the momentum
+        for parameter in (parameter for group in groups for parameter in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def rate_factor(step: int, *, pretrain_steps: int, total_steps: int) -> float:

@@ -1,8 +1,9 @@
 """The training loop: the same on one process and on many, with Ray or without.
 
 A `Trainer` owns the model, the optimizer and the loaders of one rank, and tells a `Listener` what it does. Randomness
-is a pure function of (seed, step, rank), so that a resumed training continues to the bit, within an epoch too. All
-ranks compare their losses before the optimizer steps: one that is not finite stops all. Rank 0 writes checkpoints.
+is a pure function of (seed, step, rank), so that a resumed training continues to the bit, within an epoch too; on GPUs,
+where the default algorithms differ in the last bits from time to time, with `train.deterministic`. All ranks compare
+their losses: one that is not finite stops all before a weight changes. Rank 0 writes checkpoints.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from slrnet.evaluation.masks import (
 )
 from slrnet.inference.forward import Inference
 from slrnet.models.global_norm import share_batch_norms
-from slrnet.models.network import Network, mixed_precision
+from slrnet.models.network import Network, autocast_dtype, mixed_precision
 from slrnet.models.slrnet import build_network
 from slrnet.storage.files import sha256_of
 from slrnet.tracking.protocol import metric_key
@@ -63,6 +64,10 @@ from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 __all__ = ["NonFiniteLossError", "Trainer", "check_batch"]
 
 _REMEDY = "Lower optim.lr, or train with train.precision=fp32"
+LOSS_SCALE = "loss_scale"
+"""Where float16's loss scale is in checkpoints, beside the optimizer's state, and among a step's figures."""
+SMALLEST_SCALE = 1.0
+"""Loss scale below which a training stops: from the first one, 65,536, after 17 steps in a row that overflow."""
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -93,7 +98,10 @@ class Trainer:
         self.writer = CheckpointWriter(self.folder / "checkpoints", config, upload=self.upload)
         self.model, self.wrapped = _new_network(config, shards.info.num_classes, process)
         self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
-        self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size)
+        on_gpu = process.device.type == "cuda"
+        self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size, fused=on_gpu)
+        half = autocast_dtype(config.train.precision, process.device) == torch.float16
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=half)
         self.supervision = supervision_of(config, shards)
         self.loader = TrainLoader(
             shards,
@@ -103,7 +111,7 @@ class Trainer:
             seed=config.train.seed,
             rank=process.rank,
             world_size=process.world_size,
-            pin_memory=process.device.type == "cuda",
+            pin_memory=on_gpu,
         )
         self._requests, self._last_save = Requests(), time.monotonic()
         self._agreed: Wish = ""
@@ -179,6 +187,8 @@ class Trainer:
             if self.average is not None:
                 self.average.model.load_state_dict(checkpoint.model)
             self.optimizer.load_state_dict(checkpoint.optimizer)
+            if LOSS_SCALE in checkpoint.optimizer:
+                self.scaler.load_state_dict(checkpoint.optimizer[LOSS_SCALE])
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
@@ -337,12 +347,11 @@ class Trainer:
         self._last_save = time.monotonic()
         if self.process.is_main:
             state = self.listener.checkpoint(self.state)
-            self.writer.save(
-                state,
-                model=self.evaluated.state_dict(),
-                optimizer=self.optimizer.state_dict(),
-                trained=None if self.average is None else self.model.state_dict(),
-            )
+            optimizer = self.optimizer.state_dict()
+            if self.scaler.is_enabled():
+                optimizer[LOSS_SCALE] = self.scaler.state_dict()
+            trained = None if self.average is None else self.model.state_dict()
+            self.writer.save(state, model=self.evaluated.state_dict(), optimizer=optimizer, trained=trained)
 
     def _step(self, batch: Batch, step: int, *, pretraining: bool) -> dict[str, float]:
         """One optimizer step; returns the loss and its parts, averaged over accumulation steps and ranks."""
@@ -367,17 +376,34 @@ class Trainer:
                 losses = self._losses(part, generator, first=first + rows.start, pretraining=pretraining)
                 self.listener.at("going backward", step)
                 with record_function("slrnet: backward"):
-                    (losses["loss"] * weight).backward()
+                    self.scaler.scale(losses["loss"] * weight).backward()
             for name, value in losses.items():
                 totals[name] = totals.get(name, torch.zeros((), device=value.device)) + value.detach() * weight
         self.listener.at("comparing losses", step)
+        return self._update(totals, step)
+
+    def _update(self, totals: dict[str, Tensor], step: int) -> dict[str, float]:
+        """The optimizer's step, and the averages of the loss parts; a loss that is not finite changes no weight."""
+        if self.scaler.is_enabled():
+            totals[LOSS_SCALE] = self.scaler.scale(torch.ones((), device=self.process.device))
         with record_function("slrnet: agreement"):
             gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            extent, wishes = torch.stack(torch._foreach_norm(gradients, math.inf)).max(), self._wish()
-            values, (save, stop) = _average(totals, extent, wishes, self.process, step, self.model)
+            # The scaler leaves out a step whose gradients overflow in float16.
+            largest = torch.stack(torch._foreach_norm(gradients, math.inf)).max()
+            extent = torch.zeros_like(largest) if self.scaler.is_enabled() else largest
+            summed = _sum_over_ranks(totals, extent, self._wish(), self.process)
+        if self.optimizer.defaults["fused"] and not self.scaler.is_enabled():
+            with record_function("slrnet: optimizer"):
+                self.optimizer.found_inf = summed[-self.process.world_size :].sum().float()  # type: ignore[attr-defined]
+                self.optimizer.step()
+            # Here the host waits, with all work under way.
+            values, (save, stop) = _averages(totals, summed, self.process, step, self.model)
+        else:
+            values, (save, stop) = _averages(totals, summed, self.process, step, self.model)
+            with record_function("slrnet: optimizer"):
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
         self._agreed = "stop" if stop else "save" if save else ""
-        with record_function("slrnet: optimizer"):
-            self.optimizer.step()
         if self.average is not None or self.labeler is not None:  # they read buffers, which differ between ranks
             share_buffers(self.model, self.process)
         if self.average is not None:
@@ -476,25 +502,25 @@ def _note_skipped(listener: Listener, skipped: tuple[SkippedSample, ...], epoch:
         listener.notice(f"epoch {epoch + 1}: skipped {len(skipped) - 5} more")
 
 
-def _average(
-    totals: dict[str, Tensor],
-    gradient: Tensor,
-    wishes: list[float],
-    process: Process,
-    step: int,
-    model: torch.nn.Module,
-) -> tuple[dict[str, float], list[float]]:
-    """Averages loss parts and adds up wishes over the ranks in one all-reduce.
+def _sum_over_ranks(totals: dict[str, Tensor], gradient: Tensor, wishes: list[float], process: Process) -> Tensor:
+    """Sums loss parts and wishes over the ranks in one all-reduce, with a flag per rank for what is not finite.
 
-    It stops all ranks if any part or gradient is not finite. `gradient` is the largest one of `model`.
+    `gradient` is the largest one of this rank's model.
     """
     own = torch.stack(list(totals.values())).double()
     told = torch.tensor(wishes, dtype=torch.float64).to(own.device, non_blocking=True)
     flags = torch.zeros(process.world_size, dtype=torch.float64, device=own.device)
     # 2: a loss, whose gradient all ranks get; 1: a gradient alone.
     flags[process.rank] = torch.maximum(2.0 * (~own.isfinite()).any(), (~gradient.isfinite()).double())
-    shared = sum_over_ranks(torch.cat([own.nan_to_num(0.0, 0.0, 0.0), told, flags]), process).tolist()
-    found = shared[len(own) + len(wishes) :]
+    return sum_over_ranks(torch.cat([own.nan_to_num(0.0, 0.0, 0.0), told, flags]), process)
+
+
+def _averages(
+    totals: dict[str, Tensor], summed: Tensor, process: Process, step: int, model: torch.nn.Module
+) -> tuple[dict[str, float], list[float]]:
+    """The averages and the wishes, from `_sum_over_ranks`; stops all ranks if anything is not finite."""
+    shared = summed.cpu().tolist()
+    told, found = shared[len(totals) : -process.world_size], shared[-process.world_size :]
     if worst := max(found):
         wrong = found.index(worst)
         listed = ", ".join(f"{name} {float(value):g}" for name, value in totals.items())
@@ -511,8 +537,13 @@ def _average(
             f"step {step}: the {what} is not finite on {where} (rank {process.rank} has {listed}{cause}); "
             f"this step changed no weight. {_REMEDY}, and continue with --resume"
         )
-    parts = {name: value / process.world_size for name, value in zip(totals, shared, strict=False)}
-    return parts, shared[len(own) : len(own) + len(wishes)]
+    values = {name: value / process.world_size for name, value in zip(totals, shared, strict=False)}
+    if values.get(LOSS_SCALE, SMALLEST_SCALE) < SMALLEST_SCALE:
+        raise NonFiniteLossError(
+            f"step {step}: gradients are not finite in float16 even at a loss scale below {SMALLEST_SCALE:g}; the last "
+            f"steps changed no weight. {_REMEDY}, and continue with --resume"
+        )
+    return values, told
 
 
 def check_batch(config: Config, world_size: int) -> None:

@@ -31,6 +31,7 @@ from slrnet.distributed.process import Process
 from slrnet.launch import train as ray_loop
 from slrnet.launch.prediction import MaskJob
 from slrnet.launch.pseudo_label import launch_pseudo_labels
+from slrnet.launch.rank import Report, train_rank
 from slrnet.launch.train import LaunchOptions, launch
 from slrnet.models.global_norm import GlobalBatchNorm2d
 from slrnet.models.slrnet import build_network
@@ -173,6 +174,8 @@ CHANGES: dict[str, Change] = {
     "train.batch_size": change_weights(3),
     "train.accumulation": change_weights(2),
     "train.precision": change_weights("bf16"),
+    "train.tf32": Change("off", "arithmetic"),
+    "train.deterministic": Change(True, "arithmetic"),
     "train.seed": change_weights(1),
     "train.ema": Change(0.5, "saved weights"),
     "train.log_every": Change(2, "logged losses"),
@@ -325,7 +328,7 @@ def test_refused(key: str, base: Config, tmp_path: Path) -> None:
 
 
 SPECIAL = ("refused", "run", "graph", "damage", "prediction", "readers", "pseudo labels", "gpu samples")
-SPECIAL += ("norms of several workers",)
+SPECIAL += ("norms of several workers", "arithmetic")
 OBSERVED = [key for key, change in CHANGES.items() if change.differs not in SPECIAL]
 
 
@@ -401,6 +404,19 @@ def test_changes_the_interval_of_gpu_samples(
         listener.start(state, total=1)
         listener.close()
     assert asked == [1.0, CHANGES[key].value]
+
+
+@pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "arithmetic"])
+def test_changes_the_arithmetic_of_gpus(key: str, base: Config) -> None:
+    def arithmetic(config: Config) -> tuple[bool, ...]:
+        with pytest.raises(KeyError, match="handle"):  # a rank sets it before anything else
+            train_rank({"config": config.model_dump(mode="json")}, Process(), Report())
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        return *tf32, torch.are_deterministic_algorithms_enabled()
+
+    changed = arithmetic(override(base, key, CHANGES[key].value))
+    assert changed == ((False, False, False) if key == "train.tf32" else (True, False, True))
+    assert arithmetic(base) == (True, False, False)
 
 
 @pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "graph"])

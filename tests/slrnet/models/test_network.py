@@ -7,7 +7,7 @@ import torch
 
 from slrnet.config import ModelConfig
 from slrnet.models.encoders import build_encoder
-from slrnet.models.network import mixed_precision
+from slrnet.models.network import autocast_dtype, mixed_precision
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,25 @@ def test_precision_follows_the_processor(
     with mixed_precision(precision, torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu") == enabled
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [
+        ((6, 1), None),
+        ((7, 0), torch.float16),
+        ((7, 5), torch.float16),
+        ((8, 0), torch.bfloat16),
+        ((12, 0), torch.bfloat16),
+    ],
+)
+def test_precision_is_what_the_gpu_itself_computes(
+    capability: tuple[int, int], dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)  # PyTorch counts emulation
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert autocast_dtype("auto", torch.device("cuda:1")) == dtype
+    assert autocast_dtype("fp16", torch.device("cuda:1")) == torch.float16
 
 
 def test_precision_of_a_release_that_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -141,3 +142,21 @@ def test_the_average_takes_in_each_step_by_the_warmed_up_decay() -> None:
         assert state["encoder.1.num_batches_tracked"] == step
     assert not average.model.training
     assert not any(parameter.requires_grad for parameter in average.model.parameters())
+
+
+def test_a_fused_step_that_is_left_out_changes_nothing_and_the_others_equal_plain_ones() -> None:
+    """The first one too, after which PyTorch alone would take uninitialized memory for the momentum."""
+    torch.manual_seed(0)
+    plain = Network()
+    fused = copy.deepcopy(plain)
+    optimizers = [build_optimizer(network, CONFIG, batch_size=16, fused=network is fused) for network in (plain, fused)]
+    for found in (1.0, 0.0, 1.0, 0.0):
+        for parameters in zip(plain.parameters(), fused.parameters(), strict=True):
+            gradient = torch.rand_like(parameters[0])
+            for parameter in parameters:
+                parameter.grad = gradient * (1 if found == 0 else math.inf)
+        optimizers[1].found_inf = torch.tensor(found)  # type: ignore[attr-defined]
+        for optimizer in optimizers[found > 0 :]:
+            optimizer.step()
+        for left, right in zip(plain.parameters(), fused.parameters(), strict=True):
+            torch.testing.assert_close(left, right)

@@ -143,6 +143,40 @@ class TestResume:
         assert same(_without_clock(first.state.metrics), _without_clock(second.state.metrics))
         assert (first.state.step, first.state.best_score) == (second.state.step, second.state.best_score)
 
+    def test_float16_skips_steps_that_overflow_and_resumes_its_loss_scale_to_the_bit(
+        self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path
+    ) -> None:
+        config = apply_overrides(quiet, ["train.precision=fp16", "train.epochs=3"])
+
+        def start(name: str) -> Trainer:
+            trainer = start_trainer(config, folder=tmp_path / name)
+            options = {"init_scale": 2.0**40, "backoff_factor": 2.0**-12, "growth_interval": 2}
+            trainer.scaler = torch.amp.GradScaler("cpu", **options)
+            return trainer
+
+        once = start("once")
+        first = {name: tensor.detach().clone() for name, tensor in once.model.named_parameters()}
+        scale = once._step(next(once.loader.epoch(0)), 0, pretraining=True)["loss_scale"]
+        assert (scale, once.scaler.get_scale()) == (2.0**40, 2.0**28)
+        assert same(dict(once.model.named_parameters()), first)
+
+        whole, interrupted = start("whole"), start("run")
+        expected = fit(whole)
+        assert not same(dict(whole.model.named_parameters()), first)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.fit(report=_interrupt_after(2))
+        resumed = start_trainer(config, folder=tmp_path / "run")
+        assert resumed.resume()
+        assert same(fit(resumed), expected[2:])
+        assert same(resumed.model.state_dict(), whole.model.state_dict())
+        assert resumed.scaler.state_dict() == whole.scaler.state_dict()
+
+    def test_float16_stops_where_no_scale_helps(self, quiet: Config, start_trainer: StartTrainer) -> None:
+        trainer = start_trainer(apply_overrides(quiet, ["train.precision=fp16"]))
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+        with pytest.raises(NonFiniteLossError, match="not finite in float16 even at a loss scale below 1; the last"):
+            trainer._step(next(trainer.loader.epoch(0)), 0, pretraining=True)
+
     def test_a_training_killed_within_an_epoch_goes_on_to_the_bit(
         self, tiny_config: Config, start_trainer: StartTrainer, tmp_path: Path, tracker: Any
     ) -> None:
