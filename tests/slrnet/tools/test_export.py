@@ -140,12 +140,22 @@ def test_the_record_states_preprocessing_and_what_is_left_out(checkpoint: Checkp
 
 def test_a_file_that_disagrees_is_refused() -> None:
     images, right = torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2, 2), 0.5)
-    assert export._compare([(images, [right])], lambda x: [right], "network.pt2") == 0
+    samples = [(images, [right, right])]
+    assert export._compare(samples, lambda x: [right, right], "network.pt2", lambda: 0.0) == 0
     for name, off in (("network.pt2", 2e-6), ("network.onnx", 2e-4)):
         with pytest.raises(ValueError, match=rf"{name} differs from the network by 2\.\de-0"):
-            export._compare([(images, [right])], lambda x, off=off: [right + off], name)
-    with pytest.raises(ValueError, match="differs from the network by nan"):
-        export._compare([(images, [right])], lambda x: [right * torch.nan], "network.onnx")
+            export._compare(samples, lambda x, off=off: [right, right + off], name, lambda: 1e-6)
+    for off in (torch.nan, -torch.nan):
+        with pytest.raises(ValueError, match="differs from the network by nan"):
+            export._compare(samples, lambda x, off=off: [right, right * off], "network.onnx", lambda: 1.0)
+
+
+def test_a_file_may_differ_as_much_as_a_tiny_change_of_the_input_makes() -> None:
+    samples = [(torch.zeros(1, 3, 2, 2), [torch.zeros(1)])]
+    answers = [torch.full((1,), 1e-3)]
+    assert export._compare(samples, lambda x: answers, "network.onnx", lambda: 2e-3) == pytest.approx(1e-3)
+    with pytest.raises(ValueError, match="differs from the network"):
+        export._compare(samples, lambda x: answers, "network.onnx", lambda: 9e-4)
 
 
 def test_what_pytorch_cannot_export_is_refused_in_one_line(checkpoint: Checkpoint, tmp_path: Path) -> None:
