@@ -532,7 +532,7 @@ def _tracking(options: argparse.Namespace) -> list[str]:
 
 def _plan(options: argparse.Namespace) -> SweepPlan:
     config = load_config(options.config) if options.config else get_recipe(options.recipe)
-    data = [f"data.path={_shards(options.data, *_places(options.storage))}"] if options.data else []
+    data = [f"data.path={_shards(options.data, options.storage, '')}"] if options.data else []
     config = apply_overrides(config, [*data, *options.set, *_tracking(options)])
     if not config.data.path:
         raise ValueError("give --data DIR, a folder with shards; `slrnet prepare demo --out DIR` makes one to try with")
