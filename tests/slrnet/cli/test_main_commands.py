@@ -53,7 +53,7 @@ def test_all_commands(setting: str, write_tiny: WriteTiny, tmp_path: Path, capsy
         ["codes", run, photo, "--out", f"{out}/codes"],
         ["figures", "fig3", run, "--out", f"{out}/figures", "--images", "1"],
         ["figures", "fig5", run, "--out", f"{out}/figures", "--images", "2"],
-        ["figures", "tables", run, "--out", f"{out}/figures"],
+        ["figures", "tables", out, "--out", f"{out}/figures"],
         ["export", run, "--out", f"{out}/exported", "--no-onnx"],
         ["profile", "--recipe", "demo", "--data", data, "--out", f"{out}/profile", "--steps", "1", *changes],
         ["class-balance", data],

@@ -58,6 +58,7 @@ class TestActors:
     def ray(self) -> Iterator[None]:
         import ray
 
+        ray.shutdown()  # an earlier test of this process may have left its connection
         root = str(Path(__file__).resolve().parents[3])
         ray.init(address="local", num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
         yield
