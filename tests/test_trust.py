@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
         {
             "slrnet/storage/shown.py": "escapes what it prints and logs",
             "slrnet/cpu/compiled.py": "logs a compiler's message; its room is below storage",
+            "slrnet/ops/kernels.py": "logs a compiler's message; its room is beside storage",
             "slrnet/tracking/mlflow.py": "sets the level of MLflow's logger",
             "slrnet/launch/train.py": "sets the level of Ray's logger",
         },
@@ -72,6 +73,7 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
         {
             "slrnet/tracking/provenance.py": "git, for the commit of the code",
             "slrnet/cpu/compiled.py": "the C compiler, on files of the package",
+            "slrnet/ops/kernels.py": "the C compiler, on a line that asks for Python.h",
             "slrnet/tools/dashboard.py": "MLflow's server",
             "data_prep/mat_files.py": "the reader of .mat files, with limits",
             "ray_jobs/demo.py": "its own cluster",
