@@ -11,9 +11,9 @@ from pathlib import Path
 
 from data_prep.conversion import Output
 from data_prep.folder import FolderInput, convert
-from data_prep.found_files import find_pictures
 from data_prep.label_table import read_label_table
 from data_prep.splits import meant_split
+from slrnet.data.images import IMAGE_SUFFIXES
 from slrnet.data.manifest import DATASET_FILE
 from slrnet.storage.shown import say
 
@@ -23,8 +23,8 @@ TABLES = ("labels.csv", "labels.tsv", "labels.xlsx")
 """Names of a table of image labels in the folder."""
 VAL_FRACTION = 0.1
 """Share of the images that validates where nothing states splits."""
-NO_CLASSES = {"images", "img", "photos", "masks", "labels", "annotations", "jpegimages", "imagesets", "checkpoints"}
-NO_CLASSES |= {"segmentationclass", "segmentationobject", "panels", "predictions"}
+NO_CLASSES = {"images", "img", "photos", "masks", "labels", "annotations", "jpegimages", "imagesets"}
+NO_CLASSES |= {"segmentationclass", "segmentationobject"}
 """Names, in lower case, of folders that other layouts have; where one of them is, folders are no classes."""
 
 
@@ -32,22 +32,33 @@ def understood(folder: Path) -> FolderInput | None:
     """How a folder of images is meant that says itself what they show; None for any other folder.
 
     It has a table of image labels, named as in `TABLES`, beside its images or beside their folder `images`; or two or
-    more folders by class and no images beside them.
+    more folders by class and nothing else, in folders of splits or not. A folder by class holds images and no folders,
+    so the folders of runs or of data sets are none.
     """
     if not folder.is_dir() or (folder / DATASET_FILE).exists():
         return None
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "@")))
+    entries = _entries(folder)
     for table in (entry for entry in entries if entry.name.lower() in TABLES):
         images = folder / "images"
         share = 0.0 if read_label_table(table, None).has_splits else VAL_FRACTION
         return FolderInput(images=images if images.is_dir() else folder, labels=table, val_fraction=share)
-    classes = [entry.name.lower() for entry in entries if entry.is_dir()]
-    if len(classes) < 2 or NO_CLASSES & set(classes):
+    split = all(entry.is_dir() and meant_split(entry.name) for entry in entries)
+    classes = [inner for entry in entries for inner in _entries(entry)] if split else entries
+    if len(classes) < 2 or not all(map(_is_class, classes)):
         return None
-    if not all("/" in path for path in find_pictures(folder, "--data")):
-        return None
-    share = 0.0 if all(map(meant_split, classes)) else VAL_FRACTION
-    return FolderInput(images=folder, labels_from_folders=True, val_fraction=share)
+    return FolderInput(images=folder, labels_from_folders=True, val_fraction=0.0 if split else VAL_FRACTION)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "@")))
+
+
+def _is_class(folder: Path) -> bool:
+    if not folder.is_dir() or folder.name.lower() in NO_CLASSES:
+        return False
+    entries = _entries(folder)
+    holds_images = any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in entries)
+    return holds_images and not any(entry.is_dir() for entry in entries)
 
 
 def shards_of(folder: Path, given: FolderInput, storage: Path, *, processes: int | None = None) -> Path:

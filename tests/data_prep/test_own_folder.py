@@ -26,10 +26,11 @@ def fill(folder: Path, *names: str) -> Path:
     ("names", "labels"),
     [
         (("cat/a.png", "dog/b.png"), {"a": [1], "b": [2]}),
+        (("train/cat/a.png", "train/dog/b.png", "val/cat/c.png"), {"a": [1], "b": [2], "c": [1]}),
         (("labels.csv", "a.png", "b.png"), {"a": [1], "b": [1, 2]}),
         (("labels.csv", "images/a.png", "images/b.png"), {"a": [1], "b": [1, 2]}),
     ],
-    ids=["folders by class", "a table", "a table beside the images"],
+    ids=["folders by class", "in folders of splits", "a table", "a table beside the images"],
 )
 def test_shards_are_made_once(
     tmp_path: Path, names: tuple[str, ...], labels: dict[str, list[int]], capsys: pytest.CaptureFixture[str]
@@ -56,6 +57,9 @@ def test_shards_are_made_once(
         ("cat/a.png", "dog/b.png", "c.png"),
         ("JPEGImages/a.png", "SegmentationClass/a.png"),
         ("images/a.png", "masks/a.png"),
+        ("first/panels/a.png", "second/panels/a.png"),
+        ("first/panels.png", "second/checkpoints/a.png"),
+        ("one/train-000000.tar.png/a.png", "two/dataset.json.png"),
     ],
     ids=" ".join,
 )
