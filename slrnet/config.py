@@ -399,6 +399,10 @@ class TrainConfig(_Section):
     """Optimizer steps between checkpoints within epochs, counted over all of them; 0: none by steps. Each epoch also
     ends with one."""
 
+    init: str = ""
+    """Run or checkpoint whose weights the training starts from (`--init`); its classes and its network must be those of
+    this run. Empty: the encoder's weights, and new layers."""
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.pretrain_epochs >= self.epochs:

@@ -404,6 +404,31 @@ def test_examples_of_extending_run() -> None:
     assert names["low_rank"].auxiliary_head is None
 
 
+@pytest.mark.slow
+def test_the_notebook_goes_from_images_to_masks(tmp_path: Path) -> None:
+    notebook = json.loads((ROOT / "docs" / "first_masks.ipynb").read_text(encoding="utf-8"))
+    codes = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [code["metadata"].get("tags") for code in codes][:2] == [["parameters"], None]
+    assert not any(code["outputs"] for code in codes)
+    small = [
+        "train.epochs=2",
+        "train.pretrain_epochs=1",
+        "train.batch_size=4",
+        "data.crop_size=64",
+        "model.encoder=timm:test_efficientnet",
+    ]
+    small += ["model.encoder_weights=none", "model.decoder_dim=8", "model.frozen_stages=0", "data.workers=0"]
+    settings = {key: json.loads(value) if value[0].isdigit() else value for key, value in (s.split("=") for s in small)}
+    names: dict[str, Any] = {"__name__": "notebook"}
+    for code in codes:
+        exec("".join(code["source"]), names)
+        if "parameters" in code["metadata"].get("tags", ()):
+            names |= {"folder": tmp_path, "settings": settings, "pictures": 12}
+    assert len(names["losses"]) == 2
+    assert names["prediction"].mask.shape == (128, 128)
+    assert all(path.is_file() for path in names["masks"].values())
+
+
 def test_citation_and_changelog_have_the_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == slrnet.__version__

@@ -60,7 +60,7 @@ SEAMS = {
     "pynvml": {"slrnet/tracking/gpu_monitor.py"},
 }
 WITHOUT_RAY = tuple(room for room, height in HEIGHT.items() if height < HEIGHT["launch"])
-PUBLIC = ("load",)
+PUBLIC = ("load", "predict", "train")
 """Names of `slrnet` itself, which belong to the top."""
 # Modules whose package has another name.
 PACKAGES = {

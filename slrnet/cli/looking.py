@@ -64,20 +64,17 @@ def predict(options: argparse.Namespace) -> int:
     """
     from slrnet.data.depth import Depth
     from slrnet.data.images import MAX_PIXELS
-    from slrnet.tools.predict import find_images, load_predictor, predict_images
+    from slrnet.tools.predict import predict_files
 
     depth = None if options.depth is None else Depth.parse(options.depth)
-    images = find_images(options.images)
-    written = (options.out / f"{name}{ending}" for name in images for ending in (".png", ".overlay.jpg"))
-    existing = [path for path in written if path.exists()]
-    if existing and not options.overwrite:
-        raise ValueError(f"{existing[0]} exists; give another --out, or allow it with --overwrite")
-    predictor = load_predictor(options.checkpoint, protocol=options.protocol, device=options.device)
     limits = {"batch_size": options.batch_size, "depth": depth, "max_pixels": options.max_pixels or MAX_PIXELS}
     tools = {"formats": tuple(dict.fromkeys(options.also)), "tolerance": options.tolerance}
-    failed = predict_images(predictor, images, options.out, source=options.checkpoint, **limits, **tools)
+    choice = {"protocol": options.protocol, "device": options.device, "overwrite": options.overwrite}
+    masks, failed, predictor = predict_files(
+        options.checkpoint, options.images, options.out, **choice, **limits, **tools
+    )
     unread = f"; {failed} images were left out" if failed else ""
-    say(f"{len(images) - failed} masks in {options.out}{predictor.inference.config.weights_note}{unread}")
+    say(f"{len(masks)} masks in {options.out}{predictor.config.weights_note}{unread}")
     return LEFT_OUT if failed and not options.skip_damaged else 0
 
 

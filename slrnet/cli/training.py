@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -30,11 +29,12 @@ from slrnet.cli.arguments import (
     place,
     positive,
 )
+from slrnet.cli.starting import places, shards_for, usual_storage
 from slrnet.config import Config, Gating, apply_overrides, load_config
 from slrnet.recipes import RECIPES, get_recipe
 from slrnet.storage.files import check_writable
 from slrnet.storage.names import check_run_name
-from slrnet.storage.remote import cached, is_remote
+from slrnet.storage.remote import is_remote
 from slrnet.storage.shown import say, without_secrets
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.space import DEFAULT_SPACE, get_space, space_with
@@ -73,8 +73,7 @@ def add_storage(parser: argparse.ArgumentParser, *, remote: bool = False) -> Non
     add = parser.add_argument_group("results").add_argument
     where = "folder for runs, seen by all nodes" + (", or its s3:// or gs:// location" if remote else "")
     where += " (default: $SLRNET_STORAGE, else ~/slrnet_runs)"
-    usual = os.environ.get("SLRNET_STORAGE") or "~/slrnet_runs"
-    add("--storage", type=_storage if remote else _folder, default=usual, metavar="DIR", help=where)
+    add("--storage", type=_storage if remote else _folder, default=usual_storage(), metavar="DIR", help=where)
     add("--tracking-uri", metavar="URI", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
 
 
@@ -91,6 +90,7 @@ def _trains(recipe: str) -> Callable[[Run], Argument]:
     names = f"named configuration (default: {recipe}): {', '.join(RECIPES)}"
     data = "folder with shards from `slrnet prepare`, or its s3:// or gs:// location; or a folder of images in folders "
     data += "by class, or with a table labels.csv beside them (default: the embedded demo data)"
+    first = "start from the weights of this run or checkpoint; its settings too, if no --recipe or --config is given"
     return command(
         one_of(
             option("--recipe", metavar="NAME", help=names),
@@ -99,6 +99,7 @@ def _trains(recipe: str) -> Callable[[Run], Argument]:
             ),
         ),
         option("--data", type=data_location, metavar="DIR", help=data),
+        checkpoint("--init", metavar="RUN", help=first),
         settings(),
         workers(),
         one_of(
@@ -465,7 +466,7 @@ def _configure(options: argparse.Namespace) -> Config:
     """
     from slrnet.launch.checks import resume_config, run_exists
 
-    storage, remote = _places(options.storage)
+    storage, remote = places(options.storage)
     check_writable(storage, folder=True)
     if options.resume_if_exists and not options.name:
         raise ValueError("--resume-if-exists continues the run of a name; give --name NAME")
@@ -474,23 +475,23 @@ def _configure(options: argparse.Namespace) -> Config:
     if options.resume and not (options.recipe or options.config):
         config = resume_config(storage, options.resume, remote=remote)
     else:
-        config = load_config(options.config) if options.config else get_recipe(options.recipe or options.default_recipe)
-    data = [f"data.path={_shards(options.data, storage, remote)}"] if options.data else []
-    config = apply_overrides(config, [*data, *options.set, *_tracking(options)])
+        config = _named_config(options)
+    data = [f"data.path={shards_for(options.data, storage, remote)}"] if options.data else []
+    first = [f"train.init={options.init.resolve()}"] if options.init else []
+    config = apply_overrides(config, [*data, *first, *options.set, *_tracking(options)])
     _check_store(config, options, storage)
-    if not config.data.path:
-        from data_prep.demo import demo_data
-
-        config = apply_overrides(config, [f"data.path={demo_data(storage)}"])
-    return config
+    return config if config.data.path else apply_overrides(config, [f"data.path={shards_for('', storage, remote)}"])
 
 
-def _shards(data: str, storage: Path, remote: str) -> str:
-    """The folder of shards that --data means: itself, or what is made of a folder of images with labels."""
-    from data_prep.own_folder import shards_of, understood
+def _named_config(options: argparse.Namespace) -> Config:
+    """The settings of --config, --recipe, or the run of --init."""
+    if options.config:
+        return load_config(options.config)
+    if options.init and not options.recipe:
+        from slrnet.checkpoints.checkpoint import load_checkpoint
 
-    given = None if remote or "://" in data else understood(Path(data))
-    return data if given is None else str(shards_of(Path(data), given, storage))
+        return load_checkpoint(options.init).config
+    return get_recipe(options.recipe or options.default_recipe)
 
 
 def _launch(options: argparse.Namespace, config: Config) -> None:
@@ -499,7 +500,7 @@ def _launch(options: argparse.Namespace, config: Config) -> None:
     from slrnet.storage.lease import BEAT, LAPSE
     from slrnet.tracking.summary import quality_table
 
-    storage, remote = _places(options.storage)
+    storage, remote = places(options.storage)
     name = options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
     named = {"name": name, "storage": storage, "remote": remote, "resume": bool(options.resume)}
     named["lease_patience"] = LAPSE + BEAT if options.resume_if_exists else 0.0
@@ -512,11 +513,6 @@ def _launch(options: argparse.Namespace, config: Config) -> None:
 def _fields_of(kind: Any, options: argparse.Namespace) -> dict[str, Any]:
     """The options that a dataclass has fields for."""
     return {name: value for name, value in vars(options).items() if name in kind.__dataclass_fields__}
-
-
-def _places(storage: str) -> tuple[Path, str]:
-    """This machine's folder for runs, and the object store's location that it is copied to, or ""."""
-    return (cached(storage), storage) if "://" in storage else (Path(storage), "")
 
 
 def _check_store(config: Config, options: argparse.Namespace, storage: Path) -> None:
@@ -532,7 +528,7 @@ def _tracking(options: argparse.Namespace) -> list[str]:
 
 def _plan(options: argparse.Namespace) -> SweepPlan:
     config = load_config(options.config) if options.config else get_recipe(options.recipe)
-    data = [f"data.path={_shards(options.data, options.storage, '')}"] if options.data else []
+    data = [f"data.path={shards_for(options.data, options.storage, '')}"] if options.data else []
     config = apply_overrides(config, [*data, *options.set, *_tracking(options)])
     if not config.data.path:
         raise ValueError("give --data DIR, a folder with shards; `slrnet prepare demo --out DIR` makes one to try with")

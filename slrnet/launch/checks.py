@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slrnet.checkpoints.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
+from slrnet.checkpoints.checkpoint import CheckpointError, check_classes, find_checkpoint, load_checkpoint
 from slrnet.checkpoints.run_store import CONFIG, RunStore
 from slrnet.config import Config, load_config, nearest
 from slrnet.data.class_balance import ClassLists, shares, table
@@ -28,6 +28,7 @@ __all__ = [
     "checkpoint_bytes",
     "resume_config",
     "with_absolute_paths",
+    "with_first_weights",
 ]
 
 
@@ -98,6 +99,37 @@ def with_absolute_paths(config: Config) -> tuple[Config, ShardSet]:
     return config.model_copy(update=changes), shards
 
 
+def with_first_weights(config: Config, shards: ShardSet) -> Config:
+    """Names the checkpoint that `train.init` means, which the training starts from, and checks that it fits.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or has other classes or another network.
+    """
+    if not config.train.init:
+        return config
+    checkpoint = load_checkpoint(lasting(Path(config.train.init).expanduser(), setting="train.init").resolve())
+    check_classes(checkpoint.state, shards.info.classes, data=shards.location)
+    wanted, given = _shapes(config, shards), {name: value.shape for name, value in checkpoint.model.items()}
+    if differing := [name for name in {**wanted, **given} if wanted.get(name) != given.get(name)]:
+        name = differing[0]
+        raise CheckpointError(
+            f"train.init: {checkpoint.path} has another network than these settings describe: {len(differing)} tensors "
+            f"differ, such as {name} ({_shape(given.get(name))}, here {_shape(wanted.get(name))}); train with the "
+            "recipe, model.* and cvlr.* settings of that run, or without --init"
+        )
+    train = config.train.model_copy(update={"init": str(checkpoint.path)})
+    return config.model_copy(update={"train": train})
+
+
+def _shapes(config: Config, shards: ShardSet) -> dict[str, torch.Size]:
+    """Shapes of the network's tensors by name."""
+    return {name: value.shape for name, value in _meta_network(config, shards).state_dict().items()}
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape)) or "a number"
+
+
 def check_run(config: Config, shards: ShardSet, world_size: int) -> Supervision:
     """Checks that data and batch allow a training with one worker or more; returns which labels it sees.
 
@@ -161,10 +193,15 @@ def balance_table(config: Config, shards: ShardSet, supervision: Supervision) ->
 
 def checkpoint_bytes(config: Config, shards: ShardSet) -> int:
     """Size of a checkpoint in bytes: the weights, their average, if any, and the momentum of those that train."""
-    from slrnet.models.slrnet import build_network
-
-    with torch.device("meta"):
-        model = build_network(config, num_classes=shards.info.num_classes, weights=False)
+    model = _meta_network(config, shards)
     values: int = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     momentum: int = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
     return values * (2 if config.train.ema else 1) + momentum
+
+
+def _meta_network(config: Config, shards: ShardSet) -> torch.nn.Module:
+    """The network of a run, without values."""
+    from slrnet.models.slrnet import build_network
+
+    with torch.device("meta"):
+        return build_network(config, num_classes=shards.info.num_classes, weights=False)

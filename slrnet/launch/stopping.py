@@ -39,6 +39,8 @@ class Interruption:
     def __init__(self) -> None:
         self.number = 0
         """The first signal's number; 0 before."""
+        self.wanted = False
+        """Whether the caller wants the training to stop, without a signal."""
         self._begun = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -52,6 +54,11 @@ class Interruption:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal or the caller asked the training to stop."""
+        return bool(self.number) or self.wanted
 
     @property
     def can_be_asked(self) -> bool:
@@ -74,8 +81,8 @@ class SignalRequests(Requests):
         self._interruption = interruption
 
     def asked(self) -> Wish:
-        """Asks to stop after a signal."""
-        return "stop" if self._interruption.number else ""
+        """Asks to stop after a signal, or when the caller wants it."""
+        return "stop" if self._interruption.asked else ""
 
 
 class Mailbox:
@@ -84,11 +91,21 @@ class Mailbox:
     def __init__(self) -> None:
         self._wish: Wish = ""
         self._looked = 0.0
+        self._told: list[dict[str, float]] = []
 
     def look(self) -> Wish:
         """What is asked now; rank 0 calls this."""
         self._looked = time.monotonic()
         return self._wish
+
+    def tell(self, metrics: dict[str, float]) -> None:
+        """Keeps the metrics of an epoch for the driver."""
+        self._told.append(metrics)
+
+    def hear(self) -> list[dict[str, float]]:
+        """The metrics that were told since the last call; the driver calls this."""
+        told, self._told = self._told, []
+        return told
 
     def ask(self, wish: Wish) -> None:
         """Asks for something; a request to stop stays."""

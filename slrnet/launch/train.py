@@ -34,6 +34,7 @@ from slrnet.launch.checks import (
     check_run,
     checkpoint_bytes,
     with_absolute_paths,
+    with_first_weights,
 )
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, await_lost_nodes
 from slrnet.launch.rank import Job, Report, train_rank
@@ -51,8 +52,10 @@ from slrnet.tracking.run_log import find_failure
 from slrnet.tracking.summary import class_tags, description, parameters, result_text
 from slrnet.training.requests import Requests
 
-__all__ = ["POINTER", "LaunchOptions", "RunResult", "TrainingError", "launch", "run_job", "train_trial"]
+__all__ = ["POINTER", "LaunchOptions", "OnEpoch", "RunResult", "TrainingError", "launch", "run_job", "train_trial"]
 
+OnEpoch = Callable[[Mapping[str, float]], bool | None]
+"""Hears the figures of each epoch by their MLflow names, `epoch` (from 1) among them; True ends the training."""
 
 POINTER = "checkpoint.json"
 """File of a checkpoint in Ray's own result that says where ours is, and its metrics."""
@@ -104,13 +107,21 @@ class RunResult:
     run: RunHandle
 
 
-def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None] = shown.say) -> RunResult:
+def launch(
+    config: Config,
+    options: LaunchOptions,
+    *,
+    say: Callable[[str], None] = shown.say,
+    on_epoch: OnEpoch | None = None,
+) -> RunResult:
     """Trains a run to its end.
 
     Args:
         config: the run's settings, `data.path` included.
         options: name, storage and workers.
         say: receives the lines to show.
+        on_epoch: called here after each epoch; when it returns True, the training ends after the step under way, with
+            a checkpoint.
 
     Raises:
         ValueError: a setting, the data, the weights, the storage, the tracking store or the cluster does not allow the
@@ -121,16 +132,23 @@ def launch(config: Config, options: LaunchOptions, *, say: Callable[[str], None]
     check_run_name(options.name)
     config, shards = with_absolute_paths(config)
     with owned(options.lease, f"run folder {options.location or options.folder}", patience=options.lease_patience):
-        return _launch(config, shards, options, say)
+        return _launch(config, shards, options, say, on_epoch)
 
 
-def _launch(config: Config, shards: ShardSet, options: LaunchOptions, say: Callable[[str], None]) -> RunResult:
+def _launch(
+    config: Config,
+    shards: ShardSet,
+    options: LaunchOptions,
+    say: Callable[[str], None],
+    on_epoch: OnEpoch | None,
+) -> RunResult:
     """Trains a run whose folder this process holds."""
     folder = options.folder
     store = RunStore(options.location, folder) if options.remote else None
     if store is not None:
         store.fetch() if options.resume else store.start()
     last = check_folder(folder, resume=options.resume)
+    config = config if last else with_first_weights(config, shards)
     workers = options.plan(say)
     supervision = check_run(config, shards, max(1, workers.most))
     require_free_space(folder, MOST_AT_A_TIME * checkpoint_bytes(config, shards))
@@ -156,7 +174,7 @@ def _launch(config: Config, shards: ShardSet, options: LaunchOptions, say: Calla
     elif options.resume:
         say("resuming a run that has no checkpoint yet: from the beginning")
     with Interruption() as interruption:
-        driver = training.run(handle, interruption=interruption)
+        driver = training.run(handle, interruption=interruption, on_epoch=on_epoch)
     if store is not None:
         store.fetch()
     checkpoints = folder / "checkpoints"
@@ -276,6 +294,7 @@ class _Training:
         until: int | None = None,
         callbacks: Sequence[Any] = (),
         interruption: Interruption | None = None,
+        on_epoch: OnEpoch | None = None,
     ) -> MlflowTracker:
         """Trains, and records in MLflow why a run failed. Returns the run's tracker; the run has not ended yet."""
         driver, options, workers, folder = MlflowTracker(handle), self.options, self.workers, self.options.folder
@@ -284,7 +303,7 @@ class _Training:
         values["hang_limit"] = options.hang_limit if workers.most else 0.0  # without Ray this is the user's process
         begun, place = time.time(), options.location or folder
         try:
-            rest: dict[str, Any] = {"failures": options.max_failures, "callbacks": callbacks}
+            rest: dict[str, Any] = {"failures": options.max_failures, "callbacks": callbacks, "on_epoch": on_epoch}
             _run(train_rank, values, folder=place, workers=workers, interruption=interruption, **rest)
         except KeyboardInterrupt:
             driver.finish("KILLED", "interrupted")
@@ -319,11 +338,12 @@ def _run(
     failures: int = 0,
     callbacks: Sequence[Any] = (),
     interruption: Interruption | None = None,
+    on_epoch: OnEpoch | None = None,
 ) -> None:
     """Runs a job in this process (no workers) or in Ray Train's workers, whose state Ray keeps in `folder`."""
     if workers.most == 0:
         configure_process(workers.cpus if workers.cpus != os.cpu_count() else None)
-        report = Report(SignalRequests(interruption) if interruption else None)
+        report = _LocalReport(interruption, on_epoch)
         job(values, Process(device=torch.device("cuda" if torch.cuda.is_available() else "cpu")), report)
         return
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it shows every line of a worker twice
@@ -355,14 +375,19 @@ def _run(
             callbacks=[*own_callbacks, *callbacks],
         ),
     )
-    if interruption is None or not interruption.can_be_asked:
+    if interruption is None or not (interruption.can_be_asked or on_epoch):
         trainer.fit()
     else:
-        _fit_beside(trainer, interruption, mailbox)
+        _fit_beside(trainer, interruption, mailbox, on_epoch)
 
 
-def _fit_beside(trainer: Any, interruption: Interruption, mailbox: Any) -> None:
-    """Fits in a thread, as Ray would else take over the signals of this one, which here ask the workers to stop."""
+def _fit_beside(trainer: Any, interruption: Interruption, mailbox: Any, on_epoch: OnEpoch | None) -> None:
+    """Fits in a thread, as Ray would else take over the signals of this one, which here ask the workers to stop.
+
+    What the workers tell reaches the caller here, in its own process.
+    """
+    import ray
+
     errors: list[BaseException] = []
 
     def fit() -> None:
@@ -375,7 +400,9 @@ def _fit_beside(trainer: Any, interruption: Interruption, mailbox: Any) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(0.2)
-        if interruption.number and not asked:
+        for metrics in ray.get(mailbox.hear.remote()) if on_epoch else ():
+            interruption.wanted |= bool(on_epoch and on_epoch(metrics))
+        if interruption.asked and not asked:
             asked = True
             mailbox.ask.remote("stop")
     if errors:
@@ -416,23 +443,39 @@ def _on_worker(arguments: dict[str, Any]) -> None:
     assert isinstance(device, torch.device)
     process, mailbox = current_process(device), arguments["mailbox"]
     requests = MailboxRequests(mailbox) if process.is_main and mailbox is not None else None
-    arguments["job"](arguments["values"], process, _RayReport(requests, points=mailbox is not None))
+    arguments["job"](arguments["values"], process, _RayReport(requests, mailbox))
+
+
+class _LocalReport(Report):
+    """Tells the caller, in whose process the job runs, and asks it whether to go on."""
+
+    def __init__(self, interruption: Interruption | None, on_epoch: OnEpoch | None) -> None:
+        super().__init__(None if interruption is None else SignalRequests(interruption))
+        self._interruption, self._on_epoch = interruption, on_epoch
+
+    def __call__(self, metrics: Mapping[str, float], *, checkpoint: str = "") -> None:
+        if self._interruption and self._on_epoch:
+            self._interruption.wanted |= bool(self._on_epoch(metrics))
 
 
 class _RayReport(Report):
     """Reports to Ray Train, and asks it which nodes will be taken away.
 
-    With `points`, a report of a checkpoint says where it is; Tune takes what a trial reports for numbers.
+    With a mailbox, rank 0 also tells the driver, and a report of a checkpoint says where it is; Tune takes what a trial
+    reports for numbers.
     """
 
-    def __init__(self, requests: Requests | None, *, points: bool) -> None:
+    def __init__(self, requests: Requests | None, mailbox: Any) -> None:
         super().__init__(requests)
-        self._points = points
+        self._mailbox = mailbox
 
     def __call__(self, metrics: Mapping[str, float], *, checkpoint: str = "") -> None:
         import ray.train
 
-        if not (checkpoint and self._points) or ray.train.get_context().get_world_rank():
+        main = not ray.train.get_context().get_world_rank()
+        if main and self._mailbox is not None:
+            self._mailbox.tell.remote(dict(metrics))
+        if not (checkpoint and self._mailbox is not None and main):
             ray.train.report(dict(metrics))
             return
         # Ray keeps metrics only with a checkpoint; ours is where it is, and this one says where.

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -36,7 +36,7 @@ from slrnet.storage.names import short_name
 from slrnet.storage.shown import say
 from slrnet.viz.overlay import Pixels, draw_overlay
 
-__all__ = ["batches", "find_images", "load_predictor", "predict_images"]
+__all__ = ["Written", "batches", "find_images", "load_predictor", "predict_files", "predict_images"]
 
 OVERLAY_PIXELS = 6_000_000
 """Larger images get a smaller overlay, because drawing takes about twenty times the image's memory."""
@@ -137,6 +137,50 @@ def batches(images: Mapping[str, Path], size: int) -> Iterator[list[str]]:
         yield from (names[start : start + size] for start in range(0, len(names), size))
 
 
+class Written(NamedTuple):
+    """What `predict_files` wrote."""
+
+    masks: dict[str, Path]
+    """The masks' paths by the images' names."""
+    left_out: int
+    """Number of images that could not be read."""
+    predictor: Predictor
+
+
+def predict_files(
+    checkpoint: str | Path,
+    places: Sequence[str],
+    out: Path,
+    *,
+    protocol: Protocol | None = None,
+    device: torch.device | str | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Written:
+    """Finds images, and writes their masks with a checkpoint's network.
+
+    Args:
+        checkpoint: see `load_predictor`.
+        places: see `find_images`.
+        out: folder to write to.
+        protocol: see `load_predictor`.
+        device: see `load_predictor`.
+        overwrite: whether masks that exist are replaced.
+        options: of `predict_images`.
+
+    Raises:
+        ValueError: see `find_images` and `load_predictor`; or a mask exists.
+    """
+    images = find_images(places)
+    written = (out / f"{name}{ending}" for name in images for ending in (".png", ".overlay.jpg"))
+    existing = [path for path in written if path.exists()]
+    if existing and not overwrite:
+        raise ValueError(f"{existing[0]} exists; give another --out, or allow it with --overwrite")
+    predictor = load_predictor(checkpoint, protocol=protocol, device=device)
+    done = predict_images(predictor, images, out, source=Path(checkpoint), **options)
+    return Written({name: out / f"{name}.png" for name in done}, len(images) - len(done), predictor)
+
+
 def predict_images(
     predictor: Predictor,
     images: Mapping[str, Path],
@@ -148,7 +192,7 @@ def predict_images(
     max_pixels: int = MAX_PIXELS,
     formats: Sequence[AnnotationFormat] = (),
     tolerance: float = TOLERANCE,
-) -> int:
+) -> list[str]:
     """Writes masks and predictions.json (the classes of each image, their share of the pixels, and their scores).
 
     Args:
@@ -164,7 +208,7 @@ def predict_images(
         tolerance: how much their polygons may move a border, pixels.
 
     Returns:
-        How many images could not be read; a line on stderr names each.
+        The names of the images that have masks; a line on stderr says of each other one why it could not be read.
     """
     if predictor.inference.device.type == "cpu":
         from slrnet.cpu.allocator import keep_memory
@@ -174,12 +218,11 @@ def predict_images(
     tools = AnnotationWriter(
         out=out, labelme=out / "labelme", classes=predictor.classes, formats=formats, tolerance=tolerance
     )
-    palette, failed = predictor.palette, 0
+    palette = predictor.palette
     with tqdm(total=len(images), unit="image", disable=None) as bar:
         for batch in batches(images, batch_size):
             read = {name: _read(images[name], depth or predictor.depth, max_pixels) for name in batch}
             pixels = {name: image for name, image in read.items() if image is not None}
-            failed += len(batch) - len(pixels)
             for name, prediction in zip(pixels, predictor.predict_batch(list(pixels.values())), strict=True):
                 step = math.ceil(math.sqrt(prediction.mask.size / OVERLAY_PIXELS))
                 small, mask = pixels[name][::step, ::step], prediction.mask[::step, ::step]
@@ -195,7 +238,7 @@ def predict_images(
     content = {"checkpoint": str(source), "protocol": predictor.protocol, "images": ordered}
     write_json(out / "predictions.json", content)
     tools.close()
-    return failed
+    return list(ordered)
 
 
 def _relative(path: Path, folder: Path) -> str:

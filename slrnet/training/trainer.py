@@ -199,6 +199,12 @@ class Trainer:
             group.update(values)
         self.state = replace(saved, world_size=self.process.world_size, palette=self.state.palette)
 
+    def _take_weights(self, checkpoint: Checkpoint) -> None:
+        """Starts from the weights of another run, whose network is the same; the steps begin at 0."""
+        self.model.load_state_dict(checkpoint.model)
+        if self.average is not None:
+            self.average.model.load_state_dict(checkpoint.model)
+
     def fit(
         self,
         *,
@@ -224,6 +230,8 @@ class Trainer:
         epochs, every = self.config.train.epochs, self.config.evaluation.every
         self._requests, self._last_save = requests or Requests(), time.monotonic()
         try:
+            if self.config.train.init and not self.state.step:
+                self._take_weights(load_checkpoint(self.config.train.init))
             self.listener.start(self.state, total=epochs * self.loader.steps_per_epoch)
             for epoch in range(self.state.epoch, epochs if until is None else min(until, epochs)):
                 metrics = self._train_epoch(epoch, notice)

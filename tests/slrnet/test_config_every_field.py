@@ -178,6 +178,7 @@ CHANGES: dict[str, Change] = {
     "train.deterministic": Change(True, "arithmetic"),
     "train.seed": change_weights(1),
     "train.ema": Change(0.5, "saved weights"),
+    "train.init": Change("/nowhere", "refused"),
     "train.log_every": Change(2, "logged losses"),
     "train.checkpoint_minutes": Change(1e-9, "checkpoints", given=("train.batch_size=1",)),
     "train.checkpoint_every": Change(1, "checkpoints", given=("train.batch_size=1",)),

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
-from slrnet.checkpoints.checkpoint import load_checkpoint
+import slrnet
+from slrnet.checkpoints.checkpoint import CheckpointError, load_checkpoint
 from slrnet.config import Config, apply_overrides
 from slrnet.data.manifest import ShardSet
 from slrnet.launch import train as ray_loop
@@ -56,6 +59,34 @@ def test_the_best_checkpoint_is_an_artifact(finished: tuple[Path, RunResult]) ->
     client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
     names = {Path(item.path).name for item in client.list_artifacts(result.run.run_id, "checkpoint")}
     assert names == {"model.safetensors", "trainer.pt", "state.json", "config.json"}
+
+
+def test_python_hears_of_epochs_and_starts_from_an_earlier_run(
+    finished: tuple[Path, RunResult], tiny_config: Config, tmp_path: Path
+) -> None:
+    _, earlier = finished
+    heard: list[float] = []
+
+    def stop(figures: Mapping[str, float]) -> bool:
+        heard.append(figures["epoch"])
+        return True
+
+    # At a rate of (almost) 0, the weights stay those that it starts from.
+    settings = {"optim.lr": 1e-30, "train.epochs": 3, "optim.weight_decay": 0.0}
+    run = slrnet.train(tiny_config, settings=settings, storage=tmp_path, name="next", init=earlier.best, on_epoch=stop)
+    assert heard == [1]
+    last, first = load_checkpoint(run.last), load_checkpoint(earlier.best)
+    assert (last.state.step, last.config.train.init) == (3, str(first.path))  # it ends after the step under way
+    name = "mask_head.classify.weight"
+    assert torch.equal(last.model[name], first.model[name])
+
+
+def test_a_start_from_another_network_is_refused(
+    finished: tuple[Path, RunResult], tiny_config: Config, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=r"another network .*: \d+ tensors differ, such as aspp"):
+        start(tiny_config, tmp_path, f"train.init={finished[1].best}", "model.decoder_dim=9")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_name_is_used_once(finished: tuple[Path, RunResult], tiny_config: Config) -> None:
