@@ -43,9 +43,10 @@ dashboard: $(STAMP) ## MLflow's page over the runs of the default storage; PORT=
 app: $(STAMP) ## a page where an image gets its mask by the newest run, or by RUN=...; PORT=7860
 	@$(BIN)/slrnet app $(if $(PORT),--port $(PORT)) $(RUN)
 
-# Side by side, with one thread each: the tests' networks are too small for more.
-FAST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
-SLOW := $(BIN)/python -m pytest -m slow
+# Side by side, with one thread each: the tests' networks are too small for more. Bytecode is kept: pytest's own takes long.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+FAST := $(PYTEST) -m "not slow" --numprocesses auto --maxprocesses 4 --dist loadfile
+SLOW := $(PYTEST) -m slow --numprocesses 2 --dist loadfile
 
 test: $(STAMP) ## all tests; the slow ones also where a fast one fails
 	@trap 'exit 130' INT TERM; fast=passed; slow=passed; \

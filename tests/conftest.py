@@ -1,7 +1,7 @@
 """What all tests share: a clean environment, the marker scheme, and the photographs that some of them need.
 
-Tests are fast unless marked `slow`: whatever starts Ray, a server or a whole training run is slow, runs after the fast
-ones, and is left out by `make test-fast`.
+Tests are fast unless marked `slow`: whatever starts Ray, a server, other processes or a training run, or computes for
+seconds, is slow, runs after the fast ones, and is left out by `make test-fast`.
 """
 
 from __future__ import annotations

@@ -42,6 +42,7 @@ def test_settings_are_accepted(name: str) -> None:
     assert apply_overrides(demo(), [*settings, *enough]) != demo()
 
 
+@pytest.mark.slow
 def test_every_script_answers_help() -> None:
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL, *map(str, SCRIPTS)], cwd=ROOT, capture_output=True, text=True, check=False

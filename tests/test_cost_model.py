@@ -142,6 +142,7 @@ class TestCounter:
         assert counted_operators(lambda: torch.empty(4, 6).view(2, 12).t()[1:].detach()) == []
 
     @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+    @pytest.mark.slow
     def test_a_step_without_data_costs_what_a_real_one_does(self, precision: str) -> None:
         config = tiny(f"train.precision={precision}", "cvlr.implementation=reference")
         found = count_step(config, num_classes=CLASSES, images=2, classes_per_image=2)
@@ -179,6 +180,7 @@ class TestCounter:
         triton = {"kernels.py", "factorize_triton.py"}  # whether the GPU's kernels can run
         assert asking == patched | own | triton | checks, "let `as_on_gpu` take a GPU's way there"
 
+    @pytest.mark.slow
     def test_stages_are_those_of_the_profile(self, counted: Count) -> None:
         assert {o.stage for o in counted.operators} - {BACKWARD} == set(cost_model.STAGES)
         backward = {o.source for o in counted.operators if o.stage == BACKWARD}
@@ -200,6 +202,7 @@ class TestCounter:
         assert (backward.flops, backward.moved) == (10 * product, 10 * features + 4 * codes)
         assert forward.stage == backward.source == "cvlr"
 
+    @pytest.mark.slow
     def test_more_images_cost_more_but_to_the_optimizer(self, counts: Counts) -> None:
         fewer, more = counts.step("voc_wsss", 1), counts.step("voc_wsss", 2)
 
@@ -212,6 +215,7 @@ class TestCounter:
         assert more.gradients == fewer.gradients
         assert more.kept > fewer.kept > 0
 
+    @pytest.mark.slow
     def test_masks_leave_images_out_of_the_calibration(self) -> None:
         config = tiny("setting=sss", "data.pixel_labeled_subset=some")
         full, half = (
@@ -288,6 +292,7 @@ class TestRoofline:
 
 
 class TestTables:
+    @pytest.mark.slow
     def test_runs(self, counts: Counts) -> None:
         scales = ((2, 4), (64, 64))
         cheap, dear = (
@@ -336,6 +341,7 @@ class TestTables:
         assert message in capsys.readouterr().err
 
     @pytest.mark.parametrize("held", [True, False])
+    @pytest.mark.slow
     def test_the_report_says_what_it_is(
         self, held: bool, counts: Counts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -64,6 +64,7 @@ def test_the_numeric_folders_exist() -> None:
     assert [folder for folder in processors.FOLDERS if not (processors.ROOT / folder).is_dir()] == []
 
 
+@pytest.mark.slow
 def test_a_variable_of_the_callers_does_not_hide_what_the_processor_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
     real = processors._level()
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
@@ -93,6 +94,7 @@ def test_a_restricted_compiler_lives_as_long_as_its_tests() -> None:
     assert existed == (shutil.which("cc") is not None)
 
 
+@pytest.mark.slow
 def test_pytest_gets_the_variables_and_its_failures_come_back(tmp_path: Path) -> None:
     test = tmp_path / "test_it.py"
     test.write_text("import os\n\ndef test_it():\n    assert os.environ['ATEN_CPU_CAPABILITY'] == 'avx2'\n")

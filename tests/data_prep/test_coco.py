@@ -145,6 +145,7 @@ def test_polygons_of_less_than_three_points_cover_nothing(coco: CocoBuilder, tmp
     assert rows(tmp_path / "out")["000000000005"] == ("train", [1, 2], True)
 
 
+@pytest.mark.slow
 def test_fraction_is_exact_seeded_and_of_train_alone(coco: CocoBuilder, tmp_path: Path) -> None:
     for number in range(100, 137):
         coco.image("train", number)

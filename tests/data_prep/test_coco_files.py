@@ -50,6 +50,7 @@ def write(folder: Path, content: Any, encoding: str = "utf-8", **options: Any) -
     st.sampled_from(["utf-8", "utf-16-le", "utf-16-be"]),
     st.booleans(),
 )
+@pytest.mark.slow
 def test_piecewise_reading_equals_reading_the_whole(
     content: dict[str, Any], chunk: int, indent: int | None, encoding: str, escaped: bool
 ) -> None:

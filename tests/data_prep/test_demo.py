@@ -47,6 +47,7 @@ def touches_border(mask: np.ndarray) -> bool:
     return bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes_whatever_the_number_of_processes(tmp_path: Path) -> None:
     for name, seed, processes in (("a", 3, 1), ("b", 3, 2), ("c", 4, 1)):
         build_demo(

@@ -48,6 +48,7 @@ def test_the_smallest_depth_that_holds_all_values(tmp_path: Path, most: float, k
     assert chosen(tmp_path, "auto", [brightest // 4 * 3, brightest, np.zeros_like(brightest)]) == depth
 
 
+@pytest.mark.slow
 def test_the_whole_set_decides_with_any_number_of_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = [(RAMP * most).astype(np.uint16) for most in (900, 800, 1024)]
     assert chosen(tmp_path, "auto", images) == chosen(tmp_path, "auto", images, processes=2) == "uint16=12"

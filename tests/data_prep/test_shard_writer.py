@@ -90,6 +90,7 @@ def damaged(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
+@pytest.mark.slow
 def test_output_is_byte_identical_for_any_number_of_processes(shards: Path, tmp_path: Path) -> None:
     _write(tmp_path / "two", processes=2)
     assert _contents(tmp_path / "two") == _contents(shards)
@@ -280,6 +281,7 @@ def test_problems_are_listed_up_to_ten_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.slow
 def test_failure_midway_leaves_nothing_behind(tmp_path: Path, processes: int) -> None:
     with ConversionPool(processes) as workers, pytest.raises(DataError, match=r"k7.jpg cannot be read"):
         write_dataset(
@@ -323,6 +325,7 @@ sys.exit(exit_code(lambda: run_conversion(options, make), interrupted=options.in
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_interruption_leaves_nothing_behind(tmp_path: Path, sent: signal.Signals) -> None:
     command = [sys.executable, "-c", SLOW_WRITER, "--out", str(tmp_path / "shards" / "out")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -345,6 +348,7 @@ def test_whole_shards_verify(shards: Path) -> None:
     assert verify(shards) == []
 
 
+@pytest.mark.slow
 def test_any_flipped_byte_is_found_and_its_sample_named(damaged: Path) -> None:
     """Contents, headers and padding alike."""
     dataset = load_dataset(damaged)

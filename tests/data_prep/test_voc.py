@@ -136,6 +136,7 @@ def test_grey_masks_are_read_like_indexed_ones(voc: VocBuilder, tmp_path: Path) 
     assert _labels(tmp_path / "out")["t1"] == ["dog"]
 
 
+@pytest.mark.slow
 def test_output_is_byte_identical_for_two_processes(voc: VocBuilder, tmp_path: Path) -> None:
     for processes in (1, 2):
         output = Output(tmp_path / str(processes), samples_per_shard=1, processes=processes)

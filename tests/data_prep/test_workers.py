@@ -37,6 +37,7 @@ def _refuse(number: int) -> int:
     return number
 
 
+@pytest.mark.slow
 def test_the_processes_of_one_pass_serve_the_next(tmp_path: Path) -> None:
     meetings = [tmp_path / name for name in ("first", "second")]
     for meeting in meetings:
@@ -62,6 +63,7 @@ def test_a_number_below_one_is_refused() -> None:
         ConversionPool(0)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_an_error_and_no_hang() -> None:
     with (
         ConversionPool(2) as workers,
@@ -70,6 +72,7 @@ def test_a_worker_that_dies_is_an_error_and_no_hang() -> None:
         workers.map(_die, [1, 2, 3], label="dying")
 
 
+@pytest.mark.slow
 def test_after_a_failure_all_have_ended_and_new_ones_serve() -> None:
     with ConversionPool(2) as workers:
         before = {process for _, process in workers.map(_place, range(20), label="x")}

@@ -334,6 +334,7 @@ OBSERVED = [key for key, change in CHANGES.items() if change.differs not in SPEC
 
 
 @pytest.mark.parametrize("key", OBSERVED)
+@pytest.mark.slow
 def test_changes_the_run(key: str, base: Config, observe: Observe) -> None:
     change = CHANGES[key]
     config = apply_overrides(base, change.given)
@@ -343,6 +344,7 @@ def test_changes_the_run(key: str, base: Config, observe: Observe) -> None:
 
 
 @pytest.mark.parametrize("key", MEASURED_TOO)
+@pytest.mark.slow
 def test_changes_the_measured_pseudo_masks(key: str, base: Config, observe: Observe) -> None:
     config = apply_overrides(base, ["evaluation.pseudo_mask_images=3"])
     before, after = observe(config), observe(override(config, key, CHANGES[key].value))
@@ -437,6 +439,7 @@ def test_changes_the_autograd_graph(key: str, base: Config) -> None:
 
 
 @pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "prediction"])
+@pytest.mark.slow
 def test_changes_predictions(key: str, base: Config) -> None:
     pytest.importorskip("pydensecrf", reason="the extra `crf` is not installed")
     blocks = np.random.default_rng(0).integers(100, 156, (5, 7, 3), dtype=np.uint8)

@@ -290,6 +290,7 @@ def test_weights_that_are_none_are_refused_even_with_right_checksums(tmp_path: P
         load_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_weights_of_another_shape_or_name_do_not_fit(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     with pytest.raises(CheckpointError, match="does not fit its own configuration"):

@@ -47,6 +47,7 @@ def printed(script: str, *arguments: str) -> list[float]:
     return [float(word) for word in run.stdout.split()]
 
 
+@pytest.mark.slow
 def test_a_process_that_predicts_keeps_the_memory_of_its_maps() -> None:
     script = f"""{MEMORY_TAKEN}
 from slrnet.cpu import allocator
@@ -61,6 +62,7 @@ print(*taken(100), *taken(100))
     assert new < 1
 
 
+@pytest.mark.slow
 def test_a_large_network_takes_its_maps_from_the_system() -> None:
     """Maps of 8 MiB come from the heap, which keeps them, unless the network is large."""
     script = f"""{MEMORY_TAKEN}

@@ -112,6 +112,7 @@ def test_writes_to_its_place_and_nowhere_else() -> None:
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@pytest.mark.slow
 def test_no_byte_outside_its_memory_is_touched(tmp_path: Path) -> None:
     """The compiler's own checks of every access, and of what is given back, over random boxes."""
     (tmp_path / "boxes.c").write_text(BOXES.replace("KERNEL", str(Path(crop_cpu.__file__).with_suffix(".c"))))

@@ -85,6 +85,7 @@ def step(network: SLRNet, images: Tensor) -> list[Tensor]:
     return [*(view.detach() for view in logits), *(one.grad for one in network.parameters() if one.grad is not None)]
 
 
+@pytest.mark.slow
 def test_a_training_step_at_any_crop_is_that_of_the_plain_network(monkeypatch: pytest.MonkeyPatch) -> None:
     network = narrow_network(monkeypatch).train()
     images = {crop: torch.randn(1, 3, crop, crop, dtype=torch.float64) for crop in CROPS}
@@ -122,6 +123,7 @@ print([name for name in sys.modules if name.startswith("slrnet.cpu")])
 """
 
 
+@pytest.mark.slow
 def test_other_devices_import_nothing_of_the_room() -> None:
     run = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True)
     elsewhere, on_cpu = run.stdout.splitlines()

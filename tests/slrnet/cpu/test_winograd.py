@@ -114,6 +114,7 @@ def test_only_convolutions_that_fit_are_replaced() -> None:
     assert holder[0].weight is weight
 
 
+@pytest.mark.slow
 def test_a_network_predicts_the_same() -> None:
     model = ModelConfig(encoder="wide_resnet38", encoder_weights="none", decoder_dim=64, skip_dim=16)
     torch.manual_seed(0)

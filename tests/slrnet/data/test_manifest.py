@@ -127,6 +127,7 @@ def test_image_labels_are_multi_hot_without_the_background(folder: Path) -> None
 
 
 @given(st.lists(st.sets(st.integers(1, 5)), min_size=1, max_size=8))
+@pytest.mark.slow
 def test_image_labels_equal_a_slow_loop(classes: list[set[int]]) -> None:
     count = len(classes)
     columns = {name: [values[0]] * count for name, values in _columns().items()}

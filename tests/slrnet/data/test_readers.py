@@ -22,6 +22,7 @@ print(len(gc.get_objects()))
 """
 
 
+@pytest.mark.slow
 def test_the_garbage_collector_does_not_look_through_a_reader() -> None:
     run = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True)
     before, after = map(int, run.stdout.split())

@@ -130,6 +130,7 @@ def test_crops_follow_from_seed_epoch_and_sample_alone(data: ShardSet) -> None:
     assert not any(torch.equal(one[key], reseeded[key]) for key in one.keys() & reseeded.keys())
 
 
+@pytest.mark.slow
 def test_a_buffer_of_one_keeps_the_shards_together_and_a_larger_one_shuffles(data: ShardSet) -> None:
     def shards(buffer: int) -> list[str]:
         return [_shard_of(data, key) for key in _keys(_loader(data, shuffle_buffer=buffer, batch_size=1).epoch(0))]

@@ -94,6 +94,7 @@ def test_rows_are_handed_over_between_bands() -> None:
     np.testing.assert_array_equal(mask, (np.arange(90)[:, None] + np.arange(80)) % 5)
 
 
+@pytest.mark.slow
 def test_the_band_lies_along_the_shorter_side() -> None:
     """A strip as long as an image may be takes no more memory than other images of its pixels."""
 

@@ -66,6 +66,7 @@ def test_a_split_without_masks_is_refused(
     assert not (tmp_path / "evaluation").exists()
 
 
+@pytest.mark.slow
 def test_protocols_differ(checkpoint: Checkpoint, tiny_data: ShardSet, tiny_config: Config, tmp_path: Path) -> None:
     need("ms_crf")
     figures = [
@@ -112,6 +113,7 @@ def test_parts_in_any_order_count_the_same(
     assert record["images"] == 5
 
 
+@pytest.mark.slow
 def test_an_evaluation_repeats_the_figures_of_the_training(
     tiny_config: Config, tiny_data: ShardSet, tmp_path: Path
 ) -> None:

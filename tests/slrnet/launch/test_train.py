@@ -39,6 +39,7 @@ def finished(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> t
     return storage, start(tiny_config, storage)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_checkpoints_and_one_finished_mlflow_run(
     finished: tuple[Path, RunResult], tiny_data: ShardSet
 ) -> None:
@@ -108,6 +109,7 @@ def test_resuming_continues_the_same_mlflow_run(
     assert [step for step, _ in metric_history(again.run, "val/miou_ss")] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
     finished: tuple[Path, RunResult], tmp_path: Path
 ) -> None:
@@ -165,6 +167,7 @@ def test_no_space_for_checkpoints_is_refused(
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_worker_that_ray_alone_has_noticed_is_named(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +189,7 @@ def test_a_killed_worker_that_ray_alone_has_noticed_is_named(
     assert (run.data.tags["failure.rank"], run.data.tags["failure.exception"]) == ("1", "died")
 
 
+@pytest.mark.slow
 def test_a_failed_training_is_marked_in_mlflow_with_its_cause(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +204,7 @@ def test_a_failed_training_is_marked_in_mlflow_with_its_cause(
     assert "the loss is not finite" in run.data.tags["reason"]
 
 
+@pytest.mark.slow
 def test_a_training_that_leaves_no_checkpoint_is_marked_as_failed(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +217,7 @@ def test_a_training_that_leaves_no_checkpoint_is_marked_as_failed(
     assert "without a checkpoint" in run.data.tags["reason"]
 
 
+@pytest.mark.slow
 def test_a_start_says_what_is_trained_on_and_how_classes_are_balanced(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -238,6 +244,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.slow
 def test_secrets_of_the_environment_reach_no_file_and_no_line(
     tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,6 +71,7 @@ def _stage_parameters(encoder: Encoder) -> list[list[nn.Parameter]]:
 
 
 @pytest.mark.parametrize(("name", "output_stride", "deep", "skip", "num_stages"), ENCODERS)
+@pytest.mark.slow
 def test_strides_and_channels_at_even_and_odd_sizes(
     name: str, output_stride: int, deep: int, skip: int, num_stages: int
 ) -> None:
@@ -134,6 +135,7 @@ def test_same_weights_give_the_same_features_as_the_whole_timm_model() -> None:
 
 
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
+@pytest.mark.slow
 def test_resnet50_computes_what_torchvisions_does(output_stride: int) -> None:
     theirs = torchvision.models.resnet50(
         replace_stride_with_dilation=[False, output_stride == 8, output_stride <= 16]

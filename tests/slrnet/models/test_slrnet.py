@@ -50,6 +50,7 @@ def images(*sides: int, n: int = 2) -> list[Tensor]:
 @pytest.mark.parametrize(
     "name", sorted({of.model.encoder for of in (recipe() for recipe in RECIPES.values()) if of.cvlr.enabled})
 )
+@pytest.mark.slow
 def test_shallow_features_have_their_share_of_what_is_fused_whatever_the_encoder(name: str) -> None:
     config = ModelConfig(
         encoder=name, encoder_weights="none", output_stride=16, decoder_dim=32, skip_dim=8, dropout=0.0

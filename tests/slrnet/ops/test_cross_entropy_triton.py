@@ -29,6 +29,7 @@ def case(
     ("small", "large"), [((3, 4), (7, 9)), ((5, 5), (5, 5)), ((7, 9), (3, 4)), ((2, 3), (23, 65)), ((6, 5), (41, 33))]
 )
 @pytest.mark.parametrize(("classes", "scale"), [(2, 3.0), (16, 3.0), (21, 200.0)])
+@pytest.mark.slow
 def test_equals_operators(small: tuple[int, int], large: tuple[int, int], classes: int, scale: float) -> None:
     arguments = case(small, large, classes, scale=scale)
     for own, expected in zip(

@@ -34,6 +34,7 @@ def module_and_inputs() -> tuple[CrossViewLowRank, list[Tensor], list[Tensor]]:
     return module, views, [torch.randn(2, 3, *size).requires_grad_() for size in sizes]
 
 
+@pytest.mark.slow
 def test_operator_checks_of_torch() -> None:
     """Schema, fake tensors and the registered gradient, also with sizes that are not known beforehand."""
     features, codes = draw(dtype=torch.float64)
@@ -72,6 +73,7 @@ def test_assigned_sums_pass_the_checks_of_torch() -> None:
     assert set(checks.values()) == {"SUCCESS"}
 
 
+@pytest.mark.slow
 def test_compiles_as_a_whole() -> None:
     module, views, logits = module_and_inputs()
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

@@ -98,6 +98,7 @@ def test_the_papers_figures_stand_beside() -> None:
     assert [row.variant.label for row in rows] == ["EMAU"]
 
 
+@pytest.mark.slow
 def test_a_search_leaves_files(tmp_path: Path) -> None:
     trials = [
         trial(str(i), {"weights.consistency": 0.5 + i, "cvlr.method": "cvlr"}, miou=i / 10, mfdr=0.5 - i / 20)

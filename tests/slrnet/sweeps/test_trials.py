@@ -46,6 +46,7 @@ def test_equal_trials_stay_on_the_front() -> None:
     assert Trials(twins, ["val/mfdr", "val/mfnr"]).front().all == twins
 
 
+@pytest.mark.slow
 def test_importances_find_the_setting_that_acts() -> None:
     trials = [
         trial(

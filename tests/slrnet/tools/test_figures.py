@@ -151,6 +151,7 @@ class TestPictures:
 
 class TestCommand:
     @pytest.mark.parametrize("what", ["fig2", "fig3", "fig5"])
+    @pytest.mark.slow
     def test_a_figure_of_one_checkpoint(self, what: str, tiny_run: Path, tmp_path: Path) -> None:
         assert main(["figures", what, str(tiny_run), "--out", str(tmp_path), "--images", "1", "--device", "cpu"]) == 0
         assert sorted(path.name for path in tmp_path.iterdir()) == [f"{what}.pdf", f"{what}.png"]
@@ -158,6 +159,7 @@ class TestCommand:
             assert picture.width == 1584  # 7.2 inches at 220 dots each
         assert (tmp_path / f"{what}.pdf").read_bytes().startswith(b"%PDF")
 
+    @pytest.mark.slow
     def test_the_first_and_last_checkpoint_of_a_run(self, two_epochs: Path, tmp_path: Path) -> None:
         out = tmp_path / "out"
         assert (

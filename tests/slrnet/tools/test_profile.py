@@ -16,6 +16,7 @@ STAGES = {"views", "network", "alignment", "calibration", "losses", "backward", 
 PARTS = {"encoder", "aspp", "fusion", "auxiliary_head", "cvlr", "cue_injection", "gate", "mask_head"}
 
 
+@pytest.mark.slow
 def test_all_stages_are_seen(tiny_config: Config, tmp_path: Path) -> None:
     found = profile_steps(tiny_config, tmp_path / "trace.json.gz", steps=1, device="cpu")
     assert set(found.stages) == STAGES | PARTS

@@ -73,6 +73,7 @@ def text(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class TestPage:
+    @pytest.mark.slow
     def test_it_loads_nothing_and_is_small(self, text: str) -> None:
         assert_loads_nothing(text)
         assert len(text.encode()) < MAX_BYTES

@@ -39,6 +39,7 @@ def artifact_root(handle: RunHandle) -> Path:
 
 
 class TestCreateRun:
+    @pytest.mark.slow
     def test_params_tags_and_config_are_stored(self, uri: str) -> None:
         params = {"optim.lr": 0.5, "views.scales": [1.0, 0.5], "data.path": "x", "cvlr.enabled": True}
         handle = create_run(uri, "exp", "stored", params=params, tags={"data": "abc"}, resume=False)
@@ -353,6 +354,7 @@ class TestOutage:
         assert metric_history(handle, "loss") == [(1, 1.0)]
 
 
+@pytest.mark.slow
 def test_the_process_stays_quiet_and_needs_no_active_run(tmp_path: Path, uri: str) -> None:
     # A fresh process with an existing database: no notice, no ./mlruns, no global tracking URI.
     script = (

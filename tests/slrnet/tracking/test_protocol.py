@@ -14,6 +14,7 @@ from slrnet.tracking.protocol import NullTracker, RunHandle, metric_key
 
 
 class TestKeys:
+    @pytest.mark.slow
     def test_keys_that_collide_are_refused(self, handle: RunHandle) -> None:
         with pytest.raises(ValueError, match="'a\\?' becomes 'a_', which another metric"):
             MlflowTracker(handle).log_metrics({"a!": 1.0, "a?": 2.0}, step=0)

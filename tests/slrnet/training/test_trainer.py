@@ -60,6 +60,7 @@ def quiet(tiny_config: Config) -> Config:
 
 
 class TestDeterminism:
+    @pytest.mark.slow
     def test_a_training_in_two_parts_is_the_same_to_the_bit(
         self, quiet: Config, start_trainer: StartTrainer, digest: Digest, tmp_path: Path
     ) -> None:
@@ -72,6 +73,7 @@ class TestDeterminism:
         assert second.fit(report=lambda metrics: None, until=99).epoch == quiet.train.epochs
         assert digest(second.model) == digest(whole.model)
 
+    @pytest.mark.slow
     def test_the_same_seed_gives_the_same_weights_and_figures_to_the_bit(
         self, tiny_config: Config, start_trainer: StartTrainer, digest: Digest
     ) -> None:
@@ -81,6 +83,7 @@ class TestDeterminism:
         assert same(figures, fit(second))
         assert digest(first.model) == digest(second.model)
 
+    @pytest.mark.slow
     def test_another_seed_gives_other_weights(self, quiet: Config, start_trainer: StartTrainer, digest: Digest) -> None:
         first, second = start_trainer(quiet), start_trainer(apply_overrides(quiet, ["train.seed=1"]))
         start = digest(first.model)
@@ -88,6 +91,7 @@ class TestDeterminism:
         fit(first), fit(second)
         assert digest(first.model) not in (start, digest(second.model))
 
+    @pytest.mark.slow
     def test_measuring_does_not_influence_training(
         self, tiny_config: Config, quiet: Config, start_trainer: StartTrainer, digest: Digest
     ) -> None:
@@ -95,6 +99,7 @@ class TestDeterminism:
         fit(measured), fit(unmeasured)
         assert digest(measured.model) == digest(unmeasured.model)
 
+    @pytest.mark.slow
     def test_an_average_changes_what_is_measured_and_saved_but_not_the_training(
         self, quiet: Config, start_trainer: StartTrainer, digest: Digest
     ) -> None:
@@ -122,6 +127,7 @@ class _Asks(Requests):
 
 
 class TestResume:
+    @pytest.mark.slow
     def test_two_epochs_and_a_resumed_third_equal_three_to_the_bit(
         self, tiny_config: Config, start_trainer: StartTrainer, tmp_path: Path
     ) -> None:
@@ -177,6 +183,7 @@ class TestResume:
         with pytest.raises(NonFiniteLossError, match="not finite in float16 even at a loss scale below 1; the last"):
             trainer._step(next(trainer.loader.epoch(0)), 0, pretraining=True)
 
+    @pytest.mark.slow
     def test_a_training_killed_within_an_epoch_goes_on_to_the_bit(
         self, tiny_config: Config, start_trainer: StartTrainer, tmp_path: Path, tracker: Any
     ) -> None:
@@ -197,6 +204,7 @@ class TestResume:
         assert same(resumed.optimizer.state_dict(), whole.optimizer.state_dict())
         assert continued.curve("train/loss") == tracker.curve("train/loss")[6:]
 
+    @pytest.mark.slow
     def test_average_and_weights_both_go_on_to_the_bit(
         self, quiet: Config, start_trainer: StartTrainer, digest: Digest, tmp_path: Path
     ) -> None:
@@ -249,6 +257,7 @@ class TestResume:
         assert "the node of rank 0 will be taken away in 30 s: saved after step 3" in capsys.readouterr().out
 
     @pytest.mark.parametrize("after", [1, 3, 4])
+    @pytest.mark.slow
     def test_asked_to_stop_it_saves_and_returns_and_goes_on_to_the_bit(
         self, tiny_config: Config, start_trainer: StartTrainer, tmp_path: Path, after: int
     ) -> None:
@@ -265,6 +274,7 @@ class TestResume:
         assert same(resumed.model.state_dict(), whole.model.state_dict())
 
     @pytest.mark.parametrize("after", [1, 3, 4])
+    @pytest.mark.slow
     def test_asked_to_save_it_saves_once_and_continues(
         self, tiny_config: Config, start_trainer: StartTrainer, after: int
     ) -> None:
@@ -273,6 +283,7 @@ class TestResume:
         assert trainer.fit(report=lambda metrics: None, requests=requests).epoch == 2
         assert requests.answers == [min(after + 1, 4)]
 
+    @pytest.mark.slow
     def test_what_the_store_had_not_taken_is_logged_again(
         self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path, tracker: Any
     ) -> None:
@@ -293,6 +304,7 @@ class TestResume:
     def test_without_a_checkpoint_there_is_nothing_to_resume(self, quiet: Config, start_trainer: StartTrainer) -> None:
         assert start_trainer(quiet).resume() is False
 
+    @pytest.mark.slow
     def test_state_and_optimizer_of_the_checkpoint(self, tiny_config: Config, start_trainer: StartTrainer) -> None:
         trainer = start_trainer(tiny_config)
         figures = fit(trainer)
@@ -349,6 +361,7 @@ class TestResume:
 
 
 class TestWhatIsLogged:
+    @pytest.mark.slow
     def test_curves(self, tiny_config: Config, start_trainer: StartTrainer, tracker: Any) -> None:
         trainer = start_trainer(apply_overrides(tiny_config, ["evaluation.pseudo_mask_images=9"]), tracker=tracker)
         nn.init.constant_(trainer.model.mask_head.classify.bias, 3.0)  # else all is background: without discoveries
@@ -373,6 +386,7 @@ class TestWhatIsLogged:
         assert not tracker.curve("val/fnr/ant")
         assert [step for key, step, _ in tracker.pictures if key == "quality/val"] == [0, 1]
 
+    @pytest.mark.slow
     def test_total_is_the_weighted_sum_of_the_parts_and_the_epoch_their_mean(
         self, tiny_config: Config, start_trainer: StartTrainer, tracker: Any
     ) -> None:
