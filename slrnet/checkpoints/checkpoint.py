@@ -28,7 +28,6 @@ from torch import Tensor
 
 from slrnet.checkpoints.run_store import CONFIG, FILES, STATE, TRAINER, WEIGHTS
 from slrnet.config import Config, load_config
-from slrnet.models.network import Network
 from slrnet.storage.files import read_json, sha256_of
 from slrnet.storage.folders import remove_folder, whole_folder
 from slrnet.storage.names import check_text
@@ -36,6 +35,8 @@ from slrnet.storage.shown import logger_of
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
+
+    from slrnet.models.network import Network
 
 __all__ = [
     "MOST_AT_A_TIME",
