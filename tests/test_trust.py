@@ -55,6 +55,8 @@ KINDS: dict[str, tuple[str, dict[str, str]]] = {
             "slrnet/sweeps/results.py": "a file that appears whole",
             "slrnet/tools/figures/pictures.py": "a file that appears whole",
             "slrnet/tools/predict.py": "a file that appears whole",
+            "slrnet/tools/review/desk.py": "a folder that appears whole, and masks that do",
+            "slrnet/tools/review/reviewed_shards.py": "a folder that appears whole",
             "data_prep/demo.py": "pictures that it draws into a temporary folder",
             "ray_jobs/demo.py": "the token of its own cluster, in a temporary folder",
         },

@@ -20,6 +20,7 @@ __all__ = [
     "TOLERANCE",
     "Argument",
     "add_protocol",
+    "annotation_folder",
     "checked",
     "checkpoint",
     "command",
@@ -99,6 +100,16 @@ SKIP_DAMAGED = option(
 """--skip-damaged."""
 ANNOTATION_FORMATS = ("coco", "coco-polygons", "labelme")
 """Forms of `slrnet.data.annotation_files`, which takes long to import."""
+
+
+def annotation_folder(text: str) -> tuple[str, Path]:
+    """A form of annotations and the folder to write, of FORM=DIR."""
+    form, equals, folder = text.partition("=")
+    if form not in ANNOTATION_FORMATS or not equals or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FORM=DIR with a FORM of {', '.join(ANNOTATION_FORMATS)}")
+    return form, output_folder(folder)
+
+
 TOLERANCE = option(
     "--tolerance", type=float, default=1.0, metavar="PX", help="how far polygons may be off; 0: exact (default: 1)"
 )

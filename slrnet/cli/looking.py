@@ -1,9 +1,12 @@
-"""Commands that show what a network sees: `slrnet predict`, `report`, `figures`, `codes`, `app`, `dashboard`."""
+"""Commands that show what a network sees: `slrnet predict`, `report`, `review`, `app` and others."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slrnet.cli.arguments import (
     ANNOTATION_FORMATS,
@@ -12,8 +15,11 @@ from slrnet.cli.arguments import (
     SKIP_DAMAGED,
     TOLERANCE,
     add_protocol,
+    annotation_folder,
     checkpoint,
     command,
+    data_location,
+    one_of,
     option,
     output_file,
     output_folder,
@@ -23,7 +29,12 @@ from slrnet.cli.arguments import (
 from slrnet.storage.shown import say
 from slrnet.tools.figures import FIGURES
 
-__all__ = ["app", "codes", "dashboard", "figures", "predict", "report"]
+if TYPE_CHECKING:
+    from slrnet.checkpoints.checkpoint import Checkpoint
+    from slrnet.data.manifest import ShardSet
+    from slrnet.tools.review.desk import ReviewDesk
+
+__all__ = ["app", "codes", "dashboard", "figures", "predict", "report", "review"]
 
 
 @command(
@@ -185,8 +196,7 @@ def app(options: argparse.Namespace) -> None:
     run of $SLRNET_STORAGE, else of ~/slrnet_runs; when neither has one, that of `make demo` in the folder runs. Needs
     the extra `app`.
     """
-    if find_spec("nicegui") is None:
-        raise ValueError("the app needs nicegui, which is not installed: pip install 'slrnet[app]'")
+    _require_app()
     from slrnet.checkpoints.checkpoint import load_checkpoint
     from slrnet.tools.dashboard import check_port, default_storages, newest_run
 
@@ -199,6 +209,99 @@ def app(options: argparse.Namespace) -> None:
     say(f"{checkpoint.path}: http://127.0.0.1:{options.port} (Ctrl-C ends it)")
     folder = checkpoint.path.resolve()
     serve(analyzer, name=f"{folder.parents[1].name}, {folder.name}", port=options.port)
+
+
+@command(
+    checkpoint(metavar="RUN"),
+    option("--out", type=output_folder, required=True, metavar="REVIEW", help="folder of the review; goes on if there"),
+    option("--images", type=positive, default=45, metavar="N", help="images to review (default: %(default)s)"),
+    option("--data", type=data_location, metavar="DIR", help="shards (default: those of the training)"),
+    one_of(
+        option("--hand-out", type=annotation_folder, metavar="FORM=DIR", help="write them for a tool, see above"),
+        option("--corrected", type=place, metavar="EXPORT", help="take the masks that a tool exported"),
+        option("--write", type=output_folder, metavar="SHARDS", help="write the data set for the next training"),
+    ),
+    option("--port", type=int, default=7861, metavar="N", help="port on 127.0.0.1 (default: %(default)s)"),
+    DEVICE,
+    interrupted="interrupted; decisions are kept, and the same command goes on",
+)
+def review(options: argparse.Namespace) -> None:
+    """Correct the masks of which a run is least sure: `slrnet review RUN --out REVIEW`, then `--write SHARDS`.
+
+    Ranks the training images whose masks the run's training may not see by doubt: low confidence, disagreement of the
+    views, classification loss. It reads no mask of them. Then it opens a page on 127.0.0.1 that shows the N most
+    doubtful ones (needs the extra `app`): accept a mask, redraw it with a brush, or discard it; Ctrl-C ends the page.
+
+    To use an annotation tool instead: `--hand-out coco-polygons=DIR` (CVAT: import as COCO 1.0) or `labelme=DIR`
+    writes images and masks; `--corrected EXPORT` takes back what labelme, CVAT, Label Studio or a COCO tool exported.
+    Both need the extra `coco`.
+
+    `--write SHARDS` makes the data set for the next training: the old one, with the accepted and redrawn masks and a
+    subset `reviewed` of them and of the masks that the training saw before. It prints the command that trains on it,
+    from this run's weights.
+    """
+    from slrnet.checkpoints.checkpoint import load_checkpoint
+    from slrnet.data.annotation_folder import check_annotation_folder
+    from slrnet.tools.review.desk import open_desk
+
+    checkpoint = load_checkpoint(options.checkpoint)
+    if options.hand_out:
+        form, folder = options.hand_out
+        check_annotation_folder(checkpoint.state.classes, folder, form=form, tolerance=0.0, keep_void=True)
+    elif not (options.corrected or options.write):
+        _require_app()
+    desk, shards = open_desk(options.out, checkpoint, data=options.data, number=options.images, device=options.device)
+    if options.hand_out:
+        desk.hand_out(form, folder)
+        say(f"{len(desk.keys)} images with masks in {folder}; then --corrected EXPORT")
+    elif options.corrected:
+        taken = _take_corrections(desk, options.corrected)
+        say(f"{taken} corrected masks of {len(desk.keys)} are in the review; then --write SHARDS")
+    elif options.write:
+        _write_reviewed(desk, shards, checkpoint, options)
+    else:
+        from slrnet.tools.dashboard import check_port
+        from slrnet.tools.review.page import serve
+
+        check_port(options.port)
+        say(f"{len(desk.keys)} images: http://127.0.0.1:{options.port} (Ctrl-C ends it; then --write SHARDS)")
+        serve(desk, name=checkpoint.path.resolve().parents[1].name, port=options.port)
+
+
+def _require_app() -> None:
+    if find_spec("nicegui") is None:
+        raise ValueError("the page needs nicegui, which is not installed: pip install 'slrnet[app]'")
+
+
+def _take_corrections(desk: ReviewDesk, export: Path) -> int:
+    """Takes the masks that a tool exported into a review; returns their number."""
+    from data_prep.annotated_images import annotation_mask, match_annotations
+    from data_prep.annotations import read_annotations
+    from data_prep.image_names import ImageNames
+
+    names = ImageNames({key: f"{key}.jpg" for key in desk.keys})
+    found = match_annotations(read_annotations(export), names, desk.classes[1:])
+    masks = {
+        key: annotation_mask(desk.folder / "images" / f"{key}.jpg", annotation, found.class_ids)
+        for key, annotation in found.drawn.items()
+    }
+    for key, mask in masks.items():
+        desk.decide(key, "redrawn", mask)
+    return len(masks)
+
+
+def _write_reviewed(desk: ReviewDesk, shards: ShardSet, checkpoint: Checkpoint, options: argparse.Namespace) -> None:
+    """Writes the data set of the next training, and says how to start it."""
+    from slrnet.tools.review.reviewed_shards import SUBSET, write_reviewed
+
+    command = ["slrnet", "review", str(options.checkpoint), "--out", str(options.out)]
+    number = write_reviewed(shards, checkpoint.config, desk.masks(), options.write, made_by=shlex.join(command))
+    left = len(desk.keys) - len(desk.decisions)
+    unseen = f"; {left} images of the review are undecided, and have no mask in it" if left else ""
+    say(f"{options.write}: training may see the masks of {number} images (subset {SUBSET}){unseen}")
+    setting = "sss" if checkpoint.config.setting == "sss" else "sss_image_labels"
+    words = ["--init", str(options.checkpoint), "--data", str(options.write.resolve()), "--set", f"setting={setting}"]
+    say("next: " + shlex.join(["slrnet", "train", *words, "--set", f"data.pixel_labeled_subset={SUBSET}"]))
 
 
 @command(

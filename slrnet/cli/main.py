@@ -40,6 +40,7 @@ COMMANDS = {
         "predict": "make masks of your images",
         "report": "write an HTML page about one run or several",
         "figures": "draw the paper's figures and tables from your runs",
+        "review": "correct the masks of which a run is least sure, and train on them",
         "codes": "draw what the dictionary's atoms stand for",
         "app": "open a page that shows what a checkpoint sees in an image",
         "dashboard": "open MLflow's page over your runs",

@@ -18,6 +18,7 @@ from slrnet.cli.arguments import (
     Argument,
     Run,
     add_protocol,
+    annotation_folder,
     checked,
     checkpoint,
     command,
@@ -214,14 +215,6 @@ def tune(options: argparse.Namespace) -> None:
     run_sweep(plan, resume=bool(options.resume))
 
 
-def _annotation_folder(text: str) -> tuple[str, Path]:
-    """A form of annotations and the folder to write, of FORM=DIR."""
-    form, equals, folder = text.partition("=")
-    if form not in ANNOTATION_FORMATS or not equals or not folder:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FORM=DIR with a FORM of {', '.join(ANNOTATION_FORMATS)}")
-    return form, output_folder(folder)
-
-
 def _prediction(*, protocol: str, gating: str | None) -> tuple[Argument, ...]:
     """The options of commands that predict a split, in this process or on Ray workers."""
     stated = gating or "as trained"
@@ -287,7 +280,7 @@ def evaluate(options: argparse.Namespace) -> None:
         "--also",
         action="append",
         default=[],
-        type=_annotation_folder,
+        type=annotation_folder,
         metavar="FORM=DIR",
         help=f"also write a folder for annotation tools, form {', '.join(ANNOTATION_FORMATS)}; repeatable",
     ),

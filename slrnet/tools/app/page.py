@@ -5,21 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from nicegui import app, events, run, ui
+from nicegui import events, run, ui
 from PIL import Image
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from slrnet.data.images import open_image
 from slrnet.tools.app.analyzer import MAX_SIDE, Analysis, Analyzer, shrink
-from slrnet.tools.app.guard import Guard
+from slrnet.tools.app.local import MAX_BYTES, serve_page
 from slrnet.tools.codes import heat
 from slrnet.viz.overlay import Pixels, draw_overlay
 from slrnet.viz.panels import class_legend
 
 __all__ = ["serve"]
 
-MAX_BYTES = 50_000_000
-"""Of an uploaded file."""
 MAX_PIXELS = 100_000_000
 """Of an uploaded image; it takes about ten bytes a pixel for a moment."""
 _MOST_SCORES = 10
@@ -30,11 +27,7 @@ _PICTURES = {"image": "Image", "mask": "Mask", "refined": "Fused and refined", "
 
 def serve(analyzer: Analyzer, *, name: str, port: int) -> None:
     """Serves the app, with the checkpoint's name as its heading, on 127.0.0.1 until Ctrl-C."""
-    # Another site's page must not reach this one under a name of its own.
-    app.add_middleware(Guard, most_bytes=MAX_BYTES)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])
-    ui.page("/")(lambda: _Page(analyzer, name).build())
-    ui.run(host="127.0.0.1", port=port, title=f"slrnet: {name}", dark=None, reload=False, show=False)
+    serve_page(lambda: _Page(analyzer, name).build(), title=f"slrnet: {name}", port=port)
 
 
 class _Page:
