@@ -51,6 +51,8 @@ def allowed(field: dict[str, Any]) -> str:
     """Returns the allowed values of a field in words, from its schema."""
     if "enum" in field:
         return ", ".join(f"`{value}`" for value in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
     if "anyOf" in field:
         return " or ".join(allowed(choice) for choice in field["anyOf"])
     if field["type"] == "array":

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 __all__ = [
     "PROTOCOLS",
@@ -100,7 +100,8 @@ class DataConfig(_Section):
     balance_limit: Annotated[float, Field(strict=True, ge=1.0, allow_inf_nan=False)] = 10.0
     """Most draws of one image per epoch that `class_balance` may cause."""
     crop_size: PositiveInt = 321
-    """Side of the square training crop, in pixels: a multiple of `model.output_stride`, or one more than a multiple."""
+    """Side of the square training crop, in pixels: a multiple of `model.output_stride`, or one more than a multiple.
+    Vision transformers need a multiple of their patch."""
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
     """Smallest and largest share of the image's area that a crop covers."""
     flip: Fraction = 0.5
@@ -196,15 +197,18 @@ class ModelConfig(_Section):
     architecture: Literal["slrnet", "deeplabv3plus"] = "slrnet"
     """The paper's network, or DeepLabV3+ (extra `distill`) for training on masks alone: setting `sss`, without CVLR."""
     encoder: str = "wide_resnet38"
-    """`wide_resnet38`, `resnet50`, `resnet101`, `efficientnet_lite0` (or 1, 2), or `timm:NAME` for a timm backbone."""
+    """`wide_resnet38`, `resnet50`, `resnet101`, `efficientnet_lite0` (or 1, 2), or `timm:NAME` for a timm backbone such
+    as `timm:vit_base_patch14_dinov2`."""
     encoder_weights: str = "auto"
     """`auto` (the encoder's usual ImageNet weights), `none` (random), or the path of a weights file."""
     output_stride: Literal[8, 16, 32] = 8
-    """Pixels of the image per pixel of the deepest features."""
+    """Pixels of the image per pixel of the deepest features. Vision transformers count their patch as the nearest power
+    of two: 16 for patches of 14 pixels."""
     skip_stride: Literal[0, 2, 4, 8, 16] = 0
     """Pixels of the image per pixel of the shallow features, and so of the masks; 0: half of `output_stride`."""
-    frozen_stages: NonNegativeInt = 1
-    """Number of encoder stages, from the image on, whose weights do not train."""
+    frozen_stages: int | Literal["all"] = 1
+    """Number of encoder stages, from the image on, whose weights do not train; those of vision transformers are their
+    blocks. `all`: the whole encoder, which then keeps nothing for the backward pass."""
     freeze_batch_norm: bool = True
     """Encoder batch norms keep their ImageNet statistics and affine parameters."""
     sync_batch_norm: bool = True
@@ -242,6 +246,15 @@ class ModelConfig(_Section):
     """p of the focal mask penalty (1 - m)^p log(c + m) in the class scores."""
     focal_floor: PositiveFloat = 0.01
     """c of the focal mask penalty."""
+
+    @field_validator("frozen_stages", mode="before")
+    @classmethod
+    def _count_or_all(cls, value: Any) -> Any:
+        """A number, also as text: overrides replace the text `all` by text."""
+        value = int(value) if isinstance(value, str) and value.isdecimal() else value
+        if value != "all" and (type(value) is not int or value < 0):
+            raise ValueError(f"frozen_stages is {value!r}; allowed are whole numbers from 0 on, and all")
+        return value
 
 
 class CalibrationConfig(_Section):
@@ -347,8 +360,11 @@ class WeightsConfig(_Section):
 
 
 class OptimConfig(_Section):
-    """SGD with Nesterov momentum and four parameter groups; the learning rate is constant, then falls as a cosine."""
+    """SGD with Nesterov momentum or AdamW; the rate warms up if asked to, is constant, then falls as a cosine."""
 
+    name: Literal["sgd", "adamw"] = "sgd"
+    """`sgd` (paper): four parameter groups, no decay of biases. `adamw`, as vision transformers want it: no decay of
+    norms, biases, positions and tokens."""
     lr: PositiveFloat = 5e-4
     """Learning rate of pretrained weights at a global batch of `reference_batch_size`."""
     reference_batch_size: PositiveInt = 16
@@ -357,10 +373,19 @@ class OptimConfig(_Section):
     """Learning rate of newly added weights relative to pretrained ones."""
     bias_lr_factor: PositiveFloat = 2.0
     """Learning rate of biases relative to weights."""
+    layer_decay: Annotated[float, Field(strict=True, gt=0.0, le=1.0)] = 1.0
+    """Factor on the rate for each encoder stage (block of a vision transformer) between the weights and the last one:
+    early stages change less. 1: all stages have one rate."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps over which the rate rises linearly to its full value; 0: none."""
     momentum: Annotated[float, Field(strict=True, gt=0.0, lt=1.0)] = 0.9
-    """Nesterov momentum."""
+    """Nesterov momentum; beta_1 of AdamW."""
+    beta2: Annotated[float, Field(strict=True, gt=0.0, lt=1.0)] = 0.999
+    """Decay of AdamW's mean of squared gradients; SGD has none."""
     weight_decay: NonNegativeFloat = 5e-4
-    """L2 penalty on weights; biases have none."""
+    """Decay of weights; biases have none. SGD adds it to the gradient, AdamW takes rate * decay off the weights."""
+    clip_norm: NonNegativeFloat = 0.0
+    """Largest norm of the gradient of all weights together; a longer one is scaled down to it. 0: no limit."""
 
 
 class TrainConfig(_Section):
@@ -586,10 +611,13 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _check_sizes(self) -> Self:
-        """The crop is a multiple of the stride, or one more: then align-corners resizing meets pixel centers."""
+        """The crop is a multiple of the stride, or one more: then align-corners resizing meets pixel centers.
+
+        Which crops fit a timm encoder, only the encoder knows: `build_network` checks those.
+        """
         size, stride = self.data.crop_size, self.model.output_stride
         low = max(1, size // stride) * stride
-        if size % stride not in (0, 1):
+        if size % stride not in (0, 1) and not self.model.encoder.startswith("timm:"):
             raise ValueError(
                 f"data.crop_size {size} does not fit model.output_stride {stride}; "
                 f"use {low}, {low + 1}, {low + stride} or {low + stride + 1}"

@@ -43,15 +43,15 @@ class Inference:
         """Scales images by `evaluation.scale` times `scale`, as `evaluation.resizing` says.
 
         Returns:
-            (N, 3, H', W') in [0, 1]. Of fitted images, H' and W' modulo the output stride equal the training crop's
-            side modulo the stride.
+            (N, 3, H', W') in [0, 1]. Of fitted images, H' and W' modulo the encoder's `size_step` equal the training
+            crop's side modulo it.
         """
         scale = scale * self.config.evaluation.scale
         images = image[None] if image.ndim == 3 else image
         if self.config.evaluation.resizing == "released":
             height, width = (max(1, round(side * scale)) for side in image.shape[-2:])
             return _resize_bytes(images, (height, width)).float() / 255
-        stride = self.config.model.output_stride
+        stride = self.model.encoder.size_step
         rest = self.config.data.crop_size % stride
         height, width = (max(1, round((side * scale - rest) / stride)) * stride + rest for side in image.shape[-2:])
         return resize(images.float() / 255, (height, width))
@@ -120,7 +120,7 @@ class Inference:
         """
         images, settings = self.fit(image), self.config.views
         views = [View(scale=scale, flip=None) for scale in settings.scales]
-        stride = self.model.encoder.output_stride if settings.sizes == "fitted" else None
+        stride = self.model.encoder.size_step if settings.sizes == "fitted" else None
         outputs = self.run([apply_view(images, view, stride=stride) for view in views])
         fuse_probs, unwarp_probs = self.config.calibration.fusion == "probs", settings.unwarp == "probs"
         masks = outputs.probs if fuse_probs and unwarp_probs else outputs.logits

@@ -192,11 +192,11 @@ def balance_table(config: Config, shards: ShardSet, supervision: Supervision) ->
 
 
 def checkpoint_bytes(config: Config, shards: ShardSet) -> int:
-    """Size of a checkpoint in bytes: the weights, their average, if any, and the momentum of those that train."""
+    """Size of a checkpoint in bytes: the weights, their average, if any, and the optimizer's state."""
     model = _meta_network(config, shards)
     values: int = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     momentum: int = sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
-    return values * (2 if config.train.ema else 1) + momentum
+    return values * (2 if config.train.ema else 1) + momentum * (2 if config.optim.name == "adamw" else 1)
 
 
 def _meta_network(config: Config, shards: ShardSet) -> torch.nn.Module:

@@ -51,7 +51,8 @@ class DeepLabV3Plus(Network):
         if encoder.output_stride not in (8, 16) or SKIP_STRIDE not in encoder.strides:
             raise ValueError(
                 f"the encoder's features have the strides {encoder.strides}; DeepLabV3+ needs the last one at stride 8 "
-                f"or 16 and one at {SKIP_STRIDE}: set model.output_stride, or use another model.encoder"
+                f"or 16 and one at {SKIP_STRIDE}: set model.output_stride and model.skip_stride=4, or use another "
+                "model.encoder"
             )
         self.num_classes = num_classes
         self.encoder = encoder
@@ -74,7 +75,7 @@ class DeepLabV3Plus(Network):
         return Outputs([self._decode(view) for view in views], [], [], [], [])
 
     def _decode(self, images: Tensor) -> Tensor:
-        features: list[Tensor] = self.encoder.backbone(images)
+        features = self.encoder.levels(images)
         unused = images.new_zeros(0)
         logits: Tensor = self.head(self.decoder([unused, unused, features[self._skip], features[-1]]))
         return logits.float()

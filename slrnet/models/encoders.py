@@ -3,7 +3,8 @@
 One class serves every backbone. A backbone is a module that returns the features of its stages. The deep features are
 the last ones, at `output_stride`; the skip features are the last ones at `skip_stride`, which is half of that unless
 the settings say otherwise. At output stride 8 these are the layers of the released code: conv6 and conv3 of
-WideResNet-38, `layer4` and `layer1` of ResNets.
+WideResNet-38, `layer4` and `layer1` of ResNets. Where dilation cannot give these strides, as in vision transformers, a
+learned pyramid does (`slrnet.models.pyramid`).
 
 timm provides all backbones but the WideResNet-38, which it does not have. `model.frozen_stages` counts these stages:
 
@@ -13,6 +14,7 @@ timm provides all backbones but the WideResNet-38, which it does not have. `mode
 | `resnet50`, `resnet101` | conv1, bn1 | layer1 | layer2 | layer3 | layer4 | |
 | `efficientnet_lite0`, 1, 2 | conv_stem, bn1, blocks.0 | blocks.1 | blocks.2 | blocks.3-4 | blocks.5-6 | |
 | `timm:NAME` | up to its first feature level | second level | ... | | | |
+| `timm:vit_NAME` and the like | patches, tokens, positions, block 1 | block 2 | ... | | | |
 
 Differences from the released code: freezing is a setting; every tensor of a weights file must fit the encoder, where
 the released code ignores those that do not.
@@ -25,8 +27,9 @@ import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import timm
 import torch
@@ -36,13 +39,22 @@ from timm.layers.format import Format
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slrnet.config import ModelConfig, nearest
+from slrnet.config import Config, ModelConfig, nearest
 from slrnet.models.frozen_norm import freeze_batch_norms
+from slrnet.models.pyramid import Pyramid, nominal_stride, take_blocks
 from slrnet.models.wide_resnet38 import WideResNet38
 from slrnet.storage.files import sha256_of
 from slrnet.storage.ray_job import in_copy
 
-__all__ = ["Encoder", "EncoderFeatures", "build_encoder", "describe_misfit", "read_tensors", "resolve_weights"]
+__all__ = [
+    "Encoder",
+    "EncoderFeatures",
+    "build_encoder",
+    "check_sizes",
+    "describe_misfit",
+    "read_tensors",
+    "resolve_weights",
+]
 
 WIDE_RESNET38_FILE = "ilsvrc-cls_rna-a1_cls1000_ep-0001.pth"
 WEIGHTS_FOLDER_VARIABLE = "SLRNET_WEIGHTS"
@@ -77,12 +89,17 @@ class Encoder(nn.Module):
         mean: mean of each channel (red, green, blue), to subtract from images in [0, 1].
         std: standard deviation of each channel, to divide by afterwards.
         skip_stride: stride of the skip features; 0 for half of the last stage's.
+        pyramid: makes the features from the backbone's; `channels` and `strides` are then the pyramid's. It is no
+            stage: its weights are new and always train.
+        size_step: sides of images are multiples of it, in pixels; 0: of the output stride, or one pixel more.
 
     Attributes:
         out_channels: channels of the deep features.
         skip_channels: channels of the skip features.
         output_stride: stride of the deep features.
         skip_stride: stride of the skip features.
+        size_step: sides of images are multiples of it, in pixels.
+        one_more: they may also be one pixel more.
 
     Raises:
         ValueError: no stage has the stride of the skip features.
@@ -98,13 +115,17 @@ class Encoder(nn.Module):
         mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, float, float] = IMAGENET_DEFAULT_STD,
         skip_stride: int = 0,
+        pyramid: nn.Module | None = None,
+        size_step: int = 0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
+        self.pyramid = nn.Identity() if pyramid is None else pyramid
         self.stages = tuple(tuple(names) for names in stages)
         self.channels = tuple(channels)
         self.strides = tuple(strides)
         self.output_stride = strides[-1]
+        self.size_step, self.one_more = size_step or strides[-1], not size_step
         self.skip_stride = skip_stride or self.output_stride // 2
         if self.skip_stride not in strides:
             raise ValueError(
@@ -121,8 +142,13 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> EncoderFeatures:
         """Computes the features of images (N, 3, H, W) from `normalize`."""
-        features: list[Tensor] = self.backbone(images)
+        features = self.levels(images)
         return EncoderFeatures(deep=features[-1], skip=features[self._skip_index])
+
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """All features of images (N, 3, H, W), with `channels` and `strides`."""
+        features: list[Tensor] = self.pyramid(self.backbone(images))
+        return features
 
     def normalize(self, images: Tensor) -> Tensor:
         """Maps (N, 3, H, W) in [0, 1] to what the backbone was trained on, channels last for fast convolutions."""
@@ -133,7 +159,7 @@ class Encoder(nn.Module):
         )
         return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
 
-    def freeze(self, *, stages: int, batch_norm: bool) -> Self:
+    def freeze(self, *, stages: int | Literal["all"], batch_norm: bool) -> Self:
         """Freezes the first stages, and optionally the batch norms of all; returns the encoder. Nothing unfreezes them.
 
         A frozen stage stays in evaluation mode and its parameters get no gradient, so autograd keeps nothing of it.
@@ -142,31 +168,41 @@ class Encoder(nn.Module):
         Raises:
             ValueError: there are fewer stages.
         """
+        stages = len(self.stages) if stages == "all" else stages
         if stages > len(self.stages):
             named = "; ".join(f"{i} is {_shorten(names, 3)}" for i, names in enumerate(self.stages, start=1))
-            raise ValueError(f"frozen_stages is {stages}; allowed are 0 to {len(self.stages)}: {named}")
+            raise ValueError(f"frozen_stages is {stages}; allowed are all and 0 to {len(self.stages)}: {named}")
         if batch_norm:
             freeze_batch_norms(self.backbone)
         self._frozen_stages = max(stages, self._frozen_stages)
         self._freeze_batch_norm |= batch_norm
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
+        for frozen in self._frozen_parts():
+            frozen.requires_grad_(False)
         return self.train(self.training)
+
+    def stages_after(self, name: str) -> int:
+        """Stages after that of a parameter of the backbone: 0 for one of the last stage."""
+        for index, names in enumerate(self.stages):
+            if any(f"{name}.".startswith(f"{part}.") for part in names):
+                return len(self.stages) - 1 - index
+        raise KeyError(name)
 
     def train(self, mode: bool = True) -> Self:
         """Sets training mode; frozen parts stay in evaluation mode."""
         super().train(mode)
-        for module in self._frozen_modules():
-            module.eval()
+        for frozen in self._frozen_parts():
+            if isinstance(frozen, nn.Module):
+                frozen.eval()
         return self
 
-    def _frozen_modules(self) -> list[nn.Module]:
+    def _frozen_parts(self) -> list[nn.Module | nn.Parameter]:
         # Looked up by name at every call: converting to SyncBatchNorm replaces modules.
-        names = [name for stage in self.stages[: self._frozen_stages] for name in stage]
-        modules = [self.backbone.get_submodule(name) for name in names]
+        known: dict[str, nn.Module | nn.Parameter] = dict(self.backbone.named_modules())
+        known |= dict(self.backbone.named_parameters())
+        parts = [known[name] for stage in self.stages[: self._frozen_stages] for name in stage]
         if self._freeze_batch_norm:
-            modules += [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
-        return modules
+            parts += [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
+        return parts
 
 
 def build_encoder(config: ModelConfig) -> Encoder:
@@ -203,6 +239,43 @@ def build_encoder(config: ModelConfig) -> Encoder:
     return encoder.freeze(stages=config.frozen_stages, batch_norm=config.freeze_batch_norm)
 
 
+def check_sizes(encoder: Encoder, config: Config) -> None:
+    """Checks that a run's images fit its encoder; one on the device `meta` also tries, as that costs nothing there.
+
+    Raises:
+        ValueError: the crop does not fit, a setting gives images that cannot, or the encoder takes one size alone.
+    """
+    size, step, name = config.data.crop_size, encoder.size_step, config.model.encoder
+    low = max(1, size // step) * step
+    if size % step > encoder.one_more:
+        sides = f"a multiple of {step}" + (" or one more" if encoder.one_more else "")
+        raise ValueError(
+            f"data.crop_size {size} does not fit {name}, which needs {sides} at model.output_stride "
+            f"{encoder.output_stride}; use {low} or {low + step}"
+        )
+    if encoder.one_more:
+        return
+    for setting, value, fitting in (
+        ("views.sizes", config.views.sizes, "fitted"),
+        ("evaluation.resizing", config.evaluation.resizing, "fitted"),
+    ):
+        if value != fitting:
+            raise ValueError(
+                f"{setting} {value!r} gives images of any size, and {name} needs sides that are multiples "
+                f"of {step}; use {fitting!r}"
+            )
+    if next(encoder.parameters()).device.type == "meta":
+        try:
+            for scale in (1.0, min(config.views.scales)):
+                side = max(1, round(scale * size / step)) * step
+                encoder(torch.empty(1, 3, side, side, device="meta"))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{name} cannot take images of {side} x {side} pixels ({type(error).__name__}: {error}); views and "
+                "validation need an encoder of free size, such as timm:vit_base_patch14_dinov2 or timm:resnet50"
+            ) from error
+
+
 def resolve_weights(name: str, weights: str) -> str:
     """Checks before a run that `model.encoder_weights` of `model.encoder` exist.
 
@@ -235,44 +308,76 @@ def _build_timm(model: str, output_stride: int, skip_stride: int) -> Encoder:
         raise ValueError(
             f"timm has no model {model!r}{nearest(model, timm.list_models())}; timm.list_models() lists all"
         )
+    dilated = _dilated(model, output_stride)
+    if dilated is not None:
+        info = dilated.feature_info
+        return Encoder(
+            dilated,
+            stages=_timm_stages(dilated, info.module_name()),
+            channels=info.channels(),
+            strides=info.reduction(),
+            skip_stride=skip_stride,
+            **_statistics(dilated),
+        )
+    whole = _any_size(model)
+    levels = [level["module"] for level in whole.feature_info]
+    try:
+        backbone, channels, strides = take_blocks(whole)
+    except (AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"timm:{model} gives no features that an encoder can use ({type(error).__name__}: {error}); use another "
+            "one, such as timm:resnet50 or timm:vit_base_patch14_dinov2"
+        ) from error
+    wanted = {"output_stride": output_stride, "skip_stride": skip_stride or output_stride // 2}
+    pyramid = Pyramid(channels, [nominal_stride(stride) for stride in strides], **wanted)
+    return Encoder(
+        backbone,
+        stages=[[f"model.{name}" for name in stage] for stage in _timm_stages(backbone.model, levels)],
+        channels=pyramid.channels,
+        strides=(wanted["skip_stride"], output_stride),
+        skip_stride=skip_stride,
+        pyramid=pyramid,
+        size_step=strides[-1] * max(1, output_stride // nominal_stride(strides[-1])),
+        **_statistics(whole),
+    )
+
+
+def _dilated(model: str, output_stride: int) -> Any:
+    """A timm model whose last features have the output stride by dilation; None if timm cannot."""
     # timm starts residual branches at zero, where frozen batch norms would keep them; torchvision's ResNets do not.
     options = {"zero_init_last": False} if model.endswith(".tv_in1k") else {}
     try:
         backbone = timm.create_model(model, features_only=True, output_stride=output_stride, **options)
-    except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"timm:{model} gives no features at output_stride {output_stride} ({type(error).__name__}: {error}); use "
-            "another stride, or a convolutional backbone such as timm:resnet50"
-        ) from error
-    strides, layout = backbone.feature_info.reduction(), getattr(backbone, "output_fmt", Format.NCHW)
-    if strides[-1] != output_stride or layout != Format.NCHW:
-        raise ValueError(
-            f"timm:{model} gives {layout.value} features of strides {strides} at output_stride {output_stride}; an "
-            "encoder needs NCHW features whose last stride is the output stride"
-        )
-    return Encoder(
-        backbone,
-        stages=_timm_stages(backbone),
-        channels=backbone.feature_info.channels(),
-        strides=strides,
-        mean=tuple(backbone.pretrained_cfg["mean"]),
-        std=tuple(backbone.pretrained_cfg["std"]),
-        skip_stride=skip_stride,
-    )
+    except (AssertionError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
+    layout = getattr(backbone, "output_fmt", Format.NCHW)
+    return backbone if backbone.feature_info.reduction()[-1] == output_stride and layout == Format.NCHW else None
 
 
-def _timm_stages(backbone: nn.Module) -> list[list[str]]:
-    """Groups the backbone's leaf modules by the feature level that they complete.
+def _any_size(model: str) -> Any:
+    """A timm model for images of any size, where the model has an option for that."""
+    for options in ({"dynamic_img_size": True}, {"strict_img_size": False}):
+        with suppress(TypeError):
+            return timm.create_model(model, **options)
+    return timm.create_model(model)
+
+
+def _statistics(model: Any) -> dict[str, Any]:
+    return {name: tuple(model.pretrained_cfg[name]) for name in ("mean", "std")}
+
+
+def _timm_stages(backbone: nn.Module, levels: Sequence[str]) -> list[list[str]]:
+    """Groups a model's own parameters and its leaf modules by the feature level that they complete.
 
     timm registers modules in the order of use; where it flattens containers, it writes `stages.0` as `stages_0`.
     """
-    levels: list[str] = backbone.feature_info.module_name()  # type: ignore[operator, union-attr]
     # Some blocks have parameters of their own beside those of their children, such as ConvNeXt's layer scale.
     leaves = [
         name
         for name, module in backbone.named_modules()
         if not list(module.children()) or (name and list(module.parameters(recurse=False)))
     ]
+    leaves = [name for name, _ in backbone.named_parameters(recurse=False)] + leaves
     stages: list[list[str]] = []
     start = 0
     for level in levels:
@@ -280,6 +385,7 @@ def _timm_stages(backbone: nn.Module) -> list[list[str]]:
         end = max((i + 1 for i, leaf in enumerate(leaves) if f"{leaf}.".startswith(prefixes)), default=start)
         stages.append(leaves[start:end])
         start = end
+    stages[-1] += leaves[start:]
     return stages
 
 
@@ -357,7 +463,9 @@ def _load(backbone: nn.Module, model: str | None, tensors: dict[str, Tensor], so
             if len(tensors) != len(whole):
                 raise ValueError(f"{source} has {len(tensors)} tensors; {len(whole)} are expected, in timm's order")
             tensors = dict(zip(whole, tensors.values(), strict=True))
-        in_backbone = {name: form for name in whole for form in (name, name.replace(".", "_", 1)) if form in own}
+        in_backbone = {
+            name: form for name in whole for form in (name, name.replace(".", "_", 1), f"model.{name}") if form in own
+        }
         tensors = {in_backbone.get(name, name): tensor for name, tensor in tensors.items()}
         ignored = whole.keys() - in_backbone.keys()
     given = {name: tensor for name, tensor in tensors.items() if name not in ignored}

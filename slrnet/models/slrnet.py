@@ -16,7 +16,7 @@ from slrnet.config import Config, ModelConfig
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate, conv_norm_relu
 from slrnet.models.deeplab import DeepLabV3Plus
-from slrnet.models.encoders import Encoder, build_encoder
+from slrnet.models.encoders import Encoder, build_encoder, check_sizes
 from slrnet.models.heads import AuxiliaryHead, class_scores
 from slrnet.models.low_rank import build_low_rank
 from slrnet.models.network import Network, Outputs
@@ -116,11 +116,12 @@ def build_network(config: Config, *, num_classes: int, weights: bool = True) -> 
         weights: load the encoder's weights; False: leave them random, for a network that gets all its weights later.
 
     Raises:
-        ValueError: unknown encoder, a weights file that is missing or does not fit, or an architecture whose extra is
-            not installed.
+        ValueError: unknown encoder, images that do not fit it, a weights file that is missing or does not fit, or an
+            architecture whose extra is not installed.
     """
     model = config.model
     encoder = build_encoder(model if weights else model.model_copy(update={"encoder_weights": "none"}))
+    check_sizes(encoder, config)
     if model.architecture == "deeplabv3plus":
         return DeepLabV3Plus(encoder, model, num_classes=num_classes)
     return SLRNet(

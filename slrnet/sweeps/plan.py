@@ -18,7 +18,7 @@ from slrnet.config import Config, ConfigError, apply_overrides
 from slrnet.data.manifest import load_dataset
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import protocol_name
-from slrnet.launch.checks import check_run, with_absolute_paths
+from slrnet.launch.checks import check_run, checkpoint_bytes, with_absolute_paths
 from slrnet.launch.cluster import WorkerRequest
 from slrnet.storage.files import read_json, write_json
 from slrnet.storage.names import check_run_name
@@ -223,7 +223,9 @@ def plan_sweep(
         variants=choose_variants(ablation, variants) if ablation else (),
     )
     for changes in ((), *(variant.changes for variant in plan.chosen_variants)):
-        check_run(apply_overrides(config, changes), shards, plan.most_workers)
+        variant_config = apply_overrides(config, changes)
+        check_run(variant_config, shards, plan.most_workers)
+        checkpoint_bytes(variant_config, shards)  # builds the network, which may refuse its settings
     if not ablation:
         check_space(config, space)
     plan = replace(plan, options=_settled(plan))

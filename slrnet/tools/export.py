@@ -60,7 +60,7 @@ class SingleView(nn.Module):
         for module in model.modules():
             if isinstance(module, CrossViewLowRank):
                 module.implementation = "auto"  # plain operators during an export
-        self.stride = model.encoder.output_stride
+        self.stride = model.encoder.size_step
         self.rest = config.data.crop_size % self.stride
         self.scale = config.evaluation.scale
         _fix_padding(model, self.rest)
@@ -225,7 +225,7 @@ def _fix_padding(model: Network, rest: int) -> None:
 
     convs = {name: module for name, module in model.named_modules() if isinstance(module, Conv2dSame)}
     hooks = [conv.register_forward_pre_hook(note(name)) for name, conv in convs.items()]
-    side = 4 * model.encoder.output_stride + rest
+    side = 4 * model.encoder.size_step + rest
     with torch.no_grad():
         model.encoder(torch.zeros(1, 3, side, side))
     for hook in hooks:

@@ -83,7 +83,7 @@ def make_views(
 
 
 def _warp(images: Tensor, views: Sequence[View], config: ViewsConfig, encoder: Encoder) -> Iterator[Tensor]:
-    stride = encoder.output_stride if config.sizes == "fitted" else None
+    stride = encoder.size_step if config.sizes == "fitted" else None
     return (apply_view(images, view, stride=stride) for view in views)
 
 

@@ -57,7 +57,7 @@ from slrnet.models.slrnet import build_network
 from slrnet.storage.files import sha256_of
 from slrnet.tracking.protocol import metric_key
 from slrnet.training.listener import Listener, loss_key
-from slrnet.training.optim import WeightAverage, build_optimizer, rate_factor, set_rate
+from slrnet.training.optim import WeightAverage, build_optimizer, clip_gradients, rate_factor, set_rate
 from slrnet.training.requests import Requests, Wish
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 
@@ -180,6 +180,12 @@ class Trainer:
                 f"{checkpoint.path} was trained on other data (fingerprint {saved.data_fingerprint[:12]}) than is in "
                 f"{location} ({data[:12]}); resume with the same shards, or start a new run"
             )
+        earlier, name = checkpoint.config.optim.name, self.config.optim.name
+        if earlier != name:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained with optim.name={earlier}, whose state {name} cannot continue; resume "
+                f"with optim.name={earlier}, or start a new run"
+            )
         groups = self.optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
         try:
@@ -193,7 +199,7 @@ class Trainer:
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(
                 f"{checkpoint.path} does not fit the network that the settings describe ({reason}); resume without "
-                "--set of model.* and cvlr.* fields, or start a new run"
+                "--set of model.* and cvlr.* fields and of optim.layer_decay, or start a new run"
             ) from None
         for group, values in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(values)
@@ -400,6 +406,9 @@ class Trainer:
             largest = torch.stack(torch._foreach_norm(gradients, math.inf)).max()
             extent = torch.zeros_like(largest) if self.scaler.is_enabled() else largest
             summed = _sum_over_ranks(totals, extent, self._wish(), self.process)
+        if self.config.optim.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            clip_gradients(self.model.parameters(), largest=self.config.optim.clip_norm)
         if self.optimizer.defaults["fused"] and not self.scaler.is_enabled():
             with record_function("slrnet: optimizer"):
                 self.optimizer.found_inf = summed[-self.process.world_size :].sum().float()  # type: ignore[attr-defined]
@@ -437,7 +446,8 @@ class Trainer:
         settings, steps = self.config.train, self.loader.steps_per_epoch
         first = settings.pretrain_epochs
         last = first + settings.cosine_epochs if settings.cosine_epochs else settings.epochs
-        factor = rate_factor(step, pretrain_steps=first * steps, total_steps=last * steps)
+        warmup = self.config.optim.warmup_steps
+        factor = rate_factor(step, pretrain_steps=first * steps, total_steps=last * steps, warmup_steps=warmup)
         set_rate(self.optimizer, factor)
         return float(self.optimizer.param_groups[0]["lr"])
 

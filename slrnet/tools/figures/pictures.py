@@ -158,7 +158,7 @@ def feature_figure(target: EvaluationTarget, examples: Sequence[Example]) -> Fig
         ValueError: the network has no low-rank module.
     """
     inference, scales, rows = target.inference, target.config.views.scales, []
-    stride = inference.model.encoder.output_stride
+    stride = inference.model.encoder.size_step
     for example in examples:
         image = inference.fit(torch.from_numpy(example.image).permute(2, 0, 1).to(inference.device))
         views = [apply_view(image, View(scale=scale, flip=None), stride=stride) for scale in scales]

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from slrnet.config import ModelConfig
+from slrnet.config import Config, ModelConfig, apply_overrides
 from slrnet.models import wide_resnet38
-from slrnet.models.encoders import Encoder, build_encoder, read_tensors, resolve_weights
+from slrnet.models.encoders import Encoder, build_encoder, check_sizes, read_tensors, resolve_weights
 from slrnet.models.wide_resnet38 import WideResNet38
+from tests.fixtures.small_encoders import FAMILIES
 
 VOC = Path(__file__).parents[4] / "shared/data/voc6/VOCdevkit/VOC2012"
 
@@ -40,6 +41,7 @@ ENCODERS = [
     ("timm:test_byobnet", 16, 256, 64, 5),
 ]
 SMALL = ["wide_resnet38", "timm:resnet26", "timm:test_efficientnet", "timm:test_resnet", "timm:test_convnext"]
+TRANSFORMERS = [f"timm:{FAMILIES[family]}" for family in ("DINOv2 with registers", "DINOv3", "Swin", "Hiera")]
 TINY_WIDE_RESNET38 = tuple(
     spec._replace(mid_channels=4, out_channels=6 + i, num_blocks=min(spec.num_blocks, 2))
     for i, spec in enumerate(wide_resnet38._STAGES)
@@ -61,8 +63,9 @@ def _images(size: int = 48, count: int = 2) -> Tensor:
 
 
 def _stage_parameters(encoder: Encoder) -> list[list[nn.Parameter]]:
+    known = list(encoder.backbone.named_parameters())
     return [
-        [parameter for name in names for parameter in encoder.backbone.get_submodule(name).parameters()]
+        [parameter for key, parameter in known if any(f"{key}.".startswith(f"{name}.") for name in names)]
         for names in encoder.stages
     ]
 
@@ -161,23 +164,23 @@ def test_the_input_normalization_is_that_of_the_weights() -> None:
 # --- Freezing --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*SMALL, "efficientnet_lite0"])
+@pytest.mark.parametrize("name", [*SMALL, *TRANSFORMERS, "efficientnet_lite0"])
 @pytest.mark.usefixtures("small")
 def test_stages_hold_every_parameter_once(name: str) -> None:
     encoder = _build(name, frozen_stages=0)
     stages = [{id(parameter) for parameter in stage} for stage in _stage_parameters(encoder)]
     assert all(stages)
     assert sum(len(stage) for stage in stages) == len(set().union(*stages))
-    assert set().union(*stages) == {id(parameter) for parameter in encoder.parameters()}
+    assert set().union(*stages) == {id(parameter) for parameter in encoder.backbone.parameters()}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, *TRANSFORMERS])
 @pytest.mark.usefixtures("small")
 def test_frozen_stages_get_no_gradient_and_the_others_do(name: str) -> None:
     for frozen in (0, 1, 2):
         encoder = _build(name, frozen_stages=frozen, freeze_batch_norm=False)
         assert encoder.train() is encoder
-        features = encoder(_images(count=4))
+        features = encoder(_images(4 * encoder.size_step if not encoder.one_more else 48, count=4))
         (features.deep.square().mean() + features.skip.square().mean()).backward()
         for index, stage in enumerate(_stage_parameters(encoder)):
             assert all(parameter.requires_grad == (index >= frozen) for parameter in stage)
@@ -207,6 +210,29 @@ def test_a_wholly_frozen_encoder_keeps_nothing_for_the_backward_pass(name: str) 
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     # Not even dropout differs between two passes.
     assert torch.equal(encoder.train()(_images()).deep, features.deep)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_frozen_transformer_keeps_only_what_the_pyramid_needs(name: str) -> None:
+    encoder, kept = _build(name, frozen_stages="all"), []
+    images = _images(2 * encoder.size_step)
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tensor.untyped_storage())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        deep, skip = encoder.train()(images)
+    levels = encoder.backbone(images)
+    assert not any(level.requires_grad for level in levels)
+    assert {name.split(".")[0] for name, p in encoder.named_parameters() if p.requires_grad} == {"pyramid"}
+    assert deep.requires_grad
+    assert skip.requires_grad
+    # Per element of a level: normalized values, statistics, and the outputs of two transposed convolutions.
+    largest = 4 * (sum(4 * level.numel() for level in levels[:1] + levels[-1:]) + 8 * (deep.numel() + skip.numel()))
+    weights = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+    bytes_kept = {storage.data_ptr(): storage.nbytes() for storage in kept if storage.data_ptr() not in weights}
+    assert sum(bytes_kept.values()) <= largest
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if "convnext" not in name])
@@ -426,7 +452,7 @@ def test_no_network_is_a_readable_error(tmp_path: Path, monkeypatch: pytest.Monk
         _build("timm:test_resnet", encoder_weights="auto")
 
 
-@pytest.mark.parametrize("name", ["timm:test_resnet", "timm:test_convnext", "timm:test_efficientnet"])
+@pytest.mark.parametrize("name", ["timm:test_resnet", "timm:test_convnext", "timm:small_siglip", "timm:small_swin"])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_timm_encoders_load_a_file_of_the_whole_model(name: str, suffix: str, tmp_path: Path) -> None:
     tensors = _randomized(timm.create_model(name.removeprefix("timm:")).state_dict())
@@ -437,6 +463,7 @@ def test_timm_encoders_load_a_file_of_the_whole_model(name: str, suffix: str, tm
         save_file(tensors, path)
     own = _build(name, encoder_weights=str(path)).backbone.state_dict()
     by_name = {key.replace(".", "_", 1): tensor for key, tensor in tensors.items()} | tensors
+    by_name |= {f"model.{key}": tensor for key, tensor in tensors.items()}
     assert all(torch.equal(tensor, by_name[key]) for key, tensor in own.items())
 
 
@@ -527,17 +554,43 @@ def test_resolve_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ({"name": "efficientnet-lite0"}, "the nearest one is 'efficientnet_lite0'"),
         ({"name": "hub:resnet50"}, "unknown encoder 'hub:resnet50'"),
         ({"name": "timm:resnet18x"}, "timm has no model 'resnet18x'; the nearest one is 'resnet18'"),
-        ({"name": "timm:vgg11"}, "timm:vgg11 gives no features at output_stride 16"),
-        ({"name": "timm:vit_tiny_patch16_224"}, "gives no features at output_stride 16.*use another stride"),
+        ({"name": "timm:crossvit_tiny_240"}, r"gives no features that an encoder can use .*12, 17.*timm:resnet50"),
         (
             {"name": "timm:test_resnet", "frozen_stages": 6},
-            "frozen_stages is 6; allowed are 0 to 5: 1 is conv1.0, conv1.1, conv1.2, ...; 2 is ",
+            "frozen_stages is 6; allowed are all and 0 to 5: 1 is conv1.0, conv1.1, conv1.2, ...; 2 is ",
         ),
     ],
 )
 def test_what_cannot_be_built_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _build(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("small_dinov2", ["data.crop_size=321"], "a multiple of 14 at model.output_stride 16; use 308 or 322"),
+        ("small_vit", ["data.crop_size=321"], "a multiple of 16 at model.output_stride 16; use 320 or 336"),
+        (
+            "test_resnet",
+            ["data.crop_size=322"],
+            "a multiple of 16 or one more at model.output_stride 16; use 320 or 33",
+        ),
+        ("small_vit", ["data.crop_size=64", "views.sizes=truncated"], "views.sizes 'truncated' gives .* use 'fitted'"),
+        ("small_vit", ["data.crop_size=64", "evaluation.resizing=released"], "evaluation.resizing 'released' gives"),
+        (
+            "beit_base_patch16_224",
+            ["data.crop_size=320"],
+            r"cannot take images of 320 x 320 pixels .*free size, such as",
+        ),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_with_sizes_that_do(name: str, changes: list[str], message: str) -> None:
+    config = apply_overrides(Config(), [f"model.encoder=timm:{name}", "model.output_stride=16", *changes])
+    with torch.device("meta"):
+        encoder = _build(f"timm:{name}")
+    with pytest.raises(ValueError, match=message):
+        check_sizes(encoder, config)
 
 
 def test_a_backbone_without_skip_level_is_refused() -> None:

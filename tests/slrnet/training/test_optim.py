@@ -10,9 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from slrnet.config import Config, OptimConfig
+from slrnet.config import Config, ModelConfig, OptimConfig
+from slrnet.models.encoders import build_encoder
 from slrnet.models.slrnet import build_network
-from slrnet.training.optim import WeightAverage, build_optimizer, parameter_groups, rate_factor, set_rate
+from slrnet.training.optim import (
+    WeightAverage,
+    build_optimizer,
+    clip_gradients,
+    parameter_groups,
+    rate_factor,
+    set_rate,
+)
+from tests.fixtures import small_encoders  # noqa: F401, registers the small models
 
 CONFIG = OptimConfig(
     lr=0.01, reference_batch_size=16, new_lr_factor=10.0, bias_lr_factor=2.0, momentum=0.9, weight_decay=0.01
@@ -43,6 +52,61 @@ def test_four_groups_with_rates_1_2_10_20_and_no_decay_of_biases() -> None:
         assert [id(member) for member in group["params"]] == [id(member) for member in members]
         assert group["lr"] == pytest.approx(rate)
         assert group["weight_decay"] == decay
+
+
+def test_adamw_decays_matrices_alone_and_early_blocks_change_less() -> None:
+    """Four blocks: the rate halves with each block before the last; patches and positions are of the first one."""
+    model = ModelConfig(encoder="timm:small_dinov2", encoder_weights="none", output_stride=16, frozen_stages=0)
+    network = nn.ModuleDict({"encoder": build_encoder(model), "head": nn.Linear(2, 2)})
+    config = OptimConfig(name="adamw", lr=0.01, layer_decay=0.5, bias_lr_factor=1.0, weight_decay=0.05)
+    groups = parameter_groups(network, config, batch_size=16)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    weights = dict(network.named_parameters())
+    assert len(found) == len(weights)
+    for name, expected in {
+        "encoder.backbone.model.pos_embed": (0.00125, 0.0),
+        "encoder.backbone.model.cls_token": (0.00125, 0.0),
+        "encoder.backbone.model.reg_token": (0.00125, 0.0),
+        "encoder.backbone.model.patch_embed.proj.weight": (0.00125, 0.05),
+        "encoder.backbone.model.blocks.1.norm1.weight": (0.0025, 0.0),
+        "encoder.backbone.model.blocks.2.attn.qkv.weight": (0.005, 0.05),
+        "encoder.backbone.model.blocks.2.ls1.gamma": (0.005, 0.0),
+        "encoder.backbone.model.blocks.3.mlp.fc1.bias": (0.01, 0.0),
+        "encoder.backbone.model.norm.weight": (0.01, 0.0),
+        "encoder.pyramid.skip.1.weight": (0.1, 0.05),
+        "head.bias": (0.1, 0.0),
+    }.items():
+        assert found[id(weights[name])] == pytest.approx(expected), name
+    assert groups[0]["lr"] == pytest.approx(0.01), "the rate that is logged is that of the last stage"
+
+
+def test_two_steps_of_adamw_by_hand() -> None:
+    network = nn.ModuleDict({"encoder": nn.Linear(1, 1, bias=False)})
+    nn.init.constant_(network["encoder"].weight, 1.0)
+    config = OptimConfig(name="adamw", lr=0.01, momentum=0.9, beta2=0.99, weight_decay=0.1)
+    optimizer = build_optimizer(network, config, batch_size=16)
+    weight, first, second = 1.0, 0.0, 0.0
+    for step, gradient in enumerate((0.5, -0.25), 1):
+        network["encoder"].weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+        first, second = 0.9 * first + 0.1 * gradient, 0.99 * second + 0.01 * gradient**2
+        weight -= 0.01 * 0.1 * weight
+        weight -= 0.01 * (first / (1 - 0.9**step)) / (math.sqrt(second / (1 - 0.99**step)) + 1e-8)
+        assert network["encoder"].weight.item() == pytest.approx(weight, abs=1e-7)
+
+
+def test_long_gradients_are_scaled_together_and_ones_that_are_not_finite_stay() -> None:
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    for gradients, expected in (((3.0, 4.0), (1.5, 2.0)), ((0.3, 0.4), (0.3, 0.4)), ((math.inf, 4.0), (math.inf, 4.0))):
+        for parameter, gradient in zip(parameters, gradients, strict=False):
+            parameter.grad = torch.tensor([gradient])
+        clip_gradients(parameters, largest=2.5)
+        assert [p.grad.item() for p in parameters if p.grad is not None] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_rate_warms_up_linearly() -> None:
+    factors = [rate_factor(step, pretrain_steps=2, total_steps=6, warmup_steps=4) for step in range(5)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 0.5 + math.sqrt(0.125), 0.5])
 
 
 @pytest.mark.parametrize(("batch", "factor"), [(4, 0.25), (16, 1.0), (128, 8.0)])

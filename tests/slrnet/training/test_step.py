@@ -99,7 +99,7 @@ class TestMakeViews:
     @pytest.mark.parametrize(("side", "fitted", "truncated"), [(33, 17, 16), (35, 17, 17), (24, 12, 12), (41, 21, 20)])
     def test_sizes_fit_the_stride_or_are_truncated(self, side: int, fitted: int, truncated: int) -> None:
         images, encoder = torch.rand(1, 3, side, side), copy(PLAIN)
-        encoder.output_stride = 4
+        encoder.size_step = 4
         for sizes, expected in (("fitted", fitted), ("truncated", truncated)):
             config = ViewsConfig(scales=(1.0, 0.5), sizes=sizes)  # type: ignore[arg-type]
             whole, half = make_views(images, config, encoder, step_generator(0)).inputs

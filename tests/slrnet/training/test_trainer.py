@@ -126,12 +126,16 @@ class _Asks(Requests):
         self.answers.append(step)
 
 
+ADAMW = ("optim.name=adamw", "optim.clip_norm=1", "optim.warmup_steps=5", "optim.layer_decay=0.7")
+
+
 class TestResume:
     @pytest.mark.slow
+    @pytest.mark.parametrize("optimizer", [(), ADAMW])
     def test_two_epochs_and_a_resumed_third_equal_three_to_the_bit(
-        self, tiny_config: Config, start_trainer: StartTrainer, tmp_path: Path
+        self, tiny_config: Config, start_trainer: StartTrainer, tmp_path: Path, optimizer: tuple[str, ...]
     ) -> None:
-        config = apply_overrides(tiny_config, ["train.epochs=3"])
+        config = apply_overrides(tiny_config, ["train.epochs=3", *optimizer])
         whole = start_trainer(config)
         expected = fit(whole)
 
@@ -337,6 +341,12 @@ class TestResume:
         # A global batch of 4 where the rate is meant for 16.
         assert (group["base_lr"], group["momentum"], group["weight_decay"]) == (0.0005, 0.5, 0.25)
         assert resumed.optimizer.state  # the momentum buffers came along
+
+    def test_another_optimizer_is_refused(self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path) -> None:
+        config = apply_overrides(quiet, ["train.epochs=1", "train.pretrain_epochs=0"])
+        fit(start_trainer(config, folder=tmp_path / "run"))
+        with pytest.raises(CheckpointError, match=r"with optim.name=sgd, whose state adamw cannot continue"):
+            start_trainer(apply_overrides(config, ["optim.name=adamw"]), folder=tmp_path / "run").resume()
 
     @pytest.mark.parametrize("change", ["model.decoder_dim=9", "model.frozen_stages=0", "cvlr.enabled=false"])
     def test_another_network_is_refused(
