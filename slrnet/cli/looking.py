@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from slrnet.data.manifest import ShardSet
     from slrnet.tools.review.desk import ReviewDesk
 
-__all__ = ["app", "codes", "dashboard", "figures", "predict", "report", "review"]
+__all__ = ["app", "codes", "dashboard", "figures", "predict", "report", "review", "watch"]
 
 
 @command(
@@ -113,6 +113,32 @@ def report(options: argparse.Namespace) -> None:
     choice = {"data": options.data, "device": options.device, "images": options.images, "at_most": options.measured}
     write_text(options.out, render(runs, [measure_run(run.checkpoint, **choice) for run in runs]))
     say(f"{options.out} ({options.out.stat().st_size / 1e6:.1f} MB)")
+
+
+@command(
+    option("folder", type=place, metavar="RUN", help="a run's folder, finished or not"),
+    option("--out", type=output_file, metavar="FILE", help="write the page to a file, once, instead of serving it"),
+    option("--port", type=int, default=7862, metavar="N", help="port on 127.0.0.1 (default: %(default)s)"),
+)
+def watch(options: argparse.Namespace) -> None:
+    """Open a page of pictures and curves of a run in motion: `slrnet watch RUN`.
+
+    Score, losses, quality of the masks by epoch, and the pictures of training images on their way to the pseudo label,
+    from the run's folder alone. Serves on 127.0.0.1 only, until Ctrl-C; the browser loads it again every 10 seconds.
+    """
+    from slrnet.storage.files import write_text
+    from slrnet.tools.dashboard import check_port
+    from slrnet.tools.watch import render, see, serve
+
+    folder = options.folder.resolve()
+    if options.out:
+        write_text(options.out, render(see(folder)))
+        say(options.out)
+        return
+    check_port(options.port)
+    see(folder)
+    say(f"{folder}: http://127.0.0.1:{options.port}/ (Ctrl-C ends it)")
+    serve(folder, options.port)
 
 
 @command(

@@ -42,6 +42,7 @@ COMMANDS = {
         "figures": "draw the paper's figures and tables from your runs",
         "review": "correct the masks of which a run is least sure, and train on them",
         "codes": "draw what the dictionary's atoms stand for",
+        "watch": "open a page of pictures and curves of a run in motion",
         "app": "open a page that shows what a checkpoint sees in an image",
         "dashboard": "open MLflow's page over your runs",
     },

@@ -491,7 +491,7 @@ def _launch(options: argparse.Namespace, config: Config) -> None:
     """Train with a configuration, and print the scores and where the results are."""
     from slrnet.launch.train import LaunchOptions, launch
     from slrnet.storage.lease import BEAT, LAPSE
-    from slrnet.tracking.summary import quality_table
+    from slrnet.tracking.summary import next_commands, quality_table
 
     storage, remote = places(options.storage)
     name = options.resume or options.name or f"{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -501,6 +501,8 @@ def _launch(options: argparse.Namespace, config: Config) -> None:
     say(f"\nbest checkpoint, epoch {result.state.epoch}: {result.best}")
     say(quality_table(result.state.metrics, result.state.classes))
     say(f"curves and pictures: {result.run.how_to_open()}")
+    commands = next_commands(f"{remote}/{name}" if remote else storage / name, config.data.path)
+    say("next:\n  " + "\n  ".join(commands))
 
 
 def _fields_of(kind: Any, options: argparse.Namespace) -> dict[str, Any]:

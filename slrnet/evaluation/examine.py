@@ -127,9 +127,12 @@ class ImageScore:
     """(K,) number of pixels of the true mask by class."""
 
     @property
-    def miou(self) -> float:
-        """Mean IoU over the classes that either mask shows; NaN if the true mask is void everywhere."""
-        return float(np.nanmean(self.iou)) if not np.isnan(self.iou).all() else float("nan")
+    def foreground_iou(self) -> float:
+        """Mean IoU over the foreground classes that either mask shows; NaN if there is none.
+
+        The background would hide an object that is missed: it is most of the image.
+        """
+        return float(np.nanmean(self.iou[1:])) if not np.isnan(self.iou[1:]).all() else float("nan")
 
     @property
     def main_class(self) -> int:
@@ -160,8 +163,8 @@ class Example:
     """(H, W) predicted class ids."""
     truth: npt.NDArray[np.uint8]
     """(H, W) true class ids, 255 for void."""
-    miou: float
-    """Mean IoU of this image, over the classes that either mask shows."""
+    foreground_iou: float
+    """Mean IoU of this image, over the foreground classes that either mask shows."""
 
 
 @dataclass(frozen=True)
@@ -215,12 +218,12 @@ def examine(target: EvaluationTarget, split: str, *, at_most: int | None = None)
 
 
 def choose_by_iou(scores: Sequence[ImageScore], number: int, *, hardest: bool) -> list[ImageScore]:
-    """Chooses up to `number` images with the highest mIoU, or the lowest with `hardest`.
+    """Chooses up to `number` images with the highest foreground IoU, or the lowest with `hardest`.
 
     No class comes again before every class has come once. Images without true foreground are skipped.
     """
-    known = [score for score in scores if score.main_class and not np.isnan(score.miou)]
-    ranked = sorted(known, key=lambda score: (score.miou if hardest else -score.miou, score.key))
+    known = [score for score in scores if score.main_class and not np.isnan(score.foreground_iou)]
+    ranked = sorted(known, key=lambda one: (one.foreground_iou if hardest else -one.foreground_iou, one.key))
     turns: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
     order = sorted((next(turns[score.main_class]), place) for place, score in enumerate(ranked))
     return [ranked[place] for place in sorted(place for _, place in order[:number])]
@@ -232,14 +235,14 @@ def read_examples(target: EvaluationTarget, split: str, scores: Sequence[ImageSc
     Raises:
         DataError: an image is damaged.
     """
-    mious = {score.index: score.miou for score in scores}
-    indices = sorted(mious)
+    ious = {score.index: score.foreground_iou for score in scores}
+    indices = sorted(ious)
     examples: dict[str, Example] = {}
     for index, sample in zip(indices, EvalLoader(target.shards, split=split, indices=indices), strict=True):
         assert sample.pixel_labels is not None
         mask = target.predict(sample).argmax(dim=0).numpy().astype(np.uint8)
         pixels = sample.image.permute(1, 2, 0).contiguous().numpy()
-        examples[sample.key] = Example(sample.key, pixels, mask, sample.pixel_labels.numpy(), mious[index])
+        examples[sample.key] = Example(sample.key, pixels, mask, sample.pixel_labels.numpy(), ious[index])
     return [examples[score.key] for score in scores]
 
 

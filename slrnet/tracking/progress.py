@@ -26,8 +26,12 @@ class Progress:
     _: KW_ONLY
     done: int = 0
     """Finished steps, those before a training was resumed included."""
+    epochs: int = 1
+    """Epochs of the whole training, of equally many steps."""
     show: bool = True
     """Whether to write anything; False on ranks other than 0."""
+    score: str = ""
+    """The last score, for the bar."""
     stream: TextIO = field(default_factory=lambda: sys.stdout)
 
     def __post_init__(self) -> None:
@@ -46,7 +50,9 @@ class Progress:
         self._images += images
         self.steps += 1
         self.done += 1
-        self._bar.set_postfix_str(f"{self.rate():.2f} images/s, loss {loss:.3f}", refresh=False)
+        self._bar.set_description_str(f"epoch {-(-self.done * self.epochs // self.total)}/{self.epochs}", refresh=False)
+        shown = [f"loss {loss:.3f}", *filter(None, [self.score]), f"{self.rate():.2f} images/s"]
+        self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update()
         if self._bar.disable and (now - self._last_line >= LINE_EVERY or self.done == self.total):
             self._last_line = now

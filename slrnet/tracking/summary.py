@@ -23,6 +23,7 @@ __all__ = [
     "curves",
     "description",
     "mean_without",
+    "next_commands",
     "parameters",
     "quality_table",
     "result_text",
@@ -111,13 +112,19 @@ def result_text(metrics: Mapping[str, float], classes: tuple[str, ...], *, epoch
         shown = [place for _, place in known[:_FEW]] or [0]
         which = f" The {len(shown)} classes with the lowest IoU of {len(classes)}; all are in the pictures `quality`."
     table = quality_table(metrics, classes, shown)
-    run, where = shlex.quote(str(folder)), shlex.quote(data)
-    commands = (
-        f"slrnet evaluate --checkpoint {run} --data {where} --split val --protocol ms\n"
-        f"slrnet report {run} --data {where}\nslrnet app {run}"
-    )
+    commands = "\n".join(next_commands(folder, data))
     best = f"Best checkpoint: epoch {epoch}.{which}"
     return f"{best}\n\n{fenced('text', table)}\n\nNext:\n\n{fenced('sh', commands)}"
+
+
+def next_commands(folder: Path | str, data: str) -> list[str]:
+    """What to run after a training: measure it, look at it, correct its masks."""
+    run, where = shlex.quote(str(folder)), shlex.quote(data)
+    return [
+        f"slrnet evaluate --checkpoint {run} --data {where} --split val --protocol ms",
+        f"slrnet report {run} --data {where}",
+        f"slrnet review {run} --data {where} --out {shlex.quote(f'{Path(folder).name}-review')}",
+    ]
 
 
 def quality_table(metrics: Mapping[str, float], classes: tuple[str, ...], shown: Sequence[int] | None = None) -> str:

@@ -96,7 +96,8 @@ class RunListener(Listener):
         """Logs again what an earlier process could not deliver, and starts the progress bar and the GPU monitors."""
         for step, values in state.untracked:
             self.tracker.log_metrics(values, step)
-        self._progress = Progress(total, done=state.step, show=self.process.is_main)
+        epochs = self.config.train.epochs
+        self._progress = Progress(total, done=state.step, epochs=epochs, show=self.process.is_main)
         self.tracker.set_tags(self._gpus.start())
 
     def at(self, place: str, step: int) -> None:
@@ -159,6 +160,7 @@ class RunListener(Listener):
         shown = curves(metrics, self.info.classes)
         self.tracker.log_metrics(shown | {"epoch": float(state.epoch)}, state.step)
         self._progress.note(_epoch_line(state.epoch, self.config.train.epochs, metrics))
+        self._progress.score = _score(metrics) or self._progress.score
         if self.process.is_main:
             self._log_pictures(state.epoch - 1, metrics)
 
@@ -206,6 +208,12 @@ def _first_step_line(seconds: float, process: Process) -> str:
         unit = 1 if sys.platform == "darwin" else 1024
         memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of memory at most"
     return f"first step: {seconds:.2f} s, {memory}, on {process.device}"
+
+
+def _score(metrics: Mapping[str, float]) -> str:
+    """The validation's mIoU, in short; empty if it was not measured."""
+    scores = [value for name, value in metrics.items() if name.startswith("val/miou_")]
+    return f"val mIoU {100 * scores[0]:.1f} %" if scores and scores[0] == scores[0] else ""
 
 
 def _epoch_line(epoch: int, epochs: int, metrics: Mapping[str, float]) -> str:

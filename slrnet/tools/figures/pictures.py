@@ -183,7 +183,10 @@ def mask_figure(target: EvaluationTarget, examination: Examination, *, number: i
     for pair in zip(*halves, strict=True):
         row = []
         for example in pair:
-            masks = {"truth": example.truth, f"prediction, mIoU {100 * example.miou:.0f}": example.mask}
+            masks = {
+                "truth": example.truth,
+                f"prediction, foreground IoU {100 * example.foreground_iou:.0f}": example.mask,
+            }
             row.append(Tile(example.image, example.key))
             row += [Tile(np.asarray(draw_overlay(example.image, m, palette)), text) for text, m in masks.items()]
             shown += masks.values()

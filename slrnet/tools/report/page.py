@@ -24,7 +24,7 @@ from slrnet.tracking.provenance import environment_tags
 from slrnet.viz.overlay import draw_overlay
 from slrnet.viz.panels import class_legend
 
-__all__ = ["MAX_BYTES", "render"]
+__all__ = ["MAX_BYTES", "environment", "render"]
 
 MAX_BYTES = 10_000_000
 """Largest size of a page."""
@@ -38,22 +38,30 @@ MAX_POINTS = 300
 """Most points of the curve of the training loss."""
 
 
+def environment(charts: Sequence[Chart]) -> tuple[jinja2.Environment, dict[str, Any]]:
+    """The templates, and what they need to draw: charts with common axes among those of one title, and pictures."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("slrnet.tools.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    templates.filters |= {"percent": _percent, "general": "{:g}".format, "by_protocol": metrics_by_protocol}
+    drawing = {"placed": partial(draw_chart, others=charts), "chart_size": SIZE}
+    return templates, drawing | {"data_uri": partial(_data_uri, width=WIDTHS[1])}
+
+
 def render(runs: Sequence[Run], measured: Sequence[Measurements], *, max_bytes: int = MAX_BYTES) -> str:
     """Renders the page about runs, at least one, with the measurements of each; every run has a column.
 
     Raises:
         ValueError: the page would be larger than `max_bytes` even with the smallest pictures.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("slrnet.tools.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": _percent, "general": "{:g}".format, "by_protocol": metrics_by_protocol}
-    template = environment.get_template("page.html.jinja")
     columns = [_column(run, own) for run, own in zip(runs, measured, strict=True)]
-    charts = [chart for column in columns for charts in column["charts"].values() for chart in charts]
-    content = {"columns": columns, "made_with": environment_tags(), "placed": partial(draw_chart, others=charts)}
+    templates, drawing = environment(
+        [chart for column in columns for charts in column["charts"].values() for chart in charts]
+    )
+    template = templates.get_template("page.html.jinja")
+    content = {"columns": columns, "made_with": environment_tags()} | drawing
     for width in WIDTHS:
-        page = template.render(**content, chart_size=SIZE, data_uri=partial(_data_uri, width=width))
+        page = template.render(**content | {"data_uri": partial(_data_uri, width=width)})
         if len(page.encode()) <= max_bytes:
             return page
     raise ValueError(

@@ -61,7 +61,8 @@ class TestExamine:
             matrix.update(torch.from_numpy(example.mask), torch.from_numpy(example.truth))
             assert example.key == one.key
             assert example.image.shape == (*example.mask.shape, 3)
-            assert one.miou == pytest.approx(matrix.miou()) == pytest.approx(example.miou)
+            mean = np.nanmean(matrix.iou()[1:].numpy())
+            assert one.foreground_iou == pytest.approx(mean) == pytest.approx(example.foreground_iou)
 
     def test_at_most_so_many(self, target: EvaluationTarget) -> None:
         assert len(examine(target, "val", at_most=2).scores) == 2
@@ -85,7 +86,7 @@ class TestChoice:
     def test_images_without_foreground_or_without_any_class_are_passed_over(self) -> None:
         void = ImageScore(0, "void", np.full(4, np.nan), np.zeros(4, dtype=np.int64))
         empty = ImageScore(0, "empty", np.array([1.0, np.nan, np.nan, np.nan]), np.array([9, 0, 0, 0]))
-        assert np.isnan(void.miou)
+        assert np.isnan(void.foreground_iou)
         assert choose_by_iou([void, empty, self.SCORES[0]], 3, hardest=True) == [self.SCORES[0]]
 
 

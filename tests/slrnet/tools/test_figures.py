@@ -82,10 +82,10 @@ class TestPictures:
         expected = []
         for pair in zip(best, worst, strict=True):
             for one in pair:
-                expected += [one.key, "truth", f"prediction, mIoU {100 * one.miou:.0f}"]
+                expected += [one.key, "truth", f"prediction, foreground IoU {100 * one.foreground_iou:.0f}"]
         assert titles(figure) == expected
-        assert best[0].miou == max(score.miou for score in examination.scores)
-        assert worst[0].miou == min(score.miou for score in examination.scores)
+        assert best[0].foreground_iou == max(score.foreground_iou for score in examination.scores)
+        assert worst[0].foreground_iou == min(score.foreground_iou for score in examination.scores)
         example = read_examples(target, "val", best[:1])[0]
         np.testing.assert_array_equal(figure.axes[0].get_images()[0].get_array(), example.image)
         (legend,) = figure.legends

@@ -92,13 +92,15 @@ def test_other_ranks_say_nothing(clock: Clock) -> None:
 
 def test_a_terminal_gets_a_bar_and_notes_above_it() -> None:
     stream = Terminal()
-    progress = Progress(2, stream=stream)
+    progress = Progress(2, epochs=2, stream=stream)
     progress.advance(5, loss=1.25)
     progress.note("a note")
+    progress.score = "val mIoU 43.9 %"
     progress.advance(5, loss=0.75)
     progress.close()
     text = stream.getvalue()
     assert "a note\n" in text
     assert "2/2" in text
-    assert "loss 0.750" in text
+    assert "epoch 2/2" in text
+    assert "loss 0.750, val mIoU 43.9 %" in text
     assert "ETA" not in text  # the bar has its own
