@@ -24,7 +24,7 @@ from slrnet.data.catalog import voc_palette
 from slrnet.data.depth import Depth
 from slrnet.data.images import DamagedFile, open_image
 from slrnet.data.manifest import DataError, DatasetInfo, load_dataset
-from slrnet.storage.shown import say
+from slrnet.storage.shown import LEFT_OUT, say
 
 __all__ = [
     "DamagedLeftOut",
@@ -39,8 +39,6 @@ __all__ = [
 ]
 
 AnyItem = TypeVar("AnyItem", bound=Item)
-LEFT_OUT = 3
-"""Exit status when damaged images were left out without --skip-damaged."""
 
 
 class DamagedLeftOut(DataError):

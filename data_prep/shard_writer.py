@@ -28,7 +28,7 @@ from slrnet.data.manifest import SCHEMA, DataError, DatasetInfo, SampleRow, load
 from slrnet.data.tars import ShardWriter, tar_end, tar_members
 from slrnet.storage.files import check_writable
 from slrnet.storage.folders import whole_folder
-from slrnet.storage.lease import beside, owned
+from slrnet.storage.lease import beside, owned, require_free
 from slrnet.storage.names import check_name
 from slrnet.storage.ray_job import lasting
 
@@ -141,7 +141,7 @@ def write_dataset(
     """
     target = check_output(out)
     plan = deal(samples, len(classes), samples_per_shard=samples_per_shard, shards=shards, seed=seed)
-    with owned(beside(target), f"output folder {target}"), whole_folder(check_output(target)) as folder:
+    with owned(beside(target), f"output folder {target}"), whole_folder(_unused(target)) as folder:
         write, weights = partial(_write_shard, folder, encode), [len(members) for _, members in plan]
         parts = (workers or ConversionPool(1)).map(write, plan, weights=weights, label="writing")
         return save_dataset(folder, parts, name=name, classes=classes, palette=palette, made_by=made_by, depth=depth)
@@ -180,15 +180,21 @@ def check_output(out: str | os.PathLike[str]) -> Path:
 
     Raises:
         DataError: it is a file, or a folder with something in it.
-        ValueError: nothing can be written there, or it is in Ray's copy of the project.
+        ValueError: nothing can be written there, it is in Ray's copy of the project, or another process fills it.
     """
     lasting(Path(out))
-    path = Path(out).resolve()
+    path = _unused(Path(out).resolve())
+    require_free(beside(path), f"output folder {path}")
+    return check_writable(path, folder=True)
+
+
+def _unused(path: Path) -> Path:
+    """The path of an output folder, after checking that it holds nothing."""
     if path.is_dir() and any(path.iterdir()):
         raise DataError(f"the output folder {path} is not empty; give another --out")
     if path.exists() and not path.is_dir():
         raise DataError(f"the output folder {path} is a file; give another --out")
-    return check_writable(path, folder=True)
+    return path
 
 
 def report_problems(problems: Sequence[str], what: str, *, advice: str | None = None) -> None:

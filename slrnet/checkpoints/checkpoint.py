@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -159,9 +158,6 @@ def save_checkpoint(
         sums = {name: sha256_of(incoming / name) for name in (WEIGHTS, TRAINER, CONFIG)}
         record = {"schema_version": SCHEMA_VERSION, **asdict(state), "sha256": sums}
         (incoming / STATE).write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        for path in (*incoming.iterdir(), incoming):
-            _flush(path)
-    _flush(folder)
     return target
 
 
@@ -363,15 +359,6 @@ def require_free_space(folder: Path, needed: int) -> None:
             f"{folder} has {free / 2**20:.0f} MiB free, checkpoints of this run need {needed / 2**20:.0f} MiB; "
             "free some space or give another folder with --storage"
         )
-
-
-def _flush(path: Path) -> None:
-    """Writes to the disk; otherwise a power cut may leave the new checkpoint empty after the old one is removed."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _copied(value: Any) -> Any:

@@ -15,7 +15,6 @@ from slrnet.storage.ray_job import lasting, uploaded
 __all__ = [
     "ANNOTATION_FORMATS",
     "DEVICE",
-    "LEFT_OUT",
     "SKIP_DAMAGED",
     "TOLERANCE",
     "Argument",
@@ -33,6 +32,7 @@ __all__ = [
     "output_folder",
     "place",
     "positive",
+    "sole",
 ]
 
 Argument = Callable[[Any], object]
@@ -60,6 +60,19 @@ def command(*arguments: Argument, **defaults: Any) -> Callable[[Run], Argument]:
         return functools.partial(describe, text=run.__doc__, arguments=arguments, run=run, **defaults)
 
     return decorate
+
+
+def sole(run: Run) -> Run:
+    """Let one process at a time run a subcommand for an `--out`; another start says who works there and since when."""
+
+    @functools.wraps(run)
+    def run_alone(options: argparse.Namespace) -> int | None:
+        from slrnet.storage.lease import beside, owned
+
+        with owned(beside(options.out), f"output {options.out}"):
+            return run(options)
+
+    return run_alone
 
 
 def describe(parser: argparse.ArgumentParser, text: str | None, arguments: Iterable[Argument], **defaults: Any) -> None:
@@ -92,8 +105,6 @@ def checkpoint(name: str = "checkpoint", **properties: Any) -> Argument:
     return option(name, **{"type": run_argument, "help": "checkpoint, or a run's folder for its best one"} | properties)
 
 
-LEFT_OUT = 3
-"""Exit status when damaged images were left out and the others are done; 0 with --skip-damaged."""
 SKIP_DAMAGED = option(
     "--skip-damaged", action="store_true", help="exit with 0, not 3, when damaged images were left out"
 )

@@ -6,8 +6,8 @@ import argparse
 from functools import partial
 from importlib import import_module
 
-from slrnet.cli.arguments import LEFT_OUT, SKIP_DAMAGED, command, describe, option, output_folder, place
-from slrnet.storage.shown import say
+from slrnet.cli.arguments import SKIP_DAMAGED, command, describe, option, output_folder, place
+from slrnet.storage.shown import LEFT_OUT, say
 
 __all__ = ["KINDS", "browse", "class_balance", "prepare"]
 
@@ -53,13 +53,15 @@ def browse(options: argparse.Namespace) -> int:
     that were trained on is worthless. The exit status is 1 when there is an error. Samples that cannot be read are
     named and left out.
     """
+    from slrnet.storage.lease import beside, owned
     from slrnet.tools.browse import browse
 
     if options.samples < 1 or options.masks < 0:
         raise ValueError(f"--samples {options.samples}, --masks {options.masks}: at least 1 and 0 are allowed")
     out = options.out or output_folder(f"browse/{options.folder.resolve().name}")
     counts = {"samples": options.samples, "masks": options.masks, "seed": options.seed}
-    found = browse(options.folder, out, **counts, duplicates=not options.no_duplicates)
+    with owned(beside(out), f"output {out}"):
+        found = browse(options.folder, out, **counts, duplicates=not options.no_duplicates)
     say(found.text.rstrip("\n"))
     say(f"in {out}: report.txt, {', '.join(found.sheets)}")
     if found.errors:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from slrnet.cli.arguments import (
     ANNOTATION_FORMATS,
     DEVICE,
-    LEFT_OUT,
     SKIP_DAMAGED,
     TOLERANCE,
     add_protocol,
@@ -25,8 +24,9 @@ from slrnet.cli.arguments import (
     output_folder,
     place,
     positive,
+    sole,
 )
-from slrnet.storage.shown import say
+from slrnet.storage.shown import LEFT_OUT, say
 from slrnet.tools.figures import FIGURES
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ __all__ = ["app", "codes", "dashboard", "figures", "predict", "report", "review"
     ),
     TOLERANCE,
 )
+@sole
 def predict(options: argparse.Namespace) -> int:
     """Make masks of images: `slrnet predict CHECKPOINT IMAGE... --out DIR`.
 
@@ -97,6 +98,7 @@ def predict(options: argparse.Namespace) -> int:
     option("--measured", type=positive, metavar="N", help="images to measure at most (default: all)"),
     DEVICE,
 )
+@sole
 def report(options: argparse.Namespace) -> None:
     """Write an HTML page about one run or several: `slrnet report RUN_OR_CHECKPOINT... [--out FILE.html]`.
 
@@ -153,6 +155,7 @@ def watch(options: argparse.Namespace) -> None:
     ),
     DEVICE,
 )
+@sole
 def figures(options: argparse.Namespace) -> None:
     """Draw the paper's figures and tables: `slrnet figures fig2|fig3|fig5|fig7|tables CHECKPOINT... --out DIR`.
 
@@ -193,6 +196,7 @@ def figures(options: argparse.Namespace) -> None:
     option("--num-iters", type=int, nargs="+", metavar="T", help="default: the checkpoint's"),
     option("--classes", nargs="+", metavar="NAME", help="default: those that the mask holds"),
 )
+@sole
 def codes(options: argparse.Namespace) -> None:
     """Draw what the dictionary's atoms stand for: `slrnet codes CHECKPOINT IMAGE... --out DIR`.
 

@@ -7,7 +7,17 @@ import json
 from pathlib import Path
 from typing import get_args
 
-from slrnet.cli.arguments import DEVICE, add_protocol, checkpoint, command, one_of, option, output_file, output_folder
+from slrnet.cli.arguments import (
+    DEVICE,
+    add_protocol,
+    checkpoint,
+    command,
+    one_of,
+    option,
+    output_file,
+    output_folder,
+    sole,
+)
 from slrnet.config import Setting
 from slrnet.storage.shown import say
 
@@ -28,6 +38,7 @@ __all__ = ["convert_weights", "export", "voc_archive"]
         option("--mlflow", metavar="NAME", help="also log the ONNX file to the training's run"),
     ),
 )
+@sole
 def export(options: argparse.Namespace) -> None:
     """Write a network for other programs: `slrnet export RUN --out FOLDER`.
 
@@ -68,6 +79,7 @@ def export(options: argparse.Namespace) -> None:
         "are those of wsss (default: sss if it predicts the background, else wsss)",
     ),
 )
+@sole
 def convert_weights(options: argparse.Namespace) -> None:
     """Turn a published checkpoint into one of ours: `slrnet convert-weights FILE --out DIR`.
 
@@ -99,6 +111,7 @@ def convert_weights(options: argparse.Namespace) -> None:
     add_protocol,
     DEVICE,
 )
+@sole
 def voc_archive(options: argparse.Namespace) -> None:
     """Make the archive that VOC's evaluation server takes: `slrnet voc-archive RUN IMAGES --out FILE`.
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from slrnet.cli.arguments import (
     ANNOTATION_FORMATS,
-    LEFT_OUT,
     SKIP_DAMAGED,
     TOLERANCE,
     Argument,
@@ -29,6 +28,7 @@ from slrnet.cli.arguments import (
     output_folder,
     place,
     positive,
+    sole,
 )
 from slrnet.cli.starting import places, shards_for, usual_storage
 from slrnet.config import Config, Gating, apply_overrides, load_config
@@ -36,7 +36,7 @@ from slrnet.recipes import RECIPES, get_recipe
 from slrnet.storage.files import check_writable
 from slrnet.storage.names import check_run_name
 from slrnet.storage.remote import is_remote
-from slrnet.storage.shown import say, without_secrets
+from slrnet.storage.shown import LEFT_OUT, say, without_secrets
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.space import DEFAULT_SPACE, get_space, space_with
 from slrnet.tracking.location import is_named, not_named
@@ -349,6 +349,7 @@ def pseudo_label(options: argparse.Namespace) -> int:
     option("--steps", type=positive, default=5, metavar="N", help="steps to profile (default: 5)"),
     option("--device", choices=["cpu", "cuda"], help="default: cuda if there is a GPU"),
 )
+@sole
 def profile(options: argparse.Namespace) -> None:
     """Show where a training step spends its time: `slrnet profile --recipe NAME --data DIR --out FOLDER`.
 

@@ -42,8 +42,8 @@ from slrnet.launch.evaluation import track_figures
 from slrnet.launch.hand_out import Alive, Work, hand_out
 from slrnet.launch.prediction import Mask, MaskJob, MaskPredictor, PredictedMask, open_job
 from slrnet.models.deeplab import require_deeplab
-from slrnet.storage.files import read_json, sha256_of, write_json, written_whole
-from slrnet.storage.folders import mark_folder, remove_folder
+from slrnet.storage.files import UNFINISHED, flush, read_json, sha256_of, write_json, written_whole
+from slrnet.storage.folders import flush_folder, mark_folder, remove_folder
 from slrnet.storage.lease import beside, owned
 from slrnet.storage.shown import say
 from slrnet.tracking.protocol import metric_key
@@ -119,7 +119,9 @@ def _label_all(job: MaskJob, out: Path, described: dict[str, Any], request: Work
             for done, line in enumerate(hand_out(_open, values, remaining, request), 1):
                 say(f"{line} ({done} of {len(remaining)} shards)")
         record = _assemble(partial, job.shards, described)
+        flush_folder(partial)
         partial.rename(out)
+        flush(out.parent)
     elif record["job"] != described:
         difference = _differences(record["job"], described)
         raise ValueError(f"{out} holds other pseudo masks ({difference}); choose another --out")
@@ -235,7 +237,7 @@ def _assemble(partial: Path, shards: ShardSet, job: dict[str, Any]) -> dict[str,
                 with written_whole(partial / name) as incoming:
                     shutil.copyfile(shards.path_of(name), incoming)
             parts += [view.shard_rows(place) for place in range(len(view.shard_names))]
-    for leftover in partial.glob(".incoming.*"):
+    for leftover in partial.glob(f"{UNFINISHED}*"):
         leftover.unlink()
     rows, name, classes = pa.concat_tables(parts), f"{shards.info.name}-pseudo", shards.info.classes
     palette = shards.info.palette_array()

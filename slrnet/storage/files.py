@@ -8,16 +8,34 @@ import json
 import os
 import stat
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-__all__ = ["check_writable", "open_regular", "read_json", "sha256_of", "write_json", "write_text", "written_whole"]
+from slrnet.storage.names import short_name
+
+__all__ = [
+    "check_writable",
+    "flush",
+    "open_regular",
+    "read_json",
+    "sha256_of",
+    "write_json",
+    "write_text",
+    "written_whole",
+]
 
 MOST_BYTES = 2**28
 """Of a file of JSON; a larger one would take gigabytes."""
+UNFINISHED = ".incoming."
+"""How the names of files begin that are being written."""
+ABANDONED = 3600.0
+"""Seconds since the last change after which a file that was being written belongs to a process that is gone."""
 _KINDS = {True: "folder", False: "file"}
 
 
@@ -38,7 +56,7 @@ def check_writable(path: Path, *, folder: bool) -> Path:
     while not os.path.lexists(place):
         place = place.parent
     try:
-        with tempfile.TemporaryDirectory(prefix=".incoming.", dir=place):
+        with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=place):
             return path
     except OSError as error:
         raise ValueError(
@@ -49,18 +67,45 @@ def check_writable(path: Path, *, folder: bool) -> Path:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path`, of the same suffix, to write to; it takes the place of `path` when all went well.
+    """Gives a new path beside `path`, of the same suffix, to write to; it takes the place of `path` when all went well.
 
-    An error removes it, and the next write replaces what a killed process left there. Creates the folder if missing.
+    Its bytes are on the disk before. An error removes it; what a killed process left in the folder goes after
+    `ABANDONED` seconds. Creates the folder if missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    incoming = path.with_name(f".incoming.{path.name}")
+    _remove_abandoned(path.parent.absolute())
+    incoming = path.with_name(f"{UNFINISHED}{uuid.uuid4().hex[:8]}.{short_name(path.stem)}{path.suffix}")
     try:
         yield incoming
+        flush(incoming)
         incoming.replace(path)
     except BaseException:
         incoming.unlink(missing_ok=True)
         raise
+    flush(path.parent)
+
+
+@lru_cache(maxsize=128)
+def _remove_abandoned(folder: Path) -> None:
+    """Looks for unfinished files once a process, because a folder may hold very many."""
+    for path in folder.glob(f"{UNFINISHED}*"):
+        with suppress(OSError):
+            if time.time() - path.lstat().st_mtime > ABANDONED:
+                path.unlink()
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk and survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if (
+            error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir()
+        ):  # some file systems have no such thing
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def open_regular(path: Path, *, most: int | None = None) -> FileIO:

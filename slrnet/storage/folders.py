@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
+import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["MARK", "mark_folder", "remove_folder", "whole_folder"]
+from slrnet.storage.files import UNFINISHED, flush
+from slrnet.storage.names import short_name
+
+__all__ = ["MARK", "flush_folder", "mark_folder", "remove_folder", "whole_folder"]
 
 MARK = ".slrnet"
 """Empty file in a folder that slrnet made for itself and may remove."""
@@ -33,36 +39,79 @@ def remove_folder(folder: Path, *, within: Path, own: Collection[str] = ()) -> N
         ValueError: it is not beneath `within`, is a link, or holds what slrnet did not make.
         OSError: the file system refuses.
     """
+    _check_own(folder, within, own)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _check_own(folder: Path, within: Path, own: Collection[str]) -> None:
     if folder.is_symlink() or within.resolve() not in folder.resolve().parents:
         raise ValueError(f"{folder} is not removed: it is a link, or not beneath {within}")
-    if not folder.exists():
-        return
-    if not (folder / MARK).is_file():
-        strangers = [path.name for path in folder.rglob("*") if path.name not in own and not _is_unfinished(path)]
+    if folder.exists() and not (folder / MARK).is_file():
+        strangers = [
+            path.name for path in folder.rglob("*") if not (path.name in own or path.name.startswith(UNFINISHED))
+        ]
         if strangers:
             raise ValueError(f"{folder} is not removed: it holds {strangers[0]!r}, which slrnet did not write; move it")
-    shutil.rmtree(folder)
+
+
+def flush_folder(folder: Path) -> None:
+    """Waits until all in a folder is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            flush(path)
 
 
 @contextmanager
 def whole_folder(target: Path, *, own: Collection[str] | None = None) -> Iterator[Path]:
     """Gives a new folder beside `target`, of a name of its own, that takes the place of `target` when all went well.
 
-    An error removes it. With `own`, an earlier `target` is removed as `remove_folder` does; else it must be missing or
-    empty.
+    All in it is on the disk before. An error removes it, and the next call for `target` what a killed process left.
+    With `own`, an earlier `target` is removed as `remove_folder` does, whole until the new one is ready; else it must
+    be missing or empty.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
+    for abandoned in target.parent.glob(f".{glob.escape(short_name(target.name))}.*.partial"):
+        _remove_abandoned(abandoned)
+    with _unfinished(target) as folder:
         yield folder
         folder.chmod(0o755)
-        if own is not None:
-            remove_folder(target, within=target.parent, own=own)
-        folder.replace(target)
-    except BaseException:
+        (folder / MARK).unlink()
+        flush_folder(folder)
+        if own is None or not target.exists():
+            folder.replace(target)
+        else:
+            _check_own(target, target.parent, own)
+            with _unfinished(target) as aside:
+                target.replace(aside / target.name)
+                folder.replace(target)
+    flush(target.parent)
+
+
+@contextmanager
+def _unfinished(target: Path) -> Iterator[Path]:
+    """A marked folder beside a target, removed at the end; its lock, which ends with the process, shows it in use."""
+    name = short_name(target.name)
+    folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=target.parent))
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks; there, nobody removes it
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+        (folder / MARK).touch()
+        yield folder
+    finally:
+        os.close(descriptor)
         shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
-def _is_unfinished(path: Path) -> bool:
-    return path.name.startswith(".incoming.")
+def _remove_abandoned(folder: Path) -> None:
+    """Removes a marked folder unless a process has it locked."""
+    if not (folder / MARK).is_file() or folder.is_symlink():
+        return
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder)
+        finally:
+            os.close(descriptor)

@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 from slrnet.storage.files import write_json
-from slrnet.storage.names import printable
+from slrnet.storage.names import printable, short_name
 from slrnet.storage.remote import filesystem_of, is_remote, patiently
 from slrnet.storage.shown import say
 
@@ -48,9 +48,15 @@ class HeldError(ValueError):
     """Another process works in the folder; the message says which one, since when, and the remedy."""
 
 
-def beside(folder: Path) -> Path:
-    """The lease of a folder that must hold nothing else than results: a hidden file beside it."""
-    return folder.with_name(f".{folder.name}.{LEASE}")
+def beside(output: Path) -> Path:
+    """The lease of a file, or of a folder that must hold nothing else than results: a hidden file beside it.
+
+    A folder in one that takes no files has it inside.
+    """
+    output = output.expanduser().resolve()
+    if output.is_dir() and not os.access(output.parent, os.W_OK):
+        return output / f".{LEASE}"
+    return output.with_name(f".{short_name(output.name)}.{LEASE}")
 
 
 @contextmanager

@@ -14,8 +14,10 @@ from typing import TextIO
 
 from slrnet.storage.names import printable
 
-__all__ = ["fenced", "in_markdown", "logger_of", "say", "without_secrets"]
+__all__ = ["LEFT_OUT", "fenced", "in_markdown", "logger_of", "say", "without_secrets"]
 
+LEFT_OUT = 3
+"""Exit status when damaged images were left out and the others are done; 0 with --skip-damaged."""
 _MARKUP = re.compile(r"[^\w\s.:,;+%/'-]|:(?=//)|(?<=www)\.", re.ASCII)
 """Characters that may begin something in Markdown or HTML, and those that make a word an address."""
 

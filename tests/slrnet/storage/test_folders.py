@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,35 @@ def test_a_folder_appears_whole_and_replaces_only_its_like(tmp_path: Path) -> No
     write("2", {"a"})
     assert (target / "a").read_text() == "2"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_an_earlier_folder_is_whole_until_the_new_one_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, flushed = tmp_path / "data", []
+
+    def fsync(descriptor: int) -> None:
+        flushed.append((os.fstat(descriptor).st_ino, (target / "a").read_text()))
+
+    for text in "12":
+        with whole_folder(target, own={"a"}) as folder:
+            (folder / "a").write_text(text)
+            monkeypatch.setattr(os, "fsync", fsync if text == "2" else os.fsync)
+    inodes = [path.stat().st_ino for path in (target / "a", target, tmp_path)]
+    assert flushed == list(zip(inodes, "112", strict=True))
+
+
+def test_what_a_killed_process_left_goes_but_nothing_in_use(tmp_path: Path) -> None:
+    code = (
+        "import os, pathlib, sys; from slrnet.storage.folders import whole_folder\n"
+        "with whole_folder(pathlib.Path(sys.argv[1])) as folder: (folder / 'half').touch(); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "data")], check=False)
+    (killed,) = tmp_path.iterdir()
+    (mine := tmp_path / ".data.mine.partial").mkdir()
+    with whole_folder(tmp_path / "data") as first:
+        assert not killed.exists()
+        with whole_folder(tmp_path / "data"):
+            assert first.exists()
+        assert mine.exists()
+        (tmp_path / "data").rmdir()  # was empty

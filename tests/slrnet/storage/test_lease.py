@@ -44,6 +44,16 @@ def test_a_folder_with_results_stays(tmp_path: Path) -> None:
 
 def test_the_lease_of_an_output_lies_beside_it(tmp_path: Path) -> None:
     assert beside(tmp_path / "out") == tmp_path / ".out.lease.json"
+    assert len(beside(tmp_path / ("x" * 255)).name) < 255
+
+
+def test_the_lease_of_a_folder_in_one_that_takes_no_files_lies_inside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    (tmp_path / "out").mkdir()
+    assert beside(tmp_path / "out") == tmp_path / "out" / ".lease.json"
+    assert beside(tmp_path / "new") == tmp_path / ".new.lease.json"
 
 
 @pytest.mark.parametrize(
