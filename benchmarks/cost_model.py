@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from torchvision.models import resnet50
 
 from benchmarks._operators import BACKWARD, Count, Kind, Operator, count_classifier, count_step, count_validation
-from slrnet.config import Config, ConfigError
+from slrnet.config import Config, ConfigError, apply_overrides
+from slrnet.evaluation.masks import TOGETHER
 from slrnet.recipes import get_recipe
 from slrnet.storage.files import written_whole
 
@@ -85,6 +86,15 @@ VECTOR_SHARE = 0.7
 """Share of the plain float32 peak that operators reach."""
 LAUNCH = 5e-6
 """Minimum seconds per kernel: PyTorch's eager mode launches one every 4 to 10 microseconds."""
+HOST = 8e-6
+"""Seconds of the host per kernel in eager mode: Python, dispatcher, autograd and the launch. A step of one or two
+images waits for it: some 3,000 kernels take the host 25 ms, however small they are."""
+READING = 2.5e-3
+"""Seconds in which a thread reads and decodes an image of `VALIDATION_SIZE` and its mask; benchmarks/evaluate.py."""
+SPARE, CONTEXT = 1.25, 1.5e9
+"""Memory beyond the counted one: workspaces and fragments as a factor, and bytes of CUDA and its libraries."""
+CARD = 24e9
+"""Bytes of the smaller cards in use: L4, A10, GeForce RTX 3090 and 4090."""
 TILE = 128 * 64
 """Convolution outputs per tile, one tile per multiprocessor; with fewer tiles than processors, some are idle."""
 LINK_SHARE = 0.8
@@ -95,6 +105,8 @@ BUCKET = 25 * 2**20
 """Bytes of gradients that DistributedDataParallel exchanges at once."""
 NODE = 8
 """GPUs per node."""
+LARGE_CROPS = (448, 512)
+"""The released crop of training with masks, and a usual one."""
 VALIDATION_SIZE = (375, 500)
 """Typical height and width of a VOC or COCO image in pixels."""
 
@@ -187,29 +199,65 @@ class Step:
         backward: the backward pass without the gradient exchange.
         exchange: the gradient exchange.
         images: size of the global batch.
+        host: what the host needs to start all kernels; no step takes less.
     """
 
     forward: float
     backward: float
     exchange: float
     images: int
+    host: float = 0.0
 
     @property
     def hidden(self) -> float:
         """Seconds if the gradient exchange overlaps the backward pass."""
-        return self.forward + max(self.backward, self.exchange)
+        return max(self.forward + max(self.backward, self.exchange), self.host)
 
     @property
     def exposed(self) -> float:
         """Seconds if the gradient exchange follows the backward pass."""
-        return self.forward + self.backward + self.exchange
+        return max(self.forward + self.backward + self.exchange, self.host)
 
 
 def step_of(count: Count, gpus: int, gpu: Gpu) -> Step:
     """Predicts a step on `gpus` GPUs with `count.images` images each."""
     backward = seconds((operator for operator in count.operators if operator.stage == BACKWARD), gpu)
     exchange = all_reduce_seconds(count.gradients, gpus, gpu)
-    return Step(seconds(count.operators, gpu) - backward, backward, exchange, gpus * count.images)
+    forward = seconds(count.operators, gpu) - backward
+    return Step(forward, backward, exchange, gpus * count.images, host_seconds(count.operators))
+
+
+def host_seconds(operators: Iterable[Operator]) -> float:
+    """Returns the seconds in which the host starts the kernels of all operators."""
+    return HOST * sum(operator.kernels for operator in operators)
+
+
+def validation_seconds(operators: Sequence[Operator], gpu: Gpu) -> float:
+    """Returns the seconds of an image, of which `TOGETHER` go through the network at once: the slowest of three.
+
+    They are the GPU's work, the host's, and the thread that reads ahead.
+    """
+    return max(max(seconds(operators, gpu), host_seconds(operators)) / TOGETHER, READING)
+
+
+def needed_memory(count: Count) -> float:
+    """Returns the bytes of a card that a step is expected to need."""
+    return SPARE * count.memory + CONTEXT
+
+
+def memory_advice(recipe: str, counts: Counts, *, crop: int, images: int, card: float = CARD) -> str:
+    """Returns a line that says whether a step fits on a card, and what to set if not."""
+    whole = needed_memory(counts.step(recipe, images, crop))
+    need = f"{recipe}, crop {crop}, {images} images on a GPU: about {whole / 1e9:.0f} GB of {card / 1e9:.0f}"
+    if whole <= card:
+        return f"{need}; fits"
+    parts, part = 1, whole
+    while part > card and images // parts > 1:
+        parts *= 2
+        part = needed_memory(counts.step(recipe, -(-images // parts), crop))
+    if part > card:
+        return f"{need}; even one image needs {part / 1e9:.0f} GB: use a smaller crop or a larger card"
+    return f"{need}; set train.accumulation={parts} ({-(-images // parts)} images at a time, {part / 1e9:.0f} GB)"
 
 
 def hours_of(config: Config, load: Workload, step: Step, gpus: int, validation: float, *, hidden: bool) -> float:
@@ -234,26 +282,26 @@ class Counts:
 
     def __init__(self, get: Callable[[str], Config] = get_recipe, loads: Mapping[str, Workload] = WORKLOADS) -> None:
         self.get, self.loads = get, loads
-        self._steps: dict[tuple[str, int], Count] = {}
+        self._steps: dict[tuple[str, int, int | None], Count] = {}
         self._validations: dict[str, tuple[Operator, ...]] = {}
 
-    def step(self, recipe: str, images: int) -> Count:
-        if (recipe, images) not in self._steps:
-            load = self.loads[recipe]
-            self._steps[recipe, images] = count_step(
-                self.get(recipe),
+    def step(self, recipe: str, images: int, crop: int | None = None) -> Count:
+        if (recipe, images, crop) not in self._steps:
+            load, changes = self.loads[recipe], [] if crop is None else [f"data.crop_size={crop}"]
+            self._steps[recipe, images, crop] = count_step(
+                apply_overrides(self.get(recipe), changes),
                 num_classes=load.classes,
                 images=images,
                 classes_per_image=load.present,
                 masks_share=load.masks,
             )
-        return self._steps[recipe, images]
+        return self._steps[recipe, images, crop]
 
     def validation(self, recipe: str) -> tuple[Operator, ...]:
         if recipe not in self._validations:
             load = self.loads[recipe]
             self._validations[recipe] = count_validation(
-                self.get(recipe), num_classes=load.classes, size=VALIDATION_SIZE
+                self.get(recipe), num_classes=load.classes, size=VALIDATION_SIZE, images=TOGETHER
             )
         return self._validations[recipe]
 
@@ -327,7 +375,7 @@ def runs_table(
     ]
     config, load = counts.get(recipe), counts.loads[recipe]
     for gpu in GPUS:
-        validation = seconds(counts.validation(recipe), gpu)
+        validation = validation_seconds(counts.validation(recipe), gpu)
         for gpus, batch in scales:
             count = counts.step(recipe, batch // gpus)
             step = step_of(count, gpus, gpu)
@@ -340,6 +388,12 @@ def runs_table(
                 f"| {_bounds([hour * gpus * prices[gpu.name] for hour in hours], 0)} | {count.memory / 1e9:.1f} |"
             )
     return "\n".join(lines)
+
+
+def memory_lines(recipe: str, counts: Counts, images: int) -> str:
+    """Returns the advice for the recipe's crop and two larger ones, as a Markdown list."""
+    crops = (counts.get(recipe).data.crop_size, *LARGE_CROPS)
+    return "\n".join(f"- {memory_advice(recipe, counts, crop=crop, images=images)}" for crop in crops)
 
 
 def _bounds(values: Sequence[float], digits: int) -> str:
@@ -401,6 +455,7 @@ def report(
         f"## Cost of each stage for an image ({step})\n\n{stage_costs(first)}\n\n{volume}",
         f"## Predicted milliseconds of a step ({step})\n\n{stage_seconds(first)}",
         *(f"## Predicted run: {recipe}\n\n{runs_table(recipe, counts, prices, scales=scales)}" for recipe in recipes),
+        f"## Memory\n\n{memory_lines(recipes[0], counts, images)}",
         f"## The model against a published measurement\n\n{compared}",
     ]
     return "\n\n".join(parts), held

@@ -58,6 +58,8 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 """See `train.precision`."""
 Tf32 = Literal["off", "convolutions", "all"]
 """See `train.tf32`."""
+Exchange = Literal["fp32", "bf16"]
+"""See `train.exchange`."""
 Implementation = Literal["auto", "reference", "recompute", "triton"]
 """See `cvlr.implementation`."""
 Protocol = Literal["ss", "ms", "ms_crf"]
@@ -172,7 +174,8 @@ class CvlrConfig(_Section):
     """Subtract the features' mean (over all views, or one view if the method treats views separately) before
     factorizing. Off: factorize the features as they are (Algorithm 1)."""
     implementation: Implementation = "auto"
-    """How the factorization and its gradient are computed; the numbers are the same. `triton` needs a GPU."""
+    """How the factorization and its gradient are computed; the numbers are the same. `auto` is `recompute`.
+    `triton` needs a GPU and should be slower there (docs/cost.md)."""
     start: Literal["identity", "default"] = "identity"
     """First projectors. `identity`: an orthogonal one in, zeros out, so the module starts as the identity. `default`:
     PyTorch's random default for both (released models/slrnet.py). The paper does not say."""
@@ -411,6 +414,12 @@ class TrainConfig(_Section):
     deterministic: bool = False
     """GPUs use only algorithms that give the same bits each time, so that a resumed training equals an undisturbed one
     to the bit there too. Costs speed: resizing goes backward in index operations, and cuDNN has fewer algorithms."""
+    compile: bool = False
+    """GPUs: `torch.compile` makes fewer and larger kernels of encoder, decoder, heads, colors and refinement; the first
+    step then takes minutes. Parts with batch norms over all workers stay as they are. Not measured yet."""
+    exchange: Exchange = "fp32"
+    """Numbers in which workers exchange gradients. `bf16` halves what goes over the network and rounds each gradient to
+    8 bits of fraction; the paper does not say."""
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**63)] = 0
     """Seed of weights, order, crops, colors, dropout and gates."""
     log_every: PositiveInt = 10

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +29,6 @@ from benchmarks._operators import (
     count_step,
 )
 from benchmarks.cost_model import A100, H100, WORKLOADS, Counts, Workload
-from data_prep.demo import build_demo
 from slrnet.config import (
     CalibrationConfig,
     Config,
@@ -193,7 +195,9 @@ class TestCounter:
             forward = sum(o.flops for o in own if o.stage == stage)
             assert sum(o.flops for o in own if o.stage == BACKWARD) == 2 * forward
 
-    def test_factorisation_by_hand(self, counted: Count) -> None:
+    def test_factorisation_by_hand(self) -> None:
+        config = tiny("cvlr.implementation=triton")
+        counted = count_step(config, num_classes=CLASSES, images=2, classes_per_image=2)
         positions = 8 * 8 + 4 * 4  # stride 8: crops of 64 and of 32 pixels
         product, features, codes = 2 * 2 * 8 * CLASSES * positions, 4 * 2 * 8 * positions, 4 * 2 * CLASSES * positions
         by_name = {o.name: o for o in counted.operators if o.name.startswith("slrnet::")}
@@ -281,6 +285,41 @@ class TestRoofline:
         assert [step.hidden, step.exposed] == pytest.approx([0.03, 0.03 + exchange])
         assert step.images == 6
         assert replace(step, exchange=0.5).hidden == pytest.approx(0.51)
+
+    def test_a_step_takes_as_long_as_its_host(self) -> None:
+        of = Count((operator(kernels=10**4),), images=1, gradients=0, parameters=0, kept=0)
+        step = cost_model.step_of(of, 1, A100)
+        assert (step.forward, step.hidden, step.exposed) == pytest.approx((0.05, 0.08, 0.08))
+
+    @pytest.mark.parametrize(
+        ("operators", "expected"),
+        [
+            ([operator(moved=2039 * 85 * 10**6)], 0.1 / 8),
+            ([operator(kernels=4000)], 0.032 / 8),
+            ([operator()], 0.0025),
+        ],
+        ids=["GPU", "host", "reading"],
+    )
+    def test_a_validation_takes_as_long_as_the_slowest_part(self, operators: list[Operator], expected: float) -> None:
+        assert cost_model.validation_seconds(operators, A100) == pytest.approx(expected)
+
+    def test_advice_about_memory_names_the_first_accumulation_that_fits(self) -> None:
+        counts = Counts(loads={})
+
+        def kept(recipe: str, images: int, crop: int | None = None) -> Count:
+            return Count((), images, gradients=0, parameters=10**9, kept=images * 10**9)
+
+        counts.step = kept  # type: ignore[method-assign]
+        lines = [
+            cost_model.memory_advice("r", counts, crop=512, images=n, card=card)
+            for n, card in ((16, 24e9), (8, 24e9), (16, 3e9))
+        ]
+        assert lines[0].endswith("16 images on a GPU: about 23 GB of 24; fits")
+        assert lines[1].endswith("fits")
+        assert lines[2].endswith("even one image needs 4 GB: use a smaller crop or a larger card")
+        assert "set train.accumulation=2 (8 images at a time, 13 GB)" in cost_model.memory_advice(
+            "r", counts, crop=512, images=16, card=20e9
+        )
 
     def test_hours_by_hand(self) -> None:
         step = cost_model.Step(forward=1.0, backward=2.0, exchange=1.0, images=4)
@@ -376,22 +415,45 @@ class TestMeasuring:
         assert "measured 8.0" in lines[-2], "two images in a quarter of a second"
         assert "measured at most 3.0" in lines[-1]
 
-    def test_a_real_step_on_the_processor_has_the_predicted_stages(self, counted: Count, tmp_path: Path) -> None:
-        build_demo(tmp_path / "data", num_train=6, num_val=1, image_size=72)
-        config = tiny(f"data.path={tmp_path / 'data'}")
-        found = gpu.measure(config, steps=2, device="cpu", clock=gpu.PROCESSOR_CLOCK, warm_up=1)
+    def test_a_real_step_on_the_processor_has_the_predicted_stages(self, counted: Count) -> None:
+        sizes = {"num_classes": CLASSES, "present": 2}
+        found = gpu.measure(tiny(), **sizes, steps=2, device="cpu", clock=gpu.PROCESSOR_CLOCK, warm_up=1)
         assert set(found.stages) == set(gpu.predict(counted, A100)) - {"between"}
         assert sum(found.stages[part] for part in gpu.PARTS) <= found.stages["network"]
         assert 0 < found.stages["network"] < found.step * 2
 
     def test_which_gpu(self) -> None:
         assert gpu.model_of("NVIDIA H100 80GB HBM3", None) is H100
+        assert gpu.model_of("NVIDIA H200", None) is gpu.H200
         assert gpu.model_of("NVIDIA L4", "A100") is A100
-        with pytest.raises(ValueError, match="has no constants for NVIDIA L4; compare it with --like A100 or H100"):
+        with pytest.raises(ValueError, match="no constants for NVIDIA L4; compare it with --like A100 or H100 or H200"):
             gpu.model_of("NVIDIA L4", None)
 
-    def test_which_recipe(self, tmp_path: Path) -> None:
-        config = gpu.configuration("voc_wsss", crop=161, images=3, data=tmp_path)
+    def test_which_recipe(self) -> None:
+        config = gpu.configuration("voc_wsss", crop=161, images=3)
         assert (config.data.crop_size, config.train.batch_size, config.model.encoder_weights) == (161, 3, "none")
         with pytest.raises(ConfigError, match="needs masks"):
-            gpu.configuration("voc_sss", crop=161, images=3, data=tmp_path)
+            gpu.configuration("voc_sss", crop=161, images=3)
+
+    @pytest.mark.slow
+    def test_a_bare_machine_runs_every_part(self, tmp_path: Path) -> None:
+        """Without the packages that only other commands need."""
+        absent = ("ray", "mlflow", "tenacity", "pynvml", "pandas", "scipy", "sklearn", "matplotlib", "pydensecrf")
+        words = ["--tiny", "--steps", "1", "--images", "2", "--seconds", "1", "--out", str(tmp_path)]
+        program = f"""
+import contextlib, sys
+sys.modules.update(dict.fromkeys({absent!r}))
+from benchmarks import gpu
+with contextlib.suppress(SystemExit):
+    gpu.main(["--help"])
+sys.exit(gpu.main({words!r}))
+"""
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "--predict" in done.stdout
+        record = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+        assert record.keys() >= gpu.ALL.keys()
+        assert record["evaluation"]["fp32, 8 at a time, images/s"] > 0
+        assert len(record["training"]["epochs"]) == 1
+        assert "| stages / measured / predicted |" in (tmp_path / "gpu.md").read_text(encoding="utf-8")

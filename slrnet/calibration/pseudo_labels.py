@@ -42,6 +42,7 @@ def calibrate_views(
     config: CalibrationConfig,
     *,
     max_classes: int,
+    compiled: bool = False,
 ) -> Calibrated:
     """Fuses the views' masks and refines them (Eq. 3). No gradient flows.
 
@@ -52,6 +53,7 @@ def calibrate_views(
         image_labels: (N, K - 1) multi-hot, the classes that each image may show.
         config: how to fuse and refine.
         max_classes: most classes of one image of the batch; asking a GPU for it would stall the step.
+        compiled: see `refine`.
 
     Raises:
         ValueError: an image has more than `max_classes` classes (checked on the CPU only).
@@ -68,7 +70,7 @@ def calibrate_views(
         channels = classes.clamp_min(0)[:, :, None, None].expand(-1, -1, *probs.shape[-2:])
         raw = resize(probs.gather(1, channels) * (classes >= 0)[:, :, None, None], images.shape[-2:])
         dilations = scaled_dilations(config.refine_dilations, side=config.refine_side, size=(height, width))
-        refined = refine(images, raw, num_iters=config.refine_iters, dilations=dilations)
+        refined = refine(images, raw, num_iters=config.refine_iters, dilations=dilations, compiled=compiled)
         if config.peak_power:
             peaks = refined.amax(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(refined.dtype).tiny)
             refined = refined / peaks**config.peak_power

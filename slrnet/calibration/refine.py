@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slrnet.ops.compiled import with_compiler
+
 __all__ = ["affinities", "refine", "scaled_dilations"]
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
@@ -27,7 +29,14 @@ SPARSE_PIXELS = 2**18
 """Largest map for the sparse product; its matrix takes 0.4 kB per pixel, twice as much as the weights."""
 
 
-def refine(images: Tensor, probs: Tensor, *, num_iters: int = 10, dilations: tuple[int, ...] = DILATIONS) -> Tensor:
+def refine(
+    images: Tensor,
+    probs: Tensor,
+    *,
+    num_iters: int = 10,
+    dilations: tuple[int, ...] = DILATIONS,
+    compiled: bool = False,
+) -> Tensor:
     """Refines masks by the appearance of the image.
 
     Args:
@@ -35,6 +44,7 @@ def refine(images: Tensor, probs: Tensor, *, num_iters: int = 10, dilations: tup
         probs: (N, K, H, W) float, any number of channels; each is refined separately.
         num_iters: number of iterations; 0 returns `probs`.
         dilations: dilations of the 3x3 neighborhoods, in pixels, each at least 1.
+        compiled: let `torch.compile` make one kernel of an iteration, for this size.
 
     Returns:
         (N, K, H, W) float32. Channels that sum to 1 still do.
@@ -56,7 +66,8 @@ def refine(images: Tensor, probs: Tensor, *, num_iters: int = 10, dilations: tup
         sparse = probs.device.type == "cpu" and torch.backends.mkl.is_available()
         sparse &= probs.shape[1] >= SPARSE_CHANNELS and probs[0, 0].numel() <= SPARSE_PIXELS
         run = _refine_by_products if sparse else _refine_by_slices
-        return run(probs, affinities(images.float(), dilations=dilations), num_iters, dilations)
+        weights = with_compiler(affinities, compiled)(images.float(), dilations=dilations)
+        return with_compiler(run, compiled and not sparse)(probs, weights, num_iters, dilations)
 
 
 def scaled_dilations(dilations: tuple[int, ...], *, side: int, size: tuple[int, int]) -> tuple[int, ...]:
@@ -84,11 +95,15 @@ def affinities(images: Tensor, *, dilations: tuple[int, ...] = DILATIONS) -> Ten
         (N, 8 len(dilations), H, W) float32, summing to 1 over the neighbors.
     """
     scale = (-1 / (1e-8 + CONTRAST_SHARE * _local_std(images, dilations))) / images.shape[1]
-    weights = images.new_empty(len(images), 8 * len(dilations), *images.shape[2:])
     difference = torch.empty_like(images)
-    for index, neighbor in enumerate(_neighbors(images, dilations)):
-        torch.sub(neighbor, images, out=difference)
-        torch.sum(difference.abs_().mul_(scale), dim=1, out=weights[:, index])
+    # Writing to slices of one tensor would keep a compiler from making one kernel of it.
+    weights = torch.stack(
+        [
+            torch.sub(neighbor, images, out=difference).abs_().mul_(scale).sum(dim=1)
+            for neighbor in _neighbors(images, dilations)
+        ],
+        dim=1,
+    )
     # At least one neighbor's is above -32, by the bound in `_local_std`: no need to subtract the largest first.
     weights.exp_()
     return weights.div_(weights.sum(dim=1, keepdim=True))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import partial
@@ -165,8 +165,8 @@ def save_checkpoint(
 class CheckpointWriter:
     """Writes the checkpoints of a run in a thread, one at a time and in order.
 
-    The training pays for a copy of the state; weights on a GPU are copied to main memory. A checkpoint that the storage
-    refuses (full, unreachable) is tried again, less and less often, while the training continues.
+    The training pays for a copy of the state; weights on a GPU are copied to page-locked memory. A checkpoint that the
+    storage refuses (full, unreachable) is tried again, less and less often, while the training continues.
     """
 
     folder: Path
@@ -181,6 +181,7 @@ class CheckpointWriter:
     def __post_init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
+        self._copies = _Copies()
 
     def save(
         self,
@@ -192,7 +193,9 @@ class CheckpointWriter:
     ) -> None:
         """Starts to write a checkpoint, as `save_checkpoint` does, after the previous one is written; see `wait`."""
         self.wait()
-        parts = {"model": _copied(model), "optimizer": _copied(optimizer), "trained": _copied(trained)}
+        states = {"model": model, "optimizer": optimizer, "trained": trained}
+        parts = {name: self._copies.of(values, name) for name, values in states.items()}
+        self._copies.finish()
         self._writing = self._thread.submit(self._write, state, parts)
 
     def wait(self) -> None:
@@ -299,11 +302,26 @@ def find_checkpoint(folder: Path, *, which: Literal["last", "best"] = "last") ->
 
 
 def not_finite(values: Any, name: str = "") -> str:
-    """Name of the first tensor that holds an infinite value or NaN, through dictionaries and lists; "" for none."""
+    """Name of the first tensor that holds an infinite value or NaN, through dictionaries and lists; "" for none.
+
+    All tensors are on one device; for a GPU, the host waits once.
+    """
+    named = list(_floating(values, name))
+    if not named:
+        return ""
+    broken = torch.stack([(~tensor.isfinite()).any() for _, tensor in named]).cpu().tolist()
+    return next((found or "a tensor" for (found, _), wrong in zip(named, broken, strict=True) if wrong), "")
+
+
+def _floating(values: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The floating-point tensors in dictionaries and lists, with their dotted names."""
     if isinstance(values, Tensor):
-        return "" if not values.is_floating_point() or bool(values.isfinite().all()) else name or "a tensor"
+        if values.is_floating_point():
+            yield name, values
+        return
     pairs = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else ()
-    return next((found for key, value in pairs if (found := not_finite(value, f"{name}.{key}".lstrip(".")))), "")
+    for key, value in pairs:
+        yield from _floating(value, f"{name}.{key}".lstrip("."))
 
 
 def restore_model(checkpoint: Checkpoint) -> Network:
@@ -361,15 +379,38 @@ def require_free_space(folder: Path, needed: int) -> None:
         )
 
 
-def _copied(value: Any) -> Any:
-    """A copy with its own tensors in main memory, through dictionaries and lists."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _copied(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(inner) for inner in value)
-    return value
+class _Copies:
+    """Copies of states in main memory.
+
+    Those of tensors on a GPU are page-locked and stay for the next state: the GPU copies them all without the host.
+    """
+
+    def __init__(self) -> None:
+        self._locked: dict[str, Tensor] = {}
+
+    def of(self, value: Any, name: str) -> Any:
+        """A copy with its own tensors, through dictionaries and lists; complete after `finish`."""
+        if isinstance(value, Tensor):
+            return self._of_tensor(value.detach(), name)
+        if isinstance(value, Mapping):
+            return {key: self.of(inner, f"{name}.{key}") for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self.of(inner, f"{name}.{place}") for place, inner in enumerate(value))
+        return value
+
+    def _of_tensor(self, tensor: Tensor, name: str) -> Tensor:
+        if tensor.device.type != "cuda":
+            return tensor.to("cpu", copy=True)
+        kept = self._locked.get(name)
+        if kept is None or (kept.shape, kept.dtype, kept.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
+            empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            kept = self._locked[name] = empty.pin_memory()
+        return kept.copy_(tensor, non_blocking=True)
+
+    def finish(self) -> None:
+        """Waits for the GPU."""
+        if self._locked:
+            torch.cuda.synchronize()
 
 
 def _whole_checkpoints(folder: Path, *, verify: bool = True) -> list[tuple[Path, TrainState]]:

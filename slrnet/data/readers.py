@@ -10,10 +10,12 @@ import gc
 import os
 import pickle
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -24,7 +26,9 @@ from slrnet.data.processes import end_with, helper_context
 from slrnet.data.samples import SampleIndex, SkippedSample
 from slrnet.storage.shown import logger_of
 
-__all__ = ["Deliveries", "Delivery", "Loader", "reader_processes", "share_of"]
+__all__ = ["Deliveries", "Delivery", "Loader", "read_ahead", "reader_processes", "share_of"]
+
+Item = TypeVar("Item")
 
 _logger = logger_of(__name__)
 
@@ -153,6 +157,19 @@ def _data_loader(deliveries: Deliveries, workers: int, pin_memory: bool) -> Data
         # Its own generator: torch would else draw its workers' base seed from the global one.
         generator=torch.Generator(),
     )
+
+
+def read_ahead(items: Iterable[Item], number: int = 16) -> Iterator[Item]:
+    """Yields the items, of which a thread fetches up to `number` beforehand; an error comes in its item's place."""
+    source, end = iter(items), object()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="read ahead")
+    try:
+        waiting = deque(thread.submit(next, source, end) for _ in range(number))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, source, end))
+            yield item  # type: ignore[misc]
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def share_of(number: int, *, rank: int, world_size: int) -> range:

@@ -101,8 +101,8 @@ class Inference:
     ) -> tuple[Tensor, Tensor | None]:
         """Predicts images by a protocol, gating included; the CRF of `ms_crf` is up to the caller.
 
-        `ss` takes one scale, `ms` and `ms_crf` several scales and mirror images. `image_labels`, (K - 1,) true image
-        labels, are used only if `evaluation.gating` is `image_labels`.
+        `ss` takes one scale, `ms` and `ms_crf` several scales and mirror images. `image_labels`, (K - 1,) or
+        (N, K - 1) true image labels, are used only if `evaluation.gating` is `image_labels`.
 
         Raises:
             ValueError: see `gate`.
@@ -141,7 +141,7 @@ def gate(probs: Tensor, class_scores: Tensor | None, image_labels: Tensor | None
     Args:
         probs: (N, K, H, W) probabilities, background first.
         class_scores: (N, K - 1) class scores before the sigmoid; None if the network has none.
-        image_labels: (K - 1,) true image labels; needed only if `config.gating` is `image_labels`.
+        image_labels: (K - 1,) or (N, K - 1) true image labels; needed only if `config.gating` is `image_labels`.
         config: the gating and the background's power.
 
     Returns:
@@ -157,7 +157,7 @@ def gate(probs: Tensor, class_scores: Tensor | None, image_labels: Tensor | None
     if config.gating == "image_labels":
         if image_labels is None:
             raise ValueError("evaluation.gating is 'image_labels', and there are none; use none or scores")
-        keep = image_labels[None].to(probs.device) > 0
+        keep = torch.atleast_2d(image_labels).to(probs.device) > 0
     elif class_scores is None:
         raise ValueError("evaluation.gating is 'scores' and a network that predicts the background has none; use none")
     else:

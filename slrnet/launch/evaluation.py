@@ -13,6 +13,7 @@ from slrnet.checkpoints.checkpoint import Checkpoint
 from slrnet.data.batch import EvalSample
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError
+from slrnet.data.readers import read_ahead
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality, quality_metrics
 from slrnet.evaluation.metrics import ConfusionMatrix
@@ -139,7 +140,8 @@ def _open(values: dict[str, Any], process: Process, alive: Alive) -> Work:
 
     def work(parts: Iterable[range]) -> Iterator[tuple[Quality, ...]]:
         for part in parts:
-            yield measure(predictor, EvalLoader(shards, split=values["split"], indices=part, on_error=on_error))
+            loader = EvalLoader(shards, split=values["split"], indices=part, on_error=on_error)
+            yield measure(predictor, read_ahead(loader))
 
     return work
 

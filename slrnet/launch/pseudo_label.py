@@ -33,6 +33,7 @@ from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.images import encode_mask
 from slrnet.data.manifest import SCHEMA, DataError, ShardSet, SplitView, load_dataset, save_dataset
+from slrnet.data.readers import read_ahead
 from slrnet.data.tars import ShardWriter
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import Quality, quality_metrics
@@ -297,7 +298,7 @@ def _open(values: dict[str, Any], process: Process, alive: Alive) -> Work:
             view = shards.split(split)
             name, rows = view.shard_names[place], {row["key"]: row for row in view.shard_rows(place).to_pylist()}
             loader = EvalLoader(shards, split=split, indices=view.samples_of(place), on_error="skip")
-            members = ((rows[predicted.sample.key], predicted) for predicted in predictor(loader))
+            members = ((rows[predicted.sample.key], predicted) for predicted in predictor(read_ahead(loader)))
             _write_shard(Path(values["folder"]) / name, members, predictor, shards, loader)
             told = [f"left out: {skipped.shard}: {skipped.key}: {skipped.reason}" for skipped in loader.skipped]
             yield "\n".join([*told, f"{name}: {len(rows) - len(loader.skipped)} masks"])

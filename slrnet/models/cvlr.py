@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slrnet.config import CvlrConfig, Implementation
-from slrnet.ops import kernels
 from slrnet.ops.factorize import assigned_sums, directions_of, factorize_op, working_dtype
 from slrnet.ops.kernels import MASS_FLOOR
 
@@ -64,8 +63,9 @@ def factorize(
         temperature: tau > 0 of the codes' softmax.
         implementation: `reference` is plain autograd. `recompute` keeps the inputs and, per iteration, one dictionary
             and its code masses; it computes the codes again in the backward pass, which has no derivative of its own.
-            `triton` does the same in kernels for CUDA tensors. `auto` chooses `triton` for CUDA tensors that it
-            supports, `reference` in `torch.export`, and else `recompute`.
+            `triton` does the same in kernels for CUDA tensors. `auto` chooses `reference` in `torch.export`, and else
+            `recompute`: with the projectors folded into it, as in `CrossViewLowRank`, it should be faster on GPUs too
+            (docs/cost.md).
 
     Returns:
         The last dictionary, not normalized and in float32 at least, the last codes and their product. An atom that no
@@ -88,18 +88,17 @@ def _choose(
     implementation: Implementation, features: Tensor, codes: Tensor
 ) -> Literal["reference", "recompute", "triton"]:
     """The implementation that `auto` stands for, or the given one if it can run on these tensors."""
-    if implementation == "auto" and torch.compiler.is_exporting():
-        return "reference"
-    if implementation != "triton" and not (implementation == "auto" and kernels.triton_serves(features)):
-        return "recompute" if implementation == "auto" else implementation
+    if implementation == "auto":
+        return "reference" if torch.compiler.is_exporting() else "recompute"
+    if implementation != "triton":
+        return implementation
     if find_spec("triton") is None:
         raise ValueError("implementation 'triton' needs the package triton, which is not installed; use 'auto'")
     from slrnet.ops import factorize_triton
 
-    misfit = factorize_triton.misfit(features, codes.shape[1])
-    if misfit is not None and implementation == "triton":
+    if misfit := factorize_triton.misfit(features, codes.shape[1]):
         raise ValueError(f"implementation 'triton' {misfit}")
-    return "triton" if misfit is None else "recompute"
+    return "triton"
 
 
 def _factorize_reference(features: Tensor, codes: Tensor, num_iters: int, temperature: float) -> Factorization:
@@ -186,7 +185,9 @@ class CrossViewLowRank(nn.Module):
             positions = torch.cat([view.float().flatten(2) for view in features], dim=2)  # (N, C, P)
             run = self._paper if self.form == "paper" else self._released
             low_rank, codes, dictionary = run(positions, [view.float().flatten(2) for view in logits])
-        return LowRankViews(_to_maps(low_rank, features), _to_maps(codes, features), dictionary)
+        # Convolutions follow, which would each bring the features to this layout.
+        maps = [view.contiguous(memory_format=torch.channels_last) for view in _to_maps(low_rank, features)]
+        return LowRankViews(maps, _to_maps(codes, features), dictionary)
 
     def _paper(self, positions: Tensor, logits: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         if self.class_codes:

@@ -60,6 +60,8 @@ class ASPP(nn.Module):
         """(N, inputs, h, w) to (N, dim, h, w)."""
         maps = [branch(features) for branch in self.branches]
         cue = self.pooled(F.adaptive_avg_pool2d(features, 1)).expand_as(maps[0])
+        # What is concatenated with a map of other strides would not be channels last.
+        cue = cue.contiguous(memory_format=torch.channels_last)
         return self.dropout(self.project(torch.cat([*maps, cue], dim=1)))  # type: ignore[no-any-return]
 
     def train(self, mode: bool = True) -> Self:
@@ -127,8 +129,9 @@ class GlobalCueInjection(nn.Module):
 
     def forward(self, skip: Tensor, deep: Tensor) -> Tensor:
         """(N, skip_channels, H, W) and (N, dim, h, w) to (N, dim, H, W)."""
-        # ReLU and maximum commute; this order needs no rectified map.
-        cue = self.describe(deep).flatten(2).max(dim=2).values.relu()[..., None, None]  # (N, 2 dim, 1, 1)
+        # ReLU and maximum commute; this order needs no rectified map. Channels last keep the gradient channels last.
+        described = self.describe(deep).movedim(1, -1).flatten(1, 2)  # (N, h w, 2 dim)
+        cue = described.max(dim=1).values.relu()[..., None, None]  # (N, 2 dim, 1, 1)
         scale, shift = cue.chunk(2, dim=1)
         return self.project(F.relu(self.shallow(skip) * (scale + 1) + shift, inplace=True))  # type: ignore[no-any-return]
 

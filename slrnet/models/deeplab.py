@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from slrnet.config import ModelConfig
 from slrnet.models.encoders import Encoder
@@ -73,6 +73,10 @@ class DeepLabV3Plus(Network):
     def forward(self, views: Sequence[Tensor]) -> Outputs:
         """Maps each view (N, 3, H, W), its sides multiples of the output stride, to (N, K, H / 4, W / 4) logits."""
         return Outputs([self._decode(view) for view in views], [], [], [], [])
+
+    def regions(self) -> list[nn.Module]:
+        """Encoder, decoder and classifier."""
+        return [self.encoder.backbone, self.decoder, self.head]
 
     def _decode(self, images: Tensor) -> Tensor:
         features = self.encoder.levels(images)

@@ -105,6 +105,9 @@ class Encoder(nn.Module):
         ValueError: no stage has the stride of the skip features.
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -137,6 +140,9 @@ class Encoder(nn.Module):
         self.skip_channels = channels[self._skip_index]
         self.mean = mean
         self.std = std
+        # On the network's device, so that no step copies them there.
+        self.register_buffer("_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self._frozen_stages = 0
         self._freeze_batch_norm = False
 
@@ -152,12 +158,7 @@ class Encoder(nn.Module):
 
     def normalize(self, images: Tensor) -> Tensor:
         """Maps (N, 3, H, W) in [0, 1] to what the backbone was trained on, channels last for fast convolutions."""
-        # Copies to a GPU; a blocking one would wait for all its work.
-        mean, std = (
-            torch.tensor(values, dtype=images.dtype).to(images.device, non_blocking=True).view(3, 1, 1)
-            for values in (self.mean, self.std)
-        )
-        return ((images - mean) / std).contiguous(memory_format=torch.channels_last)
+        return ((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last)
 
     def freeze(self, *, stages: int | Literal["all"], batch_norm: bool) -> Self:
         """Freezes the first stages, and optionally the batch norms of all; returns the encoder. Nothing unfreezes them.

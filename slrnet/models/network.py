@@ -55,6 +55,10 @@ class Network(nn.Module):
         """Predicts the masks of views: (N, 3, H_v, W_v) images each, from `encoder.normalize`."""
         raise NotImplementedError
 
+    def regions(self) -> list[nn.Module]:
+        """Modules from tensors to tensors that make up most of a step; `train.compile` compiles each."""
+        raise NotImplementedError
+
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
     """The dtype that a forward pass is cast to; None for float32.

@@ -90,6 +90,11 @@ class SLRNet(Network):
         figures = {"skip_share": torch.stack(shares).mean()} if shares else {}
         return Outputs(logits, self._score(logits), auxiliary, self._score(auxiliary), codes, figures=figures)
 
+    def regions(self) -> list[nn.Module]:
+        """Everything but CVLR, which consists of matrix products, and the class scores."""
+        parts = (self.encoder.backbone, self.aspp, self.fusion, self.auxiliary_head, self.lift, self.cue_injection)
+        return [part for part in (*parts, self.gate, self.mask_head) if part is not None]
+
     def _seen(self, features: list[Tensor]) -> list[Tensor]:
         """The views that the auxiliary head sees."""
         return features if self.auxiliary_views == "all" else features[:1]

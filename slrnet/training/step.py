@@ -20,6 +20,7 @@ from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.models.encoders import Encoder
 from slrnet.models.network import Network, Outputs
+from slrnet.ops.compiled import with_compiler
 from slrnet.views.color import apply_color, draw_color
 from slrnet.views.geometry import View, align_maps, apply_view, draw_views, largest_size
 
@@ -63,17 +64,19 @@ def make_views(
     *,
     batch_size: int | None = None,
     first: int = 0,
+    compiled: bool = False,
 ) -> ViewsOfBatch:
     """Draws the views of a batch (N, 3, H, W), float in [0, 1], with a CPU generator.
 
     The images are number `first` and the following ones of a batch of `batch_size`, None for N. All of that batch is
-    drawn: an image gets the same views whichever worker has it.
+    drawn: an image gets the same views whichever worker has it. If `compiled`, one kernel distorts colors.
     """
     whole, rows = len(images) if batch_size is None else batch_size, slice(first, first + len(images))
     views = [view.part(rows) for view in draw_views(whole, config, generator=generator)]
 
     def distort(colors: Tensor) -> Tensor:
-        return apply_color(colors, draw_color(whole, config, generator=generator).part(rows))
+        drawn = draw_color(whole, config, generator=generator).part(rows)
+        return with_compiler(apply_color, compiled)(colors, drawn)
 
     if not config.own_color:
         images = distort(images)
@@ -140,8 +143,15 @@ def step_losses(
     assert (labeler is None) == (config.calibration.source == "training"), config.calibration.source
     with record_function("slrnet: views"):
         images = batch.floats()
-        place = {"batch_size": max(config.train.batch_size, first + len(images)), "first": first}
-        inputs, views, distorted = make_views(images, config.views, encoder, generator, **place)
+        inputs, views, distorted = make_views(
+            images,
+            config.views,
+            encoder,
+            generator,
+            batch_size=max(config.train.batch_size, first + len(images)),
+            first=first,
+            compiled=config.train.compile,
+        )
     with record_function("slrnet: network"):
         outputs = model(inputs)
     guide = None
@@ -212,7 +222,8 @@ def _pseudo_labels(aligned: Outputs, images: Tensor, batch: Batch, config: Confi
         if not len(images):
             return void
         views = views if rows is None else [view.detach()[rows] for view in views]
-        calibrated = calibrate_views(views, images, possible, settings, max_classes=pseudo_rows.max_classes)
+        kinds: dict[str, Any] = {"max_classes": pseudo_rows.max_classes, "compiled": config.train.compile}
+        calibrated = calibrate_views(views, images, possible, settings, **kinds)
         labels = make_pseudo_labels(calibrated, settings, size=size)
         return labels if rows is None else void.index_copy(0, rows, labels)
 

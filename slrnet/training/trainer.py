@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
@@ -38,7 +39,7 @@ from slrnet.config import Config
 from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import ShardSet
-from slrnet.data.readers import share_of
+from slrnet.data.readers import read_ahead, share_of
 from slrnet.data.samples import SkippedSample
 from slrnet.data.supervision import supervision_of
 from slrnet.data.train_loader import TrainLoader
@@ -51,9 +52,10 @@ from slrnet.evaluation.masks import (
     quality_metrics,
 )
 from slrnet.inference.forward import Inference
-from slrnet.models.global_norm import share_batch_norms
+from slrnet.models.global_norm import GlobalBatchNorm2d, share_batch_norms
 from slrnet.models.network import Network, autocast_dtype, mixed_precision
 from slrnet.models.slrnet import build_network
+from slrnet.ops.compiled import compile_regions
 from slrnet.storage.files import sha256_of
 from slrnet.tracking.protocol import metric_key
 from slrnet.training.listener import Listener, loss_key
@@ -260,7 +262,7 @@ class Trainer:
         Yields:
             Seconds of each step, without the wait for its batch.
         """
-        self.wrapped.train()
+        self._begin_steps()
         try:
             for step, batch in zip(range(steps), self.loader.epoch(0), strict=False):
                 begun = time.perf_counter()
@@ -271,7 +273,7 @@ class Trainer:
             self.loader.close()
 
     def _train_epoch(self, epoch: int, notice: Callable[[], str]) -> dict[str, float]:
-        self.wrapped.train()
+        self._begin_steps()
         self.listener.begin()
         settings = self.config.train
         sums, waited = defaultdict(float, self.state.unfinished), 0.0
@@ -315,6 +317,11 @@ class Trainer:
         self.listener.end(step=end, images=(end - first) * self.loader.share)
         self._check_weights(end)
         return metrics
+
+    def _begin_steps(self) -> None:
+        self.wrapped.train()
+        # cuDNN times its algorithms at a size's first use, which pays where sizes repeat.
+        torch.backends.cudnn.benchmark = not self.config.train.deterministic
 
     def _check_weights(self, done: int) -> None:
         """Raises a `NonFiniteLossError` that names the layer, if the last of `done` steps spoiled a weight."""
@@ -456,10 +463,13 @@ class Trainer:
         network = self.evaluated.eval()
         share_buffers(network, self.process)
         inference = Inference(network, self.config)
-        metrics = self._measure_pseudo_masks(inference, epoch)
-        self.listener.notice(f"epoch {epoch + 1}: validating")
-        samples = self._samples(epoch, self.config.data.val_split)
-        quality = evaluate_masks(inference, samples, process=self.process)
+        torch.backends.cudnn.benchmark = False  # images have all sizes
+        # As it is: compiled code is for the sizes of training.
+        with torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext():
+            metrics = self._measure_pseudo_masks(inference, epoch)
+            self.listener.notice(f"epoch {epoch + 1}: validating")
+            samples = self._samples(epoch, self.config.data.val_split)
+            quality = evaluate_masks(inference, samples, process=self.process)
         values = quality_metrics("val", quality, self.shards.info.classes)
         metrics[metric_key("val", f"miou_{quality.protocol}")] = values.pop("val/miou", math.nan)
         return metrics | values | {"val/images": quality.images}
@@ -490,7 +500,7 @@ class Trainer:
         self.listener.at("measuring", self.state.step)
         share: dict[str, Any] = {"rank": self.process.rank, "world_size": self.process.world_size}
         samples = EvalLoader(self.shards, split=split, indices=indices, **share, on_error=self.config.data.on_error)
-        for sample in samples:
+        for sample in read_ahead(samples):
             yield sample
             self._save_while_measuring()
             self.listener.at("measuring", self.state.step)
@@ -574,6 +584,11 @@ def check_batch(config: Config, world_size: int) -> None:
         )
 
 
+def _without_global_norms(regions: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """The regions whose norms measure this worker's images alone: the compiler would stop at each other one."""
+    return [part for part in regions if not any(isinstance(one, GlobalBatchNorm2d) for one in part.modules())]
+
+
 def _new_network(config: Config, num_classes: int, process: Process) -> tuple[Network, torch.nn.Module]:
     """The network of a run, and the same wrapped for distributed training."""
     torch.manual_seed(config.train.seed)
@@ -584,13 +599,18 @@ def _new_network(config: Config, num_classes: int, process: Process) -> tuple[Ne
 
         spare_memory(speed_up(model))
     model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.model.sync_batch_norm and process.world_size > 1:
+        share_batch_norms(model.train())
+    if config.train.compile:
+        compile_regions(_without_global_norms(model.regions()), device)
     if process.world_size == 1:
         return model, model
-    if config.model.sync_batch_norm:
-        share_batch_norms(model.train())
     # Every parameter takes part in every step: a label type that a rank's batch lacks leaves zeros with a graph. DDP
     # shares no buffers: the ranks do so after steps whose buffers are read, and before the network is measured.
     known = inspect.signature(DistributedDataParallel).parameters
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {"gradient_as_bucket_view": True, sync: False}
-    return model, DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **options)
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **options)
+    if config.train.exchange == "bf16":
+        wrapped.register_comm_hook(None, bf16_compress_hook)
+    return model, wrapped

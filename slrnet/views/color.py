@@ -105,10 +105,8 @@ def _shift_hue(images: Tensor, shifts: Tensor) -> Tensor:
     angle.div_(chroma.clamp_min(torch.finfo(images.dtype).tiny))
     angle.add_(6.0 * _per_image(shifts, images)[:, 0])
     angle.sub_(torch.div(angle, 6.0).floor_(), alpha=6.0)
-    out = torch.empty_like(images)
     # A channel's share of the chroma follows from the angle's distance to red (0), green (2) or blue (4).
-    torch.sub(angle, 3.0, out=out[:, 0]).abs_().sub_(1.0)
-    torch.sub(angle, 2.0, out=out[:, 1]).abs_().neg_().add_(2.0)
-    torch.sub(angle, 4.0, out=out[:, 2]).abs_().neg_().add_(2.0)
+    shares = [(angle - 3.0).abs_().sub_(1.0), *((angle - at).abs_().neg_().add_(2.0) for at in (2.0, 4.0))]
+    out = torch.stack(shares, dim=1)  # a compiler would stop at slices that are written to
     out.clamp_(0.0, 1.0).mul_(chroma.unsqueeze(1)).add_(smallest.unsqueeze(1))
     return out.clamp_(0.0, 1.0)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import BaseModel
-from torch import nn
+from torch import Tensor, nn
 
 from slrnet.checkpoints.checkpoint import Checkpoint, TrainState, load_checkpoint, save_checkpoint
 from slrnet.checkpoints.run_store import WEIGHTS
@@ -38,6 +38,7 @@ from slrnet.models.slrnet import build_network
 from slrnet.tools.predict import load_predictor
 from slrnet.tracking import gpu_monitor
 from slrnet.tracking.protocol import NullTracker, RunHandle
+from slrnet.training import trainer as trainer_module
 from slrnet.training.listener import RunListener
 from slrnet.training.trainer import Trainer
 from tests.fixtures.shards import shards_of
@@ -181,6 +182,8 @@ CHANGES: dict[str, Change] = {
     "train.precision": change_weights("bf16"),
     "train.tf32": Change("off", "arithmetic"),
     "train.deterministic": Change(True, "arithmetic"),
+    "train.compile": Change(True, "compiled regions"),
+    "train.exchange": Change("bf16", "exchange"),
     "train.seed": change_weights(1),
     "train.ema": Change(0.5, "saved weights"),
     "train.init": Change("/nowhere", "refused"),
@@ -334,7 +337,7 @@ def test_refused(key: str, base: Config, tmp_path: Path) -> None:
 
 
 SPECIAL = ("refused", "run", "graph", "damage", "prediction", "readers", "pseudo labels", "gpu samples")
-SPECIAL += ("norms of several workers", "arithmetic")
+SPECIAL += ("norms of several workers", "arithmetic", "compiled regions", "exchange")
 OBSERVED = [key for key, change in CHANGES.items() if change.differs not in SPECIAL]
 
 
@@ -398,6 +401,34 @@ def test_changes_the_batch_norms_of_several_workers(key: str, base: Config, data
         return sum(isinstance(module, GlobalBatchNorm2d) for module in modules)
 
     assert (shared(base), shared(override(base, key, CHANGES[key].value))) == (8, 0)
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "compiled regions"])
+def test_changes_what_is_compiled(key: str, base: Config, data: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several workers, what has no norms of theirs all."""
+    asked: list[int] = []
+    monkeypatch.setattr(trainer_module, "compile_regions", lambda regions, device: asked.append(len(regions)))
+    changed = override(base, key, CHANGES[key].value)
+    for config, workers in ((base, 1), (changed, 1), (changed, 2)):
+        Trainer(config, data, process=Process(0, workers), folder=Path("unused"))
+    assert asked == [7, 3]
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "exchange"])
+def test_changes_the_numbers_that_workers_exchange(key: str, base: Config, data: ShardSet) -> None:
+    """A worker's gradients as another one gets them."""
+
+    def gradients(config: Config) -> list[Tensor]:
+        trainer = Trainer(config, data, process=Process(0, 2), folder=Path("unused"))
+        next(trainer.try_steps(1))
+        return [parameter.grad for parameter in trainer.model.parameters() if parameter.grad is not None]
+
+    before, after = gradients(base), gradients(override(base, key, CHANGES[key].value))
+    assert not all(gradient.equal(gradient.bfloat16().float()) for gradient in before)
+    for exact, rounded in zip(before, after, strict=True):
+        torch.testing.assert_close(rounded, exact.bfloat16().float())
 
 
 @pytest.mark.parametrize("key", [key for key, change in CHANGES.items() if change.differs == "gpu samples"])

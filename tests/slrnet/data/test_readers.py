@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from slrnet.data.readers import Deliveries, Delivery, reader_processes
+from slrnet.data.readers import Deliveries, Delivery, read_ahead, reader_processes
 
 SCRIPT = """
 import gc, os
@@ -47,6 +48,28 @@ def test_batches_need_no_shared_memory_where_there_is_too_little(
         object.__setattr__(processes, "loader", [sent])
         assert list(processes) == [Delivery(None, failure="0 0 0")]
     assert caplog.records == [] or caplog.records[0].levelno == logging.WARNING
+
+
+def test_items_are_fetched_ahead_in_order_and_an_error_comes_in_its_place() -> None:
+    fetched: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(9):
+            fetched.append(number)
+            if number == 7:
+                raise ValueError("seven")
+            yield number
+
+    ahead = read_ahead(items(), 3)
+    assert next(ahead) == 0
+    deadline = time.monotonic() + 60
+    while len(fetched) < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert fetched == [0, 1, 2, 3]
+    assert [next(ahead) for _ in range(6)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(ValueError, match="seven"):
+        next(ahead)
+    assert list(read_ahead([], 2)) == []
 
 
 def test_a_batch_comes_out_of_a_pipe_as_it_went_in() -> None:

@@ -16,8 +16,10 @@ from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.manifest import DataError, ShardSet
 from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import (
+    WAITING,
     PseudoMask,
     Quality,
+    _of_one_size,
     evaluate_masks,
     measure_pseudo_masks,
     protocol_name,
@@ -99,6 +101,26 @@ class TestEvaluateMasks:
         quality = evaluate([sample([GREEN], [1], size=size)])
         assert quality.matrix.counts[1].tolist() == [0, size[0] * size[1], 0, 0]
         assert int(quality.matrix.counts.sum()) == size[0] * size[1]
+
+    def test_images_of_one_size_go_together_and_give_the_same_counts(self) -> None:
+        samples = [
+            sample([BLUE, GREEN], [2, 1], labels=(1.0, 0.0)),
+            sample([GREEN], [1], size=(32, 48)),
+            sample([BLUE], [2], labels=(0.0, 1.0)),
+            sample([BLACK], [0]),
+        ]
+        config, found = apply_overrides(CONFIG, ["evaluation.gating=image_labels"]), []
+        for together, sizes in ((1, [(64, 48), (32, 48), (64, 48), (64, 48)]), (2, [(64, 48), (32, 48), (64, 48)])):
+            model = ColourNetwork()
+            inference = Inference(model, config)  # type: ignore[arg-type]
+            found.append(evaluate_masks(inference, samples, process=Process(), together=together))
+            assert model.sizes == sizes
+        assert found[0].images == found[1].images == 4
+        assert found[0].matrix.counts.equal(found[1].matrix.counts)
+
+    def test_no_image_waits_for_ever_for_others_of_its_size(self) -> None:
+        samples = [sample([BLACK], [0], size=(16, width)) for width in range(16, 16 + WAITING + 8)]
+        assert len(next(_of_one_size(iter(samples), 2))) == 1
 
     def test_nothing_to_measure(self) -> None:
         quality = evaluate([])

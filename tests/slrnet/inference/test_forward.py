@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 
 import numpy as np
 import pytest
@@ -102,9 +101,12 @@ class TestPredictSingleScale:
         assert float((probs - at_once).abs().max()) > 0.01
 
     def test_images_are_normalized(self) -> None:
-        network = Recorder()
-        network.encoder = copy(PLAIN)
-        network.encoder.mean, network.encoder.std = (0.5, 0.5, 0.5), (0.5, 0.25, 0.125)
+        class Other(Recorder):
+            encoder = Encoder(
+                nn.Identity(), stages=(), channels=(3, 3), strides=(8, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.25, 0.125)
+            )
+
+        network = Other()
         Inference(network, CONFIG).single_scale(torch.full((3, 64, 48), 255, dtype=torch.uint8))  # type: ignore[arg-type]
         assert network.views[0][0, :, 3, 4].tolist() == pytest.approx([1.0, 2.0, 4.0])
 

@@ -106,8 +106,8 @@ class TestMakeViews:
             assert (whole.shape[-1], half.shape[-1]) == (side, expected)
 
     def test_normalisation_comes_last(self) -> None:
-        encoder = copy(PLAIN)
-        encoder.mean, encoder.std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+        constants: Any = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 2.0)}
+        encoder = Encoder(nn.Identity(), stages=(), channels=(3, 3), strides=(2, 4), **constants)
         plain, _, _ = self.make(seed=5)
         inputs, _, _ = make_views(self.images, ViewsConfig(), encoder, step_generator(5))
         for view, raw in zip(inputs, plain, strict=True):

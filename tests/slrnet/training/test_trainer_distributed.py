@@ -219,7 +219,7 @@ def _error(config: Config, shards: ShardSet, process: Process, folder: Path) -> 
     config = apply_overrides(config, ["model.sync_batch_norm=false"])
     trainer = Trainer(config, shards, process=process, folder=folder / "error")
     if process.rank == 1:
-        trainer.model.encoder.mean = trainer.model.encoder.std = (0.0, 0.0, 0.0)
+        trainer.model.encoder._std.zero_()
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
     try:
         trainer.fit(report=lambda metrics: None)
