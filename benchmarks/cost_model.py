@@ -145,6 +145,11 @@ WORKLOADS = {
     "voc_sss_image_labels": Workload(classes=21, draws=SEMI, validation=1449, present=4, masks=5 * 1464 / SEMI),
     "voc_sss": Workload(classes=21, draws=SEMI, validation=1449, present=20, masks=5 * 1464 / SEMI),
 }
+TRANSFORMERS = {
+    f"{name}{frozen}": WORKLOADS[name.rpartition("_")[0]]
+    for name in ("voc_wsss_dinov2", "voc_wsss_dinov3", "voc_sss_dinov2", "coco_wsss_dinov2")
+    for frozen in ("", "_frozen")
+}
 """The paper's runs: half of COCO's 82,783 training images; the other datasets as docs/paper.md prepares them."""
 SCALES = ((2, 16), (8, 16), (64, 64), (64, 512))
 """GPUs and global batch size. 16 is the paper's batch size; 64 GPUs need at least one image each."""
@@ -280,7 +285,9 @@ def hours_of(config: Config, load: Workload, step: Step, gpus: int, validation: 
 class Counts:
     """Counts training steps and validations of recipes, and caches them."""
 
-    def __init__(self, get: Callable[[str], Config] = get_recipe, loads: Mapping[str, Workload] = WORKLOADS) -> None:
+    def __init__(
+        self, get: Callable[[str], Config] = get_recipe, loads: Mapping[str, Workload] = WORKLOADS | TRANSFORMERS
+    ) -> None:
         self.get, self.loads = get, loads
         self._steps: dict[tuple[str, int, int | None], Count] = {}
         self._validations: dict[str, tuple[Operator, ...]] = {}
@@ -466,8 +473,9 @@ def main(arguments: Sequence[str] | None = None, *, make: Callable[..., tuple[st
     try:
         for recipe in options.recipe:
             get_recipe(recipe)
-        if not set(options.recipe) <= set(WORKLOADS):
-            raise ConfigError(f"--recipe must be one of the runs with a known workload: {', '.join(WORKLOADS)}")
+        known = WORKLOADS | TRANSFORMERS
+        if not set(options.recipe) <= set(known):
+            raise ConfigError(f"--recipe must be one of the runs with a known workload: {', '.join(known)}")
         if options.images < 1 or min(options.a100_price, options.h100_price) < 0:
             raise ConfigError("--images must be at least 1, and prices at least 0")
         if options.out is not None:
@@ -487,7 +495,11 @@ def main(arguments: Sequence[str] | None = None, *, make: Callable[..., tuple[st
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--recipe", nargs="+", default=list(WORKLOADS), metavar="NAME", help="runs to predict (default: all five)"
+        "--recipe",
+        nargs="+",
+        default=list(WORKLOADS),
+        metavar="NAME",
+        help="runs to predict (default: the paper's five)",
     )
     parser.add_argument(
         "--images", type=int, default=16, metavar="N", help="images per GPU in the stage tables (default: 16)"

@@ -203,7 +203,8 @@ class ModelConfig(_Section):
     """`wide_resnet38`, `resnet50`, `resnet101`, `efficientnet_lite0` (or 1, 2), or `timm:NAME` for a timm backbone such
     as `timm:vit_base_patch14_dinov2`."""
     encoder_weights: str = "auto"
-    """`auto` (the encoder's usual ImageNet weights), `none` (random), or the path of a weights file."""
+    """`auto` (the encoder's usual pretrained weights), `none` (random), or the path of a weights file, or of a folder
+    with one, such as `hf download` makes."""
     output_stride: Literal[8, 16, 32] = 8
     """Pixels of the image per pixel of the deepest features. Vision transformers count their patch as the nearest power
     of two: 16 for patches of 14 pixels."""
@@ -212,6 +213,9 @@ class ModelConfig(_Section):
     frozen_stages: int | Literal["all"] = 1
     """Number of encoder stages, from the image on, whose weights do not train; those of vision transformers are their
     blocks. `all`: the whole encoder, which then keeps nothing for the backward pass."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of trained corrections to the encoder's linear layers (Hu et al. 2022), whose own weights then do not train:
+    fine-tuning in the memory of few weights. Stages of `frozen_stages` get none. 0: off."""
     freeze_batch_norm: bool = True
     """Encoder batch norms keep their ImageNet statistics and affine parameters."""
     sync_batch_norm: bool = True
@@ -228,6 +232,9 @@ class ModelConfig(_Section):
     """Dilations of the three 3x3 branches of the ASPP, in pixels of the deepest features."""
     dropout: FractionBelowOne = 0.5
     """Dropout probability after the ASPP and in the heads; one fifth of it before the mask classifier."""
+    complementary_dropout: Fraction = 0.0
+    """Share of the images of which one view keeps those channels of the encoder's features that the next view loses,
+    all of them doubled, half each (Yang et al. 2025). 0: off."""
     gate_rate: FractionBelowOne = 0.3
     """Share of shallow features that the stochastic gate mixes in."""
     head_layers: Literal[1, 2] = 2
@@ -285,6 +292,9 @@ class CalibrationConfig(_Section):
     refine_side: NonNegativeInt = 0
     """Side of the refined mask for which `refine_dilations` are meant, in pixels: the dilations scale with the mask. 0:
     they stay as they are. VOC's crops of 321 have refined masks of 81."""
+    feature_share: Fraction = 0.0
+    """Share of a neighbor's weight in the refinement that comes from how similar the encoder's deepest features are,
+    instead of colors. 0: colors alone (paper, released code)."""
     peak_power: Fraction = 0.0
     """Refined masks are divided by the maximum of each class over the image to this power, before the thresholds. 0.5
     lifts faint classes above the floor; 0: masks as they are (paper, released code)."""
@@ -615,6 +625,26 @@ class Config(_Section):
             raise ValueError(
                 "model.architecture 'deeplabv3plus' has neither class scores nor CVLR; use setting=sss and "
                 "cvlr.enabled=false, as recipe voc_distill does"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_encoder(self) -> Self:
+        model = self.model
+        if model.lora_rank and model.frozen_stages == "all":
+            raise ValueError(
+                "model.frozen_stages 'all' leaves no layer to the corrections of model.lora_rank "
+                f"{model.lora_rank}; set frozen_stages=0, as lora_rank freezes the encoder's own weights by itself"
+            )
+        if model.complementary_dropout and len(self.views.scales) < 2:
+            raise ValueError(
+                f"model.complementary_dropout {model.complementary_dropout} needs two views, and views.scales has one; "
+                "set it to 0, or add a view"
+            )
+        if model.architecture == "deeplabv3plus" and (self.calibration.feature_share or model.complementary_dropout):
+            raise ValueError(
+                "model.architecture 'deeplabv3plus' has neither calibration.feature_share nor "
+                "model.complementary_dropout; set both to 0"
             )
         return self
 

@@ -217,6 +217,114 @@ def l2id_wsss_released() -> Config:
     )
 
 
+_TRANSFORMER: dict[str, dict[str, Any]] = {
+    "data": {"crop_scale": (0.5, 1.0)},
+    "model": _STRIDE_16 | {"skip_stride": 4, "skip_share": 0.33, "frozen_stages": 0, "dropout": 0.1},
+    "calibration": {"source": "ema"},
+    "optim": {"name": "adamw", "lr": 2e-5, "new_lr_factor": 10.0, "bias_lr_factor": 1.0, "weight_decay": 0.01}
+    | {"layer_decay": 0.8, "warmup_steps": 500, "clip_norm": 1.0},
+    "train": {"ema": 0.996},
+}
+"""What plain vision transformers with self-supervised weights want: AdamW at small rates that fall toward the first
+blocks, and pseudo labels from the weights' average. The rate lies between UniMatch V2's 5e-6 and ToCo's 6e-5."""
+_FROZEN: dict[str, Any] = {"model": {"frozen_stages": "all"}, "optim": {"lr": 2e-4, "layer_decay": 1.0}}
+"""Only pyramid and decoder train, at ten times the rate."""
+
+
+@_recipe
+def voc_wsss_dinov2() -> Config:
+    """VOC from image labels on DINOv2's ViT-B with patches of 14 pixels, crop 448, AdamW and an EMA teacher.
+
+    Single-stage methods on plain ViTs reach 71 % mIoU on val (ToCo) to 84 % (WeCLIP+, with CLIP and DINO); expect
+    between. Not yet run by us. Hardware: one GPU of 80 GB, or two of 40 GB; `train.accumulation=4` on one of 24 GB.
+    The cost model (docs/cost.md) gives the hours. `--set model.lora_rank=16` trains few weights.
+    Command: `slrnet train --recipe voc_wsss_dinov2 --data SHARDS --num-workers 1`. Weights come from the Hugging Face
+    hub, license Apache 2.0.
+    """
+    base = _derive(voc_wsss(), **_TRANSFORMER)
+    return _derive(base, data={"crop_size": 448}, model={"encoder": "timm:vit_base_patch14_dinov2.lvd142m"})
+
+
+@_recipe
+def voc_wsss_dinov2_frozen() -> Config:
+    """`voc_wsss_dinov2` with a frozen encoder: it runs without a graph, and only pyramid and decoder train.
+
+    Expect a few points less than with a trained encoder. Not yet run by us. Hardware: one GPU of 24 GB; hours as the
+    cost model says (docs/cost.md).
+    Command: `slrnet train --recipe voc_wsss_dinov2_frozen --data SHARDS --num-workers 1`.
+    """
+    return _derive(voc_wsss_dinov2(), **_FROZEN)
+
+
+@_recipe
+def voc_wsss_dinov3() -> Config:
+    """VOC from image labels on DINOv3's ViT-B with patches of 16 pixels; all else as `voc_wsss_dinov2`.
+
+    Expect about as much as with DINOv2. Not yet run by us. Hardware and hours as there. DINOv3's license restricts
+    use, and its weights on the hub may ask you to log in.
+    Command: `slrnet train --recipe voc_wsss_dinov3 --data SHARDS --num-workers 1`.
+    """
+    return _derive(voc_wsss_dinov2(), model={"encoder": "timm:vit_base_patch16_dinov3.lvd1689m"})
+
+
+@_recipe
+def voc_wsss_dinov3_frozen() -> Config:
+    """`voc_wsss_dinov3` with a frozen encoder, as `voc_wsss_dinov2_frozen`.
+
+    Expect a few points less than with a trained encoder. Not yet run by us. Hardware: one GPU of 24 GB.
+    Command: `slrnet train --recipe voc_wsss_dinov3_frozen --data SHARDS --num-workers 1`.
+    """
+    return _derive(voc_wsss_dinov3(), **_FROZEN)
+
+
+@_recipe
+def voc_sss_dinov2() -> Config:
+    """VOC from the 1,464 masks of its training list and unlabeled images on DINOv2's ViT-B, crop 518.
+
+    UniMatch V2 reaches 90.8 % mIoU on val with the same encoder and masks; expect less, as here calibration differs.
+    As there, two views share the channels of half of the images, and the average of the weights labels. Not yet run
+    by us. Hardware: two GPUs of 80 GB, or one with `train.accumulation=2`; hours as the cost model says (docs/cost.md).
+    Command: `slrnet train --recipe voc_sss_dinov2 --data SHARDS --num-workers 2`, SHARDS as for `voc_sss`.
+    """
+    base = _derive(voc_sss(), **_TRANSFORMER)
+    return _derive(
+        base,
+        data={"crop_size": 518},
+        model={"encoder": "timm:vit_base_patch14_dinov2.lvd142m", "complementary_dropout": 0.5},
+    )
+
+
+@_recipe
+def voc_sss_dinov2_frozen() -> Config:
+    """`voc_sss_dinov2` with a frozen encoder, as `voc_wsss_dinov2_frozen`.
+
+    Expect a few points less than with a trained encoder. Not yet run by us. Hardware: one GPU of 24 GB.
+    Command: `slrnet train --recipe voc_sss_dinov2_frozen --data SHARDS --num-workers 1`.
+    """
+    return _derive(voc_sss_dinov2(), **_FROZEN)
+
+
+@_recipe
+def coco_wsss_dinov2() -> Config:
+    """COCO from image labels on DINOv2's ViT-B; all else as `voc_wsss_dinov2`.
+
+    Single-stage methods on plain ViTs reach 42 % mIoU on val (ToCo) to 56 % (WeCLIP+); expect between. Not yet run by
+    us. Hardware: two GPUs of 80 GB; hours as the cost model says (docs/cost.md).
+    Command: `slrnet train --recipe coco_wsss_dinov2 --data SHARDS --num-workers 2`, SHARDS as for `coco_wsss`.
+    """
+    return voc_wsss_dinov2()
+
+
+@_recipe
+def coco_wsss_dinov2_frozen() -> Config:
+    """`coco_wsss_dinov2` with a frozen encoder, as `voc_wsss_dinov2_frozen`.
+
+    Expect a few points less than with a trained encoder. Not yet run by us. Hardware: one GPU of 24 GB.
+    Command: `slrnet train --recipe coco_wsss_dinov2_frozen --data SHARDS --num-workers 1`.
+    """
+    return _derive(coco_wsss_dinov2(), **_FROZEN)
+
+
 @_recipe
 def voc_wsss_lite() -> Config:
     """VOC from image labels on two CPU cores: EfficientNet-Lite0 at stride 16, crop 208.

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from slrnet.ops.compiled import with_compiler
 
-__all__ = ["affinities", "refine", "scaled_dilations"]
+__all__ = ["affinities", "refine", "scaled_dilations", "similarities"]
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 CONTRAST_SHARE = 0.1
 """Color differences are divided by this share of the local standard deviation."""
+FEATURE_TEMPERATURE = 0.1
+"""Cosines of features are divided by it."""
 SPARSE_CHANNELS = 4
 """Number of channels from which the sparse product is faster (benchmarks/refine.py)."""
 SPARSE_PIXELS = 2**18
@@ -35,6 +37,8 @@ def refine(
     *,
     num_iters: int = 10,
     dilations: tuple[int, ...] = DILATIONS,
+    features: Tensor | None = None,
+    feature_share: float = 0.0,
     compiled: bool = False,
 ) -> Tensor:
     """Refines masks by the appearance of the image.
@@ -44,6 +48,8 @@ def refine(
         probs: (N, K, H, W) float, any number of channels; each is refined separately.
         num_iters: number of iterations; 0 returns `probs`.
         dilations: dilations of the 3x3 neighborhoods, in pixels, each at least 1.
+        features: (N, C, H, W) float, whose similarities make `feature_share` of the neighbors' weights.
+        feature_share: in [0, 1]; above 0, features are needed.
         compiled: let `torch.compile` make one kernel of an iteration, for this size.
 
     Returns:
@@ -67,6 +73,9 @@ def refine(
         sparse &= probs.shape[1] >= SPARSE_CHANNELS and probs[0, 0].numel() <= SPARSE_PIXELS
         run = _refine_by_products if sparse else _refine_by_slices
         weights = with_compiler(affinities, compiled)(images.float(), dilations=dilations)
+        if feature_share:
+            assert features is not None
+            weights.lerp_(similarities(features.float(), dilations=dilations), feature_share)
         return with_compiler(run, compiled and not sparse)(probs, weights, num_iters, dilations)
 
 
@@ -107,6 +116,21 @@ def affinities(images: Tensor, *, dilations: tuple[int, ...] = DILATIONS) -> Ten
     # At least one neighbor's is above -32, by the bound in `_local_std`: no need to subtract the largest first.
     weights.exp_()
     return weights.div_(weights.sum(dim=1, keepdim=True))
+
+
+def similarities(features: Tensor, *, dilations: tuple[int, ...] = DILATIONS) -> Tensor:
+    """Weights of a pixel's neighbors by features: softmax of the cosine of the two feature vectors, divided by 0.1.
+
+    Args:
+        features: (N, C, H, W) float32.
+        dilations: dilations of the 3x3 neighborhoods, in pixels.
+
+    Returns:
+        (N, 8 len(dilations), H, W) float32, summing to 1 over the neighbors.
+    """
+    units = F.normalize(features, dim=1)
+    cosines = [(units * neighbor).sum(dim=1) for neighbor in _neighbors(units, dilations)]
+    return (torch.stack(cosines, dim=1) / FEATURE_TEMPERATURE).softmax(dim=1)
 
 
 def _local_std(images: Tensor, dilations: tuple[int, ...]) -> Tensor:

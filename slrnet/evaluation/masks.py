@@ -175,10 +175,11 @@ def calibrate_sample(inference: Inference, sample: EvalSample) -> Calibrated:
         Probabilities of one image at the refinement's resolution, of the classes that it may show.
     """
     config = inference.config
-    masks, images = inference.view_masks(sample.image.to(inference.device))
+    masks, images, features = inference.view_masks(sample.image.to(inference.device))
     known = torch.tensor([sample.has_image_labels and config.setting != "sss"])
     labels = possible_classes(sample.image_labels[None], known)
-    return calibrate_views(masks, images, labels.to(images.device), config.calibration, max_classes=int(labels.sum()))
+    labels, most = labels.to(images.device), int(labels.sum())
+    return calibrate_views(masks, images, labels, config.calibration, max_classes=most, features=features)
 
 
 def _pseudo_mask(inference: Inference, sample: EvalSample) -> PseudoMask:

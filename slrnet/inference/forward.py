@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +18,21 @@ from slrnet.models.network import Network, Outputs, mixed_precision
 from slrnet.ops.maps import class_probs, resize
 from slrnet.views.geometry import View, align_maps, apply_view, largest_size
 
-__all__ = ["Inference", "gate"]
+__all__ = ["Inference", "ViewMasks", "gate"]
 
 _LARGE = 2**18
 """Pixels above which a CPU takes an image and its mirror image in turn: hardly slower, with half of the memory."""
+
+
+class ViewMasks(NamedTuple):
+    """The masks of images in all views of a run."""
+
+    masks: Sequence[Tensor]
+    """Per view (N, K, h, w)."""
+    images: Tensor
+    """(N, 3, H', W') in [0, 1], the images as the network saw them."""
+    features: Tensor | None
+    """(N, C, h', w') the encoder's deepest features of view 1, if `calibration.feature_share` needs them."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +123,11 @@ class Inference:
         return gate(probs, scores, image_labels, self.config.evaluation_for(protocol)), scores
 
     @torch.no_grad()
-    def view_masks(self, image: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+    def view_masks(self, image: Tensor) -> ViewMasks:
         """Computes the masks of images in all views of the run, aligned; no flip, no color distortion.
 
         Returns:
-            Per view (N, K, h, w), logits or probabilities as `calibration.fusion` averages them, and the images as the
-            network saw them, (N, 3, H', W') in [0, 1].
+            The masks, logits or probabilities as `calibration.fusion` averages them.
         """
         images, settings = self.fit(image), self.config.views
         views = [View(scale=scale, flip=None) for scale in settings.scales]
@@ -125,7 +136,9 @@ class Inference:
         fuse_probs, unwarp_probs = self.config.calibration.fusion == "probs", settings.unwarp == "probs"
         masks = outputs.probs if fuse_probs and unwarp_probs else outputs.logits
         aligned = align_maps(masks, views, size=largest_size(masks))
-        return [class_probs(view) for view in aligned] if fuse_probs and not unwarp_probs else aligned, images
+        aligned = [class_probs(view) for view in aligned] if fuse_probs and not unwarp_probs else aligned
+        guided = self.config.calibration.feature_share > 0
+        return ViewMasks(aligned, images, outputs.features[0].float() if guided else None)
 
 
 def _resize_bytes(images: Tensor, size: tuple[int, int]) -> Tensor:

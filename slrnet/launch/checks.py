@@ -27,6 +27,7 @@ __all__ = [
     "check_run",
     "checkpoint_bytes",
     "resume_config",
+    "weights_notes",
     "with_absolute_paths",
     "with_first_weights",
 ]
@@ -167,6 +168,13 @@ def batch_notes(config: Config, most_workers: int) -> list[str]:
             "batch without that"
         )
     return notes
+
+
+def weights_notes(config: Config) -> list[str]:
+    """A line about the license of downloaded weights, if the run starts from any."""
+    from slrnet.models.encoders import weights_line
+
+    return [line for line in (weights_line(config.model),) if line]
 
 
 def _check_splits(config: Config, shards: ShardSet) -> None:

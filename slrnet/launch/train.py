@@ -33,6 +33,7 @@ from slrnet.launch.checks import (
     check_folder,
     check_run,
     checkpoint_bytes,
+    weights_notes,
     with_absolute_paths,
     with_first_weights,
 )
@@ -163,7 +164,7 @@ def _launch(
     )
     if config.train.ema:
         say(f"train.ema={config.train.ema:g}: scores, checkpoints and predictions use weights averaged over steps")
-    for note in batch_notes(config, workers.most):
+    for note in [*weights_notes(config), *batch_notes(config, workers.most)]:
         say(note)
     if config.data.class_balance:
         say(balance_table(config, shards, supervision))

@@ -8,6 +8,7 @@ statistics (mean 0, variance 1) and so act as an affine map, and the background'
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
@@ -16,7 +17,16 @@ from torch import Tensor, nn
 
 from slrnet.ops.maps import resize
 
-__all__ = ["ASPP", "GlobalCueInjection", "MaskHead", "SkipFusion", "StochasticGate", "conv_norm", "conv_norm_relu"]
+__all__ = [
+    "ASPP",
+    "GlobalCueInjection",
+    "MaskHead",
+    "SkipFusion",
+    "StochasticGate",
+    "complementary_dropout",
+    "conv_norm",
+    "conv_norm_relu",
+]
 
 BATCH_NORM_MOMENTUM = 0.05
 RECTIFIED_VARIANCE = 0.5 - 0.5 / math.pi
@@ -35,6 +45,28 @@ def conv_norm(inputs: int, outputs: int, kernel: int, *, dilation: int = 1, affi
 def conv_norm_relu(inputs: int, outputs: int, kernel: int, *, dilation: int = 1) -> nn.Sequential:
     """A size-keeping convolution without bias, batch norm and ReLU."""
     return conv_norm(inputs, outputs, kernel, dilation=dilation).append(nn.ReLU(inplace=True))
+
+
+def complementary_dropout(views: Sequence[Tensor], share: float) -> list[Tensor]:
+    """Splits the channels of an image between two views (UniMatch V2, Yang et al. 2025, Sec. 3.3).
+
+    Each pair of following views gets one random half of the channels, doubled, and the other half; a view without a
+    partner stays as it is.
+
+    Args:
+        views: per view (N, C, h, w) features.
+        share: probability in [0, 1] that an image is split at all; other images keep all channels.
+    """
+    if not share:
+        return list(views)
+    result = list(views)
+    for first in range(0, len(views) - 1, 2):
+        n, channels = views[first].shape[:2]
+        kept = torch.rand(n, channels, 1, 1, device=views[first].device) < 0.5
+        split = torch.rand(n, 1, 1, 1, device=views[first].device) < share
+        for place, mask in ((first, kept), (first + 1, ~kept)):
+            result[place] = views[place] * torch.where(split, 2.0 * mask, 1.0).to(views[place].dtype)
+    return result
 
 
 class ASPP(nn.Module):

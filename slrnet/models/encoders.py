@@ -41,6 +41,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from slrnet.config import Config, ModelConfig, nearest
 from slrnet.models.frozen_norm import freeze_batch_norms
+from slrnet.models.hub import fetch_command, file_of, hub_file, license_note
+from slrnet.models.lora import adapt
 from slrnet.models.pyramid import Pyramid, nominal_stride, take_blocks
 from slrnet.models.wide_resnet38 import WideResNet38
 from slrnet.storage.files import sha256_of
@@ -54,6 +56,7 @@ __all__ = [
     "describe_misfit",
     "read_tensors",
     "resolve_weights",
+    "weights_line",
 ]
 
 WIDE_RESNET38_FILE = "ilsvrc-cls_rna-a1_cls1000_ep-0001.pth"
@@ -181,6 +184,22 @@ class Encoder(nn.Module):
             frozen.requires_grad_(False)
         return self.train(self.training)
 
+    def adapt(self, rank: int) -> Self:
+        """Freezes the backbone, and adapts the linear layers of stages that are not frozen; returns the encoder.
+
+        Raises:
+            ValueError: there are none.
+        """
+        trained = {name for stage in self.stages[self._frozen_stages :] for name in stage}
+        if not adapt(self.backbone, trained, rank=rank):
+            raise ValueError(
+                f"model.lora_rank {rank} corrects linear layers, and the stages of this encoder that train have none; "
+                "use a vision transformer, fewer model.frozen_stages, or lora_rank=0"
+            )
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        return self
+
     def stages_after(self, name: str) -> int:
         """Stages after that of a parameter of the backbone: 0 for one of the last stage."""
         for index, names in enumerate(self.stages):
@@ -236,8 +255,10 @@ def build_encoder(config: ModelConfig) -> Encoder:
     if weights == "auto":
         _load(encoder.backbone, model, *_auto_tensors(name, model))
     elif weights != "none":
-        _load(encoder.backbone, model, read_tensors(Path(weights)), weights)
-    return encoder.freeze(stages=config.frozen_stages, batch_norm=config.freeze_batch_norm)
+        path = _weights_path(weights)
+        _load(encoder.backbone, model, read_tensors(path), str(path))
+    encoder.freeze(stages=config.frozen_stages, batch_norm=config.freeze_batch_norm)
+    return encoder.adapt(config.lora_rank) if config.lora_rank else encoder
 
 
 def check_sizes(encoder: Encoder, config: Config) -> None:
@@ -286,11 +307,23 @@ def resolve_weights(name: str, weights: str) -> str:
     Raises:
         ValueError: the name is unknown or the file is missing.
     """
-    _timm_name(name)
+    model = _timm_name(name)
+    if weights == "auto" and name.startswith("timm:") and model is not None:
+        _fetched(name, model)  # a run that cannot get its weights does not start
     if weights == "none" or (weights == "auto" and name != "wide_resnet38"):
         return weights
-    path = _wide_resnet38_file() if weights == "auto" else Path(weights)
+    path = _wide_resnet38_file() if weights == "auto" else _weights_path(weights)
     return str(_existing(path).resolve())
+
+
+def _weights_path(weights: str) -> Path:
+    return file_of(Path(weights)) if Path(weights).is_dir() else Path(weights)
+
+
+def weights_line(config: ModelConfig) -> str:
+    """A line for the start of a run about the origin and license of downloaded weights; "" for others."""
+    model = _timm_name(config.encoder) if config.encoder_weights == "auto" else None
+    return license_note(model) if model and config.encoder.startswith("timm:") else ""
 
 
 def _timm_name(name: str) -> str | None:
@@ -398,6 +431,8 @@ def _auto_tensors(name: str, model: str | None) -> tuple[dict[str, Tensor], str]
     if model is None or name.startswith("efficientnet_lite"):
         path = _wide_resnet38_file() if model is None else _efficientnet_lite_file(name)
         return read_tensors(path), str(path)
+    if name not in _TIMM_NAMES and (fetched := _fetched(name, model)) is not None:
+        return read_tensors(fetched), str(fetched)
     try:
         if name in _TIMM_NAMES:  # torchvision's own file, from its cache where it is there
             url = timm.models.get_pretrained_cfg(model).url
@@ -407,7 +442,17 @@ def _auto_tensors(name: str, model: str | None) -> tuple[dict[str, Tensor], str]
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise ValueError(
             f"cannot get the ImageNet weights of {name} ({error}); without a network, put the file into its cache "
-            f"({cache}, or that of Hugging Face), or set model.encoder_weights to its path, or to none for random ones"
+            f"({cache}), or set model.encoder_weights to its path, or to none for random ones"
+        ) from None
+
+
+def _fetched(name: str, model: str) -> Path | None:
+    """The file of a model's weights from the hub; None if they come from elsewhere."""
+    try:
+        return hub_file(model)
+    except OSError as error:
+        raise ValueError(
+            f"cannot get the weights of {name} ({error}); {fetch_command(model)}, or to none for random ones"
         ) from None
 
 
@@ -451,9 +496,20 @@ def _efficientnet_lite_file(name: str) -> Path:
     return Path(getattr(module, f"EfficientnetLite{name[-1]}ModelFile").get_model_file_path())
 
 
-def _load(backbone: nn.Module, model: str | None, tensors: dict[str, Tensor], source: str) -> None:
+def _renamed(model: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by timm's names and shapes, from those of a model's authors; empty if timm does not know them."""
+    given = {"state_dict": dict(tensors), "custom_load": False}
+    with suppress(AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+        state: dict[str, Tensor] = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=given).state_dict()
+        return state
+    return {}
+
+
+def _load(
+    backbone: nn.Module, model: str | None, tensors: dict[str, Tensor], source: str, *, converted: bool = False
+) -> None:
     """Copies tensors that have the names of the whole classifier, or of the backbone alone, into the backbone."""
-    own = backbone.state_dict()
+    own, original = backbone.state_dict(), tensors
     if model is None:
         # The classifier is fc8 in AffinityNet's naming and linear1000 in the original one.
         ignored = {key for key in tensors if key.split(".")[0] in ("fc8", "linear1000")}
@@ -473,6 +529,9 @@ def _load(backbone: nn.Module, model: str | None, tensors: dict[str, Tensor], so
     # Files from before PyTorch 0.4.1 have no counters of batches, and only cumulative averages read those.
     needed = {name for name in own if not name.endswith(".num_batches_tracked")}
     misfit = describe_misfit(given, own, needed=needed)
+    if misfit and model is not None and not converted and (renamed := _renamed(model, original)):
+        _load(backbone, model, renamed, source, converted=True)
+        return
     if misfit:
         raise ValueError(
             f"{source} does not fit the encoder; tensors: {misfit}. Use weights of this very encoder, or set "

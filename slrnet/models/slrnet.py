@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from slrnet.config import Config, ModelConfig
 from slrnet.models.cvlr import CrossViewLowRank
-from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate, conv_norm_relu
+from slrnet.models.decoder import (
+    ASPP,
+    GlobalCueInjection,
+    MaskHead,
+    SkipFusion,
+    StochasticGate,
+    complementary_dropout,
+    conv_norm_relu,
+)
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.encoders import Encoder, build_encoder, check_sizes
 from slrnet.models.heads import AuxiliaryHead, class_scores
@@ -61,6 +69,7 @@ class SLRNet(Network):
         if cvlr is not None and cvlr.class_codes:
             self.auxiliary_head = AuxiliaryHead(dim, dropout=dropout, **head)
         self.auxiliary_views = config.auxiliary_views
+        self.complementary_dropout = config.complementary_dropout
         self.cvlr = cvlr
         shallow = dim if config.lift_skip else encoder.skip_channels
         self.lift = conv_norm_relu(encoder.skip_channels, dim, 1) if config.lift_skip else None
@@ -74,12 +83,13 @@ class SLRNet(Network):
 
     def forward(self, views: Sequence[Tensor]) -> Outputs:
         """Predicts masks and class scores; see `Network.forward`."""
-        features, skips, shares = [], [], []
-        for view in views:
-            encoded = self.encoder(view)
-            fused, share = self.fusion(self.aspp(encoded.deep), encoded.skip)
+        features, shares = [], []
+        encoded = [self.encoder(view) for view in views]
+        deep_features, skips = [view.deep for view in encoded], [view.skip for view in encoded]
+        dropped = complementary_dropout(deep_features, self.complementary_dropout if self.training else 0.0)
+        for deep, skip in zip(dropped, skips, strict=True):
+            fused, share = self.fusion(self.aspp(deep), skip)
             features.append(fused)
-            skips.append(encoded.skip)
             shares += [] if share is None else [share]
         auxiliary = [] if self.auxiliary_head is None else [self.auxiliary_head(view) for view in self._seen(features)]
         codes: list[Tensor] = []
@@ -88,7 +98,9 @@ class SLRNet(Network):
             features, codes = low_rank.features, low_rank.codes if self.cvlr.class_codes else []
         logits = [self._decode(deep, skip) for deep, skip in zip(features, skips, strict=True)]
         figures = {"skip_share": torch.stack(shares).mean()} if shares else {}
-        return Outputs(logits, self._score(logits), auxiliary, self._score(auxiliary), codes, figures=figures)
+        told = [view.detach() for view in deep_features]
+        scores = self._score(logits), self._score(auxiliary)
+        return Outputs(logits, scores[0], auxiliary, scores[1], codes, features=told, figures=figures)
 
     def regions(self) -> list[nn.Module]:
         """Everything but CVLR, which consists of matrix products, and the class scores."""

@@ -37,8 +37,8 @@ class _Kind(NamedTuple):
 def parameter_groups(model: nn.Module, config: OptimConfig, *, batch_size: int) -> list[dict[str, Any]]:
     """Sorts the trainable parameters of a network into groups with their rates.
 
-    The pretrained part is the submodule `encoder` without its pyramid. All rates are proportional to the size of the
-    global batch; those of the settings are for `config.reference_batch_size`.
+    The pretrained part is the submodule `encoder` without its pyramid and low-rank corrections. All rates are
+    proportional to the size of the global batch; those of the settings are for `config.reference_batch_size`.
     """
     base = config.lr * batch_size / config.reference_batch_size
     members: dict[_Kind, list[nn.Parameter]] = {}
@@ -54,6 +54,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig, *, batch_size: int) 
 
 def _kind_of(name: str, parameter: nn.Parameter, model: nn.Module, config: OptimConfig) -> _Kind:
     new, bias = not name.startswith("encoder.") or name.startswith("encoder.pyramid."), name.endswith("bias")
+    new = new or ".lora_" in name
     special = parameter.ndim <= 1 or any(word in name.rpartition(".")[2] for word in _UNDECAYED)
     encoder: Any = model.get_submodule("encoder")
     distance = 0 if new or config.layer_decay == 1 else encoder.stages_after(name.removeprefix("encoder.backbone."))

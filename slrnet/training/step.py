@@ -193,7 +193,13 @@ def losses_of(
         aligned = align(outputs, views, unwarp=config.views.unwarp)
         source = aligned if guide is None else align(guide, views, unwarp=config.views.unwarp)
     with record_function("slrnet: calibration"):
-        pseudo_labels = None if pseudo_rows is None else _pseudo_labels(source, images, batch, config, pseudo_rows)
+        features = None
+        if config.calibration.feature_share:
+            told = (outputs if guide is None else guide).features[0]
+            features = align_maps([told.float()], views, size=(told.shape[-2], told.shape[-1]))[0]
+        pseudo_labels = None
+        if pseudo_rows is not None:
+            pseudo_labels = _pseudo_labels(source, images, batch, config, pseudo_rows, features)
     with record_function("slrnet: losses"):
         pixel_labels = batch.pixel_labels
         if pixel_labels is None:
@@ -209,7 +215,14 @@ def losses_of(
         return objective(aligned, labels, weights=config.weights, losses=config.losses, divergence=divergence)
 
 
-def _pseudo_labels(aligned: Outputs, images: Tensor, batch: Batch, config: Config, pseudo_rows: PseudoRows) -> Tensor:
+def _pseudo_labels(
+    aligned: Outputs,
+    images: Tensor,
+    batch: Batch,
+    config: Config,
+    pseudo_rows: PseudoRows,
+    features: Tensor | None,
+) -> Tensor:
     """(N, H, W) int64 from the average of the views, or (V, N, H, W) if each view has its own or another's labels."""
     settings, rows, size = config.calibration, pseudo_rows.rows, (images.shape[-2], images.shape[-1])
     possible = possible_classes(batch.image_labels, batch.has_image_labels)
@@ -217,13 +230,14 @@ def _pseudo_labels(aligned: Outputs, images: Tensor, batch: Batch, config: Confi
     if rows is not None:
         rows = rows.to(images.device, non_blocking=True)
         images, possible = images[rows], possible[rows]
+        features = None if features is None else features[rows]
 
     def make(views: Sequence[Tensor]) -> Tensor:
         if not len(images):
             return void
         views = views if rows is None else [view.detach()[rows] for view in views]
         kinds: dict[str, Any] = {"max_classes": pseudo_rows.max_classes, "compiled": config.train.compile}
-        calibrated = calibrate_views(views, images, possible, settings, **kinds)
+        calibrated = calibrate_views(views, images, possible, settings, features=features, **kinds)
         labels = make_pseudo_labels(calibrated, settings, size=size)
         return labels if rows is None else void.index_copy(0, rows, labels)
 

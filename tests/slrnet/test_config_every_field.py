@@ -41,6 +41,7 @@ from slrnet.tracking.protocol import NullTracker, RunHandle
 from slrnet.training import trainer as trainer_module
 from slrnet.training.listener import RunListener
 from slrnet.training.trainer import Trainer
+from tests.fixtures import small_encoders  # noqa: F401, registers the small models
 from tests.fixtures.shards import shards_of
 
 
@@ -114,6 +115,7 @@ CHANGES: dict[str, Change] = {
     "model.output_stride": change_weights(8),
     "model.skip_stride": change_weights(4),
     "model.frozen_stages": Change(2, "trained weights"),
+    "model.lora_rank": change_size(2, given=("model.encoder=timm:small_vit",)),
     "model.freeze_batch_norm": Change(False, "trained weights"),
     "model.sync_batch_norm": Change(False, "norms of several workers"),
     "model.decoder_dim": change_size(9),
@@ -121,6 +123,7 @@ CHANGES: dict[str, Change] = {
     "model.skip_share": change_weights(0.3),
     "model.aspp_dilations": change_weights([2, 3, 4]),
     "model.dropout": change_weights(0.1),
+    "model.complementary_dropout": change_weights(1.0),
     "model.gate_rate": change_weights(0.6),
     "model.head_layers": change_size(1),
     "model.head_dropout": change_weights(0.1),
@@ -138,6 +141,7 @@ CHANGES: dict[str, Change] = {
     "calibration.refine_dilations": change_weights([3, 4]),
     "calibration.refine_stride": change_weights(1),
     "calibration.refine_side": change_weights(4),
+    "calibration.feature_share": change_weights(1.0),
     "calibration.peak_power": change_weights(1.0, given=(*PLAIN, "calibration.floor=0.22")),
     "calibration.source": change_weights("evaluation"),
     "calibration.rule": change_weights("normalized"),

@@ -72,6 +72,21 @@ def test_semi_supervision_is_as_in_the_paper() -> None:
         assert (thresholds.confidence_threshold, thresholds.background_threshold, thresholds.floor) == released
 
 
+def test_transformers_differ_by_encoder_optimizer_and_teacher() -> None:
+    names = [name for name in RECIPES if "_dinov" in name]
+    assert len(names) == 8
+    for name in names:
+        config, plain = get_recipe(name), get_recipe(name.partition("_dinov")[0])
+        patch = 14 if "dinov2" in config.model.encoder else 16
+        assert (config.setting, config.data.crop_size % patch) == (plain.setting, 0)
+        assert (config.optim.name, config.calibration.source) == ("adamw", "ema")
+        assert (config.model.frozen_stages == "all") == name.endswith("_frozen")
+        text = " ".join((inspect.getdoc(RECIPES[name]) or "").split())
+        assert "Hardware" in text
+        assert "xpect" in text
+        assert "Not yet run by us" in text
+
+
 def test_the_long_tail_is_balanced() -> None:
     for name in RECIPES:
         assert (get_recipe(name).data.class_balance > 0) == name.startswith(("l2id", "coco_wsss_released"))

@@ -76,6 +76,7 @@ class _Predictions(NamedTuple):
     class_scores: Tensor | None
     masks: Sequence[Tensor]
     images: Tensor
+    features: Tensor | None
     codes: dict[str, npt.NDArray[np.float32]]
     scores: dict[str, float]
 
@@ -141,7 +142,7 @@ class Analyzer:
         pixels, codes = torch.from_numpy(image).permute(2, 0, 1).contiguous().to(self._inference.device), {}
         with nullcontext() if self._module is None else iterations(self._module, num_iters):
             probs, class_scores = self._inference.single_scale(pixels)
-            masks, images = self._inference.view_masks(pixels)
+            views = self._inference.view_masks(pixels)
             if self._module is not None:
                 maps = code_maps(self._inference, image)
                 codes = {title: maps.codes[num_iters][atom] for atom, title in maps.choose_atoms(self.classes).items()}
@@ -149,14 +150,19 @@ class Analyzer:
         if class_scores is not None:
             pairs = zip(self.classes[1:], class_scores[0].float().sigmoid().tolist(), strict=True)
             scores = dict(sorted(pairs, key=lambda pair: -pair[1]))
-        return _Predictions(probs, class_scores, masks, images, codes, scores)
+        return _Predictions(probs, class_scores, *views, codes, scores)
 
     def _calibrate(self, predictions: _Predictions, labels: Tensor, controls: Controls) -> Calibrated:
         key = (controls.num_iters, controls.refine_iters, tuple(labels[0].tolist()))
         if key not in self._calibrated:
             settings = self.config.calibration.model_copy(update={"refine_iters": controls.refine_iters})
             self._calibrated[key] = calibrate_views(
-                predictions.masks, predictions.images, labels, settings, max_classes=int(labels.sum())
+                predictions.masks,
+                predictions.images,
+                labels,
+                settings,
+                max_classes=int(labels.sum()),
+                features=predictions.features,
             )
         return self._calibrated[key]
 

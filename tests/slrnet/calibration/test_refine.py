@@ -241,3 +241,24 @@ class TestFlatRegions:
             photo = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None].float() / 255
             images = resize(photo, (48, 48))
             assert torch.allclose(affinities(images).double(), two_pass_affinities(images), rtol=0, atol=5e-6)
+
+
+def test_features_guide_as_a_loop_over_pixels_says() -> None:
+    """Softmax over the neighbors of ten times the cosine; half of each weight comes from colors."""
+    torch.manual_seed(0)
+    images, probs, features = torch.rand(2, 3, 5, 6), torch.rand(2, 2, 5, 6), torch.randn(2, 4, 5, 6)
+    colors, expected = affinities(images, dilations=(1, 2)), torch.zeros_like(probs)
+    steps = [(d * y, d * x) for d in (1, 2) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x]
+    for n in range(2):
+        for row in range(5):
+            for column in range(6):
+                places = [(min(max(row + y, 0), 4), min(max(column + x, 0), 5)) for y, x in steps]
+                own = features[n, :, row, column]
+                cosines = [torch.cosine_similarity(own, features[n, :, r, c], dim=0) for r, c in places]
+                weights = (10 * torch.stack(cosines)).softmax(dim=0)
+                for index, (r, c) in enumerate(places):
+                    weight = (weights[index] + colors[n, index, row, column]) / 2
+                    expected[n, :, row, column] += weight * probs[n, :, r, c]
+    guide = {"features": features, "feature_share": 0.5}
+    out = refine(images, probs, num_iters=1, dilations=(1, 2), **guide)  # type: ignore[arg-type]
+    torch.testing.assert_close(out, expected)

@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slrnet.models.decoder import ASPP, GlobalCueInjection, MaskHead, SkipFusion, StochasticGate, conv_norm_relu
+from slrnet.models.decoder import (
+    ASPP,
+    GlobalCueInjection,
+    MaskHead,
+    SkipFusion,
+    StochasticGate,
+    complementary_dropout,
+    conv_norm_relu,
+)
 from slrnet.ops.maps import resize
 
 EPS = 1e-5  # of the batch norms
@@ -233,3 +241,17 @@ class TestMaskHead:
     def test_logits_are_float32_under_autocast(self) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert MaskHead(4, num_classes=3)(random_maps(2, 4, 5, 6)).dtype == torch.float32
+
+
+def test_complementary_dropout_gives_each_channel_of_an_image_to_one_view_of_a_pair() -> None:
+    torch.manual_seed(0)
+    views = [torch.ones(64, 10, 2, 3), torch.ones(64, 10, 1, 1), torch.full((64, 10, 2, 2), 3.0)]
+    first, second, alone = complementary_dropout(views, 0.5)
+    assert alone is views[2]
+    assert set(first.unique().tolist()) == {0.0, 1.0, 2.0}
+    assert torch.equal(first[:, :, :1, :1] + second, torch.full((64, 10, 1, 1), 2.0))
+    assert torch.equal(first, first[:, :, :1, :1].expand_as(first))
+    split = (first != 1).flatten(1).all(dim=1)
+    assert torch.equal(split, (first != 1).flatten(1).any(dim=1))
+    assert 16 < int(split.sum()) < 48
+    assert complementary_dropout(views, 0.0) == views

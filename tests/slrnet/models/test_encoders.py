@@ -446,11 +446,6 @@ def test_no_network_is_a_readable_error(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         _build("resnet101", encoder_weights="auto")
 
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_url", fail)
-    with pytest.raises(ValueError, match=r"timm:test_resnet .*no route to host.*or to none"):
-        _build("timm:test_resnet", encoder_weights="auto")
-
 
 @pytest.mark.parametrize("name", ["timm:test_resnet", "timm:test_convnext", "timm:small_siglip", "timm:small_swin"])
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
