@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -35,6 +36,8 @@ _logger = logger_of(__name__)
 _SHARED_MEMORY = "/dev/shm"
 _PREFETCHED = 2
 """Batches that each reader has ready."""
+_LOCKS = 2**16
+"""Bytes of shared memory that the locks of a reader may take."""
 _PRELOAD = ["torch", "torchvision", "webdataset", "pyarrow", "slrnet.data.train_loader"]
 """Modules that the fork server imports once, so that readers start with them."""
 
@@ -64,17 +67,18 @@ class Deliveries(IterableDataset[Delivery]):
         self.deliver = deliver
         self.packed = False
         """Whether deliveries come as bytes, which go through a pipe instead of shared memory."""
-        self.epoch_and_start = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self.epoch_and_start = torch.zeros(2, dtype=torch.int64)
 
     def __iter__(self) -> Iterator[Any]:
-        made = self._made()
+        worker = get_worker_info()
+        made = self.made(worker.id if worker else 0)
         return map(pickle.dumps, made) if self.packed else made
 
-    def _made(self) -> Iterator[Delivery]:
-        worker = get_worker_info()
+    def made(self, worker: int) -> Iterator[Delivery]:
+        """What the reader of a number makes in an epoch; a `DataError` becomes the last delivery."""
         epoch, start_step = self.epoch_and_start.tolist()
         try:
-            yield from self.deliver(worker.id if worker else 0, epoch, start_step)
+            yield from self.deliver(worker, epoch, start_step)
         except DataError as error:
             yield Delivery(None, failure=str(error))
 
@@ -106,21 +110,41 @@ def reader_processes(
     """Processes that stay, and whose deliveries come in turn; with `pin_memory` in page-locked memory.
 
     Deliveries come through shared memory, or through pipes if that has too little room: what does not fit would be
-    lost, or wait for ever. `batch_bytes` is the size of a batch; `free` the bytes of shared memory, by
-    default those of now.
+    lost, or wait for ever. If it has none for the readers' locks, this process reads. `batch_bytes` is the size of a
+    batch; `free` the bytes of shared memory, by default those of now.
     """
-    held = batch_bytes * (workers * _PREFETCHED + 1) * int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    held, locks = batch_bytes * (workers * _PREFETCHED + 1) * processes, workers * _LOCKS * processes
     free = _free_shared_memory() if free is None else free
-    loader = _data_loader(deliveries, workers, pin_memory=pin_memory and held <= free)
-    if held <= free:
-        return loader
-    _logger.warning(
-        "%s has %d MiB free, the batches of %d readers may take %d MiB; they come through pipes, which is slower. "
-        "Give it more: `docker run --shm-size=8g`, in Kubernetes an emptyDir of medium Memory at %s",
-        *(_SHARED_MEMORY, free >> 20, workers, -(-held >> 20), _SHARED_MEMORY),
-    )
+    if held + locks > free:
+        _logger.warning(
+            "%s has %d MiB free, the batches of %d readers may take %d MiB; %s, which is slower. "
+            "Give it more: `docker run --shm-size=8g`, in Kubernetes an emptyDir of medium Memory at %s",
+            *(_SHARED_MEMORY, free >> 20, workers, -(-held >> 20)),
+            "they come through pipes" if locks <= free else "the training process reads by itself",
+            _SHARED_MEMORY,
+        )
+    if locks > free:
+        return _Here(deliveries, workers, pin_memory)
+    deliveries.epoch_and_start.share_memory_()
+    if held + locks <= free:
+        return _data_loader(deliveries, workers, pin_memory=pin_memory)
     deliveries.packed = True  # before the readers start, with the first batch
-    return _Unpacked(loader, pin_memory)
+    return _Unpacked(_data_loader(deliveries, workers, pin_memory=False), pin_memory)
+
+
+@dataclass(frozen=True)
+class _Here:
+    """Readers that are no processes: each makes a delivery in turn, as from torch's loader."""
+
+    deliveries: Deliveries
+    workers: int
+    pin_memory: bool
+
+    def __iter__(self) -> Iterator[Delivery]:
+        for turn in zip_longest(*map(self.deliveries.made, range(self.workers))):
+            for delivery in filter(None, turn):
+                yield delivery.pin_memory() if self.pin_memory else delivery
 
 
 @dataclass(frozen=True)

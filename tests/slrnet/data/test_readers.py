@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from slrnet.data.readers import Deliveries, Delivery, read_ahead, reader_processes
+from slrnet.data.manifest import DataError
+from slrnet.data.readers import _LOCKS, Deliveries, Delivery, read_ahead, reader_processes
 
 SCRIPT = """
 import gc, os
@@ -34,7 +35,7 @@ def _deliver(worker: int, epoch: int, start: int) -> Iterator[Delivery]:
     yield Delivery(None, failure=f"{worker} {epoch} {start}")
 
 
-@pytest.mark.parametrize(("free", "packed"), [(100 * 5, False), (100 * 5 - 1, True)])
+@pytest.mark.parametrize(("free", "packed"), [(2 * _LOCKS + 100 * 5, False), (2 * _LOCKS + 100 * 5 - 1, True)])
 def test_batches_need_no_shared_memory_where_there_is_too_little(
     free: int, packed: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +71,21 @@ def test_items_are_fetched_ahead_in_order_and_an_error_comes_in_its_place() -> N
     with pytest.raises(ValueError, match="seven"):
         next(ahead)
     assert list(read_ahead([], 2)) == []
+
+
+def test_readers_without_room_for_their_locks_are_no_processes(caplog: pytest.LogCaptureFixture) -> None:
+    def deliver(worker: int, epoch: int, start: int) -> Iterator[Delivery]:
+        for step in range(start + worker, 5, 2):
+            if step == 4:
+                raise DataError("damaged")
+            yield Delivery(None, failure=f"{epoch}: step {step}")
+
+    deliveries = Deliveries(deliver)
+    processes = reader_processes(deliveries, workers=2, pin_memory=False, batch_bytes=1, free=2 * _LOCKS - 1)
+    deliveries.epoch_and_start.copy_(torch.tensor([7, 1]))
+    assert [delivery.failure for delivery in processes] == ["7: step 1", "7: step 2", "7: step 3", "damaged"]
+    assert not deliveries.epoch_and_start.is_shared()
+    assert "the training process reads by itself, which is slower. Give it more: `docker run --shm-size" in caplog.text
 
 
 def test_a_batch_comes_out_of_a_pipe_as_it_went_in() -> None:
