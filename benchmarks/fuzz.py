@@ -4,17 +4,20 @@ Each reader gets a small valid example whose files are changed at random: values
 missing and unknown fields, and flipped, cut and repeated bytes; often with checksums that fit again, as an attacker
 would make them. Claim: each input ends in a value or in the project's own error, never in another exception, a crash,
 more than 20 seconds or more than 8 GiB. A data set that is read has the pixels of the original, or names what it left
-out. Readers run in processes of their own. Each find is kept as a small folder, with the error, in `fuzz-finds/`;
-`--reader NAME --only NUMBER` repeats one.
+out. Each reader runs in a process of its own, `--processes` of them at a time, which reads one input after the other
+in memory (/dev/shm). Each find is kept as a small folder, with the error, in `fuzz-finds/`;
+`--reader NAME --only --seed NUMBER` repeats one.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
 import io
 import json
 import logging
+import math
 import os
 import random
 import resource
@@ -26,6 +29,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -42,6 +46,8 @@ LIMIT = 20
 """Seconds that an input may take."""
 MEMORY = 8 << 30
 """Bytes of address space that a reader may take, besides what it has when it starts."""
+MEMORY_FOLDER = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+"""For inputs: a hundred thousand folders take a disk longer than the readers."""
 EXAMPLE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
 MASK = (np.arange(24 * 32).reshape(24, 32) // 300).astype(np.uint8)
 JUNK: tuple[Any, ...] = (
@@ -319,15 +325,21 @@ def _prepare(*words: str) -> Callable[[Path], None]:
     """`slrnet prepare` with `{}` for the example's folder, up to its errors, which the command would print."""
 
     def read(folder: Path) -> None:
-        from slrnet.cli.main import build_parser
-
         with tempfile.TemporaryDirectory() as out:
             given = ["prepare", *(word.format(folder) for word in words), "--out", f"{out}/o", "--processes", "1"]
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                options = build_parser(given).parse_args(given)
+                options = _prepare_parser().parse_args(given)
                 options.run(options)
 
     return read
+
+
+@cache
+def _prepare_parser() -> argparse.ArgumentParser:
+    """Takes as long to build as an input to read."""
+    from slrnet.cli.main import build_parser
+
+    return build_parser(["prepare"])
 
 
 READERS = {
@@ -468,15 +480,19 @@ def example(name: str) -> dict[str, bytes]:
 
 @contextmanager
 def _limits() -> Iterator[None]:
+    """Raises an error after `LIMIT` seconds, and soon after ends the process if native code does not return."""
+
     def too_long(*_: Any) -> None:
         raise TimeoutError(f"more than {LIMIT} s")
 
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(LIMIT)
+    faulthandler.dump_traceback_later(LIMIT + 10, exit=True)
     try:
         yield
     finally:
         signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def work(name: str, first: int, seconds: float, finds: Path, report: Path) -> None:
@@ -519,6 +535,7 @@ def fuzz(name: str, seed: int, seconds: float, finds: Path) -> Counter[str]:
             done = subprocess.run(
                 [sys.executable, __file__, *words, "--report", str(report)],
                 cwd=temporary,
+                env=os.environ | {"TMPDIR": MEMORY_FOLDER},
                 capture_output=True,
                 text=True,
             )
@@ -540,6 +557,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="number of the first input (default: 0)")
     parser.add_argument("--reader", choices=READERS, help="one reader (default: all)")
     parser.add_argument("--only", action="store_true", help="with --reader: the one input of number --seed, here")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="readers at a time (default: all cores)")
     parser.add_argument("--finds", type=Path, default=Path("fuzz-finds"), help="folder of finds (default: fuzz-finds)")
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -551,13 +569,17 @@ def main() -> None:
             print(*examine(options.reader, options.seed, Path(temporary), example(options.reader)))
         return
     names = [options.reader] if options.reader else list(READERS)
-    print(f"seed {options.seed}, {options.seconds / len(names):.0f} s for each of {len(names)} readers", flush=True)
-    total = Counter[str]()
-    for name in names:
-        found = fuzz(name, options.seed, options.seconds / len(names), options.finds.resolve())
-        total += found
+    seconds = options.seconds / math.ceil(len(names) / options.processes)
+    print(f"seed {options.seed}, {seconds:.0f} s for each of {len(names)} readers", flush=True)
+
+    def run(name: str) -> Counter[str]:
+        found = fuzz(name, options.seed, seconds, options.finds.resolve())
         shown = ", ".join(f"{count} {outcome}" for outcome, count in sorted(found.items()))
-        print(f"{name}: {found.total()} inputs: {shown}", flush=True)
+        print(f"{name}: {found.total()} inputs, {found.total() / seconds:.1f} a second: {shown}", flush=True)
+        return found
+
+    with ThreadPoolExecutor(options.processes) as pool:
+        total = sum(pool.map(run, names), Counter[str]())
     wrong = total["other"]
     print(f"{'FAILS' if wrong else 'holds'}: {wrong} of {total.total()} inputs without a proper end")
     if wrong:

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import KW_ONLY, asdict, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
@@ -433,6 +433,12 @@ def _choose(whole: list[tuple[Path, TrainState]], which: Literal["last", "best"]
     return max(whole, key=rank)[0] if whole else None
 
 
+@cache
+def _states() -> TypeAdapter[TrainState]:
+    """Takes longer to make than to use."""
+    return TypeAdapter(TrainState)
+
+
 def read_state(path: Path, *, verify: bool = True) -> TrainState:
     """Reads a checkpoint's `state.json` and compares the other files with its checksums; no weights are loaded.
 
@@ -457,7 +463,7 @@ def read_state(path: Path, *, verify: bool = True) -> TrainState:
         if not (path / name).is_file() or (verify and sha256_of(path / name) != expected):
             raise CheckpointError(f"{path / name} is damaged or missing; take another checkpoint of the run")
     try:
-        state = TypeAdapter(TrainState).validate_json(json.dumps(record))
+        state = _states().validate_json(json.dumps(record))
         for name in state.classes:
             check_text("class", name)
         return state

@@ -255,6 +255,7 @@ def app(options: argparse.Namespace) -> None:
     DEVICE,
     interrupted="interrupted; decisions are kept, and the same command goes on",
 )
+@sole
 def review(options: argparse.Namespace) -> None:
     """Correct the masks of which a run is least sure: `slrnet review RUN --out REVIEW`, then `--write SHARDS`.
 

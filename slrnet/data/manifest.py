@@ -32,7 +32,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -405,6 +405,12 @@ def _counts(shards: pa.Table) -> dict[str, int]:
     return dict(sorted((row["split"], row["samples_sum"]) for row in sums))
 
 
+@cache
+def _descriptions() -> TypeAdapter[DatasetInfo]:
+    """Takes longer to make than to use."""
+    return TypeAdapter(DatasetInfo)
+
+
 def _read_info(path: Path) -> DatasetInfo:
     file = path / DATASET_FILE
     remake = "rebuild the data set with `slrnet prepare`"
@@ -420,7 +426,7 @@ def _read_info(path: Path) -> DatasetInfo:
         advice = f"install the newer slrnet that made it, or {remake}" if newer else remake
         raise DataError(f"{file} has format version {version}, this program reads version {MANIFEST_VERSION}; {advice}")
     try:
-        info = TypeAdapter(DatasetInfo).validate_python(values)
+        info = _descriptions().validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"{file} is incomplete or malformed ({first['loc']}: {first['msg']}); {remake}") from None

@@ -25,6 +25,8 @@ __all__ = ["Failure", "RunLog", "find_failure", "read_log"]
 FOLDER = "logs"
 LOST_PEER = re.compile(r"(closed|reset) by peer|gloo.*(Broken pipe|not connected)|remote process exited|NCCL error")
 """Messages of gloo and NCCL when another rank is gone; gloo's depends on the operation."""
+_COMMON: dict[str, type] = {"time": str, "event": str, "rank": int, "node": str, "pid": int}
+_OF_FAILURES: dict[str, type] = {"step": int, "exception": str, "message": str}
 DIED = "its process ended without an error: it was killed, ran out of memory, or its node was lost"
 
 
@@ -76,7 +78,8 @@ def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Fai
     """
     after = datetime.fromtimestamp(since, UTC).isoformat(timespec="milliseconds")
     logged = (record for path in sorted((folder / FOLDER).glob("rank-*.jsonl")) for record in read_log(path))
-    records = sorted((record for record in logged if record["time"] >= after), key=itemgetter("time"))
+    whole = (record for record in logged if _is_whole(record))
+    records = sorted((record for record in whole if record["time"] >= after), key=itemgetter("time"))
     processes = {record["rank"]: record["pid"] for record in records}  # the last of each rank
     records = [record for record in records if record["pid"] == processes[record["rank"]]]
     for record in records:
@@ -94,6 +97,12 @@ def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Fai
     return _failure(failures[0]) if failures else None
 
 
+def _is_whole(record: Mapping[str, Any]) -> bool:
+    """Whether a record, which a damaged file may hold, has the fields that are read here."""
+    kinds = _COMMON | (_OF_FAILURES if record["event"] in ("hang", "failure") else {})
+    return all(isinstance(record.get(name), kind) for name, kind in kinds.items())
+
+
 def _failure(record: Mapping[str, Any]) -> Failure:
     return Failure(**{field.name: record[field.name] for field in fields(Failure)})
 
@@ -103,7 +112,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the last line of a process that was killed
         if isinstance(record, dict) and "event" in record and "time" in record:
             yield record

@@ -40,7 +40,7 @@ def test_every_command_that_fills_an_output_is_alone() -> None:
         if "--out" in _options(adder := getattr(module, name))
     }
     alone = {name for name, adder in with_out.items() if hasattr(adder.keywords["run"], "__wrapped__")}
-    assert set(with_out) - alone == {"evaluate", "pseudo_label"}
+    assert set(with_out) - alone == {"evaluate", "pseudo_label", "watch"}
 
 
 def _options(add: object) -> list[str]:

@@ -31,6 +31,17 @@ def test_every_line_says_when_where_and_what(tmp_path: Path) -> None:
     assert str(second["time"]) >= str(first["time"])
 
 
+@pytest.mark.parametrize("name", ["time", "event", "rank", "node", "pid", "step", "exception", "message"])
+def test_damaged_records_say_nothing(name: str, tmp_path: Path) -> None:
+    log = RunLog(tmp_path, rank=3)
+    fail(log, 7, "sound")
+    path = tmp_path / "logs" / "rank-3.jsonl"
+    (record,) = read(tmp_path, 3)
+    for damaged in (record | {name: []}, {key: value for key, value in record.items() if key != name}):
+        path.write_text("".join(f"{line}\n" for line in (json.dumps(damaged), "[" * 100_000, json.dumps(record))))
+        assert str(find_failure(tmp_path, since=0.0)).startswith("DataError: sound (rank 3")
+
+
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     log = RunLog(None, rank=0)
