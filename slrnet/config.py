@@ -36,6 +36,7 @@ __all__ = [
     "Setting",
     "Tf32",
     "TrainConfig",
+    "TrainPrecision",
     "ViewsConfig",
     "WeightsConfig",
     "apply_overrides",
@@ -55,6 +56,8 @@ PositiveFloat = Annotated[float, Field(strict=True, gt=0.0, allow_inf_nan=False)
 Setting = Literal["wsss", "sss_image_labels", "sss"]
 """Image labels; pixel and image labels; pixel labels and unlabeled images."""
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+"""See `evaluation.precision`."""
+TrainPrecision = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 """See `train.precision`."""
 Tf32 = Literal["off", "convolutions", "all"]
 """See `train.tf32`."""
@@ -355,8 +358,8 @@ class WeightsConfig(_Section):
     these losses also take the place of the classification loss (tools/train_voc_semi.py)."""
     pixel_mean: NonNegativeFloat = 0.0
     """Factor, in addition to lambda_seg, on these losses' mean over the samples with masks instead of the whole batch,
-    added to the above. The paper has none; the released training has 1 (tools/train_voc_semi.py). As there, each worker
-    takes the mean over its own samples, so with it the number of workers changes the training."""
+    added to the above. The paper has none; the released training has 1 (tools/train_voc_semi.py), where each GPU takes
+    the mean over its own samples; here it is that over the samples of all workers and accumulation steps."""
     classification: NonNegativeFloat = 1.0
     """lambda_cls."""
     consistency: NonNegativeFloat = 4.0
@@ -415,9 +418,10 @@ class TrainConfig(_Section):
     """Global batch: images per optimizer step over all workers and accumulation steps."""
     accumulation: PositiveInt = 1
     """Backward passes per optimizer step; the memory for a batch shrinks by this factor."""
-    precision: Precision = "auto"
+    precision: TrainPrecision = "auto"
     """`auto`: autocast to bfloat16 on GPUs from Ampere on and CPUs with AMX, to float16 on T4 and V100; `fp32`: none;
-    `bf16`, `fp16`: always. With float16 the loss is scaled, and a step whose gradients overflow changes nothing."""
+    `bf16`, `fp16`: always. With float16 the loss is scaled, and a step whose gradients overflow changes nothing.
+    `fp64`: weights and arithmetic in float64, slower and in twice the memory, to compare trainings without rounding."""
     tf32: Tf32 = "convolutions"
     """Float32 operators that may round their inputs to TF32 (10 bits of fraction) on GPUs from Ampere on. The paper
     does not say; `convolutions` is PyTorch's default. `off` is float32 in full, at a fraction of the speed."""

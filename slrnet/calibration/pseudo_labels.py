@@ -18,7 +18,7 @@ from torch import Tensor
 from slrnet.calibration.refine import refine, scaled_dilations
 from slrnet.config import CalibrationConfig
 from slrnet.data.catalog import IGNORE_INDEX
-from slrnet.ops.maps import class_probs, resize
+from slrnet.ops.maps import class_probs, resize, widened
 
 __all__ = ["Calibrated", "calibrate_views", "make_pseudo_labels", "possible_classes", "threshold", "to_class_ids"]
 
@@ -63,7 +63,7 @@ def calibrate_views(
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         height, width = (-(-side // config.refine_stride) for side in images.shape[-2:])
         images = resize(images, (height, width))
-        probs = _average([view.float() for view in masks], config.view_weights)
+        probs = _average([widened(view) for view in masks], config.view_weights)
         if config.fusion == "logits":
             probs = class_probs(probs)
         if config.background_power != 1:

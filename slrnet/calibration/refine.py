@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slrnet.ops.compiled import with_compiler
+from slrnet.ops.maps import widened
 
 __all__ = ["affinities", "refine", "scaled_dilations", "similarities"]
 
@@ -53,7 +54,7 @@ def refine(
         compiled: let `torch.compile` make one kernel of an iteration, for this size.
 
     Returns:
-        (N, K, H, W) float32. Channels that sum to 1 still do.
+        (N, K, H, W), float32 at least. Channels that sum to 1 still do.
 
     Raises:
         ValueError: shapes that do not fit, no dilation, or one below 1.
@@ -66,16 +67,16 @@ def refine(
     if not dilations or min(dilations) < 1:
         raise ValueError(f"dilations are {dilations}; allowed is at least one whole number from 1 on")
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        probs = probs.float()
+        probs = widened(probs)
         if num_iters == 0:
             return probs
         sparse = probs.device.type == "cpu" and torch.backends.mkl.is_available()
         sparse &= probs.shape[1] >= SPARSE_CHANNELS and probs[0, 0].numel() <= SPARSE_PIXELS
         run = _refine_by_products if sparse else _refine_by_slices
-        weights = with_compiler(affinities, compiled)(images.float(), dilations=dilations)
+        weights = with_compiler(affinities, compiled)(widened(images), dilations=dilations)
         if feature_share:
             assert features is not None
-            weights.lerp_(similarities(features.float(), dilations=dilations), feature_share)
+            weights.lerp_(similarities(widened(features), dilations=dilations), feature_share)
         return with_compiler(run, compiled and not sparse)(probs, weights, num_iters, dilations)
 
 

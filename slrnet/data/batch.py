@@ -28,9 +28,9 @@ class Batch:
     pixel_labels: Tensor | None = None
     """(N, S, S) uint8 class ids, 255 where void and all over an image without such a mask; None if no image has one."""
 
-    def floats(self) -> Tensor:
-        """(N, 3, S, S) float32 images in [0, 1], contiguous by channel, which makes color changes faster."""
-        return self.images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    def floats(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, 3, S, S) images in [0, 1], contiguous by channel, which makes color changes faster."""
+        return self.images.to(dtype, memory_format=torch.contiguous_format).div_(255)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The batch with all tensors on `device`; `non_blocking` copies from pinned memory without waiting."""

@@ -15,6 +15,7 @@ from slrnet.losses.consistency import code_consistency, mask_consistency, mask_d
 from slrnet.losses.segmentation import weigh
 from slrnet.models.network import Outputs
 from slrnet.ops.cross_entropy import resized_cross_entropy
+from slrnet.ops.maps import widened
 
 __all__ = ["Labels", "Objective", "classification_loss", "objective"]
 
@@ -51,6 +52,8 @@ class Labels:
     """(N,) bool, whether training may use an image's true mask."""
     pseudo_labels: Tensor | None
     """(N, H, W) int64, or (V, N, H, W) with one for each view, for images without a true mask; None in pretraining."""
+    pixel_labeled_share: Tensor | None = None
+    """(), share of the images with true masks in the global batch, of which these may be a part; None: in these."""
 
 
 def objective(
@@ -120,7 +123,8 @@ def classification_loss(class_scores: Tensor, image_labels: Tensor, positive_wei
     Returns:
         (N,) the mean over the classes for each image.
     """
-    losses = F.binary_cross_entropy_with_logits(class_scores.float(), image_labels.float(), reduction="none")
+    scores = widened(class_scores)
+    losses = F.binary_cross_entropy_with_logits(scores, image_labels.to(scores), reduction="none")
     if positive_weight != 1:
         losses = losses * (1 + (positive_weight - 1) * image_labels)
     return losses.mean(dim=1)
@@ -133,8 +137,10 @@ def _pixel_factor(labels: Labels, weights: WeightsConfig) -> Tensor | float:
         factor = weights.pixel_pretraining
     if not weights.pixel_mean:
         return factor
-    of = labels.has_pixel_labels
-    return factor + weights.pixel_mean * len(of) / of.sum().clamp_min(1)
+    share = labels.pixel_labeled_share
+    if share is None:
+        share = labels.has_pixel_labels.float().mean()
+    return factor + torch.where(share > 0, weights.pixel_mean / share, 0.0)
 
 
 def _segmentation_parts(

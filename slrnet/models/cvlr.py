@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from slrnet.config import CvlrConfig, Implementation
 from slrnet.ops.factorize import assigned_sums, directions_of, factorize_op, working_dtype
 from slrnet.ops.kernels import MASS_FLOOR
+from slrnet.ops.maps import widened
 
 __all__ = [
     "CrossViewLowRank",
@@ -182,9 +183,9 @@ class CrossViewLowRank(nn.Module):
             autocast), and the shared dictionary.
         """
         with torch.autocast(features[0].device.type, enabled=False):
-            positions = torch.cat([view.float().flatten(2) for view in features], dim=2)  # (N, C, P)
+            positions = torch.cat([widened(view).flatten(2) for view in features], dim=2)  # (N, C, P)
             run = self._paper if self.form == "paper" else self._released
-            low_rank, codes, dictionary = run(positions, [view.float().flatten(2) for view in logits])
+            low_rank, codes, dictionary = run(positions, [widened(view).flatten(2) for view in logits])
         # Convolutions follow, which would each bring the features to this layout.
         maps = [view.contiguous(memory_format=torch.channels_last) for view in _to_maps(low_rank, features)]
         return LowRankViews(maps, _to_maps(codes, features), dictionary)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slrnet.ops.maps import resize
+from slrnet.ops.maps import resize, widened
 
 __all__ = [
     "ASPP",
@@ -141,7 +141,7 @@ class SkipFusion(nn.Module):
 
     @torch.no_grad()
     def _shallow_share(self, joined: Tensor) -> Tensor:
-        variance = joined.float().var(dim=(0, 2, 3), correction=0)
+        variance = widened(joined).var(dim=(0, 2, 3), correction=0)
         return variance[self.dim :].sum() / variance.sum().clamp_min(1e-12)
 
 
@@ -218,7 +218,7 @@ class MaskHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, dim, H, W) features to (N, K, H, W) logits, background first."""
-        foreground: Tensor = self.classify(self.convs(features)).float()
+        foreground = widened(self.classify(self.convs(features)))
         if self.predict_background:
             return foreground
         return torch.cat([torch.ones_like(foreground[:, :1]), foreground], dim=1)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from slrnet.config import ModelConfig
 from slrnet.models.encoders import Encoder
 from slrnet.models.network import Network, Outputs
+from slrnet.ops.maps import widened
 
 __all__ = ["DeepLabV3Plus", "require_deeplab"]
 
@@ -82,4 +83,4 @@ class DeepLabV3Plus(Network):
         features = self.encoder.levels(images)
         unused = images.new_zeros(0)
         logits: Tensor = self.head(self.decoder([unused, unused, features[self._skip], features[-1]]))
-        return logits.float()
+        return widened(logits)

@@ -159,6 +159,11 @@ class Encoder(nn.Module):
         features: list[Tensor] = self.pyramid(self.backbone(images))
         return features
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights: float32, or float64 by `train.precision`."""
+        return next((weight.dtype for weight in self.parameters()), torch.float32)
+
     def normalize(self, images: Tensor) -> Tensor:
         """Maps (N, 3, H, W) in [0, 1] to what the backbone was trained on, channels last for fast convolutions."""
         return ((images - self._mean) / self._std).contiguous(memory_format=torch.channels_last)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slrnet.models.decoder import conv_norm_relu
+from slrnet.ops.maps import widened
 
 __all__ = ["AuxiliaryHead", "class_scores"]
 
@@ -36,7 +37,7 @@ class AuxiliaryHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, dim, h, w) features to (N, K, h, w) logits, background first."""
-        foreground: Tensor = self.classify(self.dropout(self.conv(features))).float()
+        foreground = widened(self.classify(self.dropout(self.conv(features))))
         if self.predict_background:
             return foreground
         # Concatenation along the last dimension keeps the result channels last.
@@ -58,7 +59,7 @@ def class_scores(logits: Tensor, probs: Tensor, *, focal_power: float = 3.0, foc
     """
     # Classes last keep gradients channels last. Dropping the background after the sums needs no map of zeros for its
     # gradient.
-    logits, probs = logits.movedim(1, -1).float(), probs.movedim(1, -1).float()
+    logits, probs = widened(logits.movedim(1, -1)), widened(probs.movedim(1, -1))
     mass = probs.sum(dim=(1, 2))[:, 1:]
     pooled = (logits * probs).sum(dim=(1, 2))[:, 1:] / (1 + mass)
     mean = mass / probs[0, ..., 0].numel()

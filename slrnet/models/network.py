@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from slrnet.config import Precision
+from slrnet.config import TrainPrecision
 from slrnet.models.encoders import Encoder
 from slrnet.ops.maps import class_probs
 
@@ -62,16 +62,16 @@ class Network(nn.Module):
         raise NotImplementedError
 
 
-def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """The dtype that a forward pass is cast to; None for float32.
+def autocast_dtype(precision: TrainPrecision, device: torch.device) -> torch.dtype | None:
+    """The dtype that a forward pass is cast to; None for that of the weights.
 
     Args:
-        precision: `fp32`, `bf16`, `fp16`, or `auto`: what the hardware itself computes fast. That is bfloat16 on GPUs
-            from Ampere on (PyTorch emulates it on older ones) and CPUs with AMX, float16 on Volta and Turing.
+        precision: `fp32`, `fp64`, `bf16`, `fp16`, or `auto`: what the hardware itself computes fast. That is bfloat16
+            on GPUs from Ampere on (PyTorch emulates it on older ones) and CPUs with AMX, float16 on Volta and Turing.
         device: the network's device.
     """
     if precision != "auto":
-        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        return {"fp32": None, "fp64": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
         return torch.bfloat16 if major >= 8 else torch.float16 if major == 7 else None
@@ -79,7 +79,7 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
     return torch.bfloat16 if device.type == "cpu" and capabilities.get("amx_bf16", False) else None
 
 
-def mixed_precision(precision: Precision, device: torch.device) -> torch.autocast:
+def mixed_precision(precision: TrainPrecision, device: torch.device) -> torch.autocast:
     """Autocast for a forward pass, or a context without effect; see `autocast_dtype`."""
     dtype = autocast_dtype(precision, device)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from slrnet.ops import kernels
+from slrnet.ops.maps import widened
 
 __all__ = ["by_operators", "resized_cross_entropy", "sums_and_gradients"]
 
@@ -40,7 +41,8 @@ class _ResizedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        loss, gradient = sums_and_gradients(logits.float(), labels, weights)
+        wide = widened(logits)
+        loss, gradient = sums_and_gradients(wide, labels, weights.to(wide))
         ctx.save_for_backward(gradient.to(logits.dtype))
         ctx.pixels = labels[0].numel()
         mean: Tensor = loss / ctx.pixels
@@ -68,7 +70,7 @@ def sums_and_gradients(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple
         (N,) the sums, and their gradients (N, K, h, w), channels last.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        if min(*logits.shape[2:], *labels.shape[1:]) > 1:
+        if logits.dtype == torch.float32 and min(*logits.shape[2:], *labels.shape[1:]) > 1:
             if kernels.triton_serves(logits):
                 from slrnet.ops import cross_entropy_triton
 

@@ -132,17 +132,18 @@ def step_losses(
     pseudo_rows: PseudoRows | None,
     labeler: Network | None = None,
     first: int = 0,
+    pixel_labeled_share: Tensor | None = None,
 ) -> Objective:
     """Runs a batch, or a part of it, forward to its loss parts.
 
     The model may be wrapped for distributed training; `encoder` is its encoder. The CPU `generator` draws the views of
     the global batch, in which the first image of this part has the number `first`. `pseudo_rows` is what
     `find_pseudo_rows` says of the batch; None leaves out pseudo labels and their loss. The `labeler`, on the model's
-    device, makes the pseudo labels if `calibration.source` is not `training`.
+    device, makes the pseudo labels if `calibration.source` is not `training`. For `pixel_labeled_share` see `Labels`.
     """
     assert (labeler is None) == (config.calibration.source == "training"), config.calibration.source
     with record_function("slrnet: views"):
-        images = batch.floats()
+        images = batch.floats(encoder.dtype)
         inputs, views, distorted = make_views(
             images,
             config.views,
@@ -159,7 +160,8 @@ def step_losses(
         with record_function("slrnet: labeler"):
             guide = _label(labeler, images, views, config.views, encoder)
     images = distorted if config.calibration.refine_image == "distorted" else images
-    return losses_of(outputs, views, images, batch, config=config, pseudo_rows=pseudo_rows, guide=guide)
+    options: dict[str, Any] = {"pseudo_rows": pseudo_rows, "guide": guide, "pixel_labeled_share": pixel_labeled_share}
+    return losses_of(outputs, views, images, batch, config=config, **options)
 
 
 @torch.no_grad()
@@ -184,6 +186,7 @@ def losses_of(
     config: Config,
     pseudo_rows: PseudoRows | None,
     guide: Outputs | None = None,
+    pixel_labeled_share: Tensor | None = None,
 ) -> Objective:
     """Computes the loss parts from the outputs for all views of the crops `images`, (N, 3, H, W) float in [0, 1].
 
@@ -210,6 +213,7 @@ def losses_of(
             pixel_labels=None if config.setting == "wsss" else pixel_labels.long(),
             has_pixel_labels=batch.has_pixel_labels,
             pseudo_labels=pseudo_labels,
+            pixel_labeled_share=pixel_labeled_share,
         )
         divergence = config.calibration.supervision == "kl"
         return objective(aligned, labels, weights=config.weights, losses=config.losses, divergence=divergence)

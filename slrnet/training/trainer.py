@@ -380,6 +380,7 @@ class Trainer:
         # Parts of ranks and steps count by their images: the gradient is that of the global batch's mean.
         scale = self.process.world_size / settings.batch_size
         first = share_of(settings.batch_size, rank=self.process.rank, world_size=self.process.world_size).start
+        share = self._pixel_labeled_share(batch)
         self.optimizer.zero_grad(set_to_none=True)
         totals: dict[str, Tensor] = {}
         for index in range(count):
@@ -394,7 +395,8 @@ class Trainer:
             alone = index + 1 < count and isinstance(self.wrapped, DistributedDataParallel)
             with self.wrapped.no_sync() if alone else nullcontext():  # type: ignore[operator]
                 self.listener.at("going forward", step)
-                losses = self._losses(part, generator, first=first + rows.start, pretraining=pretraining)
+                place: dict[str, Any] = {"first": first + rows.start, "pixel_labeled_share": share}
+                losses = self._losses(part, generator, pretraining=pretraining, **place)
                 self.listener.at("going backward", step)
                 with record_function("slrnet: backward"):
                     self.scaler.scale(losses["loss"] * weight).backward()
@@ -434,7 +436,16 @@ class Trainer:
             self.average.update(self.model, step + 1)
         return values
 
-    def _losses(self, batch: Batch, generator: torch.Generator, *, first: int, pretraining: bool) -> dict[str, Tensor]:
+    def _pixel_labeled_share(self, batch: Batch) -> Tensor | None:
+        """Share of the images with true masks in the global batch; None if it is not needed."""
+        if not self.config.weights.pixel_mean:
+            return None
+        own = batch.has_pixel_labels.sum().to(self.process.device, non_blocking=True)
+        return sum_over_ranks(own, self.process) / self.config.train.batch_size
+
+    def _losses(
+        self, batch: Batch, generator: torch.Generator, *, pretraining: bool, **place: Any
+    ) -> dict[str, Tensor]:
         with mixed_precision(self.config.train.precision, self.process.device):
             result = step_losses(
                 self.wrapped,
@@ -443,8 +454,8 @@ class Trainer:
                 encoder=self.model.encoder,
                 labeler=self.labeler,
                 generator=generator,
-                first=first,
                 pseudo_rows=None if pretraining else find_pseudo_rows(batch),
+                **place,
             )
         return {"loss": result.total, **result.parts, **result.figures}
 
@@ -598,7 +609,8 @@ def _new_network(config: Config, num_classes: int, process: Process) -> tuple[Ne
         from slrnet.cpu.allocator import spare_memory
 
         spare_memory(speed_up(model))
-    model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
+    model.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.model.sync_batch_norm and process.world_size > 1:
         share_batch_norms(model.train())
     if config.train.compile:

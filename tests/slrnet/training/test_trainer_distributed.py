@@ -1,4 +1,4 @@
-"""Two gloo processes against one: gradients, counts, errors, and a whole training.
+"""Two gloo processes against one: gradients, counts, errors, and whole trainings.
 
 This file is also the program that the two processes run; all that they do is done in one go, as starting them is what
 takes the time.
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -45,7 +46,7 @@ from slrnet.tracking.mlflow import client_of, create_run
 from slrnet.tracking.protocol import NullTracker, RunHandle
 from slrnet.tracking.run_log import find_failure
 from slrnet.training import trainer as trainer_module
-from slrnet.training.listener import RunListener
+from slrnet.training.listener import Listener, RunListener
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 from slrnet.training.trainer import NonFiniteLossError, Trainer
 
@@ -82,7 +83,9 @@ def _process(folder: Path, rank: int) -> None:
         "ranks": (process.rank, process.world_size, process.is_main),
         "sums": _sums(process),
         "gradients": {setting: _gradients(_semi(config, setting), shards, process) for setting in SETTINGS},
-        "uneven": _uneven_step(config, shards, process),
+        "same": {
+            name: _same_training(_exact(config, name), shards, process, folder / name, until=1) for name in SETTINGS
+        },
         "error": _error(config, shards, process, folder),
         "within": _resumed_within_an_epoch(config, shards, process, folder),
         "training": _training(config, shards, process, folder),
@@ -163,14 +166,34 @@ def _gradients(config: Config, shards: ShardSet, process: Process) -> dict[str, 
     return gradients | {f"part {name}": part.detach() for name, part in result.parts.items()}
 
 
-def _uneven_step(config: Config, shards: ShardSet, process: Process) -> dict[str, Tensor]:
-    """Weights and statistics after a step of seven images, of which rank 0 has three."""
-    config = apply_overrides(config, [*STILL, "train.batch_size=7", "optim.lr=0.1"])
-    trainer = Trainer(config, shards, process=process, folder=Path("unused"))
-    share = slice(7 * process.rank // process.world_size, 7 * (process.rank + 1) // process.world_size)
-    trainer.wrapped.train()
-    trainer._step(_eight(shards, config.setting).part(share), 0, pretraining=False)
-    return trainer.model.state_dict()
+def _same_training(
+    config: Config, shards: ShardSet, process: Process, run: Path, *, until: int | None = None
+) -> dict[str, Any]:
+    """Losses of each step, last weights and score of a training, or of the rest of one."""
+    losses: list[float] = []
+
+    class Losses(Listener):
+        def step(self, done: int, parts: Mapping[str, float], **_: Any) -> None:
+            losses.append(parts["loss"])
+
+    trainer = Trainer(config, shards, process=process, folder=run, listener=Losses())
+    trainer.resume()
+    reports: list[Mapping[str, float]] = []
+    trainer.fit(report=reports.append, until=until)
+    return {"losses": losses, "weights": trainer.model.state_dict(), "miou": reports[-1].get("val/miou_ss")}
+
+
+def _exact(config: Config, setting: str) -> Config:
+    """Two epochs of three steps in float64, with three images a step: one on rank 0 of two and two on rank 1."""
+    texts = [
+        "train.pretrain_epochs=0",
+        "train.batch_size=3",
+        "train.precision=fp64",
+        "data.pixel_oversampling=1",
+        *STILL,
+    ]
+    texts += ["weights.pixel_mean=1.0", "evaluation.every=2", "evaluation.pseudo_mask_images=0"]
+    return apply_overrides(_semi(config, setting), texts)
 
 
 def _resumed_within_an_epoch(config: Config, shards: ShardSet, process: Process, folder: Path) -> dict[str, Any]:
@@ -325,17 +348,20 @@ def test_gradients_are_those_of_the_joined_batch(
         torch.testing.assert_close((first[name] + second[name]) / 2, joined[name], rtol=1e-6, atol=1e-7)
 
 
-def test_shares_of_other_sizes_count_by_their_images(
-    results: list[dict[str, Any]], config: Config, tiny_data: ShardSet
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_any_number_of_workers_trains_the_same(
+    results: list[dict[str, Any]], folder: Path, config: Config, tiny_data: ShardSet, setting: str
 ) -> None:
-    joined = _uneven_step(config, tiny_data, Process())
-    before = Trainer(config, tiny_data, process=Process(), folder=Path("unused")).model.state_dict()
-    first, second = (result["uneven"] for result in results)
-    moved = [name for name in joined if not joined[name].equal(before[name])]
-    assert len(moved) > 50
-    for name in moved:
-        assert first[name].equal(second[name]), name
-        torch.testing.assert_close(first[name] - before[name], joined[name] - before[name], rtol=1e-3, atol=1e-6)
+    """Two workers with uneven shares, then one, against one: in float64, where rounding moves no value over a kink."""
+    exact = _exact(config, setting)
+    alone = _same_training(exact, tiny_data, Process(), folder / f"{setting}-alone")
+    continued = _same_training(exact, tiny_data, Process(), folder / setting)
+    losses = results[0]["same"][setting]["losses"] + continued["losses"]
+    assert len(losses) == 6
+    assert losses == pytest.approx(alone["losses"], rel=1e-10)
+    assert continued["miou"] == alone["miou"]
+    for name, value in alone["weights"].items():
+        torch.testing.assert_close(continued["weights"][name], value, rtol=1e-9, atol=1e-10, msg=name)
 
 
 def test_a_training_stopped_within_an_epoch_goes_on_to_the_bit(results: list[dict[str, Any]]) -> None:
