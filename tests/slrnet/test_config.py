@@ -135,7 +135,10 @@ class TestOverrides:
             ("data.crop_scale=0.9,1.1", "data: crop_scale is (0.9, 1.1); allowed are two shares with 0 < smallest"),
             ("calibration.refine_dilations=", "calibration.refine_dilations: Tuple should have at least 1 item"),
             ("calibration.refine_dilations=1.5", "calibration.refine_dilations.0: Input should be a valid integer"),
-            ("train.precision=fp8", "train.precision: Input should be 'auto', 'fp32', 'bf16', 'fp16' or 'fp64', got 'fp8'"),
+            (
+                "train.precision=fp8",
+                "train.precision: Input should be 'auto', 'fp32', 'bf16', 'fp16' or 'fp64', got 'fp8'",
+            ),
             ("model.output_stride=4", "model.output_stride: Input should be 8, 16 or 32, got 4"),
             ("setting=full", "setting: Input should be 'wsss', 'sss_image_labels' or 'sss', got 'full'"),
             ("data.balance_limit=0.5", "data.balance_limit: Input should be greater than or equal to 1, got 0.5"),

@@ -256,6 +256,17 @@ class TestKindsOfLabels:
         rest = rest + 0.5 * parts.get("segmentation", 0)
         assert (result.total - rest).item() == pytest.approx(expected, abs=1e-5)
 
+    def test_the_mean_over_masks_is_that_of_the_global_batch(self) -> None:
+        """A quarter of its images have masks, and half of these: their mean counts twice as much as among these alone."""
+        labels = labels_of(None, pixel_labels=true_masks(), has_pixel_labels=torch.tensor(SECOND))
+        part_of_more = replace(labels, pixel_labeled_share=torch.tensor(0.25))
+        without, alone, whole = (
+            run(outputs(2), of, pixel_mean=mean).total.item()
+            for of, mean in ((labels, 0.0), (labels, 1.0), (part_of_more, 1.0))
+        )
+        assert whole - without == pytest.approx(2 * (alone - without))
+        assert alone > without
+
     def test_the_mean_over_no_mask_is_zero(self) -> None:
         labels = labels_of(None, pixel_labels=torch.full((2, 6, 6), 255))
         with_mean, without = (run(outputs(2), labels, pixel_mean=mean).total.item() for mean in (1.0, 0.0))
