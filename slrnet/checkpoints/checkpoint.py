@@ -10,7 +10,6 @@ one is damaged, and its best one. `checkpoint-EPOCH-STEP` is of a step within an
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from slrnet.checkpoints.run_store import CONFIG, FILES, STATE, TRAINER, WEIGHTS
+from slrnet.checkpoints.run_store import CONFIG, FILES, STATE, TRAINER, WEIGHTS, rank
 from slrnet.config import Config, load_config
 from slrnet.storage.files import read_json, sha256_of
 from slrnet.storage.folders import remove_folder, whole_folder
@@ -424,13 +423,10 @@ def _whole_checkpoints(folder: Path, *, verify: bool = True) -> list[tuple[Path,
 
 
 def _choose(whole: list[tuple[Path, TrainState]], which: Literal["last", "best"]) -> Path | None:
-    def rank(entry: tuple[Path, TrainState]) -> tuple[float, int, Path]:
-        path, state = entry
-        # The validation mIoU under whatever protocol the run measures.
-        scores = [value for name, value in state.metrics.items() if name.startswith("val/miou_")]
-        return next((value for value in scores if which == "best" and math.isfinite(value)), -1.0), state.step, path
+    def order(entry: tuple[Path, TrainState]) -> tuple[float, int, str]:
+        return rank(entry[1].metrics if which == "best" else {}, entry[1].step, entry[0].name)
 
-    return max(whole, key=rank)[0] if whole else None
+    return max(whole, key=order)[0] if whole else None
 
 
 @cache

@@ -8,18 +8,31 @@ run takes its checkpoints from the store, so that all ranks use the same one.
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from slrnet.storage.files import read_json, write_text
 from slrnet.storage.folders import mark_folder, remove_folder, whole_folder
 from slrnet.storage.lease import LEASE
 from slrnet.storage.remote import RemoteError, cached, copy_from, filesystem_of, is_remote, locked, patiently
 from slrnet.storage.shown import logger_of
 
-__all__ = ["CONFIG", "FILES", "STATE", "TRAINER", "WEIGHTS", "RunStore", "local_run", "run_folder"]
+__all__ = [
+    "CONFIG",
+    "FILES",
+    "STATE",
+    "TRAINER",
+    "WEIGHTS",
+    "RunStore",
+    "local_run",
+    "location_of",
+    "rank",
+    "run_folder",
+]
 
 WEIGHTS = "model.safetensors"
 """A checkpoint's weights."""
@@ -31,6 +44,8 @@ CONFIG = "config.json"
 """The configuration, of a run and of each of its checkpoints."""
 FILES = frozenset((WEIGHTS, TRAINER, STATE, CONFIG))
 """The files of a checkpoint."""
+ORIGIN = "origin"
+"""File in the cache that says in which folder of the object store the original is."""
 _PAYLOAD = (WEIGHTS, TRAINER, CONFIG)
 _CHECKPOINT = re.compile(r"checkpoint-\d{4,9}(-\d{8,12})?")
 _LOG = re.compile(r"rank-\d{1,6}\.jsonl")
@@ -97,6 +112,21 @@ class RunStore:
             self._remove_except(stored)
             fetch_checkpoint(f"{self.location}/checkpoints/{name}", self.folder / "checkpoints" / name)
 
+    def fetch_best(self) -> None:
+        """Copies the run's best checkpoint, its logs and its configuration to this machine.
+
+        Raises:
+            RemoteError: the run has no checkpoint.
+        """
+        if not (names := self.checkpoints()):
+            raise RemoteError(f"{self.location} holds no checkpoint; give a run's location, or a checkpoint's")
+        states = {name: self._state(name) for name in names} if len(names) > 1 else {names[0]: {}}
+        self.fetch_one(max(names, key=lambda name: rank(states[name].get("metrics"), states[name].get("step"), name)))
+        with locked(self.folder / "run"):
+            if CONFIG in patiently(self.location, lambda: self._files("")):
+                copy_from(f"{self.location}/{CONFIG}", self.folder / CONFIG)
+            self._fetch_logs()
+
     def fetch_logs(self) -> None:
         """Copies the logs of ranks on other nodes to this machine; does not raise."""
         try:
@@ -144,6 +174,16 @@ class RunStore:
                 system.delete_file(f"{place}/{STATE}")
             system.delete_dir(place)
 
+    def _state(self, name: str) -> dict[str, Any]:
+        """What a checkpoint says of itself; empty if it is damaged, which whoever loads it says."""
+        with tempfile.TemporaryDirectory() as folder:
+            copy_from(f"{self.location}/checkpoints/{name}/{STATE}", Path(folder) / STATE)
+            try:
+                state = read_json(Path(folder) / STATE)
+            except ValueError:
+                return {}
+        return state if isinstance(state, dict) else {}
+
     def _stored(self) -> dict[str, bool]:
         """Checkpoints in the store by name, and whether each is whole."""
         stored: dict[str, bool] = {}
@@ -184,24 +224,51 @@ def run_folder(location: str) -> Path:
     return cached(storage) / name
 
 
+def rank(metrics: Any, step: Any, name: str) -> tuple[float, int, str]:
+    """Orders checkpoints: the best one, by its validation mIoU and then its step, is the largest."""
+    # The validation mIoU under whatever protocol the run measures.
+    scores = [score for key, score in (metrics or {}).items() if key.startswith("val/miou_") and math.isfinite(score)]
+    return scores[0] if scores else -1.0, step or 0, name
+
+
 def local_run(location: str) -> Path:
-    """Copies a run's checkpoints, or the one checkpoint that is named, to this machine; returns the folder.
+    """Copies a run's best checkpoint, or the one checkpoint that is named, to this machine; returns the folder.
 
     Raises:
         RemoteError: there is none, or the store refuses the request.
     """
     is_remote(location)
     location = location.rstrip("/")
-    folder = cached(location) / location.rpartition("/")[2]
-    if _CHECKPOINT.fullmatch(folder.name):
+    run, _, name = location.rpartition("/checkpoints/")
+    one = bool(_CHECKPOINT.fullmatch(name))
+    if not one and _CHECKPOINT.fullmatch(location.rpartition("/")[2]):  # a checkpoint outside of a run
+        folder = _copy_of(location)
         with locked(folder):
             fetch_checkpoint(location, folder)
         return folder
-    store = RunStore(location, folder)
-    if not (names := store.checkpoints()):
-        raise RemoteError(f"{location} holds no checkpoint; give a run's location, or a checkpoint's")
-    store.fetch(names)
-    return folder
+    folder = _copy_of(run if one else location)
+    store = RunStore(run if one else location, folder)
+    store.fetch_one(name) if one else store.fetch_best()
+    return folder / "checkpoints" / name if one else folder
+
+
+def location_of(path: Path) -> str:
+    """Where in an object store the original of a run or checkpoint is, for a copy that `local_run` made; else the path.
+
+    Processes on other machines can read it there.
+    """
+    path = path.resolve()
+    for folder in path.parents:
+        if folder.parent == cached("").resolve().parent and (folder / ORIGIN).is_file():
+            return f"{(folder / ORIGIN).read_text(encoding='utf-8')}/{path.relative_to(folder).as_posix()}"
+    return str(path)
+
+
+def _copy_of(location: str) -> Path:
+    """The folder on this machine for the copy of a location; a file beside it says where it is from."""
+    parent, _, name = location.rpartition("/")
+    write_text(cached(location) / ORIGIN, parent)
+    return cached(location) / name
 
 
 def fetch_checkpoint(location: str, target: Path) -> None:

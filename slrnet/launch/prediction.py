@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint, check_classes, load_checkpoint, restore_network
+from slrnet.checkpoints.run_store import local_run, location_of
 from slrnet.config import Config, config_from_dict
 from slrnet.data.batch import EvalSample
 from slrnet.data.manifest import ShardSet, load_dataset
@@ -20,6 +21,7 @@ from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import gating_labels, protocol_name
 from slrnet.inference.crf import crf_masks, require_crf
 from slrnet.inference.forward import Inference
+from slrnet.storage.remote import is_remote
 
 __all__ = ["Mask", "MaskJob", "MaskPredictor", "PredictedMask", "open_job"]
 
@@ -36,7 +38,7 @@ class MaskJob:
     """
 
     checkpoint: Checkpoint
-    """The network; the processes read it again from its path."""
+    """The network; the processes read it again from its path, or from the object store that it was copied from."""
     config: Config
     """The checkpoint's settings, with the protocol to use in `evaluation` and `crf`."""
     shards: ShardSet
@@ -55,7 +57,7 @@ class MaskJob:
         """What the masks depend on, besides the splits, as plain values."""
         settings = self.config.evaluation_for(self.config.evaluation.protocol)
         return {
-            "checkpoint": str(self.checkpoint.path.resolve()),
+            "checkpoint": location_of(self.checkpoint.path),
             "epoch": self.checkpoint.state.epoch,
             "data_fingerprint": self.shards.info.fingerprint,
             "protocol": protocol_name(settings, settings.protocol),
@@ -65,8 +67,8 @@ class MaskJob:
 
     def values(self) -> dict[str, Any]:
         """What `open_job` needs in the processes, as plain values."""
-        checkpoint, config = str(self.checkpoint.path.resolve()), self.config.model_dump(mode="json")
-        return {"checkpoint": checkpoint, "config": config, "data": self.shards.location}
+        place, config = location_of(self.checkpoint.path), self.config.model_dump(mode="json")
+        return {"checkpoint": place, "config": config, "data": self.shards.location}
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,9 @@ def open_job(values: dict[str, Any], process: Process, alive: Callable[[], None]
         from slrnet.cpu.allocator import keep_memory
 
         keep_memory()
-    model = restore_network(load_checkpoint(values["checkpoint"]), process.device)
+    place = values["checkpoint"]
+    checkpoint = load_checkpoint(local_run(place) if is_remote(place) else place)
+    model = restore_network(checkpoint, process.device)
     inference = Inference(model, config_from_dict(values["config"]))
     predictor = MaskPredictor(inference, process, values["cpus"] or os.cpu_count() or 1, alive)
     return predictor, load_dataset(values["data"])

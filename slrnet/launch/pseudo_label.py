@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ import pyarrow as pa
 import torch
 
 from slrnet.checkpoints.checkpoint import load_checkpoint
+from slrnet.checkpoints.run_store import local_run
 from slrnet.config import Config
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.eval_loader import EvalLoader
@@ -46,6 +48,7 @@ from slrnet.models.deeplab import require_deeplab
 from slrnet.storage.files import UNFINISHED, flush, read_json, sha256_of, write_json, written_whole
 from slrnet.storage.folders import flush_folder, mark_folder, remove_folder
 from slrnet.storage.lease import beside, owned
+from slrnet.storage.remote import is_remote
 from slrnet.storage.shown import say
 from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.provenance import environment_tags
@@ -116,8 +119,12 @@ def _label_all(job: MaskJob, out: Path, described: dict[str, Any], request: Work
             if _finished(partial, name) is None
         ]
         if remaining:
-            values = job.values() | {"folder": str(partial)}
-            for done, line in enumerate(hand_out(_open, values, remaining, request), 1):
+            # Workers of Ray may be on nodes that do not see the folder.
+            values = job.values() | {"folder": "" if request.num_workers else str(partial)}
+            for done, (line, files) in enumerate(hand_out(_open, values, remaining, request), 1):
+                for name, data in files.items():
+                    with written_whole(partial / name) as incoming:
+                        incoming.write_bytes(data)
                 say(f"{line} ({done} of {len(remaining)} shards)")
         record = _assemble(partial, job.shards, described)
         flush_folder(partial)
@@ -168,8 +175,9 @@ def check_distillation(config: Config) -> str:
             f"{config.data.path} has pseudo masks in {', '.join(labeled)}; a distillation trains on pseudo masks of "
             f"{train_split!r} and validates on true ones of {val_split!r}: make them with --splits {train_split}"
         )
-    teacher = Path(record["job"]["checkpoint"])
-    metrics = load_checkpoint(teacher).state.metrics if teacher.is_dir() else {}
+    teacher = record["job"]["checkpoint"]
+    place = local_run(teacher) if is_remote(teacher) else Path(teacher)
+    metrics = load_checkpoint(place).state.metrics if place.is_dir() else {}
     scores = [f"{name} {100 * value:.1f} %" for name, value in metrics.items() if name.startswith("val/miou")]
     return f"teacher {teacher}, masks by {record['job']['protocol']}: {', '.join(scores) or 'not measured'}"
 
@@ -293,15 +301,22 @@ def _command(job: dict[str, Any]) -> str:
 def _open(values: dict[str, Any], process: Process, alive: Alive) -> Work:
     predictor, shards = open_job(values, process, alive)
 
-    def work(parts: Iterable[tuple[str, int]]) -> Iterator[str]:
+    def work(parts: Iterable[tuple[str, int]]) -> Iterator[tuple[str, dict[str, bytes]]]:
         for split, place in parts:
             view = shards.split(split)
             name, rows = view.shard_names[place], {row["key"]: row for row in view.shard_rows(place).to_pylist()}
             loader = EvalLoader(shards, split=split, indices=view.samples_of(place), on_error="skip")
             members = ((rows[predicted.sample.key], predicted) for predicted in predictor(read_ahead(loader)))
-            _write_shard(Path(values["folder"]) / name, members, predictor, shards, loader)
+            files = {}
+            if values["folder"]:
+                _write_shard(Path(values["folder"]) / name, members, predictor, shards, loader)
+            else:
+                with tempfile.TemporaryDirectory() as folder:
+                    _write_shard(Path(folder) / name, members, predictor, shards, loader)
+                    made = (name, f"{WORK}/{name}.json")  # in this order: notes say that a shard is complete
+                    files = {file: (Path(folder) / file).read_bytes() for file in made}
             told = [f"left out: {skipped.shard}: {skipped.key}: {skipped.reason}" for skipped in loader.skipped]
-            yield "\n".join([*told, f"{name}: {len(rows) - len(loader.skipped)} masks"])
+            yield "\n".join([*told, f"{name}: {len(rows) - len(loader.skipped)} masks"]), files
 
     return work
 

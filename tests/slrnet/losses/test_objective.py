@@ -257,7 +257,7 @@ class TestKindsOfLabels:
         assert (result.total - rest).item() == pytest.approx(expected, abs=1e-5)
 
     def test_the_mean_over_masks_is_that_of_the_global_batch(self) -> None:
-        """A quarter of its images have masks, and half of these: their mean counts twice as much as among these alone."""
+        """A quarter of its images have masks, half of these do: their mean counts twice as much."""
         labels = labels_of(None, pixel_labels=true_masks(), has_pixel_labels=torch.tensor(SECOND))
         part_of_more = replace(labels, pixel_labeled_share=torch.tensor(0.25))
         without, alone, whole = (
