@@ -73,7 +73,7 @@ def calibrate_views(
         raw = resize(probs.gather(1, channels) * (classes >= 0)[:, :, None, None], images.shape[-2:])
         dilations = scaled_dilations(config.refine_dilations, side=config.refine_side, size=(height, width))
         if features is not None:
-            features = resize(features.float(), (height, width))
+            features = resize(widened(features), (height, width))
         options: dict[str, Any] = {"num_iters": config.refine_iters, "dilations": dilations, "compiled": compiled}
         refined = refine(images, raw, features=features, feature_share=config.feature_share, **options)
         if config.peak_power:

@@ -21,6 +21,7 @@ from slrnet.losses.objective import Labels, Objective, objective
 from slrnet.models.encoders import Encoder
 from slrnet.models.network import Network, Outputs
 from slrnet.ops.compiled import with_compiler
+from slrnet.ops.maps import widened
 from slrnet.views.color import apply_color, draw_color
 from slrnet.views.geometry import View, align_maps, apply_view, draw_views, largest_size
 
@@ -199,7 +200,7 @@ def losses_of(
         features = None
         if config.calibration.feature_share:
             told = (outputs if guide is None else guide).features[0]
-            features = align_maps([told.float()], views, size=(told.shape[-2], told.shape[-1]))[0]
+            features = align_maps([widened(told)], views, size=(told.shape[-2], told.shape[-1]))[0]
         pseudo_labels = None
         if pseudo_rows is not None:
             pseudo_labels = _pseudo_labels(source, images, batch, config, pseudo_rows, features)
