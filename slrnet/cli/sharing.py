@@ -44,7 +44,8 @@ def export(options: argparse.Namespace) -> None:
 
     Writes `torch.export` (network.pt2) and ONNX (network.onnx, the extra `export`) of one view: RGB images in [0, 1] of
     any size in, probabilities and class scores out, batch and size open. The program normalizes and resizes by itself.
-    Both files are compared with the network at several sizes before they take their names. `--mlflow` also logs the
+    Plain vision transformers get one size, the training crop's, as PyTorch cannot trace their positions for others.
+    Both files are compared with the network before they take their names. `--mlflow` also logs the
     ONNX file to the training's run, as a model that `mlflow models serve` serves.
 
     Several scales, gating, the power of the background, tiles and the CRF are not in the programs: they need several
@@ -60,6 +61,8 @@ def export(options: argparse.Namespace) -> None:
         uri = log_to_training_run(checkpoint, options.mlflow, options.out / "network.onnx")
         served = f"; serve it: mlflow models serve -m {uri} --env-manager local"
     say(json.dumps(record["largest_difference"]))
+    if reason := record["input"].get("why_one_size"):
+        say(f"images of one size alone, {record['input']['layout']}: {reason}; slrnet.load takes any size")
     if record["left_out"]:
         settings = ", ".join(f"{name}={value}" for name, value in record["left_out"].items())
         say(f"left out: {settings}; slrnet.load applies it")

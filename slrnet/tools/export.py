@@ -52,6 +52,7 @@ class SingleView(nn.Module):
 
     Attributes:
         outputs: names of the outputs, in order.
+        fixed: the only side of images that the program takes, in pixels; 0: any.
     """
 
     def __init__(self, model: Network, config: Config) -> None:
@@ -63,6 +64,7 @@ class SingleView(nn.Module):
         self.stride = model.encoder.size_step
         self.rest = config.data.crop_size % self.stride
         self.scale = config.evaluation.scale
+        self.fixed = 0
         _fix_padding(model, self.rest)
         has_scores = isinstance(model, SLRNet) and not model.predict_background
         self.outputs = ["probabilities", *(["class_scores"] if has_scores else [])]
@@ -82,6 +84,8 @@ class SingleView(nn.Module):
 
     def _fit(self, side: int) -> int:
         """The side that the network sees, as `Inference.fit` computes it, by operators that a program can hold."""
+        if self.fixed:
+            return max(1, round((self.fixed * self.scale - self.rest) / self.stride)) * self.stride + self.rest
         exact = (torch.scalar_tensor(side, dtype=torch.float64) * self.scale - self.rest) / self.stride
         cells: Any = exact.round().clamp(min=1).long().item()
         torch._check(cells >= 1)
@@ -91,7 +95,9 @@ class SingleView(nn.Module):
 def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> dict[str, Any]:
     """Writes a checkpoint's network into the folder `out`: network.pt2, with `onnx` network.onnx, and export.json.
 
-    Each program takes any batch and size. It is compared with the network before its file gets its name.
+    Each program takes any batch and size; where PyTorch cannot trace an encoder for any size, as with the positions of
+    plain vision transformers, squares of the training crop's side. It is compared with the network before its file gets
+    its name.
 
     Returns:
         The content of export.json: classes, input with its preprocessing, outputs, what the run's protocol adds and the
@@ -112,8 +118,15 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
 
     sides = [Dim(name, min=1, max=MOST) for name in ("height", "width")]
     shapes = ({0: Dim("images", min=1, max=MOST_IMAGES), 2: sides[0], 3: sides[1]},)
-    with torch.no_grad(), _explained(f"torch.export cannot trace {config.model.encoder}"):
-        program = torch.export.export(view, (samples[0][0],), dynamic_shapes=shapes, strict=False)
+    reason = ""
+    try:
+        program = _trace(view, samples[0][0], shapes)
+    except ValueError as error:
+        if model.encoder.one_more:
+            raise
+        reason, view.fixed = str(error).rpartition(";")[0], config.data.crop_size
+        samples = _samples(model, config, shapes=[(count, 3, view.fixed, view.fixed) for count in (2, 1)])
+        program = _trace(view, samples[0][0], ({0: Dim("images", min=1, max=MOST_IMAGES)},))
     differences = {}
     with written_whole(out / "network.pt2") as incoming:
         torch.export.save(program, incoming)
@@ -123,8 +136,17 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
             run = _write_onnx(program, view.outputs, incoming)
             differences["network.onnx"] = _compare(samples, run, "network.onnx", sensitivity)
     record = _describe(checkpoint, view.outputs) | {"largest_difference": differences}
+    if view.fixed:
+        layout = f"(N, 3, {view.fixed}, {view.fixed}) float32 RGB in [0, 1]"
+        record["input"] |= {"layout": layout, "at_most": {"images": MOST_IMAGES}, "why_one_size": reason}
+        record["input"]["preprocessing"] += f" Resize images to {view.fixed} x {view.fixed} pixels before."
     write_json(out / "export.json", record)
     return record
+
+
+def _trace(view: SingleView, images: Tensor, shapes: tuple[dict[int, Dim], ...]) -> torch.export.ExportedProgram:
+    with torch.no_grad(), _explained("torch.export cannot trace the network"):
+        return torch.export.export(view, (images,), dynamic_shapes=shapes, strict=False)
 
 
 def _describe(checkpoint: Checkpoint, outputs: Sequence[str]) -> dict[str, Any]:
@@ -152,11 +174,14 @@ def _describe(checkpoint: Checkpoint, outputs: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _samples(model: Network, config: Config) -> list[Sample]:
+_SHAPES = ((2, 3, 101, 78), (1, 3, 64, 96), (3, 3, 7, 145))
+
+
+def _samples(model: Network, config: Config, shapes: Sequence[tuple[int, ...]] = _SHAPES) -> list[Sample]:
     """Noise of several sizes and batches in [0, 1], and the network's outputs in full precision."""
     full = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"precision": "fp32"})})
     noise, samples = torch.Generator().manual_seed(0), []
-    for shape in ((2, 3, 101, 78), (1, 3, 64, 96), (3, 3, 7, 145)):
+    for shape in shapes:
         images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise)
         probs, scores = Inference(model, full).single_scale(images)
         samples.append((images.float() / 255, [probs, *([] if scores is None else [scores.sigmoid()])]))
