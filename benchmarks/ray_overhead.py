@@ -173,12 +173,11 @@ def _keep_to(cores: int) -> None:
 
 
 def _through_ray(values: dict[str, Any], workers: int) -> None:
-    from slrnet.launch.train import LaunchOptions, run_job
+    from slrnet.launch import train as launched
+    from slrnet.launch.cluster import WorkerRequest
 
-    folder = Path(values["folder"])
-    run_job(
-        train, values, LaunchOptions(name=folder.name, storage=folder.parent, num_workers=workers, cpus_per_worker=1)
-    )
+    plan = WorkerRequest(num_workers=workers, cpus_per_worker=1).plan()
+    launched._run(train, values | {"cpus": plan.cpus}, folder=Path(values["folder"]), workers=plan)
 
 
 def _under_torchrun(values: dict[str, Any]) -> None:

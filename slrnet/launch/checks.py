@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from slrnet.checkpoints.checkpoint import CheckpointError, check_classes, find_checkpoint, load_checkpoint
-from slrnet.checkpoints.run_store import CONFIG, RunStore
+from slrnet.checkpoints.run_store import CONFIG, STATE, RunStore
 from slrnet.config import Config, load_config, nearest
 from slrnet.data.class_balance import ClassLists, shares, table
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
@@ -53,10 +53,10 @@ def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
 
 
 def run_exists(storage: Path, name: str, *, remote: str = "") -> bool:
-    """Whether `resume_config` finds a run of that name."""
+    """Whether there is a run of that name to resume; reads no weights."""
     if remote:
         return RunStore(f"{remote.rstrip('/')}/{name}", storage / name).exists()
-    return (storage / name / CONFIG).exists() or find_checkpoint(storage / name / "checkpoints") is not None
+    return (storage / name / CONFIG).exists() or any((storage / name / "checkpoints").glob(f"checkpoint-*/{STATE}"))
 
 
 def check_folder(folder: Path, *, resume: bool) -> Path | None:

@@ -53,7 +53,7 @@ from slrnet.tracking.run_log import find_failure
 from slrnet.tracking.summary import class_tags, description, parameters, result_text
 from slrnet.training.requests import Requests
 
-__all__ = ["POINTER", "LaunchOptions", "OnEpoch", "RunResult", "TrainingError", "launch", "run_job", "train_trial"]
+__all__ = ["POINTER", "LaunchOptions", "OnEpoch", "RunResult", "TrainingError", "launch", "train_trial"]
 
 OnEpoch = Callable[[Mapping[str, float]], bool | None]
 """Hears the figures of each epoch by their MLflow names, `epoch` (from 1) among them; True ends the training."""
@@ -233,26 +233,6 @@ def train_trial(
     driver = training.run(handle, until=until, callbacks=callbacks)
     best = find_checkpoint(checkpoints, which="best")
     driver.finish() if best is None else training.finish(driver, best)
-
-
-def run_job(job: Job, values: dict[str, Any], options: LaunchOptions) -> None:
-    """Runs a job other than a training, such as an evaluation, in this process or in Ray Train's workers.
-
-    Args:
-        job: a module-level function.
-        values: plain values for the job, which also gets its share of the CPU cores, as `cpus`.
-        options: workers; name and storage give the folder in which Ray keeps its own state.
-
-    Raises:
-        ClusterError: the cluster has too few resources.
-        TrainingError: a worker failed.
-    """
-    workers = options.plan()
-    try:
-        _run(job, values | {"cpus": workers.cpus}, folder=options.folder, workers=workers)
-    except Exception as error:
-        cause = _cause(error)
-        raise TrainingError(f"{type(cause).__name__}: {cause}") from error
 
 
 @dataclass(frozen=True)

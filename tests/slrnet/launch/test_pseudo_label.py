@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from data_prep.shard_writer import verify
-from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError
+from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
+from slrnet.checkpoints.run_store import RunStore, local_run
 from slrnet.config import Config, apply_overrides
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.eval_loader import EvalLoader
@@ -29,6 +30,7 @@ from slrnet.distributed.process import Process
 from slrnet.evaluation.metrics import ConfusionMatrix
 from slrnet.inference.forward import Inference
 from slrnet.launch import pseudo_label
+from slrnet.launch.cluster import WorkerRequest
 from slrnet.launch.evaluation import launch_evaluation
 from slrnet.launch.prediction import MaskJob
 from slrnet.launch.pseudo_label import RECORD, SUBSET, launch_pseudo_labels
@@ -191,21 +193,42 @@ def test_true_masks_change_nothing_but_the_measure(
     assert record["quality"] != made[1]["quality"]
 
 
-def test_workers_in_any_order_write_the_same_shards(
+def test_workers_in_any_order_on_machines_that_share_no_folder_make_the_same_shards(
     made: tuple[ShardSet, Any],
     checkpoint: Checkpoint,
     tiny_data: ShardSet,
+    s3: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The checkpoint is in an object store: each machine fetches that one, and the shards come back as bytes."""
+    s3.create_dir("runs")
+    run = tmp_path / "run"
+    parts: dict[str, Any] = {"config": checkpoint.config, "model": checkpoint.model, "optimizer": {}}
+    for epoch, score in ((1, 0.9), (2, 0.1)):
+        state = replace(checkpoint.state, epoch=epoch, step=epoch, metrics={"val/miou_ss": score})
+        save_checkpoint(run / "checkpoints", state=state, **parts)
+    RunStore("s3://runs/mine", run).upload()
+
     def two_workers(open_work: Any, values: dict[str, Any], parts: list[Any], request: Any) -> Iterator[Any]:
-        workers = [open_work(values | {"cpus": 1}, Process(), lambda: None) for _ in range(2)]
+        workers = []
+        for name in ("one", "two"):
+            monkeypatch.setenv("SLRNET_CACHE", str(tmp_path / name))
+            workers.append(open_work(values | {"cpus": 1}, Process(), lambda: None))
         for place in (2, 3, 0, 1):
             yield from workers[place % 2]([parts[place]])
 
     monkeypatch.setattr(pseudo_label, "hand_out", two_workers)
-    label(checkpoint, tiny_data, tmp_path / "shards", *GATED)
-    assert content(tmp_path / "shards") == content(made[0].folder)
+    config = apply_overrides(checkpoint.config, GATED)
+    job = MaskJob(load_checkpoint(local_run("s3://runs/mine")), config, tiny_data, ("train",))
+    record = launch_pseudo_labels(job, tmp_path / "shards", request=WorkerRequest(num_workers=2))
+    assert record["job"]["checkpoint"] == "s3://runs/mine/checkpoints/checkpoint-0001"  # the best
+    ours, theirs = (
+        {n: b for n, b in content(f).items() if n.endswith(".tar")} for f in (tmp_path / "shards", made[0].folder)
+    )
+    assert ours == theirs
+    for name in ("cache", "one", "two"):
+        assert [path.name for path in (tmp_path / name).glob("*/mine/checkpoints/c*")] == ["checkpoint-0001"]
 
 
 class TestStops:
