@@ -10,6 +10,7 @@ import gc
 import os
 import pickle
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,7 @@ def reader_processes(
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     held, locks = batch_bytes * (workers * _PREFETCHED + 1) * processes, workers * _LOCKS * processes
     free = _free_shared_memory() if free is None else free
+    loader = _data_loader(deliveries, workers, pin_memory=pin_memory and held + locks <= free)
     if held + locks > free:
         _logger.warning(
             "%s has %d MiB free, the batches of %d readers may take %d MiB; %s, which is slower. "
@@ -128,9 +130,9 @@ def reader_processes(
         return _Here(deliveries, workers, pin_memory)
     deliveries.epoch_and_start.share_memory_()
     if held + locks <= free:
-        return _data_loader(deliveries, workers, pin_memory=pin_memory)
+        return loader
     deliveries.packed = True  # before the readers start, with the first batch
-    return _Unpacked(_data_loader(deliveries, workers, pin_memory=False), pin_memory)
+    return _Unpacked(loader, pin_memory)
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def _free_shared_memory() -> int:
 
 
 def _data_loader(deliveries: Deliveries, workers: int, pin_memory: bool) -> DataLoader[Any]:
-    return DataLoader(
+    loader = DataLoader(
         deliveries,
         batch_size=None,
         num_workers=workers,
@@ -181,6 +183,9 @@ def _data_loader(deliveries: Deliveries, workers: int, pin_memory: bool) -> Data
         # Its own generator: torch would else draw its workers' base seed from the global one.
         generator=torch.Generator(),
     )
+    # It warns of more readers than cores here, and would again with the first batch, after what follows.
+    warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+    return loader
 
 
 def read_ahead(items: Iterable[Item], number: int = 16) -> Iterator[Item]:
