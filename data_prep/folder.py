@@ -51,6 +51,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
@@ -140,6 +141,8 @@ class FolderInput:
 
     def check(self) -> None:
         """Raises `DataError` if something is missing, out of range, or given in two ways."""
+        if not self.images.is_dir():
+            raise DataError(f"--images {self.images} is no folder; give the folder with the images")
         if not (self.masks or self.labels or self.annotations or self.unlabeled or self.labels_from_folders):
             raise DataError(
                 "neither --masks nor --labels nor --annotations is given; one of them must say what the images show, "
@@ -188,6 +191,8 @@ def convert(given: FolderInput, output: Output) -> DatasetInfo:
     stated = table.of_images(names) if table is not None else None
     if given.labels_from_folders:
         stated = labels_of_folders(files.images, chosen)
+    if chosen is None and stated is not None:
+        _warn_of_typos(stated)
     annotated = _annotated(given, names, stated.class_names if chosen is None and stated is not None else chosen)
     if annotated is not None:
         stated = _joined(stated, annotated.labels, splits_given=bool(given.split) or given.val_fraction > 0)
@@ -372,6 +377,26 @@ def _chosen_classes(given: FolderInput, colors: Palette | None) -> tuple[str, ..
     if given.classes_file is not None:
         return given_classes(read_classes(given.classes_file), f"--classes-file {given.classes_file}")
     return None if given.classes is None else given_classes(given.classes, "--classes")
+
+
+def _warn_of_typos(stated: ImageLabels) -> None:
+    """Says which class, of one image alone, may be another one's name misspelled."""
+    counts = Counter(name for names in stated.labels.values() for name in dict.fromkeys(names))
+    for name in sorted(name for name, count in counts.items() if count == 1 and len(name) > 2):
+        for other in sorted(other for other, count in counts.items() if count > 1 and _one_slip(name, other)):
+            say(
+                f"{stated.what}: warning: one image alone shows the class {name!r}, and {counts[other]} show "
+                f"{other!r}; if that is what is meant, correct the label, or name the classes with --classes"
+            )
+
+
+def _one_slip(one: str, other: str) -> bool:
+    """Whether two words differ by one letter, or by two neighbors in the other order."""
+    pairs = enumerate(zip(one, other, strict=False))
+    start = next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    one, other = one[start:], other[start:]
+    swapped = other[1::-1] + other[2:]
+    return one[1:] == other[1:] or one[1:] == other or one == other[1:] or one == swapped
 
 
 def _class_names(

@@ -490,13 +490,16 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
         ["-c", f"import slrnet; assert slrnet.__file__.startswith({str(packages)!r}), slrnet.__file__"],
         shlex.split("-m slrnet --help"),
         shlex.split("-m slrnet predict --help"),
+        shlex.split("-m slrnet demo --help"),
         shlex.split("-m slrnet prepare demo --train 8 --val 4 --image-size 64 --out shards"),
+        shlex.split("-m slrnet prepare demo --train 4 --val 2 --image-size 64 --out few --voc-folder pictures"),
         ["-m", "slrnet", *shlex.split(train), *changes],
+        shlex.split("-m slrnet predict runs/w pictures/JPEGImages --out masks"),
     ):
         command = [str(tmp_path / "venv" / "bin" / "python"), *words]
         done = subprocess.run(command, cwd=elsewhere, env=alone(), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert list((elsewhere / "runs" / "w" / "checkpoints").glob("checkpoint-*"))
+    assert len(list((elsewhere / "masks").glob("*.overlay.jpg"))) == 6
 
 
 def alone() -> dict[str, str]:

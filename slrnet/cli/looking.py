@@ -221,10 +221,10 @@ def codes(options: argparse.Namespace) -> None:
 def app(options: argparse.Namespace) -> None:
     """Open a page that shows what a checkpoint sees in an image: `slrnet app [CHECKPOINT_OR_RUN]`.
 
-    Drop an image: mask, class scores, code maps per class, and what T, gamma and the refinement do to the pseudo
-    label. Serves on 127.0.0.1 only, until Ctrl-C, and sends nothing anywhere. Without an argument it takes the newest
-    run of $SLRNET_STORAGE, else of ~/slrnet_runs; when neither has one, that of `make demo` in the folder runs. Needs
-    the extra `app`.
+    Drop an image, or take one of the validation images: mask, class scores, code maps per class, and what T, gamma and
+    the refinement do to the pseudo label. Serves on 127.0.0.1 only, until Ctrl-C, and sends nothing anywhere. Without
+    an argument it takes the newest run of $SLRNET_STORAGE, else of ~/slrnet_runs; when neither has one, that of `make
+    demo` in the folder runs. Needs the extra `app`.
     """
     _require_app()
     from slrnet.checkpoints.checkpoint import load_checkpoint
@@ -232,13 +232,14 @@ def app(options: argparse.Namespace) -> None:
 
     checkpoint = load_checkpoint(options.checkpoint or newest_run(default_storages()))
     check_port(options.port)
-    from slrnet.tools.app.analyzer import Analyzer
+    from slrnet.tools.app.analyzer import Analyzer, example_images
     from slrnet.tools.app.page import serve
 
     analyzer = Analyzer(checkpoint, device=options.device)
     say(f"{checkpoint.path}: http://127.0.0.1:{options.port} (Ctrl-C ends it)")
     folder = checkpoint.path.resolve()
-    serve(analyzer, name=f"{folder.parents[1].name}, {folder.name}", port=options.port)
+    name, examples = f"{folder.parents[1].name}, {folder.name}", example_images(checkpoint)
+    serve(analyzer, name=name, port=options.port, examples=examples)
 
 
 @command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ _GCS_ADDRESS = re.compile(r"[^/\s]+:\d+")
 
 
 class ClusterError(ValueError):
-    """The cluster has too few resources."""
+    """The cluster has too few resources, or does not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,15 @@ def cluster_resources() -> tuple[int, int]:
         # clusters, Ray Train's actor that frees a dead run's cores would then connect to the cluster started last.
         address = os.environ.get("RAY_ADDRESS", "")
         environment |= {"RAY_ADDRESS": address} if _GCS_ADDRESS.fullmatch(address) else {}
-        ray.init(runtime_env={"env_vars": environment}, log_to_driver=True, logging_level="warning")
+        if not sys.stdout.isatty():
+            os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # a job's log has no color codes
+        try:
+            ray.init(runtime_env={"env_vars": environment}, log_to_driver=True, logging_level="warning")
+        except Exception as error:  # of many kinds, some of them plain `Exception`
+            raise ClusterError(
+                f"Ray cannot be started or reached ({' '.join(str(error).split())[:300]}); try again when this machine "
+                "is less busy, look at the cluster with `ray status`, or train without Ray with --num-workers 0"
+            ) from error
     have = ray.cluster_resources()
     return int(have.get("CPU", 0)), int(have.get("GPU", 0))
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from slrnet.storage.shown import say
-from slrnet.tracking.location import WORKFLOW, database_uri
+from slrnet.tracking.location import database_uri
 
 __all__ = ["check_port", "default_storages", "newest_run", "serve", "serve_command"]
 
@@ -64,7 +64,9 @@ def serve(storage: Path | None, port: int) -> int:
             "--tracking-uri) are on that server's page"
         )
     check_port(port)
-    page = f"http://127.0.0.1:{port}/#/experiments?{WORKFLOW}"
+    from slrnet.tracking.reader import runs_page  # imports MLflow, which takes seconds
+
+    page = f"http://127.0.0.1:{port}/{runs_page(database_uri(database))}"
     say(f"runs of {database.parent}: {page} (some seconds to start; Ctrl-C ends it)")
     # MLflow's own jobs are for language models, and take five processes.
     quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

@@ -13,11 +13,11 @@ from pathlib import Path
 from PIL import Image
 
 from slrnet.data.images import open_image
-from slrnet.tracking.location import is_named, resolve_uri
+from slrnet.tracking.location import WORKFLOW, is_named, resolve_uri
 from slrnet.tracking.mlflow import PARENT_TAG, check_artifacts, client_of, picture_files, store_errors
 from slrnet.tracking.protocol import SAMPLES, RunHandle, clean_key
 
-__all__ = ["comparison", "find_run", "logged_pictures", "metric_history", "run_tags", "runs_below"]
+__all__ = ["comparison", "find_run", "logged_pictures", "metric_history", "run_tags", "runs_below", "runs_page"]
 
 
 def find_run(uri: str, storage: str | Path, run_id: str) -> RunHandle | None:
@@ -67,6 +67,15 @@ def comparison(handles: Sequence[RunHandle]) -> str:
     ids = json.dumps([handle.run_id for handle in handles], separators=(",", ":"))
     experiment = json.dumps(sorted({handle.experiment_id for handle in handles}))
     return f"#/compare-runs?{urllib.parse.urlencode({'runs': ids, 'experiments': experiment})}"
+
+
+def runs_page(uri: str) -> str:
+    """The part of an address that leads to the list of runs, of the experiment with the newest one."""
+    client = client_of(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    newest = client.search_runs(experiments, order_by=["attributes.start_time DESC"], max_results=1)
+    place = f"/{newest[0].info.experiment_id}/runs" if newest else ""
+    return f"#/experiments{place}?{WORKFLOW}"
 
 
 def runs_below(parent: RunHandle) -> dict[str, tuple[RunHandle, str]]:

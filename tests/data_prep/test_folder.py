@@ -126,6 +126,17 @@ def test_a_table_gives_labels_and_splits(photos: Path, capsys: pytest.CaptureFix
     }
 
 
+def test_a_label_of_one_image_that_resembles_a_frequent_one_is_a_likely_typo(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["image,labels", "one,dog", "two,dgo;ant", "more/three.v2,dog;cat", "more/four,cat"]
+    (photos / "labels.csv").write_text("\n".join(lines) + "\n")
+    make(photos, labels=photos / "labels.csv")
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 1  # `ant` is rare, and resembles none
+    assert "one image alone shows the class 'dgo', and 2 show 'dog'; if that is what is meant, correct" in warnings[0]
+
+
 def test_labels_and_masks_together(photos: Path) -> None:
     """The table's labels count; an image without a mask needs a line in it."""
     (photos / "labels.csv").write_text("image,labels\none.jpg,dog\ntwo,dog\n")
@@ -414,6 +425,8 @@ class TestRefusals:
         table.write_text("image,labels,split\none.jpg,cat,val\n")
         (photos / "palette.txt").write_text(PALETTE)
         self.refuse(photos, "neither --masks nor --labels nor --annotations is given")
+        with pytest.raises(DataError, match="--images .*nope is no folder"):
+            FolderInput(images=photos / "nope").check()
         self.refuse(photos, "name the classes 1, 2, ... with --classes", masks=masks)
         self.refuse(
             photos,
@@ -527,7 +540,7 @@ class TestDepth:
         assert "b.tif cannot be read: 1 of its 4096 values" in capsys.readouterr().err
 
     def test_a_wrong_option_is_refused_before_files_are_read(self, tmp_path: Path) -> None:
-        given = FolderInput(images=tmp_path / "none", unlabeled=True, classes=["a"], depth="twelve")
+        given = FolderInput(images=tmp_path, unlabeled=True, classes=["a"], depth="twelve")
         with pytest.raises(DataError, match="the depth 'twelve' is neither bits from 8 to 32 nor"):
             convert(given, Output(tmp_path / "out"))
 

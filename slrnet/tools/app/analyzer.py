@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -18,13 +19,16 @@ from slrnet.calibration.pseudo_labels import Calibrated, calibrate_views, make_p
 from slrnet.checkpoints.checkpoint import Checkpoint, restore_network
 from slrnet.data.catalog import IGNORE_INDEX, mask_palette
 from slrnet.data.depth import Depth
+from slrnet.data.manifest import DATASET_FILE, load_dataset
+from slrnet.data.samples import SampleIndex, ShardFiles
 from slrnet.inference.forward import Inference, gate
 from slrnet.inference.predictor import rgb_array
 from slrnet.models.slrnet import SLRNet
 from slrnet.ops.maps import resize
+from slrnet.storage.remote import is_remote
 from slrnet.tools.codes import code_maps, iterations
 
-__all__ = ["MAX_SIDE", "Analysis", "Analyzer", "Controls", "shrink"]
+__all__ = ["MAX_SIDE", "Analysis", "Analyzer", "Controls", "example_images", "shrink"]
 
 MAX_SIDE = 640
 """Pixels of the longer side; larger images are scaled down, so that an answer takes about a second on a CPU."""
@@ -173,6 +177,25 @@ class Analyzer:
         settings = self.config.evaluation
         best = list(scores)[: settings.gating_top]
         return tuple(name for name in best if scores[name] > settings.gating_threshold) or (best[0],)
+
+
+def example_images(checkpoint: Checkpoint, number: int = 4) -> dict[str, npt.NDArray[np.uint8]]:
+    """The first validation images of a training's data by key, as from `shrink`; none if the data are not here."""
+    path, split = checkpoint.config.data.path, checkpoint.config.data.val_split
+    if is_remote(path) or not (Path(path) / DATASET_FILE).is_file():
+        return {}
+    shards = load_dataset(path)
+    if split not in shards.splits:
+        return {}
+    view, images = shards.split(split), {}
+    index = SampleIndex(shard_set=shards, split=view)
+    with ShardFiles(index) as files:
+        for place in range(min(number, view.num_samples)):
+            with index.naming(place):
+                contents = files.contents(files.locate(place, masks=False))
+                pixels = index.decode(view.row(place), contents).permute(1, 2, 0).contiguous().numpy()
+            images[view.key(place)] = shrink(Image.fromarray(pixels))
+    return images
 
 
 def shrink(image: Image.Image, depth: Depth | None = None) -> npt.NDArray[np.uint8]:

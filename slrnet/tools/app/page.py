@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from nicegui import events, run, ui
 from PIL import Image
 
-from slrnet.data.images import open_image
+from slrnet.data.images import encode_mask, open_image
 from slrnet.tools.app.analyzer import MAX_SIDE, Analysis, Analyzer, shrink
 from slrnet.tools.app.local import MAX_BYTES, serve_page
 from slrnet.tools.codes import heat
@@ -25,16 +28,17 @@ _STRIPES = "repeating-linear-gradient(135deg, #fafafa 0 4px, #969696 4px 8px)"
 _PICTURES = {"image": "Image", "mask": "Mask", "refined": "Fused and refined", "pseudo": "Pseudo label"}
 
 
-def serve(analyzer: Analyzer, *, name: str, port: int) -> None:
-    """Serves the app, with the checkpoint's name as its heading, on 127.0.0.1 until Ctrl-C."""
-    serve_page(lambda: _Page(analyzer, name).build(), title=f"slrnet: {name}", port=port)
+def serve(analyzer: Analyzer, *, name: str, port: int, examples: Mapping[str, Pixels]) -> None:
+    """Serves the app, with the checkpoint's name as its heading and images to begin with, on 127.0.0.1 until Ctrl-C."""
+    serve_page(lambda: _Page(analyzer, name, examples).build(), title=f"slrnet: {name}", port=port)
 
 
 class _Page:
     """One visitor's page: the image, the controls and what is shown."""
 
-    def __init__(self, analyzer: Analyzer, name: str) -> None:
-        self.analyzer, self.name = analyzer, name
+    def __init__(self, analyzer: Analyzer, name: str, examples: Mapping[str, Pixels]) -> None:
+        self.analyzer, self.name, self.examples = analyzer, name, examples
+        self.mask: npt.NDArray[np.uint8] | None = None
         self.controls = analyzer.defaults
         self.image: Pixels | None = None
         self.request = 0
@@ -54,18 +58,30 @@ class _Page:
                 ).props('accept="image/*" flat bordered').classes("w-80")
                 with ui.column().classes("gap-3 w-96 max-w-full"):
                     self._controls()
+                with ui.row().classes("examples gap-2"):
+                    for key, image in self.examples.items():
+                        shown = ui.image(Image.fromarray(image)).classes("w-20 cursor-pointer").tooltip(f"try {key}")
+                        shown.on("click", lambda key=key: self._take(self.examples[key]))
             self.status = ui.label("No image yet.").classes("status")
             with ui.element("div").classes("grid grid-cols-1 sm:grid-cols-2 lg:grid-cols-4 gap-3 w-full"):
                 for key, caption in _PICTURES.items():
                     with ui.column().classes("gap-1"):
                         ui.label(caption).classes("text-sm font-medium")
                         self.pictures[key] = ui.image().classes(f"picture-{key} w-full").props("no-transition")
+            text = "the mask as a palette PNG, of the size shown; `slrnet predict` writes masks of full size"
+            self.save = ui.button("Save the mask", on_click=self._save).classes("save").props("outline").tooltip(text)
+            self.save.disable()
             self.below = ui.column().classes("w-full gap-2")
+        if self.examples:
+            ui.timer(0.1, lambda: self._take(next(iter(self.examples.values()))), once=True)
 
     def _controls(self) -> None:
         if self.analyzer.has_codes:
-            self._slider("T", "iterations of CVLR (cvlr.num_iters)", 1, 10, 1, "num_iters")
-        text = "share of a class's maximum that a pixel needs (calibration.confidence_threshold)"
+            text = "how often CVLR updates its dictionary and its codes; more makes pixels that look alike more alike "
+            text += "in the mask (cvlr.num_iters)"
+            self._slider("T", text, 1, 10, 1, "num_iters")
+        text = "how sure a pixel must be for the pseudo label, as a share of its class's highest value in the image; "
+        text += "higher labels fewer pixels, and more of them rightly (calibration.confidence_threshold)"
         self._slider("gamma", text, 0, 1, 0.05, "gamma")
         switch = ui.switch("refinement", value=self.controls.refine_iters > 0).classes("refinement")
         text = "of the refinement (calibration.refine_iters)"
@@ -102,6 +118,15 @@ class _Page:
             return
         await self._show()
 
+    async def _take(self, image: Pixels) -> None:
+        if self.image is None or self.image is not image:
+            self.image = image
+            await self._show()
+
+    def _save(self) -> None:
+        if self.mask is not None:
+            ui.download(encode_mask(self.mask, self.analyzer.palette), "mask.png")
+
     def _read(self, data: bytes, name: str) -> Pixels:
         with open_image(data, name=name, remedy="try another image", max_pixels=MAX_PIXELS) as file:
             return shrink(file, self.analyzer.depth)
@@ -123,6 +148,8 @@ class _Page:
 
     def _draw(self, image: Pixels, analysis: Analysis) -> None:
         palette = self.analyzer.palette
+        self.mask = analysis.mask.astype(np.uint8)
+        self.save.enable()
         self.pictures["image"].set_source(Image.fromarray(image))
         for key, mask in (("mask", analysis.mask), ("refined", analysis.refined), ("pseudo", analysis.pseudo_labels)):
             self.pictures[key].set_source(draw_overlay(image, mask, palette))
@@ -143,7 +170,7 @@ class _Page:
             for name, color in class_legend(masks, palette, self.analyzer.classes):
                 fill = "rgb({}, {}, {})".format(*color) if color else _STRIPES
                 with ui.row().classes("items-center gap-2"):
-                    ui.element("div").classes("w-4 h-4 border").style(f"background: {fill}")
+                    ui.element("div").classes("w-4 h-4").style(f"background: {fill}; border: 1px solid currentColor")
                     ui.label(name if color else "undecided")
 
     def _draw_scores(self, analysis: Analysis) -> None:

@@ -171,7 +171,9 @@ def address(tiny_run: Path, serve: Callable[..., AbstractContextManager[str]]) -
 
 
 @pytest.mark.slow
-def test_an_image_is_dropped_and_gamma_moved(address: str, browser: Any, image: Pixels, tmp_path: Path) -> None:
+def test_an_image_is_dropped_and_gamma_moved(
+    address: str, browser: Any, image: Pixels, tmp_path: Path, keep_screenshot: Callable[[str], None]
+) -> None:
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.ui import WebDriverWait
@@ -186,13 +188,22 @@ def test_an_image_is_dropped_and_gamma_moved(address: str, browser: Any, image: 
         WebDriverWait(browser, 120, poll_frequency=0.2).until(lambda _: condition(), "what was waited for")
 
     Image.fromarray(image).save(tmp_path / "photo.png")
+    behavior = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", behavior)
     browser.get_log("performance")  # of pages before, the browser's start page included
     browser.get(address)
     wait(lambda: browser.find_elements(By.CSS_SELECTOR, "input[type=file]"))
+    wait(lambda: "The pseudo label decides" in text(".status"))  # of the first validation image, without a click
+    assert browser.execute_script("return document.querySelectorAll('.examples img').length") == 4
     browser.find_element(By.CSS_SELECTOR, "input[type=file]").send_keys(str(tmp_path / "photo.png"))
     wait(lambda: "96 x 64 pixels. The pseudo label decides" in text(".status") and source(".picture-mask"))
     assert text(".scores")
     assert browser.execute_script("return document.querySelectorAll('.codes img').length") > 0
+    browser.find_element(By.CSS_SELECTOR, ".save").click()
+    wait((tmp_path / "mask.png").is_file)
+    with Image.open(tmp_path / "mask.png") as saved:
+        assert saved.size == (96, 64)
+    keep_screenshot("app")
     before, mask = source(".picture-pseudo"), source(".picture-mask")
     browser.find_element(By.CSS_SELECTOR, ".control-gamma").click()  # to the middle, and from there to 1
     browser.switch_to.active_element.send_keys(10 * Keys.ARROW_RIGHT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,6 +17,7 @@ from slrnet.tools.dashboard import default_storages, serve_command
 from slrnet.tracking.location import resolve_uri
 from slrnet.tracking.mlflow import MlflowTracker, create_run
 from slrnet.tracking.protocol import SAMPLES, RunHandle
+from slrnet.tracking.reader import runs_page
 
 CURVES = ("pseudo_mask/miou", "pseudo_mask/mfdr", "pseudo_mask/mfnr")
 
@@ -42,6 +42,10 @@ def test_a_port_that_is_taken_is_refused(tmp_path: Path, capsys: pytest.CaptureF
         port = taken.getsockname()[1]
         assert main(["dashboard", "--storage", str(tmp_path), "--port", str(port)]) == 2
     assert f"port {port} is taken" in capsys.readouterr().err
+
+
+def test_the_link_leads_to_the_runs(run: RunHandle) -> None:
+    assert runs_page(run.uri) == f"#/experiments/{run.experiment_id}/runs?workflowType=machine_learning"
 
 
 def test_it_listens_on_loopback_alone(tmp_path: Path) -> None:
@@ -69,7 +73,9 @@ def address(run: RunHandle, tmp_path: Path, serve: Callable[..., AbstractContext
 
 
 @pytest.mark.slow
-def test_a_visitor_finds_curves_and_pictures(address: str, browser: Any, tmp_path: Path) -> None:
+def test_a_visitor_finds_curves_and_pictures(
+    address: str, run: RunHandle, browser: Any, keep_screenshot: Callable[[str], None]
+) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     screen = {"width": 1400, "height": 1600, "deviceScaleFactor": 1, "mobile": False}
@@ -80,6 +86,10 @@ def test_a_visitor_finds_curves_and_pictures(address: str, browser: Any, tmp_pat
 
     wait = WebDriverWait(browser, 300, poll_frequency=0.5)
     shown = "return [...document.images].filter(i => i.src.includes('photo') && i.naturalWidth > 1).length"
+    browser.get(address.partition("#")[0] + runs_page(run.uri))  # what the command prints
+    wait.until(lambda _: "seen" in text(), "the list of runs")
+    assert "/runs?" in browser.current_url  # and not the page of traces
+    keep_screenshot("runs")
     browser.get(address)
     wait.until(lambda _: "Best checkpoint: epoch 3." in text(), "the description")
     wait.until(lambda _: browser.execute_script(shown), "its picture")
@@ -89,6 +99,4 @@ def test_a_visitor_finds_curves_and_pictures(address: str, browser: Any, tmp_pat
     wait.until(lambda _: all(key in text() for key in CURVES), "names of the curves")
     wait.until(lambda _: browser.execute_script(shown), "the picture")
     assert text().index(CURVES[0]) < text().index(SAMPLES + "photo")
-    kept = Path(os.environ.get("SLRNET_SCREENSHOTS", "") or tmp_path)
-    kept.mkdir(parents=True, exist_ok=True)
-    assert browser.save_screenshot(str(kept / "dashboard.png"))
+    keep_screenshot("dashboard")
