@@ -33,7 +33,7 @@ RUNS = HOME / "runs"
 WORKER_PORTS = ("--min-worker-port=0", "--max-worker-port=0")
 """Use any free ports: another cluster on this machine may use the default range."""
 START_LIMIT = 180.0
-"""Seconds that the cluster may take to answer."""
+"""Seconds that the cluster may take to answer; Ray itself gives up after 30, so it may need several starts."""
 
 
 def run_demo(options: list[str]) -> int:
@@ -86,16 +86,25 @@ def local_cluster(*options: str, port: int | None = None) -> Iterator[tuple[str,
     command += [f"--temp-dir={folder / 'ray'}", "--include-log-monitor=true"]
     command += [f"--dashboard-agent-listen-port={agent}", *WORKER_PORTS, *options]  # the agent takes the jobs
     say("starting a local Ray cluster with token authentication")
-    with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(
-            command, env=environment, cwd=HOME, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            wait_for(f"http://127.0.0.1:{dashboard}", token, head, folder / "head.log")
-            yield f"http://127.0.0.1:{dashboard}", environment
-        finally:
+    address, log, deadline = f"http://127.0.0.1:{dashboard}", folder / "head.log", time.monotonic() + START_LIMIT
+    head = start(command, environment, log)
+    try:
+        while not wait_for(address, token, head, log, deadline):
+            say("Ray gave up, as it does on a busy machine; starting it once more")
             stop(head)
-            shutil.rmtree(folder, ignore_errors=True)
+            head = start(command, environment, log)
+        yield address, environment
+    finally:
+        stop(head)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Starts a Ray head in a session of its own, with its output in a file."""
+    with log.open("w") as file:
+        return subprocess.Popen(
+            command, env=environment, cwd=HOME, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
 
 def run(command: list[str], environment: dict[str, str]) -> int:
@@ -109,22 +118,30 @@ def run(command: list[str], environment: dict[str, str]) -> int:
         raise
 
 
-def wait_for(address: str, token: Path, head: subprocess.Popen[bytes], log: Path) -> None:
-    """Waits until the cluster takes jobs: the server answers before the agent that starts them is there."""
+def wait_for(address: str, token: Path, head: subprocess.Popen[bytes], log: Path, deadline: float) -> bool:
+    """Waits until the cluster takes jobs: the server answers before the agent that starts them is there.
+
+    Returns:
+        False if Ray timed out and ended.
+
+    Raises:
+        SystemExit: it ended otherwise, or the deadline (`time.monotonic`) has passed.
+    """
     secret = token.read_text(encoding="utf-8")
     request = urllib.request.Request(
         f"{address}/api/jobs/",
         data=b'{"entrypoint": "true"}',
         headers={"Authorization": f"Bearer {secret}", "Content-Type": "application/json"},
     )
-    deadline = time.monotonic() + START_LIMIT
     while time.monotonic() < deadline and head.poll() is None:
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 if answer.status == 200:
-                    return
+                    return True
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
+    if time.monotonic() < deadline and "timed out during startup" in log.read_text(encoding="utf-8"):
+        return False
     raise SystemExit(f"error: Ray did not start; the end of its log:\n{log.read_text(encoding='utf-8')[-3000:]}")
 
 
