@@ -145,11 +145,6 @@ WORKLOADS = {
     "voc_sss_image_labels": Workload(classes=21, draws=SEMI, validation=1449, present=4, masks=5 * 1464 / SEMI),
     "voc_sss": Workload(classes=21, draws=SEMI, validation=1449, present=20, masks=5 * 1464 / SEMI),
 }
-TRANSFORMERS = {
-    f"{name}{frozen}": WORKLOADS[name.rpartition("_")[0]]
-    for name in ("voc_wsss_dinov2", "voc_wsss_dinov3", "voc_sss_dinov2", "coco_wsss_dinov2")
-    for frozen in ("", "_frozen")
-}
 """The paper's runs: half of COCO's 82,783 training images; the other datasets as docs/paper.md prepares them."""
 SCALES = ((2, 16), (8, 16), (64, 64), (64, 512))
 """GPUs and global batch size. 16 is the paper's batch size; 64 GPUs need at least one image each."""
@@ -285,9 +280,7 @@ def hours_of(config: Config, load: Workload, step: Step, gpus: int, validation: 
 class Counts:
     """Counts training steps and validations of recipes, and caches them."""
 
-    def __init__(
-        self, get: Callable[[str], Config] = get_recipe, loads: Mapping[str, Workload] = WORKLOADS | TRANSFORMERS
-    ) -> None:
+    def __init__(self, get: Callable[[str], Config] = get_recipe, loads: Mapping[str, Workload] = WORKLOADS) -> None:
         self.get, self.loads = get, loads
         self._steps: dict[tuple[str, int, int | None], Count] = {}
         self._validations: dict[str, tuple[Operator, ...]] = {}
@@ -473,9 +466,8 @@ def main(arguments: Sequence[str] | None = None, *, make: Callable[..., tuple[st
     try:
         for recipe in options.recipe:
             get_recipe(recipe)
-        known = WORKLOADS | TRANSFORMERS
-        if not set(options.recipe) <= set(known):
-            raise ConfigError(f"--recipe must be one of the runs with a known workload: {', '.join(known)}")
+        if not set(options.recipe) <= set(WORKLOADS):
+            raise ConfigError(f"--recipe must be one of the runs with a known workload: {', '.join(WORKLOADS)}")
         if options.images < 1 or min(options.a100_price, options.h100_price) < 0:
             raise ConfigError("--images must be at least 1, and prices at least 0")
         if options.out is not None:

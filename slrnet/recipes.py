@@ -237,7 +237,8 @@ def voc_wsss_dinov2() -> Config:
 
     Single-stage methods on plain ViTs reach 71 % mIoU on val (ToCo) to 84 % (WeCLIP+, with CLIP and DINO); expect
     between. Not yet run by us. Hardware: one GPU of 80 GB, or two of 40 GB; `train.accumulation=4` on one of 24 GB.
-    The cost model (docs/cost.md) gives the hours. `--set model.lora_rank=16` trains few weights.
+    About 1.3 TFLOP for an image, so an hour on an A100 at 40 % of its peak: reckoned, not measured.
+    `--set model.lora_rank=16` trains few weights.
     Command: `slrnet train --recipe voc_wsss_dinov2 --data SHARDS --num-workers 1`. Weights come from the Hugging Face
     hub, license Apache 2.0.
     """
@@ -249,8 +250,8 @@ def voc_wsss_dinov2() -> Config:
 def voc_wsss_dinov2_frozen() -> Config:
     """`voc_wsss_dinov2` with a frozen encoder: it runs without a graph, and only pyramid and decoder train.
 
-    Expect a few points less than with a trained encoder. Not yet run by us. Hardware: one GPU of 24 GB; hours as the
-    cost model says (docs/cost.md).
+    Expect a few points less than with a trained encoder. Not yet run by us. Hardware: one GPU of 24 GB; about
+    half an hour on an A100, reckoned as there.
     Command: `slrnet train --recipe voc_wsss_dinov2_frozen --data SHARDS --num-workers 1`.
     """
     return _derive(voc_wsss_dinov2(), **_FROZEN)
@@ -283,7 +284,7 @@ def voc_sss_dinov2() -> Config:
 
     UniMatch V2 reaches 90.8 % mIoU on val with the same encoder and masks; expect less, as here calibration differs.
     As there, two views share the channels of half of the images, and the average of the weights labels. Not yet run
-    by us. Hardware: two GPUs of 80 GB, or one with `train.accumulation=2`; hours as the cost model says (docs/cost.md).
+    by us. Hardware: two GPUs of 80 GB, or one with `train.accumulation=2`; 1.5 hours on an A100, reckoned.
     Command: `slrnet train --recipe voc_sss_dinov2 --data SHARDS --num-workers 2`, SHARDS as for `voc_sss`.
     """
     base = _derive(voc_sss(), **_TRANSFORMER)
@@ -309,7 +310,7 @@ def coco_wsss_dinov2() -> Config:
     """COCO from image labels on DINOv2's ViT-B; all else as `voc_wsss_dinov2`.
 
     Single-stage methods on plain ViTs reach 42 % mIoU on val (ToCo) to 56 % (WeCLIP+); expect between. Not yet run by
-    us. Hardware: two GPUs of 80 GB; hours as the cost model says (docs/cost.md).
+    us. Hardware: two GPUs of 80 GB; 2.5 hours on one A100, reckoned.
     Command: `slrnet train --recipe coco_wsss_dinov2 --data SHARDS --num-workers 2`, SHARDS as for `coco_wsss`.
     """
     return voc_wsss_dinov2()
