@@ -48,6 +48,7 @@ SCRIPTS = [
 # Programs that are not ours, and why their lines are not tried here.
 FOREIGN = {
     "aws": "needs an account",
+    "hf": "needs a network; tests/slrnet/models/test_hub.py has a hub",
     "docker": "needs Docker; tests/deploy checks the Dockerfile",
     "helm": "needs a cluster",
     "kubectl": "needs a cluster; tests/deploy checks what it applies",
