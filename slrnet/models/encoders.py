@@ -291,7 +291,7 @@ def check_sizes(encoder: Encoder, config: Config) -> None:
                 f"{setting} {value!r} gives images of any size, and {name} needs sides that are multiples "
                 f"of {step}; use {fitting!r}"
             )
-    if next(encoder.parameters()).device.type == "meta":
+    if next(encoder.parameters()).is_meta:
         try:
             for scale in (1.0, min(config.views.scales)):
                 side = max(1, round(scale * size / step)) * step

@@ -87,7 +87,8 @@ def _differences(run: Callable[[torch.Tensor], Sequence[torch.Tensor]], model: N
 
 def test_the_networks_are_those_of_all_recipes() -> None:
     names = [name for network in NETWORKS for name in str(network.id).split("+")]
-    assert sorted(names) == sorted(RECIPES)
+    transformers = {name for name in RECIPES if get_recipe(name).model.encoder.startswith("timm:vit_")}
+    assert sorted(names) == sorted(RECIPES.keys() - transformers), "small transformers have a test of their own"
     settings = {(n.values[0].model.encoder, n.values[0].setting, n.values[0].model.architecture) for n in FAST}
     assert {setting for _, setting, _ in settings} == {"wsss", "sss"}
     assert {architecture for *_, architecture in settings} == {"slrnet", "deeplabv3plus"}
