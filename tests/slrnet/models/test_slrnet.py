@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import slrnet.models.slrnet as module_under_test
-from slrnet.config import Config, CvlrConfig, DataConfig, ModelConfig
+from slrnet.config import Config, CvlrConfig, DataConfig, ModelConfig, ViewsConfig
 from slrnet.models.cvlr import CrossViewLowRank
 from slrnet.models.encoders import Encoder
 from slrnet.models.heads import class_scores
@@ -56,13 +56,14 @@ def test_shallow_features_have_their_share_of_what_is_fused_whatever_the_encoder
         encoder=name, encoder_weights="none", output_stride=16, decoder_dim=32, skip_dim=8, dropout=0.0
     )
     torch.manual_seed(0)
-    shares = {}
+    shares, side = {}, 112 if name.startswith("timm:vit_") else 64  # whole patches of 14 and 16
     for share in (0.0, 0.33):
-        model = build_network(Config(model=config.model_copy(update={"skip_share": share})), num_classes=3)
-        shares[share] = model([torch.rand(2, 3, 64, 64)]).figures["skip_share"].item()
+        of = {"model": config.model_copy(update={"skip_share": share}), "views": ViewsConfig(scales=(1.0, 1.0))}
+        model = build_network(Config(data=DataConfig(crop_size=side), **of), num_classes=3)
+        shares[share] = model([torch.rand(2, 3, side, side)]).figures["skip_share"].item()
     assert 0.1 < shares[0.33] < 0.5
     assert shares[0.33] != pytest.approx(shares[0.0], rel=0.05)
-    assert not model.eval()([torch.rand(1, 3, 64, 64)]).figures
+    assert not model.eval()([torch.rand(1, 3, side, side)]).figures
 
 
 @pytest.mark.parametrize("training", [True, False])
