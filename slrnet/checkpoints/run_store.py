@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ __all__ = [
     "location_of",
     "rank",
     "run_folder",
+    "validation_scores",
 ]
 
 WEIGHTS = "model.safetensors"
@@ -226,9 +227,13 @@ def run_folder(location: str) -> Path:
 
 def rank(metrics: Any, step: Any, name: str) -> tuple[float, int, str]:
     """Orders checkpoints: the best one, by its validation mIoU and then its step, is the largest."""
-    # The validation mIoU under whatever protocol the run measures.
-    scores = [score for key, score in (metrics or {}).items() if key.startswith("val/miou_") and math.isfinite(score)]
+    scores = [score for score in validation_scores(metrics or {}) if math.isfinite(score)]
     return scores[0] if scores else -1.0, step or 0, name
+
+
+def validation_scores(metrics: Mapping[str, Any]) -> list[Any]:
+    """The validation mIoU among a run's metrics, under whatever protocol the run measures; none if it was not."""
+    return [value for name, value in metrics.items() if name.startswith("val/miou_")]
 
 
 def local_run(location: str) -> Path:

@@ -174,7 +174,8 @@ def weights_notes(config: Config) -> list[str]:
     """A line about the license of downloaded weights, if the run starts from any."""
     from slrnet.models.encoders import weights_line
 
-    return [line for line in (weights_line(config.model),) if line]
+    line = weights_line(config.model)
+    return [line] if line else []
 
 
 def _check_splits(config: Config, shards: ShardSet) -> None:

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -307,14 +308,11 @@ def _open(values: dict[str, Any], process: Process, alive: Alive) -> Work:
             name, rows = view.shard_names[place], {row["key"]: row for row in view.shard_rows(place).to_pylist()}
             loader = EvalLoader(shards, split=split, indices=view.samples_of(place), on_error="skip")
             members = ((rows[predicted.sample.key], predicted) for predicted in predictor(read_ahead(loader)))
-            files = {}
-            if values["folder"]:
-                _write_shard(Path(values["folder"]) / name, members, predictor, shards, loader)
-            else:
-                with tempfile.TemporaryDirectory() as folder:
-                    _write_shard(Path(folder) / name, members, predictor, shards, loader)
-                    made = (name, f"{WORK}/{name}.json")  # in this order: notes say that a shard is complete
-                    files = {file: (Path(folder) / file).read_bytes() for file in made}
+            shared = values["folder"]
+            with nullcontext(shared) if shared else tempfile.TemporaryDirectory() as folder:
+                _write_shard(Path(folder) / name, members, predictor, shards, loader)
+                made = (name, f"{WORK}/{name}.json")  # in this order: notes say that a shard is complete
+                files = {} if shared else {file: (Path(folder) / file).read_bytes() for file in made}
             told = [f"left out: {skipped.shard}: {skipped.key}: {skipped.reason}" for skipped in loader.skipped]
             yield "\n".join([*told, f"{name}: {len(rows) - len(loader.skipped)} masks"]), files
 

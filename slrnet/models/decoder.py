@@ -57,10 +57,8 @@ def complementary_dropout(views: Sequence[Tensor], share: float) -> list[Tensor]
         views: per view (N, C, h, w) features.
         share: probability in [0, 1] that an image is split at all; other images keep all channels.
     """
-    if not share:
-        return list(views)
     result = list(views)
-    for first in range(0, len(views) - 1, 2):
+    for first in range(0, len(views) - 1, 2) if share else ():
         n, channels = views[first].shape[:2]
         kept = torch.rand(n, channels, 1, 1, device=views[first].device) < 0.5
         split = torch.rand(n, 1, 1, 1, device=views[first].device) < share

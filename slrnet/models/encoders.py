@@ -282,14 +282,11 @@ def check_sizes(encoder: Encoder, config: Config) -> None:
         )
     if encoder.one_more:
         return
-    for setting, value, fitting in (
-        ("views.sizes", config.views.sizes, "fitted"),
-        ("evaluation.resizing", config.evaluation.resizing, "fitted"),
-    ):
-        if value != fitting:
+    for setting, value in (("views.sizes", config.views.sizes), ("evaluation.resizing", config.evaluation.resizing)):
+        if value != "fitted":
             raise ValueError(
                 f"{setting} {value!r} gives images of any size, and {name} needs sides that are multiples "
-                f"of {step}; use {fitting!r}"
+                f"of {step}; use 'fitted'"
             )
     if next(encoder.parameters()).is_meta:
         try:

@@ -100,9 +100,8 @@ def flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if (
-            error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir()
-        ):  # some file systems have no such thing
+        unknown = error.errno in (errno.EINVAL, errno.ENOTSUP)  # some file systems cannot do that for folders
+        if not (unknown and path.is_dir()):
             raise
     finally:
         os.close(descriptor)

@@ -215,6 +215,7 @@ class _File:
         return True
 
     def read(self) -> _Record | None:
+        """The record; None if there is no lease."""
         try:
             return _parse(self._path.read_text(encoding="utf-8"), self._path.stat().st_mtime)
         except FileNotFoundError:
@@ -223,6 +224,7 @@ class _File:
             return _parse("", self._path.stat().st_mtime)
 
     def write(self, record: _Record) -> None:
+        """Replaces the record, as its owner does with each heartbeat."""
         write_json(self._path, record)
 
     def take_over(self, stale: _Record, own: _Record) -> bool:
@@ -248,6 +250,7 @@ class _File:
             claim.unlink(missing_ok=True)
 
     def remove(self) -> None:
+        """Gives the lease back."""
         self._path.unlink(missing_ok=True)
         if self._new_folder:
             with suppress(OSError):  # something was written there
@@ -261,6 +264,7 @@ class _Object:
         self._location = location
 
     def create(self, record: _Record) -> bool:
+        """Writes a lease unless there is one; returns False if there is, or if another start wrote after this one."""
         if self.read() is not None:
             return False
         self.write(record)
@@ -268,6 +272,8 @@ class _Object:
         return bool((self.read() or {}).get("id") == record["id"])
 
     def read(self) -> _Record | None:
+        """The record; None if there is no lease."""
+
         def read() -> _Record | None:
             system, path = filesystem_of(self._location)
             try:
@@ -280,6 +286,8 @@ class _Object:
         return patiently(self._location, read)
 
     def write(self, record: _Record) -> None:
+        """Replaces the record, as its owner does with each heartbeat."""
+
         def write() -> None:
             system, path = filesystem_of(self._location)
             with system.open_output_stream(path) as stream:
@@ -288,6 +296,7 @@ class _Object:
         patiently(self._location, write)
 
     def take_over(self, stale: _Record, own: _Record) -> bool:
+        """Replaces a lease whose owner is gone; returns False if another start does that, or did."""
         if (self.read() or {}).get("id") != stale["id"]:
             return False
         self.write(own)
@@ -295,6 +304,7 @@ class _Object:
         return bool((self.read() or {}).get("id") == own["id"])
 
     def remove(self) -> None:
+        """Gives the lease back."""
         system, path = filesystem_of(self._location)
         with suppress(FileNotFoundError):
             system.delete_file(path)

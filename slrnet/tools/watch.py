@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from slrnet.checkpoints.run_store import CONFIG
+from slrnet.checkpoints.run_store import CONFIG, validation_scores
 from slrnet.config import Config, load_config
 from slrnet.data.images import open_image
 from slrnet.data.manifest import DataError
@@ -73,7 +73,7 @@ def see(folder: Path) -> Seen:
     config, log = load_config(folder / CONFIG), folder / "logs" / "rank-0.jsonl"
     records = list(read_log(log)) if log.is_file() else []
     epochs = [record for record in records if record["event"] == "epoch"]
-    scores = [value for record in epochs for name, value in record.items() if name.startswith("val/miou_")]
+    scores = [score for record in epochs for score in validation_scores(record)]
     notes = [record for record in records[-1:] if record["event"] in ("failure", "hang", "notice")]
     return Seen(
         name=folder.name,

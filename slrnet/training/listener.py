@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from slrnet.checkpoints.checkpoint import TrainState
+from slrnet.checkpoints.run_store import validation_scores
 from slrnet.config import Config
 from slrnet.data.images import open_image
 from slrnet.data.manifest import DataError, DatasetInfo
@@ -212,7 +213,7 @@ def _first_step_line(seconds: float, process: Process) -> str:
 
 def _score(metrics: Mapping[str, float]) -> str:
     """The validation's mIoU, in short; empty if it was not measured."""
-    scores = [value for name, value in metrics.items() if name.startswith("val/miou_")]
+    scores = validation_scores(metrics)
     return f"val mIoU {100 * scores[0]:.1f} %" if scores and scores[0] == scores[0] else ""
 
 

@@ -46,9 +46,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig, *, batch_size: int) 
         if parameter.requires_grad:
             members.setdefault(_kind_of(name, parameter, model, config), []).append(parameter)
     return [
-        {"params": members[kind], "lr": base * _factor(kind, config), "weight_decay": decay}
+        {
+            "params": members[kind],
+            "lr": base * _factor(kind, config),
+            "weight_decay": 0.0 if kind.undecayed else config.weight_decay,
+        }
         for kind in sorted(members)
-        for decay in (0.0 if kind.undecayed else config.weight_decay,)
     ]
 
 
@@ -89,7 +92,7 @@ def build_optimizer(
 
 def clip_gradients(parameters: Iterable[nn.Parameter], *, largest: float) -> None:
     """Scales gradients down, in place, if their common norm is larger; ones that are not finite stay as they are."""
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    parameters = list(parameters)
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     torch.nn.utils.clip_grads_with_norm_(parameters, largest, torch.where(norm.isfinite(), norm, 0.0))
 

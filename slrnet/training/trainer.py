@@ -34,7 +34,7 @@ from slrnet.checkpoints.checkpoint import (
     load_checkpoint,
     not_finite,
 )
-from slrnet.checkpoints.run_store import STATE
+from slrnet.checkpoints.run_store import STATE, validation_scores
 from slrnet.config import Config
 from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.eval_loader import EvalLoader
@@ -520,7 +520,7 @@ class Trainer:
 
     def _finish_epoch(self, epoch: int, metrics: dict[str, float]) -> None:
         finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        scores = [value for name, value in finite.items() if name.startswith("val/miou_")]
+        scores = validation_scores(finite)
         scores += [] if self.state.best_score is None else [self.state.best_score]
         self.state = replace(
             self.state,
