@@ -86,6 +86,7 @@ bench: $(STAMP) ## every figure that the project claims, measured here into benc
 	@$(BIN)/python benchmarks/results.py $(if $(PEER),--peer-dir "$(PEER)")
 
 dist: $(STAMP) ## wheel and source archive in dist/, and a bill of the image's materials (CycloneDX)
+	@$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dist]'
 	@$(BIN)/python -m build --outdir dist .
 	@$(BIN)/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible --output-file dist/slrnet.cdx.json requirements.lock
 
