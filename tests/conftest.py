@@ -27,7 +27,8 @@ settings.register_profile(
 settings.load_profile("slrnet")
 
 pytest_plugins = [
-    f"tests.fixtures.{name}" for name in ("tiny_data", "training", "checkpoints", "object_store", "servers", "browser")
+    f"tests.fixtures.{name}"
+    for name in ("tiny_data", "training", "checkpoints", "object_store", "servers", "stores", "browser")
 ]
 
 

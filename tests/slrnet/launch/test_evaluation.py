@@ -113,23 +113,22 @@ def test_parts_in_any_order_count_the_same(
     assert record["images"] == 5
 
 
-@pytest.mark.slow
 def test_an_evaluation_repeats_the_figures_of_the_training(
-    tiny_config: Config, tiny_data: ShardSet, tmp_path: Path
+    tiny_config: Config, tiny_data: ShardSet, storage: Path
 ) -> None:
-    options = LaunchOptions(name="run", storage=tmp_path, num_workers=0)
+    options = LaunchOptions(name="run", storage=storage, num_workers=0)
     result = launch(tiny_config, options, say=lambda line: None)
     best = load_checkpoint(result.best)
-    record = evaluate(best, tiny_data, best.config, tmp_path)
+    record = evaluate(best, tiny_data, best.config, storage)
     assert record["metrics"]["val/miou"] == pytest.approx(best.state.metrics["val/miou_ss"], abs=1e-12)
     assert metric_history(result.run, "val/miou_ss")[-1] == (best.state.step, record["metrics"]["val/miou"])
     assert result.run.run_id in record["mlflow"]
     gated = apply_overrides(best.config, ["evaluation.gating=image_labels", "evaluation.scale=0.75"])
-    assert evaluate(best, tiny_data, gated, tmp_path)["protocol"] == "ss+scale_0.75+gated_by_image_labels"
+    assert evaluate(best, tiny_data, gated, storage)["protocol"] == "ss+scale_0.75+gated_by_image_labels"
     assert len(metric_history(result.run, "val/miou_ss_scale_0.75_gated_by_image_labels")) == 1
-    (tmp_path / "mlflow.db").unlink()
-    assert evaluate(best, tiny_data, gated, tmp_path)["mlflow"] is None
-    assert not (tmp_path / "mlflow.db").exists()
+    (storage / "mlflow.db").unlink()
+    assert evaluate(best, tiny_data, gated, storage)["mlflow"] is None
+    assert not (storage / "mlflow.db").exists()
 
 
 def test_mistakes_are_refused_before_anything_runs(

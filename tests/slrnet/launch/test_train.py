@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from mlflow import MlflowClient
 
 import slrnet
 from slrnet.checkpoints.checkpoint import CheckpointError, load_checkpoint
@@ -16,8 +15,10 @@ from slrnet.data.manifest import ShardSet
 from slrnet.launch import train as ray_loop
 from slrnet.launch.checks import resume_config
 from slrnet.launch.train import LaunchOptions, RunResult, TrainingError, launch
+from slrnet.tracking.mlflow import client_of
 from slrnet.tracking.reader import metric_history
 from slrnet.tracking.run_log import RunLog
+from tests.fixtures.stores import Stock
 
 
 def start(config: Config, storage: Path, *changes: str, name: str = "run", **options: Any) -> RunResult:
@@ -27,19 +28,18 @@ def start(config: Config, storage: Path, *changes: str, name: str = "run", **opt
 
 
 def runs(storage: Path) -> list[Any]:
-    client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    client = client_of(f"sqlite:///{storage / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("slrnet")
     return [] if experiment is None else list(client.search_runs([experiment.experiment_id]))
 
 
 @pytest.fixture(scope="module")
-def finished(tiny_config: Config, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
+def finished(tiny_config: Config, stock: Stock, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
     """A finished run of one of two epochs, in a storage folder of its own; not to be changed."""
-    storage = tmp_path_factory.mktemp("storage")
+    storage = stock(tmp_path_factory.mktemp("storage"))
     return storage, start(tiny_config, storage)
 
 
-@pytest.mark.slow
 def test_a_run_leaves_checkpoints_and_one_finished_mlflow_run(
     finished: tuple[Path, RunResult], tiny_data: ShardSet
 ) -> None:
@@ -57,13 +57,13 @@ def test_a_run_leaves_checkpoints_and_one_finished_mlflow_run(
 
 def test_the_best_checkpoint_is_an_artifact(finished: tuple[Path, RunResult]) -> None:
     storage, result = finished
-    client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
+    client = client_of(f"sqlite:///{storage / 'mlflow.db'}")
     names = {Path(item.path).name for item in client.list_artifacts(result.run.run_id, "checkpoint")}
     assert names == {"model.safetensors", "trainer.pt", "state.json", "config.json"}
 
 
 def test_python_hears_of_epochs_and_starts_from_an_earlier_run(
-    finished: tuple[Path, RunResult], tiny_config: Config, tmp_path: Path
+    finished: tuple[Path, RunResult], tiny_config: Config, storage: Path
 ) -> None:
     _, earlier = finished
     heard: list[float] = []
@@ -74,7 +74,7 @@ def test_python_hears_of_epochs_and_starts_from_an_earlier_run(
 
     # At a rate of (almost) 0, the weights stay those that it starts from.
     settings = {"optim.lr": 1e-30, "train.epochs": 3, "optim.weight_decay": 0.0}
-    run = slrnet.train(tiny_config, settings=settings, storage=tmp_path, name="next", init=earlier.best, on_epoch=stop)
+    run = slrnet.train(tiny_config, settings=settings, storage=storage, name="next", init=earlier.best, on_epoch=stop)
     assert heard == [1]
     last, first = load_checkpoint(run.last), load_checkpoint(earlier.best)
     assert (last.state.step, last.config.train.init) == (3, str(first.path))  # it ends after the step under way
@@ -109,7 +109,6 @@ def test_resuming_continues_the_same_mlflow_run(
     assert [step for step, _ in metric_history(again.run, "val/miou_ss")] == [2, 4, 6]
 
 
-@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(
     finished: tuple[Path, RunResult], tmp_path: Path
 ) -> None:
@@ -167,9 +166,8 @@ def test_no_space_for_checkpoints_is_refused(
     assert not (tmp_path / "mlflow.db").exists()
 
 
-@pytest.mark.slow
 def test_a_killed_worker_that_ray_alone_has_noticed_is_named(
-    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Config, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray stops rank 0 before that notices that its peer is gone; the peer's end is two layers deep in Ray's error."""
     from ray.exceptions import ActorDiedError
@@ -184,42 +182,39 @@ def test_a_killed_worker_that_ray_alone_has_noticed_is_named(
 
     monkeypatch.setattr(ray_loop, "_run", lose_worker)
     with pytest.raises(TrainingError, match=r"^died: its process ended without an error.*\(rank 1 on \S+, step 7\)$"):
-        start(tiny_config, tmp_path)
-    (run,) = runs(tmp_path)
+        start(tiny_config, storage)
+    (run,) = runs(storage)
     assert (run.data.tags["failure.rank"], run.data.tags["failure.exception"]) == ("1", "died")
 
 
-@pytest.mark.slow
 def test_a_failed_training_is_marked_in_mlflow_with_its_cause(
-    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Config, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*arguments: Any) -> None:
         raise ArithmeticError("the loss is not finite")
 
     monkeypatch.setattr(ray_loop, "train_rank", fail)
     with pytest.raises(TrainingError, match="ArithmeticError: the loss is not finite"):
-        start(tiny_config, tmp_path)
-    (run,) = runs(tmp_path)
+        start(tiny_config, storage)
+    (run,) = runs(storage)
     assert run.info.status == "FAILED"
     assert "the loss is not finite" in run.data.tags["reason"]
 
 
-@pytest.mark.slow
 def test_a_training_that_leaves_no_checkpoint_is_marked_as_failed(
-    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Config, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the folder of rank 0 is not the driver's."""
     monkeypatch.setattr(ray_loop, "train_rank", lambda values, process, report: None)
     with pytest.raises(TrainingError, match="is the folder shared by all nodes"):
-        start(tiny_config, tmp_path)
-    (run,) = runs(tmp_path)
+        start(tiny_config, storage)
+    (run,) = runs(storage)
     assert run.info.status == "FAILED"
     assert "without a checkpoint" in run.data.tags["reason"]
 
 
-@pytest.mark.slow
 def test_a_start_says_what_is_trained_on_and_how_classes_are_balanced(
-    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: Config, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_loop, "_run", lambda *arguments, **options: None)
     said: list[str] = []
@@ -227,7 +222,7 @@ def test_a_start_says_what_is_trained_on_and_how_classes_are_balanced(
     with pytest.raises(TrainingError, match="without a checkpoint"):
         launch(
             apply_overrides(tiny_config, changes),
-            LaunchOptions(name="run", storage=tmp_path, num_workers=0),
+            LaunchOptions(name="run", storage=storage, num_workers=0),
             say=said.append,
         )
     assert "setting sss_image_labels, training images: 4 with pixel labels, 5 with image labels; 25 draws" in said[0]
@@ -244,16 +239,15 @@ SECRETS = {
 }
 
 
-@pytest.mark.slow
 def test_secrets_of_the_environment_reach_no_file_and_no_line(
-    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tiny_config: Config, storage: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="is given with a user"):
-        start(tiny_config, tmp_path, "tracking.uri=http://me:planted-password@127.0.0.1:5000")
-    start(tiny_config, tmp_path)
-    written = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        start(tiny_config, storage, "tracking.uri=http://me:planted-password@127.0.0.1:5000")
+    start(tiny_config, storage)
+    written = {path: path.read_bytes() for path in storage.rglob("*") if path.is_file()}
     assert len(written) > 10
     assert any(path.name == "mlflow.db" for path in written)
     captured = capfd.readouterr()

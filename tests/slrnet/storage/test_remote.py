@@ -163,12 +163,11 @@ def test_a_store_that_fails_for_a_while_is_tried_again(
         load_dataset(PLACE)
 
 
-@pytest.mark.slow
-def test_a_training_takes_its_data_from_a_bucket(bucket: Put, tiny_config: Config, tmp_path: Path) -> None:
-    config = apply_overrides(tiny_config, [f"data.path={PLACE}"])
-    result = launch(config, LaunchOptions(name="run", storage=tmp_path, num_workers=0), say=lambda line: None)
+def test_a_training_takes_its_data_from_a_bucket(bucket: Put, tiny_config: Config, storage: Path) -> None:
+    config = apply_overrides(tiny_config, [f"data.path={PLACE}", "train.epochs=1", "train.pretrain_epochs=0"])
+    result = launch(config, LaunchOptions(name="run", storage=storage, num_workers=0), say=lambda line: None)
     assert load_checkpoint(result.last).config.data.path == PLACE
-    assert load_checkpoint(result.last).state.epoch == 2
+    assert load_checkpoint(result.last).state.epoch == 1
 
 
 @pytest.mark.parametrize(("location", "expected"), [("/data/voc", False), ("data", False), ("s3://a/b", True)])

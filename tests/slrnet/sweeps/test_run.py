@@ -1,13 +1,21 @@
-"""Sweeps without a cluster: what ASHA would have made of trials that were trained to the end."""
+"""Sweeps without a cluster: what ASHA would have made of trials that were trained to the end.
+
+Ray Tune takes seconds to import, so these tests import it, and not the process that collects them.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from ray.tune.search.optuna import OptunaSearch
 
 from slrnet.launch.cluster import WorkerPlan
-from slrnet.sweeps import run
-from slrnet.sweeps.run import _Grid, _Limiter, _Room, replay_asha
+
+
+def replay_asha(curves: dict[str, list[float]], **options: Any) -> dict[str, int]:
+    from slrnet.sweeps import run
+
+    return run.replay_asha(curves, **options)
 
 
 def test_asha_stops_the_poor_and_keeps_the_good() -> None:
@@ -50,13 +58,17 @@ def test_trials_at_a_time_follow_the_cluster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of two workers with two cores each."""
+    from ray.tune.search.optuna import OptunaSearch
+
+    from slrnet.sweeps import run
+
     now = [(0, 0)]
     monkeypatch.setattr(run, "cluster_resources", lambda: now[-1])
     workers = WorkerPlan(least=2, most=2, cpus=2, gpu=gpu)
     searchers = [
-        make(_Room(workers, most, grows=grows))
+        make(run._Room(workers, most, grows=grows))
         for grows in (False, True)
-        for make in (_Grid, lambda room: _Limiter(room, OptunaSearch()))
+        for make in (run._Grid, lambda room: run._Limiter(room, OptunaSearch()))
     ]
     for size, *expected in zip(sizes, fixed, growing, strict=True):
         now.append(size)

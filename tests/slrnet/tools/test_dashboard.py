@@ -54,9 +54,9 @@ def test_it_listens_on_loopback_alone(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path, tiny_config: Config) -> RunHandle:
+def run(storage: Path, tiny_config: Config) -> RunHandle:
     """Three epochs of curves and one picture each, as a training logs them."""
-    handle = create_run(resolve_uri("", tmp_path), "slrnet", "seen", params=tiny_config.flat(), tags={}, resume=False)
+    handle = create_run(resolve_uri("", storage), "slrnet", "seen", params=tiny_config.flat(), tags={}, resume=False)
     tracker = MlflowTracker(handle)
     for epoch in range(3):
         tracker.log_metrics(dict.fromkeys(CURVES, 0.3 + 0.1 * epoch), step=10 * epoch)
@@ -67,8 +67,8 @@ def run(tmp_path: Path, tiny_config: Config) -> RunHandle:
 
 
 @pytest.fixture
-def address(run: RunHandle, tmp_path: Path, serve: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
-    with serve("slrnet", "dashboard", "--storage", str(tmp_path), path="health") as found:
+def address(run: RunHandle, storage: Path, serve: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
+    with serve("slrnet", "dashboard", "--storage", str(storage), path="health") as found:
         yield f"{found}#/experiments/{run.experiment_id}/runs/{run.run_id}"
 
 

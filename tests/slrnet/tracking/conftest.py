@@ -9,12 +9,12 @@ import pytest
 from slrnet.tracking.location import resolve_uri
 from slrnet.tracking.mlflow import create_run
 from slrnet.tracking.protocol import RunHandle
+from tests.fixtures.stores import STRANGE, Stock
 
 
 @pytest.fixture(scope="session")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    # Creating the tables takes seconds, so the tests share one store. The characters in the path are on purpose.
-    return resolve_uri("", tmp_path_factory.mktemp("storage") / "my runs? #50% & 'a' \"b\" 猫: v1@home" / "runs..")
+def uri(stock: Stock, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return resolve_uri("", stock(tmp_path_factory.mktemp("storage") / STRANGE))
 
 
 @pytest.fixture
