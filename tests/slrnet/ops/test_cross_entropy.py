@@ -61,8 +61,7 @@ def test_operators_equal_resizing_and_then_comparing(
 
 
 @pytest.mark.parametrize(("small", "large"), SIZES)
-@pytest.mark.parametrize("classes", [2, 16, 21, 201])
-@pytest.mark.parametrize("scale", [2.0, 16.0, 400.0])
+@pytest.mark.parametrize(("classes", "scale"), [(2, 2.0), (16, 400.0), (21, 16.0), (201, 2.0)])
 def test_the_kernel_equals_resizing_and_then_comparing(
     small: tuple[int, int], large: tuple[int, int], classes: int, scale: float
 ) -> None:

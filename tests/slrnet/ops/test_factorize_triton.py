@@ -51,7 +51,7 @@ def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "num_iters", "temperature"),
-    [((1, 5, 3, 7), 1, 1.0), ((2, 40, 21, 100), 1, 0.5), ((2, 33, 4, 65), 3, 1.0), ((1, 20, 81, 40), 2, 2.0)],
+    [((1, 5, 3, 7), 1, 1.0), ((2, 33, 4, 65), 3, 0.5), ((1, 20, 81, 40), 2, 2.0)],
 )
 @pytest.mark.slow
 def test_equals_plain_autograd(shape: tuple[int, int, int, int], num_iters: int, temperature: float) -> None:
@@ -75,16 +75,16 @@ def test_equals_plain_autograd_in_many_parts() -> None:
 @pytest.mark.slow
 def test_same_bits_again() -> None:
     features, codes = draw(1, 20, 5, 70)
-    first, again = (run("triton", features, codes, 2, 1.0) for _ in range(2))
+    first, again = (run("triton", features, codes, 1, 1.0) for _ in range(2))
     assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.slow
 def test_half_precision_features_are_summed_in_float32(dtype: torch.dtype) -> None:
-    features, codes = draw(1, 24, 5, 50, dtype)
-    out = run("triton", features, codes, 2, 1.0)
-    assert max(errors(out, run("reference", features.float(), codes.float(), 2, 1.0))) < 1e-2
+    features, codes = draw(1, 24, 5, 30, dtype)
+    out = run("triton", features, codes, 1, 1.0)
+    assert max(errors(out, run("reference", features.float(), codes.float(), 1, 1.0))) < 1e-2
     result = factorize(features, codes, num_iters=1, implementation="triton")
     assert (result.dictionary.dtype, result.codes.dtype, result.reconstruction.dtype) == (torch.float32, dtype, dtype)
 
