@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks._cluster import NETWORK, events_of, kill_driver, submission, words_of  # noqa: E402
 from ray_jobs.demo import free_ports, local_cluster  # noqa: E402
-from slrnet.checkpoints.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
+from slrnet.checkpoints.checkpoint import load_whole  # noqa: E402
 from slrnet.tracking.protocol import RunHandle  # noqa: E402
 from slrnet.tracking.reader import metric_history  # noqa: E402
 
@@ -244,10 +244,9 @@ def _surroundings(options: argparse.Namespace, temporary: Path) -> Iterator[Dist
 
 def _report(storm: DisturbedRun) -> int:
     """Prints each claim and whether it holds; returns 1 if one does not."""
-    calm, wild = (find_checkpoint(storm.storage / name / "checkpoints") for name in ("calm", "storm"))
-    assert calm is not None
-    assert wild is not None
-    first, second = load_checkpoint(calm), load_checkpoint(wild)
+    first, second = (load_whole(storm.storage / name / "checkpoints") for name in ("calm", "storm"))
+    assert first is not None
+    assert second is not None
     equal = first.state.step == second.state.step and all(
         tensor.equal(second.model[name]) for name, tensor in first.model.items()
     )

@@ -225,12 +225,12 @@ def _refit_checkpoint(folder: Path, rng: random.Random) -> None:
 
 
 def _read_run(folder: Path) -> None:
-    from slrnet.checkpoints.checkpoint import find_checkpoint, load_checkpoint
+    from slrnet.checkpoints.checkpoint import load_checkpoint, load_whole
     from slrnet.tools.figures.tables import read_results
     from slrnet.tracking.run_log import find_failure
 
     find_failure(folder, since=0.0)
-    find_checkpoint(folder / "checkpoints")
+    load_whole(folder / "checkpoints")
     read_results([folder])
     load_checkpoint(folder)
 

@@ -33,7 +33,7 @@ import psutil  # noqa: E402
 
 from benchmarks._cluster import NETWORK, events_of, words_of  # noqa: E402
 from ray_jobs.demo import WORKER_PORTS, free_ports, local_cluster, session_of  # noqa: E402
-from slrnet.checkpoints.checkpoint import find_checkpoint, load_checkpoint  # noqa: E402
+from slrnet.checkpoints.checkpoint import load_whole  # noqa: E402
 from slrnet.tracking.protocol import RunHandle  # noqa: E402
 from slrnet.tracking.reader import metric_history  # noqa: E402
 
@@ -225,9 +225,8 @@ def _run_scenario(machines: Machines, folder: Path) -> Scenario:
 
 def _final_claims(scenario: Scenario) -> dict[str, bool]:
     """Returns the claims about the finished run."""
-    last = find_checkpoint(scenario.storage / "nodes" / "checkpoints")
-    assert last is not None
-    checkpoint = load_checkpoint(last)
+    checkpoint = load_whole(scenario.storage / "nodes" / "checkpoints")
+    assert checkpoint is not None
     steps = 8 * checkpoint.config.train.epochs
     handle = RunHandle(
         uri=f"sqlite:///{scenario.storage / 'mlflow.db'}", run_id=checkpoint.state.run_id, experiment_id="1"

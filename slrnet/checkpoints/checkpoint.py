@@ -46,6 +46,7 @@ __all__ = [
     "check_classes",
     "find_checkpoint",
     "load_checkpoint",
+    "load_whole",
     "not_finite",
     "prune_checkpoints",
     "read_state",
@@ -248,8 +249,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if (path / STATE).is_file():
-        return _read(path, read_state(path))
-    best = _read_finite(_whole_checkpoints(path if path.name == "checkpoints" else path / "checkpoints"), "best")
+        return _read(path)
+    best = load_whole(path if path.name == "checkpoints" else path / "checkpoints", which="best")
     if best is None:
         runs = sorted(str(folder.parent) for folder in path.glob("*/checkpoints"))
         known = f"; runs in it: {', '.join(runs[:10])}" if runs else ""
@@ -260,8 +261,28 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     return best
 
 
-def _read(path: Path, state: TrainState) -> Checkpoint:
-    """Reads a checkpoint whose checksums are right."""
+def load_whole(folder: Path, *, which: Literal["last", "best"] = "last") -> Checkpoint | None:
+    """Reads the last, or best, checkpoint in a folder that is whole and finite; warns of those that it passes over."""
+    left = _listed(folder)
+    while (path := _choose(left, which)) is not None:
+        try:
+            return _read(path)
+        except CheckpointError as error:
+            _log.warning("skipping a checkpoint: %s", error)
+            del left[path]
+    return None
+
+
+def find_checkpoint(folder: Path, *, which: Literal["last", "best"] = "last") -> Path | None:
+    """The last, or best (highest validation mIoU, then later), checkpoint in a folder.
+
+    Its files are there; it may be damaged, as no weights are read. See `load_whole`.
+    """
+    return _choose(_listed(folder), which)
+
+
+def _read(path: Path) -> Checkpoint:
+    state = read_state(path)
     try:
         tensors = load_file(path / WEIGHTS)
         optimizer = torch.load(path / TRAINER, map_location="cpu", weights_only=True)
@@ -273,31 +294,6 @@ def _read(path: Path, state: TrainState) -> Checkpoint:
         if name := not_finite(part):
             raise NotFiniteError(f"{path} has values that are not finite, in {name}; take another checkpoint")
     return Checkpoint(path, load_config(path / CONFIG), state, tensors, optimizer, optimizer.pop(_TRAINED, None))
-
-
-def _read_finite(whole: list[tuple[Path, TrainState]], which: Literal["last", "best"]) -> Checkpoint | None:
-    """The chosen one; those with values that are not finite are passed over, with a warning."""
-    left = list(whole)
-    while (path := _choose(left, which)) is not None:
-        try:
-            return _read(path, dict(left)[path])
-        except NotFiniteError as error:
-            _log.warning("skipping a checkpoint: %s", error)
-            left = [entry for entry in left if entry[0] != path]
-    return None
-
-
-def find_checkpoint(folder: Path, *, which: Literal["last", "best"] = "last") -> Path | None:
-    """The last, or best (highest validation mIoU, then later) whole checkpoint in a folder.
-
-    Warns of damaged ones, and of those with values that are not finite.
-    """
-    whole = _whole_checkpoints(folder)
-    try:
-        chosen = _read_finite(whole, which)
-    except ValueError:  # whoever loads it says what is wrong
-        return _choose(whole, which)
-    return None if chosen is None else chosen.path
 
 
 def not_finite(values: Any, name: str = "") -> str:
@@ -340,10 +336,9 @@ def prune_checkpoints(folder: Path) -> None:
 
     Reads no weights: whoever loads a checkpoint compares it with its checksums.
     """
-    whole = _whole_checkpoints(folder, verify=False)
-    last = sorted(whole, key=lambda entry: entry[1].step)[-KEEP_LAST:]
-    keep = {_choose(whole, "best"), *(path for path, _ in last)}
-    for path in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.partial")) if whole else ():
+    listed = _listed(folder)
+    keep = {_choose(listed, "best"), *sorted(listed, key=lambda path: listed[path].step)[-KEEP_LAST:]}
+    for path in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.partial")) if listed else ():
         if path not in keep:
             try:
                 remove_folder(path, within=folder, own=FILES)
@@ -412,21 +407,22 @@ class _Copies:
             torch.cuda.synchronize()
 
 
-def _whole_checkpoints(folder: Path, *, verify: bool = True) -> list[tuple[Path, TrainState]]:
-    whole = []
+def _listed(folder: Path) -> dict[Path, TrainState]:
+    """The checkpoints in a folder, without reading weights."""
+    listed = {}
     for path in sorted(folder.glob("checkpoint-*")):
         try:
-            whole.append((path, read_state(path, verify=verify)))
+            listed[path] = read_state(path, verify=False)
         except CheckpointError as error:
             _log.warning("skipping a checkpoint: %s", error)
-    return whole
+    return listed
 
 
-def _choose(whole: list[tuple[Path, TrainState]], which: Literal["last", "best"]) -> Path | None:
-    def order(entry: tuple[Path, TrainState]) -> tuple[float, int, str]:
-        return rank(entry[1].metrics if which == "best" else {}, entry[1].step, entry[0].name)
+def _choose(listed: Mapping[Path, TrainState], which: Literal["last", "best"]) -> Path | None:
+    def order(path: Path) -> tuple[float, int, str]:
+        return rank(listed[path].metrics if which == "best" else {}, listed[path].step, path.name)
 
-    return max(whole, key=order)[0] if whole else None
+    return max(listed, key=order, default=None)
 
 
 @cache

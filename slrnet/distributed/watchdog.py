@@ -37,7 +37,8 @@ class Position:
     """Where a rank is."""
 
     count: int
-    """Places that the rank has reached; all ranks reach the same places in the same order."""
+    """Places, and waits for other ranks within them, that the rank has reached; the same ones in the same order as all
+    others."""
     step: int
     """Optimizer step, from 0."""
     place: str
@@ -77,7 +78,13 @@ class Watchdog:
     def at(self, place: str, step: int) -> None:
         """This rank reaches a place, or still works there. All ranks must reach the same places in the same order."""
         if (place, step) != (self.position.place, self.position.step):
-            self.position = replace(self.position, count=self.position.count + 1, step=step, place=place)
+            self.position = replace(self.position, step=step, place=place)
+            self.meet()
+        self._moved = time.monotonic()
+
+    def meet(self) -> None:
+        """This rank comes to where it waits for the others, within a place; all ranks do so equally often."""
+        self.position = replace(self.position, count=self.position.count + 1)
         self._moved = time.monotonic()
 
     def close(self) -> None:
@@ -88,8 +95,9 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._ended.wait(self._limit / CHECKS):
-            if self._store is not None:
-                self._store.set(f"position/{self._process.rank}", json.dumps(asdict(self.position)))
+            with suppress(RuntimeError):  # rank 0, which holds the store, is gone
+                if self._store is not None:
+                    self._store.set(f"position/{self._process.rank}", json.dumps(asdict(self.position)))
             stood = time.monotonic() - self._moved
             if stood > self._limit:
                 self._on_hang(find_hang(self._positions(), own=self._process.rank, stood=stood))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from slrnet.checkpoints.checkpoint import CheckpointError, check_classes, find_checkpoint, load_checkpoint
+from slrnet.checkpoints.checkpoint import CheckpointError, check_classes, find_checkpoint, load_checkpoint, load_whole
 from slrnet.checkpoints.run_store import CONFIG, STATE, RunStore
 from slrnet.config import Config, load_config, nearest
 from slrnet.data.class_balance import ClassLists, shares, table
@@ -48,8 +48,9 @@ def resume_config(storage: Path, name: str, *, remote: str = "") -> Config:
         location = f"{remote.rstrip('/')}/{name}"
         require_free(f"{location}/{LEASE}", f"run folder {location}")  # before this machine's copy changes
         RunStore(location, storage / name).fetch()
-    last = check_folder(storage / name, resume=True)
-    return load_config(storage / name / CONFIG) if last is None else load_checkpoint(last).config
+    check_folder(storage / name, resume=True)
+    last = load_whole(storage / name / "checkpoints")
+    return load_config(storage / name / CONFIG) if last is None else last.config
 
 
 def run_exists(storage: Path, name: str, *, remote: str = "") -> bool:
@@ -61,6 +62,8 @@ def run_exists(storage: Path, name: str, *, remote: str = "") -> bool:
 
 def check_folder(folder: Path, *, resume: bool) -> Path | None:
     """Checks that a run's folder is free, or with `resume` that it holds a run; returns its last checkpoint, if any.
+
+    Reads no weights.
 
     Raises:
         CheckpointError: the folder is taken, or holds no run to resume; the message names the runs beside it.

@@ -84,9 +84,12 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
         kind: type[RunListener] = OperatorListener if _on_ray() else RunListener
         listener = kind(config, shards.info, process=process, folder=folder, **parts)
         trainer = Trainer(config, shards, process=process, folder=folder, listener=listener, upload=upload)
-        trainer.resume(lambda name: None if store is None else store.fetch_one(name))
-        log.write("start", step=trainer.state.step, world_size=process.world_size)
         place = f"{values['location'] or folder}/checkpoints"
+        resumed = trainer.resume(lambda name: None if store is None else store.fetch_one(name))
+        log.write("start", step=trainer.state.step, world_size=process.world_size)
+        if resumed and process.is_main:
+            state = trainer.state
+            say(f"resuming after {state.epoch} epochs ({state.step} steps) from {place}/{state.name}")
 
         def tell(metrics: Mapping[str, float]) -> None:
             report(metrics, checkpoint=f"{place}/{trainer.state.name}")

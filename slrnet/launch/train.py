@@ -169,10 +169,7 @@ def _launch(
     if config.data.class_balance:
         say(balance_table(config, shards, supervision))
     say(f"curves and pictures: {handle.how_to_open()}")
-    if last is not None:
-        state = read_state(last)
-        say(f"resuming after {state.epoch} epochs ({state.step} steps) from {last}")
-    elif options.resume:
+    if options.resume and last is None:
         say("resuming a run that has no checkpoint yet: from the beginning")
     with Interruption() as interruption:
         driver = training.run(handle, interruption=interruption, on_epoch=on_epoch)
@@ -180,7 +177,11 @@ def _launch(
         store.fetch()
     checkpoints = folder / "checkpoints"
     last, best = find_checkpoint(checkpoints), find_checkpoint(checkpoints, which="best")
-    if interruption.number and last is not None and (state := read_state(last)).epoch < config.train.epochs:
+    if (
+        interruption.number
+        and last is not None
+        and (state := read_state(last, verify=False)).epoch < config.train.epochs
+    ):
         where = f"stopped after step {state.step}; all of it is in {last}"
         driver.finish("KILLED", where)
         storage = options.remote or options.storage
@@ -229,7 +230,7 @@ def train_trial(
     checkpoints = options.folder / "checkpoints"
     if notes:
         last = find_checkpoint(checkpoints)
-        MlflowTracker(handle, once=True).log_metrics(notes, 0 if last is None else read_state(last).step)
+        MlflowTracker(handle, once=True).log_metrics(notes, 0 if last is None else read_state(last, verify=False).step)
     driver = training.run(handle, until=until, callbacks=callbacks)
     best = find_checkpoint(checkpoints, which="best")
     driver.finish() if best is None else training.finish(driver, best)
@@ -301,7 +302,7 @@ class _Training:
 
     def finish(self, driver: MlflowTracker, best: Path) -> TrainState:
         """Ends the MLflow run with the scores of the best checkpoint; returns its state."""
-        state, folder, data = read_state(best), self.options.folder, self.config.data.path
+        state, folder, data = read_state(best, verify=False), self.options.folder, self.config.data.path
         driver.describe(result_text(state.metrics, state.classes, epoch=state.epoch, folder=folder, data=data))
         driver.finish()
         return state

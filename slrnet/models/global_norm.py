@@ -8,6 +8,7 @@ gradient, so that outputs, gradients and running statistics are those of the glo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,10 +29,14 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     Parameters and buffers have the names of `nn.BatchNorm2d`, so state dicts of either fit the other.
     """
 
-    def __init__(self, norm: nn.BatchNorm2d) -> None:
-        """Takes over settings and tensors of a batch norm, and the dropout and activation of one of timm's."""
+    def __init__(self, norm: nn.BatchNorm2d, meet: Callable[[], None] = lambda: None) -> None:
+        """Takes over settings and tensors of a batch norm, and the dropout and activation of one of timm's.
+
+        `meet` is called before each wait for the other processes.
+        """
         super().__init__(norm.num_features, device="meta")
         self.__dict__.update(norm.__dict__)
+        self.meet = meet
         self.drop = norm.drop if isinstance(norm, BatchNormAct2d) else nn.Identity()
         self.act = norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()
 
@@ -45,21 +50,22 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
-        mean, var, count = _statistics(x)
+        mean, var, count = _statistics(x, self.meet)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
             self.running_var.lerp_((var * count / (count - 1)).to(self.running_var), self.momentum)
         weight = self.weight if self.affine else torch.ones_like(self.running_var)
         bias = self.bias if self.affine else torch.zeros_like(self.running_mean)
-        normalized: Tensor = _Normalize.apply(x, mean.to(weight), var.to(weight), weight, bias, count, self.eps)
+        normalized: Tensor = _Normalize.apply(x, mean.to(weight), var.to(weight), weight, bias, count, self)
         return normalized
 
 
-def share_batch_norms(root: nn.Module) -> None:
+def share_batch_norms(root: nn.Module, meet: Callable[[], None] = lambda: None) -> None:
     """Replaces the batch norms in a module that measure, in place, by such that measure the images of all workers.
 
-    Norms in evaluation mode keep their statistics and stay as they are.
+    Norms in evaluation mode keep their statistics and stay as they are. `meet` is called before each wait for the other
+    processes.
 
     Raises:
         ValueError: a norm is of a class, or has settings, that no replacement is known for.
@@ -75,17 +81,18 @@ def share_batch_norms(root: nn.Module) -> None:
                 f"the statistics of {name}, a {type(module).__name__}, cannot be taken over all workers; set "
                 "model.sync_batch_norm=false, or model.freeze_batch_norm=true if it is the encoder's"
             )
-        root.set_submodule(name, GlobalBatchNorm2d(module))
+        root.set_submodule(name, GlobalBatchNorm2d(module, meet))
 
 
 @torch.no_grad()
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(x: Tensor, meet: Callable[[], None]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (C,), biased variance (C,) and count () of each channel over all workers, in float64."""
     channels = x.shape[1]
     full = x if x.dtype in (torch.float32, torch.float64) else x.float()
     mean, var = (of.double() for of in torch.batch_norm_update_stats(full, None, None, 0.0))
     number = x.numel() // channels
     own = torch.cat([torch.full_like(mean[:1], number), mean * number, (var + mean.square()) * number])
+    meet()
     dist.all_reduce(own)
     count, mean, square = own[0], own[1 : channels + 1] / own[0], own[channels + 1 :] / own[0]
     return mean, (square - mean.square()).clamp_min(0), count
@@ -96,11 +103,11 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, count: Tensor, eps: float
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, count: Tensor, norm: Any
     ) -> Tensor:
         ctx.save_for_backward(x, mean, var, weight, count)
-        ctx.eps = eps
-        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+        ctx.eps, ctx.meet = norm.eps, norm.meet
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=norm.eps)
 
     @staticmethod
     @once_differentiable
@@ -112,6 +119,7 @@ class _Normalize(torch.autograd.Function):
         sums = backward(gradient, x, weight, None, None, mean, inverse, True, ctx.eps, [False, True, True])
         of_weight, of_bias = sums[1], sums[2]
         both = torch.stack([of_weight, of_bias]).double()
+        ctx.meet()
         dist.all_reduce(both)
         along, level = (both / count).to(weight)
         # weight / std * (dy - mean(dy) - normalized * mean(dy normalized)), the last two by the kernel of the norm.

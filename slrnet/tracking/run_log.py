@@ -77,24 +77,27 @@ def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Fai
     ended without an error.
     """
     after = datetime.fromtimestamp(since, UTC).isoformat(timespec="milliseconds")
-    logged = (record for path in sorted((folder / FOLDER).glob("rank-*.jsonl")) for record in read_log(path))
-    whole = (record for record in logged if _is_whole(record))
-    records = sorted((record for record in whole if record["time"] >= after), key=itemgetter("time"))
-    processes = {record["rank"]: record["pid"] for record in records}  # the last of each rank
-    records = [record for record in records if record["pid"] == processes[record["rank"]]]
+    paths = sorted((folder / FOLDER).glob("rank-*.jsonl"))
+    records = sorted((record for path in paths for record in _of_last_process(path, after)), key=itemgetter("time"))
     for record in records:
         if record["event"] == "hang":
             return _failure(record)
     failures = [record for record in records if record["event"] == "failure"]
     if not dead and failures and LOST_PEER.search(failures[0]["message"]):
         # Ray may report the errors of the ranks that lost their peer before it notices that the peer died.
-        dead = list(processes)
+        dead = [record["rank"] for record in records]
     failed = {record["rank"] for record in failures}  # they ended because of the error that they wrote
     for rank in sorted(set(dead) - failed):
         last: dict[str, Any] = next((record for record in reversed(records) if record["rank"] == rank), {})
         died = {"rank": rank, "exception": "died", "message": DIED}
         return _failure({"node": "an unknown node", "step": 0} | last | died)
     return _failure(failures[0]) if failures else None
+
+
+def _of_last_process(path: Path, after: str) -> list[dict[str, Any]]:
+    """What the last process of a rank wrote, since a time. The rank of a hang may be another one."""
+    records = [record for record in read_log(path) if _is_whole(record) and record["time"] >= after]
+    return [record for record in records if record["pid"] == records[-1]["pid"]]
 
 
 def _is_whole(record: Mapping[str, Any]) -> bool:

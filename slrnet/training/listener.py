@@ -45,6 +45,9 @@ class Listener:
     def at(self, place: str, step: int) -> None:
         """This rank comes to a place, such as "going forward", in step `step`, from 0; or still works there."""
 
+    def meet(self) -> None:
+        """This rank comes to where it waits for the others, within a place."""
+
     def step(self, done: int, parts: Mapping[str, float], *, rate: float, waited: float, seconds: float) -> None:
         """Optimizer step `done`, from 1, is finished.
 
@@ -104,6 +107,10 @@ class RunListener(Listener):
     def at(self, place: str, step: int) -> None:
         """Tells the watchdog."""
         self.watchdog.at(place, step)
+
+    def meet(self) -> None:
+        """Tells the watchdog."""
+        self.watchdog.meet()
 
     def begin(self) -> None:
         """Starts an interval of the GPU monitors; measuring and saving before it did not count as training."""

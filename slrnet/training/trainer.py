@@ -30,8 +30,8 @@ from slrnet.checkpoints.checkpoint import (
     CheckpointWriter,
     TrainState,
     check_classes,
-    find_checkpoint,
     load_checkpoint,
+    load_whole,
     not_finite,
 )
 from slrnet.checkpoints.run_store import STATE, validation_scores
@@ -98,7 +98,7 @@ class Trainer:
     def __post_init__(self) -> None:
         config, shards, process = self.config, self.shards, self.process
         self.writer = CheckpointWriter(self.folder / "checkpoints", config, upload=self.upload)
-        self.model, self.wrapped = _new_network(config, shards.info.num_classes, process)
+        self.model, self.wrapped = _new_network(config, shards.info.num_classes, process, self.listener)
         self.average = WeightAverage(self.model, config.train.ema) if config.train.ema else None
         on_gpu = process.device.type == "cuda"
         self.optimizer = build_optimizer(self.model, config.optim, batch_size=config.train.batch_size, fused=on_gpu)
@@ -150,16 +150,23 @@ class Trainer:
                 or reads another one.
         """
         folder, process = self.folder / "checkpoints", self.process
-        chosen = find_checkpoint(folder) if process.is_main else None
-        name = gather_over_ranks(None if chosen is None else chosen.name, process)[0]
-        if name is None:
+        checkpoint: Checkpoint | None = None
+        problem: Exception | None = None
+        try:
+            checkpoint = load_whole(folder) if process.is_main else None
+        except (ValueError, OSError) as error:
+            problem = error
+        name = "" if checkpoint is None else checkpoint.path.name
+        name, refused = gather_over_ranks((name, str(problem or "")), process)[0]
+        if refused:
+            raise problem or CheckpointError(f"rank 0 cannot continue the run: {refused}")
+        if not name:
             return False
         digest = ""
-        problem: Exception | None = None
         try:
             if not process.is_main:
                 fetch(name)
-            self._restore(load_checkpoint(folder / name))
+            self._restore(checkpoint or load_checkpoint(folder / name))
             digest = sha256_of(folder / name / STATE)
         except (ValueError, OSError) as error:
             problem = error
@@ -600,7 +607,9 @@ def _without_global_norms(regions: list[torch.nn.Module]) -> list[torch.nn.Modul
     return [part for part in regions if not any(isinstance(one, GlobalBatchNorm2d) for one in part.modules())]
 
 
-def _new_network(config: Config, num_classes: int, process: Process) -> tuple[Network, torch.nn.Module]:
+def _new_network(
+    config: Config, num_classes: int, process: Process, listener: Listener
+) -> tuple[Network, torch.nn.Module]:
     """The network of a run, and the same wrapped for distributed training."""
     torch.manual_seed(config.train.seed)
     model, device = build_network(config, num_classes=num_classes), process.device
@@ -612,7 +621,7 @@ def _new_network(config: Config, num_classes: int, process: Process) -> tuple[Ne
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
     model.to(device=device, dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.model.sync_batch_norm and process.world_size > 1:
-        share_batch_norms(model.train())
+        share_batch_norms(model.train(), lambda: listener.meet())
     if config.train.compile:
         compile_regions(_without_global_norms(model.regions()), device)
     if process.world_size == 1:

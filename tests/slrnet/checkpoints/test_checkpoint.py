@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from slrnet.checkpoints.checkpoint import (
     check_classes,
     find_checkpoint,
     load_checkpoint,
+    load_whole,
     prune_checkpoints,
     require_free_space,
     restore_model,
@@ -60,6 +61,11 @@ def save(folder: Path, epoch: int, score: float | None = None, **kwargs: Any) ->
     return save_checkpoint(
         folder, config=CONFIG, state=state(epoch, score, **kwargs), model=model, optimizer=optimizer.state_dict()
     )
+
+
+def whole(folder: Path, which: Literal["last", "best"] = "last") -> Path | None:
+    checkpoint = load_whole(folder, which=which)
+    return checkpoint and checkpoint.path
 
 
 def names(folder: Path) -> set[str]:
@@ -152,7 +158,8 @@ class TestFinite:
             save_file({"a": torch.tensor([1.0, math.nan])}, spoiled / file)
         digest = hashlib.sha256((spoiled / file).read_bytes()).hexdigest()
         edit_state(spoiled, lambda record: record | {"sha256": record["sha256"] | {file: digest}})
-        assert find_checkpoint(folder) == find_checkpoint(folder, which="best") == earlier
+        assert whole(folder) == whole(folder, "best") == earlier
+        assert find_checkpoint(folder) == spoiled  # reads no weights
         assert "skipping a checkpoint" in caplog.text
         assert load_checkpoint(tmp_path).state.epoch == 1
         with pytest.raises(
@@ -173,7 +180,8 @@ class TestDamage:
         with pytest.raises(CheckpointError, match=rf"checkpoint-0002.{name} is damaged or missing; take another"):
             load_checkpoint(last)
         with caplog.at_level(logging.WARNING):
-            assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path, which="best") == earlier
+            assert whole(tmp_path) == whole(tmp_path, "best") == earlier
+        assert find_checkpoint(tmp_path) == last  # reads no weights
         assert f"checkpoint-0002/{name} is damaged" in caplog.text
 
     @pytest.mark.parametrize("name", sorted(FILES))
@@ -413,7 +421,8 @@ class TestChoice:
         (paths[2] / "trainer.pt").unlink()
         prune_checkpoints(tmp_path)
         assert names(tmp_path) == {"checkpoint-0001", "checkpoint-0002", "checkpoint-0004"}
-        assert find_checkpoint(tmp_path) == paths[1]
+        assert find_checkpoint(tmp_path) == paths[3]
+        assert whole(tmp_path) == paths[1]
         with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
             load_checkpoint(paths[3])
 

@@ -19,6 +19,7 @@ from slrnet.checkpoints.checkpoint import (
     TrainState,
     find_checkpoint,
     load_checkpoint,
+    load_whole,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -171,9 +172,9 @@ def test_one_that_is_damaged_in_the_store_is_passed_over(run: RunStore, s3: Any,
         file.write(b"junk")
     other = RunStore(PLACE, tmp_path / "other" / "mine")
     other.fetch()
-    last = find_checkpoint(other.folder / "checkpoints")
+    last = load_whole(other.folder / "checkpoints")
     assert last is not None
-    assert last.name == "checkpoint-0001"
+    assert last.path.name == "checkpoint-0001"
 
 
 def test_names_that_are_none_of_ours_stay_in_the_store(run: RunStore, s3: Any, tmp_path: Path) -> None:

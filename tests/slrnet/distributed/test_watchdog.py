@@ -96,6 +96,18 @@ def test_a_rank_that_works_is_left_alone(
     watchdog.close()
 
 
+def test_a_wait_within_a_place_counts(watch: Callable[..., tuple[Watchdog, list[Hang], threading.Event]]) -> None:
+    """As with batch norms over all ranks: all are in one place, and one of them does not come to the next wait."""
+    ranks = [watch(rank, None, 0.0)[0] for rank in range(2)]
+    for watchdog in ranks:
+        watchdog.at("going forward", 2)
+        watchdog.meet()
+    ranks[0].meet()
+    hang = find_hang({rank: watchdog.position for rank, watchdog in enumerate(ranks)}, own=0, stood=9)
+    assert hang.rank == 1
+    assert "hangs while going forward in step 2; rank 0, going forward, waited" in hang.message
+
+
 def test_off_it_has_no_thread(watch: Callable[..., tuple[Watchdog, list[Hang], threading.Event]]) -> None:
     before = threading.active_count()
     watchdog, _, _ = watch(0, None, 0.0)

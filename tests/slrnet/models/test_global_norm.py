@@ -44,9 +44,11 @@ class TestAlone:
     def test_it_is_the_usual_norm_in_outputs_gradients_and_statistics(self, norm: str) -> None:
         usual = network(norm)
         shared = deepcopy(usual)
-        share_batch_norms(shared)
+        waits: list[int] = []
+        share_batch_norms(shared, lambda: waits.append(1))
         assert type(shared[1]) is GlobalBatchNorm2d
         torch.testing.assert_close(both_views(shared), both_views(usual))
+        assert len(waits) == 4  # two views, forward and backward
 
     def test_bfloat16_has_statistics_in_float32(self) -> None:
         usual = nn.BatchNorm2d(4)

@@ -138,6 +138,9 @@ def test_a_hang_goes_before_all(tmp_path: Path) -> None:
     log = RunLog(tmp_path, rank=0)
     fail(log, 4, "too late")
     log.write("hang", rank=1, node="there", step=4, exception="hang", message="rank 1 hangs")
+    other = RunLog(tmp_path, rank=1)
+    other._common["pid"] += 1
+    fail(other, 4, "Connection closed by peer")  # the rank that hung wakes up, and writes later than the one before
     failure = find_failure(tmp_path, since=0, dead=[0, 1])
     assert failure is not None
     assert (failure.rank, failure.node, failure.exception) == (1, "there", "hang")

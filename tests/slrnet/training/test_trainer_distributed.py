@@ -387,8 +387,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_both_and_names_it(results: 
 
 def test_a_rank_that_hangs_ends_both_and_is_named(config: Config, tmp_path: Path) -> None:
     handle = create_run(f"sqlite:///{tmp_path / 'a.db'}", "e", "run", params={}, tags={}, resume=False)
-    # With batch norms over all workers the other rank waits within its forward pass, and both stand in one place.
-    config = apply_overrides(config, ["model.sync_batch_norm=false"])
     values = {"config": config.model_dump(mode="json"), "folder": str(tmp_path / "run"), "hang_limit": 10.0}
     values |= {"location": "", "until": None}
     (tmp_path / "values.json").write_text(json.dumps(values | {"handle": asdict(handle)}))
