@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from data_prep.shard_writer import Sample
 from slrnet.config import Config, apply_overrides
 from slrnet.data.eval_loader import EvalLoader
-from slrnet.data.manifest import DataError, ShardSet
+from slrnet.data.manifest import DataError, ShardSet, load_dataset
 from slrnet.training.trainer import Trainer
+from tests.fixtures.training import make_trainer
 
 pytestmark = pytest.mark.slow  # whole trainings
 
@@ -49,11 +51,21 @@ def other_labels(key: str, classes: tuple[int, ...]) -> tuple[int, ...]:
     return ((1,), (2,), (3,), (1, 2, 3))[zlib.crc32(key.encode()) % 4] if key.startswith("train") else classes
 
 
-def weights(trainer: Trainer, digest: Digest) -> tuple[str, dict[str, float]]:
-    """Trains; the weights' digest and the last epoch's figures."""
-    figures: dict[str, float] = {}
-    trainer.fit(report=figures.update)
-    return digest(trainer.model), figures
+Weights = Callable[[Config, ShardSet], tuple[str, dict[str, float]]]
+
+
+@pytest.fixture(scope="module")
+def weights(digest: Digest, tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    """Trains, each configuration on each data set once: the weights' digest and the last epoch's figures."""
+
+    @cache
+    def train(config: Config, data: Path) -> tuple[str, dict[str, float]]:
+        figures: dict[str, float] = {}
+        trainer = make_trainer(config, load_dataset(data), tmp_path_factory.mktemp("run"))
+        trainer.fit(report=figures.update)
+        return digest(trainer.model), figures
+
+    return lambda config, shards: train(config, shards.folder)
 
 
 def masks(shards: ShardSet, split: str) -> dict[str, Tensor | None]:
@@ -67,7 +79,7 @@ def noisy_train(write_tiny: WriteTiny, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def config(tiny_config: Config) -> Config:
-    return apply_overrides(tiny_config, ["train.epochs=3", "evaluation.panel_images=0"])
+    return apply_overrides(tiny_config, ["evaluation.panel_images=0"])
 
 
 def test_only_the_masks_differ(tiny_data: ShardSet, noisy_train: ShardSet) -> None:
@@ -81,10 +93,10 @@ def test_only_the_masks_differ(tiny_data: ShardSet, noisy_train: ShardSet) -> No
 
 
 def test_training_masks_of_noise_change_no_weight(
-    config: Config, tiny_data: ShardSet, noisy_train: ShardSet, start_trainer: StartTrainer, digest: Digest
+    config: Config, tiny_data: ShardSet, noisy_train: ShardSet, weights: Weights
 ) -> None:
-    true, figures = weights(start_trainer(config, shards=tiny_data), digest)
-    noisy, noisy_figures = weights(start_trainer(config, shards=noisy_train), digest)
+    true, figures = weights(config, tiny_data)
+    noisy, noisy_figures = weights(config, noisy_train)
     assert noisy == true
     # The comparison would see a leak: what is measured against the masks does change, and so do the weights of a
     # training on other image labels or another seed (test_trainer).
@@ -94,20 +106,19 @@ def test_training_masks_of_noise_change_no_weight(
 
 
 def test_training_masks_are_not_even_opened_where_nothing_is_measured(
-    config: Config, write_tiny: WriteTiny, start_trainer: StartTrainer, digest: Digest, tmp_path: Path
+    config: Config, tiny_data: ShardSet, write_tiny: WriteTiny, weights: Weights, tmp_path: Path
 ) -> None:
     config = apply_overrides(config, ["evaluation.pseudo_mask_images=0"])
     broken = write_tiny(tmp_path / "broken", mask_bytes=only("train", lambda sample, png: b"no PNG at all"))
-    true, _ = weights(start_trainer(config), digest)
-    assert weights(start_trainer(config, shards=broken), digest)[0] == true
+    assert weights(config, broken)[0] == weights(config, tiny_data)[0]
 
 
 def test_validation_masks_of_noise_change_no_weight(
-    config: Config, write_tiny: WriteTiny, start_trainer: StartTrainer, digest: Digest, tmp_path: Path
+    config: Config, tiny_data: ShardSet, write_tiny: WriteTiny, weights: Weights, tmp_path: Path
 ) -> None:
     noisy_val = write_tiny(tmp_path / "noisy-val", mask_bytes=only("val", noise))
-    true, figures = weights(start_trainer(config), digest)
-    noisy, noisy_figures = weights(start_trainer(config, shards=noisy_val), digest)
+    true, figures = weights(config, tiny_data)
+    noisy, noisy_figures = weights(config, noisy_val)
     assert noisy == true
     assert noisy_figures["val/miou_ss"] != figures["val/miou_ss"]
     assert noisy_figures["pseudo_mask/miou"] == figures["pseudo_mask/miou"]
@@ -142,24 +153,23 @@ class TestSemiSupervised:
         noisy_ungranted: ShardSet,
         noisy_labels: ShardSet,
         noisy_train: ShardSet,
-        start_trainer: StartTrainer,
-        digest: Digest,
+        weights: Weights,
     ) -> None:
         config = apply_overrides(config, SEMI[setting])
-        true, figures = weights(start_trainer(config, shards=tiny_data), digest)
-        noisy, noisy_figures = weights(start_trainer(config, shards=noisy_ungranted), digest)
+        true, figures = weights(config, tiny_data)
+        noisy, noisy_figures = weights(config, noisy_ungranted)
         assert noisy == true
         assert noisy_figures["pseudo_mask/miou"] != figures["pseudo_mask/miou"], "measured on ungranted images only"
         assert figures["train/epoch_loss_segmentation"] > 0
         assert figures["train/epoch_loss_pixel_segmentation"] > 0
         # What is granted does change the weights, so the comparison would see a leak.
-        assert weights(start_trainer(config, shards=noisy_train), digest)[0] != true
-        assert (weights(start_trainer(config, shards=noisy_labels), digest)[0] == true) == (setting == "sss")
+        assert weights(config, noisy_train)[0] != true
+        assert (weights(config, noisy_labels)[0] == true) == (setting == "sss")
 
     def test_ungranted_masks_are_not_even_opened_where_nothing_is_measured(
         self, setting: str, config: Config, write_tiny: WriteTiny, start_trainer: StartTrainer, tmp_path: Path
     ) -> None:
-        config = apply_overrides(config, [*SEMI[setting], "evaluation.pseudo_mask_images=0", "train.epochs=2"])
+        config = apply_overrides(config, [*SEMI[setting], "evaluation.pseudo_mask_images=0"])
         broken = write_tiny(tmp_path / "broken", mask_bytes=ungranted(lambda sample, png: b"no PNG at all"))
         start_trainer(config, shards=broken).fit(report=lambda figures: None)
         damaged = write_tiny(tmp_path / "damaged", mask_bytes=only("train", lambda sample, png: b"no PNG at all"))
