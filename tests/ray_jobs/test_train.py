@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -11,18 +10,9 @@ from pathlib import Path
 import pytest
 
 from slrnet.storage.lease import LEASE, HeldError, require_free
+from tests.fixtures.jobs import run_job
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run_job(script: str, *arguments: str) -> int:
-    """Runs a script as `python ray_jobs/SCRIPT` does, but in this process; returns its exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *arguments])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "ray_jobs" / script), run_name="__main__")
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 @pytest.mark.parametrize(
@@ -57,13 +47,13 @@ def test_a_mistake_gets_one_line_and_exit_code_2(
 
 
 @pytest.mark.slow
-def test_a_job_that_is_stopped_saves_says_so_and_marks_its_run(tmp_path: Path) -> None:
+def test_a_job_that_is_stopped_saves_says_so_and_marks_its_run(storage: Path) -> None:
     """`ray job stop` sends SIGTERM. While it runs, another start is refused."""
     from mlflow import MlflowClient
 
     settings = ("model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "train.epochs=900")
     process = subprocess.Popen(
-        [sys.executable, "ray_jobs/train.py", "--storage", str(tmp_path), "--name", "run", "--num-workers", "0"]
+        [sys.executable, "ray_jobs/train.py", "--storage", str(storage), "--name", "run", "--num-workers", "0"]
         + [word for setting in settings for word in ("--set", setting)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -71,20 +61,20 @@ def test_a_job_that_is_stopped_saves_says_so_and_marks_its_run(tmp_path: Path) -
         stdout=subprocess.PIPE,
         text=True,
     )
-    log = tmp_path / "run" / "logs" / "rank-0.jsonl"
+    log = storage / "run" / "logs" / "rank-0.jsonl"
     deadline = time.monotonic() + 300
     while not (log.exists() and '"step"' in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.2)
     with pytest.raises(HeldError, match=f"process {process.pid} of "):
-        require_free(tmp_path / "run" / LEASE, "the run")
+        require_free(storage / "run" / LEASE, "the run")
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=300)
     assert process.returncode == 143
-    assert f"continue with: slrnet train --resume run --storage {tmp_path}" in printed
-    assert len(list((tmp_path / "run" / "checkpoints").glob("checkpoint-0000-*"))) == 1
-    assert not (tmp_path / "run" / LEASE).exists()
+    assert f"continue with: slrnet train --resume run --storage {storage}" in printed
+    assert len(list((storage / "run" / "checkpoints").glob("checkpoint-0000-*"))) == 1
+    assert not (storage / "run" / LEASE).exists()
     assert errors.splitlines()[-1] == "interrupted; continue the training with --resume NAME"
     assert "Traceback" not in errors
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = MlflowClient(f"sqlite:///{storage / 'mlflow.db'}")
     (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     assert run.info.status == "KILLED"
