@@ -96,7 +96,8 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imported(path: Path) -> set[str]:
+@cache
+def imported(path: Path) -> frozenset[str]:
     """Dotted names of the modules that a file imports, also inside functions and by `import_module("...")`."""
     names: set[str] = set()
     for node in ast.walk(tree_of(path)):
@@ -108,7 +109,7 @@ def imported(path: Path) -> set[str]:
             names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and name_of(node.func) in ("import_module", "__import__"):
             names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
-    return names
+    return frozenset(names)
 
 
 def name_of(node: ast.AST) -> str:
@@ -120,10 +121,9 @@ def imports(names: Iterable[str], module: str) -> bool:
     return any(name == module or name.startswith(module + ".") for name in names)
 
 
-def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield node
+@cache
+def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
 def lines_of(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:

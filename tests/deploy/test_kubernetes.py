@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ Objects = dict[tuple[str, str], dict[str, Any]]
 
 def load(file: Path) -> list[dict[str, Any]]:
     """The objects of a file, without YAML's aliases, so that a place can be changed alone."""
-    objects: list[dict[str, Any]] = json.loads(json.dumps(list(yaml.safe_load_all(file.read_text(encoding="utf-8")))))
+    objects: list[dict[str, Any]] = json.loads(as_json(file))
     return objects
+
+
+@cache
+def as_json(file: Path) -> str:
+    return json.dumps(list(yaml.safe_load_all(file.read_text(encoding="utf-8"))))
 
 
 def built(name: str) -> Objects:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
 from tqdm import tqdm
 
@@ -107,6 +106,8 @@ def measure_doubts(target: EvaluationTarget) -> list[tuple[int, Doubt]]:
     Raises:
         DataError: see `candidates` and `read_unmasked`.
     """
+    from scipy.stats import rankdata  # importing it takes a second
+
     supervision, indices = candidates(target)
     samples = tqdm(read_unmasked(target, supervision, indices), total=len(indices), unit="image", disable=None)
     found = [look(target.inference, sample)[1] for sample in samples]

@@ -15,7 +15,12 @@ from torch import Tensor
 from slrnet.cpu.compiled import compiled
 from slrnet.cpu.cross_entropy import sums_and_gradients
 
-pytestmark = pytest.mark.skipif(compiled("cross_entropy") is None, reason="no C compiler")
+
+@pytest.fixture(autouse=True)
+def compiler() -> None:
+    """Compiles here, and not in each process that collects the tests."""
+    if compiled("cross_entropy") is None:
+        pytest.skip("no C compiler")
 
 
 def case(*, classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,7 +29,7 @@ def values_and_gradients(form: nn.Module, maps: Tensor) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, [leaf, *form.parameters()], slopes)]
 
 
-@pytest.mark.parametrize("size", [(20, 20), (17, 15), (7, 8), (5, 3), (1, 1)])
+@pytest.mark.parametrize("size", [(17, 15), (5, 3), (1, 1)])
 @pytest.mark.parametrize(("kernel", "rate"), [(3, 1), (5, 1), (3, 2), (5, 2), (3, 4), (5, 3)])
 def test_equals_the_convolution(kernel: int, rate: int, size: tuple[int, int]) -> None:
     conv = conv_of(kernel=kernel, rate=rate, bias=True)
@@ -40,7 +40,7 @@ def test_equals_the_convolution(kernel: int, rate: int, size: tuple[int, int]) -
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("size", [(20, 20), (13, 8), (40, 36)])
+@pytest.mark.parametrize("size", [(13, 8), (40, 36)])
 @pytest.mark.parametrize("options", [{}, {"rate": 2}, {"kernel": 5}, {"kernel": 5, "rate": 2}, {"stride": 2}])
 def test_half_precision_is_near_the_full_one(options: dict[str, Any], size: tuple[int, int]) -> None:
     conv = conv_of(**options, bias=True).float()

