@@ -44,10 +44,21 @@ from slrnet.data.images import encode_mask
 from slrnet.data.manifest import DataError, DatasetInfo
 from slrnet.storage.shown import say
 
-__all__ = ["CLASSES", "add_arguments", "build_demo", "demo_data", "draw_scene", "make", "write_voc_folder"]
+__all__ = [
+    "CLASSES",
+    "DEMO_FOLDER",
+    "add_arguments",
+    "build_demo",
+    "demo_data",
+    "draw_scene",
+    "make",
+    "write_voc_folder",
+]
 
 Floats = npt.NDArray[np.float64]
 
+DEMO_FOLDER = "demo_data"
+"""Folder of the demo's shards within a folder of runs."""
 CLASSES = (BACKGROUND, "fish", "kite", "ladybird", "mushroom")
 """Names of the classes, background first."""
 
@@ -186,7 +197,7 @@ def demo_data(storage: Path) -> Path:
     """The demo's shards in a folder of runs, built if they are missing; says that they stand in for real data."""
     hint = "Real data: slrnet train --recipe voc_wsss --data SHARDS, with shards from `slrnet prepare voc`."
     say(f"No --data given: training on the embedded, synthetic demo data. {hint}")
-    folder = storage / "demo_data"
+    folder = storage / DEMO_FOLDER
     if not folder.exists():
         build_demo(folder)
     return folder

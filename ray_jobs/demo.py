@@ -16,12 +16,14 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
+from data_prep.demo import DEMO_FOLDER, build_demo
 from slrnet.storage.shown import say
 from slrnet.tracking.provenance import environment_tags
 
@@ -42,7 +44,11 @@ def run_demo(options: list[str]) -> int:
     name = f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     upload = ["--working-dir", "."] if CHECKOUT else []
     program = ["python", "ray_jobs/train.py"] if CHECKOUT else [sys.executable, "-m", "slrnet", "train"]
+    beside, data = ThreadPoolExecutor(1), RUNS / DEMO_FOLDER
+    drawing = beside.submit(build_demo, data) if not data.exists() else None  # while Ray starts
     with local_cluster() as (address, environment):
+        if drawing is not None:
+            drawing.result()
         job = ["ray", "job", "submit", "--address", address, *upload, "--", *program, "--name", name]
         job += ["--storage", str(RUNS), *workers(), *options]
         say("$ " + " ".join(job))
@@ -82,6 +88,7 @@ def local_cluster(*options: str, port: int | None = None) -> Iterator[tuple[str,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_prestart_worker_first_driver": "0",  # a job with files of its own could not use these processes
         "PYTHONUNBUFFERED": "1",
         "SLRNET_GIT_COMMIT": environment_tags()["git_commit"],  # Ray leaves .git behind
     }
@@ -89,13 +96,14 @@ def local_cluster(*options: str, port: int | None = None) -> Iterator[tuple[str,
         environment.pop(inherited, None)
     command = ["ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={port or free}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-    command += [f"--temp-dir={folder / 'ray'}", "--include-log-monitor=true"]
+    command += [f"--temp-dir={folder / 'ray'}", "--include-log-monitor=true", "--no-monitor"]
     command += [f"--dashboard-agent-listen-port={agent}", *WORKER_PORTS, *options]  # the agent takes the jobs
     say("starting a local Ray cluster with token authentication")
     address, log, deadline = f"http://127.0.0.1:{dashboard}", folder / "head.log", time.monotonic() + START_LIMIT
+    health = (f"{address}/api/jobs/", f"http://127.0.0.1:{agent}/api/local_raylet_healthz")
     head = start(command, environment, log)
     try:
-        while not wait_for(address, token, head, log, deadline):
+        while not wait_for(health, token, head, log, deadline):
             say("Ray gave up, as it does on a busy machine; starting it once more")
             stop(head)
             head = start(command, environment, log)
@@ -124,8 +132,8 @@ def run(command: list[str], environment: dict[str, str]) -> int:
         raise
 
 
-def wait_for(address: str, token: Path, head: subprocess.Popen[bytes], log: Path, deadline: float) -> bool:
-    """Waits until the cluster takes jobs: the server answers before the agent that starts them is there.
+def wait_for(pages: Sequence[str], token: Path, head: subprocess.Popen[bytes], log: Path, deadline: float) -> bool:
+    """Waits until all pages answer: that of the server that takes jobs, and that of the agent that starts them.
 
     Returns:
         False if Ray timed out and ended.
@@ -133,19 +141,16 @@ def wait_for(address: str, token: Path, head: subprocess.Popen[bytes], log: Path
     Raises:
         SystemExit: it ended otherwise, or the deadline (`time.monotonic`) has passed.
     """
-    secret = token.read_text(encoding="utf-8")
-    request = urllib.request.Request(
-        f"{address}/api/jobs/",
-        data=b'{"entrypoint": "true"}',
-        headers={"Authorization": f"Bearer {secret}", "Content-Type": "application/json"},
-    )
-    while time.monotonic() < deadline and head.poll() is None:
+    headers = {"Authorization": f"Bearer {token.read_text(encoding='utf-8')}"}
+    missing = list(pages)
+    while missing and time.monotonic() < deadline and head.poll() is None:
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                if answer.status == 200:
-                    return True
+            with urllib.request.urlopen(urllib.request.Request(missing[0], headers=headers), timeout=30) as answer:
+                missing = missing[answer.status == 200 :]
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
+    if not missing:
+        return True
     if time.monotonic() < deadline and "timed out during startup" in log.read_text(encoding="utf-8"):
         return False
     raise SystemExit(f"error: Ray did not start; the end of its log:\n{log.read_text(encoding='utf-8')[-3000:]}")
