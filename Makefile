@@ -72,7 +72,8 @@ format: $(STAMP) ## fix style and formatting
 	@$(BIN)/ruff check --fix $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
 
-chaos: $(STAMP) ## a training whose processes, storage and tracking server are killed, against one left alone
+chaos: $(STAMP) ## faults at every write and in every phase of a training; then one whose processes and servers are killed
+	@$(BIN)/python benchmarks/write_faults.py
 	@$(BIN)/python benchmarks/chaos.py
 
 fuzz: $(STAMP) ## damaged inputs for every reader; BUDGET=600 SEED=1 are the budget and the first input

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from data_prep.annotations import AnnotationExport, ImageAnnotation, rasterize, reserved_id
 from data_prep.annotations.shapes import Box
-from data_prep.class_names import class_by_label, folded
+from data_prep.class_names import class_by_label, folded, separator_hint
 from data_prep.image_names import ImageNames
 from data_prep.label_table import ImageLabels
 from data_prep.shard_writer import listed
@@ -188,6 +188,7 @@ def _classes(
             raise DataError(
                 f"{what} has {len(others)} label(s) that are no class: {listed(texts)}; the classes are "
                 f"{', '.join(names)}: name these too, or make their pixels void with --other-labels-void"
+                f"{separator_hint(others, names)}"
             )
         if others:
             say(f"{what}: void are the pixels of the labels {listed(list(others))}")

@@ -13,7 +13,7 @@ from slrnet.data.catalog import BACKGROUND, IGNORE_INDEX
 from slrnet.data.manifest import DataError
 from slrnet.storage.shown import say
 
-__all__ = ["class_by_label", "folded", "given_classes", "label_pieces", "normalized", "read_classes"]
+__all__ = ["class_by_label", "folded", "given_classes", "label_pieces", "normalized", "read_classes", "separator_hint"]
 
 _SEPARATORS = re.compile(r"[,|/\t]")
 _NOTHING = {"", "none", "nan", "null", "na", "n/a", "nothing", "?"}
@@ -101,14 +101,23 @@ def _by_spelling(labels: Mapping[str, str], classes: Sequence[str], what: str) -
     for name in classes:
         spelled.setdefault(folded(name), []).append(name)
     found = {label: [label] if label in classes else spelled.get(folded(label), []) for label in labels}
-    if unknown := [f"{label!r} ({labels[label]})" for label, names in found.items() if len(names) != 1]:
+    if unknown := {label: labels[label] for label, names in found.items() if len(names) != 1}:
+        shown = listed([f"{label!r} ({where})" for label, where in unknown.items()])
         raise DataError(
-            f"{what} has {len(unknown)} label(s) that are no class: {listed(unknown)}; the classes are "
-            f"{', '.join(classes)}: correct the labels, or name these classes too"
+            f"{what} has {len(unknown)} label(s) that are no class: {shown}; the classes are "
+            f"{', '.join(classes)}: correct the labels, or name these classes too{separator_hint(unknown, classes)}"
         )
     if respelled := [f"{label!r} as {names[0]!r}" for label, names in found.items() if names[0] != label]:
         say(f"{what}: labels in another spelling are read as classes: {listed(respelled)}")
     return {label: names[0] for label, names in found.items()}
+
+
+def separator_hint(labels: Iterable[str], classes: Sequence[str]) -> str:
+    """What to add to a message about labels that are no class, where one of them is several classes in a row."""
+    known = sorted({folded(name) for name in classes}, key=len, reverse=True)
+    several = re.compile(f"({'|'.join(map(re.escape, known))})([ .:+&]+(and )?({'|'.join(map(re.escape, known))}))+")
+    composed = next((label for label in labels if known and several.fullmatch(folded(label))), None)
+    return "" if composed is None else f"; if {composed!r} is several classes, separate them by `;`"
 
 
 def _as_names(labels: Mapping[str, str], what: str) -> dict[str, str]:

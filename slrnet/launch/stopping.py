@@ -11,13 +11,22 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from slrnet.training.requests import Requests, Wish
 
-__all__ = ["Interruption", "Mailbox", "MailboxRequests", "SignalRequests", "open_mailbox", "save_before_resize"]
+__all__ = [
+    "Interruption",
+    "Mailbox",
+    "MailboxRequests",
+    "SignalRequests",
+    "follow",
+    "open_mailbox",
+    "save_before_resize",
+]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_SIGNAL = 2.0
@@ -83,6 +92,41 @@ class SignalRequests(Requests):
     def asked(self) -> Wish:
         """Asks to stop after a signal, or when the caller wants it."""
         return "stop" if self._interruption.asked else ""
+
+
+def follow(
+    ended: Callable[[], bool],
+    interruption: Interruption,
+    *,
+    hear: Callable[[], Sequence[Mapping[str, float]]],
+    stop: Callable[[], None],
+    on_epoch: Callable[[Mapping[str, float]], bool | None] | None,
+) -> None:
+    """Follows workers from the driver until they end, and asks them to stop once, when the driver is asked.
+
+    Args:
+        ended: waits a little, and says whether the workers have ended.
+        interruption: what the driver is asked.
+        hear: gives what the workers told of epochs since its last call.
+        stop: asks the workers to stop.
+        on_epoch: hears of each epoch, and may ask to stop; an error of it also does, and is raised at the end.
+    """
+    asked, problem = False, None
+    while True:
+        done = ended()
+        for metrics in hear() if on_epoch and problem is None else ():
+            try:
+                interruption.wanted |= bool(on_epoch and on_epoch(metrics))
+            except Exception as error:
+                interruption.wanted, problem = True, error
+                break
+        if done:
+            break
+        if interruption.asked and not asked:
+            asked = True
+            stop()
+    if problem is not None:
+        raise problem
 
 
 class Mailbox:

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,15 @@ from slrnet.launch.checks import (
 )
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, await_lost_nodes
 from slrnet.launch.rank import Job, Report, train_rank
-from slrnet.launch.stopping import Interruption, MailboxRequests, SignalRequests, open_mailbox, save_before_resize
+from slrnet.launch.ray_log import RAY_LOG, ray_lines_in
+from slrnet.launch.stopping import (
+    Interruption,
+    MailboxRequests,
+    SignalRequests,
+    follow,
+    open_mailbox,
+    save_before_resize,
+)
 from slrnet.storage import shown
 from slrnet.storage.files import write_json, write_text
 from slrnet.storage.lease import LEASE, owned
@@ -86,6 +95,11 @@ class LaunchOptions(WorkerRequest):
     def folder(self) -> Path:
         """The run's folder."""
         return self.storage / self.name
+
+    @property
+    def ray_log(self) -> Path:
+        """What Ray says besides the run's own lines, on this machine."""
+        return self.folder / "logs" / RAY_LOG
 
     @property
     def location(self) -> str:
@@ -171,8 +185,12 @@ def _launch(
     say(f"curves and pictures: {handle.how_to_open()}")
     if options.resume and last is None:
         say("resuming a run that has no checkpoint yet: from the beginning")
-    with Interruption() as interruption:
-        driver = training.run(handle, interruption=interruption, on_epoch=on_epoch)
+    try:
+        with Interruption() as interruption, ray_lines_in(options.ray_log) if workers.most else nullcontext():
+            driver = training.run(handle, interruption=interruption, on_epoch=on_epoch)
+    finally:
+        if options.ray_log.exists():
+            say(f"messages of Ray's own: {options.ray_log}")
     if store is not None:
         store.fetch()
     checkpoints = folder / "checkpoints"
@@ -378,15 +396,19 @@ def _fit_beside(trainer: Any, interruption: Interruption, mailbox: Any, on_epoch
         except BaseException as error:
             errors.append(error)
 
-    thread, asked = threading.Thread(target=fit, name="fit", daemon=True), False
-    thread.start()
-    while thread.is_alive():
+    def ended() -> bool:
         thread.join(0.2)
-        for metrics in ray.get(mailbox.hear.remote()) if on_epoch else ():
-            interruption.wanted |= bool(on_epoch and on_epoch(metrics))
-        if interruption.asked and not asked:
-            asked = True
-            mailbox.ask.remote("stop")
+        return not thread.is_alive()
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    follow(
+        ended,
+        interruption,
+        hear=lambda: ray.get(mailbox.hear.remote()),
+        stop=lambda: mailbox.ask.remote("stop"),
+        on_epoch=on_epoch,
+    )
     if errors:
         raise errors[0]
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from slrnet.storage.files import UNFINISHED, flush
+from slrnet.storage.files import ABANDONED, UNFINISHED, flush
 from slrnet.storage.names import short_name
 
 __all__ = ["MARK", "flush_folder", "mark_folder", "remove_folder", "whole_folder"]
 
 MARK = ".slrnet"
 """Empty file in a folder that slrnet made for itself and may remove."""
+_EARLIER = f"{MARK}.earlier"
+"""What takes the place of another folder is beside it under this name, where the two cannot be swapped."""
+_HERE, _SWAP = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of Linux."""
 
 
 def mark_folder(folder: Path) -> None:
@@ -72,20 +78,29 @@ def whole_folder(target: Path, *, own: Collection[str] | None = None) -> Iterato
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in target.parent.glob(f".{glob.escape(short_name(target.name))}.*.partial"):
-        _remove_abandoned(abandoned)
-    with _unfinished(target) as folder:
+        _remove_abandoned(abandoned, target)
+    with _unfinished(target) as aside:
+        folder = aside / target.name
+        folder.mkdir()
         yield folder
-        folder.chmod(0o755)
-        (folder / MARK).unlink()
         flush_folder(folder)
         if own is None or not target.exists():
             folder.replace(target)
         else:
             _check_own(target, target.parent, own)
-            with _unfinished(target) as aside:
-                target.replace(aside / target.name)
+            if not _exchange(folder, target):
+                target.replace(aside / _EARLIER)
                 folder.replace(target)
     flush(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders at once, so that both names always exist; False if the system or file system cannot."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _SWAP) == 0)
 
 
 @contextmanager
@@ -104,14 +119,23 @@ def _unfinished(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_abandoned(folder: Path) -> None:
-    """Removes a marked folder unless a process has it locked."""
-    if not (folder / MARK).is_file() or folder.is_symlink():
+def _remove_abandoned(folder: Path, target: Path) -> None:
+    """Removes a marked folder unless a process has it locked; gives back a target that was not replaced to the end.
+
+    An empty one, whose maker was killed before it could mark it, goes after `ABANDONED` seconds.
+    """
+    if folder.is_symlink():
         return
     with suppress(OSError):
+        if not (folder / MARK).is_file():
+            if time.time() - folder.stat().st_mtime > ABANDONED:
+                folder.rmdir()
+            return
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if (folder / _EARLIER).exists() and not target.exists():
+                (folder / _EARLIER).replace(target)
             shutil.rmtree(folder)
         finally:
             os.close(descriptor)

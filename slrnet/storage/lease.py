@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 
-from slrnet.storage.files import write_json
+from slrnet.storage.files import UNFINISHED, write_json
 from slrnet.storage.names import printable, short_name
 from slrnet.storage.remote import filesystem_of, is_remote, patiently
 from slrnet.storage.shown import say
@@ -207,12 +207,25 @@ class _File:
         """Creates the file unless there is one, and then returns False."""
         self._new_folder |= not self._path.parent.exists()
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        whole = self._path.with_name(f"{UNFINISHED}{record['id'][:8]}.{self._path.name}")
         try:
-            with self._path.open("x", encoding="utf-8") as file:
-                file.write(json.dumps(record))
+            whole.write_text(json.dumps(record), encoding="utf-8")
+            self._claim(whole)
         except FileExistsError:
             return False
+        finally:
+            whole.unlink(missing_ok=True)
         return True
+
+    def _claim(self, whole: Path) -> None:
+        """Gives a file the lease's name too; raises FileExistsError if there is a lease."""
+        try:
+            os.link(whole, self._path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without links
+            with self._path.open("x", encoding="utf-8") as file:
+                file.write(whole.read_text(encoding="utf-8"))
 
     def read(self) -> _Record | None:
         """The record; None if there is no lease."""

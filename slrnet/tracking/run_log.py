@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 __all__ = ["Failure", "RunLog", "find_failure", "read_log"]
 
@@ -66,8 +66,17 @@ class RunLog:
         line = json.dumps({"time": now, **self._common, "event": event, **fields}, default=str)
         with suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with self._path.open("ab+") as file:
+                cut = b"" if _ends_a_line(file) else b"\n"
+                file.write(cut + line.encode() + b"\n")
+
+
+def _ends_a_line(file: IO[bytes]) -> bool:
+    """Whether a file, open at its end, does not end within a line, as a full disk or a killed process leaves it."""
+    if not file.tell():
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read() == b"\n"
 
 
 def find_failure(folder: Path, *, since: float, dead: Sequence[int] = ()) -> Failure | None:

@@ -76,6 +76,8 @@ def test_other_spellings_of_classes_are_said(capsys: pytest.CaptureFixture[str])
     [
         (["cat", "bird"], ["cat", "dog"], r"no class: 'bird' \(line 2\); the classes are cat, dog"),
         (["a", "A"], ["A ", "a "], "no class"),
+        (["cat Traffic_light"], ["cat", "traffic light"], "too; if 'cat Traffic_light' is several classes, .* by `;`$"),
+        (["cats dog"], ["cat", "dog"], "too$"),
         (["Cat", "dog", "cat"], None, r"several ways: 'Cat' \(line 1\), 'cat' \(line 3\)"),
         (["traffic light", "traffic_light"], None, "several ways"),
         (["cat|dog", "cat"], None, "line 1: 'cat|dog' may be one label or several.*--classes 'cat,dog'"),

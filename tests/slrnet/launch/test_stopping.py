@@ -6,11 +6,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 
 import pytest
 
 from slrnet.launch import stopping
-from slrnet.launch.stopping import Interruption, Mailbox, SignalRequests
+from slrnet.launch.stopping import Interruption, Mailbox, SignalRequests, follow
 
 
 def send(number: int) -> None:
@@ -70,3 +71,32 @@ def test_a_request_to_stop_stays() -> None:
     mailbox.ask("save")
     mailbox.saved()
     assert mailbox.look() == "stop"
+
+
+@pytest.mark.parametrize("answer", [None, True, ArithmeticError("in the callback")])
+def test_the_driver_hears_of_each_epoch_of_the_workers_and_may_stop_them(answer: bool | Exception | None) -> None:
+    mailbox, interruption, heard, left = Mailbox(), Interruption(), list[float](), [1, 2, 3, 4]
+
+    def ended() -> bool:
+        """The workers finish an epoch, until they are asked to stop."""
+        if not left or mailbox.look() == "stop":
+            return True
+        mailbox.tell({"epoch": left.pop(0)})
+        return not left  # the last epoch comes together with the end
+
+    def on_epoch(metrics: Mapping[str, float]) -> bool | None:
+        heard.append(metrics["epoch"])
+        if isinstance(answer, Exception) and heard == [1, 2]:
+            raise answer
+        return None if isinstance(answer, Exception) else answer
+
+    def start() -> None:
+        follow(ended, interruption, hear=mailbox.hear, stop=lambda: mailbox.ask("stop"), on_epoch=on_epoch)
+
+    if isinstance(answer, Exception):
+        with pytest.raises(ArithmeticError, match="in the callback"):
+            start()
+    else:
+        start()
+    assert heard == ([1, 2, 3, 4] if answer is None else [1] if answer is True else [1, 2])
+    assert mailbox.look() == ("" if answer is None else "stop")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from slrnet.storage import folders
 from slrnet.storage.folders import MARK, mark_folder, remove_folder, whole_folder
 
 
@@ -90,9 +92,30 @@ def test_what_a_killed_process_left_goes_but_nothing_in_use(tmp_path: Path) -> N
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "data")], check=False)
     (killed,) = tmp_path.iterdir()
     (mine := tmp_path / ".data.mine.partial").mkdir()
+    for name in (".data.new.partial", ".data.old.partial"):
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / ".data.old.partial", (0, 0))
     with whole_folder(tmp_path / "data") as first:
         assert not killed.exists()
         with whole_folder(tmp_path / "data"):
             assert first.exists()
         assert mine.exists()
+        assert (tmp_path / ".data.new.partial").exists()
+        assert not (tmp_path / ".data.old.partial").exists()
         (tmp_path / "data").rmdir()  # was empty
+
+
+def test_a_folder_that_was_not_replaced_to_the_end_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where two folders cannot be swapped, there is a moment in which neither has the name."""
+    monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
+    target, killed = tmp_path / "data", tmp_path / ".data.x.partial"
+    for text in "12":
+        with whole_folder(target, own={"a"}) as folder:
+            (folder / "a").write_text(text)
+    assert (target / "a").read_text() == "2"
+    mark_folder(killed)
+    target.rename(killed / folders._EARLIER)
+    with suppress(RuntimeError), whole_folder(target, own={"a"}):
+        assert (target / "a").read_text() == "2"
+        raise RuntimeError("stopped")
+    assert list(tmp_path.iterdir()) == [target]

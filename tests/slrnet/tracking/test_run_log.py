@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slrnet.tracking.run_log import RunLog, find_failure
+from slrnet.tracking.run_log import RunLog, find_failure, read_log
 
 
 def read(folder: Path, rank: int) -> list[dict[str, object]]:
@@ -40,6 +40,15 @@ def test_damaged_records_say_nothing(name: str, tmp_path: Path) -> None:
     for damaged in (record | {name: []}, {key: value for key, value in record.items() if key != name}):
         path.write_text("".join(f"{line}\n" for line in (json.dumps(damaged), "[" * 100_000, json.dumps(record))))
         assert str(find_failure(tmp_path, since=0.0)).startswith("DataError: sound (rank 3")
+
+
+def test_a_line_that_was_cut_costs_itself_alone(tmp_path: Path) -> None:
+    log, path = RunLog(tmp_path, rank=0), tmp_path / "logs" / "rank-0.jsonl"
+    log.write("step", step=1)
+    path.write_text(path.read_text() + '{"time": "2030')
+    for step in (2, 3):
+        log.write("step", step=step)
+    assert [record["step"] for record in read_log(path)] == [1, 2, 3]
 
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
