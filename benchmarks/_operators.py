@@ -103,6 +103,7 @@ class Count:
         gradients: bytes of the gradients of all trainable parameters, which ranks exchange.
         parameters: bytes of all parameters.
         kept: bytes that the forward pass saves for the backward pass, excluding parameters.
+        moments: bytes of the optimizer's state.
     """
 
     operators: tuple[Operator, ...]
@@ -110,11 +111,12 @@ class Count:
     gradients: int
     parameters: int
     kept: int
+    moments: int = 0
 
     @property
     def memory(self) -> int:
-        """Minimum bytes that a step needs: parameters, gradients, momentum and saved tensors, without workspace."""
-        return self.parameters + 2 * self.gradients + self.kept
+        """Minimum bytes that a step needs: parameters, gradients, moments and saved tensors, without workspace."""
+        return self.parameters + self.gradients + self.moments + self.kept
 
 
 class OperatorCounter(TorchDispatchMode):
@@ -325,14 +327,17 @@ def count_step(
     precision = "fp32" if config.train.precision == "fp32" else "bf16"
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
+    with torch.device("meta"):  # building may compute with numbers, which fake tensors have none of
         model = build_network(config, num_classes=num_classes, weights=False)
-        model.train()
+    with mode:
+        model.to_empty(device="cpu").train()
     batch = _batch(config, mode, num_classes, images, classes_per_image, round(masks_share * images))
     trainer = _trainer(config, model, images)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    names = ("exp_avg", "exp_avg_sq") if config.optim.name == "adamw" else ("momentum_buffer",)
     for parameter in trainable:
-        trainer.optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter)
+        trainer.optimizer.state[parameter].update({name: torch.empty_like(parameter) for name in names})
+        trainer.optimizer.state[parameter]["step"] = torch.zeros(())
     owned = {_storage(parameter) for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -346,7 +351,8 @@ def count_step(
     with as_on_gpu(), named_stages(model), hooks, counter:
         trainer._step(batch, 0, pretraining=False)
     sizes = [sum(map(_size, tensors)) for tensors in (trainable, list(model.parameters()))]
-    return Count(tuple(counter.operators), images, sizes[0], sizes[1], sum(kept.values()))
+    moments = len(names) * sizes[0]
+    return Count(tuple(counter.operators), images, sizes[0], sizes[1], sum(kept.values()), moments)
 
 
 def count_validation(

@@ -29,6 +29,7 @@ from torchvision.models import resnet50
 from benchmarks._operators import BACKWARD, Count, Kind, Operator, count_classifier, count_step, count_validation
 from slrnet.config import Config, ConfigError, apply_overrides
 from slrnet.evaluation.masks import TOGETHER
+from slrnet.launch.memory import CONTEXT, SPARE
 from slrnet.recipes import get_recipe
 from slrnet.storage.files import written_whole
 
@@ -91,8 +92,6 @@ HOST = 8e-6
 images waits for it: some 3,000 kernels take the host 25 ms, however small they are."""
 READING = 2.5e-3
 """Seconds in which a thread reads and decodes an image of `VALIDATION_SIZE` and its mask; benchmarks/evaluate.py."""
-SPARE, CONTEXT = 1.25, 1.5e9
-"""Memory beyond the counted one: workspaces and fragments as a factor, and bytes of CUDA and its libraries."""
 CARD = 24e9
 """Bytes of the smaller cards in use: L4, A10, GeForce RTX 3090 and 4090."""
 TILE = 128 * 64

@@ -173,11 +173,11 @@ def _keep_to(cores: int) -> None:
 
 
 def _through_ray(values: dict[str, Any], workers: int) -> None:
-    from slrnet.launch import train as launched
     from slrnet.launch.cluster import WorkerRequest
+    from slrnet.launch.train import run_job
 
     plan = WorkerRequest(num_workers=workers, cpus_per_worker=1).plan()
-    launched._run(train, values | {"cpus": plan.cpus}, folder=Path(values["folder"]), workers=plan)
+    run_job(train, values | {"cpus": plan.cpus}, folder=Path(values["folder"]), workers=plan)
 
 
 def _under_torchrun(values: dict[str, Any]) -> None:

@@ -331,13 +331,14 @@ def restore_model(checkpoint: Checkpoint) -> Network:
     return model
 
 
-def prune_checkpoints(folder: Path) -> None:
-    """Removes all but the two last and the best checkpoint, and what interrupted writes left behind.
+def prune_checkpoints(folder: Path, *, last: int = KEEP_LAST, best: bool = True) -> None:
+    """Removes all but the `last` last ones and the best checkpoint, and what interrupted writes left behind.
 
     Reads no weights: whoever loads a checkpoint compares it with its checksums.
     """
     listed = _listed(folder)
-    keep = {_choose(listed, "best"), *sorted(listed, key=lambda path: listed[path].step)[-KEEP_LAST:]}
+    by_step = sorted(listed, key=lambda path: listed[path].step)
+    keep = {*by_step[len(by_step) - last :], *([_choose(listed, "best")] if best else [])}
     for path in (*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*.partial")) if listed else ():
         if path not in keep:
             try:

@@ -30,6 +30,7 @@ __all__ = [
     "RunStore",
     "local_run",
     "location_of",
+    "on_this_machine",
     "rank",
     "run_folder",
     "validation_scores",
@@ -255,6 +256,11 @@ def local_run(location: str) -> Path:
     store = RunStore(run if one else location, folder)
     store.fetch_one(name) if one else store.fetch_best()
     return folder / "checkpoints" / name if one else folder
+
+
+def on_this_machine(place: str) -> Path:
+    """A run or checkpoint by its path; one in an object store is copied to this machine."""
+    return local_run(place) if is_remote(place) else Path(place).expanduser()
 
 
 def location_of(path: Path) -> str:

@@ -58,6 +58,7 @@ def train(
 ) -> RunResult:
     """Trains a run from Python; `slrnet.train` describes the arguments."""
     from slrnet.checkpoints.checkpoint import load_checkpoint
+    from slrnet.checkpoints.run_store import on_this_machine
     from slrnet.launch.checks import resume_config
     from slrnet.launch.train import LaunchOptions, launch
 
@@ -69,7 +70,7 @@ def train(
     if config is None and resume:
         config = resume_config(folder, name or "", remote=remote)
     elif config is None:
-        config = load_checkpoint(Path(init).expanduser()).config if init else get_recipe("demo")
+        config = load_checkpoint(on_this_machine(str(init))).config if init else get_recipe("demo")
     config = get_recipe(config) if isinstance(config, str) else config
     changes = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
     changes += [f"train.init={init}"] if init else []

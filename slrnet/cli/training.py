@@ -171,6 +171,7 @@ def distill(options: argparse.Namespace) -> None:
         "--perturb-every", type=positive, default=1, metavar="N", help="epochs between take-overs of pbt (default: 1)"
     ),
     option("--seed", type=int, default=0, metavar="N", help="seed of the searcher (default: 0)"),
+    option("--keep-checkpoints", action="store_true", help="keep those of all trials, not of the best ones alone"),
     option("--ablation", choices=ABLATIONS, default="", help="variants of the paper, or of ours, instead of a search"),
     option("--variants", nargs="+", default=[], metavar="LABEL", help="some of an ablation's variants (default: all)"),
     option("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="seeds of an ablation (default: 0 1)"),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from slrnet.checkpoints.checkpoint import CheckpointError, check_classes, find_checkpoint, load_checkpoint, load_whole
-from slrnet.checkpoints.run_store import CONFIG, STATE, RunStore
+from slrnet.checkpoints.run_store import CONFIG, STATE, RunStore, location_of, on_this_machine
 from slrnet.config import Config, load_config, nearest
 from slrnet.data.class_balance import ClassLists, shares, table
 from slrnet.data.manifest import DataError, ShardSet, load_dataset
@@ -106,12 +106,15 @@ def with_absolute_paths(config: Config) -> tuple[Config, ShardSet]:
 def with_first_weights(config: Config, shards: ShardSet) -> Config:
     """Names the checkpoint that `train.init` means, which the training starts from, and checks that it fits.
 
+    One that is in an object store is named there, as the workers fetch it themselves.
+
     Raises:
         CheckpointError: it is missing or damaged, or has other classes or another network.
     """
     if not config.train.init:
         return config
-    checkpoint = load_checkpoint(lasting(Path(config.train.init).expanduser(), setting="train.init").resolve())
+    place = on_this_machine(config.train.init)
+    checkpoint = load_checkpoint(lasting(place, setting="train.init").resolve())
     check_classes(checkpoint.state, shards.info.classes, data=shards.location)
     wanted, given = _shapes(config, shards), {name: value.shape for name, value in checkpoint.model.items()}
     if differing := [name for name in {**wanted, **given} if wanted.get(name) != given.get(name)]:
@@ -121,7 +124,7 @@ def with_first_weights(config: Config, shards: ShardSet) -> Config:
             f"differ, such as {name} ({_shape(given.get(name))}, here {_shape(wanted.get(name))}); train with the "
             "recipe, model.* and cvlr.* settings of that run, or without --init"
         )
-    train = config.train.model_copy(update={"init": str(checkpoint.path)})
+    train = config.train.model_copy(update={"init": location_of(checkpoint.path)})
     return config.model_copy(update={"train": train})
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slrnet.checkpoints.checkpoint import Checkpoint, check_classes, load_checkpoint, restore_network
-from slrnet.checkpoints.run_store import local_run, location_of
+from slrnet.checkpoints.run_store import location_of, on_this_machine
 from slrnet.config import Config, config_from_dict
 from slrnet.data.batch import EvalSample
 from slrnet.data.manifest import ShardSet, load_dataset
@@ -21,7 +21,6 @@ from slrnet.distributed.process import Process
 from slrnet.evaluation.masks import gating_labels, protocol_name
 from slrnet.inference.crf import crf_masks, require_crf
 from slrnet.inference.forward import Inference
-from slrnet.storage.remote import is_remote
 
 __all__ = ["Mask", "MaskJob", "MaskPredictor", "PredictedMask", "open_job"]
 
@@ -137,8 +136,7 @@ def open_job(values: dict[str, Any], process: Process, alive: Callable[[], None]
         from slrnet.cpu.allocator import keep_memory
 
         keep_memory()
-    place = values["checkpoint"]
-    checkpoint = load_checkpoint(local_run(place) if is_remote(place) else place)
+    checkpoint = load_checkpoint(on_this_machine(values["checkpoint"]))
     model = restore_network(checkpoint, process.device)
     inference = Inference(model, config_from_dict(values["config"]))
     predictor = MaskPredictor(inference, process, values["cpus"] or os.cpu_count() or 1, alive)

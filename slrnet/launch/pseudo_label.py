@@ -30,7 +30,7 @@ import pyarrow as pa
 import torch
 
 from slrnet.checkpoints.checkpoint import load_checkpoint
-from slrnet.checkpoints.run_store import local_run
+from slrnet.checkpoints.run_store import on_this_machine
 from slrnet.config import Config
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.eval_loader import EvalLoader
@@ -49,7 +49,7 @@ from slrnet.models.deeplab import require_deeplab
 from slrnet.storage.files import UNFINISHED, flush, read_json, sha256_of, write_json, written_whole
 from slrnet.storage.folders import flush_folder, mark_folder, remove_folder
 from slrnet.storage.lease import beside, owned
-from slrnet.storage.remote import is_remote
+from slrnet.storage.remote import RemoteError, is_remote, open_cached
 from slrnet.storage.shown import say
 from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.provenance import environment_tags
@@ -153,6 +153,14 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
+def _record_of(location: str) -> dict[str, Any] | None:
+    """The record of a data set in a folder or an object store; None if it has none."""
+    try:
+        return read_record(open_cached(location, RECORD, again=True).parent if is_remote(location) else Path(location))
+    except RemoteError:
+        return None  # reading the data set says whether the store answers
+
+
 def check_distillation(config: Config) -> str:
     """Checks that a distillation (DeepLabV3+ trained on the pseudo masks of another network) has what it needs.
 
@@ -163,7 +171,7 @@ def check_distillation(config: Config) -> str:
         ValueError: the extra is missing, or the data have no pseudo masks where training or validation needs them.
     """
     require_deeplab()
-    record = read_record(Path(config.data.path))
+    record = _record_of(config.data.path)
     if record is None:
         load_dataset(config.data.path)  # says what is there if it is no data set at all
         raise ValueError(
@@ -177,7 +185,7 @@ def check_distillation(config: Config) -> str:
             f"{train_split!r} and validates on true ones of {val_split!r}: make them with --splits {train_split}"
         )
     teacher = record["job"]["checkpoint"]
-    place = local_run(teacher) if is_remote(teacher) else Path(teacher)
+    place = on_this_machine(teacher)
     metrics = load_checkpoint(place).state.metrics if place.is_dir() else {}
     scores = [f"{name} {100 * value:.1f} %" for name, value in metrics.items() if name.startswith("val/miou")]
     return f"teacher {teacher}, masks by {record['job']['protocol']}: {', '.join(scores) or 'not measured'}"

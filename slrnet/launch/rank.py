@@ -63,6 +63,7 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
         process: this rank.
         report: receives the metrics of each epoch.
     """
+    from slrnet.launch.memory import say_memory
     from slrnet.launch.operators import OperatorListener
     from slrnet.training.listener import RunListener
     from slrnet.training.trainer import Trainer
@@ -83,6 +84,8 @@ def train_rank(values: dict[str, Any], process: Process, report: Report) -> None
         parts: dict[str, Any] = {"tracker": tracker, "log": log, "watchdog": watchdog}
         kind: type[RunListener] = OperatorListener if _on_ray() else RunListener
         listener = kind(config, shards.info, process=process, folder=folder, **parts)
+        if process.is_main and process.device.type == "cuda":
+            say_memory(config, shards.info.num_classes, process)
         trainer = Trainer(config, shards, process=process, folder=folder, listener=listener, upload=upload)
         place = f"{values['location'] or folder}/checkpoints"
         resumed = trainer.resume(lambda name: None if store is None else store.fetch_one(name))

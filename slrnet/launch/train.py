@@ -62,7 +62,7 @@ from slrnet.tracking.run_log import find_failure
 from slrnet.tracking.summary import class_tags, description, parameters, result_text
 from slrnet.training.requests import Requests
 
-__all__ = ["POINTER", "LaunchOptions", "OnEpoch", "RunResult", "TrainingError", "launch", "train_trial"]
+__all__ = ["POINTER", "LaunchOptions", "OnEpoch", "RunResult", "TrainingError", "launch", "run_job", "train_trial"]
 
 OnEpoch = Callable[[Mapping[str, float]], bool | None]
 """Hears the figures of each epoch by their MLflow names, `epoch` (from 1) among them; True ends the training."""
@@ -304,7 +304,7 @@ class _Training:
         begun, place = time.time(), options.location or folder
         try:
             rest: dict[str, Any] = {"failures": options.max_failures, "callbacks": callbacks, "on_epoch": on_epoch}
-            _run(train_rank, values, folder=place, workers=workers, interruption=interruption, **rest)
+            run_job(train_rank, values, folder=place, workers=workers, interruption=interruption, **rest)
         except KeyboardInterrupt:
             driver.finish("KILLED", "interrupted")
             raise
@@ -329,7 +329,7 @@ class _Training:
 # Ray Train.
 
 
-def _run(
+def run_job(
     job: Job,
     values: dict[str, Any],
     *,
@@ -340,7 +340,18 @@ def _run(
     interruption: Interruption | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> None:
-    """Runs a job in this process (no workers) or in Ray Train's workers, whose state Ray keeps in `folder`."""
+    """Runs a job in this process (no workers) or in Ray Train's workers, whose state Ray keeps in `folder`.
+
+    Args:
+        job: what each process runs.
+        values: the job's own, plain values.
+        folder: a folder that all nodes see, or a location in an object store.
+        workers: the processes.
+        failures: how often failed workers are replaced.
+        callbacks: further callbacks of Ray Train.
+        interruption: asks the job to stop; None: nothing asks it.
+        on_epoch: hears the metrics that rank 0 reports; True asks the job to stop.
+    """
     if workers.most == 0:
         configure_process(workers.cpus if workers.cpus != os.cpu_count() else None)
         report = _LocalReport(interruption, on_epoch)

@@ -79,6 +79,8 @@ class SweepOptions(WorkerRequest):
     """How often a failed trial restarts from its last checkpoint."""
     seed: int = 0
     """Seed of the searcher."""
+    keep_checkpoints: bool = False
+    """Keep all checkpoints of all trials; else the best one of the best trials, and of each trial of an ablation."""
 
     def __post_init__(self) -> None:
         check_run_name(self.name)

@@ -15,6 +15,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from slrnet.checkpoints.checkpoint import prune_checkpoints
 from slrnet.evaluation.masks import protocol_name
 from slrnet.storage.files import write_json, write_text, written_whole
 from slrnet.storage.shown import in_markdown
@@ -22,7 +23,7 @@ from slrnet.sweeps.ablations import ABLATIONS, Ablation
 from slrnet.sweeps.plan import SweepPlan
 from slrnet.sweeps.trials import AblationRow, Trial, Trials, is_wide, mode_of, paired_margin, score_of
 
-__all__ = ["ablation_table", "margin_table", "replay_text", "trial_table", "write_results"]
+__all__ = ["ablation_table", "margin_table", "prune_trials", "replay_text", "trial_table", "write_results"]
 
 _ALL_PAIRS = 4
 """Most variants for which each pair is compared; of more, each is compared with the first."""
@@ -42,6 +43,28 @@ def trial_table(trials: Trials) -> str:
         for trial in sorted(trials.all, key=lambda trial: -score_of(trial.metrics, metrics[0]))
     ]
     return _markdown(["trial", *keys, *(f"{metric}, %" for metric in metrics), "epochs", "status"], rows)
+
+
+def prune_trials(folder: Path, trials: Trials, *, losers: bool) -> str:
+    """Removes checkpoints of finished trials from a sweep's folder of trials; says in a line what stays.
+
+    The trials that no other one beats keep their best checkpoint; with `losers`, all do. Failed trials keep all of
+    theirs, from which a resumed sweep continues.
+    """
+    best = trials.by(1).all if losers else trials.front().all if len(trials.metrics) > 1 else [trials.best]
+    named, before = {trial.name for trial in best if trial is not None}, _checkpoint_bytes(folder)
+    for trial in trials.all:
+        if trial.status != "failed":
+            prune_checkpoints(folder / trial.name / "checkpoints", last=0, best=trial.name in named)
+    after = _checkpoint_bytes(folder)
+    return (
+        f"checkpoints: the best one each of {len(named)} of {len(trials.all)} trials, {after / 1e9:.1f} GB; others of "
+        f"{(before - after) / 1e9:.1f} GB are removed (--keep-checkpoints keeps them)"
+    )
+
+
+def _checkpoint_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*/checkpoints/checkpoint-*/*"))
 
 
 def replay_text(trials: Trials, replay: Mapping[str, int]) -> str:

@@ -33,7 +33,7 @@ from slrnet.storage.lease import LEASE, owned
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.plan import REDUCTION, SweepOptions, SweepPlan
 from slrnet.sweeps.population import Member, member_name, train_population
-from slrnet.sweeps.results import write_results
+from slrnet.sweeps.results import prune_trials, write_results
 from slrnet.sweeps.trials import Mode, Trial, Trials, mode_of, trial_rows
 from slrnet.tracking.location import resolve_uri
 from slrnet.tracking.mlflow import MlflowTracker, create_run
@@ -228,6 +228,8 @@ class _Sweep:
         driver.describe(f"Best trial: {best.name}{following}\n\n{link}\n\n{table}")
         driver.finish()
         say(f"\n{table}\nbest: {best.name}; tables and pictures: {folder}")
+        if not plan.options.keep_checkpoints:
+            say(prune_trials(plan.folder / "trials", trials, losers=bool(plan.ablation)))
         if not plan.ablation:
             say(f"train with it: {command}")
         say(f"curves: {self.parent.how_to_open()}")

@@ -34,7 +34,7 @@ from slrnet.checkpoints.checkpoint import (
     load_whole,
     not_finite,
 )
-from slrnet.checkpoints.run_store import STATE, validation_scores
+from slrnet.checkpoints.run_store import STATE, on_this_machine, validation_scores
 from slrnet.config import Config
 from slrnet.data.batch import Batch, EvalSample
 from slrnet.data.eval_loader import EvalLoader
@@ -246,7 +246,7 @@ class Trainer:
         self._requests, self._last_save = requests or Requests(), time.monotonic()
         try:
             if self.config.train.init and not self.state.step:
-                self._take_weights(load_checkpoint(self.config.train.init))
+                self._take_weights(load_checkpoint(on_this_machine(self.config.train.init)))
             self.listener.start(self.state, total=epochs * self.loader.steps_per_epoch)
             for epoch in range(self.state.epoch, epochs if until is None else min(until, epochs)):
                 metrics = self._train_epoch(epoch, notice)

@@ -294,7 +294,7 @@ def test_a_run_stays_in_a_bucket_and_goes_on_where_nothing_is_left_of_it(
         shutil.rmtree(tmp_path / "cache")  # the workers' nodes are others
         raise RuntimeError("lost")
 
-    monkeypatch.setattr(ray_loop, "_run", fail)
+    monkeypatch.setattr(ray_loop, "run_job", fail)
     with pytest.raises(TrainingError, match="RuntimeError: lost"):
         start(config, tmp_path, resume=True)
     assert (run_folder(PLACE) / "logs" / "rank-0.jsonl").is_file()

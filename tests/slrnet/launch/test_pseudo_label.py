@@ -33,8 +33,9 @@ from slrnet.launch import pseudo_label
 from slrnet.launch.cluster import WorkerRequest
 from slrnet.launch.evaluation import launch_evaluation
 from slrnet.launch.prediction import MaskJob
-from slrnet.launch.pseudo_label import RECORD, SUBSET, launch_pseudo_labels
+from slrnet.launch.pseudo_label import RECORD, SUBSET, check_distillation, launch_pseudo_labels
 from slrnet.launch.train import LaunchOptions, TrainingError
+from slrnet.storage.remote import RemoteError
 from tests.fixtures.shards import shards_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -229,6 +230,20 @@ def test_workers_in_any_order_on_machines_that_share_no_folder_make_the_same_sha
     assert ours == theirs
     for name in ("cache", "one", "two"):
         assert [path.name for path in (tmp_path / name).glob("*/mine/checkpoints/c*")] == ["checkpoint-0001"]
+
+
+def test_a_distillation_takes_pseudo_masks_in_an_object_store(
+    made: tuple[ShardSet, Any], checkpoint: Checkpoint, s3: Any
+) -> None:
+    pytest.importorskip("segmentation_models_pytorch", reason="the extra `distill` is not installed")
+    s3.create_dir("data")
+    for path in made[0].folder.iterdir():
+        with s3.open_output_stream(f"data/pseudo/{path.name}") as file:
+            file.write(path.read_bytes())
+    config = apply_overrides(checkpoint.config, ["data.path=s3://data/pseudo"])
+    assert check_distillation(config).startswith(f"teacher {checkpoint.path}, masks by ss")
+    with pytest.raises(RemoteError, match="s3://data/none.* does not exist"):
+        check_distillation(apply_overrides(config, ["data.path=s3://data/none"]))
 
 
 class TestStops:

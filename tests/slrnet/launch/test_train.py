@@ -180,7 +180,7 @@ def test_a_killed_worker_that_ray_alone_has_noticed_is_named(
         lost = WorkerHealthCheckFailedError("A worker health check failed.", failure=ActorDiedError())
         raise WorkerGroupError("[Rank 1 Error Snippet]", {1: lost})
 
-    monkeypatch.setattr(ray_loop, "_run", lose_worker)
+    monkeypatch.setattr(ray_loop, "run_job", lose_worker)
     with pytest.raises(TrainingError, match=r"^died: its process ended without an error.*\(rank 1 on \S+, step 7\)$"):
         start(tiny_config, storage)
     (run,) = runs(storage)
@@ -216,7 +216,7 @@ def test_a_training_that_leaves_no_checkpoint_is_marked_as_failed(
 def test_a_start_says_what_is_trained_on_and_how_classes_are_balanced(
     tiny_config: Config, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_loop, "_run", lambda *arguments, **options: None)
+    monkeypatch.setattr(ray_loop, "run_job", lambda *arguments, **options: None)
     said: list[str] = []
     changes = ["setting=sss_image_labels", "data.pixel_labeled_subset=pixels", "data.class_balance=1.0"]
     with pytest.raises(TrainingError, match="without a checkpoint"):

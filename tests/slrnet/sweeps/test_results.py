@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from slrnet.config import apply_overrides, load_config
+from slrnet.config import Config, apply_overrides, load_config
 from slrnet.recipes import get_recipe
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.plan import SweepOptions, SweepPlan
-from slrnet.sweeps.results import ablation_table, margin_table, replay_text, trial_table, write_results
+from slrnet.sweeps.results import ablation_table, margin_table, prune_trials, replay_text, trial_table, write_results
 from slrnet.sweeps.space import parse_domain
 from slrnet.sweeps.trials import AblationRow, Trial, Trials, paired_margin
 from tests.fixtures.trials import curves, trial
@@ -147,3 +147,20 @@ def test_a_summary_tells_of_epochs_the_recipe_early_stopping_and_schedules(tmp_p
     assert record["epochs_under_asha"] == {"t0": 2, "t1": 4}
     with Image.open(plan.folder / "results" / "schedules.png") as picture:
         assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize(("losers", "kept"), [(False, {"best/1"}), (True, {"best/1", "fair/1"})])
+def test_finished_trials_that_lose_keep_no_checkpoint(tmp_path: Path, losers: bool, kept: set[str]) -> None:
+    from slrnet.checkpoints.checkpoint import TrainState, save_checkpoint
+
+    for name in ("best", "fair", "broken"):
+        for epoch in (1, 2):
+            told: dict[str, Any] = {"classes": ("background", "cat"), "data_fingerprint": "-", "world_size": 1}
+            state = TrainState(epoch=epoch, step=epoch, metrics={"val/miou_ss": 1 / epoch}, **told)
+            folder = tmp_path / name / "checkpoints"
+            save_checkpoint(folder, config=Config(), state=state, model={}, optimizer={})
+    trained = [trial("best", miou=0.6), trial("fair", miou=0.5), trial("broken", status="failed")]
+    line = prune_trials(tmp_path, Trials(trained, ["val/miou"]), losers=losers)
+    left = {f"{path.parts[-3]}/{int(path.name[-4:])}" for path in tmp_path.glob("*/checkpoints/checkpoint-*")}
+    assert left == kept | {"broken/1", "broken/2"}
+    assert f"the best one each of {len(kept)} of 3 trials" in line

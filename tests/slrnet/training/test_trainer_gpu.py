@@ -13,10 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from data_prep.shard_writer import verify
 from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.config import Config, apply_overrides
 from slrnet.data.manifest import ShardSet
 from slrnet.distributed.process import Process
+from slrnet.launch.prediction import MaskJob
+from slrnet.launch.pseudo_label import launch_pseudo_labels
 from slrnet.models import decoder, frozen_norm
 from slrnet.models.encoders import Encoder
 from slrnet.tools.predict import load_predictor
@@ -62,6 +65,7 @@ class Watcher(Listener):
 
     def step(self, done: int, parts: Mapping[str, float], **_: float) -> None:
         self.waits.append(dict(self.gpu.waits))
+        assert torch.backends.cudnn.benchmark  # steps have one size
         assert self.gpu.convolutions > 20
 
 
@@ -85,6 +89,7 @@ def run(
         trainer.fit(report=lambda metrics: None)
     assert watcher.waits == [ONE_WAIT] * trainer.loader.steps_per_epoch
     assert set(gpu.waits) <= BETWEEN_STEPS
+    assert not torch.backends.cudnn.benchmark  # what is measured has all sizes
     assert gpu.layouts.keys() <= layouts, "convolutions whose operands are not channels last"
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     assert all(parameter.grad is not None and parameter.grad.device.type == "cuda" for parameter in trained)
@@ -156,6 +161,17 @@ def test_predictions(changes: tuple[str, ...], tiny_run: Path, h100: FakeCuda) -
     predict = load_predictor(replace(checkpoint, config=config), device="cuda:0")
     found = predict(np.zeros((48, 64, 3), np.uint8))
     assert found.mask.shape == (48, 64)
+
+
+@pytest.mark.slow
+def test_pseudo_labels(tiny_run: Path, tiny_data: ShardSet, tmp_path: Path, h100: FakeCuda) -> None:
+    """From the checkpoint to whole shards, by the command's own function."""
+    checkpoint = load_checkpoint(tiny_run)
+    config = apply_overrides(checkpoint.config, ["evaluation.precision=auto", "evaluation.gating=image_labels"])
+    record = launch_pseudo_labels(MaskJob(checkpoint, config, tiny_data, ("train",)), tmp_path / "shards")
+    assert record["quality"]["train"]
+    assert verify(tmp_path / "shards") == []
+    assert h100.waits
 
 
 # --- Planted faults ---------------------------------------------------------------------------------------------------
