@@ -20,6 +20,7 @@ from slrnet.cli.main import main
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.images import ORIENTATION
 from slrnet.data.manifest import load_dataset
+from tests.fixtures.stores import Stock
 
 pytestmark = pytest.mark.slow
 Array = npt.NDArray[Any]
@@ -203,9 +204,9 @@ def scans(root: Path) -> Journey:
 
 
 @pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One folder of runs, as creating MLflow's store takes seconds."""
-    return str(tmp_path_factory.mktemp("runs"))
+def storage(stock: Stock, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One folder of all runs."""
+    return str(stock(tmp_path_factory.mktemp("runs")))
 
 
 @pytest.mark.parametrize("pack", [phone, spreadsheet, cvat, tiles, scans])

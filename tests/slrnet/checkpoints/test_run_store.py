@@ -260,8 +260,8 @@ class TestReading:
             local_run(PLACE)
 
 
-def start(config: Config, tmp_path: Path, *changes: str, resume: bool = False) -> RunResult:
-    config = apply_overrides(config, [f"tracking.uri=sqlite:///{tmp_path / 'mlflow.db'}", *changes])
+def start(config: Config, storage: Path, *changes: str, resume: bool = False) -> RunResult:
+    config = apply_overrides(config, [f"tracking.uri=sqlite:///{storage / 'mlflow.db'}", *changes])
     options = LaunchOptions(
         name="mine", storage=run_folder(PLACE).parent, remote="s3://runs/all", resume=resume, num_workers=0
     )
@@ -270,17 +270,17 @@ def start(config: Config, tmp_path: Path, *changes: str, resume: bool = False) -
 
 @pytest.mark.slow
 def test_a_run_stays_in_a_bucket_and_goes_on_where_nothing_is_left_of_it(
-    run: RunStore, s3: Any, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunStore, s3: Any, tiny_config: Config, tmp_path: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = start(tiny_config, tmp_path, "train.epochs=1", "train.pretrain_epochs=0")
+    first = start(tiny_config, storage, "train.epochs=1", "train.pretrain_epochs=0")
     assert run.checkpoints() == ["checkpoint-0001"]
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(RemoteError, match="run s3://runs/all/mine exists; continue that run with --resume mine"):
-        start(tiny_config, tmp_path)
+        start(tiny_config, storage)
     config = resume_config(run_folder(PLACE).parent, "mine", remote="s3://runs/all")
     assert config.train.epochs == 1
     shutil.rmtree(tmp_path / "cache")
-    second = start(config, tmp_path, "train.epochs=2", resume=True)
+    second = start(config, storage, "train.epochs=2", resume=True)
     assert (first.state.step, second.state.step, second.run.run_id) == (2, 4, first.run.run_id)
     assert run.checkpoints() == ["checkpoint-0001", "checkpoint-0002"]
     assert stored(s3, "runs/all/mine/logs") == {"rank-0.jsonl"}
@@ -296,7 +296,7 @@ def test_a_run_stays_in_a_bucket_and_goes_on_where_nothing_is_left_of_it(
 
     monkeypatch.setattr(ray_loop, "run_job", fail)
     with pytest.raises(TrainingError, match="RuntimeError: lost"):
-        start(config, tmp_path, resume=True)
+        start(config, storage, resume=True)
     assert (run_folder(PLACE) / "logs" / "rank-0.jsonl").is_file()
 
 
