@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from slrnet.training.listener import Listener
 from slrnet.training.requests import Requests, Wish
 from slrnet.training.step import find_pseudo_rows, step_generator, step_losses
 from slrnet.training.trainer import NonFiniteLossError, Trainer, check_batch
+from tests.fixtures.recording_tracker import RecordingTracker
 from tests.fixtures.shards import shards_of
+from tests.fixtures.training import make_trainer
 
 Digest = Callable[[nn.Module | Mapping[str, Tensor]], str]
 StartTrainer = Callable[..., Trainer]
@@ -59,13 +62,48 @@ def quiet(tiny_config: Config) -> Config:
     return apply_overrides(tiny_config, ["evaluation.every=9", "evaluation.pseudo_mask_images=0"])
 
 
+@pytest.fixture
+def measured(tiny_config: Config) -> Config:
+    """The tiny configuration without panels, which take longer to draw than the epochs to train."""
+    return apply_overrides(tiny_config, ["evaluation.panel_images=0"])
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a finished training leaves, for reading alone."""
+
+    trainer: Trainer
+    first: str
+    """Digest of the weights before the first step."""
+    reports: list[dict[str, float]]
+    tracker: RecordingTracker
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tiny_data: ShardSet, digest: Digest, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Config], Trained]:
+    """Trains a configuration to its end, each configuration once."""
+    known: dict[Config, Trained] = {}
+
+    def train(config: Config) -> Trained:
+        if config not in known:
+            tracker = RecordingTracker()
+            trainer = make_trainer(config, tiny_data, tmp_path_factory.mktemp("trained"), tracker)
+            known[config] = Trained(trainer, digest(trainer.model), fit(trainer), tracker)
+        return known[config]
+
+    return train
+
+
+Train = Callable[[Config], Trained]
+
+
 class TestDeterminism:
-    @pytest.mark.slow
     def test_a_training_in_two_parts_is_the_same_to_the_bit(
-        self, quiet: Config, start_trainer: StartTrainer, digest: Digest, tmp_path: Path
+        self, quiet: Config, trained: Train, start_trainer: StartTrainer, digest: Digest, tmp_path: Path
     ) -> None:
-        whole = start_trainer(quiet)
-        fit(whole)
+        whole = trained(quiet).trainer
         first = start_trainer(quiet, folder=tmp_path / "parts")
         assert first.fit(report=lambda metrics: None, until=1).epoch == 1
         second = start_trainer(quiet, folder=tmp_path / "parts")
@@ -73,38 +111,29 @@ class TestDeterminism:
         assert second.fit(report=lambda metrics: None, until=99).epoch == quiet.train.epochs
         assert digest(second.model) == digest(whole.model)
 
-    @pytest.mark.slow
     def test_the_same_seed_gives_the_same_weights_and_figures_to_the_bit(
-        self, tiny_config: Config, start_trainer: StartTrainer, digest: Digest
+        self, tiny_config: Config, trained: Train, start_trainer: StartTrainer, digest: Digest
     ) -> None:
-        first, second = start_trainer(tiny_config), start_trainer(tiny_config)
-        figures = fit(first)
+        first, second = trained(tiny_config), start_trainer(tiny_config)
         torch.rand(7)  # what others draw from the global generator is of no influence
-        assert same(figures, fit(second))
-        assert digest(first.model) == digest(second.model)
+        assert same(first.reports, fit(second))
+        assert digest(first.trainer.model) == digest(second.model)
 
-    @pytest.mark.slow
-    def test_another_seed_gives_other_weights(self, quiet: Config, start_trainer: StartTrainer, digest: Digest) -> None:
-        first, second = start_trainer(quiet), start_trainer(apply_overrides(quiet, ["train.seed=1"]))
-        start = digest(first.model)
-        assert digest(second.model) != start
-        fit(first), fit(second)
-        assert digest(first.model) not in (start, digest(second.model))
+    def test_another_seed_gives_other_weights(self, quiet: Config, trained: Train, digest: Digest) -> None:
+        first, second = trained(quiet), trained(apply_overrides(quiet, ["train.seed=1"]))
+        assert second.first != first.first
+        assert digest(first.trainer.model) not in (first.first, digest(second.trainer.model))
 
-    @pytest.mark.slow
     def test_measuring_does_not_influence_training(
-        self, tiny_config: Config, quiet: Config, start_trainer: StartTrainer, digest: Digest
+        self, tiny_config: Config, quiet: Config, trained: Train, digest: Digest
     ) -> None:
-        measured, unmeasured = start_trainer(tiny_config), start_trainer(quiet)
-        fit(measured), fit(unmeasured)
-        assert digest(measured.model) == digest(unmeasured.model)
+        assert digest(trained(tiny_config).trainer.model) == digest(trained(quiet).trainer.model)
 
-    @pytest.mark.slow
     def test_an_average_changes_what_is_measured_and_saved_but_not_the_training(
-        self, quiet: Config, start_trainer: StartTrainer, digest: Digest
+        self, quiet: Config, trained: Train, start_trainer: StartTrainer, digest: Digest
     ) -> None:
-        plain, averaged = start_trainer(quiet), start_trainer(apply_overrides(quiet, ["train.ema=0.9"]))
-        figures = fit(plain)[-1], fit(averaged)[-1]
+        plain, averaged = trained(quiet).trainer, start_trainer(apply_overrides(quiet, ["train.ema=0.9"]))
+        figures = trained(quiet).reports[-1], fit(averaged)[-1]
         assert digest(plain.model) == digest(averaged.model)
         assert digest(load_checkpoint(averaged.folder).model) == digest(averaged.evaluated) != digest(plain.model)
         samples = EvalLoader(averaged.shards, split="val")
@@ -133,11 +162,15 @@ class TestResume:
     @pytest.mark.slow
     @pytest.mark.parametrize("optimizer", [(), ADAMW])
     def test_two_epochs_and_a_resumed_third_equal_three_to_the_bit(
-        self, tiny_config: Config, start_trainer: StartTrainer, tmp_path: Path, optimizer: tuple[str, ...]
+        self,
+        measured: Config,
+        trained: Train,
+        start_trainer: StartTrainer,
+        tmp_path: Path,
+        optimizer: tuple[str, ...],
     ) -> None:
-        config = apply_overrides(tiny_config, ["train.epochs=3", *optimizer])
-        whole = start_trainer(config)
-        expected = fit(whole)
+        config = apply_overrides(measured, ["train.epochs=3", *optimizer])
+        whole, expected = trained(config).trainer, trained(config).reports
 
         interrupted = start_trainer(config, folder=tmp_path / "run")
         with pytest.raises(KeyboardInterrupt):
@@ -156,7 +189,7 @@ class TestResume:
     def test_float16_skips_steps_that_overflow_and_resumes_its_loss_scale_to_the_bit(
         self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path
     ) -> None:
-        config = apply_overrides(quiet, ["train.precision=fp16", "train.epochs=3"])
+        config = apply_overrides(quiet, ["train.precision=fp16"])
 
         def start(name: str) -> Trainer:
             trainer = start_trainer(config, folder=tmp_path / name)
@@ -174,10 +207,10 @@ class TestResume:
         expected = fit(whole)
         assert not same(dict(whole.model.named_parameters()), first)
         with pytest.raises(KeyboardInterrupt):
-            interrupted.fit(report=_interrupt_after(2))
+            interrupted.fit(report=_interrupt_after(1))
         resumed = start_trainer(config, folder=tmp_path / "run")
         assert resumed.resume()
-        assert same(fit(resumed), expected[2:])
+        assert same(fit(resumed), expected[1:])
         assert same(resumed.model.state_dict(), whole.model.state_dict())
         assert resumed.scaler.state_dict() == whole.scaler.state_dict()
 
@@ -187,18 +220,16 @@ class TestResume:
         with pytest.raises(NonFiniteLossError, match="not finite in float16 even at a loss scale below 1; the last"):
             trainer._step(next(trainer.loader.epoch(0)), 0, pretraining=True)
 
-    @pytest.mark.slow
     def test_a_training_killed_within_an_epoch_goes_on_to_the_bit(
-        self, tiny_config: Config, start_trainer: StartTrainer, tmp_path: Path, tracker: Any
+        self, measured: Config, trained: Train, start_trainer: StartTrainer, tmp_path: Path
     ) -> None:
-        config = apply_overrides(tiny_config, ["train.batch_size=2", "train.checkpoint_every=3"])  # 4 steps an epoch
-        whole = start_trainer(config, tracker=tracker)
-        expected = fit(whole)
+        config = apply_overrides(measured, ["train.batch_size=2", "train.checkpoint_every=3"])  # 4 steps an epoch
+        whole, expected, tracker = trained(config).trainer, trained(config).reports, trained(config).tracker
 
         interrupted = start_trainer(config, folder=tmp_path / "run")
         with pytest.raises(KeyboardInterrupt):
             interrupted.fit(report=lambda metrics: None, notice=_notices([""] * 6 + [KeyboardInterrupt]))
-        continued = type(tracker)()
+        continued = RecordingTracker()
         resumed = start_trainer(config, folder=tmp_path / "run", tracker=continued)
         assert resumed.resume()
         assert (resumed.state.epoch, resumed.state.step) == (1, 6)
@@ -263,12 +294,12 @@ class TestResume:
     @pytest.mark.parametrize("after", [1, 3, 4])
     @pytest.mark.slow
     def test_asked_to_stop_it_saves_and_returns_and_goes_on_to_the_bit(
-        self, tiny_config: Config, start_trainer: StartTrainer, tmp_path: Path, after: int
+        self, measured: Config, trained: Train, start_trainer: StartTrainer, tmp_path: Path, after: int
     ) -> None:
         """Within an epoch, in the last step of one (4), and while measuring."""
-        config = apply_overrides(tiny_config, ["train.batch_size=2"])  # 4 steps an epoch
-        whole, stopped = start_trainer(config), start_trainer(config, folder=tmp_path / "run")
-        expected = fit(whole)
+        config = apply_overrides(measured, ["train.batch_size=2"])  # 4 steps an epoch
+        whole, expected = trained(config).trainer, trained(config).reports
+        stopped = start_trainer(config, folder=tmp_path / "run")
         requests = _Asks("stop", after)
         assert stopped.fit(report=lambda metrics: None, requests=requests).step == min(after + 1, 4)
         assert requests.answers == [min(after + 1, 4)]
@@ -277,17 +308,16 @@ class TestResume:
         assert same([_without_clock(figures) for figures in fit(resumed)], [_without_clock(one) for one in expected])
         assert same(resumed.model.state_dict(), whole.model.state_dict())
 
-    @pytest.mark.parametrize("after", [1, 3, 4])
-    @pytest.mark.slow
+    @pytest.mark.parametrize("after", [1, 4])
     def test_asked_to_save_it_saves_once_and_continues(
-        self, tiny_config: Config, start_trainer: StartTrainer, after: int
+        self, quiet: Config, start_trainer: StartTrainer, after: int
     ) -> None:
-        config = apply_overrides(tiny_config, ["train.batch_size=2", "train.epochs=2"])
+        """Within an epoch, and while measuring."""
+        config = apply_overrides(quiet, ["train.batch_size=2", "evaluation.every=1"])
         trainer, requests = start_trainer(config), _Asks("save", after)
         assert trainer.fit(report=lambda metrics: None, requests=requests).epoch == 2
         assert requests.answers == [min(after + 1, 4)]
 
-    @pytest.mark.slow
     def test_what_the_store_had_not_taken_is_logged_again(
         self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path, tracker: Any
     ) -> None:
@@ -308,10 +338,8 @@ class TestResume:
     def test_without_a_checkpoint_there_is_nothing_to_resume(self, quiet: Config, start_trainer: StartTrainer) -> None:
         assert start_trainer(quiet).resume() is False
 
-    @pytest.mark.slow
-    def test_state_and_optimizer_of_the_checkpoint(self, tiny_config: Config, start_trainer: StartTrainer) -> None:
-        trainer = start_trainer(tiny_config)
-        figures = fit(trainer)
+    def test_state_and_optimizer_of_the_checkpoint(self, tiny_config: Config, trained: Train) -> None:
+        trainer, figures = trained(tiny_config).trainer, trained(tiny_config).reports
         folder = find_checkpoint(trainer.folder / "checkpoints")
         assert folder is not None
         state = json.loads((folder / "state.json").read_text())
@@ -331,49 +359,53 @@ class TestResume:
         assert len(optimizer["state"]) == trained > 0
 
     def test_settings_of_the_optimizer_may_change(
-        self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path
+        self, quiet: Config, trained: Train, start_trainer: StartTrainer
     ) -> None:
-        fit(start_trainer(quiet, folder=tmp_path / "run"))
         changes = ["train.epochs=3", "optim.lr=0.002", "optim.momentum=0.5", "optim.weight_decay=0.25"]
-        resumed = start_trainer(apply_overrides(quiet, changes), folder=tmp_path / "run")
+        resumed = start_trainer(apply_overrides(quiet, changes), folder=trained(quiet).trainer.folder)
         resumed.resume()
         group = resumed.optimizer.param_groups[0]
         # A global batch of 4 where the rate is meant for 16.
         assert (group["base_lr"], group["momentum"], group["weight_decay"]) == (0.0005, 0.5, 0.25)
         assert resumed.optimizer.state  # the momentum buffers came along
 
-    def test_another_optimizer_is_refused(self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path) -> None:
-        config = apply_overrides(quiet, ["train.epochs=1", "train.pretrain_epochs=0"])
-        fit(start_trainer(config, folder=tmp_path / "run"))
-        with pytest.raises(CheckpointError, match=r"with optim.name=sgd, whose state adamw cannot continue"):
-            start_trainer(apply_overrides(config, ["optim.name=adamw"]), folder=tmp_path / "run").resume()
-
-    @pytest.mark.parametrize("change", ["model.decoder_dim=9", "model.frozen_stages=0", "cvlr.enabled=false"])
-    def test_another_network_is_refused(
-        self, quiet: Config, start_trainer: StartTrainer, tmp_path: Path, change: str
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("optim.name=adamw", r"with optim.name=sgd, whose state adamw cannot continue"),
+            *[
+                (change, r"does not fit the network .* resume without --set of model")
+                for change in ("model.decoder_dim=9", "model.frozen_stages=0", "cvlr.enabled=false")
+            ],
+        ],
+    )
+    def test_another_optimizer_or_network_is_refused(
+        self, quiet: Config, trained: Train, start_trainer: StartTrainer, change: str, message: str
     ) -> None:
-        config = apply_overrides(quiet, ["train.epochs=1", "train.pretrain_epochs=0"])
-        fit(start_trainer(config, folder=tmp_path / "run"))
-        with pytest.raises(CheckpointError, match=r"does not fit the network .* resume without --set of model"):
-            start_trainer(apply_overrides(config, [change]), folder=tmp_path / "run").resume()
+        with pytest.raises(CheckpointError, match=message):
+            start_trainer(apply_overrides(quiet, [change]), folder=trained(quiet).trainer.folder).resume()
 
     def test_other_classes_or_other_data_are_refused(
-        self, quiet: Config, start_trainer: StartTrainer, write_tiny: Callable[..., ShardSet], tmp_path: Path
+        self,
+        quiet: Config,
+        trained: Train,
+        start_trainer: StartTrainer,
+        write_tiny: Callable[..., ShardSet],
+        tmp_path: Path,
     ) -> None:
-        config = apply_overrides(quiet, ["train.epochs=1", "train.pretrain_epochs=0"])
-        fit(start_trainer(config, folder=tmp_path / "run"))
+        folder = trained(quiet).trainer.folder
         renamed = write_tiny(tmp_path / "renamed", classes=("background", "ant", "bee", "dog"))
         with pytest.raises(CheckpointError, match=r"\(background, ant, bee, cat\).*\(background, ant, bee, dog\)"):
-            start_trainer(config, shards=renamed, folder=tmp_path / "run").resume()
+            start_trainer(quiet, shards=renamed, folder=folder).resume()
         smaller = write_tiny(tmp_path / "smaller", num_train=8)
         with pytest.raises(CheckpointError, match="was trained on other data"):
-            start_trainer(config, shards=smaller, folder=tmp_path / "run").resume()
+            start_trainer(quiet, shards=smaller, folder=folder).resume()
 
 
 class TestWhatIsLogged:
-    @pytest.mark.slow
-    def test_curves(self, tiny_config: Config, start_trainer: StartTrainer, tracker: Any) -> None:
-        trainer = start_trainer(apply_overrides(tiny_config, ["evaluation.pseudo_mask_images=9"]), tracker=tracker)
+    def test_curves(self, measured: Config, start_trainer: StartTrainer, tracker: Any) -> None:
+        config = apply_overrides(measured, ["evaluation.pseudo_mask_images=9"])
+        trainer = start_trainer(config, tracker=tracker)
         nn.init.constant_(trainer.model.mask_head.classify.bias, 3.0)  # else all is background: without discoveries
         fit(trainer)
         assert [step for step, _ in tracker.curve("train/loss")] == [1, 2, 3, 4]
@@ -396,11 +428,10 @@ class TestWhatIsLogged:
         assert not tracker.curve("val/fnr/ant")
         assert [step for key, step, _ in tracker.pictures if key == "quality/val"] == [0, 1]
 
-    @pytest.mark.slow
     def test_total_is_the_weighted_sum_of_the_parts_and_the_epoch_their_mean(
-        self, tiny_config: Config, start_trainer: StartTrainer, tracker: Any
+        self, tiny_config: Config, trained: Train
     ) -> None:
-        fit(start_trainer(tiny_config, tracker=tracker))
+        tracker = trained(tiny_config).tracker
         by_step = [values for _, values in tracker.points if "train/loss" in values]
         for values in by_step:
             assert values["train/loss"] == pytest.approx(
@@ -422,11 +453,8 @@ class TestWhatIsLogged:
         cosine = [full * (1 + math.cos(math.pi * step / 4)) / 2 for step in range(4)]
         assert rates == pytest.approx([full, full, *cosine])
 
-    def test_panels_are_written_and_logged(
-        self, tiny_config: Config, start_trainer: StartTrainer, tracker: Any
-    ) -> None:
-        trainer = start_trainer(tiny_config, tracker=tracker)
-        fit(trainer)
+    def test_panels_are_written_and_logged(self, tiny_config: Config, trained: Train) -> None:
+        trainer, tracker = trained(tiny_config).trainer, trained(tiny_config).tracker
         files = sorted(path.name for path in (trainer.folder / "panels").iterdir())
         keys = sorted({name.split("-epoch-")[0] for name in files})
         assert len(keys) == 2
@@ -446,11 +474,8 @@ class TestWhatIsLogged:
         assert len(fit(trainer)) == 1
         assert capsys.readouterr().out.count("cannot be written, and is left out") == 2
 
-    def test_no_panels_and_no_pseudo_masks_where_they_are_off(
-        self, quiet: Config, start_trainer: StartTrainer, tracker: Any
-    ) -> None:
-        trainer = start_trainer(quiet, tracker=tracker)
-        fit(trainer)
+    def test_no_panels_and_no_pseudo_masks_where_they_are_off(self, quiet: Config, trained: Train) -> None:
+        trainer, tracker = trained(quiet).trainer, trained(quiet).tracker
         assert {key for key, _, _ in tracker.pictures} <= {"quality/val"}
         assert not (trainer.folder / "panels").exists()
         assert not [key for _, values in tracker.points for key in values if key.startswith("pseudo_mask")]
@@ -696,6 +721,7 @@ class TestMixtures:
         self, mixed: ShardSet, quiet: Config, start_trainer: StartTrainer, changes: tuple[str, ...], parts: set[str]
     ) -> None:
         common = ["data.pixel_oversampling=2", "evaluation.pseudo_mask_images=9"]
+        common += ["train.epochs=1", "train.pretrain_epochs=0"]
         common += ["data.pixel_labeled_subset=pixels"] if changes else []
         config = apply_overrides(quiet, [*common, *changes])
         trainer = start_trainer(config, shards=mixed)
