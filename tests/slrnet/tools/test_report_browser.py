@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ def show(browser: Any, *, width: int, mode: str = "light") -> None:
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
 
-def test_it_opens_without_errors_and_without_the_network(opened: Any) -> None:
+def test_it_opens_without_errors_and_without_the_network(opened: Any, keep_screenshot: Callable[[str], None]) -> None:
+    keep_screenshot("report")
     assert opened.execute_script("return [...document.images].every(i => i.hidden || i.naturalWidth > 0)")
     assert opened.get_log("browser") == []
     requests = [entry["message"] for entry in opened.get_log("performance") if "requestWillBeSent" in entry["message"]]

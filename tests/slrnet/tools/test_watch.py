@@ -7,8 +7,10 @@ import shutil
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +41,20 @@ def test_score_curves_and_pictures_before_the_end(run: Path) -> None:
     assert page.count("<circle") == 2  # a dot for each epoch; losses are a line
     assert page.count("after epoch 2") >= 2  # the panel of each image
     assert "http" not in page.replace("http-equiv", "")
+
+
+@pytest.mark.slow
+def test_a_browser_shows_its_pictures_without_errors(
+    run: Path, browser: Any, keep_screenshot: Callable[[str], None]
+) -> None:
+    assert main(["watch", str(run), "--out", str(run / "page.html")]) == 0
+    browser.get_log("browser")  # of pages before
+    browser.get((run / "page.html").as_uri())
+    keep_screenshot("watch")
+    assert browser.execute_script(
+        "return [...document.images].every(i => i.naturalWidth > 0) && document.images.length"
+    )
+    assert browser.get_log("browser") == []
 
 
 def test_what_is_no_run_and_a_run_that_failed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
