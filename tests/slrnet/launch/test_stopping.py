@@ -7,11 +7,12 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import pytest
 
 from slrnet.launch import stopping
-from slrnet.launch.stopping import Interruption, Mailbox, SignalRequests, follow
+from slrnet.launch.stopping import Interruption, Mailbox, SignalRequests, follow, save_before_resize
 
 
 def send(number: int) -> None:
@@ -100,3 +101,26 @@ def test_the_driver_hears_of_each_epoch_of_the_workers_and_may_stop_them(answer:
         start()
     assert heard == ([1, 2, 3, 4] if answer is None else [1] if answer is True else [1, 2])
     assert mailbox.look() == ("" if answer is None else "stop")
+
+
+@pytest.mark.slow  # imports Ray
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_resize_waits_for_the_checkpoint_of_those_who_train(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 writes it after three looks; if nobody trains, nobody is waited for."""
+    mailbox, seen = Mailbox(), list[str]()
+    near = SimpleNamespace(
+        **{name: SimpleNamespace(remote=getattr(mailbox, name)) for name in ("ask", "waits", "saved")}
+    )
+
+    def work(seconds: float) -> None:
+        seen.append(mailbox.look())
+        if len(seen) == 3:
+            mailbox.saved()
+
+    monkeypatch.setattr("ray.get", lambda answer: answer)
+    monkeypatch.setattr(stopping.time, "sleep", work)
+    if trains:
+        mailbox.look()
+    save_before_resize(near)
+    assert seen == ["save"] * (3 if trains else 0)
+    assert mailbox.look() == ""

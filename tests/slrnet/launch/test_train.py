@@ -3,6 +3,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from slrnet.config import Config, apply_overrides
 from slrnet.data.manifest import ShardSet
 from slrnet.launch import train as ray_loop
 from slrnet.launch.checks import resume_config
-from slrnet.launch.train import LaunchOptions, RunResult, TrainingError, launch
+from slrnet.launch.train import POINTER, LaunchOptions, RunResult, TrainingError, launch
+from slrnet.storage.files import read_json
 from slrnet.tracking.mlflow import client_of
 from slrnet.tracking.reader import metric_history
 from slrnet.tracking.run_log import RunLog
@@ -254,3 +256,20 @@ def test_secrets_of_the_environment_reach_no_file_and_no_line(
     written[Path("printed")] = (captured.out + captured.err).encode()
     for secret in (*SECRETS.values(), "planted-password"):
         assert not [path for path, content in written.items() if secret.encode() in content]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_0_reports_to_ray_where_the_checkpoint_is(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own result keeps metrics only with a checkpoint; nothing of ours is copied into it."""
+    told: list[Any] = []
+
+    def report(metrics: dict[str, float], checkpoint: Any = None) -> None:
+        told.append((metrics, checkpoint and read_json(Path(checkpoint.path) / POINTER)))
+
+    monkeypatch.setattr("ray.train.report", report)
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: rank))
+    mailbox, metrics = SimpleNamespace(tell=SimpleNamespace(remote=lambda metrics: None)), {"val/miou_ss": 0.5}
+    place = "s3://runs/mine/checkpoints/checkpoint-0001"
+    ray_loop._RayReport(None, mailbox)(metrics, checkpoint=place)
+    assert told == [(metrics, None if rank else {"checkpoint": place, "metrics": metrics})]
