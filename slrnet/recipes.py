@@ -468,5 +468,5 @@ def demo() -> Config:
         weights={"consistency": 5.0},
         optim={"lr": 2e-3},
         train={"epochs": 5, "pretrain_epochs": 1, "log_every": 5},
-        evaluation={"pseudo_mask_images": 48, "panel_images": 6, "gating": "none"},
+        evaluation={"pseudo_mask_images": 32, "panel_images": 6, "gating": "none"},
     )
