@@ -124,18 +124,15 @@ def test_a_training_waits_once_a_step(
 @pytest.mark.parametrize(
     "changes",
     [
-        ("train.precision=fp32",),
-        ("cvlr.implementation=reference",),
-        ("cvlr.implementation=recompute", "cvlr.num_iters=3"),
-        ("cvlr.form=released", "model.auxiliary_views=first"),
-        ("cvlr.method=nmf",),
-        ("calibration.supervision=kl",),
-        ("calibration.supervision=cps", "calibration.rule=normalized", "calibration.fusion=probs"),
-        ("setting=sss", PIXELS),
-        ("model.encoder=timm:test_efficientnet", "model.frozen_stages=0"),
-        ("model.skip_share=0.3", "model.lift_skip=true"),
-        ("optim.name=adamw", "optim.clip_norm=1.0"),
-        ("views.scales=[1.0,0.5,0.75]", "evaluation.gating=scores"),
+        ("train.precision=fp32", "cvlr.implementation=recompute", "cvlr.num_iters=3"),
+        ("cvlr.implementation=reference", "optim.name=adamw", "optim.clip_norm=1.0"),
+        ("cvlr.form=released", "model.auxiliary_views=first", "calibration.supervision=kl"),
+        ("cvlr.method=nmf", "setting=sss", PIXELS),
+        (
+            *("calibration.supervision=cps", "calibration.rule=normalized", "calibration.fusion=probs"),
+            *("model.encoder=timm:test_efficientnet", "model.frozen_stages=0"),
+        ),
+        ("views.scales=[1.0,0.5,0.75]", "evaluation.gating=scores", "model.skip_share=0.3", "model.lift_skip=true"),
     ],
     ids=" ".join,
 )
