@@ -578,12 +578,18 @@ def _examine_training(materials: Materials, place: int, name: signal.Signals) ->
         status, text = in_process(lambda: train(materials.data, folder))
         if status:
             return f"cannot be resumed: {text}"
-        if files_of(folder / "checkpoints") != files_of(materials.run / "checkpoints"):
-            return "its checkpoints differ"
+        if _weights(folder) != _weights(materials.run):
+            return "its final weights differ"
         steps = [record["step"] for record in read_log(folder / "logs" / "rank-0.jsonl") if record["event"] == "step"]
         if name != signal.SIGKILL and len(steps) != len(set(steps)):
             return f"it repeats steps: {steps}"
     return ""
+
+
+def _weights(run: Path) -> str:
+    """Digest of the weights of a run's last checkpoint; what else it holds has times and rates in it."""
+    last = max((run / "checkpoints").glob("checkpoint-*")).name
+    return files_of(run / "checkpoints")[f"{last}/model.safetensors"]
 
 
 # Running.
