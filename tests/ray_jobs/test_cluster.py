@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow import MlflowClient
 
 from ray_jobs.demo import local_cluster
 from slrnet.checkpoints.checkpoint import find_checkpoint, load_checkpoint
 from slrnet.config import apply_overrides, load_config
 from slrnet.launch.checks import resume_config
 from slrnet.launch.train import LaunchOptions, launch
+from slrnet.tracking.mlflow import client_of
 
 ROOT = Path(__file__).resolve().parents[2]
 Submit = Callable[..., subprocess.CompletedProcess[str]]
@@ -33,12 +33,12 @@ TINY = (
     "model.decoder_dim=8",
     "model.frozen_stages=0",
     "data.crop_size=64",
-    "data.workers=1",
-    "train.epochs=2",
-    "train.pretrain_epochs=1",
+    "data.workers=0",
+    "train.epochs=1",
+    "train.pretrain_epochs=0",
     "train.batch_size=8",
-    "evaluation.pseudo_mask_images=4",
-    "evaluation.panel_images=1",
+    "evaluation.pseudo_mask_images=0",
+    "evaluation.panel_images=0",
 )
 EVERY_STEP = ("train.log_every=1", "train.checkpoint_every=1")
 
@@ -83,47 +83,47 @@ def test_the_cluster_turns_strangers_away(cluster: tuple[str, dict[str, str]]) -
 def test_a_job_refuses_what_lies_in_rays_copy_of_the_project(
     submit: Submit, cluster: tuple[str, dict[str, str]], data: Path
 ) -> None:
+    """And what only the terminal has; one job asks for both."""
     arguments = ("ray_jobs/train.py", "--recipe", "voc_wsss", "--data", str(data), "--storage")
-    refused = submit(*arguments, "lost_runs")
+    cluster[1]["SLRNET_WEIGHTS"] = "/weights"  # of the terminal alone
+    try:
+        refused = submit(*arguments, "lost_runs", ";", "python", *arguments, str(data.parent / "runs"))
+    finally:
+        del cluster[1]["SLRNET_WEIGHTS"]
     assert "lost_runs would be in Ray's copy of the project" in refused.stdout
     assert "exit code 2" in refused.stdout + refused.stderr
     assert not (ROOT / "lost_runs").exists()
-    cluster[1]["SLRNET_WEIGHTS"] = "/weights"  # of the terminal alone
-    try:
-        missing = submit(*arguments, str(data.parent / "runs"))
-    finally:
-        del cluster[1]["SLRNET_WEIGHTS"]
-    assert "the ImageNet weights of wide_resnet38 did not reach this job" in missing.stdout
-    assert "this job does not have the variables" in missing.stdout
+    assert "the ImageNet weights of wide_resnet38 did not reach this job" in refused.stdout
+    assert "this job does not have the variables" in refused.stdout
 
 
-def test_a_killed_worker_is_named_and_the_run_goes_on(submit: Submit, data: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_named_and_the_run_goes_on(submit: Submit, data: Path, storage: Path) -> None:
     """Two workers, one of which is killed in the middle of an epoch; then the same run, resumed by one process."""
-    settings = [word for setting in (*TINY, *EVERY_STEP) for word in ("--set", setting)]
-    log = tmp_path / "two" / "logs" / "rank-1.jsonl"
+    settings = [word for setting in (*TINY, *EVERY_STEP, "train.epochs=40") for word in ("--set", setting)]
+    log = storage / "two" / "logs" / "rank-1.jsonl"
     with killed_when(lambda: len(events(log, "step")) >= 4, lambda: events(log, "step")[-1]["pid"]):
         failed = submit(
-            "ray_jobs/train.py", "--recipe", "demo", "--data", str(data), "--storage", str(tmp_path),
-            "--name", "two", "--num-workers", "2", "--set", "train.epochs=40", *settings,
+            "ray_jobs/train.py", "--recipe", "demo", "--data", str(data), "--storage", str(storage),
+            "--name", "two", "--num-workers", "2", *settings,
         )  # fmt: skip
     assert failed.returncode != 0
     printed = failed.stdout + failed.stderr
     said = printed[-3000:] + "".join(path.read_text()[-1500:] for path in sorted(log.parent.glob("*.jsonl")))
     assert "error: died: its process ended without an error" in printed, said
     assert re.search(r"\(rank 1 on \S+, step \d+\)", printed), said
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = client_of(f"sqlite:///{storage / 'mlflow.db'}")
     (run,) = search(client)
     assert run.info.status == "FAILED"
     assert (run.data.tags["failure.rank"], run.data.tags["failure.exception"]) == ("1", "died")
     reached = int(run.data.tags["failure.step"])
 
     epochs = reached // 3 + 1
-    config = apply_overrides(resume_config(tmp_path, "two"), [f"train.epochs={epochs}"])
-    launch(config, LaunchOptions(name="two", storage=tmp_path, resume=True, num_workers=0), say=lambda line: None)
-    first, second = (event["step"] for event in events(tmp_path / "two" / "logs" / "rank-0.jsonl", "start"))
+    config = apply_overrides(resume_config(storage, "two"), [f"train.epochs={epochs}"])
+    launch(config, LaunchOptions(name="two", storage=storage, resume=True, num_workers=0), say=lambda line: None)
+    first, second = (event["step"] for event in events(storage / "two" / "logs" / "rank-0.jsonl", "start"))
     assert first == 0 < second
     assert reached - 2 <= second <= reached + 1  # a checkpoint every step, which may have been half written
-    last = find_checkpoint(tmp_path / "two" / "checkpoints")
+    last = find_checkpoint(storage / "two" / "checkpoints")
     assert last is not None
     state = load_checkpoint(last).state
     assert (state.world_size, state.step) == (1, 3 * epochs)
@@ -153,24 +153,24 @@ def killed_when(ready: Callable[[], bool], victim: Callable[[], int]) -> Iterato
     thread.join()
 
 
-def search(client: MlflowClient) -> list[Any]:
+def search(client: Any) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
 
 
 def test_a_sweep_goes_on_after_its_driver_was_stopped(
-    cluster: tuple[str, dict[str, str]], submit: Submit, data: Path, tmp_path: Path
+    cluster: tuple[str, dict[str, str]], submit: Submit, data: Path, storage: Path
 ) -> None:
     """Two trials one after the other, the second of which cannot work; the job is stopped during it."""
     settings = [word for setting in (*TINY, "data.workers=0") for word in ("--set", setting)]
     fixed = ["weights.consistency", "cvlr.num_iters", "cvlr.dim", "calibration.confidence_threshold"]
     space = ["optim.lr=choice:0.01,1e30", *(f"{key}=fixed" for key in fixed)]
     started = submit(
-        "ray_jobs/tune.py", "--recipe", "demo", "--data", str(data), "--storage", str(tmp_path), "--name", "sweep",
+        "ray_jobs/tune.py", "--recipe", "demo", "--data", str(data), "--storage", str(storage), "--name", "sweep",
         "--searcher", "grid", "--scheduler", "none", "--max-concurrent", "1", "--max-failures", "0",
         *(word for text in space for word in ("--search", text)), *settings, wait=False,
     )  # fmt: skip
     assert started.returncode == 0, started.stderr
-    trials = tmp_path / "sweep" / "trials"
+    trials = storage / "sweep" / "trials"
     (job,) = re.findall(r"'(raysubmit_\w+)' submitted", started.stdout)
     wait_until(lambda: len(list(trials.glob("*"))) == 2)
     subprocess.run(
@@ -181,18 +181,18 @@ def test_a_sweep_goes_on_after_its_driver_was_stopped(
         capture_output=True,
         timeout=120,
     )
-    finished = next(trials.glob("*/checkpoints/checkpoint-0002/state.json")).stat().st_mtime_ns
-    resumed = submit("ray_jobs/tune.py", "--storage", str(tmp_path), "--resume", "sweep")
+    finished = next(trials.glob("*/checkpoints/checkpoint-0001/state.json")).stat().st_mtime_ns
+    resumed = submit("ray_jobs/tune.py", "--storage", str(storage), "--resume", "sweep")
     assert resumed.returncode == 0, resumed.stdout[-3000:] + resumed.stderr[-3000:]
     assert "| failed: " in resumed.stdout
-    recorded = json.loads((tmp_path / "sweep" / "results" / "trials.json").read_text())["trials"]
+    recorded = json.loads((storage / "sweep" / "results" / "trials.json").read_text())["trials"]
     assert sorted((trial["values"]["optim.lr"], trial["status"]) for trial in recorded) == [
         (0.01, "finished"), (1e30, "failed"),
     ]  # fmt: skip
     assert "not finite" in next(trial["error"] for trial in recorded if trial["status"] == "failed")
-    assert finished in [path.stat().st_mtime_ns for path in trials.glob("*/checkpoints/checkpoint-0002/state.json")]
-    assert load_config(tmp_path / "sweep" / "results" / "best_config.json").optim.lr == 0.01
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert finished in [path.stat().st_mtime_ns for path in trials.glob("*/checkpoints/checkpoint-0001/state.json")]
+    assert load_config(storage / "sweep" / "results" / "best_config.json").optim.lr == 0.01
+    client = client_of(f"sqlite:///{storage / 'mlflow.db'}")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     (parent,) = [run for run in runs if run.info.run_name == "sweep"]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
