@@ -63,12 +63,12 @@ def test_equals_plain_autograd(shape: tuple[int, int, int, int], num_iters: int,
 @pytest.mark.usefixtures("many_parts")
 @pytest.mark.slow
 def test_equals_plain_autograd_in_many_parts() -> None:
-    features, codes = draw(2, 40, 21, 100)
-    plan = kernels.plan_of(2, 40, 21, 100, features.dtype)
-    assert plan.splits == 4
-    assert plan.slices == 3
-    expected = run("reference", features, codes, 2, 1.0)
-    assert max(errors(run("triton", features, codes, 2, 1.0), expected)) < 1e-5
+    features, codes = draw(1, 40, 21, 100)
+    plan = kernels.plan_of(1, 40, 21, 100, features.dtype)
+    assert plan.splits > 1
+    assert plan.slices > 1
+    expected = run("reference", features, codes, 1, 1.0)
+    assert max(errors(run("triton", features, codes, 1, 1.0), expected)) < 1e-5
 
 
 @pytest.mark.usefixtures("many_parts")
