@@ -381,8 +381,8 @@ def test_the_process_stays_quiet_and_needs_no_active_run(tmp_path: Path, uri: st
 
 
 @pytest.mark.slow
-def test_a_real_server(tmp_path: Path) -> None:
-    with serving(tmp_path) as address:
+def test_a_real_server(storage: Path, tmp_path: Path) -> None:
+    with serving(storage) as address:
         uri = resolve_uri(address, tmp_path)
         handle = create_run(uri, "exp", "served", params={"a": 1}, tags={"t": "x"}, resume=False)
         tracker = MlflowTracker(handle)
@@ -409,7 +409,7 @@ def test_a_real_server(tmp_path: Path) -> None:
 
 
 class serving:
-    """`mlflow server` on a free port of the loopback interface, with its store in a folder."""
+    """`mlflow server` on a free port of the loopback interface, over a folder's store."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as probe:
@@ -419,10 +419,13 @@ class serving:
 
     def __enter__(self) -> str:
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
         self.log = (self.folder / "server.log").open("w")
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, start_new_session=True)
+        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # jobs are for language models, and take five processes
+        self.process = subprocess.Popen(
+            command, env=os.environ | quiet, stdout=self.log, stderr=self.log, start_new_session=True
+        )
         address = f"http://127.0.0.1:{self.port}"
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and self.process.poll() is None:
