@@ -83,18 +83,18 @@ def test_the_cluster_turns_strangers_away(cluster: tuple[str, dict[str, str]]) -
 def test_a_job_refuses_what_lies_in_rays_copy_of_the_project(
     submit: Submit, cluster: tuple[str, dict[str, str]], data: Path
 ) -> None:
-    """And what only the terminal has; one job asks for both."""
     arguments = ("ray_jobs/train.py", "--recipe", "voc_wsss", "--data", str(data), "--storage")
-    cluster[1]["SLRNET_WEIGHTS"] = "/weights"  # of the terminal alone
-    try:
-        refused = submit(*arguments, "lost_runs", ";", "python", *arguments, str(data.parent / "runs"))
-    finally:
-        del cluster[1]["SLRNET_WEIGHTS"]
+    refused = submit(*arguments, "lost_runs")
     assert "lost_runs would be in Ray's copy of the project" in refused.stdout
     assert "exit code 2" in refused.stdout + refused.stderr
     assert not (ROOT / "lost_runs").exists()
-    assert "the ImageNet weights of wide_resnet38 did not reach this job" in refused.stdout
-    assert "this job does not have the variables" in refused.stdout
+    cluster[1]["SLRNET_WEIGHTS"] = "/weights"  # of the terminal alone
+    try:
+        missing = submit(*arguments, str(data.parent / "runs"))
+    finally:
+        del cluster[1]["SLRNET_WEIGHTS"]
+    assert "the ImageNet weights of wide_resnet38 did not reach this job" in missing.stdout
+    assert "this job does not have the variables" in missing.stdout
 
 
 def test_a_killed_worker_is_named_and_the_run_goes_on(submit: Submit, data: Path, storage: Path) -> None:
