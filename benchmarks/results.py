@@ -31,7 +31,18 @@ NAMES = (
     "train_step", "released_training", "evaluate", "refine", "cvlr", "kernels", "cross_entropy", "cpu_tricks",
     "loader", "workers", "startup", "scale", "conversion_speed", "conversion_memory", "checkpoint_cost", "ray_overhead",
 )  # fmt: skip
-LONGER = ("chaos", "nodes", "sweep_faults", "same_training", "fuzz", "cost_model", "gpu", "demo_compare", "review_loop")
+LONGER = (
+    "chaos",
+    "write_faults",
+    "nodes",
+    "sweep_faults",
+    "same_training",
+    "fuzz",
+    "cost_model",
+    "gpu",
+    "demo_compare",
+    "review_loop",
+)
 """Run only when named: they take minutes and measure no speed, only make predictions, or need a GPU."""
 WITH_PEER = ("train_step", "released_training", "evaluate", "refine", "cvlr", "loader")
 FILE, TRIED = ROOT / "benchmarks" / "RESULTS.md", ROOT / "benchmarks" / "TRIED.md"
