@@ -12,8 +12,8 @@ __all__ = ["RAY_LOG", "ray_lines_in"]
 
 RAY_LOG = "ray.log"
 """File in a run's `logs`."""
-WORKER = "RayTrainWorker"
-"""Ray's name of the processes that train; others, which start and watch them, have nothing to tell."""
+TELLING = ("RayTrainWorker", "autoscaler", "raylet")
+"""Ray's names of the processes that train, and of what says that nodes or memory lack; others have nothing to tell."""
 _PRINTER = "ray_print_logs"
 """Ray's name of what prints the lines on the driver's terminal."""
 _OF_RAY = re.compile(
@@ -63,8 +63,8 @@ def _dispatcher() -> Any:
 def _sort(batch: Mapping[str, Any], show: Callable[[Mapping[str, Any]], None], log: Path) -> None:
     """Shows the lines of a process that are a training's, and writes the others to the log."""
     name, lines = str(batch.get("actor_name") or batch.get("pid")), list(batch["lines"])
-    own = [line for line in lines if name == WORKER and not _OF_RAY.match(line)]
-    others = [line for line in lines if name != WORKER or _OF_RAY.match(line)]
+    own = [line for line in lines if name in TELLING and not _OF_RAY.match(line)]
+    others = [line for line in lines if name not in TELLING or _OF_RAY.match(line)]
     if own:
         show({**batch, "lines": own})
     with suppress(OSError):

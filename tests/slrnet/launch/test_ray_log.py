@@ -21,9 +21,9 @@ class Dispatcher:
     def remove_handler(self, name: str) -> None:
         self.handlers = [pair for pair in self.handlers if pair[0] != name]
 
-    def emit(self, actor: str, *lines: str) -> None:
+    def emit(self, actor: str, *lines: str, pid: str | int = 7) -> None:
         for _, act in self.handlers:
-            act({"actor_name": actor, "pid": 7, "is_err": True, "lines": list(lines)})
+            act({"actor_name": actor, "pid": pid, "is_err": True, "lines": list(lines)})
 
 
 def test_lines_of_ray_go_to_the_log_and_those_of_the_training_to_the_terminal(tmp_path: Path) -> None:
@@ -33,8 +33,11 @@ def test_lines_of_ray_go_to_the_log_and_those_of_the_training_to_the_terminal(tm
     with ray_lines_in(log, dispatcher):
         dispatcher.emit("TrainController", "Requesting resources: {'CPU': 2} * 1", "Traceback (most recent call last):")
         dispatcher.emit("RayTrainWorker", "Setting up process group for: env://", "step 6/210, loss 1.4", frightening)
+        dispatcher.emit("", "no node type has 3 GPUs", pid="autoscaler")
+        dispatcher.emit("", "a worker was killed: the node's memory is full", pid="raylet")
     dispatcher.emit("TrainController", "after it")
-    assert shown == ["step 6/210, loss 1.4", "after it"]
+    lacking = ["no node type has 3 GPUs", "a worker was killed: the node's memory is full"]
+    assert shown == ["step 6/210, loss 1.4", *lacking, "after it"]
     assert log.read_text().splitlines() == [
         "TrainController: Requesting resources: {'CPU': 2} * 1",
         "TrainController: Traceback (most recent call last):",
