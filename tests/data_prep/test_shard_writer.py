@@ -333,7 +333,8 @@ def test_interruption_leaves_nothing_behind(tmp_path: Path, sent: signal.Signals
         assert process.stderr is not None
         assert process.stdout.readline() == "encoding\n"
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "shards").glob(".out.*.partial/*.tar")) and time.monotonic() < deadline:
+        while not list((tmp_path / "shards").glob(".out.*.partial/out/*.tar")):
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(sent)
         assert process.wait(timeout=120) == 128 + sent
