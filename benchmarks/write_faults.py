@@ -283,19 +283,11 @@ def injections(output: Output, known: Reference, *, slow: float, step: int = 1) 
     """All faults of an output, or of each kind every `step`-th."""
     for kind in KINDS:
         for number in range(0, known.changes, step):
-            yield kind, number, partial(_disturbed, output, number, kind, slow)
+            yield kind, number, partial(disturb, output, number=number, kind=kind, slow=slow)
     places = sorted({most for size in known.sizes for most in (0, size // 2, size - 1) if most >= 0})
     for kind in WITHIN:
         for most in places[::step]:
-            yield f"{kind} within a file", most, partial(_cut, output, most, kind)
-
-
-def _disturbed(output: Output, number: int, kind: str, slow: float, folder: Path) -> None:
-    disturb(output, folder, number, kind, slow)
-
-
-def _cut(output: Output, most: int, kind: str, folder: Path) -> None:
-    cut(output, folder, most, kind)
+            yield f"{kind} within a file", most, partial(cut, output, most=most, kind=kind)
 
 
 def inject(output: Output, *, slow: float, step: int = 1, at_a_time: int = 1) -> tuple[Counter[str], list[str]]:
@@ -482,7 +474,7 @@ def _log(folder: Path) -> dict[str, str]:
 
 
 def _nothing(folder: Path) -> None:
-    pass
+    """Begins without an earlier output, or leaves reading to the view."""
 
 
 def outputs(materials: Materials | None) -> dict[str, Output]:
@@ -546,14 +538,12 @@ def train(data: Path, folder: Path, number: int = -1, name: signal.Signals = sig
     return count
 
 
-def prepare(folder: Path) -> Materials:
-    """Makes a data set and trains on it undisturbed."""
+def prepare(materials: Materials) -> int:
+    """Makes a data set and trains on it undisturbed; returns how many places the training has."""
     from data_prep.demo import build_demo
 
-    materials = Materials(folder / "data", folder / "run")
     build_demo(materials.data, num_train=8, num_val=2, image_size=64, samples_per_shard=4)
-    train(materials.data, materials.run)
-    return materials
+    return train(materials.data, materials.run)
 
 
 def disturb_training(materials: Materials, places: Sequence[int], at_a_time: int) -> tuple[Counter[str], list[str]]:
@@ -608,14 +598,14 @@ def main() -> None:
         import_module(name)
     failed = False
     with tempfile.TemporaryDirectory(dir=MEMORY) as temporary:
-        folder = Path(temporary)
-        status, text = in_process(lambda: prepare(folder))
+        materials = Materials(Path(temporary) / "data", Path(temporary) / "run")
+        status, text = in_process(lambda: prepare(materials))
         if status:
             raise SystemExit(f"the undisturbed training failed: {text}")
-        materials = Materials(folder / "data", folder / "run")
         chosen = {name: partial(inject, output, slow=options.slow, step=options.step, at_a_time=options.at_a_time)
                   for name, output in outputs(materials).items()}  # fmt: skip
-        chosen["training"] = partial(_disturb_all, materials, folder, options)
+        at_once = min(options.at_a_time, os.cpu_count() or 1)
+        chosen["training"] = partial(disturb_training, materials, range(0, int(text), options.step), at_once)
         for name, act in chosen.items():
             if not options.only or name in options.only:
                 begun = time.monotonic()
@@ -625,13 +615,6 @@ def main() -> None:
                 verdict = f"{'FAILS' if problems else 'holds'}: {name}: {counts.total()} faults ({listed})"
                 print(f"{verdict} in {time.monotonic() - begun:.0f} s", *problems[:20], sep="\n  ", flush=True)
     sys.exit(failed)
-
-
-def _disturb_all(materials: Materials, folder: Path, options: argparse.Namespace) -> tuple[Counter[str], list[str]]:
-    status, text = in_process(lambda: train(materials.data, folder / "again"))
-    if status:
-        raise SystemExit(f"the undisturbed training failed: {text}")
-    return disturb_training(materials, range(0, int(text), options.step), min(options.at_a_time, os.cpu_count() or 1))
 
 
 if __name__ == "__main__":

@@ -114,8 +114,8 @@ def _by_spelling(labels: Mapping[str, str], classes: Sequence[str], what: str) -
 
 def separator_hint(labels: Iterable[str], classes: Sequence[str]) -> str:
     """What to add to a message about labels that are no class, where one of them is several classes in a row."""
-    known = sorted({folded(name) for name in classes}, key=len, reverse=True)
-    several = re.compile(f"({'|'.join(map(re.escape, known))})([ .:+&]+(and )?({'|'.join(map(re.escape, known))}))+")
+    known = "|".join(map(re.escape, sorted({folded(name) for name in classes}, key=len, reverse=True)))
+    several = re.compile(f"({known})([ .:+&]+(and )?({known}))+")
     composed = next((label for label in labels if known and several.fullmatch(folded(label))), None)
     return "" if composed is None else f"; if {composed!r} is several classes, separate them by `;`"
 

@@ -46,19 +46,17 @@ from slrnet.storage.shown import say
 
 __all__ = [
     "CLASSES",
-    "DEMO_FOLDER",
     "add_arguments",
     "build_demo",
     "demo_data",
     "draw_scene",
+    "drawn_demo",
     "make",
     "write_voc_folder",
 ]
 
 Floats = npt.NDArray[np.float64]
 
-DEMO_FOLDER = "demo_data"
-"""Folder of the demo's shards within a folder of runs."""
 CLASSES = (BACKGROUND, "fish", "kite", "ladybird", "mushroom")
 """Names of the classes, background first."""
 
@@ -194,10 +192,15 @@ def write_voc_folder(
 
 
 def demo_data(storage: Path) -> Path:
-    """The demo's shards in a folder of runs, built if they are missing; says that they stand in for real data."""
+    """As `drawn_demo`; says that the shards stand in for real data."""
     hint = "Real data: slrnet train --recipe voc_wsss --data SHARDS, with shards from `slrnet prepare voc`."
     say(f"No --data given: training on the embedded, synthetic demo data. {hint}")
-    folder = storage / DEMO_FOLDER
+    return drawn_demo(storage)
+
+
+def drawn_demo(storage: Path) -> Path:
+    """The demo's shards in a folder of runs, built if they are missing."""
+    folder = storage / "demo_data"
     if not folder.exists():
         build_demo(folder)
     return folder

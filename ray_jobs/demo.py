@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from data_prep.demo import DEMO_FOLDER, build_demo
+from data_prep.demo import drawn_demo
 from slrnet.storage.shown import say
 from slrnet.tracking.provenance import environment_tags
 
@@ -44,11 +44,9 @@ def run_demo(options: list[str]) -> int:
     name = f"demo-{time.strftime('%Y%m%d-%H%M%S')}"
     upload = ["--working-dir", "."] if CHECKOUT else []
     program = ["python", "ray_jobs/train.py"] if CHECKOUT else [sys.executable, "-m", "slrnet", "train"]
-    beside, data = ThreadPoolExecutor(1), RUNS / DEMO_FOLDER
-    drawing = beside.submit(build_demo, data) if not data.exists() else None  # while Ray starts
+    drawing = ThreadPoolExecutor(1).submit(drawn_demo, RUNS)  # while Ray starts
     with local_cluster() as (address, environment):
-        if drawing is not None:
-            drawing.result()
+        drawing.result()
         job = ["ray", "job", "submit", "--address", address, *upload, "--", *program, "--name", name]
         job += ["--storage", str(RUNS), *workers(), *options]
         say("$ " + " ".join(job))

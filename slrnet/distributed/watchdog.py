@@ -78,8 +78,7 @@ class Watchdog:
     def at(self, place: str, step: int) -> None:
         """This rank reaches a place, or still works there. All ranks must reach the same places in the same order."""
         if (place, step) != (self.position.place, self.position.step):
-            self.position = replace(self.position, step=step, place=place)
-            self.meet()
+            self.position = replace(self.position, count=self.position.count + 1, step=step, place=place)
         self._moved = time.monotonic()
 
     def meet(self) -> None:

@@ -61,10 +61,9 @@ def _counted(config: Config, num_classes: int) -> tuple[int, int]:
     """Bytes of weights, gradients and the optimizer's state, and those that an image keeps for the backward pass."""
     with torch.device("meta"):
         model = build_network(config, num_classes=num_classes, weights=False).train()
-    every, trained = (
-        sum(weight.numel() for weight in model.parameters() if weight.requires_grad or not only)
-        for only in (False, True)
-    )
+    weights = list(model.parameters())
+    every = sum(weight.numel() for weight in weights)
+    trained = sum(weight.numel() for weight in weights if weight.requires_grad)
     moments = 2 if config.optim.name == "adamw" else 1
     fixed = 4 * (every * (2 if config.train.ema else 1) + trained * (1 + moments))
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # weights without values become such of a CPU
@@ -84,6 +83,7 @@ def _kept(model: Network, views: list[Tensor]) -> int:
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor: Tensor) -> Tensor:
+        """Notes a tensor that autograd saves."""
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage
         return tensor

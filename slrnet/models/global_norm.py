@@ -105,6 +105,7 @@ class _Normalize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, count: Tensor, norm: Any
     ) -> Tensor:
+        """(N, C, h, w) by the statistics (C,) of `count` values; `norm` has `eps` and `meet`."""
         ctx.save_for_backward(x, mean, var, weight, count)
         ctx.eps, ctx.meet = norm.eps, norm.meet
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=norm.eps)
