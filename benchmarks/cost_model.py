@@ -29,7 +29,7 @@ from torchvision.models import resnet50
 from benchmarks._operators import BACKWARD, Count, Kind, Operator, count_classifier, count_step, count_validation
 from slrnet.config import Config, ConfigError, apply_overrides
 from slrnet.evaluation.masks import TOGETHER
-from slrnet.launch.memory import CONTEXT, SPARE
+from slrnet.launch.memory import expected_memory
 from slrnet.recipes import get_recipe
 from slrnet.storage.files import written_whole
 
@@ -239,21 +239,16 @@ def validation_seconds(operators: Sequence[Operator], gpu: Gpu) -> float:
     return max(max(seconds(operators, gpu), host_seconds(operators)) / TOGETHER, READING)
 
 
-def needed_memory(count: Count) -> float:
-    """Returns the bytes of a card that a step is expected to need."""
-    return SPARE * count.memory + CONTEXT
-
-
 def memory_advice(recipe: str, counts: Counts, *, crop: int, images: int, card: float = CARD) -> str:
     """Returns a line that says whether a step fits on a card, and what to set if not."""
-    whole = needed_memory(counts.step(recipe, images, crop))
+    whole = expected_memory(counts.step(recipe, images, crop).memory)
     need = f"{recipe}, crop {crop}, {images} images on a GPU: about {whole / 1e9:.0f} GB of {card / 1e9:.0f}"
     if whole <= card:
         return f"{need}; fits"
     parts, part = 1, whole
     while part > card and images // parts > 1:
         parts *= 2
-        part = needed_memory(counts.step(recipe, -(-images // parts), crop))
+        part = expected_memory(counts.step(recipe, -(-images // parts), crop).memory)
     if part > card:
         return f"{need}; even one image needs {part / 1e9:.0f} GB: use a smaller crop or a larger card"
     return f"{need}; set train.accumulation={parts} ({-(-images // parts)} images at a time, {part / 1e9:.0f} GB)"

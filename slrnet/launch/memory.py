@@ -13,7 +13,7 @@ from slrnet.models.slrnet import build_network
 from slrnet.storage.shown import say
 from slrnet.views.geometry import view_size
 
-__all__ = ["CONTEXT", "SPARE", "memory_note", "say_memory"]
+__all__ = ["expected_memory", "memory_note", "say_memory"]
 
 SPARE = 1.25
 """Memory beyond the counted one: workspaces and fragments, as a factor."""
@@ -33,6 +33,11 @@ def say_memory(config: Config, num_classes: int, process: Process) -> None:
         say(f"warning: {note}")
 
 
+def expected_memory(counted: float) -> float:
+    """Bytes of a GPU that a step is expected to need, from those of the tensors that it holds."""
+    return SPARE * counted + CONTEXT
+
+
 def memory_note(config: Config, *, num_classes: int, images: int, card: float) -> str:
     """A line about a step of `images` images that is not expected to fit into a GPU of `card` bytes; "" if it fits.
 
@@ -41,7 +46,7 @@ def memory_note(config: Config, *, num_classes: int, images: int, card: float) -
     fixed, of_image = _counted(config, num_classes)
 
     def needed(count: int) -> float:
-        return SPARE * (fixed + count * of_image) + CONTEXT
+        return expected_memory(fixed + count * of_image)
 
     if needed(images) <= card:
         return ""
