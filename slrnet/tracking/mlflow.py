@@ -21,7 +21,7 @@ import time
 import urllib.parse
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image
 
 from slrnet.storage.names import check_run_name
+from slrnet.storage.remote import locked
 from slrnet.storage.shown import in_markdown, logger_of, without_secrets
 from slrnet.tracking.location import database_of
 from slrnet.tracking.protocol import SAMPLES, Picture, RunHandle, Tracker, clean_key, clean_metrics
@@ -90,8 +91,14 @@ def load_mlflow() -> Any:
 
 @cache
 def client_of(uri: str) -> Any:
-    """The client of a tracking store."""
-    return load_mlflow().MlflowClient(tracking_uri=uri)
+    """The client of a tracking store.
+
+    It makes or upgrades the tables of a database: one process at a time, or the others fail.
+    """
+    mlflow, database = load_mlflow(), database_of(uri)
+    alone = nullcontext() if database is None or not os.access(database.parent, os.W_OK) else locked(database)
+    with alone:
+        return mlflow.MlflowClient(tracking_uri=uri)
 
 
 def store_errors() -> tuple[type[Exception], ...]:
@@ -391,7 +398,12 @@ def _experiment(client: Any, uri: str, name: str) -> str:
     if experiment is None:
         database = database_of(uri)
         location = database and database.with_name("mlartifacts").as_uri()
-        return str(client.create_experiment(name, artifact_location=location, tags={_KIND_TAG: _KIND}))
+        try:
+            return str(client.create_experiment(name, artifact_location=location, tags={_KIND_TAG: _KIND}))
+        except load_mlflow().exceptions.MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)  # another run has just made it
     if experiment.lifecycle_stage != "active":
         raise ValueError(
             f"the experiment {name!r} was deleted from the tracking store; restore it with `mlflow experiments restore "

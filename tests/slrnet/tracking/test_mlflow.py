@@ -459,3 +459,30 @@ def test_a_database_of_others_sends_no_files_away(uri: str, artifacts: str, take
     else:
         with pytest.raises(ValueError, match="keeps the run's files at .*evil.*, which nobody else names"):
             check_artifacts(uri, artifacts)
+
+
+@pytest.mark.slow
+def test_runs_that_start_at_once_on_a_fresh_storage_all_begin(tmp_path: Path) -> None:
+    code = (
+        "import sys; from slrnet.tracking.location import resolve_uri; from slrnet.tracking import mlflow\n"
+        "mlflow.load_mlflow(); print('ready', flush=True); sys.stdin.readline()\n"
+        "uri = resolve_uri('', storage=sys.argv[1])\n"
+        "print(mlflow.create_run(uri, 'exp', sys.argv[2], params={}, tags={}, resume=False).experiment_id)"
+    )
+    options: dict[str, Any] = {
+        "stdin": subprocess.PIPE,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+    }
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], **options) for name in ("a", "b")]
+    for run in runs:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "ready\n"
+    for run in runs:
+        assert run.stdin is not None
+        run.stdin.write("\n")
+        run.stdin.flush()
+    ended = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], ended
+    assert ended[0][0] == ended[1][0]
