@@ -45,7 +45,7 @@ class Part:
         name = self.relative(file_name)
         paths = [folder / name for folder in self.folders]
         for path in paths:
-            if path.is_file():
+            if os.path.isfile(path):  # false also for a name that no file can have
                 return path
         composed = unicodedata.normalize("NFC", str(name))
         return next((files[composed] for files in self._composed if composed in files), paths[0])

@@ -25,6 +25,7 @@ JPEG files are copied as they are (others become JPEG), masks too unless they ar
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import unicodedata
 from collections.abc import Collection, Sequence
@@ -211,7 +212,7 @@ class VocFolder(Source[_Item]):
         candidates = [folder / f"{name}.png" for folder in self.png_folders]
         if self.mat_folder is not None:
             candidates.append(self.mat_folder / f"{name}.mat")
-            if candidates[-1].is_file():
+            if os.path.isfile(candidates[-1]):
                 return candidates[-1]
         places = " nor ".join(str(path) for path in candidates)
         raise DataError(f"no mask of {name!r}: neither {places}; give SBD's masks with --sbd, or drop it from the list")
@@ -406,7 +407,7 @@ def _first(folders: Sequence[Path], name: str, suffixes: Sequence[str]) -> Path 
     """The first file by a name, its accents composed as in the list or otherwise; None where there is none."""
     forms = dict.fromkeys([name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)])
     paths = (folder / f"{form}.{suffix}" for folder in folders for suffix in suffixes for form in forms)
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if os.path.isfile(path)), None)  # false also for a name that no file can have
 
 
 def _read_mat(path: Path) -> npt.NDArray[np.uint8]:

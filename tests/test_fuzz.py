@@ -25,7 +25,16 @@ def test_a_damaged_input_ends_in_a_value_or_an_error_of_ours(
 
 
 @pytest.mark.parametrize(
-    ("name", "number"), [("weights", 34), ("weights", 192), ("weights", 40), ("shards", 337), ("runs", 50094)]
+    ("name", "number"),
+    [
+        ("weights", 34),
+        ("weights", 192),
+        ("weights", 40),
+        ("shards", 337),
+        ("runs", 50094),
+        ("runs", 5000705),
+        ("coco", 5001196),
+    ],
 )
 def test_finds_stay_mended(name: str, number: int, tmp_path: Path) -> None:
     assert fuzz.examine(name, number, tmp_path, fuzz.example(name))[1] == ""

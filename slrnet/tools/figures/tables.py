@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -168,7 +169,9 @@ def _origin(place: Path, checkpoint: str) -> tuple[Config, tuple[str, ...], str]
     """Returns settings, classes, and run of a record's checkpoint, even if the run was moved with its records."""
     written = Path(checkpoint)
     for folder in (written, *(parent / "checkpoints" / written.name for parent in place.parents)):
-        if (folder / CONFIG).is_file() and (folder / STATE).is_file():
+        if all(
+            os.path.isfile(folder / name) for name in (CONFIG, STATE)
+        ):  # false also for a name that no file can have
             state = read_json(folder / STATE)
             return load_config(folder / CONFIG), tuple(state["classes"]), folder.parents[1].name
     raise FileNotFoundError(checkpoint)
