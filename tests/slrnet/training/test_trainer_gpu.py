@@ -133,6 +133,11 @@ def test_a_training_waits_once_a_step(
             *("model.encoder=timm:test_efficientnet", "model.frozen_stages=0"),
         ),
         ("views.scales=[1.0,0.5,0.75]", "evaluation.gating=scores", "model.skip_share=0.3", "model.lift_skip=true"),
+        (
+            *("model.encoder=timm:vit_base_patch14_dinov2", "data.crop_size=322", "train.batch_size=16"),
+            *("model.decoder_dim=256", "optim.name=adamw", "optim.layer_decay=0.8"),
+            *("setting=sss_image_labels", PIXELS, "data.pixel_oversampling=4"),  # an epoch of 16 images
+        ),
     ],
     ids=" ".join,
 )
