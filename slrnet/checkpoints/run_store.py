@@ -18,7 +18,8 @@ from typing import Any
 from slrnet.storage.files import read_json, write_text
 from slrnet.storage.folders import mark_folder, remove_folder, whole_folder
 from slrnet.storage.lease import LEASE
-from slrnet.storage.remote import RemoteError, cached, copy_from, filesystem_of, is_remote, locked, patiently
+from slrnet.storage.names import check_run_name
+from slrnet.storage.remote import RemoteError, cached, copy_from, copy_to, filesystem_of, is_remote, locked, patiently
 from slrnet.storage.shown import logger_of
 
 __all__ = [
@@ -73,9 +74,17 @@ class RunStore:
         stored = patiently(self.location, self._stored)
         return sorted(name for name, whole in stored.items() if whole)
 
-    def exists(self) -> bool:
-        """Whether a run was started there, with or without a checkpoint."""
-        return CONFIG in patiently(self.location, lambda: self._files(""))
+    def exists(self, file: str = CONFIG) -> bool:
+        """Whether a run was started there, with or without a checkpoint; or for a sweep, whether it has its `file`."""
+        return file in patiently(self.location, lambda: self._files(""))
+
+    def require_new(self, kind: str = "run") -> None:
+        """Raises a `RemoteError` if there is a run, or what else `kind` says, of that name."""
+        name = self.location.rpartition("/")[2]
+        if set(patiently(self.location, lambda: self._files("", recursive=True))) - {LEASE}:
+            raise RemoteError(
+                f"{kind} {self.location} exists; continue that {kind} with --resume {name}, or choose another --name"
+            )
 
     def start(self) -> None:
         """Makes room for a new run, also on this machine.
@@ -84,11 +93,7 @@ class RunStore:
             RemoteError: there is a run of that name.
             ValueError: the folder on this machine holds something else.
         """
-        name = self.location.rpartition("/")[2]
-        if set(patiently(self.location, lambda: self._files("", recursive=True))) - {LEASE}:
-            raise RemoteError(
-                f"run {self.location} exists; continue that run with --resume {name}, or choose another --name"
-            )
+        self.require_new()
         remove_folder(self.folder, within=self.folder.parent)
         mark_folder(self.folder)
 
@@ -122,12 +127,28 @@ class RunStore:
         """
         if not (names := self.checkpoints()):
             raise RemoteError(f"{self.location} holds no checkpoint; give a run's location, or a checkpoint's")
-        states = {name: self._state(name) for name in names} if len(names) > 1 else {names[0]: {}}
-        self.fetch_one(max(names, key=lambda name: rank(states[name].get("metrics"), states[name].get("step"), name)))
+        self.fetch_one(self._best(names))
         with locked(self.folder / "run"):
             if CONFIG in patiently(self.location, lambda: self._files("")):
                 copy_from(f"{self.location}/{CONFIG}", self.folder / CONFIG)
             self._fetch_logs()
+
+    def remove(self, folder: str) -> None:
+        """Removes one of the folders of a run, or of a sweep, from the store, if it is there."""
+        system, place = filesystem_of(f"{self.location}/{check_run_name(folder)}")
+        patiently(self.location, lambda: system.delete_dir_contents(place, missing_dir_ok=True))
+
+    def keep(self, *, best: bool) -> None:
+        """Removes the run's checkpoints, here and in the store, but for the best one if `best` says so."""
+        stored, names = patiently(self.location, self._stored), self.checkpoints()
+        kept = [self._best(names)] if best and names else []
+        for name in sorted(stored.keys() - set(kept)):
+            self._delete(name, whole=stored[name])
+        self._remove_except(kept)
+
+    def checkpoint_bytes(self) -> int:
+        """Bytes of the run's checkpoints in the store."""
+        return sum(patiently(self.location, lambda: self._files("checkpoints", recursive=True)).values())
 
     def fetch_logs(self) -> None:
         """Copies the logs of ranks on other nodes to this machine; does not raise."""
@@ -171,10 +192,21 @@ class RunStore:
                     self._put(path / name)
                 self._sent[path] = stamp
         for name in set(stored) - {path.name for path in ours}:
-            system, place = self._place(self.folder / "checkpoints" / name)
-            if stored[name]:
-                system.delete_file(f"{place}/{STATE}")
-            system.delete_dir(place)
+            self._delete(name, whole=stored[name])
+
+    def _delete(self, name: str, *, whole: bool) -> None:
+        """Removes a checkpoint from the store, first what makes it whole."""
+        system, place = self._place(self.folder / "checkpoints" / name)
+        if whole:
+            system.delete_file(f"{place}/{STATE}")
+        system.delete_dir(place)
+
+    def _best(self, names: Sequence[str]) -> str:
+        """The best of some checkpoints in the store, one at least."""
+        if len(names) == 1:
+            return names[0]
+        states = {name: self._state(name) for name in names}
+        return max(names, key=lambda name: rank(states[name].get("metrics"), states[name].get("step"), name))
 
     def _state(self, name: str) -> dict[str, Any]:
         """What a checkpoint says of itself; empty if it is damaged, which whoever loads it says."""
@@ -214,10 +246,7 @@ class RunStore:
         return filesystem_of(f"{self.location}/{path.relative_to(self.folder).as_posix()}")
 
     def _put(self, path: Path) -> None:
-        from pyarrow import fs
-
-        system, place = self._place(path)
-        fs.copy_files(str(path), place, fs.LocalFileSystem(), system)
+        copy_to(path, f"{self.location}/{path.relative_to(self.folder).as_posix()}")
 
 
 def run_folder(location: str) -> Path:

@@ -36,7 +36,7 @@ from slrnet.recipes import RECIPES, get_recipe
 from slrnet.storage.files import check_writable
 from slrnet.storage.names import check_run_name
 from slrnet.storage.remote import is_remote
-from slrnet.storage.shown import LEFT_OUT, say, without_secrets
+from slrnet.storage.shown import LEFT_OUT, say
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.space import DEFAULT_SPACE, get_space, space_with
 from slrnet.tracking.location import is_named, not_named
@@ -69,12 +69,12 @@ def workers(*, count: int | None = None, of: str = "training processes", failure
     return add_workers
 
 
-def add_storage(parser: argparse.ArgumentParser, *, remote: bool = False) -> None:
-    """Add the options that say where results go; `remote` allows an object store."""
+def add_storage(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say where results go, a folder or an object store."""
     add = parser.add_argument_group("results").add_argument
-    where = "folder for runs, seen by all nodes" + (", or its s3:// or gs:// location" if remote else "")
+    where = "folder for runs, seen by all nodes, or its s3:// or gs:// location"
     where += " (default: $SLRNET_STORAGE, else ~/slrnet_runs)"
-    add("--storage", type=_storage if remote else _folder, default=usual_storage(), metavar="DIR", help=where)
+    add("--storage", type=_storage, default=usual_storage(), metavar="DIR", help=where)
     add("--tracking-uri", metavar="URI", help="MLflow (default: $MLFLOW_TRACKING_URI, else SQLite in --storage)")
 
 
@@ -113,7 +113,7 @@ def _trains(recipe: str) -> Callable[[Run], Argument]:
             ),
         ),
         option("--resume-if-exists", action="store_true", help="with --name: continue that run if there is one"),
-        partial(add_storage, remote=True),
+        add_storage,
         default_recipe=recipe,
         interrupted="interrupted; continue the training with --resume NAME",
     )
@@ -204,13 +204,14 @@ def tune(options: argparse.Namespace) -> None:
     """
     from slrnet.sweeps.plan import resume_plan
 
-    plan = resume_plan(options.storage, options.resume) if options.resume else _plan(options)
-    _check_store(plan.config, options, options.storage)
+    storage, remote = places(options.storage)
+    plan = resume_plan(storage, options.resume, remote=remote) if options.resume else _plan(options)
+    _check_store(plan.config, options, storage)
     say(plan.describe())
     if options.dry_run:
         say(plan.estimate(price_per_hour=options.price_per_hour))
         return
-    check_writable(options.storage, folder=True)
+    check_writable(storage, folder=True)
     from slrnet.sweeps.run import run_sweep  # imports Ray Tune, which a dry run does not need
 
     run_sweep(plan, resume=bool(options.resume))
@@ -437,18 +438,11 @@ def _minutes(text: str) -> float:
     return value
 
 
-def _folder(text: str) -> Path:
-    if "://" in text:
-        text = without_secrets(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder; mount the storage on all nodes and give its path")
-    return place(text).resolve()
-
-
 @checked
 def _storage(text: str) -> str:
     """A place for runs: a folder's absolute path, or a location in an object store."""
     if "://" not in text:
-        return str(_folder(text))
+        return str(place(text).resolve())
     is_remote(text)
     return text.rstrip("/")
 
@@ -525,7 +519,8 @@ def _tracking(options: argparse.Namespace) -> list[str]:
 
 def _plan(options: argparse.Namespace) -> SweepPlan:
     config = load_config(options.config) if options.config else get_recipe(options.recipe)
-    data = [f"data.path={shards_for(options.data, options.storage, '')}"] if options.data else []
+    storage, remote = places(options.storage)
+    data = [f"data.path={shards_for(options.data, storage, remote)}"] if options.data else []
     config = apply_overrides(config, [*data, *options.set, *_tracking(options)])
     if not config.data.path:
         raise ValueError("give --data DIR, a folder with shards; `slrnet prepare demo --out DIR` makes one to try with")
@@ -534,7 +529,7 @@ def _plan(options: argparse.Namespace) -> SweepPlan:
     base = get_space(config.recipe) if config.recipe in RECIPES else DEFAULT_SPACE
     domains = [domain for domain in base if options.scheduler != "pbt" or may_change(domain.key)]
     name = options.name or f"{options.ablation or 'sweep'}-{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-    named = {"name": name, "metrics": tuple(options.metric.split(","))}
+    named = {"name": name, "metrics": tuple(options.metric.split(",")), "storage": storage, "remote": remote}
     sweep = SweepOptions(**_fields_of(SweepOptions, options) | named)
     ablation = {"ablation": options.ablation, "seeds": options.seeds, "variants": options.variants}
     return plan_sweep(config, sweep, space=space_with(domains, options.search), **ablation)

@@ -246,10 +246,15 @@ def train_trial(
     training = _Training(config, options, workers, shards, supervision_of(config, shards))
     handle = training.create_run(None, parent, tags, searched)
     checkpoints = options.folder / "checkpoints"
+    store = RunStore(options.location, options.folder) if options.remote else None
+    if store is not None:
+        store.fetch()  # what an interrupted trial has left
     if notes:
         last = find_checkpoint(checkpoints)
         MlflowTracker(handle, once=True).log_metrics(notes, 0 if last is None else read_state(last, verify=False).step)
     driver = training.run(handle, until=until, callbacks=callbacks)
+    if store is not None:
+        store.fetch()
     best = find_checkpoint(checkpoints, which="best")
     driver.finish() if best is None else training.finish(driver, best)
 

@@ -24,7 +24,17 @@ from slrnet.storage.shown import logger_of, without_secrets
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
-__all__ = ["RemoteError", "cached", "copy_from", "filesystem_of", "is_remote", "locked", "open_cached", "patiently"]
+__all__ = [
+    "RemoteError",
+    "cached",
+    "copy_from",
+    "copy_to",
+    "filesystem_of",
+    "is_remote",
+    "locked",
+    "open_cached",
+    "patiently",
+]
 
 ATTEMPTS, FIRST_PAUSE = 6, 1.0
 """Attempts, and seconds before the second one, doubled before each further one."""
@@ -91,6 +101,18 @@ def copy_from(source: str, target: Path, check: Callable[[Path], None] = lambda 
     with written_whole(target) as incoming:
         _download(source, incoming)
         check(incoming)
+
+
+def copy_to(source: Path, target: str) -> None:
+    """Copies a file, or all files of a folder, to an object store, where each appears whole or not at all.
+
+    Raises:
+        OSError: the store refuses it.
+    """
+    from pyarrow import fs
+
+    system, place = filesystem_of(target)
+    fs.copy_files(str(source), place, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from pydantic import TypeAdapter
 
 from slrnet.checkpoints.checkpoint import CheckpointError
+from slrnet.checkpoints.run_store import RunStore
 from slrnet.config import Config, ConfigError, apply_overrides
 from slrnet.data.manifest import load_dataset
 from slrnet.distributed.process import Process
@@ -21,7 +22,10 @@ from slrnet.evaluation.masks import protocol_name
 from slrnet.launch.checks import check_run, checkpoint_bytes, with_absolute_paths
 from slrnet.launch.cluster import WorkerRequest
 from slrnet.storage.files import read_json, write_json
+from slrnet.storage.folders import mark_folder
+from slrnet.storage.lease import LEASE
 from slrnet.storage.names import check_run_name
+from slrnet.storage.remote import cached, copy_from, copy_to, patiently
 from slrnet.sweeps.ablations import ABLATIONS, Variant, choose_variants
 from slrnet.sweeps.space import Domain, apply_values, check_space
 from slrnet.tracking.protocol import metric_key
@@ -54,7 +58,9 @@ class SweepOptions(WorkerRequest):
     name: str
     """Unique name; the sweep's folder is storage/name."""
     storage: Path
-    """Absolute folder for runs, visible to all nodes."""
+    """Absolute folder for runs, visible to all nodes; with `remote` this machine's own."""
+    remote: str = ""
+    """Where sweeps stay in an object store, such as s3://BUCKET/RUNS; nodes share no folder. Empty: in `storage`."""
     metrics: tuple[str, ...] = ("val/miou",)
     """Metrics to optimize; several of them give a front of trade-offs. `val/miou` is that of the run's protocol."""
     num_samples: int = 20
@@ -110,8 +116,27 @@ class SweepPlan:
 
     @property
     def folder(self) -> Path:
-        """The sweep's folder."""
+        """The sweep's folder, on this machine."""
         return self.options.storage / self.options.name
+
+    @property
+    def location(self) -> str:
+        """The sweep's location in the object store; empty where it is kept in a folder."""
+        return self.options.remote and f"{self.options.remote}/{self.options.name}"
+
+    @property
+    def lease(self) -> str | Path:
+        """The lease of the sweep's folder, which one process at a time holds."""
+        return f"{self.location}/{LEASE}" if self.location else self.folder / LEASE
+
+    @property
+    def trials_folder(self) -> Path:
+        """The folder of the trials' runs, on this machine."""
+        return cached(f"{self.location}/trials") if self.location else self.folder / "trials"
+
+    def trial_store(self, name: str) -> RunStore | None:
+        """A trial's place in the object store; None where the sweep is kept in a folder."""
+        return RunStore(f"{self.location}/trials/{name}", self.trials_folder / name) if self.location else None
 
     @property
     def most_workers(self) -> int:
@@ -179,6 +204,12 @@ class SweepPlan:
     def write(self) -> None:
         """Writes the plan into the sweep's folder, for `resume_plan`."""
         write_json(self.folder / _RECORD, TypeAdapter(SweepPlan).dump_python(self, mode="json"))
+        self.upload(_RECORD)
+
+    def upload(self, name: str) -> None:
+        """Copies a file or folder of the sweep's folder to the object store, where the sweep is kept in one."""
+        if place := self.location and f"{self.location}/{name}":
+            patiently(place, lambda: copy_to(self.folder / name, place))
 
 
 def usual_device() -> torch.device:
@@ -231,7 +262,9 @@ def plan_sweep(
     if not ablation:
         check_space(config, space)
     plan = replace(plan, options=_settled(plan))
-    if plan.folder.exists() and any(plan.folder.iterdir()):
+    if plan.location:
+        RunStore(plan.location, plan.folder).require_new("sweep")
+    elif plan.folder.exists() and any(plan.folder.iterdir()):
         raise CheckpointError(
             f"sweep folder {plan.folder} exists; continue that sweep with --resume {options.name}, or choose another "
             "--name"
@@ -239,16 +272,27 @@ def plan_sweep(
     return plan
 
 
-def resume_plan(storage: Path, name: str) -> SweepPlan:
-    """Reads the plan of an earlier sweep; raises a `CheckpointError` if the folder `storage` has none of that name."""
+def resume_plan(storage: Path, name: str, *, remote: str = "") -> SweepPlan:
+    """Reads the plan of an earlier sweep from the folder `storage`, or the object store's location `remote`.
+
+    Raises:
+        CheckpointError: there is no sweep of that name.
+        RemoteError: the store does not answer or refuses.
+    """
     path = storage / name / _RECORD
-    if not path.is_file():
+    if remote:
+        store = RunStore(f"{remote}/{check_run_name(name)}", path.parent)
+        if not store.exists(_RECORD):
+            raise CheckpointError(f"{remote} has no sweep {name!r} to resume; start one with --name {name}")
+        mark_folder(store.folder)
+        copy_from(f"{store.location}/{_RECORD}", path)
+    elif not path.is_file():
         known = sorted(record.parent.name for record in storage.glob(f"*/{_RECORD}"))
         listed = f"sweeps there: {', '.join(known)}" if known else "no sweep is there"
         raise CheckpointError(f"{storage} has no sweep {name!r} to resume; {listed}; start one with --name {name}")
     try:
         record = read_json(path)
-        record["options"]["storage"] = storage  # the folder may have moved
+        record["options"] |= {"storage": storage, "remote": remote}  # the folder may have moved
         return TypeAdapter(SweepPlan).validate_python(record)
     except (OSError, ValueError, TypeError, LookupError) as error:
         raise CheckpointError(f"{path} is no plan of a sweep: {error}; start the sweep anew with --name") from None
@@ -291,6 +335,11 @@ def _settled(plan: SweepPlan) -> SweepOptions:
 
 def _check_population(options: SweepOptions, space: Sequence[Domain]) -> None:
     """Refuses what population-based training cannot do."""
+    if options.remote:
+        raise ConfigError(
+            f"scheduler pbt copies checkpoints between the folders of its trials, and {options.remote} is an object "
+            "store; name a folder that all nodes see with --storage, or use --scheduler asha"
+        )
     if options.searcher not in ("auto", "random"):
         raise ConfigError(f"scheduler pbt draws its first settings at random; leave out searcher {options.searcher!r}")
     if len(options.metrics) > 1:

@@ -45,26 +45,33 @@ def trial_table(trials: Trials) -> str:
     return _markdown(["trial", *keys, *(f"{metric}, %" for metric in metrics), "epochs", "status"], rows)
 
 
-def prune_trials(folder: Path, trials: Trials, *, losers: bool) -> str:
-    """Removes checkpoints of finished trials from a sweep's folder of trials; says in a line what stays.
+def prune_trials(plan: SweepPlan, trials: Trials) -> str:
+    """Removes checkpoints of a sweep's finished trials, here and in its object store; says in a line what stays.
 
-    The trials that no other one beats keep their best checkpoint; with `losers`, all do. Failed trials keep all of
-    theirs, from which a resumed sweep continues.
+    The trials that no other one beats keep their best checkpoint; those of an ablation all do. Failed trials keep all
+    of theirs, from which a resumed sweep continues.
     """
-    best = trials.by(1).all if losers else trials.front().all if len(trials.metrics) > 1 else [trials.best]
-    named, before = {trial.name for trial in best if trial is not None}, _checkpoint_bytes(folder)
+    best = trials.by(1).all if plan.ablation else trials.front().all if len(trials.metrics) > 1 else [trials.best]
+    named, before = {trial.name for trial in best if trial is not None}, _checkpoint_bytes(plan, trials)
     for trial in trials.all:
-        if trial.status != "failed":
-            prune_checkpoints(folder / trial.name / "checkpoints", last=0, best=trial.name in named)
-    after = _checkpoint_bytes(folder)
+        if trial.status == "failed":
+            continue
+        if (store := plan.trial_store(trial.name)) is not None:
+            store.keep(best=trial.name in named)
+        else:
+            prune_checkpoints(plan.trials_folder / trial.name / "checkpoints", last=0, best=trial.name in named)
+    after = _checkpoint_bytes(plan, trials)
     return (
         f"checkpoints: the best one each of {len(named)} of {len(trials.all)} trials, {after / 1e9:.1f} GB; others of "
         f"{(before - after) / 1e9:.1f} GB are removed (--keep-checkpoints keeps them)"
     )
 
 
-def _checkpoint_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*/checkpoints/checkpoint-*/*"))
+def _checkpoint_bytes(plan: SweepPlan, trials: Trials) -> int:
+    stores = [store for trial in trials.all if (store := plan.trial_store(trial.name)) is not None]
+    if stores:
+        return sum(store.checkpoint_bytes() for store in stores)
+    return sum(path.stat().st_size for path in plan.trials_folder.glob("*/checkpoints/checkpoint-*/*"))
 
 
 def replay_text(trials: Trials, replay: Mapping[str, int]) -> str:

@@ -2,8 +2,8 @@
 
 Each trial is a whole distributed training. An actor starts it; it takes memory but no CPU core, and sits on the head
 node, so that only workers compete for cores and GPUs. The number of trials at a time follows the cluster. Trials keep
-their runs under `STORAGE/SWEEP/trials`, and their metrics are read from there. In a resumed sweep, interrupted trials
-continue from their last checkpoint.
+their runs under `STORAGE/SWEEP/trials`, a folder or in an object store, and their metrics are read from there. In a
+resumed sweep, interrupted trials continue from their last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from slrnet.checkpoints.checkpoint import find_checkpoint
+from slrnet.checkpoints.run_store import RunStore
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, cluster_nodes, cluster_resources, largest_share
 from slrnet.launch.train import LaunchOptions, TrainingError, train_trial
 from slrnet.storage import shown
 from slrnet.storage.folders import mark_folder, remove_folder
-from slrnet.storage.lease import LEASE, owned
+from slrnet.storage.lease import owned
+from slrnet.storage.remote import filesystem_of
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.plan import REDUCTION, SweepOptions, SweepPlan
 from slrnet.sweeps.population import Member, member_name, train_population
@@ -56,7 +58,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         ValueError: the cluster or the tracking store does not allow it, or another process works in its folder.
         TrainingError: no trial was measured.
     """
-    with owned(plan.folder / LEASE, f"sweep folder {plan.folder}"):
+    with owned(plan.lease, f"sweep folder {plan.location or plan.folder}"):
         _run_sweep(plan, resume=resume, say=say)
 
 
@@ -66,8 +68,12 @@ def _run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None]) -> 
     room = _Room(workers, plan.options.max_concurrent, grows=plan.options.wait_minutes > 0)
     parent = _open_parent(plan, resume=resume)
     if not resume:
+        if plan.location:
+            remove_folder(plan.folder, within=plan.folder.parent)
+            mark_folder(plan.folder)
         plan.write()
-    say(f"sweep {name}: {plan.trials} trials, now {room()} at a time with {workers} each; folder {plan.folder}")
+    place = plan.location or plan.folder
+    say(f"sweep {name}: {plan.trials} trials, now {room()} at a time with {workers} each; folder {place}")
     say(f"curves and pictures: {parent.how_to_open()}")
     driver, sweep = MlflowTracker(parent), _Sweep(plan, parent, workers, room)
     try:
@@ -135,16 +141,17 @@ class _Limiter(_Follows, ConcurrencyLimiter):
 def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
     """The sweep's MLflow run, below which the trials have theirs."""
     tracking = plan.config.tracking
-    tags = environment_tags() | {"slrnet.recipe": plan.config.recipe, "slrnet.folder": str(plan.folder)}
+    place = plan.location or plan.folder
+    tags = environment_tags() | {"slrnet.recipe": plan.config.recipe, "slrnet.folder": str(place)}
     tags["slrnet.sweep"] = plan.ablation or "search"
     asked = f"ablation {plan.ablation}" if plan.ablation else "search over " + ", ".join(d.key for d in plan.space)
     note = (
         f"- {asked}: {plan.trials} trials of recipe **{plan.config.recipe}**, setting **{plan.config.setting}**, "
         f"encoder **{plan.config.model.encoder}**\n- data `{plan.config.data.path}`\n"
-        f"- commit {tags['git_commit'][:12]}, folder `{plan.folder}`"
+        f"- commit {tags['git_commit'][:12]}, folder `{place}`"
     )
     return create_run(
-        resolve_uri(tracking.uri, plan.options.storage),
+        resolve_uri(tracking.uri, plan.options.remote or plan.options.storage),
         tracking.experiment,
         plan.options.name,
         params={f"search.{domain.key}": str(domain).partition("=")[2] for domain in plan.space},
@@ -183,15 +190,24 @@ class _Sweep:
     def _fit(self, name: str, space: dict[str, Any], config: Any, *, resume: bool, **job: Any) -> list[Any]:
         """Runs trials with Tune, which keeps its state as `name` in the sweep's folder; returns a result for each."""
         trainable = tune.with_resources(tune.with_parameters(_trial, sweep=self, **job), _DRIVER)
-        state = self.plan.folder / name
-        if resume and tune.Tuner.can_restore(str(state)):
-            tuner = tune.Tuner.restore(str(state), trainable, resume_unfinished=True, resume_errored=True)
+        plan, storage = self.plan, str(self.plan.folder)
+        system = None
+        if plan.location:
+            system, storage = filesystem_of(plan.location)
+        state = f"{storage}/{name}"
+        if resume and tune.Tuner.can_restore(state, storage_filesystem=system):
+            again = {"resume_unfinished": True, "resume_errored": True}
+            tuner = tune.Tuner.restore(state, trainable, storage_filesystem=system, **again)
         else:
-            remove_folder(state, within=self.plan.folder)  # a sweep killed before its first trial
-            mark_folder(state)
+            if system is None:
+                remove_folder(plan.folder / name, within=plan.folder)  # a sweep killed before its first trial
+                mark_folder(plan.folder / name)
+            else:
+                RunStore(plan.location, plan.folder).remove(name)
             run_config = tune.RunConfig(
                 name=name,
-                storage_path=str(self.plan.folder),
+                storage_path=storage,
+                storage_filesystem=system,
                 failure_config=tune.FailureConfig(max_failures=self.plan.options.max_failures),
                 callbacks=[_Progress(self.plan)],
                 verbose=0,
@@ -210,14 +226,18 @@ class _Sweep:
             tracker.set_tags({"slrnet.trial_status": trial.status})
             if status == "RUNNING":
                 tracker.finish("FAILED" if trial.status == "failed" else "FINISHED", trial.error)
-            checkpoints = self.plan.folder / "trials" / trial.name / "checkpoints"
-            if trial is best and (checkpoint := find_checkpoint(checkpoints, which="best")) is not None:
-                tracker.log_artifacts(checkpoint, "checkpoint")
+            if trial is best:
+                if (store := self.plan.trial_store(trial.name)) is not None:
+                    store.fetch_best()
+                checkpoints = self.plan.trials_folder / trial.name / "checkpoints"
+                if (checkpoint := find_checkpoint(checkpoints, which="best")) is not None:
+                    tracker.log_artifacts(checkpoint, "checkpoint")
 
     def conclude(self, driver: MlflowTracker, trials: Trials, best: Trial, say: Callable[[str], None]) -> None:
         """Shows the results, and writes them into the sweep's folder and its MLflow run."""
         plan, folder = self.plan, self.plan.folder / "results"
         table = write_results(plan, trials, replay=_replay(plan, trials, self.room()))
+        plan.upload(folder.name)
         driver.log_artifacts(folder)
         driver.log_metrics({name: value for name, value in best.metrics.items() if name.count("/") == 1}, 0)
         driver.set_tags({"slrnet.best_trial": best.name})
@@ -228,8 +248,10 @@ class _Sweep:
         driver.describe(f"Best trial: {best.name}{following}\n\n{link}\n\n{table}")
         driver.finish()
         say(f"\n{table}\nbest: {best.name}; tables and pictures: {folder}")
+        if plan.location:
+            say(f"all of it is in {plan.location}")
         if not plan.options.keep_checkpoints:
-            say(prune_trials(plan.folder / "trials", trials, losers=bool(plan.ablation)))
+            say(prune_trials(plan, trials))
         if not plan.ablation:
             say(f"train with it: {command}")
         say(f"curves: {self.parent.how_to_open()}")
@@ -254,7 +276,12 @@ def _trial(
         tags |= {"slrnet.exploited_from": sources} if sources else {}
     train_trial(
         plan.trial_config(values),
-        LaunchOptions(name=name, storage=plan.folder / "trials", hang_limit=plan.options.hang_limit),
+        LaunchOptions(
+            name=name,
+            storage=plan.trials_folder,
+            remote=plan.location and f"{plan.location}/trials",
+            hang_limit=plan.options.hang_limit,
+        ),
         parent=sweep.parent,
         workers=sweep.workers,
         callbacks=[TuneReportCallback()],
@@ -324,7 +351,9 @@ def _trial_of(plan: SweepPlan, result: Any) -> Trial:
     name, values = f"{plan.options.name}-{Path(result.path).name}", dict(result.config)
     planned = plan.trial_config(values).train.epochs
     trial = Trial(name=name, values=values, planned=planned, error=_error_of(result))
-    return trial.measured(trial_rows(plan.folder / "trials" / name), plan.options.metrics[0])
+    if (store := plan.trial_store(name)) is not None:
+        store.fetch_logs()
+    return trial.measured(trial_rows(plan.trials_folder / name), plan.options.metrics[0])
 
 
 def _error_of(result: Any) -> str:

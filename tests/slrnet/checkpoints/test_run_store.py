@@ -227,6 +227,28 @@ def test_the_writer_uploads_beside_the_training_and_tries_again(
         each.close()
 
 
+@pytest.mark.parametrize(("best", "kept"), [(True, ["checkpoint-0001"]), (False, [])])
+def test_only_the_best_checkpoint_is_kept_or_none(best: bool, kept: list[str], run: RunStore) -> None:
+    for epoch, score in ((1, 0.9), (2, 0.1)):
+        save(run.folder, epoch, score)
+    run.upload()
+    all_bytes = run.checkpoint_bytes()
+    run.keep(best=best)
+    assert run.checkpoints() == kept == [path.name for path in (run.folder / "checkpoints").iterdir()]
+    assert run.checkpoint_bytes() == all_bytes * len(kept) / 2 or abs(run.checkpoint_bytes() - all_bytes / 2) < 20
+
+
+def test_a_folder_of_the_run_is_removed_from_the_store_and_no_other(run: RunStore, s3: Any) -> None:
+    for place in ("runs/all/mine/tune/a/b", "runs/all/mine/kept", "runs/all/other/tune"):
+        with s3.open_output_stream(place) as file:
+            file.write(b"x")
+    run.remove("tune")
+    run.remove("missing")
+    assert stored(s3, "runs/all") == {"mine/kept", "other/tune"}
+    with pytest.raises(ValueError, match="is no name"):
+        run.remove("..")
+
+
 class TestReading:
     def test_a_run_or_a_checkpoint_is_copied_to_the_cache(self, run: RunStore) -> None:
         save(run.folder, 1, 0.9)

@@ -16,7 +16,7 @@ from slrnet.launch.cluster import WorkerRequest
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
     workers()(parser)
-    add_storage(parser, remote=True)
+    add_storage(parser)
     return parser
 
 
@@ -53,7 +53,7 @@ def test_the_usual_place_for_runs(value: str | None, monkeypatch: pytest.MonkeyP
         monkeypatch.setenv("SLRNET_STORAGE", value)
     parser = argparse.ArgumentParser()
     add_storage(parser)
-    assert parser.parse_args([]).storage == Path.home() / "slrnet_runs"
+    assert parser.parse_args([]).storage == str(Path.home() / "slrnet_runs")
 
 
 def test_a_data_set_keeps_its_place_on_other_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from slrnet.checkpoints.checkpoint import CheckpointError
 from slrnet.config import Config, ConfigError, apply_overrides
+from slrnet.storage.remote import RemoteError, cached
 from slrnet.sweeps.plan import SweepOptions, SweepPlan, plan_sweep, resume_plan
 from slrnet.sweeps.space import Domain, parse_domain
 
@@ -73,6 +75,24 @@ def test_pseudo_masks_must_be_measured_to_be_searched_by(tiny_config: Config, tm
     config = apply_overrides(tiny_config, ["evaluation.pseudo_mask_images=0", "evaluation.panel_images=0"])
     with pytest.raises(ConfigError, match="needs evaluation.pseudo_mask_images above 0"):
         plan(config, tmp_path, metrics=("pseudo_mask/miou",))
+
+
+def test_a_plan_in_an_object_store_is_read_back_where_nothing_is_left_of_it(
+    tiny_config: Config, s3: Any, tmp_path: Path
+) -> None:
+    s3.create_dir("runs")
+    remote, storage = "s3://runs/all", cached("s3://runs/all")
+    made = plan(tiny_config, storage, remote=remote)
+    made.write()
+    shutil.rmtree(tmp_path / "cache")
+    assert resume_plan(storage, "s", remote=remote) == made
+    assert made.lease == "s3://runs/all/s/lease.json"
+    with pytest.raises(RemoteError, match="sweep s3://runs/all/s exists; continue that sweep with --resume s"):
+        plan(tiny_config, storage, remote=remote)
+    with pytest.raises(CheckpointError, match="s3://runs/all has no sweep 't' to resume"):
+        resume_plan(storage, "t", remote=remote)
+    with pytest.raises(ConfigError, match="pbt copies checkpoints .* object store; name a folder"):
+        plan(tiny_config, storage, space=SPACE[:1], remote=remote, name="t", scheduler="pbt")
 
 
 def test_every_epoch_must_be_measured(tiny_config: Config, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from pyarrow import fs
 
 from slrnet.config import Config, apply_overrides, load_config
 from slrnet.recipes import get_recipe
@@ -149,18 +150,30 @@ def test_a_summary_tells_of_epochs_the_recipe_early_stopping_and_schedules(tmp_p
         assert min(picture.size) > 300
 
 
-@pytest.mark.parametrize(("losers", "kept"), [(False, {"best/1"}), (True, {"best/1", "fair/1"})])
-def test_finished_trials_that_lose_keep_no_checkpoint(tmp_path: Path, losers: bool, kept: set[str]) -> None:
+@pytest.mark.parametrize(("ablation", "kept"), [("", {"best/1"}), ("fig4", {"best/1", "fair/1"})])
+@pytest.mark.parametrize("remote", ["", "s3://runs/all"])
+def test_finished_trials_that_lose_keep_no_checkpoint(
+    remote: str, ablation: str, kept: set[str], tmp_path: Path, s3: Any
+) -> None:
     from slrnet.checkpoints.checkpoint import TrainState, save_checkpoint
 
+    s3.create_dir("runs")
+    plan = plan_of(tmp_path, "val/miou", ablation=ablation)
+    plan = replace(plan, options=replace(plan.options, remote=remote))
     for name in ("best", "fair", "broken"):
         for epoch in (1, 2):
             told: dict[str, Any] = {"classes": ("background", "cat"), "data_fingerprint": "-", "world_size": 1}
             state = TrainState(epoch=epoch, step=epoch, metrics={"val/miou_ss": 1 / epoch}, **told)
-            folder = tmp_path / name / "checkpoints"
+            folder = plan.trials_folder / name / "checkpoints"
             save_checkpoint(folder, config=Config(), state=state, model={}, optimizer={})
+        if (store := plan.trial_store(name)) is not None:
+            store.upload()
     trained = [trial("best", miou=0.6), trial("fair", miou=0.5), trial("broken", status="failed")]
-    line = prune_trials(tmp_path, Trials(trained, ["val/miou"]), losers=losers)
-    left = {f"{path.parts[-3]}/{int(path.name[-4:])}" for path in tmp_path.glob("*/checkpoints/checkpoint-*")}
+    line = prune_trials(plan, Trials(trained, ["val/miou"]))
+    paths = [path.as_posix() for path in plan.trials_folder.glob("*/checkpoints/checkpoint-*/state.json")]
+    if remote:
+        listed = s3.get_file_info(fs.FileSelector("runs/all/sweep/trials", recursive=True))
+        paths = [info.path for info in listed if info.base_name == "state.json"]
+    left = {f"{path.split('/')[-4]}/{int(path.split('/')[-2][-4:])}" for path in paths}
     assert left == kept | {"broken/1", "broken/2"}
     assert f"the best one each of {len(kept)} of 3 trials" in line

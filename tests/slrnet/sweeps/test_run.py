@@ -5,11 +5,16 @@ Ray Tune takes seconds to import, so these tests import it, and not the process 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from pyarrow import fs
 
+from slrnet.config import Config
 from slrnet.launch.cluster import WorkerPlan
+from slrnet.storage.remote import cached
+from slrnet.sweeps.plan import SweepOptions, plan_sweep
 
 
 def replay_asha(curves: dict[str, list[float]], **options: Any) -> dict[str, int]:
@@ -73,3 +78,44 @@ def test_trials_at_a_time_follow_the_cluster(
     for size, *expected in zip(sizes, fixed, growing, strict=True):
         now.append(size)
         assert [searcher.max_concurrent for searcher in searchers] == [n for n in expected for _ in range(2)]
+
+
+def tried(values: dict[str, Any], *, sweep: Any) -> None:
+    """In place of a trial's training."""
+    from ray import tune
+
+    with Path(sweep.plan.config.tracking.experiment).open("a") as file:
+        file.write("tried\n")
+    tune.report({"epoch": 1, "val/miou_ss": values["train.seed"] / 10})
+
+
+@pytest.mark.slow
+def test_tune_keeps_its_state_in_an_object_store(
+    s3: Any, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from slrnet.sweeps import run
+
+    s3.create_dir("runs")
+    count = tmp_path / "count"
+    tracking = tiny_config.tracking.model_copy(update={"experiment": str(count)})
+    options = SweepOptions(name="s", storage=cached("s3://runs/all"), remote="s3://runs/all", max_concurrent=1)
+    config = tiny_config.model_copy(update={"tracking": tracking})
+    plan = plan_sweep(config, options, ablation="table8", seeds=(1, 2), variants=("CVLR",))
+    monkeypatch.setattr(run, "_trial", tried)
+    ray.shutdown()  # an earlier test of this process may have left its connection
+    root = str(Path(__file__).resolve().parents[3])
+    ray.init(address="local", num_cpus=1, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": root}})
+    try:
+        workers = WorkerPlan(least=1, most=1, cpus=1, gpu=False)
+        sweep = run._Sweep(plan, None, workers, run._Room(workers, 1, grows=False))  # type: ignore[arg-type]
+        for resume in (False, True):
+            found = sweep._fit("tune", run._param_space(plan), run._tune_config(plan, sweep.room), resume=resume)
+            assert {result.metrics["val/miou_ss"] for result in found} == {0.1, 0.2}
+    finally:
+        ray.shutdown()
+    assert count.read_text().count("tried") == 2  # a resumed sweep trains nothing again
+    stored = [info.path for info in s3.get_file_info(fs.FileSelector("runs/all/s/tune", recursive=True))]
+    assert any("experiment_state" in path for path in stored)
+    assert not (plan.folder / "tune").exists()
