@@ -42,6 +42,7 @@ LONGER = (
     "gpu",
     "demo_compare",
     "review_loop",
+    "mask_sizes",
 )
 """Run only when named: they take minutes and measure no speed, only make predictions, or need a GPU."""
 WITH_PEER = ("train_step", "released_training", "evaluate", "refine", "cvlr", "loader")
