@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,8 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
 
 
 def _trace(view: SingleView, images: Tensor, shapes: tuple[dict[int, Dim], ...]) -> torch.export.ExportedProgram:
-    with torch.no_grad(), _explained("torch.export cannot trace the network"):
+    printed = redirect_stderr(io.StringIO())  # PyTorch prints the whole program, some 1,800 lines, if this fails
+    with torch.no_grad(), printed, _explained("torch.export cannot trace the network"):
         return torch.export.export(view, (images,), dynamic_shapes=shapes, strict=False)
 
 
