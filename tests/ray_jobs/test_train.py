@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("train.py", ("--recipe", "demo", "--data", "x", "--set", "optim.lrr=1"), "nearest one is 'optim.lr'"),
         ("train.py", ("--recipe", "demo", "--data", "x", "--num-workers", "0"), "slrnet prepare"),
         ("train.py", ("--storage", "ftp://host/runs"), "allowed are folders, s3:// and gs://"),
-        ("tune.py", ("--storage", "s3://bucket/runs"), "mount the storage"),
+        ("tune.py", ("--storage", "ftp://host/runs"), "allowed are folders, s3:// and gs://"),
         ("train.py", ("--resume", "nothing"), "no run 'nothing' in"),
         ("evaluate.py", ("--checkpoint", "nowhere"), "holds no checkpoint"),
         ("pseudo_label.py", ("--checkpoint", "nowhere", "--out", "x"), "holds no checkpoint"),
