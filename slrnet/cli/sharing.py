@@ -44,7 +44,7 @@ def export(options: argparse.Namespace) -> None:
 
     Writes `torch.export` (network.pt2) and ONNX (network.onnx, the extra `export`) of one view: RGB images in [0, 1] of
     any size in, probabilities and class scores out, batch and size open. The program normalizes and resizes by itself.
-    Plain vision transformers get one size, the training crop's, as PyTorch cannot trace their positions for others.
+    DINOv3 and Hiera get one size, the training crop's, as PyTorch cannot trace them for others.
     Both files are compared with the network before they take their names. `--mlflow` also logs the
     ONNX file to the training's run, as a model that `mlflow models serve` serves.
 

@@ -89,7 +89,8 @@ class ASPP(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """(N, inputs, h, w) to (N, dim, h, w)."""
         maps = [branch(features) for branch in self.branches]
-        cue = self.pooled(F.adaptive_avg_pool2d(features, 1)).expand_as(maps[0])
+        # torch.export cannot trace adaptive_avg_pool2d for free sizes: it asks how the features lie in memory.
+        cue = self.pooled(features.mean(dim=(2, 3), keepdim=True)).expand_as(maps[0])
         # What is concatenated with a map of other strides would not be channels last.
         cue = cue.contiguous(memory_format=torch.channels_last)
         return self.dropout(self.project(torch.cat([*maps, cue], dim=1)))  # type: ignore[no-any-return]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Conv2dSame
+from timm.layers import AvgPool2dSame, Conv2dSame
 from timm.layers.padding import pad_same_arg
+from timm.models.hiera import MaskUnitAttention
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -47,8 +48,8 @@ class SingleView(nn.Module):
     """A network for one view, as `Inference.single_scale` runs it: images in, probabilities and class scores out.
 
     Args:
-        model: the network. This class turns its evaluation mode on, sets its low-rank module to plain operators, and
-            fixes the padding of its convolutions.
+        model: the network. This class turns its evaluation mode on, sets its low-rank module and Hiera's attention to
+            plain operators, and fixes the padding of its convolutions and pools.
         config: settings of the network's run.
 
     Attributes:
@@ -62,6 +63,8 @@ class SingleView(nn.Module):
         for module in model.modules():
             if isinstance(module, CrossViewLowRank):
                 module.implementation = "auto"  # plain operators during an export
+            if isinstance(module, MaskUnitAttention):
+                module.fused_attn = False  # ONNX has no fused attention for its five dimensions
         self.stride = model.encoder.size_step
         self.rest = config.data.crop_size % self.stride
         self.scale = config.evaluation.scale
@@ -96,9 +99,8 @@ class SingleView(nn.Module):
 def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> dict[str, Any]:
     """Writes a checkpoint's network into the folder `out`: network.pt2, with `onnx` network.onnx, and export.json.
 
-    Each program takes any batch and size; where PyTorch cannot trace an encoder for any size, as with the positions of
-    plain vision transformers, squares of the training crop's side. It is compared with the network before its file gets
-    its name.
+    Each program takes any batch and size; where PyTorch cannot trace an encoder for any size, as with DINOv3 and Hiera,
+    squares of the training crop's side. It is compared with the network before its file gets its name.
 
     Returns:
         The content of export.json: classes, input with its preprocessing, outputs, what the run's protocol adds and the
@@ -146,8 +148,8 @@ def export_network(checkpoint: Checkpoint, out: Path, *, onnx: bool = True) -> d
 
 
 def _trace(view: SingleView, images: Tensor, shapes: tuple[dict[int, Dim], ...]) -> torch.export.ExportedProgram:
-    printed = redirect_stderr(io.StringIO())  # PyTorch prints the whole program, some 1,800 lines, if this fails
-    with torch.no_grad(), printed, _explained("torch.export cannot trace the network"):
+    # PyTorch prints hundreds of lines, the graph, where it cannot trace; the error has the reason.
+    with torch.no_grad(), _explained("torch.export cannot trace the network"), redirect_stderr(StringIO()):
         return torch.export.export(view, (images,), dynamic_shapes=shapes, strict=False)
 
 
@@ -236,7 +238,7 @@ def _explained(failure: str) -> Iterator[None]:
 
 
 def _fix_padding(model: Network, rest: int) -> None:
-    """Replaces convolutions that compute their padding from the image's size by ones with constant padding.
+    """Replaces convolutions and pools that compute their padding from the image's size by ones with constant padding.
 
     The network sees sides of `rest` plus a multiple of its output stride. The padding depends only on the remainder, so
     it is the same for all of them. The formula for any size would take an export hours.
@@ -244,21 +246,29 @@ def _fix_padding(model: Network, rest: int) -> None:
     paddings: dict[str, list[int]] = {}
 
     def note(name: str) -> Callable[..., None]:
-        def hook(conv: Conv2dSame, arguments: tuple[Tensor]) -> None:
-            fixed = (list(values) for values in (conv.kernel_size, conv.stride, conv.dilation))
+        def hook(layer: Any, arguments: tuple[Tensor]) -> None:
+            dilation = getattr(layer, "dilation", (1, 1))
+            fixed = (list(values) for values in (layer.kernel_size, layer.stride, dilation))
             paddings[name] = pad_same_arg(list(arguments[0].shape[-2:]), *fixed)
 
         return hook
 
-    convs = {name: module for name, module in model.named_modules() if isinstance(module, Conv2dSame)}
-    hooks = [conv.register_forward_pre_hook(note(name)) for name, conv in convs.items()]
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Conv2dSame | AvgPool2dSame)}
+    hooks = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
     side = 4 * model.encoder.size_step + rest
     with torch.no_grad():
         model.encoder(torch.zeros(1, 3, side, side))
     for hook in hooks:
         hook.remove()
     for name, padding in paddings.items():
-        model.set_submodule(name, _PaddedConv2d(convs[name], padding))
+        layer = layers[name]
+        if isinstance(layer, Conv2dSame):
+            model.set_submodule(name, _PaddedConv2d(layer, padding))
+        else:
+            left, right, top, bottom = padding
+            sizes = layer.kernel_size, layer.stride, 0
+            pool = nn.AvgPool2d(*sizes, ceil_mode=layer.ceil_mode, count_include_pad=layer.count_include_pad)
+            model.set_submodule(name, nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), pool))
 
 
 class _PaddedConv2d(nn.Conv2d):
