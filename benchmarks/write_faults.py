@@ -50,6 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks._cluster import NETWORK  # noqa: E402
+from slrnet.launch.train import TrainingError  # noqa: E402
 from slrnet.tracking.mlflow import load_mlflow  # noqa: E402
 
 Act = Callable[[Path], None]
@@ -131,7 +132,7 @@ def _outcome(act: Callable[[], object]) -> tuple[int, str]:
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             return 0, str(act())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TrainingError) as error:
         return (1 if str(error) else 2), f"{type(error).__name__}: {error}"
     except BaseException as error:
         return 2, f"{type(error).__name__}: {error}"

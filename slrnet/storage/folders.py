@@ -16,7 +16,7 @@ from pathlib import Path
 from slrnet.storage.files import ABANDONED, UNFINISHED, flush
 from slrnet.storage.names import short_name
 
-__all__ = ["MARK", "flush_folder", "mark_folder", "remove_folder", "whole_folder"]
+__all__ = ["MARK", "alone_in", "flush_folder", "mark_folder", "remove_folder", "whole_folder"]
 
 MARK = ".slrnet"
 """Empty file in a folder that slrnet made for itself and may remove."""
@@ -101,6 +101,25 @@ def _exchange(one: Path, other: Path) -> bool:
     except (OSError, AttributeError):
         return False
     return bool(rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _SWAP) == 0)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Lets one process of this machine at a time work in a folder, and leaves nothing there.
+
+    All enter together where there is no such folder, or its file system has no locks.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        yield
+        return
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -30,8 +30,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from PIL import Image
 
+from slrnet.storage.folders import alone_in
 from slrnet.storage.names import check_run_name
-from slrnet.storage.remote import locked
 from slrnet.storage.shown import in_markdown, logger_of, without_secrets
 from slrnet.tracking.location import database_of
 from slrnet.tracking.protocol import SAMPLES, Picture, RunHandle, Tracker, clean_key, clean_metrics
@@ -96,8 +96,7 @@ def client_of(uri: str) -> Any:
     It makes or upgrades the tables of a database: one process at a time, or the others fail.
     """
     mlflow, database = load_mlflow(), database_of(uri)
-    alone = nullcontext() if database is None or not os.access(database.parent, os.W_OK) else locked(database)
-    with alone:
+    with nullcontext() if database is None else alone_in(database.parent):
         return mlflow.MlflowClient(tracking_uri=uri)
 
 
