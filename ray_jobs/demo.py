@@ -47,7 +47,20 @@ def run_demo(options: list[str]) -> int:
     drawing = ThreadPoolExecutor(1).submit(drawn_demo, RUNS)  # while Ray starts
     with local_cluster() as (address, environment):
         drawing.result()
-        job = ["ray", "job", "submit", "--address", address, *upload, "--", *program, "--name", name]
+        job = [
+            "ray",
+            "job",
+            "submit",
+            "--log-color",
+            "false",
+            "--address",
+            address,
+            *upload,
+            "--",
+            *program,
+            "--name",
+            name,
+        ]
         job += ["--storage", str(RUNS), *workers(), *options]
         say("$ " + " ".join(job))
         code = run(job, environment)

@@ -497,7 +497,7 @@ def _launch(options: argparse.Namespace, config: Config) -> None:
     say(f"\nbest checkpoint, epoch {result.state.epoch}: {result.best}")
     say(quality_table(result.state.metrics, result.state.classes))
     say(f"curves and pictures: {result.run.how_to_open()}")
-    commands = next_commands(f"{remote}/{name}" if remote else storage / name, config.data.path)
+    commands = next_commands(f"{remote}/{name}" if remote else storage / name, config.data.path, result.state.metrics)
     say("next:\n  " + "\n  ".join(commands))
 
 

@@ -112,28 +112,38 @@ def result_text(metrics: Mapping[str, float], classes: tuple[str, ...], *, epoch
         shown = [place for _, place in known[:_FEW]] or [0]
         which = f" The {len(shown)} classes with the lowest IoU of {len(classes)}; all are in the pictures `quality`."
     table = quality_table(metrics, classes, shown)
-    commands = "\n".join(next_commands(folder, data))
+    commands = "\n".join(next_commands(folder, data, metrics))
     best = f"Best checkpoint: epoch {epoch}.{which}"
     return f"{best}\n\n{fenced('text', table)}\n\nNext:\n\n{fenced('sh', commands)}"
 
 
-def next_commands(folder: Path | str, data: str) -> list[str]:
-    """What to run after a training: measure it, look at it, correct its masks."""
+def next_commands(folder: Path | str, data: str, metrics: Mapping[str, float]) -> list[str]:
+    """What to run after a training with these metrics: measure it, look at it, correct its masks.
+
+    Without masks to measure with: look at its pictures, let it predict, correct its masks.
+    """
     run, where = shlex.quote(str(folder)), shlex.quote(data)
+    looks = [f"slrnet watch {run}", f"slrnet predict {run} IMAGES --out MASKS"]
+    if any(key.startswith(("val/miou", "pseudo_mask/miou")) for key in metrics):
+        looks = [
+            f"slrnet evaluate --checkpoint {run} --data {where} --split val --protocol ms",
+            f"slrnet report {run} --data {where}",
+        ]
     return [
-        f"slrnet evaluate --checkpoint {run} --data {where} --split val --protocol ms",
-        f"slrnet report {run} --data {where}",
+        *looks,
         f"slrnet review {run} --data {where} --out {shlex.quote(f'{Path(folder).name}-review')}",
     ]
 
 
 def quality_table(metrics: Mapping[str, float], classes: tuple[str, ...], shown: Sequence[int] | None = None) -> str:
-    """Formats IoU, FDR and FNR of pseudo masks and validation masks per class, in percent; no empty columns.
+    """Formats IoU, FDR and FNR of pseudo masks and validation masks per class, in percent; no empty columns or table.
 
     `shown` are the ids of the classes that get a row; None for all. `tabulate` has no headings over several columns, so
     the table is formatted here.
     """
-    groups = [name for name in ("pseudo_mask", "val") if any(key.startswith(name + "/") for key in metrics)]
+    groups = [name for name in ("pseudo_mask", "val") if any(key.startswith(f"{name}/miou") for key in metrics)]
+    if not groups:
+        return "no scores: no image has a mask to compare with; its masks show how good it is"
     named = [
         (classes[place], class_keys(classes)[place]) for place in (range(len(classes)) if shown is None else shown)
     ]

@@ -18,6 +18,7 @@ from slrnet.tracking.summary import (
     curves,
     description,
     mean_without,
+    next_commands,
     parameters,
     quality_table,
     result_text,
@@ -59,6 +60,15 @@ def test_what_was_not_measured_has_no_columns() -> None:
     lines = quality_table(only_val, ("background", "tv/monitor")).splitlines()
     assert lines[0].split() == ["val"]
     assert lines[4].split() == ["tv/monitor", "12.3", "-", "100.0"]
+
+
+def test_without_masks_to_compare_with_there_is_no_table_and_what_needs_none_comes_next() -> None:
+    assert quality_table({"val/images": 0, "train/epoch_loss": 1.0}, ("background", "cat")).startswith(
+        "no scores: no image"
+    )
+    measured, unmeasured = (next_commands("run", "data", metrics) for metrics in (METRICS, {"val/images": 0}))
+    assert [command.split()[1] for command in measured] == ["evaluate", "report", "review"]
+    assert [command.split()[1] for command in unmeasured] == ["watch", "predict", "review"]
 
 
 def test_classes_in_other_scripts_keep_their_own_figures_and_names() -> None:
