@@ -124,7 +124,7 @@ def next_commands(folder: Path | str, data: str, metrics: Mapping[str, float]) -
     """
     run, where = shlex.quote(str(folder)), shlex.quote(data)
     looks = [f"slrnet watch {run}", f"slrnet predict {run} IMAGES --out MASKS"]
-    if any(key.startswith(("val/miou", "pseudo_mask/miou")) for key in metrics):
+    if _measured(metrics):
         looks = [
             f"slrnet evaluate --checkpoint {run} --data {where} --split val --protocol ms",
             f"slrnet report {run} --data {where}",
@@ -141,7 +141,7 @@ def quality_table(metrics: Mapping[str, float], classes: tuple[str, ...], shown:
     `shown` are the ids of the classes that get a row; None for all. `tabulate` has no headings over several columns, so
     the table is formatted here.
     """
-    groups = [name for name in ("pseudo_mask", "val") if any(key.startswith(f"{name}/miou") for key in metrics)]
+    groups = _measured(metrics)
     if not groups:
         return "no scores: no image has a mask to compare with; its masks show how good it is"
     named = [
@@ -161,6 +161,12 @@ def quality_table(metrics: Mapping[str, float], classes: tuple[str, ...], shown:
     rule = "-" * len(units)
     note = "means of FDR and FNR are over the foreground classes (paper Eq. 10, 11)"
     return "\n".join([head.rstrip(), units, rule, *rows, rule, means, note])
+
+
+def _measured(metrics: Mapping[str, float]) -> list[str]:
+    """The kinds of masks of which the metrics have scores."""
+    scores = {name: (f"{name}/miou", f"{name}/iou/") for name in ("pseudo_mask", "val")}
+    return [name for name, beginnings in scores.items() if any(key.startswith(beginnings) for key in metrics)]
 
 
 def _columns(text: str) -> int:
