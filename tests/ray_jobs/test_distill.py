@@ -10,11 +10,13 @@ import torch
 
 from data_prep.demo import build_demo
 from slrnet.checkpoints.checkpoint import TrainState, load_checkpoint, restore_model, save_checkpoint
+from slrnet.cli.main import main
 from slrnet.config import apply_overrides
 from slrnet.data.manifest import load_dataset
 from slrnet.models.deeplab import DeepLabV3Plus
 from slrnet.models.slrnet import build_network
 from slrnet.recipes import demo
+from tests.fixtures import small_encoders  # noqa: F401, registers the small models
 from tests.fixtures.jobs import run_job
 
 TINY = ("model.encoder=timm:test_efficientnet", "model.encoder_weights=none", "model.decoder_dim=8")
@@ -66,6 +68,35 @@ def test_a_network_is_distilled(place: Path, capsys: pytest.CaptureFixture[str])
     assert run_job("evaluate.py", "--checkpoint", str(place / "student"), "--protocol", "ms") == 0
     (record,) = (place / "student" / "evaluations").glob("*/evaluation.json")
     assert json.loads(record.read_text())["images"] == 6
+
+
+@pytest.mark.slow
+def test_a_vision_transformer_teaches_a_small_network_by_three_commands(place: Path) -> None:
+    pytest.importorskip("segmentation_models_pytorch", reason="the extra `distill` is not installed")
+    build_demo(place / "data", num_train=16, num_val=4, image_size=64, samples_per_shard=8)
+
+    def slrnet(command: str, *settings: str) -> None:
+        small = ("model.encoder_weights=none", "model.decoder_dim=8", "train.epochs=1", "data.workers=0", *settings)
+        changes = [] if command.startswith("pseudo-label") else [w for setting in small for w in ("--set", setting)]
+        assert main([*command.split(), *changes]) == 0, command
+
+    sizes = ("data.crop_size=70", "model.output_stride=16", "model.skip_stride=4", "model.aspp_dilations=1,2,3")
+    slrnet(
+        f"train --recipe voc_wsss_lite --data {place}/data --num-workers 0 --name teacher",
+        *("model.encoder=timm:small_dinov2", "model.frozen_stages=0", "train.pretrain_epochs=0", *sizes),
+    )
+    slrnet(f"pseudo-label --checkpoint {place}/teacher --data {place}/data --out {place}/pseudo")
+    slrnet(
+        f"distill --recipe voc_distill_lite --data {place}/pseudo --num-workers 0 --name student", "data.crop_size=64"
+    )
+    teacher, student = (load_checkpoint(place / name) for name in ("teacher", "student"))
+    assert teacher.config.model.encoder == "timm:small_dinov2"
+    assert student.config.model.encoder == "efficientnet_lite0"
+    assert isinstance(restore_model(student), DeepLabV3Plus)
+    assert student.state.step == 2
+    assert student.state.metrics["train/epoch_loss_pixel_segmentation"] > 0
+    job = json.loads((place / "pseudo" / "pseudo_labels.json").read_text())["job"]
+    assert Path(job["checkpoint"]).is_relative_to(place / "teacher")
 
 
 def test_masks_of_the_wrong_splits_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
