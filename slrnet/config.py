@@ -298,6 +298,9 @@ class CalibrationConfig(_Section):
     feature_share: Fraction = 0.0
     """Share of a neighbor's weight in the refinement that comes from how similar the encoder's deepest features are,
     instead of colors. 0: colors alone (paper, released code)."""
+    feature_source: Literal["tokens", "attention"] = "tokens"
+    """What says how similar two places are: the cosine of the encoder's deepest features, or the attention between them
+    in a plain vision transformer's last block, as in WeCLIP and ToCo: the mean over heads and both directions."""
     peak_power: Fraction = 0.0
     """Refined masks are divided by the maximum of each class over the image to this power, before the thresholds. 0.5
     lifts faint classes above the floor; 0: masks as they are (paper, released code)."""
@@ -619,6 +622,11 @@ class Config(_Section):
             raise ValueError(
                 "views.unwarp 'probs' has no effect, because neither calibration.fusion nor losses.mask_consistency is "
                 "'probs'; set one of them, or unwarp to 'logits'"
+            )
+        if self.calibration.feature_source == "attention" and not self.calibration.feature_share:
+            raise ValueError(
+                "calibration.feature_source 'attention' has no effect with calibration.feature_share 0; set "
+                "feature_share above 0, such as 0.5, or feature_source to 'tokens'"
             )
         if self.model.auxiliary_views == "first" and self.cvlr.form != "released":
             raise ValueError(

@@ -53,7 +53,7 @@ def calibrate_views(
         images: (N, 3, H, W) float in [0, 1]; masks are refined at 1 / `config.refine_stride` of their size, rounded up.
         image_labels: (N, K - 1) multi-hot, the classes that each image may show.
         config: how to fuse and refine.
-        features: (N, C, h, w) float, the encoder's features of the images; `config.feature_share` above 0 needs them.
+        features: `Outputs.features` of the images; `config.feature_share` above 0 needs them.
         max_classes: most classes of one image of the batch; asking a GPU for it would stall the step.
         compiled: see `refine`.
 
@@ -72,10 +72,12 @@ def calibrate_views(
         channels = classes.clamp_min(0)[:, :, None, None].expand(-1, -1, *probs.shape[-2:])
         raw = resize(probs.gather(1, channels) * (classes >= 0)[:, :, None, None], images.shape[-2:])
         dilations = scaled_dilations(config.refine_dilations, side=config.refine_side, size=(height, width))
-        if features is not None:
+        attends = config.feature_source == "attention"
+        if features is not None and not attends:
             features = resize(widened(features), (height, width))
         options: dict[str, Any] = {"num_iters": config.refine_iters, "dilations": dilations, "compiled": compiled}
-        refined = refine(images, raw, features=features, feature_share=config.feature_share, **options)
+        options |= {"features": features, "feature_share": config.feature_share, "attends": attends}
+        refined = refine(images, raw, **options)
         if config.peak_power:
             peaks = refined.amax(dim=(2, 3), keepdim=True).clamp_min(torch.finfo(refined.dtype).tiny)
             refined = refined / peaks**config.peak_power

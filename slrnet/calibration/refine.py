@@ -19,7 +19,7 @@ from torch import Tensor
 from slrnet.ops.compiled import with_compiler
 from slrnet.ops.maps import widened
 
-__all__ = ["affinities", "refine", "scaled_dilations", "similarities"]
+__all__ = ["affinities", "attentions", "refine", "scaled_dilations", "similarities"]
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
 CONTRAST_SHARE = 0.1
@@ -40,6 +40,7 @@ def refine(
     dilations: tuple[int, ...] = DILATIONS,
     features: Tensor | None = None,
     feature_share: float = 0.0,
+    attends: bool = False,
     compiled: bool = False,
 ) -> Tensor:
     """Refines masks by the appearance of the image.
@@ -51,6 +52,7 @@ def refine(
         dilations: dilations of the 3x3 neighborhoods, in pixels, each at least 1.
         features: (N, C, H, W) float, whose similarities make `feature_share` of the neighbors' weights.
         feature_share: in [0, 1]; above 0, features are needed.
+        attends: `features` are attention instead, (N, h w, h, w) of any h and w; see `attentions`.
         compiled: let `torch.compile` make one kernel of an iteration, for this size.
 
     Returns:
@@ -76,7 +78,10 @@ def refine(
         weights = with_compiler(affinities, compiled)(widened(images), dilations=dilations)
         if feature_share:
             assert features is not None
-            weights.lerp_(similarities(widened(features), dilations=dilations), feature_share)
+            told = widened(features)
+            size = (probs.shape[-2], probs.shape[-1])
+            guides = attentions(told, size, dilations) if attends else similarities(told, dilations=dilations)
+            weights.lerp_(guides, feature_share)
         return with_compiler(run, compiled and not sparse)(probs, weights, num_iters, dilations)
 
 
@@ -132,6 +137,26 @@ def similarities(features: Tensor, *, dilations: tuple[int, ...] = DILATIONS) ->
     units = F.normalize(features, dim=1)
     cosines = [(units * neighbor).sum(dim=1) for neighbor in _neighbors(units, dilations)]
     return (torch.stack(cosines, dim=1) / FEATURE_TEMPERATURE).softmax(dim=1)
+
+
+def attentions(attention: Tensor, size: tuple[int, int], dilations: tuple[int, ...] = DILATIONS) -> Tensor:
+    """Weights of a pixel's neighbors: the attention between its nearest token and theirs, over the neighbors' sum.
+
+    Args:
+        attention: (N, h w, h, w) float32, positive; entry (n, i, y, x) is that between token i and token y w + x.
+        size: (H, W) of the masks; their corner pixels are at the corner tokens.
+        dilations: dilations of the 3x3 neighborhoods, in pixels.
+
+    Returns:
+        (N, 8 len(dilations), H, W) float32, summing to 1 over the neighbors.
+    """
+    cells, device = attention.shape[-2:], attention.device
+    rows, columns = (torch.linspace(0, c - 1, n, device=device).round() for c, n in zip(cells, size, strict=True))
+    tokens = (rows[:, None] * cells[1] + columns)[None, None]
+    neighbors = torch.cat(list(_neighbors(tokens, dilations)), dim=1)  # (1, M, H, W)
+    pairs = neighbors[0].long() * attention.shape[1] + tokens[0].long()
+    weights = attention.flatten(1)[:, pairs].clamp_min(torch.finfo(attention.dtype).tiny)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def _local_std(images: Tensor, dilations: tuple[int, ...]) -> Tensor:

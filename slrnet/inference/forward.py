@@ -32,7 +32,7 @@ class ViewMasks(NamedTuple):
     images: Tensor
     """(N, 3, H', W') in [0, 1], the images as the network saw them."""
     features: Tensor | None
-    """(N, C, h', w') the encoder's deepest features of view 1, if `calibration.feature_share` needs them."""
+    """`Outputs.features` of view 1, if `calibration.feature_share` needs them."""
 
 
 @dataclass(frozen=True)

@@ -75,10 +75,14 @@ _TIMM_NAMES = {
 
 
 class EncoderFeatures(NamedTuple):
-    """The features of a batch: `deep` at the output stride and `skip` at half of it, (N, C, height, width) each."""
+    """The features of a batch: `deep` at the output stride and `skip` at half of it, (N, C, height, width) each.
+
+    `told` has no gradient: the deep ones, or the attention of `Blocks.keep_attention`, if that is kept.
+    """
 
     deep: Tensor
     skip: Tensor
+    told: Tensor
 
 
 class Encoder(nn.Module):
@@ -152,7 +156,24 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> EncoderFeatures:
         """Computes the features of images (N, 3, H, W) from `normalize`."""
         features = self.levels(images)
-        return EncoderFeatures(deep=features[-1], skip=features[self._skip_index])
+        attention: Tensor | None = getattr(self.backbone, "attention", None)
+        told = features[-1].detach() if attention is None else attention
+        return EncoderFeatures(deep=features[-1], skip=features[self._skip_index], told=told)
+
+    def keep_attention(self) -> None:
+        """Tells the last block's attention from now on.
+
+        Raises:
+            ValueError: the backbone is no plain vision transformer.
+        """
+        backbone: Any = self.backbone
+        try:
+            backbone.keep_attention()
+        except AttributeError:
+            raise ValueError(
+                "calibration.feature_source 'attention' needs a plain vision transformer as model.encoder, such as "
+                "timm:vit_base_patch14_dinov2: no other has attention between all places; or set it to 'tokens'"
+            ) from None
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """All features of images (N, 3, H, W), with `channels` and `strides`."""

@@ -32,7 +32,8 @@ class Outputs:
     unwarped_probs: list[Tensor] = field(default_factory=list)
     """(N, K, h, w) probabilities, un-warped after the softmax; empty unless `views.unwarp` asks for them."""
     features: list[Tensor] = field(default_factory=list)
-    """(N, C, h, w) the encoder's deepest features, without gradient; empty if the network does not tell."""
+    """(N, C, h, w) the encoder's deepest features, or (N, h w, h, w) its attention, as `calibration.feature_source`
+    says, without gradient; empty if the network does not tell."""
     figures: dict[str, Tensor] = field(default_factory=dict)
     """Scalars to show as curves, by name; none outside training."""
 

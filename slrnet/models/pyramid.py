@@ -69,7 +69,13 @@ class Blocks(nn.Module):
         model: has timm's `forward_intermediates`; what comes after the last level is cut off.
         indices: which of its levels, ascending.
         norm: apply the model's final norm to all of them, as DINOv2 does for dense tasks.
+
+    Attributes:
+        attention: after `keep_attention`, that of the last pass: see there.
     """
+
+    attention: Tensor | None = None
+    _heads: Tensor | None = None
 
     def __init__(self, model: Any, indices: Sequence[int], *, norm: bool) -> None:
         super().__init__()
@@ -84,7 +90,27 @@ class Blocks(nn.Module):
         """Maps images (N, 3, H, W) to (N, C, height, width) each."""
         run: Any = self.model.forward_intermediates
         levels: list[Tensor] = run(images, indices=self.indices, norm=self.norm, intermediates_only=True)
+        if self._heads is not None:
+            (height, width), heads, self._heads = levels[-1].shape[-2:], self._heads, None
+            mean = heads[..., -height * width :, -height * width :].mean(dim=1)
+            self.attention = ((mean + mean.mT) / 2).unflatten(-1, (height, width))
         return levels
+
+    def keep_attention(self) -> None:
+        """Keeps, at each pass, how much the last block's tokens attend to each other: (N, h w, h, w), no gradient.
+
+        It is the mean over heads and over both directions; prefix tokens are left out.
+
+        Raises:
+            AttributeError: the model is no plain transformer, or computes its attention in another way.
+        """
+        layer = self.model.blocks[-1].attn
+        layer.attn_drop.register_forward_pre_hook(self._keep)
+        layer.fused_attn = False  # fused attention has no map
+
+    def _keep(self, _: nn.Module, arguments: tuple[Tensor]) -> None:
+        """Gets all heads' attention, (N, heads, tokens, tokens), the prefix tokens first."""
+        self._heads = arguments[0].detach()
 
 
 def take_blocks(model: Any) -> tuple[Blocks, list[int], list[int]]:

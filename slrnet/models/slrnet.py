@@ -98,7 +98,7 @@ class SLRNet(Network):
             features, codes = low_rank.features, low_rank.codes if self.cvlr.class_codes else []
         logits = [self._decode(deep, skip) for deep, skip in zip(features, skips, strict=True)]
         figures = {"skip_share": torch.stack(shares).mean()} if shares else {}
-        told = [view.detach() for view in deep_features]
+        told = [view.told for view in encoded]
         scores = self._score(logits), self._score(auxiliary)
         return Outputs(logits, scores[0], auxiliary, scores[1], codes, features=told, figures=figures)
 
@@ -138,6 +138,8 @@ def build_network(config: Config, *, num_classes: int, weights: bool = True) -> 
     """
     model = config.model
     encoder = build_encoder(model if weights else model.model_copy(update={"encoder_weights": "none"}))
+    if config.calibration.feature_source == "attention":
+        encoder.keep_attention()
     check_sizes(encoder, config)
     if model.architecture == "deeplabv3plus":
         return DeepLabV3Plus(encoder, model, num_classes=num_classes)

@@ -23,7 +23,7 @@ from slrnet.models.network import Network, Outputs
 from slrnet.ops.compiled import with_compiler
 from slrnet.ops.maps import widened
 from slrnet.views.color import apply_color, draw_color
-from slrnet.views.geometry import View, align_maps, apply_view, draw_views, largest_size
+from slrnet.views.geometry import View, align_maps, apply_view, draw_views, invert_view, largest_size
 
 __all__ = [
     "PseudoRows",
@@ -200,7 +200,7 @@ def losses_of(
         features = None
         if config.calibration.feature_share:
             told = (outputs if guide is None else guide).features[0]
-            features = align_maps([widened(told)], views, size=(told.shape[-2], told.shape[-1]))[0]
+            features = _to_crop(told, views[0], attends=config.calibration.feature_source == "attention")
         pseudo_labels = None
         if pseudo_rows is not None:
             pseudo_labels = _pseudo_labels(source, images, batch, config, pseudo_rows, features)
@@ -218,6 +218,13 @@ def losses_of(
         )
         divergence = config.calibration.supervision == "kl"
         return objective(aligned, labels, weights=config.weights, losses=config.losses, divergence=divergence)
+
+
+def _to_crop(features: Tensor, view: View, *, attends: bool) -> Tensor:
+    """Un-warps `Outputs.features` of a view; of attention, (N, h w, h, w), both ends are places in the view."""
+    size = (features.shape[-2], features.shape[-1])
+    features = invert_view(widened(features), view, size=size)
+    return invert_view(features.flatten(2).mT.unflatten(2, size), view, size=size) if attends else features
 
 
 def _pseudo_labels(

@@ -142,6 +142,9 @@ CHANGES: dict[str, Change] = {
     "calibration.refine_stride": change_weights(1),
     "calibration.refine_side": change_weights(4),
     "calibration.feature_share": change_weights(1.0),
+    "calibration.feature_source": change_weights(
+        "attention", given=("model.encoder=timm:small_vit", "calibration.feature_share=1.0")
+    ),
     "calibration.peak_power": change_weights(1.0, given=(*PLAIN, "calibration.floor=0.24")),
     "calibration.source": change_weights("evaluation"),
     "calibration.rule": change_weights("normalized"),
@@ -358,7 +361,7 @@ def test_changes_the_run(key: str, base: Config, observe: Observe) -> None:
 @pytest.mark.parametrize("key", MEASURED_TOO)
 @pytest.mark.slow
 def test_changes_the_measured_pseudo_masks(key: str, base: Config, observe: Observe) -> None:
-    config = apply_overrides(base, ["evaluation.pseudo_mask_images=3"])
+    config = apply_overrides(base, [*CHANGES[key].given, "evaluation.pseudo_mask_images=3"])
     before, after = observe(config), observe(override(config, key, CHANGES[key].value))
     assert before["pseudo masks"] != after["pseudo masks"]
 

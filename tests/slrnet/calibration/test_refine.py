@@ -262,3 +262,25 @@ def test_features_guide_as_a_loop_over_pixels_says() -> None:
     guide = {"features": features, "feature_share": 0.5}
     out = refine(images, probs, num_iters=1, dilations=(1, 2), **guide)  # type: ignore[arg-type]
     torch.testing.assert_close(out, expected)
+
+
+def test_attention_guides_as_a_loop_over_pixels_says() -> None:
+    """A pixel's neighbors weigh as much as its token attends to theirs; 4 x 3 pixels, 2 x 2 tokens."""
+    torch.manual_seed(0)
+    images, probs, attention = torch.rand(2, 3, 4, 3), torch.rand(2, 2, 4, 3), torch.rand(2, 4, 4)
+    attention = attention + attention.mT
+    token_rows, token_columns = [0, 0, 1, 1], [0, 0, 1]  # thirds and halves of the way; a tie goes to the even one
+    colors, expected = affinities(images, dilations=(1, 2)), torch.zeros_like(probs)
+    steps = [(d * y, d * x) for d in (1, 2) for y in (-1, 0, 1) for x in (-1, 0, 1) if y or x]
+    for n in range(2):
+        for row in range(4):
+            for column in range(3):
+                places = [(min(max(row + y, 0), 3), min(max(column + x, 0), 2)) for y, x in steps]
+                token = 2 * token_rows[row] + token_columns[column]
+                shares = [attention[n, token, 2 * token_rows[r] + token_columns[c]] for r, c in places]
+                for index, (r, c) in enumerate(places):
+                    weight = (shares[index] / sum(shares) + colors[n, index, row, column]) / 2
+                    expected[n, :, row, column] += weight * probs[n, :, r, c]
+    guide = {"features": attention.unflatten(2, (2, 2)), "feature_share": 0.5, "attends": True}
+    out = refine(images, probs, num_iters=1, dilations=(1, 2), **guide)  # type: ignore[arg-type]
+    torch.testing.assert_close(out, expected)

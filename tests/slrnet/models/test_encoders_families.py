@@ -36,6 +36,21 @@ def _step(model: Network, optimizer: torch.optim.Optimizer, views: list[Tensor])
     return {name for name, value in model.named_parameters() if value.requires_grad and value.grad is None}
 
 
+@pytest.mark.parametrize("name", FAMILIES.values())
+def test_plain_transformers_alone_have_attention(name: str) -> None:
+    changes = ("calibration.feature_share=0.5", "calibration.feature_source=attention")
+    config = _config(name, "model.frozen_stages=all", *changes)
+    if name not in ("small_vit", "small_dinov2", "small_dinov3", "small_clip", "small_siglip", "small_eva02"):
+        with pytest.raises(ValueError, match=r"'attention' needs a plain vision transformer .* or set it to 'tokens'"):
+            build_network(config, num_classes=3)
+        return
+    image = torch.randint(0, 256, (3, 70, 51), dtype=torch.uint8)
+    masks = Inference(build_network(config, num_classes=3).eval(), config).view_masks(image)
+    assert masks.features is not None
+    rows, columns = masks.features.shape[2:]
+    assert masks.features.shape[1] == rows * columns
+
+
 @pytest.mark.parametrize(("family", "name"), FAMILIES.items())
 def test_a_family_trains_resumes_freezes_and_predicts(family: str, name: str) -> None:
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from timm.models.hiera import Hiera
 from torch import Tensor
 
+from slrnet.models.encoders import _any_size
 from slrnet.models.pyramid import Blocks, Pyramid, nominal_stride, take_blocks
 from tests.fixtures import small_encoders  # noqa: F401, registers the small models
 
@@ -115,3 +117,62 @@ def test_hiera_takes_any_size_and_its_own_as_timm_does(windows: bool) -> None:
     assert [tuple(level.shape[2:]) for level in wide] == [(16, 32), (8, 16), (4, 8), (2, 4)]
     # Its windows see the left half alone, but for positions, which are stretched.
     assert not torch.allclose(wide[0][..., :16], expected[0])
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("small_vit", 1), ("small_dinov2", 5), ("small_siglip", 0)])
+def test_attention_is_that_of_queries_and_keys(name: str, prefix: int) -> None:
+    """The softmax of each query's products, pixel by pixel; heads and directions averaged, prefix tokens left out."""
+    torch.manual_seed(0)
+    blocks = take_blocks(timm.create_model(name, dynamic_img_size=True))[0].eval()
+    side = 16 if name != "small_dinov2" else 14
+    images, inputs = torch.rand(2, 3, 2 * side, 3 * side), []
+    layer = blocks.model.blocks[-1].attn
+    expected_levels = blocks(images)
+    blocks.keep_attention()
+    hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    for level, expected in zip(blocks(images), expected_levels, strict=True):
+        torch.testing.assert_close(level, expected)
+    hook.remove()
+    queries, keys, _ = (inputs[0] @ layer.qkv.weight.T + layer.qkv.bias).unflatten(2, (3, 2, 8)).unbind(2)
+    tokens = queries.shape[1]
+    assert tokens == prefix + 6
+    to = torch.zeros(2, tokens, tokens)
+    for n in range(2):
+        for query in range(tokens):
+            for head in range(2):
+                products = [queries[n, query, head] @ keys[n, key, head] / math.sqrt(8) for key in range(tokens)]
+                to[n, query] += torch.stack(products).softmax(dim=0) / 2
+    assert blocks.attention is not None
+    assert blocks.attention.shape == (2, 6, 2, 3)
+    assert not blocks.attention.requires_grad
+    for one in range(6):
+        for other in range(6):
+            both = (to[:, prefix + one, prefix + other] + to[:, prefix + other, prefix + one]) / 2
+            torch.testing.assert_close(blocks.attention[:, one, other // 3, other % 3], both)
+
+
+@pytest.mark.parametrize("name", ["small_dinov3", "small_eva02"])
+def test_attention_with_rotary_positions_is_what_the_block_applies(name: str) -> None:
+    torch.manual_seed(0)
+    blocks = take_blocks(_any_size(name))[0].eval()
+    images = torch.rand(1, 3, 56 if name == "small_eva02" else 64, 56 if name == "small_eva02" else 64)
+    expected = blocks(images)[-1]
+    blocks.keep_attention()
+    torch.testing.assert_close(blocks(images)[-1], expected)
+    assert blocks.attention is not None
+    assert blocks.attention.shape == (1, 16, 4, 4)
+    rows = blocks.attention.sum(dim=1)
+    assert rows.min() > 0
+    assert rows.mean() < 1, "prefix tokens get a share"
+
+
+def test_a_copy_keeps_attention_of_its_own() -> None:
+    """The weights' average is a copy, and makes pseudo labels by its own attention."""
+    blocks = take_blocks(timm.create_model("small_vit", dynamic_img_size=True))[0]
+    blocks.keep_attention()
+    blocks(torch.rand(1, 3, 32, 32))
+    copied = copy.deepcopy(blocks)
+    copied(torch.rand(1, 3, 64, 64))
+    assert blocks.attention is not None
+    assert copied.attention is not None
+    assert (blocks.attention.shape, copied.attention.shape) == ((1, 4, 2, 2), (1, 16, 4, 4))

@@ -419,3 +419,15 @@ class TestKindsOfLabels:
             for of in (batch, batch_of(masks=(True, False)))
         )
         assert noisy.total.item() == clean.total.item()
+
+
+def test_attention_of_a_mirrored_view_is_that_between_the_mirrored_places() -> None:
+    attention = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(0))
+    attention = attention + attention.mT
+    view = View(scale=1.0, flip=torch.tensor([True, False]))
+    out = step_module._to_crop(attention.unflatten(2, (2, 3)), view, attends=True)
+    for n, mirrored in enumerate((True, False)):
+        place = [3 * row + (2 - column if mirrored else column) for row in range(2) for column in range(3)]
+        for one in range(6):
+            for other in range(6):
+                assert out[n, one, other // 3, other % 3] == attention[n, place[one], place[other]]

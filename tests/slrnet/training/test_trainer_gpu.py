@@ -136,6 +136,7 @@ def test_a_training_waits_once_a_step(
         (
             *("model.encoder=timm:vit_base_patch14_dinov2", "data.crop_size=322", "train.batch_size=16"),
             *("model.decoder_dim=256", "optim.name=adamw", "optim.layer_decay=0.8"),
+            *("calibration.feature_share=0.5", "calibration.feature_source=attention"),
             *("setting=sss_image_labels", PIXELS, "data.pixel_oversampling=4"),  # an epoch of 16 images
         ),
     ],
