@@ -222,7 +222,7 @@ def test_a_frozen_transformer_keeps_only_what_the_pyramid_needs(name: str) -> No
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        deep, skip = encoder.train()(images)
+        deep, skip, _ = encoder.train()(images)
     levels = encoder.backbone(images)
     assert not any(level.requires_grad for level in levels)
     assert {name.split(".")[0] for name, p in encoder.named_parameters() if p.requires_grad} == {"pyramid"}
