@@ -134,6 +134,8 @@ def _label_all(job: MaskJob, out: Path, described: dict[str, Any], request: Work
     elif record["job"] != described:
         difference = _differences(record["job"], described)
         raise ValueError(f"{out} holds other pseudo masks ({difference}); choose another --out")
+    else:
+        say(f"{out} already holds these pseudo masks; none was made again")
     remove_folder(out / WORK, within=out)
     return record
 

@@ -305,7 +305,12 @@ class TestStops:
         assert content(out) == content(made[0].folder)
 
     def test_unfinished_or_finished_work_of_another_job_is_not_touched(
-        self, predicted: list[int], checkpoint: Checkpoint, tiny_data: ShardSet, tmp_path: Path
+        self,
+        predicted: list[int],
+        checkpoint: Checkpoint,
+        tiny_data: ShardSet,
+        tmp_path: Path,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
         out = tmp_path / "shards"
         predicted[1] = 4
@@ -317,6 +322,9 @@ class TestStops:
         label(checkpoint, tiny_data, out, *GATED)
         with pytest.raises(ValueError, match="holds other pseudo masks"):
             label(checkpoint, tiny_data, out, GATED[0], "inference.void_below=0.7")
+        assert "already holds these" not in capsys.readouterr().out
+        label(checkpoint, tiny_data, out, *GATED)
+        assert f"{out} already holds these pseudo masks; none was made again" in capsys.readouterr().out
 
 
 def test_mistakes_are_refused_before_anything_is_written(
