@@ -47,21 +47,8 @@ def run_demo(options: list[str]) -> int:
     drawing = ThreadPoolExecutor(1).submit(drawn_demo, RUNS)  # while Ray starts
     with local_cluster() as (address, environment):
         drawing.result()
-        job = [
-            "ray",
-            "job",
-            "submit",
-            "--log-color",
-            "false",
-            "--address",
-            address,
-            *upload,
-            "--",
-            *program,
-            "--name",
-            name,
-        ]
-        job += ["--storage", str(RUNS), *workers(), *options]
+        job = ["ray", "job", "submit", "--log-color", "false", "--address", address, *upload]
+        job += ["--", *program, "--name", name, "--storage", str(RUNS), *workers(), *options]
         say("$ " + " ".join(job))
         code = run(job, environment)
     if code:

@@ -12,6 +12,7 @@ import math
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ __all__ = [
     "STATE",
     "TRAINER",
     "WEIGHTS",
+    "Kept",
     "RunStore",
     "local_run",
     "location_of",
@@ -86,14 +88,14 @@ class RunStore:
                 f"{kind} {self.location} exists; continue that {kind} with --resume {name}, or choose another --name"
             )
 
-    def start(self) -> None:
-        """Makes room for a new run, also on this machine.
+    def start(self, kind: str = "run") -> None:
+        """Makes room for a new run, or what else `kind` says, also on this machine.
 
         Raises:
-            RemoteError: there is a run of that name.
+            RemoteError: there is one of that name.
             ValueError: the folder on this machine holds something else.
         """
-        self.require_new()
+        self.require_new(kind)
         remove_folder(self.folder, within=self.folder.parent)
         mark_folder(self.folder)
 
@@ -107,7 +109,7 @@ class RunStore:
                 target = self.folder / "checkpoints" / name
                 fetch_checkpoint(f"{self.location}/checkpoints/{name}", target)
                 self._sent[target] = _stamp(target / STATE)
-            if CONFIG in patiently(self.location, lambda: self._files("")):
+            if self.exists():
                 copy_from(f"{self.location}/{CONFIG}", self.folder / CONFIG)
             self._fetch_logs()
 
@@ -129,7 +131,7 @@ class RunStore:
             raise RemoteError(f"{self.location} holds no checkpoint; give a run's location, or a checkpoint's")
         self.fetch_one(self._best(names))
         with locked(self.folder / "run"):
-            if CONFIG in patiently(self.location, lambda: self._files("")):
+            if self.exists():
                 copy_from(f"{self.location}/{CONFIG}", self.folder / CONFIG)
             self._fetch_logs()
 
@@ -140,7 +142,8 @@ class RunStore:
 
     def keep(self, *, best: bool) -> None:
         """Removes the run's checkpoints, here and in the store, but for the best one if `best` says so."""
-        stored, names = patiently(self.location, self._stored), self.checkpoints()
+        stored = patiently(self.location, self._stored)
+        names = sorted(name for name, whole in stored.items() if whole)
         kept = [self._best(names)] if best and names else []
         for name in sorted(stored.keys() - set(kept)):
             self._delete(name, whole=stored[name])
@@ -243,10 +246,50 @@ class RunStore:
                 copy_from(f"{self.location}/logs/{name}", target)
 
     def _place(self, path: Path) -> tuple[Any, str]:
-        return filesystem_of(f"{self.location}/{path.relative_to(self.folder).as_posix()}")
+        return filesystem_of(self._address(path))
 
     def _put(self, path: Path) -> None:
-        copy_to(path, f"{self.location}/{path.relative_to(self.folder).as_posix()}")
+        copy_to(path, self._address(path))
+
+    def _address(self, path: Path) -> str:
+        return f"{self.location}/{path.relative_to(self.folder).as_posix()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """Where a run or a sweep is kept: in a folder that all nodes see, or in an object store."""
+
+    name: str
+    """Unique name; its folder is storage/name."""
+    storage: Path
+    """Absolute folder, visible to all nodes; with `remote` this machine's own, `cached` of it."""
+    remote: str = ""
+    """Location in an object store, such as s3://BUCKET/RUNS; nodes then share no folder. Empty: it is in `storage`."""
+
+    @property
+    def folder(self) -> Path:
+        """Its folder, on this machine."""
+        return self.storage / self.name
+
+    @property
+    def location(self) -> str:
+        """Its location in the object store; empty where it is kept in a folder."""
+        return self.remote and f"{self.remote.rstrip('/')}/{self.name}"
+
+    @property
+    def place(self) -> str | Path:
+        """Where it is kept: its location in the object store, or its folder."""
+        return self.location or self.folder
+
+    @property
+    def store(self) -> RunStore | None:
+        """Its place in the object store; None where it is kept in a folder."""
+        return RunStore(self.location, self.folder) if self.remote else None
+
+    @property
+    def lease(self) -> str | Path:
+        """The lease of its folder, which one process at a time holds."""
+        return f"{self.location}/{LEASE}" if self.remote else self.folder / LEASE
 
 
 def run_folder(location: str) -> Path:

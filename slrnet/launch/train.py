@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from slrnet.checkpoints.checkpoint import MOST_AT_A_TIME, TrainState, find_checkpoint, read_state, require_free_space
-from slrnet.checkpoints.run_store import CONFIG, RunStore
+from slrnet.checkpoints.run_store import CONFIG, Kept
 from slrnet.config import Config
 from slrnet.data.manifest import ShardSet, load_dataset
 from slrnet.data.supervision import Supervision, supervision_of
@@ -51,7 +51,7 @@ from slrnet.launch.stopping import (
 )
 from slrnet.storage import shown
 from slrnet.storage.files import write_json, write_text
-from slrnet.storage.lease import LEASE, owned
+from slrnet.storage.lease import owned
 from slrnet.storage.names import check_run_name
 from slrnet.storage.remote import filesystem_of
 from slrnet.tracking.location import resolve_uri
@@ -76,40 +76,18 @@ class TrainingError(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LaunchOptions(WorkerRequest):
+class LaunchOptions(Kept, WorkerRequest):
     """Where a run is kept and what it runs on; the run itself is a `Config`."""
 
-    name: str
-    """Unique name of the run; its folder is storage/name."""
-    storage: Path
-    """Absolute folder for runs, visible to all nodes; with `remote` this machine's own."""
-    remote: str = ""
-    """Where runs stay in an object store, such as s3://BUCKET/RUNS; then `storage` is `run_folder` of it, less the
-    name, and nodes share no folder. Empty: they stay in `storage`."""
     resume: bool = False
     """Continue the run of that name from its last checkpoint."""
     lease_patience: float = 0.0
     """Seconds to wait for an owner of the run's folder that gives no sign of life, instead of refusing at once."""
 
     @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return self.storage / self.name
-
-    @property
     def ray_log(self) -> Path:
         """What Ray says besides the run's own lines, on this machine."""
         return self.folder / "logs" / RAY_LOG
-
-    @property
-    def location(self) -> str:
-        """The run's location in the object store; empty where it is kept in a folder."""
-        return self.remote and f"{self.remote.rstrip('/')}/{self.name}"
-
-    @property
-    def lease(self) -> str | Path:
-        """The lease of the run's folder, which one process at a time holds."""
-        return f"{self.location}/{LEASE}" if self.remote else self.folder / LEASE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +124,7 @@ def launch(
     """
     check_run_name(options.name)
     config, shards = with_absolute_paths(config)
-    with owned(options.lease, f"run folder {options.location or options.folder}", patience=options.lease_patience):
+    with owned(options.lease, f"run folder {options.place}", patience=options.lease_patience):
         return _launch(config, shards, options, say, on_epoch)
 
 
@@ -158,8 +136,7 @@ def _launch(
     on_epoch: OnEpoch | None,
 ) -> RunResult:
     """Trains a run whose folder this process holds."""
-    folder = options.folder
-    store = RunStore(options.location, folder) if options.remote else None
+    folder, store = options.folder, options.store
     if store is not None:
         store.fetch() if options.resume else store.start()
     last = check_folder(folder, resume=options.resume)
@@ -174,7 +151,7 @@ def _launch(
         store.upload(checkpoints=False)
     say(
         f"run {options.name}: {shards.info.name}, setting {config.setting}, {supervision.describe()}; "
-        f"{workers}, folder {options.location or folder}"
+        f"{workers}, folder {options.place}"
     )
     if config.train.ema:
         say(f"train.ema={config.train.ema:g}: scores, checkpoints and predictions use weights averaged over steps")
@@ -245,8 +222,7 @@ def train_trial(
     shards = load_dataset(config.data.path)
     training = _Training(config, options, workers, shards, supervision_of(config, shards))
     handle = training.create_run(None, parent, tags, searched)
-    checkpoints = options.folder / "checkpoints"
-    store = RunStore(options.location, options.folder) if options.remote else None
+    checkpoints, store = options.folder / "checkpoints", options.store
     if store is not None:
         store.fetch()  # what an interrupted trial has left
     if notes:
@@ -283,7 +259,7 @@ class _Training:
             "slrnet.setting": config.setting,
             "slrnet.encoder": config.model.encoder,
             "slrnet.recipe": config.recipe,
-            "slrnet.folder": options.location or str(options.folder),
+            "slrnet.folder": str(options.place),
         }
         tags |= class_tags(data.classes)
         uri = resolve_uri(config.tracking.uri, options.remote or options.storage) if parent is None else parent.uri
@@ -306,7 +282,7 @@ class _Training:
         values = {"config": self.config.model_dump(mode="json"), "folder": str(folder), "handle": handle}
         values |= {"location": options.location, "until": until}
         values["hang_limit"] = options.hang_limit if workers.most else 0.0  # without Ray this is the user's process
-        begun, place = time.time(), options.location or folder
+        begun, place = time.time(), options.place
         try:
             rest: dict[str, Any] = {"failures": options.max_failures, "callbacks": callbacks, "on_epoch": on_epoch}
             run_job(train_rank, values, folder=place, workers=workers, interruption=interruption, **rest)
@@ -314,8 +290,8 @@ class _Training:
             driver.finish("KILLED", "interrupted")
             raise
         except Exception as error:
-            if options.remote:
-                RunStore(options.location, folder).fetch_logs()
+            if (store := options.store) is not None:
+                store.fetch_logs()
             failure = find_failure(folder, since=begun, dead=_dead_ranks(error))
             cause = f"{type(_cause(error)).__name__}: {_cause(error)}" if failure is None else str(failure)
             driver.set_tags({} if failure is None else failure.tags())

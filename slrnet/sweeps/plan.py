@@ -14,7 +14,7 @@ import torch
 from pydantic import TypeAdapter
 
 from slrnet.checkpoints.checkpoint import CheckpointError
-from slrnet.checkpoints.run_store import RunStore
+from slrnet.checkpoints.run_store import Kept
 from slrnet.config import Config, ConfigError, apply_overrides
 from slrnet.data.manifest import load_dataset
 from slrnet.distributed.process import Process
@@ -23,7 +23,6 @@ from slrnet.launch.checks import check_run, checkpoint_bytes, with_absolute_path
 from slrnet.launch.cluster import WorkerRequest
 from slrnet.storage.files import read_json, write_json
 from slrnet.storage.folders import mark_folder
-from slrnet.storage.lease import LEASE
 from slrnet.storage.names import check_run_name
 from slrnet.storage.remote import cached, copy_from, copy_to, patiently
 from slrnet.sweeps.ablations import ABLATIONS, Variant, choose_variants
@@ -52,15 +51,9 @@ _CHANGEABLE = ("weights.", "calibration.", "losses.", "optim.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions(WorkerRequest):
+class SweepOptions(Kept, WorkerRequest):
     """How a sweep runs, and the workers of each trial; what it searches is its space or its ablation."""
 
-    name: str
-    """Unique name; the sweep's folder is storage/name."""
-    storage: Path
-    """Absolute folder for runs, visible to all nodes; with `remote` this machine's own."""
-    remote: str = ""
-    """Where sweeps stay in an object store, such as s3://BUCKET/RUNS; nodes share no folder. Empty: in `storage`."""
     metrics: tuple[str, ...] = ("val/miou",)
     """Metrics to optimize; several of them give a front of trade-offs. `val/miou` is that of the run's protocol."""
     num_samples: int = 20
@@ -117,26 +110,12 @@ class SweepPlan:
     @property
     def folder(self) -> Path:
         """The sweep's folder, on this machine."""
-        return self.options.storage / self.options.name
+        return self.options.folder
 
-    @property
-    def location(self) -> str:
-        """The sweep's location in the object store; empty where it is kept in a folder."""
-        return self.options.remote and f"{self.options.remote}/{self.options.name}"
-
-    @property
-    def lease(self) -> str | Path:
-        """The lease of the sweep's folder, which one process at a time holds."""
-        return f"{self.location}/{LEASE}" if self.location else self.folder / LEASE
-
-    @property
-    def trials_folder(self) -> Path:
-        """The folder of the trials' runs, on this machine."""
-        return cached(f"{self.location}/trials") if self.location else self.folder / "trials"
-
-    def trial_store(self, name: str) -> RunStore | None:
-        """A trial's place in the object store; None where the sweep is kept in a folder."""
-        return RunStore(f"{self.location}/trials/{name}", self.trials_folder / name) if self.location else None
+    def trial(self, name: str) -> Kept:
+        """Where a trial is kept, in the sweep's folder or store."""
+        remote = self.options.location and f"{self.options.location}/trials"
+        return Kept(name=name, storage=cached(remote) if remote else self.folder / "trials", remote=remote)
 
     @property
     def most_workers(self) -> int:
@@ -208,7 +187,8 @@ class SweepPlan:
 
     def upload(self, name: str) -> None:
         """Copies a file or folder of the sweep's folder to the object store, where the sweep is kept in one."""
-        if place := self.location and f"{self.location}/{name}":
+        if self.options.remote:
+            place = f"{self.options.location}/{name}"
             patiently(place, lambda: copy_to(self.folder / name, place))
 
 
@@ -262,8 +242,8 @@ def plan_sweep(
     if not ablation:
         check_space(config, space)
     plan = replace(plan, options=_settled(plan))
-    if plan.location:
-        RunStore(plan.location, plan.folder).require_new("sweep")
+    if (store := plan.options.store) is not None:
+        store.require_new("sweep")
     elif plan.folder.exists() and any(plan.folder.iterdir()):
         raise CheckpointError(
             f"sweep folder {plan.folder} exists; continue that sweep with --resume {options.name}, or choose another "
@@ -279,9 +259,9 @@ def resume_plan(storage: Path, name: str, *, remote: str = "") -> SweepPlan:
         CheckpointError: there is no sweep of that name.
         RemoteError: the store does not answer or refuses.
     """
-    path = storage / name / _RECORD
-    if remote:
-        store = RunStore(f"{remote}/{check_run_name(name)}", path.parent)
+    kept = Kept(name=check_run_name(name) if remote else name, storage=storage, remote=remote)
+    path = kept.folder / _RECORD
+    if (store := kept.store) is not None:
         if not store.exists(_RECORD):
             raise CheckpointError(f"{remote} has no sweep {name!r} to resume; start one with --name {name}")
         mark_folder(store.folder)

@@ -178,7 +178,7 @@ def _after_round(plan: SweepPlan, population: Population, errors: Mapping[int, s
     """The population with the metrics and errors of a round."""
     members = {member.index: member for member in population.members}
     for member in population.alive:
-        logged = trial_rows(plan.folder / "trials" / member_name(plan, member.index))
+        logged = trial_rows(plan.trial(member_name(plan, member.index)).folder)
         begun = max(member.rows, default=0)  # earlier epochs belong to the weights, whoever trained them
         rows = {**member.rows, **{epoch: row for epoch, row in logged.items() if begun < epoch <= until}}
         members[member.index] = replace(member, rows=rows, error=errors.get(member.index, ""))
@@ -189,7 +189,7 @@ def _copy_checkpoints(plan: SweepPlan, population: Population, epoch: int) -> No
     """Copies the checkpoints of the take-overs after an epoch; nobody both gives and takes in the same round."""
     for member in population.takers(epoch):
         places = member.schedule[-1].source, member.index
-        source, target = (plan.folder / "trials" / member_name(plan, index) / "checkpoints" for index in places)
+        source, target = (plan.trial(member_name(plan, index)).folder / "checkpoints" for index in places)
         with whole_folder(target, own=FILES) as incoming:
             shutil.copytree(source, incoming, dirs_exist_ok=True)
 

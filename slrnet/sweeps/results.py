@@ -56,10 +56,11 @@ def prune_trials(plan: SweepPlan, trials: Trials) -> str:
     for trial in trials.all:
         if trial.status == "failed":
             continue
-        if (store := plan.trial_store(trial.name)) is not None:
-            store.keep(best=trial.name in named)
+        kept, best_stays = plan.trial(trial.name), trial.name in named
+        if (store := kept.store) is not None:
+            store.keep(best=best_stays)
         else:
-            prune_checkpoints(plan.trials_folder / trial.name / "checkpoints", last=0, best=trial.name in named)
+            prune_checkpoints(kept.folder / "checkpoints", last=0, best=best_stays)
     after = _checkpoint_bytes(plan, trials)
     return (
         f"checkpoints: the best one each of {len(named)} of {len(trials.all)} trials, {after / 1e9:.1f} GB; others of "
@@ -68,10 +69,11 @@ def prune_trials(plan: SweepPlan, trials: Trials) -> str:
 
 
 def _checkpoint_bytes(plan: SweepPlan, trials: Trials) -> int:
-    stores = [store for trial in trials.all if (store := plan.trial_store(trial.name)) is not None]
-    if stores:
-        return sum(store.checkpoint_bytes() for store in stores)
-    return sum(path.stat().st_size for path in plan.trials_folder.glob("*/checkpoints/checkpoint-*/*"))
+    places = [plan.trial(trial.name) for trial in trials.all]
+    if plan.options.remote:
+        return sum(kept.store.checkpoint_bytes() for kept in places if kept.store is not None)
+    files = (path for kept in places for path in kept.folder.glob("checkpoints/checkpoint-*/*"))
+    return sum(path.stat().st_size for path in files)
 
 
 def replay_text(trials: Trials, replay: Mapping[str, int]) -> str:

@@ -25,7 +25,6 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from slrnet.checkpoints.checkpoint import find_checkpoint
-from slrnet.checkpoints.run_store import RunStore
 from slrnet.launch.cluster import WorkerPlan, WorkerRequest, cluster_nodes, cluster_resources, largest_share
 from slrnet.launch.train import LaunchOptions, TrainingError, train_trial
 from slrnet.storage import shown
@@ -58,7 +57,7 @@ def run_sweep(plan: SweepPlan, *, resume: bool = False, say: Callable[[str], Non
         ValueError: the cluster or the tracking store does not allow it, or another process works in its folder.
         TrainingError: no trial was measured.
     """
-    with owned(plan.lease, f"sweep folder {plan.location or plan.folder}"):
+    with owned(plan.options.lease, f"sweep folder {plan.options.place}"):
         _run_sweep(plan, resume=resume, say=say)
 
 
@@ -68,12 +67,10 @@ def _run_sweep(plan: SweepPlan, *, resume: bool, say: Callable[[str], None]) -> 
     room = _Room(workers, plan.options.max_concurrent, grows=plan.options.wait_minutes > 0)
     parent = _open_parent(plan, resume=resume)
     if not resume:
-        if plan.location:
-            remove_folder(plan.folder, within=plan.folder.parent)
-            mark_folder(plan.folder)
+        if (store := plan.options.store) is not None:
+            store.start("sweep")
         plan.write()
-    place = plan.location or plan.folder
-    say(f"sweep {name}: {plan.trials} trials, now {room()} at a time with {workers} each; folder {place}")
+    say(f"sweep {name}: {plan.trials} trials, now {room()} at a time with {workers} each; folder {plan.options.place}")
     say(f"curves and pictures: {parent.how_to_open()}")
     driver, sweep = MlflowTracker(parent), _Sweep(plan, parent, workers, room)
     try:
@@ -141,14 +138,13 @@ class _Limiter(_Follows, ConcurrencyLimiter):
 def _open_parent(plan: SweepPlan, *, resume: bool) -> RunHandle:
     """The sweep's MLflow run, below which the trials have theirs."""
     tracking = plan.config.tracking
-    place = plan.location or plan.folder
-    tags = environment_tags() | {"slrnet.recipe": plan.config.recipe, "slrnet.folder": str(place)}
+    tags = environment_tags() | {"slrnet.recipe": plan.config.recipe, "slrnet.folder": str(plan.options.place)}
     tags["slrnet.sweep"] = plan.ablation or "search"
     asked = f"ablation {plan.ablation}" if plan.ablation else "search over " + ", ".join(d.key for d in plan.space)
     note = (
         f"- {asked}: {plan.trials} trials of recipe **{plan.config.recipe}**, setting **{plan.config.setting}**, "
         f"encoder **{plan.config.model.encoder}**\n- data `{plan.config.data.path}`\n"
-        f"- commit {tags['git_commit'][:12]}, folder `{place}`"
+        f"- commit {tags['git_commit'][:12]}, folder `{plan.options.place}`"
     )
     return create_run(
         resolve_uri(tracking.uri, plan.options.remote or plan.options.storage),
@@ -190,26 +186,24 @@ class _Sweep:
     def _fit(self, name: str, space: dict[str, Any], config: Any, *, resume: bool, **job: Any) -> list[Any]:
         """Runs trials with Tune, which keeps its state as `name` in the sweep's folder; returns a result for each."""
         trainable = tune.with_resources(tune.with_parameters(_trial, sweep=self, **job), _DRIVER)
-        plan, storage = self.plan, str(self.plan.folder)
-        system = None
-        if plan.location:
-            system, storage = filesystem_of(plan.location)
+        plan, store = self.plan, self.plan.options.store
+        system, storage = (None, str(plan.folder)) if store is None else filesystem_of(store.location)
         state = f"{storage}/{name}"
         if resume and tune.Tuner.can_restore(state, storage_filesystem=system):
             again = {"resume_unfinished": True, "resume_errored": True}
             tuner = tune.Tuner.restore(state, trainable, storage_filesystem=system, **again)
         else:
-            if system is None:
-                remove_folder(plan.folder / name, within=plan.folder)  # a sweep killed before its first trial
-                mark_folder(plan.folder / name)
+            if store is not None:
+                store.remove(name)  # of a sweep killed before its first trial
             else:
-                RunStore(plan.location, plan.folder).remove(name)
+                remove_folder(plan.folder / name, within=plan.folder)
+                mark_folder(plan.folder / name)
             run_config = tune.RunConfig(
                 name=name,
                 storage_path=storage,
                 storage_filesystem=system,
-                failure_config=tune.FailureConfig(max_failures=self.plan.options.max_failures),
-                callbacks=[_Progress(self.plan)],
+                failure_config=tune.FailureConfig(max_failures=plan.options.max_failures),
+                callbacks=[_Progress(plan)],
                 verbose=0,
             )
             tuner = tune.Tuner(trainable, param_space=space, tune_config=config, run_config=run_config)
@@ -227,10 +221,10 @@ class _Sweep:
             if status == "RUNNING":
                 tracker.finish("FAILED" if trial.status == "failed" else "FINISHED", trial.error)
             if trial is best:
-                if (store := self.plan.trial_store(trial.name)) is not None:
+                kept = self.plan.trial(trial.name)
+                if (store := kept.store) is not None:
                     store.fetch_best()
-                checkpoints = self.plan.trials_folder / trial.name / "checkpoints"
-                if (checkpoint := find_checkpoint(checkpoints, which="best")) is not None:
+                if (checkpoint := find_checkpoint(kept.folder / "checkpoints", which="best")) is not None:
                     tracker.log_artifacts(checkpoint, "checkpoint")
 
     def conclude(self, driver: MlflowTracker, trials: Trials, best: Trial, say: Callable[[str], None]) -> None:
@@ -248,8 +242,8 @@ class _Sweep:
         driver.describe(f"Best trial: {best.name}{following}\n\n{link}\n\n{table}")
         driver.finish()
         say(f"\n{table}\nbest: {best.name}; tables and pictures: {folder}")
-        if plan.location:
-            say(f"all of it is in {plan.location}")
+        if plan.options.remote:
+            say(f"all of it is in {plan.options.place}")
         if not plan.options.keep_checkpoints:
             say(prune_trials(plan, trials))
         if not plan.ablation:
@@ -276,12 +270,7 @@ def _trial(
         tags |= {"slrnet.exploited_from": sources} if sources else {}
     train_trial(
         plan.trial_config(values),
-        LaunchOptions(
-            name=name,
-            storage=plan.trials_folder,
-            remote=plan.location and f"{plan.location}/trials",
-            hang_limit=plan.options.hang_limit,
-        ),
+        LaunchOptions(**vars(plan.trial(name)), hang_limit=plan.options.hang_limit),
         parent=sweep.parent,
         workers=sweep.workers,
         callbacks=[TuneReportCallback()],
@@ -351,9 +340,10 @@ def _trial_of(plan: SweepPlan, result: Any) -> Trial:
     name, values = f"{plan.options.name}-{Path(result.path).name}", dict(result.config)
     planned = plan.trial_config(values).train.epochs
     trial = Trial(name=name, values=values, planned=planned, error=_error_of(result))
-    if (store := plan.trial_store(name)) is not None:
+    kept = plan.trial(name)
+    if (store := kept.store) is not None:
         store.fetch_logs()
-    return trial.measured(trial_rows(plan.trials_folder / name), plan.options.metrics[0])
+    return trial.measured(trial_rows(kept.folder), plan.options.metrics[0])
 
 
 def _error_of(result: Any) -> str:

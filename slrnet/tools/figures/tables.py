@@ -169,9 +169,8 @@ def _origin(place: Path, checkpoint: str) -> tuple[Config, tuple[str, ...], str]
     """Returns settings, classes, and run of a record's checkpoint, even if the run was moved with its records."""
     written = Path(checkpoint)
     for folder in (written, *(parent / "checkpoints" / written.name for parent in place.parents)):
-        if all(
-            os.path.isfile(folder / name) for name in (CONFIG, STATE)
-        ):  # false also for a name that no file can have
+        # False also for a name that no file can have.
+        if all(os.path.isfile(folder / name) for name in (CONFIG, STATE)):
             state = read_json(folder / STATE)
             return load_config(folder / CONFIG), tuple(state["classes"]), folder.parents[1].name
     raise FileNotFoundError(checkpoint)

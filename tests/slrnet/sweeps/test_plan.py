@@ -86,7 +86,7 @@ def test_a_plan_in_an_object_store_is_read_back_where_nothing_is_left_of_it(
     made.write()
     shutil.rmtree(tmp_path / "cache")
     assert resume_plan(storage, "s", remote=remote) == made
-    assert made.lease == "s3://runs/all/s/lease.json"
+    assert made.options.lease == "s3://runs/all/s/lease.json"
     with pytest.raises(RemoteError, match="sweep s3://runs/all/s exists; continue that sweep with --resume s"):
         plan(tiny_config, storage, remote=remote)
     with pytest.raises(CheckpointError, match="s3://runs/all has no sweep 't' to resume"):

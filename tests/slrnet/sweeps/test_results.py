@@ -164,13 +164,13 @@ def test_finished_trials_that_lose_keep_no_checkpoint(
         for epoch in (1, 2):
             told: dict[str, Any] = {"classes": ("background", "cat"), "data_fingerprint": "-", "world_size": 1}
             state = TrainState(epoch=epoch, step=epoch, metrics={"val/miou_ss": 1 / epoch}, **told)
-            folder = plan.trials_folder / name / "checkpoints"
+            folder = plan.trial(name).folder / "checkpoints"
             save_checkpoint(folder, config=Config(), state=state, model={}, optimizer={})
-        if (store := plan.trial_store(name)) is not None:
+        if (store := plan.trial(name).store) is not None:
             store.upload()
     trained = [trial("best", miou=0.6), trial("fair", miou=0.5), trial("broken", status="failed")]
     line = prune_trials(plan, Trials(trained, ["val/miou"]))
-    paths = [path.as_posix() for path in plan.trials_folder.glob("*/checkpoints/checkpoint-*/state.json")]
+    paths = [path.as_posix() for path in plan.trial("best").storage.glob("*/checkpoints/checkpoint-*/state.json")]
     if remote:
         listed = s3.get_file_info(fs.FileSelector("runs/all/sweep/trials", recursive=True))
         paths = [info.path for info in listed if info.base_name == "state.json"]
