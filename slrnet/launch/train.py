@@ -202,7 +202,7 @@ def train_trial(
     notes: Mapping[str, float],
     tags: Mapping[str, str],
     searched: Collection[str] = (),
-) -> None:
+) -> dict[str, float]:
     """Trains one trial of a sweep; an interrupted trial continues from its last checkpoint, in the same MLflow run.
 
     Args:
@@ -216,6 +216,10 @@ def train_trial(
         tags: tags of the trial's MLflow run, besides those of every training.
         searched: settings that differ between trials, which the page lists for each of them.
 
+    Returns:
+        The figures of the last epoch where none was left to train, for nobody has reported them then: the sweep was
+        killed after the trial's end and before Tune noted it. Empty otherwise.
+
     Raises:
         TrainingError: a worker failed; the trial's MLflow run says why.
     """
@@ -225,14 +229,20 @@ def train_trial(
     checkpoints, store = options.folder / "checkpoints", options.store
     if store is not None:
         store.fetch()  # what an interrupted trial has left
+    found = _last_state(checkpoints)
     if notes:
-        last = find_checkpoint(checkpoints)
-        MlflowTracker(handle, once=True).log_metrics(notes, 0 if last is None else read_state(last, verify=False).step)
+        MlflowTracker(handle, once=True).log_metrics(notes, 0 if found is None else found.step)
     driver = training.run(handle, until=until, callbacks=callbacks)
     if store is not None:
         store.fetch()
-    best = find_checkpoint(checkpoints, which="best")
+    best, left = find_checkpoint(checkpoints, which="best"), _last_state(checkpoints)
     driver.finish() if best is None else training.finish(driver, best)
+    return {**left.metrics, "epoch": left.epoch} if left and found and left.epoch == found.epoch else {}
+
+
+def _last_state(checkpoints: Path) -> TrainState | None:
+    last = find_checkpoint(checkpoints)
+    return None if last is None else read_state(last, verify=False)
 
 
 @dataclass(frozen=True)

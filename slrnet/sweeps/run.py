@@ -268,7 +268,7 @@ def _trial(
         sources = ", ".join(f"{member_name(plan, c.source)} after epoch {c.epoch}" for c in member.schedule[1:])
         notes = {f"setting/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
         tags |= {"slrnet.exploited_from": sources} if sources else {}
-    train_trial(
+    unreported = train_trial(
         plan.trial_config(values),
         LaunchOptions(**vars(plan.trial(name)), hang_limit=plan.options.hang_limit),
         parent=sweep.parent,
@@ -279,6 +279,8 @@ def _trial(
         tags=tags,
         searched=changes | values.keys(),
     )
+    if unreported:  # Tune takes no trial that ends without the metrics of its search
+        tune.report(unreported)
 
 
 def _param_space(plan: SweepPlan) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from slrnet.config import Config
 from slrnet.launch.cluster import WorkerPlan
 from slrnet.storage.remote import cached
 from slrnet.sweeps.plan import SweepOptions, plan_sweep
+from slrnet.sweeps.space import parse_domain
 
 
 def replay_asha(curves: dict[str, list[float]], **options: Any) -> dict[str, int]:
@@ -81,18 +82,31 @@ def test_trials_at_a_time_follow_the_cluster(
 
 
 def tried(values: dict[str, Any], *, sweep: Any) -> None:
-    """In place of a trial's training."""
+    """A trial without its training. The second one dies between its last epoch and its report."""
     from ray import tune
 
-    with Path(sweep.plan.config.tracking.experiment).open("a") as file:
-        file.write("tried\n")
-    tune.report({"epoch": 1, "val/miou_ss": values["train.seed"] / 10})
+    from slrnet.sweeps import run
+
+    def train(*_: Any, **__: Any) -> dict[str, float]:
+        with (count := Path(sweep.plan.config.tracking.experiment)).open("a") as file:
+            file.write("tried\n")
+        starts, figures = count.read_text().count("tried"), {"epoch": 1, sweep.plan.options.metrics[0]: 0.1}
+        if starts == 2:
+            raise RuntimeError("killed")
+        if starts == 3:
+            return figures
+        tune.report(figures)
+        return {}
+
+    run.train_trial = train  # type: ignore[assignment]
+    run._trial(values, sweep=sweep)
 
 
 @pytest.mark.slow
 def test_tune_keeps_its_state_in_an_object_store(
     s3: Any, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A sweep killed after a trial's last epoch goes on: the trial trains nothing again, and its figures count."""
     import ray
 
     from slrnet.sweeps import run
@@ -100,9 +114,10 @@ def test_tune_keeps_its_state_in_an_object_store(
     s3.create_dir("runs")
     count = tmp_path / "count"
     tracking = tiny_config.tracking.model_copy(update={"experiment": str(count)})
-    options = SweepOptions(name="s", storage=cached("s3://runs/all"), remote="s3://runs/all", max_concurrent=1)
+    most: dict[str, Any] = {"max_concurrent": 1, "num_samples": 2, "max_failures": 0, "scheduler": "none"}
+    options = SweepOptions(name="s", storage=cached("s3://runs/all"), remote="s3://runs/all", **most)
     config = tiny_config.model_copy(update={"tracking": tracking})
-    plan = plan_sweep(config, options, ablation="table8", seeds=(1, 2), variants=("CVLR",))
+    plan = plan_sweep(config, options, space=[parse_domain("optim.lr=loguniform:1e-4:1e-2")])
     monkeypatch.setattr(run, "_trial", tried)
     ray.shutdown()  # an earlier test of this process may have left its connection
     root = str(Path(__file__).resolve().parents[3])
@@ -110,12 +125,13 @@ def test_tune_keeps_its_state_in_an_object_store(
     try:
         workers = WorkerPlan(least=1, most=1, cpus=1, gpu=False)
         sweep = run._Sweep(plan, None, workers, run._Room(workers, 1, grows=False))  # type: ignore[arg-type]
-        for resume in (False, True):
+        for resume, scored in ((False, 1), (True, 2)):
             found = sweep._fit("tune", run._param_space(plan), run._tune_config(plan, sweep.room), resume=resume)
-            assert {result.metrics["val/miou_ss"] for result in found} == {0.1, 0.2}
+            scores = [result.metrics and result.metrics.get(plan.options.metrics[0]) for result in found]
+            assert scores.count(0.1) == scored, scores
     finally:
         ray.shutdown()
-    assert count.read_text().count("tried") == 2  # a resumed sweep trains nothing again
+    assert count.read_text().count("tried") == 3  # what had reported is not trained again
     stored = [info.path for info in s3.get_file_info(fs.FileSelector("runs/all/s/tune", recursive=True))]
     assert any("experiment_state" in path for path in stored)
     assert not (plan.folder / "tune").exists()
