@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from slrnet.storage.files import check_writable
 from slrnet.storage.ray_job import lasting, uploaded
+from slrnet.storage.remote import is_remote
 
 __all__ = [
     "ANNOTATION_FORMATS",
@@ -30,6 +31,7 @@ __all__ = [
     "option",
     "output_file",
     "output_folder",
+    "output_location",
     "place",
     "positive",
     "sole",
@@ -166,6 +168,12 @@ def place(text: str) -> Path:
 def output_folder(text: str) -> Path:
     """A `place` where a folder can be written."""
     return check_writable(lasting(Path(text).expanduser()), folder=True)
+
+
+@checked
+def output_location(text: str) -> Path | str:
+    """An `output_folder`, or a location in an object store."""
+    return text.rstrip("/") if is_remote(text) else check_writable(lasting(Path(text).expanduser()), folder=True)
 
 
 @checked

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from types import FrameType
 
 from slrnet.storage.ray_job import unset_variables
@@ -53,6 +55,8 @@ COMMANDS = {
     },
 }
 """A line of help for each subcommand, by group, which is the module that has it."""
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+"""How a location begins, as the first part of a path; a drive's name has one letter."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser(words).parse_args(words)
     if note := unset_variables():
         say(note)
-    return exit_code(lambda: options.run(options), interrupted=options.interrupted)
+
+    def run() -> int | None:
+        _refuse_locations(options)
+        return options.run(options)  # type: ignore[no-any-return]
+
+    return exit_code(run, interrupted=options.interrupted)
 
 
 def exit_code(run: Callable[[], int | None], *, interrupted: str = "interrupted") -> int:
@@ -120,6 +129,19 @@ def _page() -> str:
     for group, commands in COMMANDS.items():
         lines += ["", f"{group}:", *(f"  {name:16}{line}" for name, line in commands.items())]
     return "\n".join([*lines, "", "`slrnet COMMAND --help` explains a command and its options."])
+
+
+def _refuse_locations(options: argparse.Namespace) -> None:
+    """Raises a ValueError for a location where only a path is taken; it would become a folder of the name `s3:`."""
+    for name, given in vars(options).items():
+        for value in given if isinstance(given, list) else [given]:
+            path = value[-1] if isinstance(value, tuple) and value else value
+            if isinstance(path, Path) and _SCHEME.fullmatch(path.parts[0] if path.parts else ""):
+                raise ValueError(
+                    f"{name.replace('_', '-')}: {path.parts[0]}//{'/'.join(path.parts[1:])} is a location, and this "
+                    "command takes the path of a file or folder there; copy with the store's own program, before or "
+                    "after"
+                )
 
 
 def _complete(command: Sequence[str]) -> None:

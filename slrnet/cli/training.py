@@ -26,6 +26,7 @@ from slrnet.cli.arguments import (
     one_of,
     option,
     output_folder,
+    output_location,
     place,
     positive,
     sole,
@@ -35,7 +36,7 @@ from slrnet.config import Config, Gating, apply_overrides, load_config
 from slrnet.recipes import RECIPES, get_recipe
 from slrnet.storage.files import check_writable
 from slrnet.storage.names import check_run_name
-from slrnet.storage.remote import is_remote
+from slrnet.storage.remote import copy_to, is_remote
 from slrnet.storage.shown import LEFT_OUT, say
 from slrnet.sweeps.ablations import ABLATIONS
 from slrnet.sweeps.space import DEFAULT_SPACE, get_space, space_with
@@ -246,6 +247,7 @@ def evaluate(options: argparse.Namespace) -> None:
     by default; they become part of the protocol's name. `--without person` shows what a class does to the mean: one
     that never occurs alone in training images cannot be learned from image labels.
     """
+    from slrnet.checkpoints.run_store import location_of
     from slrnet.launch.evaluation import launch_evaluation, why_untracked
     from slrnet.launch.train import LaunchOptions
     from slrnet.tracking.summary import mean_without, quality_table
@@ -253,11 +255,14 @@ def evaluate(options: argparse.Namespace) -> None:
     job = _mask_job(options, lambda shards: [options.split])
     checkpoint = job.checkpoint
     mean_without({}, checkpoint.state.classes, options.without)  # refuses unknown names before the work
-    out = options.out or check_writable(checkpoint.path.parent.parent / "evaluations", folder=True)
+    run, remote = checkpoint.path.parent.parent, location_of(checkpoint.path.parent.parent)
+    out = options.out or check_writable(run / "evaluations", folder=True)
     out = out.expanduser().resolve()
     name = f"{checkpoint.path.name}-{options.split}-{time.strftime('%Y%m%d-%H%M%S')}"
     launched = LaunchOptions(**_fields_of(LaunchOptions, options) | {"name": name, "storage": out})
-    result = launch_evaluation(job, launched)
+    result, written = launch_evaluation(job, launched), str(out / name / "evaluation.json")
+    if is_remote(remote) and options.out is None:  # the run here is a copy
+        copy_to(Path(written), written := f"{remote}/evaluations/{name}/evaluation.json")
     say(quality_table(result["metrics"], tuple(result["classes"])))
     if options.without:
         mean = mean_without(result["metrics"], checkpoint.state.classes, options.without)
@@ -268,14 +273,14 @@ def evaluate(options: argparse.Namespace) -> None:
         f"protocol {result['protocol']}, {result['images']} images of split "
         f"{result['split']}, checkpoint {result['checkpoint']} (epoch {result['epoch']})"
         f"{checkpoint.config.weights_note}; "
-        f"written to {out / name / 'evaluation.json'}"
+        f"written to {written}"
     )
     say(f"MLflow: {result['mlflow'] or why_untracked(checkpoint)}")
 
 
 @command(
     checkpoint("--checkpoint", metavar="RUN"),
-    option("--out", type=output_folder, metavar="DIR", help="folder to make"),
+    option("--out", type=output_location, metavar="DIR", help="folder to make, or its s3:// or gs:// location"),
     option("--splits", default="train", metavar="A,B", help="or all (default: train); others are copied"),
     option("--voc-folder", type=output_folder, metavar="DIR", help="also write a folder in VOC's layout"),
     option(
@@ -297,8 +302,8 @@ def pseudo_label(options: argparse.Namespace) -> int:
     """Make pseudo masks for a data set: `slrnet pseudo-label --checkpoint RUN --data DIR --out PSEUDO`.
 
     Writes shards like those of DIR, with the network's masks in the train split (or --splits), and prints how good
-    they are if there are true ones. Rerun the same command to resume a job that was stopped. Images that cannot be read
-    are named and left out.
+    they are if there are true ones. Rerun the same command to resume a job that was stopped; a location in an object
+    store gets the data set when it is complete. Images that cannot be read are named and left out.
 
     `--also labelme=FOLDER` (or coco, coco-polygons) also writes images and annotations that people can correct in a
     tool and give back to `slrnet prepare folder --annotations`. Needs the extra `coco`.
@@ -327,9 +332,9 @@ def pseudo_label(options: argparse.Namespace) -> int:
     request = WorkerRequest(**_fields_of(WorkerRequest, options))
     record = launch_pseudo_labels(job, options.out, request=request)
     if options.voc_folder is not None:
-        write_voc_folder(load_dataset(options.out.expanduser()), options.voc_folder, splits=job.splits)
+        write_voc_folder(load_dataset(options.out), options.voc_folder, splits=job.splits)
     for form, folder in options.also:
-        notes = write_annotation_folder(load_dataset(options.out.expanduser()), folder, form=form, **choice)
+        notes = write_annotation_folder(load_dataset(options.out), folder, form=form, **choice)
         say("\n".join([f"{form}: {folder}", *notes]))
     for split, protocols in record["quality"].items():
         for protocol, quality in protocols.items():

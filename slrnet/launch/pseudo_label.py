@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from pyarrow import fs
 
 from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.checkpoints.run_store import on_this_machine
@@ -35,7 +36,7 @@ from slrnet.config import Config
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.data.eval_loader import EvalLoader
 from slrnet.data.images import encode_mask
-from slrnet.data.manifest import SCHEMA, DataError, ShardSet, SplitView, load_dataset, save_dataset
+from slrnet.data.manifest import DATASET_FILE, SCHEMA, DataError, ShardSet, SplitView, load_dataset, save_dataset
 from slrnet.data.readers import read_ahead
 from slrnet.data.tars import ShardWriter
 from slrnet.distributed.process import Process
@@ -48,8 +49,8 @@ from slrnet.launch.prediction import Mask, MaskJob, MaskPredictor, PredictedMask
 from slrnet.models.deeplab import require_deeplab
 from slrnet.storage.files import UNFINISHED, flush, read_json, sha256_of, write_json, written_whole
 from slrnet.storage.folders import flush_folder, mark_folder, remove_folder
-from slrnet.storage.lease import beside, owned
-from slrnet.storage.remote import RemoteError, is_remote, open_cached
+from slrnet.storage.lease import LEASE, beside, owned
+from slrnet.storage.remote import RemoteError, cached, copy_to, filesystem_of, is_remote, open_cached, patiently
 from slrnet.storage.shown import say
 from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.provenance import environment_tags
@@ -61,19 +62,22 @@ SUBSET = "pseudo_labeled"
 RECORD = "pseudo_labels.json"
 """File that says how the masks of a folder were made and how good they are."""
 
+COPYING = "pseudo_labels.incomplete.json"
+"""File in an object store while the data set is copied there."""
 WORK = ".work"
 """Folder inside the unfinished one for files that are deleted at the end."""
 IN_PROCESS = WorkerRequest(num_workers=0)
 """Without Ray."""
 
 
-def launch_pseudo_labels(job: MaskJob, out: Path, *, request: WorkerRequest = IN_PROCESS) -> dict[str, Any]:
+def launch_pseudo_labels(job: MaskJob, out: Path | str, *, request: WorkerRequest = IN_PROCESS) -> dict[str, Any]:
     """Labels splits of a data set with a network's masks; resumes where an earlier call stopped.
 
     Args:
         job: the checkpoint, its settings with the protocol and `inference.void_below`, the data set, and the splits to
             label; the other splits are copied.
-        out: folder to create. Until it is complete, the work is kept beside it in `.NAME.partial`.
+        out: folder to create. Until it is complete, the work is kept beside it in `.NAME.partial`. A location in an
+            object store gets the complete data set; until then the work is kept in this machine's cache.
         request: the workers; each takes a shard at a time.
 
     Returns:
@@ -93,9 +97,14 @@ def launch_pseudo_labels(job: MaskJob, out: Path, *, request: WorkerRequest = IN
         "splits": sorted(job.splits),
         "void_below": job.config.inference.void_below,
     }
-    out = out.expanduser().resolve()
-    with owned(beside(out), f"output folder {out}"):
-        record = _label_all(job, out, described, request)
+    if is_remote(str(out)):
+        location = str(out).rstrip("/")
+        with owned(f"{location}/{LEASE}", f"output {location}"):
+            record = _label_in_store(job, location, described, request)
+    else:
+        out = Path(out).expanduser().resolve()
+        with owned(beside(out), f"output folder {out}"):
+            record = _label_all(job, out, described, request)
     figures = {
         metric_key("pseudo_label", split, f"{name}_{protocol}"): value
         for split, protocols in record["quality"].items()
@@ -131,13 +140,41 @@ def _label_all(job: MaskJob, out: Path, described: dict[str, Any], request: Work
         flush_folder(partial)
         partial.rename(out)
         flush(out.parent)
-    elif record["job"] != described:
-        difference = _differences(record["job"], described)
-        raise ValueError(f"{out} holds other pseudo masks ({difference}); choose another --out")
     else:
-        say(f"{out} already holds these pseudo masks; none was made again")
+        _check_same(record, described, out)
     remove_folder(out / WORK, within=out)
     return record
+
+
+def _label_in_store(job: MaskJob, location: str, described: dict[str, Any], request: WorkerRequest) -> dict[str, Any]:
+    """As `_label_all`, into an object store; what a killed copying left there is completed."""
+    record = _record_of(location)
+    if record is not None:
+        _check_same(record, described, location)
+        return record
+    system, place = filesystem_of(location)
+    listing = fs.FileSelector(place, allow_not_found=True)
+    present = {info.base_name for info in patiently(location, lambda: system.get_file_info(listing))} - {LEASE}
+    begun = read_json(open_cached(location, COPYING, again=True))["job"] if COPYING in present else None
+    if present and begun != described:
+        kind = f"no pseudo masks but {min(present)}" if begun is None else "the unfinished copy of other pseudo masks"
+        raise ValueError(f"{location} holds {kind}; choose another --out")
+    made = cached(f"{location} {json.dumps(described)}") / "made"
+    record = _label_all(job, made, described, request)
+    copy_to(made / RECORD, f"{location}/{COPYING}")
+    last, names = [DATASET_FILE, RECORD], {path.name for path in made.iterdir()}  # these two make it a data set
+    for name in [*sorted(names - set(last)), *last]:
+        copy_to(made / name, f"{location}/{name}")
+    system.delete_file(f"{place}/{COPYING}")
+    remove_folder(made, within=made.parent, own=names)
+    return record
+
+
+def _check_same(record: dict[str, Any], described: dict[str, Any], out: Path | str) -> None:
+    if record["job"] != described:
+        difference = _differences(record["job"], described)
+        raise ValueError(f"{out} holds other pseudo masks ({difference}); choose another --out")
+    say(f"{out} already holds these pseudo masks; none was made again")
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

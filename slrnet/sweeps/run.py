@@ -184,7 +184,11 @@ class _Sweep:
         return train_population(self.plan, train_round, say=say)
 
     def _fit(self, name: str, space: dict[str, Any], config: Any, *, resume: bool, **job: Any) -> list[Any]:
-        """Runs trials with Tune, which keeps its state as `name` in the sweep's folder; returns a result for each."""
+        """Runs trials with Tune, which keeps its state as `name` in the sweep's folder; returns a result for each.
+
+        Raises:
+            TrainingError: Tune itself failed.
+        """
         trainable = tune.with_resources(tune.with_parameters(_trial, sweep=self, **job), _DRIVER)
         plan, store = self.plan, self.plan.options.store
         system, storage = (None, str(plan.folder)) if store is None else filesystem_of(store.location)
@@ -207,7 +211,11 @@ class _Sweep:
                 verbose=0,
             )
             tuner = tune.Tuner(trainable, param_space=space, tune_config=config, run_config=run_config)
-        return list(tuner.fit())
+        try:
+            return list(tuner.fit())
+        except tune.TuneError as error:  # of Tune itself, with a traceback for a text; a trial's ends in its result
+            cause = _last_line(error)
+            raise TrainingError(f"Ray Tune ended: {cause}; continue with --resume {plan.options.name}") from error
 
     def finish_children(self, trials: Trials) -> None:
         """Ends the runs of trials that were stopped early or killed, and uploads the best one's checkpoint."""
@@ -352,9 +360,12 @@ def _error_of(result: Any) -> str:
     """The last line of a trial's error, without the exception's name where it is ours; empty where it has none."""
     if result.error is None:
         return ""
-    lines = [line.strip() for line in str(result.error).splitlines() if line.strip()]
-    last = lines[-1] if lines else type(result.error).__name__
-    return last.removeprefix(f"{TrainingError.__module__}.{TrainingError.__name__}: ")[:500]
+    return _last_line(result.error).removeprefix(f"{TrainingError.__module__}.{TrainingError.__name__}: ")
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:500]
 
 
 def _replay(plan: SweepPlan, trials: Trials, concurrent: int) -> dict[str, int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,27 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.Captu
     assert main(["predict", str(tmp_path), str(tmp_path / "none.jpg"), "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prepare", "demo", "--out", "s3://bucket/shards"),
+        ("prepare", "voc", "--root", "s3://bucket/VOC2012", "--out", "here"),
+        ("predict", "run", "photo.jpg", "--out", "gs://bucket/masks"),
+        ("browse", "s3://bucket/shards"),
+        ("pseudo-label", "--checkpoint", "run", "--out", "here", "--also", "coco=s3://bucket/annotations"),
+        ("voc-archive", "run", "s3://bucket/JPEGImages", "--out", "here.tgz"),
+    ],
+)
+def test_a_location_where_a_path_belongs_is_refused(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"error: [a-z-]+: (s3|gs)://bucket/\w+ is a location, and this command takes the path .*", line)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_package_runs_as_a_module_and_loads_the_named_group_alone() -> None:

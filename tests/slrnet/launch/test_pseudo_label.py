@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pyarrow import fs
 
 from data_prep.shard_writer import verify
 from slrnet.checkpoints.checkpoint import Checkpoint, CheckpointError, load_checkpoint, save_checkpoint
@@ -36,7 +37,7 @@ from slrnet.launch.evaluation import launch_evaluation
 from slrnet.launch.prediction import MaskJob
 from slrnet.launch.pseudo_label import RECORD, SUBSET, check_distillation, launch_pseudo_labels
 from slrnet.launch.train import LaunchOptions, TrainingError
-from slrnet.storage.remote import RemoteError
+from slrnet.storage.remote import RemoteError, copy_to
 from tests.fixtures.shards import shards_of
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,7 +45,7 @@ GATED = ("evaluation.gating=image_labels", "inference.void_below=0.5")
 
 
 def label(
-    checkpoint: Checkpoint, data: ShardSet, out: Path, *changes: str, splits: tuple[str, ...] = ("train",)
+    checkpoint: Checkpoint, data: ShardSet, out: Path | str, *changes: str, splits: tuple[str, ...] = ("train",)
 ) -> dict[str, Any]:
     config = apply_overrides(checkpoint.config, changes)
     return launch_pseudo_labels(MaskJob(checkpoint, config, data, splits), out)
@@ -388,3 +389,45 @@ def _wait_for_trace(process: subprocess.Popen[bytes], path: Path) -> None:
     """Until the path exists or the process has ended."""
     while not path.exists() and process.poll() is None:
         time.sleep(0.01)
+
+
+def test_into_an_object_store(
+    checkpoint: Checkpoint, tiny_data: ShardSet, made: tuple[ShardSet, dict[str, Any]], s3: Any, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A copying that is killed leaves no data set, and the next start completes it."""
+    s3.create_dir("masks")
+    place = "s3://masks/all/first"
+
+    def kill(source: Path, target: str) -> None:
+        if source.name == "dataset.json":
+            raise KeyboardInterrupt
+        copy_to(source, target)
+
+    def stored() -> dict[str, bytes]:
+        files = s3.get_file_info(fs.FileSelector("masks/all/first", recursive=True, allow_not_found=True))
+        return {info.base_name: s3.open_input_stream(info.path).read() for info in files}
+
+    monkeypatch.setattr(pseudo_label, "copy_to", kill)
+    with pytest.raises(KeyboardInterrupt):
+        label(checkpoint, tiny_data, place, *GATED)
+    with pytest.raises(RemoteError, match=r"dataset.json does not exist"):
+        load_dataset(place)
+    with pytest.raises(ValueError, match="the unfinished copy of other pseudo masks; choose another --out"):
+        label(checkpoint, tiny_data, place)
+    monkeypatch.setattr(pseudo_label, "copy_to", copy_to)
+    record = label(checkpoint, tiny_data, f"{place}/", *GATED)
+    assert record["quality"] == made[1]["quality"]
+    here = content(Path(made[0].location))
+    assert {name: data for name, data in stored().items() if name != RECORD} == {
+        name: data for name, data in here.items() if name != RECORD
+    }
+    assert not list((tmp_path / "cache").rglob("made"))  # nothing stays on this machine
+    capsys.readouterr()
+    assert label(checkpoint, tiny_data, place, *GATED) == record
+    assert f"{place} already holds these pseudo masks" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds other pseudo masks"):
+        label(checkpoint, tiny_data, place)
+    copy_to(tmp_path / "cache", "s3://masks/other")
+    with pytest.raises(ValueError, match="holds no pseudo masks but .*; choose another --out"):
+        label(checkpoint, tiny_data, "s3://masks/other")

@@ -13,6 +13,7 @@ from pyarrow import fs
 
 from slrnet.config import Config
 from slrnet.launch.cluster import WorkerPlan
+from slrnet.launch.train import TrainingError
 from slrnet.storage.remote import cached
 from slrnet.sweeps.plan import SweepOptions, plan_sweep
 from slrnet.sweeps.space import parse_domain
@@ -79,6 +80,28 @@ def test_trials_at_a_time_follow_the_cluster(
     for size, *expected in zip(sizes, fixed, growing, strict=True):
         now.append(size)
         assert [searcher.max_concurrent for searcher in searchers] == [n for n in expected for _ in range(2)]
+
+
+def test_an_error_of_tune_itself_is_one_line(
+    tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import tune
+
+    from slrnet.sweeps import run
+
+    def fail(self: Any) -> Any:
+        raise tune.TuneError("Traceback (most recent call last):\n  File x\nValueError: no metric\n")
+
+    monkeypatch.setattr(tune.Tuner, "fit", fail)
+    monkeypatch.setattr(tune.Tuner, "__init__", lambda self, *_, **__: None)
+    monkeypatch.setattr(run, "_Progress", lambda plan: tune.Callback())
+    plan = plan_sweep(
+        tiny_config, SweepOptions(name="s", storage=tmp_path), space=[parse_domain("optim.lr=choice:1,2")]
+    )
+    workers = WorkerPlan(least=1, most=1, cpus=1, gpu=False)
+    sweep = run._Sweep(plan, None, workers, run._Room(workers, 1, grows=False))  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match=r"^Ray Tune ended: ValueError: no metric; continue with --resume s$"):
+        sweep._fit("tune", {}, None, resume=False)
 
 
 def tried(values: dict[str, Any], *, sweep: Any) -> None:

@@ -10,10 +10,8 @@ import os
 import pickle
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -28,6 +26,7 @@ from slrnet.tracking.location import database_of, resolve_uri
 from slrnet.tracking.mlflow import NOTE_TAG, MlflowTracker, check_artifacts, client_of, create_run
 from slrnet.tracking.protocol import RunHandle, metric_key
 from slrnet.tracking.reader import metric_history, run_tags
+from tests.fixtures.servers import serving
 
 
 def run_of(handle: RunHandle) -> Any:
@@ -406,40 +405,6 @@ def test_a_real_server(storage: Path, tmp_path: Path) -> None:
     assert (tracker.lost, tracker.undelivered) == (0, 1)
     with pytest.raises(ValueError, match="does not answer"):
         resolve_uri(address, tmp_path)
-
-
-class serving:
-    """`mlflow server` on a free port of the loopback interface, over a folder's store."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder = folder
-
-    def __enter__(self) -> str:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        self.log = (self.folder / "server.log").open("w")
-        quiet = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # jobs are for language models, and take five processes
-        self.process = subprocess.Popen(
-            command, env=os.environ | quiet, stdout=self.log, stderr=self.log, start_new_session=True
-        )
-        address = f"http://127.0.0.1:{self.port}"
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                return resolve_uri(address, self.folder)
-            except ValueError:
-                time.sleep(0.5)
-        self.__exit__()
-        pytest.fail("the server did not start:\n" + (self.folder / "server.log").read_text()[-2000:])
-
-    def __exit__(self, *exc_info: object) -> None:
-        os.killpg(self.process.pid, 15)
-        self.process.wait(timeout=30)
-        self.log.close()
 
 
 @pytest.mark.parametrize(
