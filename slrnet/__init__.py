@@ -109,11 +109,12 @@ def predict(
         The masks' paths by the images' names. An image that cannot be read has none; a line on stderr says why.
 
     Raises:
-        ValueError: there is no such image, or its mask exists.
+        ValueError: there is no such image, its mask exists, or `out` is a location in an object store.
         CheckpointError: the checkpoint is missing or damaged.
     """
+    from slrnet.storage.remote import require_path
     from slrnet.tools.predict import predict_files
 
     places = [str(place) for place in ([images] if isinstance(images, (str, Path)) else images)]
     choice: dict[str, Any] = {"protocol": protocol, "device": device, "batch_size": batch_size, "overwrite": overwrite}
-    return predict_files(checkpoint, places, Path(out).expanduser(), **choice).masks
+    return predict_files(checkpoint, places, require_path(Path(out).expanduser(), "out"), **choice).masks

@@ -261,8 +261,9 @@ def review(options: argparse.Namespace) -> None:
     """Correct the masks of which a run is least sure: `slrnet review RUN --out REVIEW`, then `--write SHARDS`.
 
     Ranks the training images whose masks the run's training may not see by doubt: low confidence, disagreement of the
-    views, classification loss. It reads no mask of them. Then it opens a page on 127.0.0.1 that shows the N most
-    doubtful ones (needs the extra `app`): accept a mask, redraw it with a brush, or discard it; Ctrl-C ends the page.
+    views, classification loss, each among images with as many classes. It reads no mask of them. Then it opens a page
+    on 127.0.0.1 that shows the N most doubtful ones (needs the extra `app`): accept a mask, redraw it with a brush, or
+    discard it; Ctrl-C ends the page.
 
     To use an annotation tool instead: `--hand-out coco-polygons=DIR` (CVAT: import as COCO 1.0) or `labelme=DIR`
     writes images and masks; `--corrected EXPORT` takes back what labelme, CVAT, Label Studio or a COCO tool exported.

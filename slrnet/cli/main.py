@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from slrnet.storage.ray_job import unset_variables
+from slrnet.storage.remote import require_path
 from slrnet.storage.shown import say
 from slrnet.version import __version__
 
@@ -55,8 +55,6 @@ COMMANDS = {
     },
 }
 """A line of help for each subcommand, by group, which is the module that has it."""
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
-"""How a location begins, as the first part of a path; a drive's name has one letter."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(note)
 
     def run() -> int | None:
-        _refuse_locations(options)
+        _require_paths(options)
         return options.run(options)  # type: ignore[no-any-return]
 
     return exit_code(run, interrupted=options.interrupted)
@@ -131,17 +129,13 @@ def _page() -> str:
     return "\n".join([*lines, "", "`slrnet COMMAND --help` explains a command and its options."])
 
 
-def _refuse_locations(options: argparse.Namespace) -> None:
-    """Raises a ValueError for a location where only a path is taken; it would become a folder of the name `s3:`."""
+def _require_paths(options: argparse.Namespace) -> None:
+    """Raises a ValueError for a location where only a path is taken."""
     for name, given in vars(options).items():
         for value in given if isinstance(given, list) else [given]:
             path = value[-1] if isinstance(value, tuple) and value else value
-            if isinstance(path, Path) and _SCHEME.fullmatch(path.parts[0] if path.parts else ""):
-                raise ValueError(
-                    f"{name.replace('_', '-')}: {path.parts[0]}//{'/'.join(path.parts[1:])} is a location, and this "
-                    "command takes the path of a file or folder there; copy with the store's own program, before or "
-                    "after"
-                )
+            if isinstance(path, Path):
+                require_path(path, name.replace("_", "-"))
 
 
 def _complete(command: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -34,11 +35,14 @@ __all__ = [
     "locked",
     "open_cached",
     "patiently",
+    "require_path",
 ]
 
 ATTEMPTS, FIRST_PAUSE = 6, 1.0
 """Attempts, and seconds before the second one, doubled before each further one."""
 SCHEMES = ("s3://", "gs://")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+"""How a location begins, as the first part of a path; a drive's name has one letter."""
 
 Value = TypeVar("Value")
 
@@ -58,6 +62,19 @@ def is_remote(location: str) -> bool:
     if not location.startswith(SCHEMES):
         raise RemoteError(f"{location} is of a kind that is not known; allowed are folders, s3:// and gs://")
     return True
+
+
+def require_path(path: Path, name: str) -> Path:
+    """Returns a path of this machine; raises a `RemoteError` for a location, which would become a folder named `s3:`.
+
+    `name` says where it was given.
+    """
+    if path.parts and _SCHEME.fullmatch(path.parts[0]):
+        raise RemoteError(
+            f"{name}: {path.parts[0]}//{'/'.join(path.parts[1:])} is a location, and only the path of a file or folder "
+            "is taken there; copy with the store's own program, before or after"
+        )
+    return path
 
 
 def cached(location: str) -> Path:

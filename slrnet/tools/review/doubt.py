@@ -41,7 +41,7 @@ class Doubt:
     loss: float | None
     """Classification loss, >= 0; None if the training sees no image labels of it."""
     doubt: float = 0.0
-    """Mean over these three of the image's rank among all, from 0, the surest, to 1."""
+    """Mean over these three of the image's rank among those with as many classes, from 0, the surest, to 1."""
 
 
 def candidates(target: EvaluationTarget) -> tuple[Supervision, list[int]]:
@@ -103,6 +103,9 @@ def look(inference: Inference, sample: EvalSample) -> tuple[Mask, Doubt]:
 def measure_doubts(target: EvaluationTarget) -> list[tuple[int, Doubt]]:
     """Ranks the images that `candidates` names: index in the training split and figures, the most doubtful first.
 
+    Ranks are among images with equally many known classes. Among all, images with many classes would come first, and
+    those that a person corrects would be none of the data's usual ones.
+
     Raises:
         DataError: see `candidates` and `read_unmasked`.
     """
@@ -110,11 +113,15 @@ def measure_doubts(target: EvaluationTarget) -> list[tuple[int, Doubt]]:
 
     supervision, indices = candidates(target)
     samples = tqdm(read_unmasked(target, supervision, indices), total=len(indices), unit="image", disable=None)
-    found = [look(target.inference, sample)[1] for sample in samples]
+    looked = [(look(target.inference, sample)[1], int(sample.image_labels.sum())) for sample in samples]
+    found, classes = [one for one, _ in looked], np.array([shown for _, shown in looked])
     columns = [[-one.confidence for one in found], [one.disagreement for one in found]]
     if all(one.loss is not None for one in found):
         columns.append([one.loss or 0.0 for one in found])
-    means = np.mean([(rankdata(column) - 1) / max(1, len(found) - 1) for column in columns], axis=0)
+    means = np.zeros(len(found))
+    for alike in (classes == shown for shown in np.unique(classes)):
+        ranks = rankdata(np.array(columns)[:, alike], axis=1) - 0.5
+        means[alike] = ranks.mean(axis=0) / alike.sum()
     ranked = [
         (index, Doubt(**vars(one) | {"doubt": round(float(mean), 6)}))
         for index, one, mean in zip(indices, found, means, strict=True)

@@ -63,7 +63,11 @@ def test_a_location_where_a_path_belongs_is_refused(
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"error: [a-z-]+: (s3|gs)://bucket/\w+ is a location, and this command takes the path .*", line)
+    assert re.fullmatch(
+        r"error: [a-z-]+: (s3|gs)://bucket/\w+ is a location, and only the path .* is taken there; .*", line
+    )
+    with pytest.raises(ValueError, match=r"^out: s3://bucket/masks is a location"):
+        slrnet.predict("run", "photo.jpg", "s3://bucket/masks")
     assert not list(tmp_path.iterdir())
 
 
