@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,7 @@ import pytest
 from pyarrow import fs
 
 from data_prep.demo import build_demo
-from ray_jobs.demo import WORKER_PORTS, free_ports, local_cluster
+from ray_jobs.demo import WORKER_PORTS, free_ports, local_cluster, stop
 from slrnet.data.manifest import load_dataset
 from tests.fixtures.servers import serving
 from tests.ray_jobs.test_cluster import TINY, wait_until
@@ -53,7 +52,7 @@ def second_node(port: int, environment: dict[str, str], own: list[Path]) -> Iter
             return "Ray runtime started" in said
 
         node = subprocess.Popen(
-            [*OWN_MOUNTS, "sh", "-c", f'{mounts} && cd / && exec "$@"', "sh", *ray],
+            [*OWN_MOUNTS, "sh", "-c", f'{mounts} && cd / && {{ "$@" || "$@"; }}', "sh", *ray],  # a busy machine
             env=alone,
             stdout=log,
             stderr=log,
@@ -64,8 +63,7 @@ def second_node(port: int, environment: dict[str, str], own: list[Path]) -> Iter
             assert Path(f"/proc/{node.pid}/ns/mnt").readlink() != Path("/proc/self/ns/mnt").readlink()
             yield
         finally:
-            os.killpg(node.pid, signal.SIGTERM)
-            node.wait(timeout=60)
+            stop(node)
 
 
 def test_everything_goes_through_the_store(s3: Any, tmp_path: Path, storage: Path) -> None:
