@@ -96,7 +96,7 @@ def test_everything_goes_through_the_store(s3: Any, tmp_path: Path, storage: Pat
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=600,
             check=False,
         )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
