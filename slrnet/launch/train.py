@@ -237,7 +237,7 @@ def train_trial(
         store.fetch()
     best, left = find_checkpoint(checkpoints, which="best"), _last_state(checkpoints)
     driver.finish() if best is None else training.finish(driver, best)
-    return {**left.metrics, "epoch": left.epoch} if left and found and left.epoch == found.epoch else {}
+    return {**left.metrics, "epoch": left.epoch} if left and found and left.step == found.step else {}
 
 
 def _last_state(checkpoints: Path) -> TrainState | None:

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import slrnet
-from slrnet.checkpoints.checkpoint import CheckpointError, load_checkpoint
+from slrnet.checkpoints.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from slrnet.config import Config, apply_overrides
 from slrnet.data.manifest import ShardSet
 from slrnet.launch import train as ray_loop
 from slrnet.launch.checks import resume_config
-from slrnet.launch.train import POINTER, LaunchOptions, RunResult, TrainingError, launch
+from slrnet.launch.cluster import WorkerPlan
+from slrnet.launch.train import POINTER, LaunchOptions, RunResult, TrainingError, launch, train_trial
 from slrnet.storage.files import read_json
 from slrnet.tracking.mlflow import client_of
 from slrnet.tracking.reader import metric_history
@@ -273,3 +274,19 @@ def test_rank_0_reports_to_ray_where_the_checkpoint_is(rank: int, monkeypatch: p
     place = "s3://runs/mine/checkpoints/checkpoint-0001"
     ray_loop._RayReport(None, mailbox)(metrics, checkpoint=place)
     assert told == [(metrics, None if rank else {"checkpoint": place, "metrics": metrics})]
+
+
+def test_a_trial_with_nothing_left_to_train_gives_its_last_figures(tiny_config: Config, storage: Path) -> None:
+    """As when its sweep was killed after its last epoch, and before Tune noted it; else the workers have reported."""
+    config = apply_overrides(tiny_config, ["train.epochs=2", "train.pretrain_epochs=0"])
+    parent = start(config, storage, "train.epochs=1", name="sweep").run
+    options = LaunchOptions(name="trial", storage=storage, num_workers=0)
+    rest: dict[str, Any] = {"parent": parent, "workers": WorkerPlan(least=0, most=0, cpus=1, gpu=False)}
+    rest |= {"callbacks": [], "notes": {}, "tags": {}}
+    assert train_trial(config, options, until=1, **rest) == {}
+    assert train_trial(config, options, **rest) == {}
+    figures = train_trial(config, options, **rest)
+    last = find_checkpoint(storage / "trial" / "checkpoints")
+    assert last is not None
+    assert figures == {**load_checkpoint(last).state.metrics, "epoch": 2}
+    assert "val/miou_ss" in figures
