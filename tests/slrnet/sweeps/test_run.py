@@ -140,7 +140,8 @@ def test_tune_keeps_its_state_in_an_object_store(
     most: dict[str, Any] = {"max_concurrent": 1, "num_samples": 2, "max_failures": 0, "scheduler": "none"}
     options = SweepOptions(name="s", storage=cached("s3://runs/all"), remote="s3://runs/all", **most)
     config = tiny_config.model_copy(update={"tracking": tracking})
-    plan = plan_sweep(config, options, space=[parse_domain("optim.lr=loguniform:1e-4:1e-2")])
+    space = [parse_domain(text) for text in ("optim.lr=loguniform:1e-4:1e-2", "cvlr.num_iters=int:1:3")]
+    plan = plan_sweep(config, options, space=space)
     monkeypatch.setattr(run, "_trial", tried)
     ray.shutdown()  # an earlier test of this process may have left its connection
     root = str(Path(__file__).resolve().parents[3])
