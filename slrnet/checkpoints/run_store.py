@@ -20,7 +20,17 @@ from slrnet.storage.files import read_json, write_text
 from slrnet.storage.folders import mark_folder, remove_folder, whole_folder
 from slrnet.storage.lease import LEASE
 from slrnet.storage.names import check_run_name
-from slrnet.storage.remote import RemoteError, cached, copy_from, copy_to, filesystem_of, is_remote, locked, patiently
+from slrnet.storage.remote import (
+    RemoteError,
+    cached,
+    copy_from,
+    copy_to,
+    files_in,
+    filesystem_of,
+    is_remote,
+    locked,
+    patiently,
+)
 from slrnet.storage.shown import logger_of
 
 __all__ = [
@@ -232,11 +242,7 @@ class RunStore:
 
     def _files(self, folder: str, *, recursive: bool = False) -> dict[str, int]:
         """Files in a folder of the run: bytes by path within it."""
-        from pyarrow import fs
-
-        system, path = filesystem_of(f"{self.location}/{folder}".rstrip("/"))
-        listed = system.get_file_info(fs.FileSelector(path, recursive=recursive, allow_not_found=True))
-        return {info.path.removeprefix(path).lstrip("/"): info.size for info in listed if info.type == fs.FileType.File}
+        return files_in(f"{self.location}/{folder}", recursive=recursive)
 
     def _fetch_logs(self) -> None:
         """Copies logs that grew; lines are only ever added."""

@@ -173,7 +173,7 @@ def output_folder(text: str) -> Path:
 @checked
 def output_location(text: str) -> Path | str:
     """An `output_folder`, or a location in an object store."""
-    return text.rstrip("/") if is_remote(text) else check_writable(lasting(Path(text).expanduser()), folder=True)
+    return text.rstrip("/") if is_remote(text) else output_folder(text)
 
 
 @checked

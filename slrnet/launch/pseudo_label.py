@@ -28,7 +28,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from pyarrow import fs
 
 from slrnet.checkpoints.checkpoint import load_checkpoint
 from slrnet.checkpoints.run_store import on_this_machine
@@ -50,7 +49,16 @@ from slrnet.models.deeplab import require_deeplab
 from slrnet.storage.files import UNFINISHED, flush, read_json, sha256_of, write_json, written_whole
 from slrnet.storage.folders import flush_folder, mark_folder, remove_folder
 from slrnet.storage.lease import LEASE, beside, owned
-from slrnet.storage.remote import RemoteError, cached, copy_to, filesystem_of, is_remote, open_cached, patiently
+from slrnet.storage.remote import (
+    RemoteError,
+    cached,
+    copy_to,
+    files_in,
+    filesystem_of,
+    is_remote,
+    open_cached,
+    patiently,
+)
 from slrnet.storage.shown import say
 from slrnet.tracking.protocol import metric_key
 from slrnet.tracking.provenance import environment_tags
@@ -152,9 +160,7 @@ def _label_in_store(job: MaskJob, location: str, described: dict[str, Any], requ
     if record is not None:
         _check_same(record, described, location)
         return record
-    system, place = filesystem_of(location)
-    listing = fs.FileSelector(place, allow_not_found=True)
-    present = {info.base_name for info in patiently(location, lambda: system.get_file_info(listing))} - {LEASE}
+    present = patiently(location, lambda: files_in(location, recursive=True)).keys() - {LEASE}
     begun = read_json(open_cached(location, COPYING, again=True))["job"] if COPYING in present else None
     if present and begun != described:
         kind = f"no pseudo masks but {min(present)}" if begun is None else "the unfinished copy of other pseudo masks"
@@ -165,7 +171,8 @@ def _label_in_store(job: MaskJob, location: str, described: dict[str, Any], requ
     last, names = [DATASET_FILE, RECORD], {path.name for path in made.iterdir()}  # these two make it a data set
     for name in [*sorted(names - set(last)), *last]:
         copy_to(made / name, f"{location}/{name}")
-    system.delete_file(f"{place}/{COPYING}")
+    system, place = filesystem_of(f"{location}/{COPYING}")
+    system.delete_file(place)
     remove_folder(made, within=made.parent, own=names)
     return record
 

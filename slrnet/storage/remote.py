@@ -30,6 +30,7 @@ __all__ = [
     "cached",
     "copy_from",
     "copy_to",
+    "files_in",
     "filesystem_of",
     "is_remote",
     "locked",
@@ -130,6 +131,19 @@ def copy_to(source: Path, target: str) -> None:
 
     system, place = filesystem_of(target)
     fs.copy_files(str(source), place, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+
+
+def files_in(location: str, *, recursive: bool = False) -> dict[str, int]:
+    """Files in a folder of an object store: bytes by path within it; none if it is missing.
+
+    Raises:
+        OSError: the store refuses it.
+    """
+    from pyarrow import fs
+
+    system, path = filesystem_of(location.rstrip("/"))
+    listed = system.get_file_info(fs.FileSelector(path, recursive=recursive, allow_not_found=True))
+    return {info.path.removeprefix(path).lstrip("/"): info.size for info in listed if info.type == fs.FileType.File}
 
 
 @contextmanager

@@ -277,7 +277,7 @@ class TestReading:
         def refuse(source: str) -> Any:
             raise OSError("AWS Error ACCESS_DENIED")
 
-        monkeypatch.setattr("slrnet.checkpoints.run_store.filesystem_of", refuse)
+        monkeypatch.setattr("slrnet.storage.remote.filesystem_of", refuse)
         with pytest.raises(RemoteError, match="ACCESS_DENIED; check credentials"):
             local_run(PLACE)
 
