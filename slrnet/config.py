@@ -314,6 +314,9 @@ class CalibrationConfig(_Section):
     """The same share for the background."""
     floor: Fraction = 0.2
     """Probability that a class must exceed to claim a pixel, whatever its maximum."""
+    masks: Literal["decoder", "probe"] = "decoder"
+    """Masks that become pseudo labels: the decoder's (paper, released code), or those of a linear probe of the
+    encoder's deepest features (`slrnet.models.probe`), which is too small to learn the errors of its own labels."""
     source: Literal["training", "evaluation", "ema"] = "training"
     """Network that makes the training's pseudo labels. `training`: the training pass itself (paper, released code);
     `evaluation`: another pass of it without dropout, gates and batch statistics; `ema`: that of its average, which
@@ -627,6 +630,11 @@ class Config(_Section):
             raise ValueError(
                 "calibration.feature_source 'attention' has no effect with calibration.feature_share 0; set "
                 "feature_share above 0, such as 0.5, or feature_source to 'tokens'"
+            )
+        if self.calibration.masks == "probe" and self.model.architecture == "deeplabv3plus":
+            raise ValueError(
+                "calibration.masks 'probe' makes pseudo labels, and model.architecture 'deeplabv3plus' learns from "
+                "none; set masks to 'decoder'"
             )
         if self.model.auxiliary_views == "first" and self.cvlr.form != "released":
             raise ValueError(

@@ -20,7 +20,18 @@ from slrnet.config import CalibrationConfig
 from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.ops.maps import class_probs, resize, widened
 
-__all__ = ["Calibrated", "calibrate_views", "make_pseudo_labels", "possible_classes", "threshold", "to_class_ids"]
+__all__ = [
+    "Calibrated",
+    "calibrate_views",
+    "make_pseudo_labels",
+    "possible_classes",
+    "seed_labels",
+    "threshold",
+    "to_class_ids",
+]
+
+SEED_SHARE, SEED_FLOOR = 0.4, 0.15
+"""A class claims places above this share of its largest activation, the background where all are below the floor."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +158,25 @@ def threshold(
     ids = torch.arange(probs.shape[1], dtype=torch.uint8, device=probs.device).view(-1, 1, 1)
     claimant = (claimed * ids).sum(dim=1, dtype=torch.uint8)  # meaningful where exactly one class claims the pixel
     return torch.where(claimed.sum(dim=1, dtype=torch.uint8) == 1, claimant.long(), IGNORE_INDEX)
+
+
+def seed_labels(activations: Tensor, image_labels: Tensor) -> Tensor:
+    """First labels from class activation maps (N, K - 1, h, w): (N, h, w) int64 class ids, 255 where undecided.
+
+    Args:
+        activations: positive where a place speaks for a class.
+        image_labels: (N, K - 1) multi-hot, the classes that each image shows; an image without any is undecided.
+    """
+    shown = activations.clamp_min(0) * image_labels[:, :, None, None]
+    background = torch.zeros_like(shown[:, :1])  # takes no part in the rule
+    labels = threshold(
+        torch.cat([background, shown], dim=1),
+        confidence_threshold=SEED_SHARE,
+        background_threshold=0.0,
+        floor=SEED_FLOOR,
+        rule="normalized",
+    )
+    return torch.where(image_labels.any(dim=1)[:, None, None], labels, IGNORE_INDEX)
 
 
 def to_class_ids(channel_labels: Tensor, classes: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ class Inference:
         stride = self.model.encoder.size_step if settings.sizes == "fitted" else None
         outputs = self.run([apply_view(images, view, stride=stride) for view in views])
         fuse_probs, unwarp_probs = self.config.calibration.fusion == "probs", settings.unwarp == "probs"
-        masks = outputs.probs if fuse_probs and unwarp_probs else outputs.logits
+        masks = outputs.masks_to_fuse("probs" if fuse_probs and unwarp_probs else "logits")
         aligned = align_maps(masks, views, size=largest_size(masks))
         aligned = [class_probs(view) for view in aligned] if fuse_probs and not unwarp_probs else aligned
         guided = self.config.calibration.feature_share > 0

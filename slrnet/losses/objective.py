@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slrnet.config import LossConfig, WeightsConfig
+from slrnet.data.catalog import IGNORE_INDEX
 from slrnet.losses.consistency import code_consistency, mask_consistency, mask_divergence
 from slrnet.losses.segmentation import weigh
 from slrnet.models.network import Outputs
@@ -21,6 +22,9 @@ __all__ = ["Labels", "Objective", "classification_loss", "objective"]
 
 BALANCE_POWERS = {"balanced": 1.0, "sqrt": 0.5, "plain": 0.0}
 """Exponents on the weights of classes, by `losses.pseudo_balance`."""
+PROBE_RATE = 0.1
+"""Share of the new layers' rate at which a linear probe learns masks. At the full rate it runs after its own labels
+until a class is gone."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Labels:
     """(N,) bool, whether training may use an image's true mask."""
     pseudo_labels: Tensor | None
     """(N, H, W) int64, or (V, N, H, W) with one for each view, for images without a true mask; None in pretraining."""
+    seeds: Tensor | None = None
+    """(N, h, w) int64, what a linear probe learns from without pseudo labels; None without a probe, or with them."""
     pixel_labeled_share: Tensor | None = None
     """(), share of the images with true masks in the global batch, of which these may be a part; None: in these."""
 
@@ -71,8 +77,9 @@ def objective(
     Returns:
         Parts `classification` (Eq. 2, images with image labels and no true mask), `segmentation` (Eq. 1, pseudo labels)
         and `pixel_segmentation` (Eq. 1, true masks), each the sum over the views plus the auxiliary head's weighted
-        mean over the views, `mask_consistency` (Eq. 4) and `code_consistency` (Eq. 9). Each part is a sum over its
-        images, divided by the number of images in the batch. Parts that the setting or the epoch lacks are missing.
+        mean over the views, `mask_consistency` (Eq. 4), `code_consistency` (Eq. 9), and `probe`, the losses of a linear
+        probe. Each part is a sum over its images, divided by the number of images in the batch. Parts that the setting
+        or the epoch lacks are missing.
     """
     parts, valid_share = _segmentation_parts(outputs, labels, weights, losses)
     known = labels.has_image_labels
@@ -91,6 +98,8 @@ def objective(
         background=losses.mask_background,
         divisor=losses.class_divisor,
     ).mean()
+    if outputs.probe_logits:
+        parts["probe"] = _probe_part(outputs, labels, losses.positive_weight)
     if divergence:
         parts["mask_divergence"] = mask_divergence(outputs.logits).mean()
     if outputs.codes:
@@ -104,6 +113,7 @@ def objective(
         "mask_consistency": of_masks,
         "mask_divergence": of_masks,
         "code_consistency": of_codes,
+        "probe": 1.0,
         "segmentation": weights.segmentation,
         "pixel_segmentation": weights.segmentation * _pixel_factor(labels, weights),
     }
@@ -187,6 +197,40 @@ def _segmentation_parts(
     pseudo = ~labels.has_pixel_labels
     valid = torch.stack([own.complete & pseudo for own in weighed]).float().mean(dim=0)
     return losses_of, valid.sum() / pseudo.sum().clamp_min(1)
+
+
+def _probe_part(outputs: Outputs, labels: Labels, positive_weight: float) -> Tensor:
+    """The mean over the views of a linear probe's losses; no gradient flows to the rest of the network.
+
+    Cross-entropy, plain and over each image's labeled pixels alone, by the labels that the views learn from or by
+    `Labels.seeds`; and the classification loss of the mean activations.
+    """
+    total, views = outputs.probe_logits[0].new_zeros(()), len(outputs.probe_logits)
+    targets = labels.seeds if labels.pseudo_labels is None else labels.pseudo_labels
+    for view, logits in enumerate(outputs.probe_logits):
+        own = targets[view] if targets is not None and targets.ndim == 4 else targets
+        if labels.pixel_labels is not None:
+            own = _with_masks(own, labels.pixel_labels, labels.has_pixel_labels)
+        assert own is not None
+        valid = own != IGNORE_INDEX
+        weights = valid / valid.float().mean(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
+        loss = resized_cross_entropy(logits, torch.where(valid, own, 0), weights)
+        total = total + PROBE_RATE * loss.mean()
+    if labels.has_image_labels is not None:
+        for activations in outputs.probe_activations:
+            scores = activations.mean(dim=(2, 3))
+            loss = classification_loss(scores, labels.image_labels, positive_weight)
+            total = total + (loss * labels.has_image_labels).mean()
+    return total / views
+
+
+def _with_masks(others: Tensor | None, pixel_labels: Tensor, has_pixel_labels: Tensor) -> Tensor:
+    """(N, H, W) true masks, and the labels of the other images, of any size; None: void."""
+    if others is None:
+        return pixel_labels
+    if others.shape != pixel_labels.shape:
+        others = F.interpolate(others[:, None].float(), size=pixel_labels.shape[1:], mode="nearest")[:, 0].long()
+    return torch.where(has_pixel_labels[:, None, None], pixel_labels, others)
 
 
 def _with_auxiliary(main: Sequence[Tensor], auxiliary: Sequence[Tensor], weight: float) -> Tensor:

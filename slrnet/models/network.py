@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ class Outputs:
     """(N, K, h, w) codes of CVLR; empty if there are no auxiliary logits."""
     unwarped_probs: list[Tensor] = field(default_factory=list)
     """(N, K, h, w) probabilities, un-warped after the softmax; empty unless `views.unwarp` asks for them."""
+    probe_logits: list[Tensor] = field(default_factory=list)
+    """(N, K, h, w) mask logits of the linear probe, background first; empty without one."""
+    probe_activations: list[Tensor] = field(default_factory=list)
+    """(N, K - 1, h, w) class activation maps of the probe; empty without one, or without image labels."""
     features: list[Tensor] = field(default_factory=list)
     """(N, C, h, w) the encoder's deepest features, or (N, h w, h, w) its attention, as `calibration.feature_source`
     says, without gradient; empty if the network does not tell."""
@@ -41,6 +46,12 @@ class Outputs:
     def probs(self) -> list[Tensor]:
         """(N, K, h, w) probabilities: those un-warped after the softmax if there are any, else the logits' softmax."""
         return self.unwarped_probs or [class_probs(view) for view in self.logits]
+
+    def masks_to_fuse(self, fusion: Literal["logits", "probs"]) -> list[Tensor]:
+        """The masks that become pseudo labels, as `calibration.fusion` averages them: the probe's if there is one."""
+        if self.probe_logits:
+            return self.probe_logits if fusion == "logits" else [class_probs(view) for view in self.probe_logits]
+        return self.logits if fusion == "logits" else self.probs
 
 
 class Network(nn.Module):

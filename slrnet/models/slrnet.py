@@ -28,6 +28,7 @@ from slrnet.models.encoders import Encoder, build_encoder, check_sizes
 from slrnet.models.heads import AuxiliaryHead, class_scores
 from slrnet.models.low_rank import build_low_rank
 from slrnet.models.network import Network, Outputs
+from slrnet.models.probe import Probe
 from slrnet.ops.maps import class_probs
 
 __all__ = ["SLRNet", "build_network"]
@@ -42,6 +43,7 @@ class SLRNet(Network):
         num_classes: K with the background.
         cvlr: the low-rank module; None leaves the features unchanged.
         predict_background: the heads predict the background, and there are no class scores.
+        probe: also classify the encoder's features by a linear probe.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class SLRNet(Network):
         num_classes: int,
         cvlr: CrossViewLowRank | None,
         predict_background: bool = False,
+        probe: bool = False,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -80,6 +83,9 @@ class SLRNet(Network):
         for part in (self.aspp, self.fusion, self.auxiliary_head, self.lift, self.cue_injection, self.mask_head):
             if part is not None:
                 _initialize(part, zero_biases=config.bias_start == "zero")
+        self.probe: Probe | None = None
+        if probe:  # last, so that it changes no other weight's random start
+            self.probe = Probe(encoder.out_channels, num_classes=num_classes, image_labels=not predict_background)
 
     def forward(self, views: Sequence[Tensor]) -> Outputs:
         """Predicts masks and class scores; see `Network.forward`."""
@@ -98,9 +104,18 @@ class SLRNet(Network):
             features, codes = low_rank.features, low_rank.codes if self.cvlr.class_codes else []
         logits = [self._decode(deep, skip) for deep, skip in zip(features, skips, strict=True)]
         figures = {"skip_share": torch.stack(shares).mean()} if shares else {}
-        told = [view.told for view in encoded]
-        scores = self._score(logits), self._score(auxiliary)
-        return Outputs(logits, scores[0], auxiliary, scores[1], codes, features=told, figures=figures)
+        probed = [] if self.probe is None else [self.probe(deep) for deep in deep_features]
+        return Outputs(
+            logits,
+            self._score(logits),
+            auxiliary,
+            self._score(auxiliary),
+            codes,
+            probe_logits=[view.logits for view in probed],
+            probe_activations=[view.activations for view in probed if view.activations is not None],
+            features=[view.told for view in encoded],
+            figures=figures,
+        )
 
     def regions(self) -> list[nn.Module]:
         """Everything but CVLR, which consists of matrix products, and the class scores."""
@@ -149,6 +164,7 @@ def build_network(config: Config, *, num_classes: int, weights: bool = True) -> 
         num_classes=num_classes,
         cvlr=build_low_rank(config.cvlr, model.decoder_dim) if config.cvlr.enabled else None,
         predict_background=config.predicts_background,
+        probe=config.calibration.masks == "probe",
     )
 
 

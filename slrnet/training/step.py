@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from slrnet.calibration.pseudo_labels import calibrate_views, make_pseudo_labels, possible_classes
+from slrnet.calibration.pseudo_labels import calibrate_views, make_pseudo_labels, possible_classes, seed_labels
 from slrnet.config import Config, ViewsConfig
 from slrnet.data.batch import Batch
 from slrnet.data.catalog import IGNORE_INDEX
@@ -95,6 +95,10 @@ def align(outputs: Outputs, views: Sequence[View], *, unwarp: Literal["logits", 
     """Un-warps all maps to the frame of the crop, at the size of the largest view's maps; see `views.unwarp`."""
     size, names = largest_size(outputs.logits), ("logits", "auxiliary_logits", "codes")
     aligned: dict[str, Any] = {name: align_maps(getattr(outputs, name), views, size=size) for name in names}
+    if outputs.probe_logits:
+        size = largest_size(outputs.probe_logits)
+        for name in ("probe_logits", "probe_activations"):
+            aligned[name] = align_maps(getattr(outputs, name), views, size=size)
     if unwarp == "probs":
         aligned["unwarped_probs"] = align_maps(outputs.probs, views, size=size)
     return replace(outputs, **aligned)
@@ -214,10 +218,21 @@ def losses_of(
             pixel_labels=None if config.setting == "wsss" else pixel_labels.long(),
             has_pixel_labels=batch.has_pixel_labels,
             pseudo_labels=pseudo_labels,
+            seeds=_seeds(aligned, batch) if pseudo_labels is None else None,
             pixel_labeled_share=pixel_labeled_share,
         )
         divergence = config.calibration.supervision == "kl"
         return objective(aligned, labels, weights=config.weights, losses=config.losses, divergence=divergence)
+
+
+@torch.no_grad()
+def _seeds(aligned: Outputs, batch: Batch) -> Tensor | None:
+    """(N, h, w) int64, the probe's first labels, from its activations; None without these."""
+    if not aligned.probe_activations:
+        return None
+    activations = sum(aligned.probe_activations[1:], aligned.probe_activations[0]) / len(aligned.probe_activations)
+    labels = possible_classes(batch.image_labels, batch.has_image_labels)
+    return seed_labels(activations, labels * batch.has_image_labels[:, None])
 
 
 def _to_crop(features: Tensor, view: View, *, attends: bool) -> Tensor:
@@ -253,7 +268,7 @@ def _pseudo_labels(
         labels = make_pseudo_labels(calibrated, settings, size=size)
         return labels if rows is None else void.index_copy(0, rows, labels)
 
-    masks = aligned.logits if settings.fusion == "logits" else aligned.probs
+    masks = aligned.masks_to_fuse(settings.fusion)
     if settings.supervision == "mvmc":
         return make(masks)
     own = [make([view]) for view in masks]

@@ -206,6 +206,12 @@ class TestFit:
             ("views.unwarp=probs", "losses.mask_consistency=probs", "views.unwarp 'probs' has no effect"),
             ("calibration.refine_image=distorted", "views.own_color=false", "needs one distortion per crop"),
             ("model.auxiliary_views=first", "cvlr.form=released", "model.auxiliary_views 'first' gives CVLR no codes"),
+            (
+                "calibration.masks=probe model.architecture=deeplabv3plus setting=sss data.pixel_labeled_subset=some "
+                "cvlr.enabled=false data.crop_size=320",
+                "calibration.masks=decoder",
+                "'probe' makes pseudo labels, and model.architecture 'deeplabv3plus' learns from none",
+            ),
             ("calibration.feature_source=attention", "calibration.feature_share=0.5", "has no effect with calibration"),
             ("calibration.view_weights=1,2,1", "views.scales=1,0.5,0.5", "give one weight for each view"),
             ("cvlr.start_share=0.1 cvlr.start=default", "cvlr.start=identity", "goes with start 'identity'"),

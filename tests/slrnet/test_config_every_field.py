@@ -146,6 +146,7 @@ CHANGES: dict[str, Change] = {
         "attention", given=("model.encoder=timm:small_vit", "calibration.feature_share=1.0")
     ),
     "calibration.peak_power": change_weights(1.0, given=(*PLAIN, "calibration.floor=0.24")),
+    "calibration.masks": change_size("probe"),
     "calibration.source": change_weights("evaluation"),
     "calibration.rule": change_weights("normalized"),
     "calibration.confidence_threshold": change_weights(0.7),

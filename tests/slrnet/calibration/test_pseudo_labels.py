@@ -16,6 +16,7 @@ from slrnet.calibration.pseudo_labels import (
     calibrate_views,
     make_pseudo_labels,
     possible_classes,
+    seed_labels,
     threshold,
     to_class_ids,
 )
@@ -44,6 +45,19 @@ def threshold_in_loops(probs: Tensor, gamma: float, background: float, floor: fl
                 if len(claims) == 1:
                     labels[n, y, x] = claims[0]
     return labels
+
+
+def test_seeds_by_shares_of_the_largest_activation() -> None:
+    """Above .4 of the maximum the class, all below .15 background; classes that the image lacks do not count."""
+    row = torch.tensor([[10.0, 4.5, 3.5, 1.6, 1.4, -8.0], [-1.0, -1.0, 2.0, -1.0, -1.0, -1.0]])
+    activations = row.view(1, 2, 1, 6).expand(4, -1, -1, -1)
+    labels = torch.tensor([[1, 0], [1, 1], [0, 1], [0, 0]])
+    assert seed_labels(activations, labels)[:, 0].tolist() == [
+        [1, 1, VOID, VOID, 0, 0],
+        [1, 1, 2, VOID, 0, 0],
+        [0, 0, 2, 0, 0, 0],
+        [VOID] * 6,
+    ]
 
 
 class TestThreshold:

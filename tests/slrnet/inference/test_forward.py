@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,6 +38,22 @@ class Recorder(nn.Module):
 
 def noise(height: int, width: int) -> Tensor:
     return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+class TestViewMasks:
+    @pytest.mark.parametrize("fusion", ["logits", "probs"])
+    def test_pseudo_masks_are_the_probes_and_predictions_the_decoders(self, fusion: str) -> None:
+        class Probing(Recorder):
+            def forward(self, views: Sequence[Tensor]) -> Outputs:
+                return replace(super().forward(views), probe_logits=[-4 * view[..., ::2, ::2] for view in views])
+
+        config = apply_overrides(CONFIG, [f"calibration.fusion={fusion}", "views.scales=1.0"])
+        image = noise(64, 64)
+        alone, probing = (Inference(network, config) for network in (Recorder(), Probing()))  # type: ignore[arg-type]
+        expected = -4 * alone.view_masks(image).images[..., ::2, ::2]
+        (masks,) = probing.view_masks(image).masks
+        assert torch.allclose(masks, expected.softmax(dim=1) if fusion == "probs" else expected)
+        assert torch.equal(probing.single_scale(image)[0], alone.single_scale(image)[0])
 
 
 class TestPredictSingleScale:

@@ -109,6 +109,47 @@ def test_pretraining_has_no_segmentation_part() -> None:
     assert result.total.item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+def test_a_probe_learns_by_plain_cross_entropy_over_labeled_pixels_and_by_its_mean_activations() -> None:
+    """A tenth of the mean over labeled pixels, in loops, and the classification loss; the mean over the views."""
+    generator = torch.Generator().manual_seed(3)
+    logits = [torch.randn(2, 4, 6, 6, generator=generator) for _ in range(2)]
+    activations = [torch.randn(2, 3, 6, 6, generator=generator) for _ in range(2)]
+    out = replace(outputs(2), probe_logits=logits, probe_activations=activations)
+    pseudo = pseudo_labels()
+    masks = torch.full_like(pseudo, 255)
+    masks[1, 2:5] = 2
+
+    def expected(targets: Tensor, labeled: Tensor) -> float:
+        total = 0.0
+        for maps, evidence in zip(logits, activations, strict=True):
+            for n in range(2):
+                spots = [(y, x) for y in range(6) for x in range(6) if targets[n, y, x] != 255]
+                entropies = [-maps[n, :, y, x].log_softmax(0)[targets[n, y, x]].item() for y, x in spots]
+                total += 0.1 * sum(entropies) / len(spots) / 2
+                scores = evidence[n].mean(dim=(1, 2))
+                total += classification_loss(scores[None], labeled[n : n + 1]).item() / 2
+        return total / 2
+
+    for labels, targets in (
+        (labels_of(pseudo), pseudo),
+        (labels_of(None, seeds=pseudo), pseudo),
+        (
+            labels_of(pseudo, pixel_labels=masks, has_pixel_labels=torch.tensor([False, True])),
+            torch.stack([pseudo[0], masks[1]]),
+        ),
+        (
+            labels_of(
+                None, seeds=pseudo[:, ::2, ::2], pixel_labels=masks, has_pixel_labels=torch.tensor([False, True])
+            ),
+            torch.stack([pseudo[0, ::2, ::2].repeat_interleave(2, 0).repeat_interleave(2, 1), masks[1]]),
+        ),
+    ):
+        assert run(out, labels).parts["probe"].item() == pytest.approx(expected(targets, IMAGE_LABELS), abs=1e-5)
+    own = run(out, labels_of(torch.stack([pseudo, pseudo.flip(1)]))).parts["probe"]
+    logits[1] = logits[1].flip(2)
+    assert torch.isclose(own, run(out, labels_of(pseudo)).parts["probe"])
+
+
 def test_one_view_has_no_distance_and_keeps_the_graph() -> None:
     out = outputs(1)
     result = run(out, None)

@@ -27,7 +27,7 @@ K = 3
 PLAIN = Encoder(nn.Identity(), stages=(), channels=(3, 3), strides=(2, 4), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
-def tiny_model(*, cvlr: bool = True, predict_background: bool = False, **options: Any) -> SLRNet:
+def tiny_model(*, cvlr: bool = True, predict_background: bool = False, probe: bool = False, **options: Any) -> SLRNet:
     torch.manual_seed(0)
     return SLRNet(
         tiny_encoder().freeze(stages=1, batch_norm=False),
@@ -35,6 +35,7 @@ def tiny_model(*, cvlr: bool = True, predict_background: bool = False, **options
         num_classes=K,
         cvlr=CrossViewLowRank(8, dim=6, **options) if cvlr else None,
         predict_background=predict_background,
+        probe=probe,
     )
 
 
@@ -292,6 +293,79 @@ class TestStepLosses:
         taught.total.backward()  # type: ignore[no-untyped-call]
         assert teacher.training
         assert all(parameter.grad is None for parameter in teacher.parameters())
+
+    @pytest.mark.parametrize("pretraining", [True, False])
+    @pytest.mark.parametrize("supervision", ["mvmc", "cps", "kl"])
+    @pytest.mark.parametrize("setting", [None, *SEMI])
+    def test_a_probe_learns_in_every_setting(
+        self, setting: str | None, supervision: str, pretraining: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It changes no other part of the loss while pretraining, and no gradient of another parameter."""
+        alone = setting == "sss"
+        given: dict[str, Any] = SEMI[setting] if setting else {}
+        options: dict[str, Any] = {"masks": (False, setting is not None), "pretraining": pretraining}
+        options |= {"names": (False, False)} if alone else {}
+        config = settings(**given, calibration={"supervision": supervision})
+        model = tiny_model(predict_background=alone, probe=True).train()
+        result = losses_of(model, config, **options)
+        assert result.parts["probe"].item() > 0
+        result.total.backward()  # type: ignore[no-untyped-call]
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+        gradients = torch.autograd.grad(
+            losses_of(model, config, **options).parts["probe"],
+            [weight for weight in model.parameters() if weight.requires_grad],
+            allow_unused=True,
+        )
+        names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+        reached = {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
+        assert reached == {name for name in names if name.startswith("probe.")}
+        if pretraining:
+            without = losses_of(tiny_model(predict_background=alone).train(), config, **options)
+            for name, part in without.parts.items():
+                assert torch.equal(part, result.parts[name]), name
+
+    def test_the_masks_of_a_probe_become_pseudo_labels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A probe that sees class 1 everywhere, and a decoder that sees the background: pseudo labels show class 1."""
+        kept: list[Labels] = []
+
+        def keep(outputs: Any, labels: Labels, **options: Any) -> Objective:
+            kept.append(labels)
+            return objective(outputs, labels, **options)
+
+        monkeypatch.setattr(step_module, "objective", keep)
+        model = tiny_model(probe=True).eval()
+        assert model.probe is not None
+        with torch.no_grad():
+            assert model.probe.classify.bias is not None
+            model.probe.classify.bias[1] = 9.0
+            model.mask_head.classify.weight.zero_()
+            model.mask_head.classify.bias.fill_(-9.0)  # type: ignore[union-attr]
+        for fusion in ("logits", "probs"):
+            losses_of(model, settings(calibration={"fusion": fusion, "floor": 0.5}), pretraining=False)
+        for labels in kept:
+            assert labels.seeds is None
+            assert labels.pseudo_labels is not None
+            assert set(labels.pseudo_labels.unique().tolist()) == {1}
+
+    def test_seeds_come_from_the_mean_of_the_views_activations(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        kept: list[Labels] = []
+
+        def keep(outputs: Any, labels: Labels, **options: Any) -> Objective:
+            kept.append(labels)
+            return objective(outputs, labels, **options)
+
+        monkeypatch.setattr(step_module, "objective", keep)
+        model = tiny_model(probe=True).eval()
+        assert model.probe is not None
+        assert model.probe.activate is not None
+        with torch.no_grad():
+            model.probe.activate.bias.copy_(torch.tensor([2.0, 3.0]))  # type: ignore[union-attr]
+        losses_of(model, settings(), pretraining=True, image_labels=torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+        (labels,) = kept
+        assert labels.seeds is not None
+        assert set(labels.seeds[0].unique().tolist()) == {1}
+        assert set(labels.seeds[1].unique().tolist()) == {255}, "no class is known"
 
     def test_cross_view_supervision(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Fig. 4 (right): the same labels for all views, those of the next view, or a view's own."""
