@@ -73,7 +73,9 @@ def parse_arguments() -> argparse.Namespace:
 def _config(encoder: str, views: int = 2, precision: str = "auto") -> Config:
     recipe = voc_wsss() if encoder == "wide" else voc_wsss_lite()
     crop = 321 if encoder == "wide" else 192
-    return apply_values(recipe, {"views.scales": SCALES[views], "data.crop_size": crop, "train.precision": precision})
+    same = {"model.decoder_dim": 256, "calibration.masks": "decoder"}  # what the released network has
+    changes = {"views.scales": SCALES[views], "data.crop_size": crop, "train.precision": precision}
+    return apply_values(recipe, same | changes)
 
 
 def _side(args: argparse.Namespace) -> Callable[[], object]:

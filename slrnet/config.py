@@ -368,6 +368,9 @@ class WeightsConfig(_Section):
     the mean over its own samples; here it is that over the samples of all workers and accumulation steps."""
     classification: NonNegativeFloat = 1.0
     """lambda_cls."""
+    probe_classification: NonNegativeFloat = 1.0
+    """Weight of the classification loss of the linear probe's mean activations, which trains the encoder without a say
+    in how large masks are; for `calibration.masks = "probe"`."""
     consistency: NonNegativeFloat = 4.0
     """lambda_reg, of both Eq. 4 and Eq. 9."""
     mask_consistency: NonNegativeFloat | None = None
@@ -630,6 +633,11 @@ class Config(_Section):
             raise ValueError(
                 "calibration.feature_source 'attention' has no effect with calibration.feature_share 0; set "
                 "feature_share above 0, such as 0.5, or feature_source to 'tokens'"
+            )
+        if self.calibration.masks == "probe" and setting == "wsss" and not self.train.pretrain_epochs:
+            raise ValueError(
+                "calibration.masks 'probe' learns its first masks in the epochs before pseudo labels, and "
+                "train.pretrain_epochs is 0; set it to 1 or more, or masks to 'decoder'"
             )
         if self.calibration.masks == "probe" and self.model.architecture == "deeplabv3plus":
             raise ValueError(

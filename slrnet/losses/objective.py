@@ -77,9 +77,10 @@ def objective(
     Returns:
         Parts `classification` (Eq. 2, images with image labels and no true mask), `segmentation` (Eq. 1, pseudo labels)
         and `pixel_segmentation` (Eq. 1, true masks), each the sum over the views plus the auxiliary head's weighted
-        mean over the views, `mask_consistency` (Eq. 4), `code_consistency` (Eq. 9), and `probe`, the losses of a linear
-        probe. Each part is a sum over its images, divided by the number of images in the batch. Parts that the setting
-        or the epoch lacks are missing.
+        mean over the views, `mask_consistency` (Eq. 4), `code_consistency` (Eq. 9); `probe`, the cross-entropy of a
+        linear probe, and `probe_classification`, the loss of its mean activations in images with image labels, the mean
+        over the views each. Each part is a sum over its images, divided by the number of images in the batch. Parts
+        that the setting or the epoch lacks are missing.
     """
     parts, valid_share = _segmentation_parts(outputs, labels, weights, losses)
     known = labels.has_image_labels
@@ -99,7 +100,11 @@ def objective(
         divisor=losses.class_divisor,
     ).mean()
     if outputs.probe_logits:
-        parts["probe"] = _probe_part(outputs, labels, losses.positive_weight)
+        parts["probe"] = _probe_part(outputs, labels)
+    if outputs.probe_activations and known is not None:
+        scores = [activations.mean(dim=(2, 3)) for activations in outputs.probe_activations]
+        each = [classification_loss(view, labels.image_labels, losses.positive_weight) for view in scores]
+        parts["probe_classification"] = (sum(each[1:], each[0]) / len(each) * known).mean()
     if divergence:
         parts["mask_divergence"] = mask_divergence(outputs.logits).mean()
     if outputs.codes:
@@ -113,7 +118,8 @@ def objective(
         "mask_consistency": of_masks,
         "mask_divergence": of_masks,
         "code_consistency": of_codes,
-        "probe": 1.0,
+        "probe": PROBE_RATE,
+        "probe_classification": weights.probe_classification,
         "segmentation": weights.segmentation,
         "pixel_segmentation": weights.segmentation * _pixel_factor(labels, weights),
     }
@@ -199,13 +205,12 @@ def _segmentation_parts(
     return losses_of, valid.sum() / pseudo.sum().clamp_min(1)
 
 
-def _probe_part(outputs: Outputs, labels: Labels, positive_weight: float) -> Tensor:
-    """The mean over the views of a linear probe's losses; no gradient flows to the rest of the network.
+def _probe_part(outputs: Outputs, labels: Labels) -> Tensor:
+    """The mean over the views of a linear probe's cross-entropy, plain and over each image's labeled pixels alone.
 
-    Cross-entropy, plain and over each image's labeled pixels alone, by the labels that the views learn from or by
-    `Labels.seeds`; and the classification loss of the mean activations.
+    The labels are those that the views learn from, or `Labels.seeds`.
     """
-    total, views = outputs.probe_logits[0].new_zeros(()), len(outputs.probe_logits)
+    total = outputs.probe_logits[0].new_zeros(())
     targets = labels.seeds if labels.pseudo_labels is None else labels.pseudo_labels
     for view, logits in enumerate(outputs.probe_logits):
         own = targets[view] if targets is not None and targets.ndim == 4 else targets
@@ -215,13 +220,8 @@ def _probe_part(outputs: Outputs, labels: Labels, positive_weight: float) -> Ten
         valid = own != IGNORE_INDEX
         weights = valid / valid.float().mean(dim=(1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).eps)
         loss = resized_cross_entropy(logits, torch.where(valid, own, 0), weights)
-        total = total + PROBE_RATE * loss.mean()
-    if labels.has_image_labels is not None:
-        for activations in outputs.probe_activations:
-            scores = activations.mean(dim=(2, 3))
-            loss = classification_loss(scores, labels.image_labels, positive_weight)
-            total = total + (loss * labels.has_image_labels).mean()
-    return total / views
+        total = total + loss.mean()
+    return total / len(outputs.probe_logits)
 
 
 def _with_masks(others: Tensor | None, pixel_labels: Tensor, has_pixel_labels: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ whole image shows. A linear classifier can do neither: it keeps what places with
 that it makes are better than the labels that it learns from. Neither the paper nor the released code has one.
 
 Its first labels are class activation maps (Zhou et al. 2016): a second linear layer, which learns image labels from the
-mean over all places, says at each place how much that speaks for a class.
+mean over all places, says at each place how much that speaks for a class. This layer also teaches the encoder to tell
+classes apart, which the pooled masks of the decoder cannot do without a say in how large the masks are.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Probed(NamedTuple):
 
 
 class Probe(nn.Module):
-    """Linear classifiers of places; no gradient flows to the features.
+    """Linear classifiers of places. The gradient of the activations flows to the features, that of the masks does not.
 
     Args:
         channels: C, of the features.
@@ -50,5 +51,6 @@ class Probe(nn.Module):
 
     def forward(self, features: Tensor) -> Probed:
         """(N, C, h, w) features to masks and activations."""
-        places = self.normalize(widened(features.detach()))
-        return Probed(widened(self.classify(places)), None if self.activate is None else widened(self.activate(places)))
+        places = self.normalize(widened(features))
+        activations = None if self.activate is None else widened(self.activate(places))
+        return Probed(widened(self.classify(places.detach())), activations)

@@ -83,7 +83,13 @@ def test_a_vision_transformer_teaches_a_small_network_by_three_commands(place: P
     sizes = ("data.crop_size=70", "model.output_stride=16", "model.skip_stride=4", "model.aspp_dilations=1,2,3")
     slrnet(
         f"train --recipe voc_wsss_lite --data {place}/data --num-workers 0 --name teacher",
-        *("model.encoder=timm:small_dinov2", "model.frozen_stages=0", "train.pretrain_epochs=0", *sizes),
+        *(
+            "model.encoder=timm:small_dinov2",
+            "model.frozen_stages=0",
+            "calibration.masks=decoder",
+            "train.pretrain_epochs=0",
+            *sizes,
+        ),
     )
     slrnet(f"pseudo-label --checkpoint {place}/teacher --data {place}/data --out {place}/pseudo")
     slrnet(

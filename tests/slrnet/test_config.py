@@ -207,6 +207,11 @@ class TestFit:
             ("calibration.refine_image=distorted", "views.own_color=false", "needs one distortion per crop"),
             ("model.auxiliary_views=first", "cvlr.form=released", "model.auxiliary_views 'first' gives CVLR no codes"),
             (
+                "calibration.masks=probe train.pretrain_epochs=0",
+                "calibration.masks=decoder",
+                "calibration.masks 'probe' learns its first masks in the epochs before pseudo labels",
+            ),
+            (
                 "calibration.masks=probe model.architecture=deeplabv3plus setting=sss data.pixel_labeled_subset=some "
                 "cvlr.enabled=false data.crop_size=320",
                 "calibration.masks=decoder",

@@ -110,7 +110,7 @@ def test_pretraining_has_no_segmentation_part() -> None:
 
 
 def test_a_probe_learns_by_plain_cross_entropy_over_labeled_pixels_and_by_its_mean_activations() -> None:
-    """A tenth of the mean over labeled pixels, in loops, and the classification loss; the mean over the views."""
+    """The means over an image's labeled pixels, in loops, and over the activations; the mean over the views."""
     generator = torch.Generator().manual_seed(3)
     logits = [torch.randn(2, 4, 6, 6, generator=generator) for _ in range(2)]
     activations = [torch.randn(2, 3, 6, 6, generator=generator) for _ in range(2)]
@@ -119,15 +119,13 @@ def test_a_probe_learns_by_plain_cross_entropy_over_labeled_pixels_and_by_its_me
     masks = torch.full_like(pseudo, 255)
     masks[1, 2:5] = 2
 
-    def expected(targets: Tensor, labeled: Tensor) -> float:
+    def expected(targets: Tensor) -> float:
         total = 0.0
-        for maps, evidence in zip(logits, activations, strict=True):
+        for maps in logits:
             for n in range(2):
                 spots = [(y, x) for y in range(6) for x in range(6) if targets[n, y, x] != 255]
                 entropies = [-maps[n, :, y, x].log_softmax(0)[targets[n, y, x]].item() for y, x in spots]
-                total += 0.1 * sum(entropies) / len(spots) / 2
-                scores = evidence[n].mean(dim=(1, 2))
-                total += classification_loss(scores[None], labeled[n : n + 1]).item() / 2
+                total += sum(entropies) / len(spots) / 2
         return total / 2
 
     for labels, targets in (
@@ -144,7 +142,18 @@ def test_a_probe_learns_by_plain_cross_entropy_over_labeled_pixels_and_by_its_me
             torch.stack([pseudo[0, ::2, ::2].repeat_interleave(2, 0).repeat_interleave(2, 1), masks[1]]),
         ),
     ):
-        assert run(out, labels).parts["probe"].item() == pytest.approx(expected(targets, IMAGE_LABELS), abs=1e-5)
+        result = run(out, labels, probe_classification=3.0)
+        assert result.parts["probe"].item() == pytest.approx(expected(targets), abs=1e-5)
+        scores = [view.mean(dim=(2, 3)) for view in activations]
+        losses = [classification_loss(view, IMAGE_LABELS).mean().item() for view in scores]
+        assert result.parts["probe_classification"].item() == pytest.approx(sum(losses) / 2, abs=1e-5)
+        without = run(replace(out, probe_logits=[], probe_activations=[]), labels).total
+        assert result.total.item() - without.item() == pytest.approx(
+            0.1 * expected(targets) + 3 * sum(losses) / 2, abs=1e-4
+        )
+    known = labels_of(pseudo, has_image_labels=torch.tensor([True, False]))
+    first = sum(classification_loss(view.mean(dim=(2, 3)), IMAGE_LABELS)[0].item() for view in activations)
+    assert run(out, known).parts["probe_classification"].item() == pytest.approx(first / 4, abs=1e-5)
     own = run(out, labels_of(torch.stack([pseudo, pseudo.flip(1)]))).parts["probe"]
     logits[1] = logits[1].flip(2)
     assert torch.isclose(own, run(out, labels_of(pseudo)).parts["probe"])

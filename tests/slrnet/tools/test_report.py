@@ -224,7 +224,7 @@ def test_curves_of_a_checkpoint_within_an_epoch(
 
 def test_the_command_gives_the_same_configuration(tiny_run: Path, tmp_path: Path) -> None:
     changed = apply_overrides(
-        get_recipe("voc_wsss_lite"), ["views.scales=1.0", "train.epochs=9", "evaluation.gating=none", "data.path=a b"]
+        get_recipe("voc_wsss_lite"), ["views.scales=1.0", "train.epochs=9", "evaluation.gating=scores", "data.path=a b"]
     )
     checkpoint = replace(load_checkpoint(tiny_run), config=changed)
     words = shlex.split(training_command(checkpoint))

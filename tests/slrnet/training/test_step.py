@@ -300,13 +300,15 @@ class TestStepLosses:
     def test_a_probe_learns_in_every_setting(
         self, setting: str | None, supervision: str, pretraining: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """It changes no other part of the loss while pretraining, and no gradient of another parameter."""
+        """It changes no other part of the loss while pretraining; its masks change no other weight."""
         alone = setting == "sss"
         given: dict[str, Any] = SEMI[setting] if setting else {}
         options: dict[str, Any] = {"masks": (False, setting is not None), "pretraining": pretraining}
         options |= {"names": (False, False)} if alone else {}
         config = settings(**given, calibration={"supervision": supervision})
         model = tiny_model(predict_background=alone, probe=True).train()
+        assert model.probe is not None
+        nn.init.normal_(model.probe.classify.weight)  # at zero, all classes claim all places
         result = losses_of(model, config, **options)
         assert result.parts["probe"].item() > 0
         result.total.backward()  # type: ignore[no-untyped-call]
@@ -319,7 +321,8 @@ class TestStepLosses:
         )
         names = [name for name, weight in model.named_parameters() if weight.requires_grad]
         reached = {name for name, gradient in zip(names, gradients, strict=True) if gradient is not None}
-        assert reached == {name for name in names if name.startswith("probe.")}
+        assert reached == {name for name in names if name.startswith("probe.classify.")}
+        assert ("probe_classification" in result.parts) == (not alone)
         if pretraining:
             without = losses_of(tiny_model(predict_background=alone).train(), config, **options)
             for name, part in without.parts.items():
