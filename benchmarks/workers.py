@@ -29,7 +29,7 @@ SIDES = {"one worker": (1, 8), "two workers": (2, 16), "two workers, a shared ba
 """Number of workers and global batch size."""
 SETTINGS = (
     "data.crop_size=192", "model.decoder_dim=256", "model.encoder_weights=none", "train.pretrain_epochs=0",
-    "train.checkpoint_every=0",
+    "train.checkpoint_every=0", "calibration.masks=decoder",
     "evaluation.every=1000", "evaluation.pseudo_mask_images=1", "evaluation.panel_images=0",
 )  # fmt: skip
 

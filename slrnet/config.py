@@ -368,7 +368,7 @@ class WeightsConfig(_Section):
     the mean over its own samples; here it is that over the samples of all workers and accumulation steps."""
     classification: NonNegativeFloat = 1.0
     """lambda_cls."""
-    probe_classification: NonNegativeFloat = 1.0
+    probe_classification: PositiveFloat = 1.0
     """Weight of the classification loss of the linear probe's mean activations, which trains the encoder without a say
     in how large masks are; for `calibration.masks = "probe"`."""
     consistency: NonNegativeFloat = 4.0
