@@ -368,9 +368,6 @@ class WeightsConfig(_Section):
     the mean over its own samples; here it is that over the samples of all workers and accumulation steps."""
     classification: NonNegativeFloat = 1.0
     """lambda_cls."""
-    probe_classification: PositiveFloat = 1.0
-    """Weight of the classification loss of the linear probe's mean activations, which trains the encoder without a say
-    in how large masks are; for `calibration.masks = "probe"`."""
     consistency: NonNegativeFloat = 4.0
     """lambda_reg, of both Eq. 4 and Eq. 9."""
     mask_consistency: NonNegativeFloat | None = None

@@ -119,7 +119,7 @@ def objective(
         "mask_divergence": of_masks,
         "code_consistency": of_codes,
         "probe": PROBE_RATE,
-        "probe_classification": weights.probe_classification,
+        "probe_classification": 1.0,  # of the probe alone, as "probe"
         "segmentation": weights.segmentation,
         "pixel_segmentation": weights.segmentation * _pixel_factor(labels, weights),
     }

@@ -5,8 +5,8 @@ whole image shows. A linear classifier can do neither: it keeps what places with
 that it makes are better than the labels that it learns from. Neither the paper nor the released code has one.
 
 Its first labels are class activation maps (Zhou et al. 2016): a second linear layer, which learns image labels from the
-mean over all places, says at each place how much that speaks for a class. This layer also teaches the encoder to tell
-classes apart, which the pooled masks of the decoder cannot do without a say in how large the masks are.
+mean over all places, says at each place how much that speaks for a class. No gradient flows to the encoder: where the
+classifier taught it, features came to say at every place what the whole image shows (docs/results.md).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Probed(NamedTuple):
 
 
 class Probe(nn.Module):
-    """Linear classifiers of places. The gradient of the activations flows to the features, that of the masks does not.
+    """Linear classifiers of places; no gradient flows to the features.
 
     Args:
         channels: C, of the features.
@@ -51,6 +51,6 @@ class Probe(nn.Module):
 
     def forward(self, features: Tensor) -> Probed:
         """(N, C, h, w) features to masks and activations."""
-        places = self.normalize(widened(features))
+        places = self.normalize(widened(features.detach()))
         activations = None if self.activate is None else widened(self.activate(places))
-        return Probed(widened(self.classify(places.detach())), activations)
+        return Probed(widened(self.classify(places)), activations)

@@ -166,7 +166,6 @@ CHANGES: dict[str, Change] = {
     "weights.pixel_pretraining": change_weights(1.0, given=SEMI),
     "weights.pixel_mean": change_weights(1.0, given=SEMI),
     "weights.classification": change_weights(0.5),
-    "weights.probe_classification": change_weights(0.5, given=(*SEMI, "calibration.masks=probe")),
     "weights.consistency": change_weights(1.0),
     "weights.mask_consistency": change_weights(1.0),
     "weights.code_consistency": change_weights(1.0),

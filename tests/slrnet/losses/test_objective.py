@@ -142,14 +142,14 @@ def test_a_probe_learns_by_plain_cross_entropy_over_labeled_pixels_and_by_its_me
             torch.stack([pseudo[0, ::2, ::2].repeat_interleave(2, 0).repeat_interleave(2, 1), masks[1]]),
         ),
     ):
-        result = run(out, labels, probe_classification=3.0)
+        result = run(out, labels)
         assert result.parts["probe"].item() == pytest.approx(expected(targets), abs=1e-5)
         scores = [view.mean(dim=(2, 3)) for view in activations]
         losses = [classification_loss(view, IMAGE_LABELS).mean().item() for view in scores]
         assert result.parts["probe_classification"].item() == pytest.approx(sum(losses) / 2, abs=1e-5)
         without = run(replace(out, probe_logits=[], probe_activations=[]), labels).total
         assert result.total.item() - without.item() == pytest.approx(
-            0.1 * expected(targets) + 3 * sum(losses) / 2, abs=1e-4
+            0.1 * expected(targets) + sum(losses) / 2, abs=1e-4
         )
     known = labels_of(pseudo, has_image_labels=torch.tensor([True, False]))
     first = sum(classification_loss(view.mean(dim=(2, 3)), IMAGE_LABELS)[0].item() for view in activations)
