@@ -160,14 +160,15 @@ def threshold(
     return torch.where(claimed.sum(dim=1, dtype=torch.uint8) == 1, claimant.long(), IGNORE_INDEX)
 
 
-def seed_labels(activations: Tensor, image_labels: Tensor) -> Tensor:
-    """First labels from class activation maps (N, K - 1, h, w): (N, h, w) int64 class ids, 255 where undecided.
+@torch.no_grad()
+def seed_labels(activations: Sequence[Tensor], image_labels: Tensor) -> Tensor:
+    """First labels from the views' class activation maps: (N, h, w) int64 class ids, 255 where undecided.
 
     Args:
-        activations: positive where a place speaks for a class.
+        activations: per view (N, K - 1, h, w), un-warped to one size; positive where a place speaks for a class.
         image_labels: (N, K - 1) multi-hot, the classes that each image shows; an image without any is undecided.
     """
-    shown = activations.clamp_min(0) * image_labels[:, :, None, None]
+    shown = _average(activations, ()).clamp_min(0) * image_labels[:, :, None, None]
     background = torch.zeros_like(shown[:, :1])  # takes no part in the rule
     labels = threshold(
         torch.cat([background, shown], dim=1),

@@ -205,7 +205,9 @@ def losses_of(
         if config.calibration.feature_share:
             told = (outputs if guide is None else guide).features[0]
             features = _to_crop(told, views[0], attends=config.calibration.feature_source == "attention")
-        pseudo_labels = None
+        pseudo_labels = seeds = None
+        if pseudo_rows is None and aligned.probe_activations:
+            seeds = seed_labels(aligned.probe_activations, batch.image_labels)
         if pseudo_rows is not None:
             pseudo_labels = _pseudo_labels(source, images, batch, config, pseudo_rows, features)
     with record_function("slrnet: losses"):
@@ -218,21 +220,11 @@ def losses_of(
             pixel_labels=None if config.setting == "wsss" else pixel_labels.long(),
             has_pixel_labels=batch.has_pixel_labels,
             pseudo_labels=pseudo_labels,
-            seeds=_seeds(aligned, batch) if pseudo_labels is None else None,
+            seeds=seeds,
             pixel_labeled_share=pixel_labeled_share,
         )
         divergence = config.calibration.supervision == "kl"
         return objective(aligned, labels, weights=config.weights, losses=config.losses, divergence=divergence)
-
-
-@torch.no_grad()
-def _seeds(aligned: Outputs, batch: Batch) -> Tensor | None:
-    """(N, h, w) int64, the probe's first labels, from its activations; None without these."""
-    if not aligned.probe_activations:
-        return None
-    activations = sum(aligned.probe_activations[1:], aligned.probe_activations[0]) / len(aligned.probe_activations)
-    labels = possible_classes(batch.image_labels, batch.has_image_labels)
-    return seed_labels(activations, labels * batch.has_image_labels[:, None])
 
 
 def _to_crop(features: Tensor, view: View, *, attends: bool) -> Tensor:

@@ -52,7 +52,7 @@ def test_seeds_by_shares_of_the_largest_activation() -> None:
     row = torch.tensor([[10.0, 4.5, 3.5, 1.6, 1.4, -8.0], [-1.0, -1.0, 2.0, -1.0, -1.0, -1.0]])
     activations = row.view(1, 2, 1, 6).expand(4, -1, -1, -1)
     labels = torch.tensor([[1, 0], [1, 1], [0, 1], [0, 0]])
-    assert seed_labels(activations, labels)[:, 0].tolist() == [
+    assert seed_labels([activations], labels)[:, 0].tolist() == [
         [1, 1, VOID, VOID, 0, 0],
         [1, 1, 2, VOID, 0, 0],
         [0, 0, 2, 0, 0, 0],

@@ -218,6 +218,19 @@ SEMI = {
 }
 
 
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch) -> list[Labels]:
+    """The labels that the objective gets, step by step."""
+    labels: list[Labels] = []
+
+    def keep(outputs: Any, of: Labels, **options: Any) -> Objective:
+        labels.append(of)
+        return objective(outputs, of, **options)
+
+    monkeypatch.setattr(step_module, "objective", keep)
+    return labels
+
+
 class TestStepLosses:
     @pytest.mark.parametrize("pretraining", [True, False])
     @pytest.mark.parametrize("cvlr", [True, False])
@@ -266,15 +279,8 @@ class TestStepLosses:
         for name, value in before.items():
             assert after[name].item() == value.item()
 
-    def test_another_network_makes_the_labels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_another_network_makes_the_labels(self, kept: list[Labels]) -> None:
         """In evaluation mode, from the views in the crops' own colors; the other losses know nothing of it."""
-        labels: list[Tensor | None] = []
-
-        def keep(outputs: Any, of: Labels, **options: Any) -> Objective:
-            labels.append(of.pseudo_labels)
-            return objective(outputs, of, **options)
-
-        monkeypatch.setattr(step_module, "objective", keep)
         teacher, model = tiny_model().eval(), tiny_model().train()
         nn.init.normal_(teacher.mask_head.classify.weight)
         plain = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
@@ -282,7 +288,7 @@ class TestStepLosses:
         alone = losses_of(model, settings(), pretraining=False)
         config = settings(calibration={"source": "evaluation"})
         taught = losses_of(model, config, pretraining=False, labeler=teacher.train())
-        expected, own, found = labels
+        expected, own, found = (labels.pseudo_labels for labels in kept)
         assert found is not None
         assert expected is not None
         assert found.equal(expected)
@@ -297,9 +303,7 @@ class TestStepLosses:
     @pytest.mark.parametrize("pretraining", [True, False])
     @pytest.mark.parametrize("supervision", ["mvmc", "cps", "kl"])
     @pytest.mark.parametrize("setting", [None, *SEMI])
-    def test_a_probe_learns_in_every_setting(
-        self, setting: str | None, supervision: str, pretraining: bool, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_probe_learns_in_every_setting(self, setting: str | None, supervision: str, pretraining: bool) -> None:
         """It changes no other part of the loss while pretraining; no gradient of its losses reaches another weight."""
         alone = setting == "sss"
         given: dict[str, Any] = SEMI[setting] if setting else {}
@@ -328,15 +332,8 @@ class TestStepLosses:
             for name, part in without.parts.items():
                 assert torch.equal(part, result.parts[name]), name
 
-    def test_the_masks_of_a_probe_become_pseudo_labels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_masks_of_a_probe_become_pseudo_labels(self, kept: list[Labels]) -> None:
         """A probe that sees class 1 everywhere, and a decoder that sees the background: pseudo labels show class 1."""
-        kept: list[Labels] = []
-
-        def keep(outputs: Any, labels: Labels, **options: Any) -> Objective:
-            kept.append(labels)
-            return objective(outputs, labels, **options)
-
-        monkeypatch.setattr(step_module, "objective", keep)
         model = tiny_model(probe=True).eval()
         assert model.probe is not None
         with torch.no_grad():
@@ -351,14 +348,7 @@ class TestStepLosses:
             assert labels.pseudo_labels is not None
             assert set(labels.pseudo_labels.unique().tolist()) == {1}
 
-    def test_seeds_come_from_the_mean_of_the_views_activations(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        kept: list[Labels] = []
-
-        def keep(outputs: Any, labels: Labels, **options: Any) -> Objective:
-            kept.append(labels)
-            return objective(outputs, labels, **options)
-
-        monkeypatch.setattr(step_module, "objective", keep)
+    def test_seeds_come_from_the_mean_of_the_views_activations(self, kept: list[Labels]) -> None:
         model = tiny_model(probe=True).eval()
         assert model.probe is not None
         assert model.probe.activate is not None
